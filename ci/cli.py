@@ -1,0 +1,145 @@
+"""The ``crosstrain`` command.
+
+A subcommand is a module with ``add_arguments(parser)`` and ``run(args) -> int``. Only the module
+of the chosen subcommand is imported, so ``crosstrain --help`` stays fast and needs no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import NamedTuple, Protocol, cast
+
+PROGRAM = "crosstrain"
+
+
+class CommandModule(Protocol):
+    """What the module of a subcommand offers."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declare the subcommand's own arguments on ``parser``."""
+        ...
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Do the work and return the exit code."""
+        ...
+
+
+class Command(NamedTuple):
+    """A subcommand that is declared but not imported.
+
+    Args:
+        help: one line for ``crosstrain --help``.
+        module: the dotted name of the module that does the work, see :class:`CommandModule`.
+    """
+
+    help: str
+    module: str
+
+    def load(self) -> CommandModule:
+        """Import the module that does the work.
+
+        Returns:
+            The module, seen through the protocol that it follows.
+        """
+        return cast("CommandModule", importlib.import_module(self.module))
+
+
+COMMANDS: Mapping[str, Command] = MappingProxyType(
+    {
+        "demo": Command(
+            "train on real data, kill the run, resume it, and compare the bits",
+            "crosstrain.ci.demo",
+        ),
+        "doctor": Command(
+            "list every backend: available or not, why, and what to do about it",
+            "crosstrain.ci.doctor",
+        ),
+        "inspect": Command(
+            "show what a checkpoint holds and whether it is whole",
+            "crosstrain.ci.inspect_checkpoint",
+        ),
+    }
+)
+
+
+class _VersionAction(argparse.Action):
+    """Print the installed version; importlib.metadata is slow to import, so only on demand."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        print(f"{PROGRAM} {version(PROGRAM)}")
+        parser.exit()
+
+
+def build_parser(
+    commands: Mapping[str, Command] = COMMANDS, chosen: str | None = None
+) -> argparse.ArgumentParser:
+    """Make the parser, with the arguments of one subcommand at most.
+
+    Args:
+        commands: every subcommand by name.
+        chosen: the subcommand whose module is imported and whose arguments are declared; with
+            None no module is imported.
+
+    Returns:
+        The parser. The namespace that it returns has the subcommand's name in ``command``.
+    """
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="One PyTorch training step for every backend, and runs that resume exactly.",
+        epilog=f"`{PROGRAM} COMMAND --help` lists the options of a command.",
+    )
+    parser.add_argument(
+        "--version", action=_VersionAction, nargs=0, help="show the version and exit"
+    )
+    subparsers = parser.add_subparsers(
+        title="commands", dest="command", metavar="COMMAND", required=True
+    )
+    for name, command in commands.items():
+        subparser = subparsers.add_parser(name, help=command.help, description=command.help)
+        if name == chosen:
+            command.load().add_arguments(subparser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, commands: Mapping[str, Command] = COMMANDS) -> int:
+    """Run the command line.
+
+    Args:
+        argv: the arguments after the program's name; ``sys.argv[1:]`` if None.
+        commands: every subcommand by name.
+
+    Returns:
+        The exit code: the subcommand's own; 2 if a backend is unknown or unavailable, which is
+        reported in one line on stderr; 130 after Ctrl-C.
+
+    Raises:
+        SystemExit: from argparse, after ``--help``, ``--version`` or a wrong argument.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    # No option of the program itself takes a value, so the first plain word is the command.
+    word = next((argument for argument in arguments if not argument.startswith("-")), None)
+    chosen = word if word in commands else None
+
+    from crosstrain.backends.errors import BackendError
+
+    try:
+        args = build_parser(commands, chosen).parse_args(arguments)
+        command: str = args.command
+        return commands[command].load().run(args)
+    except BackendError as error:
+        one_line = " ".join(str(error).split())
+        print(f"{PROGRAM} {chosen}: error: {one_line}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{PROGRAM} {chosen}: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
