@@ -1,0 +1,30 @@
+"""What every test may use."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# The machine that runs the tests may be slow or busy: no test depends on time.
+settings.register_profile("crosstrain", deadline=None)
+settings.load_profile("crosstrain")
+
+
+@pytest.fixture(scope="session")
+def repo_root() -> Path:
+    """The root folder of the repository."""
+    return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def console_script() -> Path:
+    """The installed `crosstrain` command of the interpreter that runs the tests."""
+    script = Path(sys.executable).with_name("crosstrain")
+    assert script.is_file(), (
+        f"{script} is missing: install the package into this environment first, "
+        "`python -m pip install -c constraints.txt -e '.[test]'`"
+    )
+    return script

@@ -1,0 +1,189 @@
+"""Rules about the source text of the packages, checked on the syntax tree.
+
+Imports go one way, `ci -> engine -> backends`; a vendor's package is imported only by the backend
+that is for it; `engine` never names a device. `test_imports.py` applies the rules to the tree.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatch
+
+# A package may import itself and what stands to the right of it.
+ORDER = ("ci", "engine", "backends")
+
+# Where a third-party module may be imported. What is not here may be imported nowhere.
+THIRD_PARTY = {
+    "torch": ("backends/*.py", "engine/*.py", "ci/*.py"),
+    "numpy": ("backends/*.py", "engine/*.py", "ci/*.py"),
+    "rich": ("ci/*.py",),
+    "pytest": ("ci/*plugin*.py",),
+    "matplotlib": ("ci/demo*.py",),
+    "sklearn": ("ci/demo*.py",),
+    "apex": ("backends/apex*.py",),
+    "torch_xla": ("backends/xla*.py",),
+    "torch_tpu": ("backends/tpu*.py",),
+    "libtpu": ("backends/tpu*.py",),
+}
+
+# These may not even be named in a string, as by `find_spec`, outside their backend.
+VENDORS = frozenset({"torch_xla", "torch_tpu", "libtpu"})
+
+DEVICES = frozenset({"cuda", "xla", "apex", "tpu", "mps"})
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One breach of a rule.
+
+    Args:
+        file: path from the repository root.
+        line: line number.
+        text: what was found: a module, an identifier or a string.
+        problem: which rule it breaks.
+    """
+
+    file: str
+    line: int
+    text: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.text!r}: {self.problem}"
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported module, with its name made absolute."""
+
+    line: int
+    module: str
+    relative: bool
+
+
+def imports(package: str, tree: ast.AST) -> Iterator[Import]:
+    """Yields every import of a file of a flat package, at whatever depth it stands."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield Import(node.lineno, alias.name, relative=False)
+        elif isinstance(node, ast.ImportFrom):
+            yield from _from_imports(package, node)
+
+
+def _from_imports(package: str, node: ast.ImportFrom) -> Iterator[Import]:
+    relative = node.level > 0
+    if not relative:
+        base = node.module or ""
+    elif node.level == 1:
+        base = f"crosstrain.{package}" + (f".{node.module}" if node.module else "")
+    else:
+        base = "crosstrain" + (f".{node.module}" if node.module else "")
+    if base == "crosstrain":
+        for alias in node.names:
+            yield Import(node.lineno, f"crosstrain.{alias.name}", relative)
+    else:
+        yield Import(node.lineno, base, relative)
+
+
+def import_findings(file: str, source: str) -> list[Finding]:
+    """Checks the imports of one file, and the modules of ours that its strings name.
+
+    Args:
+        file: path from the repository root, such as ``engine/state.py``.
+        source: the text of the file.
+
+    Returns:
+        Every breach, in the order of the lines.
+    """
+    package = file.split("/", 1)[0]
+    tree = ast.parse(source)
+    found = [
+        Finding(file, item.line, item.module, problem)
+        for item in imports(package, tree)
+        if (problem := _import_problem(file, package, item)) is not None
+    ]
+    for line, text in _constants(tree):
+        match = re.fullmatch(r"crosstrain\.(\w+)(\.\w+)*", text)
+        if match and not _may_import(package, match[1]):
+            found.append(Finding(file, line, text, _arrow(package, match[1])))
+        elif text in VENDORS and not _allowed_in(text, file):
+            found.append(Finding(file, line, text, "a vendor's module, named outside its backend"))
+    return sorted(found, key=lambda finding: finding.line)
+
+
+def _import_problem(file: str, package: str, item: Import) -> str | None:
+    parts = item.module.split(".")
+    top = parts[0]
+    if top == "crosstrain":
+        target = parts[1] if len(parts) > 1 else ""
+        if not _may_import(package, target):
+            return _arrow(package, target)
+        if item.relative != (target == package):
+            return "imports are relative inside a package and absolute across packages"
+        return None
+    if top in ORDER:
+        return f"a bare name; write crosstrain.{item.module}"
+    if top in sys.stdlib_module_names or _allowed_in(top, file):
+        return None
+    places = ", ".join(THIRD_PARTY.get(top, ())) or "no file"
+    return f"a third-party import that is allowed in {places}"
+
+
+def _may_import(package: str, target: str) -> bool:
+    return target in ORDER and ORDER.index(target) >= ORDER.index(package)
+
+
+def _arrow(package: str, target: str) -> str:
+    return f"an arrow {package} -> {target or 'crosstrain'}; allowed is {' -> '.join(ORDER)}"
+
+
+def _allowed_in(module: str, file: str) -> bool:
+    return any(fnmatch(file, pattern) for pattern in THIRD_PARTY.get(module, ()))
+
+
+def device_names(source: str) -> list[tuple[int, str]]:
+    """Finds every identifier and string of a file that names a device.
+
+    A name is taken apart at underscores, at changes of case and at whatever is no letter, so
+    ``amp_tpu`` and ``XLABackend`` are found and ``output`` and ``dumps`` are not. Docstrings are
+    exempt; comments are not part of the syntax tree.
+
+    Returns:
+        Line numbers and the whole identifier or string.
+    """
+    tree = ast.parse(source)
+    found = [(line, text) for line, text in _identifiers(tree) if names_device(text)]
+    found += [(line, text) for line, text in _constants(tree) if names_device(text)]
+    return sorted(found)
+
+
+def names_device(text: str) -> bool:
+    """Tells whether one of the words that make up a text is the name of a device."""
+    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", text)
+    return any(word.lower() in DEVICES for word in words)
+
+
+def _identifiers(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(tree):
+        line = getattr(node, "lineno", 0)
+        for field in ("id", "attr", "arg", "name", "asname", "module", "rest"):
+            value = getattr(node, field, None)
+            if isinstance(value, str):
+                yield line, value
+        for field in ("names", "kwd_attrs"):
+            for value in getattr(node, field, ()):
+                if isinstance(value, str):
+                    yield line, value
+
+
+def _constants(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    # A string that stands alone as a statement is documentation.
+    prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
+            yield node.lineno, node.value
