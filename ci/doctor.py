@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_specs,
         action="extend",
         default=[],
-        help="exit with 1 unless each of these is available, for instance cpu:bf16; may be repeated",
+        help="exit with 1 unless each of these is available, such as cpu:bf16; may be repeated",
     )
 
 

@@ -1,0 +1,126 @@
+"""The command line loads only the chosen command and reports errors of backends in one line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from crosstrain.backends.errors import BackendError, BackendUnavailable, UnknownBackend
+from crosstrain.ci import cli
+
+
+def run(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [script, *arguments], cwd="/", capture_output=True, text=True, check=False
+    )
+
+
+def test_help_lists_every_command(console_script: Path) -> None:
+    result = run(console_script, "--help")
+    assert result.returncode == 0
+    assert all(f"\n    {name} " in result.stdout for name in cli.COMMANDS)
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize("name", sorted(cli.COMMANDS))
+def test_every_command_has_help(console_script: Path, name: str) -> None:
+    result = run(console_script, name, "--help")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(f"usage: crosstrain {name}")
+
+
+def test_version_is_that_of_the_project(console_script: Path, repo_root: Path) -> None:
+    project = tomllib.loads((repo_root / "pyproject.toml").read_text())["project"]
+    assert run(console_script, "--version").stdout == f"crosstrain {project['version']}\n"
+
+
+@pytest.mark.parametrize("arguments", [(), ("train",), ("--nonsense",)])
+def test_a_wrong_call_names_the_commands(console_script: Path, arguments: tuple[str, ...]) -> None:
+    result = run(console_script, *arguments)
+    assert result.returncode == 2
+    assert "usage: crosstrain" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> dict[str, cli.Command]:
+    """A command of its own, in a module that nothing has imported yet."""
+    name = f"command_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return {"work": cli.Command("do some work", name)}
+
+
+def test_a_command_gets_its_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = (
+        "def add_arguments(parser): parser.add_argument('--code', type=int)\n"
+        "def run(args): return args.code\n"
+    )
+    commands = command(tmp_path, monkeypatch, source)
+    assert cli.main(["work", "--code", "7"], commands) == 7
+    assert cli.main(["--", "work", "--code", "8"], commands) == 8
+
+
+def test_help_does_not_load_a_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands = command(tmp_path, monkeypatch, "raise SystemError('loaded')")
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--help"], commands)
+    assert stop.value.code == 0
+    assert "do some work" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("where", ["add_arguments", "run"])
+def test_a_backend_error_is_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    where: str,
+) -> None:
+    source = (
+        "from crosstrain.backends.errors import BackendError\n"
+        "def add_arguments(parser): fail('add_arguments')\n"
+        "def run(args): fail('run')\n"
+        "def fail(place):\n"
+        f"    if place == {where!r}: raise BackendError('no such thing:\\n  do this')\n"
+    )
+    commands = command(tmp_path, monkeypatch, source)
+    assert cli.main(["work"], commands) == 2
+    output = capsys.readouterr()
+    assert output.err == "crosstrain work: error: no such thing: do this\n"
+    assert output.out == ""
+
+
+def test_another_error_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = "def add_arguments(parser): pass\ndef run(args): raise ValueError('a bug')\n"
+    with pytest.raises(ValueError, match="a bug"):
+        cli.main(["work"], command(tmp_path, monkeypatch, source))
+
+
+def test_the_errors_of_the_backends_are_backend_errors() -> None:
+    assert issubclass(BackendUnavailable, BackendError)
+    assert issubclass(UnknownBackend, BackendError)
+
+
+def test_an_unknown_backend_in_the_environment_is_one_line(console_script: Path) -> None:
+    environment = {**os.environ, "CROSSTRAIN_BACKEND": "cpuu"}
+    result = subprocess.run(
+        [console_script, "demo"], env=environment, cwd="/", capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert "cpuu" in result.stderr
+
+
+def test_the_module_runs_as_a_script(console_script: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "crosstrain.ci.cli", "--version"],
+        cwd="/", capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert result.stdout == run(console_script, "--version").stdout
