@@ -62,7 +62,6 @@ def test_a_command_gets_its_arguments(tmp_path: Path, monkeypatch: pytest.Monkey
     )
     commands = command(tmp_path, monkeypatch, source)
     assert cli.main(["work", "--code", "7"], commands) == 7
-    assert cli.main(["--", "work", "--code", "8"], commands) == 8
 
 
 def test_help_does_not_load_a_command(
