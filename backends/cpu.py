@@ -1,0 +1,33 @@
+"""The CPU at fp32, bf16 or fp16: every path of a step, where there is no other hardware."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+
+from .protocol import Availability
+from .torch_backend import TorchBackend
+
+__all__ = ["CpuBackend"]
+
+
+class CpuBackend(TorchBackend):
+    """Trains on the CPU. `bf16` and `fp16` autocast; `fp16` scales the loss and skips overflows.
+
+    The number of threads changes the bits of fp32 results: it is the caller's to keep.
+    """
+
+    options = ("fp32", "bf16", "fp16")
+    name = "cpu"
+    device = torch.device("cpu")
+
+    @classmethod
+    def probe(cls) -> Availability:
+        """Tells the version of torch and the processor; the CPU is always there."""
+        processor = platform.processor() or platform.machine()
+        return Availability(
+            True,
+            versions={"torch": str(torch.__version__)},
+            devices=[f"{processor}, {torch.get_num_threads()} threads"],
+        )

@@ -1,0 +1,171 @@
+"""TorchBackend: the protocol over torch's own devices, for backends to derive from."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar, Self
+
+import torch
+from torch.amp.grad_scaler import GradScaler
+
+from .errors import BackendError, UnknownBackend
+from .placement import map_tensors
+from .precision import DTYPES, Precision
+from .protocol import Availability, StepResult, World
+
+__all__ = ["TorchBackend"]
+
+
+class TorchBackend:
+    """Implements the step protocol where torch runs the device itself.
+
+    A subclass sets `name`, `options` and `device`, and overrides what differs on its device.
+
+    Args:
+        option: one of `options`; None: the first.
+        scaler: a loss scaler to use in place of the default one.
+
+    Raises:
+        UnknownBackend: if there is no such option.
+        BackendError: if a loss scaler is given for a precision that is not fp16.
+    """
+
+    options: ClassVar[tuple[str, ...]] = ("fp32",)
+    name: str = ""
+    device = torch.device("cpu")
+
+    def __init__(self, option: str | None = None, scaler: GradScaler | None = None) -> None:
+        self.option = self.options[0] if option is None else option
+        if self.option not in self.options:
+            raise UnknownBackend(
+                f"Backend '{self.name}' has no option '{self.option}'. Options: "
+                f"{', '.join(self.options)}."
+            )
+        dtype = DTYPES.get(self.option)
+        if scaler is not None and dtype is not torch.float16:
+            raise BackendError(
+                f"A loss scaler was given to '{self.name}:{self.option}', but only fp16 gradients "
+                "are scaled. Leave it out, or choose an option with fp16."
+            )
+        self.world = World()
+        self.precision = Precision(self.device.type, dtype, scaler)
+        scaled = self.precision.scaler is not None
+        self.capabilities = frozenset({"loss_scaling"} if scaled else set())
+
+    @classmethod
+    def probe(cls) -> Availability:
+        """Tells the version of torch; a subclass adds what its device needs."""
+        return Availability(True, versions={"torch": str(torch.__version__)})
+
+    def open(self) -> Self:
+        """Reads the world.
+
+        Raises:
+            BackendError: if torchrun's variables are wrong, or ask for more than one process.
+        """
+        self.world = World.from_environment()
+        if self.world.size > 1:
+            raise BackendError(
+                f"WORLD_SIZE={self.world.size}: crosstrain does not train in several processes "
+                "yet, and each would silently train alone on all of the data. Run one process."
+            )
+        return self
+
+    def close(self) -> None:
+        """Gives nothing back: opening took nothing."""
+
+    def __enter__(self) -> Self:
+        return self.open()
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def prepare(self, *objects: Any) -> tuple[Any, ...]:
+        """Places models on the device, in place, so that optimizers keep their parameters.
+
+        Raises:
+            TypeError: if an object is neither a model nor an optimizer.
+        """
+        for thing in objects:
+            if isinstance(thing, torch.nn.Module):
+                thing.to(self.device)
+            elif not isinstance(thing, torch.optim.Optimizer):
+                raise TypeError(
+                    "prepare() takes torch.nn.Module and torch.optim.Optimizer objects, got "
+                    f"{type(thing).__name__}"
+                )
+        return objects
+
+    def put(self, batch: Any) -> Any:
+        """Returns the batch with every tensor in it on the device, its structure unchanged."""
+        return map_tensors(batch, self._to_device)
+
+    def _to_device(self, tensor: Any) -> Any:
+        return tensor.to(self.device, non_blocking=True)
+
+    def batches(self, data: Iterable[Any]) -> Iterator[Any]:
+        """Iterates over the data as it is."""
+        return iter(data)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Returns the context in which the forward pass and the loss run."""
+        return self.precision.autocast()
+
+    def accumulating(self, model: Any) -> AbstractContextManager[Any]:
+        """Returns an empty context: one process has no gradients to reduce."""
+        return nullcontext()
+
+    def backward(self, loss: torch.Tensor, optimizer: Any) -> None:
+        """Runs the backward pass of a loss of one element, scaled where the precision asks for it."""
+        self.precision.backward(loss)
+
+    def step(self, optimizer: Any, max_norm: float | None = None) -> StepResult:
+        """Unscales, clips to a total norm of `max_norm`, and steps or skips.
+
+        Raises:
+            BackendError: if no parameter of the optimizer has a gradient.
+        """
+        return self.precision.step(optimizer, max_norm)
+
+    def sync(self) -> None:
+        """Adapts the loss scale to the iteration's steps."""
+        self.precision.settle()
+
+    @contextlib.contextmanager
+    def deterministic(self, warn_only: bool = False) -> Iterator[None]:
+        """Makes arithmetic repeat bit for bit inside, and restores torch's flags after.
+
+        Args:
+            warn_only: an operation that has no deterministic kernel warns instead of raising.
+        """
+        enabled = torch.are_deterministic_algorithms_enabled()
+        warned = torch.is_deterministic_algorithms_warn_only_enabled()
+        torch.use_deterministic_algorithms(True, warn_only=warn_only)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(enabled, warn_only=warned)
+
+    def seed(self, seed: int) -> None:
+        """Seeds the device's generators; the CPU's is the host's, and the caller's to seed."""
+
+    def rng_state(self) -> dict[str, Any]:
+        """Returns the states of the device's generators; the CPU has none besides the host's."""
+        return {}
+
+    def set_rng_state(self, state: Mapping[str, Any]) -> None:
+        """Restores what `rng_state` returned."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the loss scale and its growth tracker; empty without loss scaling."""
+        return self.precision.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what `state_dict` returned.
+
+        Raises:
+            BackendError: if only one side scales the loss.
+        """
+        self.precision.load_state_dict(state)

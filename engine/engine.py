@@ -1,0 +1,155 @@
+"""Engine: runs a step over data, epoch by epoch, and fires events around it."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from .handlers import check_signature
+from .loop import Loop
+from .progress import begin, check_limits, is_done, load_progress, resume
+from .state import State
+
+if TYPE_CHECKING:
+    from crosstrain.backends import Backend
+
+__all__ = ["Engine"]
+
+
+class Engine(Loop):
+    """Runs `process_function` over batches and fires events, to which handlers are attached.
+
+    The programming model, the names and the order of events are those of pytorch-ignite's
+    `ignite.engine.Engine`.
+
+    Args:
+        process_function: called as `process_function(engine, batch)` once an iteration; what it
+            returns becomes `engine.state.output`.
+        backend: the device's step boundary: its `sync()` is called after each iteration's
+            step, before ITERATION_COMPLETED. None where the step needs none.
+
+    Raises:
+        ValueError: if `process_function` is None or cannot be called with (engine, batch).
+    """
+
+    def __init__(
+        self, process_function: Callable[[Any, Any], Any], backend: Backend | None = None
+    ) -> None:
+        if process_function is None:  # pyright: ignore[reportUnnecessaryComparison]
+            raise ValueError(
+                "Engine must be given a processing function in order to run: a callable of "
+                "(engine, batch), got None"
+            )
+        check_signature(process_function, "process_function", self, None)
+        super().__init__(process_function, backend)
+        self._user_keys: list[str] = []
+
+    @property
+    def state_dict_user_keys(self) -> list[str]:
+        """Names of the state's attributes that `state_dict` takes along; append yours."""
+        return self._user_keys
+
+    def state_dict(self) -> OrderedDict[str, Any]:
+        """Returns epoch length, iteration, limit, and the attributes that you named."""
+        limit = "max_epochs" if self.state.max_iters is None else "max_iters"
+        keys = ("epoch_length", "iteration", limit, *self._user_keys)
+        return OrderedDict((key, getattr(self.state, key)) for key in keys)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Sets the engine to go on from a state; the next `run` does.
+
+        Args:
+            state_dict: `epoch_length`, one of `iteration` and `epoch` (how many are completed), one
+                of `max_epochs` and `max_iters`, and each of `state_dict_user_keys`.
+
+        Raises:
+            TypeError: if it is not a mapping.
+            ValueError: if a key is missing, contradicts another, or has an illegal value.
+        """
+        missing = [key for key in self._user_keys if key not in state_dict]
+        if missing:
+            raise ValueError(
+                f"Required user state attributes {missing} are absent in provided state_dict "
+                f"'{list(state_dict)}'"
+            )
+        load_progress(self.state, state_dict)
+        for key in self._user_keys:
+            setattr(self.state, key, state_dict[key])
+        if self._session is None or not self._session.gi_running:
+            self._drop_session()
+
+    def set_data(self, data: Iterable[Any]) -> None:
+        """Takes the next batch, and all after it, from other data; the epoch's length stays.
+
+        Args:
+            data: what `run` takes.
+
+        Raises:
+            TypeError: if it is not iterable.
+        """
+        _check_iterable(data)
+        self.state.dataloader = data
+        self._data_iter = self._open_data()
+
+    def run(
+        self,
+        data: Iterable[Any] | None = None,
+        max_epochs: int | None = None,
+        max_iters: int | None = None,
+        epoch_length: int | None = None,
+    ) -> State:
+        """Runs the step over the data until a limit, or goes on with a run that has not ended.
+
+        A run that was interrupted, terminated, loaded from a state, or left by an exception has
+        iterations left: it goes on from its state, whose limits the arguments may raise. Otherwise
+        a new run begins.
+
+        Args:
+            data: batches: a list, a DataLoader, an iterator, any iterable. None: the step is called
+                with None, and `epoch_length` is needed.
+            max_epochs: ends after this many epochs; 1 by default.
+            max_iters: ends after this many iterations instead.
+            epoch_length: the iterations of an epoch; by default the data's length, or, where it has
+                none, what its first pass gives.
+
+        Returns:
+            The engine's state.
+
+        Raises:
+            TypeError: if `data` is not iterable.
+            ValueError: if the data is empty, or the limits contradict each other or the state.
+            RuntimeError: if the engine runs already, or data that cannot be iterated anew ends
+                before the run does.
+        """
+        if data is not None:
+            _check_iterable(data)
+        if self._session is not None and self._session.gi_running:
+            raise RuntimeError(
+                "Engine.run() was called by a handler or a step of the same run. Use another "
+                "Engine for an inner loop, such as one for evaluation."
+            )
+        if self._failure is not None:
+            self._recover()
+        check_limits(self.state, max_epochs, max_iters)
+        unlimited = self.state.max_epochs is None and self.state.max_iters is None
+        if unlimited or (is_done(self.state) and self._session is None):
+            begin(self.state, data, max_epochs, max_iters, epoch_length)
+            self._session = None
+            self.logger.info("Run begins: %s.", self._goal())
+        else:
+            resume(self.state, data, epoch_length)
+            self.logger.info(
+                "Run goes on from iteration %s: %s.", self.state.iteration, self._goal()
+            )
+        if self._data_iter is None:
+            self.state.dataloader = data
+        return self._continue()
+
+
+def _check_iterable(data: Any) -> None:
+    if not isinstance(data, Iterable) and not hasattr(data, "__getitem__"):
+        raise TypeError(
+            f"Argument data should be iterable: a list, a DataLoader, an iterator or a generator; "
+            f"got {type(data)}"
+        )

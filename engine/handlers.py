@@ -1,0 +1,174 @@
+"""The table of handlers: which functions run at which event, bound when they are added."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from .events import Events, Gate, gate_of, is_event
+
+__all__ = ["Binding", "HandlerTable", "Slot", "check_signature"]
+
+# A handler as it was added: the function, whether it takes the engine first, its further arguments
+# if it has any, and at which counts it runs. A plain tuple: unpacking a named one is slower, and
+# the loop unpacks one for each handler and event.
+Binding = tuple[
+    Callable[..., Any], bool, tuple[tuple[Any, ...], dict[str, Any]] | None, Gate | None
+]
+
+
+class Slot:
+    """One event's place in the table.
+
+    `handlers` grows in place, so a handler that is added while its event fires runs at once; it is
+    replaced when one is removed, so that a running loop over it is not disturbed.
+    """
+
+    __slots__ = ("event", "handlers", "name")
+
+    def __init__(self, name: str, event: Any) -> None:
+        self.name = name
+        self.event = event
+        self.handlers: list[Binding] = []
+
+
+# What an event passes to its handlers besides the engine, as samples for the signature check.
+_EVENT_ARGUMENTS: dict[str, tuple[Any, ...]] = {
+    Events.EXCEPTION_RAISED.name: (Exception(),),
+    Events.TERMINATE_SINGLE_EPOCH.name: (0,),
+}
+
+
+class HandlerTable:
+    """Holds one `Slot` for each registered event, found by the event's name.
+
+    Args:
+        owner: the name of the class whose events these are, for error messages.
+    """
+
+    def __init__(self, owner: str) -> None:
+        self._owner = owner
+        self._slots: dict[str, Slot] = {}
+
+    def register(self, event: Any) -> None:
+        """Gives an event a slot; an event that has one keeps it.
+
+        Raises:
+            ValueError: if another event of this name and of another value has the slot.
+        """
+        name = event if isinstance(event, str) else event.name
+        known = self._slots.setdefault(name, Slot(name, event)).event
+        if is_event(event) and is_event(known) and event.value != known.value:
+            raise ValueError(
+                f"Event {event!r} with value {event.value!r} has the name of an event that is "
+                f"registered already, with value {known.value!r}. Give it another name."
+            )
+
+    def slot(self, event: Any) -> Slot | None:
+        """Returns the slot of an event, or None if it is not registered."""
+        name = event if isinstance(event, str) else getattr(event, "name", None)
+        slot = self._slots.get(name) if isinstance(name, str) else None
+        if slot is None:
+            return None
+        same = isinstance(event, str) or not is_event(slot.event)
+        return slot if same or event.value == slot.event.value else None
+
+    def require(self, event: Any) -> Slot:
+        """Returns the slot of an event.
+
+        Raises:
+            ValueError: if it is not registered.
+        """
+        slot = self.slot(event)
+        if slot is None:
+            raise ValueError(
+                f"Event {event} is not a valid event for this {self._owner}. Registered events: "
+                f"{', '.join(self._slots)}. Add your own with register_events()."
+            )
+        return slot
+
+    def add(
+        self,
+        engine: Any,
+        event: Any,
+        handler: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        """Binds a handler to one event, with the engine as first argument if it takes that.
+
+        Raises:
+            ValueError: if the event is not registered or the handler can be called neither with the
+                engine first nor without it.
+        """
+        slot = self.require(event)
+        passed = (*_EVENT_ARGUMENTS.get(slot.name, ()), *args)
+        try:
+            check_signature(handler, "handler", engine, *passed, **kwargs)
+            takes_engine = True
+        except ValueError:
+            check_signature(handler, "handler", *passed, **kwargs)
+            takes_engine = False
+        more = (args, kwargs) if args or kwargs else None
+        slot.handlers.append((handler, takes_engine, more, gate_of(event)))
+
+    def has(self, handler: Callable[..., Any], event: Any | None) -> bool:
+        """Tells whether a handler is bound to an event, or to any where `event` is None."""
+        if event is None:
+            slots: Iterable[Slot | None] = self._slots.values()
+        else:
+            slots = (self.slot(event),)
+        return any(bound == handler for slot in slots if slot for bound, *_ in slot.handlers)
+
+    def remove(self, handler: Callable[..., Any], event: Any) -> None:
+        """Removes each binding of a handler to an event.
+
+        Raises:
+            ValueError: if the event has no handler, or not this one.
+        """
+        slot = self.slot(event)
+        if slot is None or not slot.handlers:
+            raise ValueError(
+                f"Input event name '{event}' does not exist: no handler is attached to it. Events "
+                f"with handlers: {', '.join(s.name for s in self if s.handlers) or 'none'}"
+            )
+        kept = [binding for binding in slot.handlers if binding[0] != handler]
+        if len(kept) == len(slot.handlers):
+            raise ValueError(
+                f"Input handler '{handler}' is not found among registered event handlers of "
+                f"{event}: {[bound for bound, *_ in kept]}"
+            )
+        slot.handlers = kept
+
+    def __iter__(self) -> Iterator[Slot]:
+        return iter(self._slots.values())
+
+
+def check_signature(fn: Callable[..., Any], description: str, *args: Any, **kwargs: Any) -> None:
+    """Checks that a function can be called with these arguments, without calling it.
+
+    Args:
+        fn: the function.
+        description: what it is, for the error message.
+        *args: sample positional arguments.
+        **kwargs: sample keyword arguments.
+
+    Raises:
+        ValueError: if it cannot be called so, or does not tell its signature.
+    """
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"Error adding {fn} '{description}': its parameters cannot be read ({error}). Pass a "
+            "callable; wrap one without a readable signature in a function of your own."
+        ) from None
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        passed = [*(type(value).__name__ for value in args), *kwargs]
+        raise ValueError(
+            f"Error adding {fn} '{description}': takes parameters {list(signature.parameters)} but "
+            f"will be called with {passed} ({error})."
+        ) from None
