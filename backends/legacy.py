@@ -1,4 +1,4 @@
-"""Legacy arguments: maps `device`, `amp_mode` and `scaler` of pytorch-ignite's factories to a spec."""
+"""Legacy arguments: maps pytorch-ignite's `device`, `amp_mode` and `scaler` to a spec."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from torch.amp.grad_scaler import GradScaler
 
-__all__ = ["from_arguments"]
+__all__ = ["for_step", "from_arguments"]
 
 # From the device's type and amp_mode to the spec that does the same.
 _SPECS: dict[tuple[str | None, str | None], str] = {
@@ -50,7 +50,8 @@ def from_arguments(
         raise ValueError(f"amp_mode is {amp_mode!r}. Legal values: None, 'amp', 'apex'.")
     if scaler and amp_mode != "amp":
         raise ValueError(
-            f"scaler argument is {scaler}, but amp_mode is {amp_mode}. Consider using amp_mode='amp'."
+            f"scaler argument is {scaler}, but amp_mode is {amp_mode}. Consider using "
+            "amp_mode='amp'."
         )
     if (kind, amp_mode) == (None, None):
         return get(default_spec())
@@ -69,6 +70,33 @@ def from_arguments(
     if amp_mode == "amp" and scaler is not True:
         settings["scaler"] = scaler or _no_scaler(spec)
     return get(spec, **settings)
+
+
+# From pytorch-ignite's step functions to the device they mean where none is given, and amp_mode.
+_STEPS: dict[str, tuple[str | None, str | None]] = {
+    "supervised_training_step": (None, None),
+    "supervised_training_step_amp": (None, "amp"),
+    "supervised_training_step_apex": (None, "apex"),
+    "supervised_training_step_tpu": ("xla", None),
+    "supervised_evaluation_step": (None, None),
+    "supervised_evaluation_step_amp": (None, "amp"),
+}
+
+
+def for_step(name: str, device: str | torch.device | None, scaler: GradScaler | None) -> Backend:
+    """Returns the backend that one of pytorch-ignite's step functions stands for.
+
+    Args:
+        name: the function's name.
+        device: the device that it was given; None: the one that its name means.
+        scaler: the loss scaler that it was given.
+
+    Raises:
+        ValueError: if the device and the function do not go together.
+        BackendUnavailable: if the backend cannot run here.
+    """
+    usual, amp_mode = _STEPS[name]
+    return from_arguments(device or usual, amp_mode, scaler or False)
 
 
 def _no_scaler(spec: str) -> GradScaler:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar, Self
 
@@ -126,7 +126,7 @@ class NullBackend:
         self._loaded = dict(state)
 
     @contextmanager
-    def _recorded(self, name: str) -> Iterator[None]:
+    def _recorded(self, name: str) -> Generator[None, None, None]:
         self.calls.append(name)
         try:
             yield

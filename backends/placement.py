@@ -4,56 +4,84 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections import UserDict
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 __all__ = ["map_tensors"]
 
+# What is returned as it is, before anything else is asked about it.
+_PLAIN = (str, bytes, int, float, bool, complex, type(None))
+
 
 def map_tensors(value: Any, move: Callable[[Any], Any]) -> Any:
     """Returns a nest of containers with `move` applied to every tensor in it.
 
-    Goes into tuples, named tuples, lists, mappings and dataclasses, which keep their types; takes
-    other objects that have a method `to` (packed sequences, sparse formats of other libraries) as
-    tensors; returns everything else as it is.
+    Goes into tuples, named tuples, lists, mappings and dataclasses, which keep their types and are
+    never changed themselves; takes other objects that have a method `to` (packed sequences, the
+    batches of other libraries) as tensors; returns everything else as it is.
 
     Args:
         value: the nest.
         move: called with each tensor, returns what takes its place.
+
+    Raises:
+        TypeError: if a mapping of some other library cannot be made anew from a dict.
     """
     if isinstance(value, torch.Tensor):
         return move(value)
-    if isinstance(value, (str, bytes, int, float, bool)) or value is None:
+    if isinstance(value, _PLAIN):
         return value
-    if isinstance(value, tuple):
-        if hasattr(value, "_fields"):
-            if hasattr(value, "to"):
-                return move(value)
-            return type(value)(*(map_tensors(item, move) for item in value))
-        moved = tuple(map_tensors(item, move) for item in value)
-        return moved if type(value) is tuple else type(value)(moved)
-    if isinstance(value, list):
-        items = [map_tensors(item, move) for item in value]
-        return items if type(value) is list else type(value)(items)
-    if isinstance(value, dict) and type(value) is dict:
-        return {key: map_tensors(item, move) for key, item in value.items()}
-    return _map_objects(value, move)
-
-
-def _map_objects(value: Any, move: Callable[[Any], Any]) -> Any:
+    untyped: Any = value  # as what it is, not as what a check of its type makes of it
+    if type(value) is dict:
+        return {key: map_tensors(item, move) for key, item in untyped.items()}
+    # A type is no batch, though it may have every method of one.
     if not isinstance(value, type) and callable(getattr(value, "to", None)):
         return move(value)
+    if isinstance(value, (tuple, list)):
+        return _map_sequence(untyped, move)
     if isinstance(value, Mapping):
-        moved = copy.copy(value)
-        for key in value:
-            moved[key] = map_tensors(value[key], move)  # type: ignore[index]
-        return moved
+        return _map_mapping(untyped, move)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        moved = copy.copy(value)
-        for field in dataclasses.fields(value):
-            # object.__setattr__, because the dataclass may be frozen.
-            object.__setattr__(moved, field.name, map_tensors(getattr(value, field.name), move))
+        return _map_dataclass(untyped, move)
+    return untyped
+
+
+def _map_sequence(value: Any, move: Callable[[Any], Any]) -> Any:
+    kind: Any = type(value)
+    moved = [map_tensors(item, move) for item in value]
+    if kind is list:
         return moved
-    return value
+    # A named tuple takes its items one by one; other subclasses take them as a whole.
+    return kind(*moved) if hasattr(value, "_fields") else kind(moved)
+
+
+def _map_mapping(value: Mapping[Any, Any], move: Callable[[Any], Any]) -> Any:
+    moved = {key: map_tensors(item, move) for key, item in value.items()}
+    if isinstance(value, MappingProxyType):
+        return MappingProxyType(moved)
+    if isinstance(value, (dict, UserDict)):
+        # A copy keeps what a subclass has besides its items, such as a default factory.
+        copied: Any = copy.copy(value)
+        copied.update(moved)
+        return copied
+    # Setting items on a shallow copy could reach the original through what the two share.
+    make: Any = type(value)
+    try:
+        return make(moved)
+    except TypeError as error:
+        raise TypeError(
+            f"A batch holds a {type(value).__name__}, which is a mapping but cannot be made from "
+            f"a dict ({error}). Use a dict, or give the class a method `to(device)`."
+        ) from error
+
+
+def _map_dataclass(value: Any, move: Callable[[Any], Any]) -> Any:
+    moved = copy.copy(value)
+    for field in dataclasses.fields(value):
+        # object.__setattr__, because the dataclass may be frozen.
+        object.__setattr__(moved, field.name, map_tensors(getattr(value, field.name), move))
+    return moved

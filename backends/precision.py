@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch.amp.autocast_mode import is_autocast_available
@@ -14,7 +15,7 @@ from torch.amp.grad_scaler import GradScaler
 from .errors import BackendError
 from .protocol import StepResult
 
-__all__ = ["DTYPES", "Precision"]
+__all__ = ["DTYPES", "Precision", "as_optimizers", "clip", "require_gradient"]
 
 # What the options of a spec mean to autocast; None: no autocast.
 DTYPES: dict[str, torch.dtype | None] = {
@@ -24,8 +25,21 @@ DTYPES: dict[str, torch.dtype | None] = {
 }
 
 
+@dataclass(slots=True, eq=False)
+class _Record:
+    """What became of one optimizer since the loss scale was adapted last."""
+
+    called: bool = False  # its step ran
+    found_inf: torch.Tensor | None = None  # the flag that told a fused step to skip
+    waiting: bool = False  # it has scaled gradients that were not stepped yet
+    stepped: bool = False  # it was stepped, or skipped
+
+
 class Precision:
     """Runs the numeric half of a training step: casts, scales, clips, steps.
+
+    The loss scale is that of `torch.amp.GradScaler`: doubled after 2000 steps without an overflow,
+    halved after one (Micikevicius et al., Mixed Precision Training, 2018).
 
     Args:
         device_type: the type of device to autocast on, as torch names it.
@@ -50,9 +64,12 @@ class Precision:
         if scaler is None and dtype is torch.float16:
             scaler = GradScaler(device_type)
         self.scaler = scaler
-        self._update_due = False
-        # Of each optimizer: whether its step was called, and the flag that told it to skip.
-        self._attempts: weakref.WeakKeyDictionary[Any, list[Any]] = weakref.WeakKeyDictionary()
+        self._records: weakref.WeakKeyDictionary[Any, _Record] = weakref.WeakKeyDictionary()
+
+    @property
+    def scales(self) -> bool:
+        """Whether the loss is scaled: there is a scaler, and it is enabled."""
+        return self.scaler is not None and self.scaler.is_enabled()
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Returns the context in which the forward pass and the loss run."""
@@ -60,19 +77,33 @@ class Precision:
             return nullcontext()
         return torch.autocast(self.device_type, dtype=self.dtype)
 
-    def backward(self, loss: torch.Tensor) -> None:
-        """Runs the backward pass of a loss of one element, multiplied by the loss scale if any."""
-        if self.scaler is None:
+    def backward(self, loss: torch.Tensor, optimizer: Any = None) -> None:
+        """Runs the backward pass of a loss of one element, multiplied by the loss scale if any.
+
+        Args:
+            loss: the loss.
+            optimizer: the optimizer whose gradients this makes, several of them, or None.
+
+        Raises:
+            BackendError: if one of them was stepped in this iteration, so that the scale has to be
+                adapted first, while another still holds gradients of the present scale.
+        """
+        if not self.scales:
             loss.backward()  # type: ignore[no-untyped-call]
             return
-        self.settle()
+        assert self.scaler is not None
+        records = [self._watch(one) for one in as_optimizers(optimizer)]
+        if not records or any(record.stepped for record in records):
+            self.settle()
+        for record in records:
+            record.waiting = True
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 
     def step(self, optimizer: torch.optim.Optimizer, max_norm: float | None) -> StepResult:
         """Unscales, clips and steps; skips the step where a scaled gradient is not finite.
 
-        The scale is adapted later, at the next backward pass or step boundary: until then, other
-        optimizers whose gradients carry the same scale can be stepped.
+        The scale is adapted later, at the step boundary or when this optimizer's next gradients are
+        made: until then, other optimizers whose gradients carry the same scale can be stepped.
 
         Args:
             optimizer: the optimizer to step.
@@ -81,36 +112,46 @@ class Precision:
         Raises:
             BackendError: if no parameter of the optimizer has a gradient.
         """
+        require_gradient(optimizer)
         scaler = self.scaler
         if scaler is None or not scaler.is_enabled():
-            norm = None if max_norm is None else _clip(optimizer, max_norm)
+            norm = None if max_norm is None else clip(optimizer, max_norm)
             optimizer.step()
             return StepResult(True, norm)
-        scale = scaler.get_scale()
-        attempt = self._watch(optimizer)
+        record = self._watch(optimizer)
+        record.called, record.found_inf = False, None
         norm = None
-        try:
-            if max_norm is not None:
-                scaler.unscale_(optimizer)
-                norm = _clip(optimizer, max_norm)
-            scaler.step(optimizer)
-        except AssertionError as error:
-            raise BackendError(
-                "An optimizer was stepped without a gradient: no parameter of "
-                f"{type(optimizer).__name__} took part in the loss since its last step ({error}). "
-                "Check that it holds the parameters of the model that made the loss."
-            ) from error
-        self._update_due = True
-        called, skip = attempt
-        attempt[:] = [False, None]
-        applied = called if skip is None else skip == 0
-        return StepResult(applied, norm, scale)
+        scale = self._present_scale(optimizer)
+        if max_norm is not None:
+            scaler.unscale_(optimizer)
+            norm = clip(optimizer, max_norm)
+        scaler.step(optimizer)
+        record.waiting, record.stepped = False, True
+        skip, record.found_inf = record.found_inf, None
+        return StepResult(record.called if skip is None else skip == 0, norm, scale)
 
     def settle(self) -> None:
-        """Adapts the loss scale to the steps since the last time, if there were any."""
-        if self._update_due and self.scaler is not None:
-            self.scaler.update()
-            self._update_due = False
+        """Adapts the loss scale to the steps since the last time, if there were any.
+
+        Raises:
+            BackendError: if an optimizer still holds gradients of the present scale.
+        """
+        records = list(self._records.values())
+        if self.scaler is None or not any(record.stepped for record in records):
+            return
+        if any(record.waiting for record in records):
+            waiting = [
+                type(one).__name__ for one, record in self._records.items() if record.waiting
+            ]
+            raise BackendError(
+                f"The loss scale is to be adapted, but {', '.join(waiting)} was given to "
+                "backward() and not stepped since, so its gradients carry the scale as it is. "
+                "Optimizers that share a loss scale are stepped in the same iterations; name only "
+                "those in backward(), or use bf16, which needs no scale."
+            )
+        self.scaler.update()
+        for record in records:
+            record.stepped = False
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the loss scale and its growth tracker; empty without loss scaling."""
@@ -125,40 +166,75 @@ class Precision:
         Raises:
             BackendError: if one side scales the loss and the other does not, or a key is missing.
         """
-        scales = self.scaler is not None and self.scaler.is_enabled()
-        if bool(state) != scales:
-            here, there = ("scales", "has none") if scales else ("does not scale", "has one")
+        if bool(state) != self.scales:
+            here, there = ("scales", "has none") if self.scales else ("does not scale", "has one")
             raise BackendError(
                 f"This backend {here} the loss, and the state {there}: a loss scale can only be "
                 "carried between backends that scale. Load the state on the backend that wrote it."
             )
-        if self.scaler is None or not scales:
+        if self.scaler is None or not self.scales:
             return
         missing = set(self.scaler.state_dict()) - set(state)
         if missing:
             raise BackendError(f"The state of the loss scale lacks {sorted(missing)}.")
         self.scaler.load_state_dict(dict(state))
-        self._update_due = False
+        for record in self._records.values():
+            record.stepped = record.waiting = False
 
-    def _watch(self, optimizer: torch.optim.Optimizer) -> list[Any]:
+    def _present_scale(self, optimizer: torch.optim.Optimizer) -> float | torch.Tensor:
+        """Returns the scale that the gradients carry, without waiting for the device."""
+        assert self.scaler is not None
+        if self.device_type == "cpu":
+            return self.scaler.get_scale()
+        device = optimizer.param_groups[0]["params"][0].device
+        return self.scaler.scale(torch.ones((), device=device))
+
+    def _watch(self, optimizer: torch.optim.Optimizer) -> _Record:
         """Returns the record of an optimizer's last attempted step.
 
         GradScaler does not tell whether it stepped. It calls the optimizer's step only if it does,
         but a fused optimizer is always called and skips on the device: that one has the flag in its
         attribute `found_inf` during the call.
         """
-        attempt = self._attempts.get(optimizer)
-        if attempt is None:
-            attempt = self._attempts[optimizer] = [False, None]
-            record = attempt
+        record = self._records.get(optimizer)
+        if record is None:
+            made = record = self._records[optimizer] = _Record()
 
             def note(called: torch.optim.Optimizer, *_: Any) -> None:
-                record[:] = [True, getattr(called, "found_inf", None)]
+                made.called, made.found_inf = True, getattr(called, "found_inf", None)
 
             optimizer.register_step_pre_hook(note)
-        return attempt
+        return record
 
 
-def _clip(optimizer: torch.optim.Optimizer, max_norm: float) -> torch.Tensor:
+def as_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
+    """Returns a list of what is one optimizer, several, or None."""
+    if optimizer is None:
+        return []
+    if isinstance(optimizer, Iterable):
+        return list(cast("Iterable[torch.optim.Optimizer]", optimizer))
+    return [optimizer]
+
+
+def require_gradient(optimizer: torch.optim.Optimizer) -> None:
+    """Refuses to step an optimizer that no backward pass has reached.
+
+    Raises:
+        BackendError: if no parameter of the optimizer has a gradient.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                return
+    raise BackendError(
+        f"{type(optimizer).__name__} was stepped without a gradient: none of its parameters took "
+        "part in the loss since the gradients were last cleared. Check that it holds the "
+        "parameters of the model that made the loss, after prepare(), and that they require a "
+        "gradient."
+    )
+
+
+def clip(optimizer: torch.optim.Optimizer, max_norm: float) -> torch.Tensor:
+    """Clips the gradients of an optimizer to a total norm, and returns the norm before, unread."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     return torch.nn.utils.clip_grad_norm_(parameters, max_norm)

@@ -47,16 +47,16 @@ class World:
         if len(missing) == len(names):
             return cls()
         if missing:
+            present = ", ".join(name for name in names if name in values)
             raise BackendError(
-                f"{', '.join(missing)} is not set, but {', '.join(n for n in names if n in values)} "
-                "is. torchrun sets all three; start with torchrun, or unset them to run in one "
-                "process."
+                f"{', '.join(missing)} is not set, but {present} is. torchrun sets all "
+                "three; start with torchrun, or unset them to run in one process."
             )
         rank, local_rank, size = (_number(name, values[name]) for name in names)
         if size < 1 or rank >= size or local_rank > rank:
             raise BackendError(
-                f"RANK={rank}, LOCAL_RANK={local_rank} and WORLD_SIZE={size} contradict each other: "
-                "0 <= LOCAL_RANK <= RANK < WORLD_SIZE must hold. Start with torchrun."
+                f"RANK={rank}, LOCAL_RANK={local_rank} and WORLD_SIZE={size} contradict each "
+                "other: 0 <= LOCAL_RANK <= RANK < WORLD_SIZE must hold. Start with torchrun."
             )
         return cls(rank, local_rank, size)
 
@@ -64,7 +64,8 @@ class World:
 def _number(name: str, text: str) -> int:
     if not text.isdecimal():
         raise BackendError(
-            f"{name}={text!r} is not a number of at least 0. torchrun sets it; do not set it by hand."
+            f"{name}={text!r} is not a number of at least 0. torchrun sets it; do not set it by "
+            "hand."
         )
     return int(text)
 
@@ -95,20 +96,21 @@ class StepResult:
         applied: whether the weights changed; a tensor of one element is read when somebody asks.
         grad_norm: the total norm of the gradients before clipping, a tensor of one element on the
             device, unread; None if no clipping was asked for.
-        loss_scale: the scale that the loss was multiplied by; 1.0 without loss scaling.
+        loss_scale: the scale that the loss was multiplied by; 1.0 without loss scaling; a tensor
+            of one element is read when somebody asks.
     """
 
-    __slots__ = ("_applied", "grad_norm", "loss_scale")
+    __slots__ = ("_applied", "_loss_scale", "grad_norm")
 
     def __init__(
         self,
         applied: bool | torch.Tensor = True,
         grad_norm: torch.Tensor | None = None,
-        loss_scale: float = 1.0,
+        loss_scale: float | torch.Tensor = 1.0,
     ) -> None:
         self._applied = applied
         self.grad_norm = grad_norm
-        self.loss_scale = loss_scale
+        self._loss_scale = loss_scale
 
     @property
     def applied(self) -> bool:
@@ -116,10 +118,16 @@ class StepResult:
         self._applied = bool(self._applied)
         return self._applied
 
+    @property
+    def loss_scale(self) -> float:
+        """What the loss was multiplied by; 1.0 without loss scaling."""
+        self._loss_scale = float(self._loss_scale)
+        return self._loss_scale
+
     def __repr__(self) -> str:
         return (
             f"StepResult(applied={self._applied!r}, grad_norm={self.grad_norm!r}, "
-            f"loss_scale={self.loss_scale!r})"
+            f"loss_scale={self._loss_scale!r})"
         )
 
 
@@ -128,8 +136,8 @@ class Backend(Protocol):
     """One kind of hardware at one precision: everything that differs between devices in a step.
 
     The engine calls these and nothing else. `options` are the words that may follow the name in a
-    spec (`cpu:bf16`), the first being the default; `name` and `option` make the spec. `capabilities`
-    are words that tests ask for, such as `loss_scaling`.
+    spec (`cpu:bf16`), the first being the default; `name` and `option` make the spec.
+    `capabilities` are words that tests ask for, such as `loss_scaling`.
     """
 
     options: ClassVar[tuple[str, ...]]
@@ -181,7 +189,10 @@ class Backend(Protocol):
         ...
 
     def backward(self, loss: torch.Tensor, optimizer: Any) -> None:
-        """Runs the backward pass of a loss (one element), scaled where the precision asks for it."""
+        """Runs the backward pass of a loss of one element, scaled where the precision asks for it.
+
+        `optimizer` is the one whose gradients this makes, several of them, or None.
+        """
         ...
 
     def step(self, optimizer: Any, max_norm: float | None = None) -> StepResult:
@@ -193,7 +204,7 @@ class Backend(Protocol):
         ...
 
     def deterministic(self, warn_only: bool = False) -> AbstractContextManager[Any]:
-        """Returns a context in which arithmetic repeats bit for bit; restores every flag it sets."""
+        """Returns a context in which arithmetic repeats bit for bit; restores each flag it sets."""
         ...
 
     def seed(self, seed: int) -> None:

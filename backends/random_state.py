@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy
 import torch
@@ -14,19 +14,19 @@ __all__ = ["capture", "preserved", "restore", "seed"]
 
 
 def seed(value: int) -> None:
-    """Seeds Python's, NumPy's and torch's global generators (torch's on every device that it knows).
+    """Seeds the global generators of Python, NumPy and torch (on every device that torch knows).
 
     Args:
-        value: the seed, of at least 0. NumPy takes its lower 32 bits.
+        value: the seed, from 0 to 2**63 - 1. NumPy takes its lower 32 bits.
 
     Raises:
-        ValueError: if it is negative.
+        ValueError: if it is out of range.
     """
-    if value < 0:
-        raise ValueError(f"A seed is an integer of at least 0, got {value}.")
+    if not 0 <= value < 2**63:
+        raise ValueError(f"A seed is an integer from 0 to 2**63 - 1, got {value}.")
     random.seed(value)
     numpy.random.seed(value % 2**32)
-    torch.manual_seed(value)
+    torch.manual_seed(value)  # pyright: ignore[reportUnknownMemberType]
 
 
 def capture() -> dict[str, Any]:
@@ -35,10 +35,9 @@ def capture() -> dict[str, Any]:
     They load with `torch.load(weights_only=True)`, which refuses NumPy's arrays.
     """
     version, words, gauss = random.getstate()
-    state: Any = numpy.random.get_state(legacy=False)
     return {
         "python": {"version": version, "words": torch.tensor(words), "gauss": gauss},
-        "numpy": _without_arrays(state),
+        "numpy": _without_arrays(_numpy_state()),
         "torch": torch.get_rng_state(),
     }
 
@@ -47,21 +46,29 @@ def restore(state: Mapping[str, Any]) -> None:
     """Sets the three generators to what `capture` returned.
 
     Raises:
-        ValueError: if one of them is missing.
+        ValueError: if one of them is missing, or NumPy's global generator is of another kind than
+            the one whose state was captured.
     """
     missing = [name for name in ("python", "numpy", "torch") if name not in state]
     if missing:
         raise ValueError(
             f"The random state lacks {missing}; it has {list(state)}. Was it made by capture()?"
         )
+    present = _numpy_state()
+    kind, wanted = present["bit_generator"], state["numpy"]["bit_generator"]
+    if kind != wanted:
+        raise ValueError(
+            f"NumPy's global generator is a {kind} here, and the state is that of a {wanted}. "
+            f"Call numpy.random.set_bit_generator(numpy.random.{wanted}()) first."
+        )
     python = state["python"]
     random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
-    numpy.random.set_state(_with_arrays(state["numpy"]))
+    numpy.random.set_state(_with_arrays(state["numpy"], present))
     torch.set_rng_state(state["torch"].cpu())
 
 
 @contextmanager
-def preserved() -> Iterator[None]:
+def preserved() -> Generator[None, None, None]:
     """Leaves the three generators after the block as they were before it, whatever it draws."""
     state = capture()
     try:
@@ -70,18 +77,33 @@ def preserved() -> Iterator[None]:
         restore(state)
 
 
-def _without_arrays(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_arrays(item) for key, item in value.items()}
-    if isinstance(value, numpy.ndarray):
-        # As 64-bit integers: torch lacks most operations on uint32, which NumPy's keys are.
-        return torch.from_numpy(value.astype(numpy.int64))
-    return value
+def _numpy_state() -> dict[str, Any]:
+    return numpy.random.get_state(legacy=False)
 
 
-def _with_arrays(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _with_arrays(item) for key, item in value.items()}
-    if isinstance(value, torch.Tensor):
-        return value.numpy().astype(numpy.uint32)
-    return value
+def _without_arrays(values: Mapping[str, Any]) -> dict[str, Any]:
+    plain: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            plain[key] = _without_arrays(cast("Mapping[str, Any]", value))
+        elif isinstance(value, numpy.ndarray):
+            # As signed 64-bit integers: torch lacks most operations on unsigned ones. The cast
+            # wraps around, so 64-bit words keep their bits.
+            words = cast("Any", value).astype(numpy.int64)
+            plain[key] = torch.from_numpy(words)  # pyright: ignore[reportUnknownMemberType]
+        else:
+            plain[key] = value
+    return plain
+
+
+def _with_arrays(values: Mapping[str, Any], present: Mapping[str, Any]) -> dict[str, Any]:
+    """Undoes `_without_arrays`; `present` is a state of the same kind, with the dtypes wanted."""
+    arrays: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            arrays[key] = _with_arrays(cast("Mapping[str, Any]", value), present[key])
+        elif isinstance(value, torch.Tensor):
+            arrays[key] = value.cpu().numpy().astype(present[key].dtype)
+        else:
+            arrays[key] = value
+    return arrays

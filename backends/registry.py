@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+from collections.abc import Iterable
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -16,10 +17,13 @@ __all__ = ["GROUP", "VARIABLE", "add_backend_argument", "default_spec", "get", "
 GROUP = "crosstrain.backends"
 VARIABLE = "CROSSTRAIN_BACKEND"
 
+# What people write for a backend whose name looks different.
+_MEANT = {"gpu": "cuda", "nvidia": "cuda", "amp": "cuda-amp", "torch_xla": "xla"}
+
 
 def names() -> list[str]:
     """Returns the names of all registered backends, sorted, whether they can run here or not."""
-    return sorted(_entry_points())
+    return sorted({point.name for point in entry_points(group=GROUP)})
 
 
 def default_spec() -> str:
@@ -37,6 +41,7 @@ def get(spec: str | None = None, **settings: Any) -> Backend:
     Raises:
         UnknownBackend: if there is no backend of this name, or it has no such option.
         BackendUnavailable: if it cannot run here, with the reason and the remedy.
+        BackendError: if two packages have registered different backends under this name.
     """
     spec = default_spec() if spec is None else spec
     kind, option = _find(spec)
@@ -56,6 +61,8 @@ def probe(spec: str) -> Availability:
     try:
         kind, _ = _find(spec)
         found: Availability = kind.probe()
+    except BackendUnavailable as error:
+        return Availability(False, error.reason, error.remedy)
     except BackendError as error:
         return Availability(False, str(error), f"Use one of: {', '.join(names())}.")
     # A third party's backend may raise anything; the table of all backends must still be printed.
@@ -79,30 +86,52 @@ def add_backend_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _entry_points() -> dict[str, EntryPoint]:
-    return {point.name: point for point in entry_points(group=GROUP)}
-
-
 def _find(spec: str) -> tuple[Any, str]:
     """Returns the class and the option that a spec names."""
-    name, _, option = spec.partition(":")
-    known = _entry_points()
-    if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f" Did you mean '{close[0]}'?" if close else ""
-        raise UnknownBackend(
-            f"There is no backend '{name}' (of spec '{spec}').{hint} Backends: "
-            f"{', '.join(sorted(known))}."
-        )
-    kind = known[name].load()
+    name, colon, option = spec.partition(":")
+    kind = _load(spec, _entry_point(spec, name))
     options: tuple[str, ...] = kind.options
-    if ":" not in spec:
-        option = options[0]
-    elif option not in options:
-        close = difflib.get_close_matches(option, options, n=1)
-        hint = f" Did you mean '{name}:{close[0]}'?" if close else ""
+    if not colon:
+        return kind, options[0]
+    if option not in options:
+        close = _nearest(option, options)
+        hint = f" Did you mean '{name}:{close}'?" if close else ""
         raise UnknownBackend(
             f"Backend '{name}' has no option '{option}' (of spec '{spec}').{hint} Options: "
             f"{', '.join(options)}."
         )
     return kind, option
+
+
+def _entry_point(spec: str, name: str) -> EntryPoint:
+    known = names()
+    if name not in known:
+        meant = _MEANT.get(name.lower())
+        close = meant if meant in known else _nearest(name, known)
+        hint = f" Did you mean '{close}'?" if close else ""
+        raise UnknownBackend(
+            f"There is no backend '{name}' (of spec '{spec}').{hint} Backends: {', '.join(known)}."
+        )
+    points = {point.value: point for point in entry_points(group=GROUP, name=name)}
+    if len(points) > 1:
+        raise BackendError(
+            f"Several installed packages register a backend '{name}': {', '.join(sorted(points))}. "
+            "Uninstall all but one, or ask their authors for another name."
+        )
+    return next(iter(points.values()))
+
+
+def _load(spec: str, point: EntryPoint) -> Any:
+    try:
+        return point.load()
+    except (ImportError, AttributeError) as error:
+        raise BackendUnavailable(
+            spec,
+            f"Its class '{point.value}' could not be imported: {error}.",
+            "Repair or uninstall the package that registers it.",
+        ) from error
+
+
+def _nearest(word: str, words: Iterable[str]) -> str | None:
+    close = difflib.get_close_matches(word.lower(), words, n=1)
+    return close[0] if close else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Self
 
@@ -51,8 +51,7 @@ class TorchBackend:
             )
         self.world = World()
         self.precision = Precision(self.device.type, dtype, scaler)
-        scaled = self.precision.scaler is not None
-        self.capabilities = frozenset({"loss_scaling"} if scaled else set())
+        self.capabilities = frozenset({"loss_scaling"} if self.precision.scales else set[str]())
 
     @classmethod
     def probe(cls) -> Availability:
@@ -103,7 +102,8 @@ class TorchBackend:
         return map_tensors(batch, self._to_device)
 
     def _to_device(self, tensor: Any) -> Any:
-        return tensor.to(self.device, non_blocking=True)
+        # A copy to the CPU that does not block would be read before it has arrived.
+        return tensor.to(self.device, non_blocking=self.device.type != "cpu")
 
     def batches(self, data: Iterable[Any]) -> Iterator[Any]:
         """Iterates over the data as it is."""
@@ -118,8 +118,16 @@ class TorchBackend:
         return nullcontext()
 
     def backward(self, loss: torch.Tensor, optimizer: Any) -> None:
-        """Runs the backward pass of a loss of one element, scaled where the precision asks for it."""
-        self.precision.backward(loss)
+        """Runs the backward pass of a loss of one element, scaled where the precision asks for it.
+
+        Args:
+            loss: the loss.
+            optimizer: the optimizer whose gradients this makes, several of them, or None.
+
+        Raises:
+            BackendError: if optimizers that share a loss scale are stepped out of turn.
+        """
+        self.precision.backward(loss, optimizer)
 
     def step(self, optimizer: Any, max_norm: float | None = None) -> StepResult:
         """Unscales, clips to a total norm of `max_norm`, and steps or skips.
@@ -130,11 +138,15 @@ class TorchBackend:
         return self.precision.step(optimizer, max_norm)
 
     def sync(self) -> None:
-        """Adapts the loss scale to the iteration's steps."""
+        """Adapts the loss scale to the iteration's steps.
+
+        Raises:
+            BackendError: if only some of the optimizers that share the loss scale were stepped.
+        """
         self.precision.settle()
 
     @contextlib.contextmanager
-    def deterministic(self, warn_only: bool = False) -> Iterator[None]:
+    def deterministic(self, warn_only: bool = False) -> Generator[None, None, None]:
         """Makes arithmetic repeat bit for bit inside, and restores torch's flags after.
 
         Args:
