@@ -51,7 +51,7 @@ def map_tensors(value: Any, move: Callable[[Any], Any]) -> Any:
 
 
 def _map_sequence(value: Any, move: Callable[[Any], Any]) -> Any:
-    kind: Any = type(value)
+    kind: Any = value.__class__
     moved = [map_tensors(item, move) for item in value]
     if kind is list:
         return moved
