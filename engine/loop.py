@@ -63,6 +63,7 @@ class Loop(Dispatcher):
         self._session: Generator[None, None, None] | None = None
         self._failure: BaseException | None = None
         self._step_failed = False
+        self._at_end: list[Callable[[], None]] = []
 
     @property
     def should_terminate(self) -> bool:
@@ -112,6 +113,14 @@ class Loop(Dispatcher):
         quiet = _QUIET_EPOCH * skip_epoch_completed
         self._asked = (self._asked & ~_QUIET_EPOCH) | _END_EPOCH | quiet
 
+    def call_at_end(self, function: Callable[[], None]) -> None:
+        """Has a function called, without arguments, whenever `run` is about to return or to raise.
+
+        It neither deals with an exception, as a handler of EXCEPTION_RAISED does, nor is left out
+        by one. What it raises itself becomes a note of the run's exception, if there is one.
+        """
+        self._at_end.append(function)
+
     def _obey(self) -> Generator[None, None, None]:
         """Does what has been asked for: leaves the run or the epoch, or pauses."""
         if self._asked & _END_RUN:
@@ -146,10 +155,18 @@ class Loop(Dispatcher):
             self._asked = 0
             self._session = self._run()
         # A generator, so that interrupt() leaves the loop wherever it is and run() re-enters there.
-        if next(self._session, _ENDED) is _ENDED:
+        ended = next(self._session, _ENDED) is _ENDED
+        if ended:
             self._session = None
-            if self._failure is not None:
-                raise self._failure
+        for function in self._at_end:
+            try:
+                function()
+            except Exception as error:
+                if self._failure is None:
+                    raise
+                self._failure.add_note(f"At the end of the run: {error}")
+        if ended and self._failure is not None:
+            raise self._failure
         return self.state
 
     def _goal(self) -> str:
