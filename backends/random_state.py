@@ -10,7 +10,7 @@ from typing import Any, cast
 import numpy
 import torch
 
-__all__ = ["capture", "preserved", "restore", "seed"]
+__all__ = ["capture", "preserved", "restore", "seed", "with_arrays", "without_arrays"]
 
 
 def seed(value: int) -> None:
@@ -37,7 +37,7 @@ def capture() -> dict[str, Any]:
     version, words, gauss = random.getstate()
     return {
         "python": {"version": version, "words": torch.tensor(words), "gauss": gauss},
-        "numpy": _without_arrays(_numpy_state()),
+        "numpy": without_arrays(_numpy_state()),
         "torch": torch.get_rng_state(),
     }
 
@@ -63,7 +63,7 @@ def restore(state: Mapping[str, Any]) -> None:
         )
     python = state["python"]
     random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
-    numpy.random.set_state(_with_arrays(state["numpy"], present))
+    numpy.random.set_state(with_arrays(state["numpy"], present))
     torch.set_rng_state(state["torch"].cpu())
 
 
@@ -81,11 +81,12 @@ def _numpy_state() -> dict[str, Any]:
     return numpy.random.get_state(legacy=False)
 
 
-def _without_arrays(values: Mapping[str, Any]) -> dict[str, Any]:
+def without_arrays(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a nest of mappings with NumPy's arrays as tensors, which load without pickle."""
     plain: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            plain[key] = _without_arrays(cast("Mapping[str, Any]", value))
+            plain[key] = without_arrays(cast("Mapping[str, Any]", value))
         elif isinstance(value, numpy.ndarray):
             # As signed 64-bit integers: torch lacks most operations on unsigned ones. The cast
             # wraps around, so 64-bit words keep their bits.
@@ -96,12 +97,12 @@ def _without_arrays(values: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _with_arrays(values: Mapping[str, Any], present: Mapping[str, Any]) -> dict[str, Any]:
-    """Undoes `_without_arrays`; `present` is a state of the same kind, with the dtypes wanted."""
+def with_arrays(values: Mapping[str, Any], present: Mapping[str, Any]) -> dict[str, Any]:
+    """Undoes `without_arrays`; `present` is a state of the same kind, with the dtypes wanted."""
     arrays: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            arrays[key] = _with_arrays(cast("Mapping[str, Any]", value), present[key])
+            arrays[key] = with_arrays(cast("Mapping[str, Any]", value), present[key])
         elif isinstance(value, torch.Tensor):
             arrays[key] = value.cpu().numpy().astype(present[key].dtype)
         else:
