@@ -30,8 +30,8 @@ THIRD_PARTY = {
     "libtpu": ("backends/tpu*.py",),
 }
 
-# These may not even be named in a string, as by `find_spec`, outside their backend.
-VENDORS = frozenset({"torch_xla", "torch_tpu", "libtpu"})
+# Functions that import a module, or look for one, by a name that is given as a string.
+LOOKUPS = frozenset({"import_module", "find_spec", "__import__"})
 
 DEVICES = frozenset({"cuda", "xla", "apex", "tpu", "mps"})
 
@@ -111,8 +111,10 @@ def import_findings(file: str, source: str) -> list[Finding]:
         match = re.fullmatch(r"crosstrain\.(\w+)(\.\w+)*", text)
         if match and not _may_import(package, match[1]):
             found.append(Finding(file, line, text, _arrow(package, match[1])))
-        elif text in VENDORS and not _allowed_in(text, file):
-            found.append(Finding(file, line, text, "a vendor's module, named outside its backend"))
+    for line, text in _looked_up(tree):
+        top = text.split(".")[0]
+        if top in THIRD_PARTY and not _allowed_in(top, file):
+            found.append(Finding(file, line, text, "a vendor's module, looked for by another file"))
     return sorted(found, key=lambda finding: finding.line)
 
 
@@ -179,6 +181,15 @@ def _identifiers(tree: ast.AST) -> Iterator[tuple[int, str]]:
             for value in getattr(node, field, ()):
                 if isinstance(value, str):
                     yield line, value
+
+
+def _looked_up(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and node.args:
+            function, first = node.func, node.args[0]
+            name = getattr(function, "attr", getattr(function, "id", None))
+            if name in LOOKUPS and isinstance(first, ast.Constant) and isinstance(first.value, str):
+                yield node.lineno, first.value
 
 
 def _constants(tree: ast.AST) -> Iterator[tuple[int, str]]:

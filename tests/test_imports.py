@@ -66,6 +66,7 @@ def test_engine_names_no_device(repo_root: Path) -> None:
         ("backends/xla.py", "import torch_tpu"),
         ("backends/registry.py", "find_spec('torch_xla')"),
         ("ci/cli.py", "import lightning"),
+        ("ci/cli.py", "importlib.import_module('apex.amp')"),
     ],
 )
 def test_a_wrong_import_is_found(file: str, source: str) -> None:
@@ -79,6 +80,7 @@ def test_a_wrong_import_is_found(file: str, source: str) -> None:
         ("backends/xla.py", "def f():\n    import torch_xla\n    find_spec('torch_xla')"),
         ("engine/a.py", "from . import state\nfrom crosstrain.backends import get"),
         ("ci/a.py", "import os.path\nimport crosstrain.engine\nload('crosstrain.backends.cpu')"),
+        ("backends/registry.py", "MEANT = {'torch_xla': 'xla'}"),
         ("engine/a.py", "'''Read crosstrain.ci.'''\nx = 'see crosstrain.ci for more'"),
     ],
 )
