@@ -6,7 +6,23 @@ if __name__ != "crosstrain.engine":
         "use 'import crosstrain.engine'."
     )
 
+from .deterministic import (
+    DeterministicEngine,
+    ReproducibleBatchSampler,
+    keep_random_state,
+    manual_seed,
+    update_dataloader,
+)
+from .doors import (
+    supervised_evaluation_step,
+    supervised_evaluation_step_amp,
+    supervised_training_step,
+    supervised_training_step_amp,
+    supervised_training_step_apex,
+    supervised_training_step_tpu,
+)
 from .engine import Engine
+from .evaluation_step import EvaluationStep
 from .events import (
     CallableEventWithFilter,
     EventEnum,
@@ -15,13 +31,39 @@ from .events import (
     RemovableEventHandle,
     State,
 )
+from .permutation import PermutationSampler
+from .snapshot import ResumeWarning
+from .streams import SampleStreams, current_sample
+from .supervised import create_supervised_evaluator, create_supervised_trainer
+from .training_step import StepEvents, StepOptions, TrainingStep
 
 __all__ = [
     "CallableEventWithFilter",
+    "DeterministicEngine",
     "Engine",
+    "EvaluationStep",
     "EventEnum",
     "Events",
     "EventsList",
+    "PermutationSampler",
     "RemovableEventHandle",
+    "ReproducibleBatchSampler",
+    "ResumeWarning",
+    "SampleStreams",
     "State",
+    "StepEvents",
+    "StepOptions",
+    "TrainingStep",
+    "create_supervised_evaluator",
+    "create_supervised_trainer",
+    "current_sample",
+    "keep_random_state",
+    "manual_seed",
+    "supervised_evaluation_step",
+    "supervised_evaluation_step_amp",
+    "supervised_training_step",
+    "supervised_training_step_amp",
+    "supervised_training_step_apex",
+    "supervised_training_step_tpu",
+    "update_dataloader",
 ]

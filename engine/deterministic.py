@@ -1,0 +1,439 @@
+"""Deterministic training: the same data for a seed, and runs that resume bit for bit anywhere."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+import torch
+
+from crosstrain.backends import random_state
+
+from .dataflow import Dataflow, dataflow_of
+from .engine import Engine
+from .events import Events
+from .progress import data_length, is_done
+from .sampling import ReproducibleBatchSampler, update_dataloader
+from .snapshot import (
+    FORMAT,
+    KEYS,
+    ResumeWarning,
+    check_keys,
+    environment,
+    random_states,
+    report_differences,
+    restore_random_states,
+    spec_of,
+)
+from .state import State
+from .streams import ALL_STREAMS, StreamKey
+
+if TYPE_CHECKING:
+    from crosstrain.backends import Backend
+
+__all__ = [
+    "DeterministicEngine",
+    "ReproducibleBatchSampler",
+    "keep_random_state",
+    "manual_seed",
+    "update_dataloader",
+]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def manual_seed(seed: int) -> None:
+    """Seeds Python's, NumPy's and torch's global generators (torch's on each device it knows).
+
+    Args:
+        seed: an integer of at least 0.
+
+    Raises:
+        ValueError: if it is negative.
+    """
+    random_state.seed(seed)
+
+
+def keep_random_state(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorates a function so that it leaves the host's random states as it found them.
+
+    Args:
+        function: a handler, or any function; what it returns is returned.
+    """
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        with random_state.preserved():
+            return function(*args, **kwargs)
+
+    return wrapper
+
+
+class _Counted:
+    """Counts what an iterator has given."""
+
+    def __init__(self, iterator: Iterator[Any], fetched: int) -> None:
+        self._iterator = iterator
+        self.fetched = fetched
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        item = next(self._iterator)
+        self.fetched += 1
+        return item
+
+
+class DeterministicEngine(Engine):
+    """An engine whose run follows from its seed, and which resumes exactly from any iteration.
+
+    Pass p over the data begins with the global generators seeded with `seed + p`; a DataLoader over
+    a map-style dataset then gives the batches of torch's own sampling, and each sample's random
+    numbers follow from (seed, p, position), in whatever process it is fetched. `state_dict` holds
+    what a resumed run needs to end with the same bits, besides model, optimizer and scheduler.
+
+    Args:
+        process_function: as of `Engine`. If it has `state_dict` and `load_state_dict`, as a
+            factory's training step does, its state rides along.
+        backend: as of `Engine`; its arithmetic is deterministic while a run goes on.
+        seed: the seed of each run that begins anew. None: drawn from torch's global generator when
+            a run starts, as pytorch-ignite does, so that `manual_seed` decides it.
+        streams: which global generators are keyed for each sample: of `python`, `numpy`, `torch`.
+        warn_only: whether an operation without a deterministic kernel warns instead of raising.
+
+    Raises:
+        ValueError: if `streams` names another generator.
+    """
+
+    def __init__(
+        self,
+        process_function: Callable[[Any, Any], Any],
+        backend: Backend | None = None,
+        *,
+        seed: int | None = None,
+        streams: Iterable[str] = ALL_STREAMS,
+        warn_only: bool = False,
+    ) -> None:
+        super().__init__(process_function, backend)
+        self._streams = tuple(streams)
+        if unknown := sorted(set(self._streams) - set(ALL_STREAMS)):
+            raise ValueError(f"streams has {unknown}; legal values: {', '.join(ALL_STREAMS)}.")
+        self._step = process_function
+        self._process_function = _tracked(process_function)
+        self._given_seed = seed
+        self._warn_only = warn_only
+        self._flow: Dataflow | None = None
+        self._stream: _Counted | None = None
+        # The pass over the data, the batches of it whose steps are done, and how often the data
+        # was exchanged.
+        self._pass = self._consumed = self._sources = 0
+        self._completed = self._epoch_began = self._last_ended_epoch = 0
+        self._snapshot: Mapping[str, Any] | None = None
+        # Plain functions: a bound method here would keep the engine alive.
+        self.add_event_handler(Events.STARTED, _on_started)
+        self.add_event_handler(Events.EPOCH_STARTED, _on_epoch_started)
+        self.add_event_handler(Events.EPOCH_COMPLETED, _on_epoch_completed)
+
+    # ---------------------------------------------------------------- the state
+
+    def state_dict(self) -> OrderedDict[str, Any]:
+        """Returns everything that this engine needs to go on exactly, as tensors and plain types.
+
+        Call it at ITERATION_COMPLETED, at EPOCH_COMPLETED or between runs. In the middle of an
+        iteration it warns: the random states are not those of the iteration's beginning.
+        """
+        values = super().state_dict()
+        if self._snapshot is not None:
+            values.update({k: v for k, v in self._snapshot.items() if k in KEYS})
+            return values
+        exact = self._stream is None or self._stream.fetched == self._consumed
+        if not exact:
+            _warn_inexact("state_dict() was called in the middle of an iteration")
+            values["iteration"] = self._completed
+        state = self.state
+        values["format"] = FORMAT
+        values["seed"] = state.seed
+        values["progress"] = {
+            "epoch": state.epoch,
+            "done": values["iteration"] - self._epoch_began,
+            "ended": state.epoch == self._last_ended_epoch,
+        }
+        values["position"] = self._position()
+        values["rng_states"] = random_states(self.backend)
+        values["backend"] = None if self.backend is None else self.backend.state_dict()
+        offers = getattr(self._step, "state_dict", None)
+        values["step"] = None if offers is None else offers()
+        values["environment"] = environment(self.backend)
+        values["exact"] = exact
+        return values
+
+    def _position(self) -> dict[str, Any] | None:
+        if self._flow is None:
+            return None
+        return {
+            "pass": self._pass,
+            "batch": self._consumed,
+            "source": self._sources,
+            "data": self._flow.fingerprint(),
+            "flow": self._flow.state(),
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Sets the engine to go on from a state; the next `run` restores all of it, in order.
+
+        Args:
+            state_dict: what `state_dict` returned, or a state of pytorch-ignite's form: progress
+                and `rng_states`. The latter resumes exactly only where pytorch-ignite's own does.
+
+        Raises:
+            TypeError: if it is not a mapping.
+            ValueError: if a key is missing or unexpected, or has an illegal value.
+        """
+        if not isinstance(state_dict, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(
+                f"Argument state_dict should be a dictionary, but given {type(state_dict)}"
+            )
+        own = {"epoch_length", "iteration", "epoch", "max_epochs", "max_iters"}
+        full = check_keys(state_dict, own | set(self.state_dict_user_keys))
+        super().load_state_dict(state_dict)
+        self._snapshot = dict(state_dict)
+        self._stream = self._flow = None
+        self._completed = self.state.iteration
+        if not full:
+            self.state.seed = self._given_seed
+        else:
+            progress = state_dict["progress"]
+            self.state.seed = state_dict["seed"]
+            open_epoch = progress["epoch"] > 0 and not progress["ended"]
+            self.state.epoch = progress["epoch"] - open_epoch
+            if not state_dict["exact"]:
+                _warn_inexact("the state was written in the middle of an iteration")
+
+    # ---------------------------------------------------------------- the run
+
+    def _begin_anew(self) -> None:
+        self._pass = self._consumed = self._sources = 0
+        self._completed = self._epoch_began = self._last_ended_epoch = 0
+        self._stream, self._snapshot = None, None
+        self.state.seed = self._given_seed
+
+    def _continue(self) -> State:
+        if self._session is None and self._snapshot is not None:
+            self._take_up(self._snapshot)
+        arithmetic = (
+            nullcontext() if self.backend is None else self.backend.deterministic(self._warn_only)
+        )
+        try:
+            with arithmetic:
+                return super()._continue()
+        finally:
+            if self._session is None and self._flow is not None and self._stream is not None:
+                # Lets go of the iterators, so that workers stop with the run.
+                self._flow.close()
+                self._stream = _Counted(iter(()), self._stream.fetched)
+
+    def _take_up(self, snapshot: Mapping[str, Any]) -> None:
+        """Restores what comes before the data: the step's and the backend's state, the progress."""
+        if "format" not in snapshot:
+            return
+        progress = snapshot["progress"]
+        self._last_ended_epoch = progress["epoch"] if progress["ended"] else 0
+        self._epoch_offset = 0 if progress["ended"] else progress["done"]
+        length = self.state.epoch_length
+        self._owes_epoch_end = not progress["ended"] and progress["done"] == length
+        report_differences(snapshot["environment"], environment(self.backend))
+        if snapshot["step"] is not None:
+            self._load_step(snapshot["step"])
+        if self.backend is not None and snapshot["environment"]["backend"] == spec_of(self.backend):
+            self.backend.load_state_dict(snapshot["backend"])
+
+    def _load_step(self, state: Mapping[str, Any]) -> None:
+        load = getattr(self._step, "load_state_dict", None)
+        if load is None:
+            raise ValueError(
+                "The state holds a state of the process function (such as the gradients of an "
+                f"accumulation window), and {self._step} has no load_state_dict. Use the factory "
+                "that made the trainer which wrote it."
+            )
+        load(state)
+
+    def set_data(self, data: Iterable[Any]) -> None:
+        """Takes the next batch, and all after it, from other data, as another pass of the run.
+
+        A state that is written after this says so: resume it with this data given to `run`.
+
+        Args:
+            data: what `run` takes.
+
+        Raises:
+            TypeError: if it is not iterable.
+        """
+        started = self._stream is not None
+        self._pass += started
+        self._sources += started
+        self._consumed = 0
+        self._stream = None if started else self._stream
+        super().set_data(data)
+
+    def _open_data(self) -> Iterator[Any]:
+        if self._session is None:
+            # set_data() before run(): the seed is known when the run has started.
+            return _Lazy(self)
+        snapshot, self._snapshot = self._snapshot, None
+        if self.state.dataloader is None:
+            if snapshot is not None:
+                self._restore(snapshot)
+            return super()._open_data()
+        same = self._flow is not None and self._flow.data is self.state.dataloader
+        if not same:
+            self._flow = dataflow_of(self.state.dataloader, self._iterate)
+        if snapshot is not None:
+            return self._open_snapshot(snapshot)
+        resumed = self._stream is not None
+        assert self._flow is not None
+        return self._open_pass(self._flow.state() if same and resumed else None, not resumed)
+
+    def _iterate(self, data: Any) -> Iterator[Any]:
+        return iter(data) if self.backend is None else self.backend.batches(data)
+
+    def _reopen_data(self) -> Iterator[Any]:
+        if self.state.dataloader is None:
+            return super()._open_data()
+        self._pass += 1
+        self._consumed = 0
+        return self._open_pass(None, True)
+
+    def _open_pass(self, state: Mapping[str, Any] | None, seeds: bool) -> Iterator[Any]:
+        """Opens the data at the position.
+
+        Args:
+            state: the dataflow's state there, if it has one.
+            seeds: whether the pass's seeding of the global generators stays in force, as where it
+                begins; where a run goes on within a pass, they are left as they were.
+        """
+        seed = self.state.seed
+        assert seed is not None and self._flow is not None
+        before = None if seeds else random_states(self.backend)
+        manual_seed(seed + self._pass)
+        if self.backend is not None:
+            self.backend.seed(seed + self._pass)
+        key = StreamKey(seed, self._pass, self._streams)
+        iterator = self._flow.open(key, self._consumed, state)
+        if before is not None:
+            restore_random_states(before, self.backend)
+        self._stream = _Counted(iterator, self._consumed)
+        return self._stream
+
+    def _open_snapshot(self, snapshot: Mapping[str, Any]) -> Iterator[Any]:
+        """Opens the data where a state says, and restores its random states at the last moment."""
+        assert self._flow is not None
+        if "format" not in snapshot:
+            return self._open_foreign(snapshot)
+        position = snapshot["position"]
+        if position is None:
+            return self._open_pass(None, True)
+        self._check_data(position["data"], self._flow.fingerprint(), position["source"])
+        self._pass, self._consumed = position["pass"], position["batch"]
+        self._sources = position["source"]
+        iterator = self._open_pass(position["flow"], False)
+        self._restore(snapshot)
+        return iterator
+
+    def _open_foreign(self, snapshot: Mapping[str, Any]) -> Iterator[Any]:
+        """Opens the data where a state of pytorch-ignite's form says."""
+        iteration = self.state.iteration
+        length = data_length(self.state.dataloader) or iteration + 1
+        self._pass, self._consumed = divmod(iteration, length)
+        iterator = self._open_pass(None, True)
+        if snapshot["rng_states"] is not None and self._consumed:
+            restore_random_states(snapshot["rng_states"], self.backend)
+        return iterator
+
+    def _restore(self, snapshot: Mapping[str, Any]) -> None:
+        # At an epoch's beginning they were restored before its EPOCH_STARTED, whose handlers may
+        # have drawn; within an epoch that event fired once more, and its draws do not count.
+        if "format" in snapshot and not _at_beginning(snapshot):
+            restore_random_states(snapshot["rng_states"], self.backend)
+
+    def _check_data(self, then: Mapping[str, Any], now: Mapping[str, Any], source: int) -> None:
+        if then == now:
+            return
+        exchanged = f" after set_data() had exchanged the data {source} times" if source else ""
+        raise ValueError(
+            f"The state was written{exchanged} with data of {dict(then)}, and run() was given data "
+            f"of {dict(now)}: a position in one is none in the other. Give run() the data, batch "
+            "size and dataset that the run had when the state was written."
+        )
+
+
+class _Lazy:
+    """An iterator that opens an engine's data when it is first asked."""
+
+    def __init__(self, engine: DeterministicEngine) -> None:
+        self._engine = engine
+        self._iterator: Iterator[Any] | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        if self._iterator is None:
+            self._iterator = self._engine._open_data()
+        return next(self._iterator)
+
+
+def _tracked(process_function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    @functools.wraps(process_function, updated=())
+    def step(engine: Any, batch: Any) -> Any:
+        output = process_function(engine, batch)
+        if engine._stream is not None:
+            engine._consumed = engine._stream.fetched
+        engine._completed = engine.state.iteration
+        return output
+
+    return step
+
+
+def _at_beginning(snapshot: Mapping[str, Any]) -> bool:
+    progress = snapshot["progress"]
+    return bool(progress["ended"]) or progress["done"] == 0
+
+
+def _on_started(engine: Any) -> None:
+    if engine.state.seed is None:
+        engine.state.seed = int(torch.randint(0, int(1e9), (1,)).item())
+    snapshot = engine._snapshot
+    if snapshot is None or "format" not in snapshot:
+        return
+    if is_done(engine.state) and not engine._owes_epoch_end:
+        # Nothing is left to do: the run ends as the one that was saved did.
+        restore_random_states(snapshot["rng_states"], engine.backend)
+        engine._snapshot = None
+
+
+def _on_epoch_started(engine: Any) -> None:
+    engine._epoch_began = engine.state.iteration - (engine._epoch_offset or 0)
+    snapshot = engine._snapshot
+    if snapshot is None or "format" not in snapshot or snapshot["position"] is None:
+        return
+    if _at_beginning(snapshot):
+        restore_random_states(snapshot["rng_states"], engine.backend)
+
+
+def _on_epoch_completed(engine: Any) -> None:
+    engine._last_ended_epoch = engine.state.epoch
+
+
+def _warn_inexact(what: str) -> None:
+    warnings.warn(
+        f"The run will not resume bit for bit: {what}, and the random states at its beginning are "
+        "not known. Save at ITERATION_COMPLETED or EPOCH_COMPLETED.",
+        ResumeWarning,
+        stacklevel=3,
+    )

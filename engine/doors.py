@@ -1,0 +1,172 @@
+"""Doors: the step functions by which pytorch-ignite's users know training and evaluation steps.
+
+Each leads to the one `TrainingStep` or `EvaluationStep`, on the backend that its name stands for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from crosstrain.backends.legacy import for_step
+
+from .assembly import Device, LossFunction, prepare, step_options
+from .evaluation_step import EvaluationStep, prediction
+from .training_step import TrainingStep
+
+if TYPE_CHECKING:
+    from torch.amp.grad_scaler import GradScaler
+
+__all__ = [
+    "supervised_evaluation_step",
+    "supervised_evaluation_step_amp",
+    "supervised_training_step",
+    "supervised_training_step_amp",
+    "supervised_training_step_apex",
+    "supervised_training_step_tpu",
+]
+
+_TRAINING = """Makes a training step {where}, to give to an `Engine` of your own.
+
+    The arguments are those of `create_supervised_trainer`, which makes the engine as well.
+
+    Raises:
+        ValueError: if the optimizer holds no parameter of the model, or an argument is illegal.
+        BackendUnavailable: if the backend cannot run here, with the reason and the remedy.
+    """
+_EVALUATION = """Makes an evaluation step {where}, to give to an `Engine` of your own.
+
+    The arguments are those of `create_supervised_evaluator`, which makes the engine as well.
+
+    Raises:
+        BackendUnavailable: if the backend cannot run here, with the reason and the remedy.
+    """
+
+
+def _training_step(
+    name: str,
+    device: Device,
+    scaler: GradScaler | None,
+    model: Any,
+    optimizer: Any,
+    loss_fn: LossFunction,
+    accumulation_steps: int,
+    **given: Any,
+) -> TrainingStep:
+    options = step_options(accumulation_steps, **given)
+    backend = for_step(name, device, scaler).open()
+    model, optimizer = prepare(backend, model, optimizer)
+    return TrainingStep(model, optimizer, loss_fn, backend, options)
+
+
+def _training_door(name: str, where: str) -> Callable[..., TrainingStep]:
+    def step(
+        model: Any,
+        optimizer: Any,
+        loss_fn: LossFunction,
+        device: Device = None,
+        non_blocking: bool = False,
+        prepare_batch: Callable[..., tuple[Any, Any]] | None = None,
+        model_transform: Callable[[Any], Any] | None = None,
+        output_transform: Callable[[Any, Any, Any, Any], Any] | None = None,
+        gradient_accumulation_steps: int = 1,
+        model_fn: Callable[[Any, Any], Any] | None = None,
+    ) -> TrainingStep:
+        return _training_step(
+            name,
+            device,
+            None,
+            model,
+            optimizer,
+            loss_fn,
+            gradient_accumulation_steps,
+            non_blocking=non_blocking,
+            prepare_batch=prepare_batch,
+            model_transform=model_transform,
+            output_transform=output_transform,
+            model_fn=model_fn,
+        )
+
+    step.__name__ = step.__qualname__ = name
+    step.__doc__ = _TRAINING.format(where=where)
+    return step
+
+
+supervised_training_step = _training_door("supervised_training_step", "in full precision")
+supervised_training_step_apex = _training_door(
+    "supervised_training_step_apex", "with NVIDIA's legacy mixed precision"
+)
+supervised_training_step_tpu = _training_door(
+    "supervised_training_step_tpu", "on the device that its name says"
+)
+
+
+def supervised_training_step_amp(
+    model: Any,
+    optimizer: Any,
+    loss_fn: LossFunction,
+    device: Device = None,
+    non_blocking: bool = False,
+    prepare_batch: Callable[..., tuple[Any, Any]] | None = None,
+    model_transform: Callable[[Any], Any] | None = None,
+    output_transform: Callable[[Any, Any, Any, Any], Any] | None = None,
+    scaler: GradScaler | None = None,
+    gradient_accumulation_steps: int = 1,
+    model_fn: Callable[[Any, Any], Any] | None = None,
+) -> TrainingStep:
+    """Makes a training step with autocast to fp16, to give to an `Engine` of your own.
+
+    The arguments are those of `create_supervised_trainer`, which makes the engine as well, and:
+
+    Args:
+        scaler: scales the loss; None: nothing does, and small gradients are lost.
+
+    Raises:
+        ValueError: if the optimizer holds no parameter of the model, or an argument is illegal.
+        BackendUnavailable: if the backend cannot run here, with the reason and the remedy.
+    """
+    return _training_step(
+        "supervised_training_step_amp",
+        device,
+        scaler,
+        model,
+        optimizer,
+        loss_fn,
+        gradient_accumulation_steps,
+        non_blocking=non_blocking,
+        prepare_batch=prepare_batch,
+        model_transform=model_transform,
+        output_transform=output_transform,
+        model_fn=model_fn,
+    )
+
+
+def _evaluation_door(name: str, where: str) -> Callable[..., EvaluationStep]:
+    def step(
+        model: Any,
+        device: Device = None,
+        non_blocking: bool = False,
+        prepare_batch: Callable[..., tuple[Any, Any]] | None = None,
+        model_transform: Callable[[Any], Any] | None = None,
+        output_transform: Callable[[Any, Any, Any], Any] = prediction,
+        model_fn: Callable[[Any, Any], Any] | None = None,
+    ) -> EvaluationStep:
+        options = step_options(
+            non_blocking=non_blocking,
+            prepare_batch=prepare_batch,
+            model_transform=model_transform,
+            model_fn=model_fn,
+        )
+        backend = for_step(name, device, None).open()
+        model, _ = prepare(backend, model, [])
+        return EvaluationStep(model, backend, options, output_transform)
+
+    step.__name__ = step.__qualname__ = name
+    step.__doc__ = _EVALUATION.format(where=where)
+    return step
+
+
+supervised_evaluation_step = _evaluation_door("supervised_evaluation_step", "in full precision")
+supervised_evaluation_step_amp = _evaluation_door(
+    "supervised_evaluation_step_amp", "with autocast to fp16"
+)

@@ -1,0 +1,60 @@
+"""The evaluation step: forward pass without gradients, written once for every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .training_step import StepOptions, several
+
+if TYPE_CHECKING:
+    from crosstrain.backends import Backend
+
+    from .engine import Engine
+
+__all__ = ["EvaluationStep", "prediction"]
+
+
+def prediction(x: Any, y: Any, y_pred: Any) -> tuple[Any, Any]:
+    """Returns `(y_pred, y)`, an evaluation's default output, which metrics take."""
+    return y_pred, y
+
+
+class EvaluationStep:
+    """Runs one iteration of evaluation on a backend; give it to an `Engine`.
+
+    Args:
+        model: a model, or several.
+        backend: an opened backend that has prepared the model.
+        options: `prepare_batch`, `non_blocking`, `model_fn` and `model_transform` of a training
+            step; the rest is not used.
+        output_transform: called as `output_transform(x, y, y_pred)`, returns the iteration's
+            output; `(y_pred, y)` by default, which metrics take.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        backend: Backend,
+        options: StepOptions | None = None,
+        output_transform: Callable[[Any, Any, Any], Any] = prediction,
+    ) -> None:
+        self.model = model
+        self.models: list[torch.nn.Module] = several(model)
+        self.backend = backend
+        self.options = options or StepOptions()
+        self.output_transform = output_transform
+
+    def __call__(self, engine: Engine, batch: Any) -> Any:
+        """Runs an iteration: put and forward, in evaluation mode and without gradients."""
+        options = self.options
+        for model in self.models:
+            if model.training:
+                model.eval()
+        with torch.no_grad():
+            x, y = options.split(batch, self.backend)
+            with self.backend.autocast():
+                y_pred = options.model_transform(options.model_fn(self.model, x))
+            return self.output_transform(x, y, y_pred)

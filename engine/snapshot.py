@@ -1,0 +1,142 @@
+"""The snapshot: what a deterministic engine's state holds besides its progress, and how it is checked."""
+
+from __future__ import annotations
+
+import os
+import platform
+import random
+import sys
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy
+import torch
+
+from crosstrain.backends import random_state
+
+if TYPE_CHECKING:
+    from crosstrain.backends import Backend
+
+__all__ = [
+    "FORMAT",
+    "KEYS",
+    "ResumeWarning",
+    "check_keys",
+    "environment",
+    "random_states",
+    "report_differences",
+    "restore_random_states",
+    "spec_of",
+]
+
+FORMAT: Final = 1
+KEYS: Final = frozenset(
+    {
+        "format",
+        "seed",
+        "progress",
+        "position",
+        "rng_states",
+        "backend",
+        "step",
+        "environment",
+        "exact",
+    }
+)
+
+
+class ResumeWarning(UserWarning):
+    """A run goes on under conditions that may change its bits."""
+
+
+def spec_of(backend: Backend | None) -> str | None:
+    """Returns the spec of a backend, such as `cpu:bf16`; None where there is none."""
+    return None if backend is None else f"{backend.name}:{backend.option}"
+
+
+def environment(backend: Backend | None) -> dict[str, Any]:
+    """Returns what decides the bits of a run besides its state: threads, cores, device, versions."""
+    devices = [] if backend is None else backend.probe().devices
+    return {
+        "backend": spec_of(backend),
+        "devices": ", ".join(devices),
+        "world size": 1 if backend is None else backend.world.size,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "machine": platform.machine(),
+        "torch": str(torch.__version__),
+        "numpy": numpy.__version__,
+        "python": ".".join(map(str, sys.version_info[:3])),
+    }
+
+
+def report_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Warns of each condition that is not what it was when a state was written."""
+    changed = [
+        f"{name} was {then[name]!r} and is {now.get(name)!r}"
+        for name in then
+        if then[name] != now.get(name)
+    ]
+    if changed:
+        warnings.warn(
+            "The run goes on under other conditions than those it was saved under, so its numbers "
+            f"may differ in their last bits: {'; '.join(changed)}.",
+            ResumeWarning,
+            stacklevel=2,
+        )
+
+
+def random_states(backend: Backend | None) -> dict[str, Any]:
+    """Returns the random states of the host and of the backend's device."""
+    return {
+        **random_state.capture(),
+        "device": {} if backend is None else backend.rng_state(),
+    }
+
+
+def restore_random_states(state: Any, backend: Backend | None) -> None:
+    """Restores what `random_states` returned, or the list that pytorch-ignite's engine saves.
+
+    Args:
+        state: the states.
+        backend: whose device's states are restored as well, if there are any.
+    """
+    if isinstance(state, Mapping):
+        random_state.restore(state)
+        if backend is not None and state.get("device"):
+            backend.set_rng_state(state["device"])
+        return
+    python, torch_state, *rest = state
+    version, words, gauss = python
+    random.setstate((version, tuple(words), gauss))
+    torch.set_rng_state(torch_state.cpu())
+    if rest:
+        numpy.random.set_state(rest[0])
+
+
+def check_keys(state: Mapping[str, Any], known: set[str]) -> bool:
+    """Tells whether a state is a full snapshot (true) or of pytorch-ignite's form (false).
+
+    Raises:
+        ValueError: if a key is missing or unexpected, or the snapshot's format is another one.
+    """
+    full = "format" in state
+    wanted = KEYS if full else frozenset({"rng_states"})
+    missing = sorted(wanted - set(state))
+    unexpected = sorted(set(state) - wanted - known)
+    if missing or unexpected:
+        raise ValueError(
+            "The state of a deterministic engine "
+            + (f"lacks {missing}" if missing else "")
+            + (" and " if missing and unexpected else "")
+            + (f"has the unexpected keys {unexpected}" if unexpected else "")
+            + f"; it has {sorted(state)}. States come from DeterministicEngine.state_dict() with "
+            "the same state_dict_user_keys, or hold 'rng_states' (None, or pytorch-ignite's)."
+        )
+    if full and state["format"] != FORMAT:
+        raise ValueError(
+            f"The state has format {state['format']!r}; this version of crosstrain reads {FORMAT}. "
+            "Load it with the version that wrote it."
+        )
+    return full
