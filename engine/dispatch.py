@@ -1,4 +1,4 @@
-"""Dispatcher: registers events, attaches handlers to them, and runs the handlers when events fire."""
+"""Dispatcher: registers events, attaches handlers to them, runs them when the events fire."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from .events import Events, RemovableEventHandle, gate_of, is_event, is_events_list
-from .handlers import HandlerTable, Slot
+from .handlers import Binding, HandlerTable, Slot
 from .state import State
 
 __all__ = ["Dispatcher"]
@@ -19,10 +19,12 @@ class Dispatcher:
     """Holds a state, its events and their handlers: the half of an Engine that runs no loop."""
 
     def __init__(self) -> None:
-        self.logger = logging.getLogger(f"{__name__}.{type(self).__name__}")
+        self.logger = logging.getLogger(f"{__package__}.{type(self).__name__}")
         self.state = State()
         self.last_event_name: Any = None
         self._handlers = HandlerTable(type(self).__name__)
+        # Whether each event is logged; read when a run begins or goes on, not at each event.
+        self._logs_events = False
         self.register_events(*Events)
 
     def register_events(
@@ -50,10 +52,20 @@ class Dispatcher:
                     f"Value at {index} of event_names should be a str or EventEnum, but given "
                     f"{event!r}"
                 )
-            self._handlers.register(event)
+        slots = [self._handlers.register(event) for event in event_names]
         if event_to_attr:
             known = {event: event_to_attr[event] for event in event_names if event in event_to_attr}
             self.state.count_events(known)
+        for slot in slots:
+            slot.counter = self.state.event_to_attr.get(slot.name)
+
+    def slot(self, event: Any) -> Slot:
+        """Returns an event's place in the table; its `handlers` is empty where nobody listens.
+
+        Raises:
+            ValueError: if the event is not registered.
+        """
+        return self._handlers.require(event)
 
     def has_registered_events(self, event: Any) -> bool:
         """Tells whether an event is registered with this engine."""
@@ -80,16 +92,20 @@ class Dispatcher:
             A handle that takes the handler off again.
 
         Raises:
-            ValueError: if the event is not registered, or the handler does not take these arguments.
+            TypeError: if the handler is not callable.
+            ValueError: if the event is not registered, or the handler does not take these
+                arguments.
             RuntimeError: if the event has a filter but no attribute of the state counts it.
         """
-        events = list(event_name) if is_events_list(event_name) else [event_name]
-        for event in events:
-            self._handlers.require(event)
-            if gate_of(event) is not None:
-                self.state.get_event_attrib_value(event)
-        for event in events:
-            self._handlers.add(self, event, handler, args, kwargs)
+        bound: list[tuple[Slot, Binding]] = []
+        for event in event_name if is_events_list(event_name) else (event_name,):
+            slot = self._handlers.require(event)
+            if gate_of(event) is not None and slot.counter is None:
+                self.state.get_event_attrib_value(slot.name)
+            bound.append((slot, self._handlers.bind(self, event, handler, args, kwargs)))
+        for slot, binding in bound:
+            slot.handlers.append(binding)
+        self.logger.debug("Added handler %s for event %s", handler, event_name)
         return RemovableEventHandle(event_name, handler, self)
 
     def on(self, event_name: Any, *args: Any, **kwargs: Any) -> Callable[[Handler], Handler]:
@@ -119,39 +135,60 @@ class Dispatcher:
         Raises:
             ValueError: if the event is not registered.
         """
-        self._fire(self._handlers.require(event_name))
+        self._emit(event_name)
+
+    def _emit(self, event: Any) -> None:
+        slot = self._handlers.require(event)
+        if self._logs_events:
+            self._log_and_fire(slot)
+        else:
+            self._fire(slot)
+
+    def _log_and_fire(self, slot: Slot) -> None:
+        state = self.state
+        self.logger.debug(
+            "%s | %s, Firing handlers for event %s", state.epoch, state.iteration, slot.event
+        )
+        self._fire(slot)
 
     def _fire(self, slot: Slot) -> None:
         """Runs an event's handlers: the hot path, so what a filter asks is compared right here."""
         self.last_event_name = slot.event
-        count = -1
-        for handler, takes_engine, more, gate in slot.handlers:
+        for handler, takes_engine, extra in slot.handlers:
+            if extra is None:
+                if takes_engine:
+                    handler(self)
+                else:
+                    handler()
+                continue
+            gate, args, kwargs = extra
             if gate is not None:
-                if count < 0:
-                    count = self.state.get_event_attrib_value(slot.event)
                 every, offset, after, before, once, event_filter = gate
+                # Read for each handler: one may change the count that the next one sees.
+                count = getattr(self.state, slot.counter)  # type: ignore[arg-type]
                 if (
-                    not (after < count < before)
-                    or (count - offset) % every
+                    (count - offset) % every
+                    or not (after < count < before)
                     or (once is not None and count not in once)
                     or (event_filter is not None and not event_filter(self, count))
                 ):
                     continue
-            if more is not None:
-                args, kwargs = more
-                if takes_engine:
-                    handler(self, *args, **kwargs)
-                else:
-                    handler(*args, **kwargs)
-            elif takes_engine:
-                handler(self)
+            if takes_engine:
+                handler(self, *args, **kwargs)
             else:
-                handler()
+                handler(*args, **kwargs)
 
-    def _fire_with(self, slot: Slot, *event_args: Any, **event_kwargs: Any) -> None:
-        """Runs the handlers of an event that passes something to them; filters do not apply."""
+    def _fire_with(self, slot: Slot, *event_args: Any, **event_kwargs: Any) -> int:
+        """Runs the handlers of an event that passes something to them; returns how many ran."""
         self.last_event_name = slot.event
-        for handler, takes_engine, more, _ in slot.handlers:
-            args, kwargs = more or ((), {})
+        ran = 0
+        for handler, takes_engine, extra in slot.handlers:
+            gate, args, kwargs = extra or (None, (), {})
+            if gate is not None:
+                count = getattr(self.state, slot.counter)  # type: ignore[arg-type]
+                if not gate.passes(self, count):
+                    continue
             first = (self,) if takes_engine else ()
-            handler(*first, *event_args, *args, **kwargs, **event_kwargs)
+            handler(*first, *event_args, *args, **{**kwargs, **event_kwargs})
+            ran += 1
+        return ran

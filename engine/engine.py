@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,8 @@ class Engine(Loop):
         check_signature(process_function, "process_function", self, None)
         super().__init__(process_function, backend)
         self._user_keys: list[str] = []
+        #: What this engine trains, by name: a checkpoint without one of them is not complete.
+        self.objects: dict[str, Any] = {}
 
     @property
     def state_dict_user_keys(self) -> list[str]:
@@ -54,7 +57,10 @@ class Engine(Loop):
         """Returns epoch length, iteration, limit, and the attributes that you named."""
         limit = "max_epochs" if self.state.max_iters is None else "max_iters"
         keys = ("epoch_length", "iteration", limit, *self._user_keys)
-        return OrderedDict((key, getattr(self.state, key)) for key in keys)
+        values = OrderedDict((key, getattr(self.state, key)) for key in keys)
+        # An iteration whose step failed is not completed: it is to be done again.
+        values["iteration"] -= self._step_failed
+        return values
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Sets the engine to go on from a state; the next `run` does.
@@ -67,17 +73,10 @@ class Engine(Loop):
             TypeError: if it is not a mapping.
             ValueError: if a key is missing, contradicts another, or has an illegal value.
         """
-        missing = [key for key in self._user_keys if key not in state_dict]
-        if missing:
-            raise ValueError(
-                f"Required user state attributes {missing} are absent in provided state_dict "
-                f"'{list(state_dict)}'"
-            )
-        load_progress(self.state, state_dict)
-        for key in self._user_keys:
-            setattr(self.state, key, state_dict[key])
-        if self._session is None or not self._session.gi_running:
+        load_progress(self.state, state_dict, self._user_keys)
+        if not self._is_running():
             self._drop_session()
+        self._loaded = True
 
     def set_data(self, data: Iterable[Any]) -> None:
         """Takes the next batch, and all after it, from other data; the epoch's length stays.
@@ -118,24 +117,26 @@ class Engine(Loop):
 
         Raises:
             TypeError: if `data` is not iterable.
-            ValueError: if the data is empty, or the limits contradict each other or the state.
+            ValueError: if the data is empty (`EmptyData`), or the limits contradict each other or
+                the state.
             RuntimeError: if the engine runs already, or data that cannot be iterated anew ends
-                before the run does.
+                before the run does (`DataUsedUp`).
         """
         if data is not None:
             _check_iterable(data)
-        if self._session is not None and self._session.gi_running:
+        if self._is_running():
             raise RuntimeError(
                 "Engine.run() was called by a handler or a step of the same run. Use another "
                 "Engine for an inner loop, such as one for evaluation."
             )
-        if self._failure is not None:
+        if self._failed:
             self._recover()
         check_limits(self.state, max_epochs, max_iters)
         unlimited = self.state.max_epochs is None and self.state.max_iters is None
-        if unlimited or (is_done(self.state) and self._session is None):
+        if unlimited or (is_done(self.state) and self._session is None and not self._loaded):
             begin(self.state, data, max_epochs, max_iters, epoch_length)
-            self._session = None
+            self._begin_anew()
+            self._drop_session()
             self.logger.info("Run begins: %s.", self._goal())
         else:
             resume(self.state, data, epoch_length)
@@ -146,10 +147,14 @@ class Engine(Loop):
             self.state.dataloader = data
         return self._continue()
 
+    def _is_running(self) -> bool:
+        session = self._session
+        return session is not None and inspect.getgeneratorstate(session) == inspect.GEN_RUNNING
+
 
 def _check_iterable(data: Any) -> None:
-    if not isinstance(data, Iterable) and not hasattr(data, "__getitem__"):
+    if not isinstance(data, Iterable):
         raise TypeError(
-            f"Argument data should be iterable: a list, a DataLoader, an iterator or a generator; "
+            "Argument data should be iterable: a list, a DataLoader, an iterator or a generator; "
             f"got {type(data)}"
         )

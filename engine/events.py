@@ -1,7 +1,7 @@
 """Events: the named moments of a run, filters on them, and the handle that undoes an attachment.
 
-The programming model (events with `every`, `once`, `before`, `after`, combination by `|`) is that of
-pytorch-ignite's `ignite.engine.events`. Events of that library, or of any other, are understood
+The programming model (events with `every`, `once`, `before`, `after`, combination by `|`) is that
+of pytorch-ignite's `ignite.engine.events`. Events of that library, or of any other, are understood
 wherever ours are: an event is known by its name and value, not by its class.
 """
 
@@ -27,7 +27,7 @@ from typing import (
 from .state import State, Unread
 
 if TYPE_CHECKING:
-    from .engine import Engine
+    from .dispatch import Dispatcher
 
 __all__ = [
     "CallableEventWithFilter",
@@ -67,12 +67,12 @@ class Gate(NamedTuple):
 
     every: int = 1
     offset: int = 0
-    after: int = -1
+    after: int = -_UNBOUNDED
     before: int = _UNBOUNDED
     once: frozenset[int] | None = None
     event_filter: EventFilter | None = None
 
-    def __call__(self, engine: Any, event: int) -> bool:
+    def passes(self, engine: Any, event: int) -> bool:
         """Tells whether a handler behind this gate runs at the count `event`."""
         if not (self.after < event < self.before) or (event - self.offset) % self.every:
             return False
@@ -117,7 +117,7 @@ class CallableEventWithFilter:
     @property
     def filter(self) -> EventFilter | None:
         """The filter as one callable of (engine, count), or None where every count passes."""
-        return self.gate
+        return None if self.gate is None else self.gate.passes
 
     def __call__(
         self,
@@ -151,6 +151,7 @@ class CallableEventWithFilter:
                 f"every; got event_filter={event_filter}, every={every}, once={once}, "
                 f"before={before}, after={after}"
             )
+        gate: Gate | None
         if event_filter is not None:
             gate = _gate_of_filter(event_filter)
         elif once is not None:
@@ -179,10 +180,10 @@ class CallableEventWithFilter:
         return hash(self._name_)
 
     def __or__(self, other: Any) -> EventsList:
-        return EventsList() | self | other
+        return EventsList().joined(self, other)
 
     def __ror__(self, other: Any) -> EventsList:
-        return EventsList() | other | self
+        return EventsList().joined(other, self)
 
 
 def is_event(value: object) -> TypeGuard[EventLike]:
@@ -198,8 +199,8 @@ def gate_of(event: object) -> Gate | None:
     """Returns the gate of an event, whichever library it comes from; None if every count passes."""
     if isinstance(event, CallableEventWithFilter):
         return event.gate
-    foreign = getattr(event, "filter", None)
-    return Gate(event_filter=foreign) if callable(foreign) else None
+    foreign: EventFilter | None = getattr(event, "filter", None)
+    return None if foreign is None else Gate(event_filter=foreign)
 
 
 def _gate_of_filter(event_filter: EventFilter) -> Gate:
@@ -238,9 +239,11 @@ def _gate_of_window(every: int | None, before: int | None, after: int | None) ->
 
 
 def _counts(name: str, value: int | Sequence[int]) -> frozenset[int]:
-    counts = (value,) if isinstance(value, int) else value
-    good = isinstance(counts, Sequence) and len(counts) > 0
-    if not good or not all(isinstance(count, int) and count > 0 for count in counts):
+    given: Any = value
+    counts: list[Any] = [given] if isinstance(given, int) else []
+    if isinstance(given, Sequence):
+        counts.extend(cast(Sequence[Any], given))
+    if not counts or not all(isinstance(count, int) and count > 0 for count in counts):
         raise ValueError(
             f"Argument {name} should either be a positive integer or a list of positive integers, "
             f"got {value!r}"
@@ -306,8 +309,18 @@ class EventsList:
         return len(self._events)
 
     def __or__(self, other: Any) -> EventsList:
+        return self.joined(other)
+
+    def joined(self, *others: Any) -> EventsList:
+        """Returns a new list: these events, then each of `others`, an event or a list of them.
+
+        Raises:
+            TypeError: if one is neither.
+        """
         combined = EventsList()
-        combined._events = [*self._events, *(other if is_events_list(other) else (other,))]
+        combined._events.extend(self._events)
+        for other in others:
+            combined._events.extend(other if is_events_list(other) else (other,))
         for event in combined._events:
             if not is_event(event):
                 raise TypeError(
@@ -335,10 +348,10 @@ class RemovableEventHandle:
         engine: the engine to which it was attached.
     """
 
-    def __init__(self, event_name: Any, handler: Callable[..., Any], engine: Engine) -> None:
+    def __init__(self, event_name: Any, handler: Callable[..., Any], engine: Dispatcher) -> None:
         self.event_name = event_name
         self.handler: Callable[[], Callable[..., Any] | None] = _weakly(handler)
-        self.engine: Callable[[], Engine | None] = weakref.ref(engine)
+        self.engine: Callable[[], Dispatcher | None] = weakref.ref(engine)
 
     def remove(self) -> None:
         """Removes the handler from the engine; does nothing if either is gone already."""

@@ -10,33 +10,35 @@ from .events import Events, Gate, gate_of, is_event
 
 __all__ = ["Binding", "HandlerTable", "Slot", "check_signature"]
 
-# A handler as it was added: the function, whether it takes the engine first, its further arguments
-# if it has any, and at which counts it runs. A plain tuple: unpacking a named one is slower, and
-# the loop unpacks one for each handler and event.
-Binding = tuple[
-    Callable[..., Any], bool, tuple[tuple[Any, ...], dict[str, Any]] | None, Gate | None
-]
+# At which counts a handler runs, and its further arguments.
+Extra = tuple[Gate | None, tuple[Any, ...], dict[str, Any]]
+# A handler as it was added: the function, whether it takes the engine first, and the rest, None for
+# a plain handler. Plain tuples: unpacking named ones is slower, and the loop unpacks one for each
+# handler and event.
+Binding = tuple[Callable[..., Any], bool, Extra | None]
 
 
 class Slot:
     """One event's place in the table.
 
     `handlers` grows in place, so a handler that is added while its event fires runs at once; it is
-    replaced when one is removed, so that a running loop over it is not disturbed.
+    replaced when one is removed, so that a running loop over it is not disturbed. `counter` is the
+    attribute of the state that counts the event, None if none does.
     """
 
-    __slots__ = ("event", "handlers", "name")
+    __slots__ = ("counter", "event", "handlers", "name")
 
     def __init__(self, name: str, event: Any) -> None:
         self.name = name
         self.event = event
+        self.counter: str | None = None
         self.handlers: list[Binding] = []
 
 
 # What an event passes to its handlers besides the engine, as samples for the signature check.
-_EVENT_ARGUMENTS: dict[str, tuple[Any, ...]] = {
-    Events.EXCEPTION_RAISED.name: (Exception(),),
-    Events.TERMINATE_SINGLE_EPOCH.name: (0,),
+_EVENT_ARGUMENTS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
+    Events.EXCEPTION_RAISED.name: ((Exception(),), {}),
+    Events.TERMINATE_SINGLE_EPOCH.name: ((), {"iter_counter": 0}),
 }
 
 
@@ -51,19 +53,21 @@ class HandlerTable:
         self._owner = owner
         self._slots: dict[str, Slot] = {}
 
-    def register(self, event: Any) -> None:
-        """Gives an event a slot; an event that has one keeps it.
+    def register(self, event: Any) -> Slot:
+        """Gives an event a slot, or finds the one that it has, and returns it.
 
         Raises:
             ValueError: if another event of this name and of another value has the slot.
         """
         name = event if isinstance(event, str) else event.name
-        known = self._slots.setdefault(name, Slot(name, event)).event
+        slot = self._slots.setdefault(name, Slot(name, event))
+        known = slot.event
         if is_event(event) and is_event(known) and event.value != known.value:
             raise ValueError(
                 f"Event {event!r} with value {event.value!r} has the name of an event that is "
                 f"registered already, with value {known.value!r}. Give it another name."
             )
+        return slot
 
     def slot(self, event: Any) -> Slot | None:
         """Returns the slot of an event, or None if it is not registered."""
@@ -71,8 +75,9 @@ class HandlerTable:
         slot = self._slots.get(name) if isinstance(name, str) else None
         if slot is None:
             return None
-        same = isinstance(event, str) or not is_event(slot.event)
-        return slot if same or event.value == slot.event.value else None
+        if is_event(event) and is_event(slot.event) and event.value != slot.event.value:
+            return None
+        return slot
 
     def require(self, event: Any) -> Slot:
         """Returns the slot of an event.
@@ -88,30 +93,32 @@ class HandlerTable:
             )
         return slot
 
-    def add(
+    def bind(
         self,
         engine: Any,
         event: Any,
         handler: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-    ) -> None:
-        """Binds a handler to one event, with the engine as first argument if it takes that.
+    ) -> Binding:
+        """Makes the binding of a handler to an event, with the engine first if it takes that.
 
         Raises:
+            TypeError: if the handler is not callable.
             ValueError: if the event is not registered or the handler can be called neither with the
                 engine first nor without it.
         """
-        slot = self.require(event)
-        passed = (*_EVENT_ARGUMENTS.get(slot.name, ()), *args)
+        event_args, event_kwargs = _EVENT_ARGUMENTS.get(self.require(event).name, ((), {}))
+        passed, named = (*event_args, *args), {**kwargs, **event_kwargs}
         try:
-            check_signature(handler, "handler", engine, *passed, **kwargs)
+            check_signature(handler, "handler", engine, *passed, **named)
             takes_engine = True
         except ValueError:
-            check_signature(handler, "handler", *passed, **kwargs)
+            check_signature(handler, "handler", *passed, **named)
             takes_engine = False
-        more = (args, kwargs) if args or kwargs else None
-        slot.handlers.append((handler, takes_engine, more, gate_of(event)))
+        gate = gate_of(event)
+        plain = gate is None and not args and not kwargs
+        return handler, takes_engine, None if plain else (gate, args, kwargs)
 
     def has(self, handler: Callable[..., Any], event: Any | None) -> bool:
         """Tells whether a handler is bound to an event, or to any where `event` is None."""
@@ -155,14 +162,20 @@ def check_signature(fn: Callable[..., Any], description: str, *args: Any, **kwar
         **kwargs: sample keyword arguments.
 
     Raises:
+        TypeError: if it is not callable.
         ValueError: if it cannot be called so, or does not tell its signature.
     """
+    if not callable(fn):
+        raise TypeError(
+            f"Error adding {fn!r} '{description}': it is not callable. Pass a function, a bound "
+            "method, or an object with __call__."
+        )
     try:
         signature = inspect.signature(fn)
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(
-            f"Error adding {fn} '{description}': its parameters cannot be read ({error}). Pass a "
-            "callable; wrap one without a readable signature in a function of your own."
+            f"Error adding {fn} '{description}': its parameters cannot be read ({error}). Wrap it "
+            "in a function of your own."
         ) from None
     try:
         signature.bind(*args, **kwargs)

@@ -1,16 +1,18 @@
-"""Loop: the one loop of a run, and the requests that end or pause it."""
+"""Loop: the one loop of a run."""
 
 from __future__ import annotations
 
 import contextlib
+import inspect
+import logging
 import time
 from collections.abc import Callable, Generator, Iterator
 from itertools import repeat
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
-from .dispatch import Dispatcher
 from .events import Events
-from .progress import is_done
+from .progress import DataUsedUp, EmptyData, is_done
+from .requests import END_EPOCH, END_RUN, QUIET_EPOCH, QUIET_RUN, EndEpoch, EndRun, Requests
 from .state import State
 
 if TYPE_CHECKING:
@@ -18,29 +20,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Loop"]
 
-# What has been asked of a run and is not done yet: bits of Engine._asked.
-_PAUSE: Final = 1
-_END_EPOCH: Final = 2
-_END_RUN: Final = 4
-_QUIET_EPOCH: Final = 8  # without EPOCH_COMPLETED
-_QUIET_RUN: Final = 16  # without COMPLETED
-
-_ENDED: Final = object()
-
-
-class _EndEpoch(Exception):
-    """Leaves the loop over an epoch's batches."""
-
-
-class _EndRun(Exception):
-    """Leaves the run."""
-
 
 class _Failed(Exception):
     """Leaves the run because of `Engine._failure`, which no handler dealt with."""
 
 
-class Loop(Dispatcher):
+class Loop(Requests):
     """Runs a step over batches and fires events: the half of an Engine that moves.
 
     Args:
@@ -48,70 +33,28 @@ class Loop(Dispatcher):
         backend: its `sync()` is called after each step; None where the step needs none.
     """
 
-    interrupt_resume_enabled = True
-
     def __init__(
         self, process_function: Callable[[Any, Any], Any], backend: Backend | None = None
     ) -> None:
         super().__init__()
         self.backend = backend
         self._process_function = process_function
-        self._data_iter: Iterator[Any] | None = None
-        # How many iterations the epoch that a session begins in has behind it.
-        self._epoch_offset = 0
-        self._asked = 0
+        self._data_iter: Any = None
         self._session: Generator[None, None, None] | None = None
+        # A state was loaded: the next run goes on from it, even where nothing is left to do.
+        self._loaded = False
+        # The loaded state has an epoch whose iterations are done and whose end has not been fired.
+        self._owes_epoch_end = False
+        # How many iterations the epoch that a session begins in has behind it; None: what the state
+        # says.
+        self._epoch_offset: int | None = None
+        # Whether an epoch has begun and not ended.
+        self._in_epoch = False
+        # Whether an exception ended the run; whether one left an iteration before its step's end;
+        # the one that is to propagate.
+        self._failed = self._step_failed = False
         self._failure: BaseException | None = None
-        self._step_failed = False
         self._at_end: list[Callable[[], None]] = []
-
-    @property
-    def should_terminate(self) -> bool:
-        """Whether the run ends, or the last one was ended, by `terminate` or by `max_iters`."""
-        return bool(self._asked & _END_RUN)
-
-    @property
-    def should_terminate_single_epoch(self) -> bool:
-        """Whether the epoch is about to end by `terminate_epoch`."""
-        return bool(self._asked & _END_EPOCH)
-
-    @property
-    def should_interrupt(self) -> bool:
-        """Whether the run is about to pause."""
-        return bool(self._asked & _PAUSE)
-
-    def interrupt(self) -> None:
-        """Pauses the run at the next event; `run()` returns, and the next `run()` goes on there.
-
-        Raises:
-            RuntimeError: if `interrupt_resume_enabled` is false.
-        """
-        if not self.interrupt_resume_enabled:
-            raise RuntimeError(
-                "Engine 'interrupt/resume' feature is disabled. "
-                "Please, set Engine.interrupt_resume_enabled=True to enable it"
-            )
-        self.logger.info("Pause asked for: the run returns after the current event.")
-        self._asked |= _PAUSE
-
-    def terminate(self, skip_completed: bool = False) -> None:
-        """Ends the run after the current event: TERMINATE fires, then COMPLETED.
-
-        Args:
-            skip_completed: if true, COMPLETED does not fire.
-        """
-        self.logger.info("Termination asked for: the run ends after the current event.")
-        self._asked = (self._asked & ~_QUIET_RUN) | _END_RUN | (_QUIET_RUN * skip_completed)
-
-    def terminate_epoch(self, skip_epoch_completed: bool = False) -> None:
-        """Ends the epoch after the current event; the run goes on with the next one, data anew.
-
-        Args:
-            skip_epoch_completed: if true, EPOCH_COMPLETED does not fire.
-        """
-        self.logger.info("End of epoch asked for: the epoch ends after the current event.")
-        quiet = _QUIET_EPOCH * skip_epoch_completed
-        self._asked = (self._asked & ~_QUIET_EPOCH) | _END_EPOCH | quiet
 
     def call_at_end(self, function: Callable[[], None]) -> None:
         """Has a function called, without arguments, whenever `run` is about to return or to raise.
@@ -121,53 +64,56 @@ class Loop(Dispatcher):
         """
         self._at_end.append(function)
 
-    def _obey(self) -> Generator[None, None, None]:
-        """Does what has been asked for: leaves the run or the epoch, or pauses."""
-        if self._asked & _END_RUN:
-            raise _EndRun
-        if self._asked & _END_EPOCH:
-            raise _EndEpoch
-        if self._asked & _PAUSE:
-            self._fire(self._handlers.require(Events.INTERRUPT))
-            self._asked &= ~_PAUSE
-            yield
-
     def _drop_session(self) -> None:
-        """Forgets a paused run, its data, and what was asked of it or went wrong in it."""
+        """Forgets a paused run and its data, what was asked of a run and what went wrong in it."""
         if self._session is not None:
             self._session.close()
-        self._session = self._data_iter = None
-        self._asked, self._step_failed = 0, False
+            self._session = self._data_iter = None
+        self._asked, self._epoch_offset = 0, None
+        self._failed = self._in_epoch = self._step_failed = False
 
     def _recover(self) -> None:
-        """Sets the state back to the last iteration whose step was completed."""
-        state = self.state
-        state.iteration -= self._step_failed
-        if state.epoch_length is not None:
-            state.epoch = state.iteration // state.epoch_length
-        self._failure, self._step_failed = None, False
+        """Sets the state of a failed run back to the last iteration whose step was completed."""
+        self.state.iteration -= self._step_failed
+        self.state.epoch -= self._in_epoch
+        self._failed = self._in_epoch = self._step_failed = False
 
     def _continue(self) -> State:
+        state = self.state
         if self._session is None:
-            # An epoch that terminate() ended is over; any other is gone on with.
-            over = self._asked & _END_RUN or not self.state.epoch_length
-            self._epoch_offset = 0 if over else self.state.iteration % self.state.epoch_length
-            self._asked = 0
+            if self._epoch_offset is None:
+                # An epoch that terminate() ended is over; any other is gone on with.
+                over = self.should_terminate or state.epoch_length is None
+                self._epoch_offset = 0 if over else state.iteration % (state.epoch_length or 1)
+            self._asked, self._loaded = 0, False
             self._session = self._run()
-        # A generator, so that interrupt() leaves the loop wherever it is and run() re-enters there.
-        ended = next(self._session, _ENDED) is _ENDED
-        if ended:
-            self._session = None
+        self._logs_events = self.logger.isEnabledFor(logging.DEBUG)
+        session = self._session
+        try:
+            # A generator, so that interrupt() leaves the loop wherever it is and run() re-enters
+            # it there.
+            next(session, None)
+        finally:
+            if inspect.getgeneratorstate(session) == inspect.GEN_CLOSED:
+                self._session = None
+        failure, self._failure = self._failure, None
+        try:
+            self._call_at_end(failure)
+            if failure is not None:
+                raise failure
+        finally:
+            # Its traceback holds this frame: without this both would wait for the collector.
+            del failure
+        return state
+
+    def _call_at_end(self, failure: BaseException | None) -> None:
         for function in self._at_end:
             try:
                 function()
             except Exception as error:
-                if self._failure is None:
+                if failure is None:
                     raise
-                self._failure.add_note(f"At the end of the run: {error}")
-        if ended and self._failure is not None:
-            raise self._failure
-        return self.state
+                failure.add_note(f"At the end of the run: {error}")
 
     def _goal(self) -> str:
         state = self.state
@@ -181,30 +127,35 @@ class Loop(Dispatcher):
         times[Events.EPOCH_COMPLETED.name] = times[Events.COMPLETED.name] = 0.0
         try:
             try:
-                self._fire(self._handlers.require(Events.STARTED))
+                self._emit(Events.STARTED)
                 if self._asked:
                     yield from self._obey()
-                while not is_done(self.state) and not self.should_terminate:
+                while (
+                    self._owes_epoch_end or not is_done(self.state)
+                ) and not self.should_terminate:
                     yield from self._run_epoch()
-            except _EndRun:
-                self._fire(self._handlers.require(Events.TERMINATE))
-            except _EndEpoch:
+            except EndRun:
+                self._in_epoch, self._epoch_offset = False, None
+                self._emit(Events.TERMINATE)
+            except EndEpoch:
                 raise RuntimeError(
                     "The method terminate_epoch() should not be called on Events.STARTED or "
                     "Events.EPOCH_STARTED: no epoch has a batch to end at yet. Call it at "
                     "GET_BATCH_STARTED or later, or terminate() to end the run."
                 ) from None
             times[Events.COMPLETED.name] = time.perf_counter() - started
-            if not self._asked & _QUIET_RUN:
-                self._fire(self._handlers.require(Events.COMPLETED))
+            if not self._asked & QUIET_RUN:
+                self._emit(Events.COMPLETED)
                 times[Events.COMPLETED.name] = time.perf_counter() - started
             self.logger.info("Run ends after %.3f s.", times[Events.COMPLETED.name])
+            self._epoch_offset = None
         except GeneratorExit:
-            # An interrupted run that nobody went on with is being thrown away.
+            # A paused run that nobody went on with is being thrown away.
             raise
         except _Failed:
-            pass
-        except BaseException as error:
+            self._failed = True
+        except BaseException as error:  # noqa: BLE001  EXCEPTION_RAISED decides what it means
+            self._failed = True
             with contextlib.suppress(_Failed):
                 self._report(error)
         self._data_iter = None
@@ -213,152 +164,174 @@ class Loop(Dispatcher):
         """Fires EXCEPTION_RAISED; returns if a handler dealt with the error.
 
         Raises:
-            _Failed: if there is no handler, or one raised; `_failure` holds what is to propagate.
+            _Failed: if no handler ran, or one raised; `_failure` holds what is to propagate.
         """
-        self.logger.error("Run ends with an exception: %r", error)
+        self.logger.error("Exception at iteration %s: %r", self.state.iteration, error)
         slot = self._handlers.require(Events.EXCEPTION_RAISED)
-        if slot.handlers:
-            try:
-                self._fire_with(slot, error)
-            except BaseException as raised:
-                error = raised
-            else:
+        try:
+            if self._fire_with(slot, error):
                 return
+        except BaseException as raised:  # noqa: BLE001  a handler decides what propagates
+            error = raised
         self._failure = error
         raise _Failed
 
     def _run_epoch(self) -> Generator[None, None, None]:
-        state = self.state
-        state.epoch += 1
         started = time.perf_counter()
-        self._fire(self._handlers.require(Events.EPOCH_STARTED))
+        self.state.epoch += 1
+        self._in_epoch = True
+        self._emit(Events.EPOCH_STARTED)
         if self._asked:
             yield from self._obey()
         if self._data_iter is None:
             self._data_iter = self._open_data()
         yield from self._run_batches()
-        state.times[Events.EPOCH_COMPLETED.name] = time.perf_counter() - started
-        if not self._asked & _QUIET_EPOCH:
-            self._fire(self._handlers.require(Events.EPOCH_COMPLETED))
-            state.times[Events.EPOCH_COMPLETED.name] = time.perf_counter() - started
+        self._in_epoch, self._epoch_offset = False, 0
+        times, key = self.state.times, Events.EPOCH_COMPLETED.name
+        times[key] = time.perf_counter() - started
+        if not self._asked & QUIET_EPOCH:
+            self._emit(Events.EPOCH_COMPLETED)
+            times[key] = time.perf_counter() - started
         # There is no epoch left to end.
-        self._asked &= ~(_END_EPOCH | _QUIET_EPOCH)
+        self._asked &= ~(END_EPOCH | QUIET_EPOCH)
         if self._asked:
             yield from self._obey()
-        self.logger.info(
-            "Epoch %s ends after %.3f s.", state.epoch, state.times[Events.EPOCH_COMPLETED.name]
-        )
+        self.logger.info("Epoch %s ends after %.3f s.", self.state.epoch, times[key])
 
     def _run_batches(self) -> Generator[None, None, None]:
         """The loop over one epoch's batches: the hot path, whose every line is paid each time."""
-        slots = self._handlers
-        asking, got = (
-            slots.require(Events.GET_BATCH_STARTED),
-            slots.require(Events.GET_BATCH_COMPLETED),
-        )
-        starting = slots.require(Events.ITERATION_STARTED)
-        completing = slots.require(Events.ITERATION_COMPLETED)
-        started = starting.event
+        slot = self._handlers.require
+        asking, got = slot(Events.GET_BATCH_STARTED), slot(Events.GET_BATCH_COMPLETED)
+        starting, completing = slot(Events.ITERATION_STARTED), slot(Events.ITERATION_COMPLETED)
+        if self._owes_epoch_end:
+            self._owes_epoch_end = False
+            return
+        fire = self._log_and_fire if self._logs_events else self._fire
         process = self._process_function
         sync = None if self.backend is None else self.backend.sync
-        count, self._epoch_offset = self._epoch_offset, 0
+        # Events that nobody listens to are passed by, unless they are logged, or a pause has been:
+        # something may have been asked for meanwhile.
+        alert = self._logs_events
+        count = self._epoch_offset or 0
         stepped = self.state.iteration
         renewed = False
         try:
             while True:
                 state = self.state
                 state.batch = None
-                has_data = state.dataloader is not None
-                if asking.handlers and has_data and not renewed:
-                    self._fire(asking)
+                if (asking.handlers or alert) and not renewed and state.dataloader is not None:
+                    fire(asking)
                     if self._asked:
                         yield from self._obey()
+                        alert = True
                 try:
-                    state.batch = next(self._data_iter)  # type: ignore[arg-type]
+                    state.batch = next(self._data_iter)
                 except StopIteration:
-                    if self._learn_epoch_length(count):
+                    if state.epoch_length is None:
+                        self._learn_epoch_length(count)
                         break
-                    self._check_not_exhausted(renewed)
-                    if has_data:
-                        self._fire(slots.require(Events.DATALOADER_STOP_ITERATION))
-                        if self._asked:
-                            yield from self._obey()
-                    self._data_iter = self._open_data()
+                    yield from self._renew_data(renewed)
                     renewed = True
                     continue
                 renewed = False
                 state.raw_output = None
-                if got.handlers and has_data:
-                    self._fire(got)
-                if self._asked and has_data:
+                if (got.handlers or alert) and state.dataloader is not None:
+                    fire(got)
+                if self._asked and state.dataloader is not None:
                     yield from self._obey()
+                    alert = True
                 count += 1
                 state.iteration += 1
-                if starting.handlers:
-                    self._fire(starting)
+                if starting.handlers or alert:
+                    fire(starting)
                     if self._asked:
                         yield from self._obey()
+                        alert = True
                 else:
-                    self.last_event_name = started
+                    self.last_event_name = starting.event
                 state.raw_output = process(self, state.batch)
                 if sync is not None:
                     sync()
                 stepped = state.iteration
-                if completing.handlers:
-                    self._fire(completing)
+                if completing.handlers or alert:
+                    fire(completing)
                 if self._asked:
                     yield from self._obey()
+                    alert = True
                 if count == state.epoch_length:
                     break
                 if stepped == state.max_iters:
-                    self._asked |= _END_RUN
-                    raise _EndRun
-        except _EndEpoch:
-            self._fire_with(slots.require(Events.TERMINATE_SINGLE_EPOCH), iter_counter=count)
-            self._data_iter = self._open_data()
-        except (_EndRun, GeneratorExit):
+                    self._asked |= END_RUN
+                    raise EndRun
+        except EndEpoch:
+            self._in_epoch = False
+            self._fire_with(slot(Events.TERMINATE_SINGLE_EPOCH), iter_counter=count)
+            self._data_iter = self._reopen_data()
+        except (EndRun, GeneratorExit):
             raise
         except BaseException as error:
-            self._step_failed = self.state.iteration > stepped
-            if not isinstance(error, Exception):
+            if not self._goes_on(error, count, self.state.iteration > stepped):
                 raise
-            # Any error of the step, the data or a handler: EXCEPTION_RAISED decides what it means.
-            self._report(error)
+
+    def _goes_on(self, error: BaseException, count: int, step_failed: bool) -> bool:
+        """Keeps where an error left the epoch; tells whether its handlers dealt with it here.
+
+        Raises:
+            _Failed: if they did not.
+        """
+        length = self.state.epoch_length
+        self._step_failed = step_failed
+        # Where the length is to be learned, the epoch that goes on must count from its beginning.
+        self._epoch_offset = 0 if length is None else count - step_failed
+        self._in_epoch = self._epoch_offset != length
+        if not isinstance(error, Exception) or isinstance(error, (EmptyData, DataUsedUp)):
+            return False
+        self._report(error)
+        self._step_failed = False
+        return True
 
     def _open_data(self) -> Iterator[Any]:
         """Returns an iterator over the data from its beginning."""
         data = self.state.dataloader
         return repeat(None) if data is None else iter(data)
 
-    def _learn_epoch_length(self, count: int) -> bool:
-        """Takes the length of the data's first pass for the epoch's, where it was not known.
+    def _reopen_data(self) -> Iterator[Any]:
+        """Returns an iterator over the data from its beginning, for another pass of this run."""
+        return self._open_data()
+
+    def _begin_anew(self) -> None:
+        """Forgets whatever a subclass keeps of the run before: a new one begins."""
+
+    def _learn_epoch_length(self, count: int) -> None:
+        """Takes the length of the data's first pass for the epoch's.
 
         Raises:
-            ValueError: if that pass gave nothing.
+            EmptyData: if that pass gave nothing.
         """
-        state = self.state
-        if state.epoch_length is not None:
-            return False
         if count == 0:
-            raise ValueError(
-                f"Input data has zero size: {type(state.dataloader).__name__} gave no batch. "
+            raise EmptyData(
+                f"Input data has zero size: {type(self.state.dataloader).__name__} gave no batch. "
                 "Please provide non-empty data; an iterator can be used up by an earlier loop."
             )
-        state.epoch_length = count
-        return True
+        self.state.epoch_length = count
 
-    def _check_not_exhausted(self, renewed: bool) -> None:
-        """Stops a run whose data has nothing to give, though more iterations are wanted.
+    def _renew_data(self, renewed: bool) -> Generator[None, None, None]:
+        """Starts the data anew because it has run out before the epoch has.
 
         Raises:
-            RuntimeError: if the data was started anew and gave no batch.
+            DataUsedUp: if it was started anew just now and gave no batch.
         """
         state = self.state
         if renewed:
-            raise RuntimeError(
+            raise DataUsedUp(
                 f"The data ({type(state.dataloader).__name__}) is used up at iteration "
                 f"{state.iteration} and iterating it anew gives nothing, but the run goes to "
                 f"{self._goal()}. Pass data that can be iterated more than once (a list, a "
                 "DataLoader), a longer iterator, or give new data with set_data() at "
                 "Events.DATALOADER_STOP_ITERATION."
             )
+        if state.dataloader is not None:
+            self._emit(Events.DATALOADER_STOP_ITERATION)
+            while self._asked:
+                yield from self._obey()
+        self._data_iter = self._reopen_data()

@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 from .state import State
 
-__all__ = ["begin", "check_limits", "data_length", "is_done", "load_progress", "resume"]
+__all__ = [
+    "DataUsedUp",
+    "EmptyData",
+    "begin",
+    "check_count",
+    "check_limits",
+    "data_length",
+    "is_done",
+    "load_progress",
+    "resume",
+]
+
+
+class EmptyData(ValueError):
+    """The data has nothing to give: a list of length 0, an iterator that is used up."""
+
+
+class DataUsedUp(RuntimeError):
+    """The data ended before the run did, and iterating it anew gives nothing."""
 
 
 def data_length(data: Any) -> int | None:
@@ -47,37 +66,42 @@ def check_limits(state: State, max_epochs: int | None, max_iters: int | None) ->
         (max_iters, "max_iters", "max_epochs"),
         (max_epochs, "max_epochs", "max_iters"),
     ):
-        if wanted is not None and getattr(state, other) is not None:
+        if wanted is None:
+            continue
+        check_count(name, wanted)
+        if getattr(state, other) is not None:
             raise ValueError(
                 f"To switch from {other} to {name} mode during resume, you must first reset by "
                 f"setting 'engine.state.{other} = None' before calling run(). It is "
                 f"{getattr(state, other)}."
             )
-    if state.max_epochs is not None:
-        _take_limit(state, "max_epochs", max_epochs, "epoch")
-    if state.max_iters is not None:
-        _take_limit(state, "max_iters", max_iters, "iteration")
+    if max_epochs is not None and state.max_epochs is not None:
+        _check_not_behind("max_epochs", max_epochs, "epoch", state.epoch)
+        state.max_epochs = max_epochs
+    if max_iters is not None and state.max_iters is not None:
+        _check_not_behind("max_iters", max_iters, "iteration", state.iteration)
+        state.max_iters = max_iters
 
 
-def _take_limit(state: State, name: str, value: int | None, counter: str) -> None:
-    if value is None:
-        return
-    _check_positive(name, value)
-    done = getattr(state, counter)
+def _check_not_behind(name: str, value: int, counter: str, done: int) -> None:
     if value < done:
         raise ValueError(
             f"Argument {name} should be greater than or equal to the start {counter} defined in "
             f"the state: {value} vs {done}. Please, set engine.state.{name} = None before calling "
             "engine.run() in order to restart the training from the beginning."
         )
-    setattr(state, name, value)
 
 
-def _check_positive(name: str, value: int) -> None:
-    if value < 1:
+def check_count(name: str, value: Any) -> None:
+    """Checks that a limit or a length is an integer of at least 1.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if not isinstance(value, Integral) or int(value) < 1:
         raise ValueError(
-            f"Argument {name} is invalid: {value}. Please, set a correct {name} positive value, at "
-            "least 1."
+            f"Argument {name} is invalid: {value!r}. Please, set a correct {name} positive value, "
+            "an integer of at least 1."
         )
 
 
@@ -88,18 +112,15 @@ def begin(
     max_iters: int | None,
     epoch_length: int | None,
 ) -> None:
-    """Sets a state to the start of a new run.
+    """Sets a state to the start of a new run; the limits have been checked.
 
     Raises:
         ValueError: if the data is empty, or there is neither data nor an epoch length.
     """
-    for name, limit in (("max_epochs", max_epochs), ("max_iters", max_iters)):
-        if limit is not None:
-            _check_positive(name, limit)
-    known = epoch_length if epoch_length is not None else _length_of(data)
+    known = _known_length(data, epoch_length)
     if known is None:
         known = state.epoch_length
-    _check_epoch_length(known, data)
+    _check_has_length(known, data)
     state.iteration = 0
     state.epoch = 0
     state.max_epochs = 1 if max_epochs is None and max_iters is None else max_epochs
@@ -115,8 +136,8 @@ def resume(state: State, data: Iterable[Any] | None, epoch_length: int | None) -
             neither data nor an epoch length.
     """
     if state.epoch_length is None:
-        known = epoch_length if epoch_length is not None else _length_of(data)
-        _check_epoch_length(known, data)
+        known = _known_length(data, epoch_length)
+        _check_has_length(known, data)
         state.epoch_length = known
     elif epoch_length is not None and epoch_length != state.epoch_length:
         raise ValueError(
@@ -126,31 +147,35 @@ def resume(state: State, data: Iterable[Any] | None, epoch_length: int | None) -
         )
 
 
-def _length_of(data: Iterable[Any] | None) -> int | None:
-    return None if data is None else data_length(data)
+def _known_length(data: Iterable[Any] | None, epoch_length: int | None) -> int | None:
+    if epoch_length is not None:
+        check_count("epoch_length", epoch_length)
+        return epoch_length
+    length = None if data is None else data_length(data)
+    if length == 0:
+        raise EmptyData(
+            f"Input data has zero size: {type(data).__name__} of length 0. Please provide "
+            "non-empty data: an epoch has at least one iteration."
+        )
+    return length
 
 
-def _check_epoch_length(length: int | None, data: Iterable[Any] | None) -> None:
+def _check_has_length(length: int | None, data: Iterable[Any] | None) -> None:
     if length is None and data is None:
         raise ValueError(
             "epoch_length should be provided if data is None: it is the number of iterations that "
             "make an epoch, such as run(max_epochs=3, epoch_length=100)"
         )
-    if length is not None and length < 1:
-        given = f"epoch_length={length}" if data is None else f"{type(data).__name__} of {length}"
-        raise ValueError(
-            f"Input data has zero size ({given}). Please provide non-empty data: an epoch has at "
-            "least one iteration"
-        )
 
 
-def load_progress(state: State, values: Mapping[str, Any]) -> None:
-    """Sets a state's counters and limits from a dictionary.
+def load_progress(state: State, values: Mapping[str, Any], user_keys: Sequence[str] = ()) -> None:
+    """Sets a state's counters and limits from a dictionary; leaves it as it was if one is bad.
 
     Args:
         state: the state to set.
-        values: `epoch_length`, one of `iteration` and `epoch` (of completed ones), and one of
-            `max_epochs` and `max_iters`.
+        values: `epoch_length`, one of `iteration` and `epoch` (of completed ones), one of
+            `max_epochs` and `max_iters`, and `user_keys`.
+        user_keys: further attributes of the state.
 
     Raises:
         TypeError: if `values` is not a mapping.
@@ -159,40 +184,46 @@ def load_progress(state: State, values: Mapping[str, Any]) -> None:
     if not isinstance(values, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"Argument state_dict should be a dictionary, but given {type(values)}")
     _require_one(values, "iteration", "epoch")
-    _require_one(values, "max_epochs", "max_iters")
-    if "epoch_length" not in values:
+    limit = _require_one(values, "max_epochs", "max_iters")
+    missing = [key for key in ("epoch_length", *user_keys) if key not in values]
+    if missing:
         raise ValueError(
-            "Required state attribute 'epoch_length' is absent in provided state_dict "
+            f"Required state attributes {missing} are absent in provided state_dict "
             f"'{list(values)}'"
         )
     iteration, epoch = _position(values)
+    if values[limit] is not None:
+        check_count(limit, values[limit])
+        counter, done = ("epoch", epoch) if limit == "max_epochs" else ("iteration", iteration)
+        _check_not_behind(limit, values[limit], counter, done)
     state.epoch_length, state.iteration, state.epoch = values["epoch_length"], iteration, epoch
     state.max_epochs = state.max_iters = None
-    if "max_epochs" in values:
-        _take_limit(state, "max_epochs", values["max_epochs"], "epoch")
-    else:
-        _take_limit(state, "max_iters", values["max_iters"], "iteration")
+    for key in (limit, *user_keys):
+        setattr(state, key, values[key])
 
 
-def _require_one(values: Mapping[str, Any], first: str, second: str) -> None:
+def _require_one(values: Mapping[str, Any], first: str, second: str) -> str:
     found = [name for name in (first, second) if name in values]
     if len(found) != 1:
         raise ValueError(
             f"state_dict should contain exactly one of '({first!r}, {second!r})' keys, found "
             f"{found or 'none'} in {list(values)}"
         )
+    return found[0]
 
 
 def _position(values: Mapping[str, Any]) -> tuple[int, int]:
     name = "iteration" if "iteration" in values else "epoch"
     done, length = values[name], values["epoch_length"]
-    if not isinstance(done, int) or done < 0:
+    if not isinstance(done, Integral) or int(done) < 0:
         raise ValueError(f"state_dict's '{name}' should be an integer of at least 0, got {done!r}")
-    if done == 0:
-        return 0, 0
-    if length is None or length <= 0:
+    done = int(done)
+    if length is None and done > 0:
         raise ValueError(
             "epoch_length must be a positive integer to calculate missing 'iteration' or 'epoch' "
-            f"key, got {length!r}. Input state_dict keys: {list(values)}"
+            f"key, got None. Input state_dict keys: {list(values)}"
         )
+    if length is None:
+        return 0, 0
+    check_count("epoch_length", length)
     return (done, done // length) if name == "iteration" else (done * length, done)

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from numbers import Number
+from types import MappingProxyType
 from typing import Any
 
 __all__ = ["State", "Unread"]
 
 # Which attribute of the state counts an event, by the event's name.
-_COUNTERS: dict[Any, str] = {
-    "GET_BATCH_STARTED": "iteration",
-    "GET_BATCH_COMPLETED": "iteration",
-    "ITERATION_STARTED": "iteration",
-    "ITERATION_COMPLETED": "iteration",
-    "EPOCH_STARTED": "epoch",
-    "EPOCH_COMPLETED": "epoch",
-    "STARTED": "epoch",
-    "COMPLETED": "epoch",
-}
+_COUNTERS: Mapping[Any, str] = MappingProxyType(
+    {
+        "GET_BATCH_STARTED": "iteration",
+        "GET_BATCH_COMPLETED": "iteration",
+        "ITERATION_STARTED": "iteration",
+        "ITERATION_COMPLETED": "iteration",
+        "EPOCH_STARTED": "epoch",
+        "EPOCH_COMPLETED": "epoch",
+        "STARTED": "epoch",
+        "COMPLETED": "epoch",
+    }
+)
 
 
 class Unread:
@@ -36,9 +39,10 @@ class Unread:
 
     def read(self) -> float:
         """Returns the value as a Python number; waits for the device the first time."""
-        if self._number is None:
-            self._number = self.tensor.item()
-        return self._number
+        number = self._number
+        if number is None:
+            number = self._number = self.tensor.item()
+        return number
 
 
 class State:
@@ -114,7 +118,9 @@ class State:
 
     def __repr__(self) -> str:
         lines = ["State:"]
-        for name, value in self.__dict__.items():
-            shown = value if isinstance(value, (Number, str)) else type(value)
-            lines.append(f"\t{name}: {shown}")
+        for name, value in vars(self).items():
+            if name == "event_to_attr":
+                continue
+            shown = str(value) if isinstance(value, (Number, str)) else f"{type(value)}"
+            lines.append(f"\t{'output' if name == 'raw_output' else name}: {shown}")
         return "\n".join(lines) + "\n"
