@@ -239,10 +239,7 @@ def _gate_of_window(every: int | None, before: int | None, after: int | None) ->
 
 
 def _counts(name: str, value: int | Sequence[int]) -> frozenset[int]:
-    given: Any = value
-    counts: list[Any] = [given] if isinstance(given, int) else []
-    if isinstance(given, Sequence):
-        counts.extend(cast(Sequence[Any], given))
+    counts: list[Any] = list(value) if isinstance(value, Sequence) else [value]
     if not counts or not all(isinstance(count, int) and count > 0 for count in counts):
         raise ValueError(
             f"Argument {name} should either be a positive integer or a list of positive integers, "
