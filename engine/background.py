@@ -1,0 +1,50 @@
+"""A piece of work in a thread of its own, whose failure is raised where it was asked for."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+
+__all__ = ["BackgroundJob"]
+
+_logger = logging.getLogger(__name__)
+
+
+class BackgroundJob:
+    """Runs a function in a thread that the interpreter waits for before it exits.
+
+    Args:
+        work: what to run.
+        name: what it is, for the log and for debuggers.
+    """
+
+    def __init__(self, work: Callable[[], None], name: str) -> None:
+        self.name = name
+        self._work = work
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name=name, daemon=False)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:  # noqa: BLE001 - raised again in the thread that asks
+            # Logged as well: nobody may ask before the program ends.
+            _logger.error("%s failed: %s", self.name, error)
+            self._error = error
+
+    @property
+    def running(self) -> bool:
+        """Whether the work is still going on."""
+        return self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Waits for the end of the work.
+
+        Raises:
+            BaseException: what the work raised.
+        """
+        self._thread.join()
+        if self._error is not None:
+            raise self._error

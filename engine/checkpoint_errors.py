@@ -1,0 +1,70 @@
+"""The errors and warnings of checkpoints: what is raised, and by which name it is caught."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+__all__ = [
+    "CheckpointBusy",
+    "CheckpointContentError",
+    "CheckpointCorrupt",
+    "CheckpointError",
+    "CheckpointMismatch",
+    "CheckpointNotFound",
+    "CheckpointUnsafe",
+    "CheckpointWarning",
+    "CheckpointWriteError",
+]
+
+
+class CheckpointError(Exception):
+    """The base of every error of a checkpoint."""
+
+
+class CheckpointNotFound(CheckpointError, FileNotFoundError):
+    """There is no such file, or no good checkpoint in the folder."""
+
+
+class CheckpointCorrupt(CheckpointError):
+    """The file is damaged or incomplete, or is no checkpoint; nothing was loaded from it."""
+
+
+class CheckpointUnsafe(CheckpointError):
+    """The file needs pickled classes, or more memory than its size explains; nothing was loaded."""
+
+
+class CheckpointMismatch(CheckpointError, ValueError, RuntimeError):
+    """The checkpoint does not fit the objects: a key is missing or too many, or a shape differs."""
+
+
+class CheckpointContentError(CheckpointError, TypeError):
+    """A state to be saved holds what a safe checkpoint cannot carry; nothing was written."""
+
+
+class CheckpointBusy(CheckpointError):
+    """Another process is saving into the same folder."""
+
+
+class CheckpointWriteError(CheckpointError, OSError):
+    """The file system refused a write; the checkpoints that were there are as they were.
+
+    Args:
+        message: what failed, on which file, and why.
+        cause: the error of the operating system; its `errno` is taken over.
+        path: the file that could not be written.
+    """
+
+    def __init__(
+        self, message: str, cause: OSError | None = None, path: Path | None = None
+    ) -> None:
+        super().__init__(message)
+        self.errno = errno.ENOSPC if cause is None else cause.errno
+        self.filename = None if path is None else str(path)
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class CheckpointWarning(UserWarning):
+    """Something about a checkpoint that is allowed, but not what it should be."""

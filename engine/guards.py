@@ -1,0 +1,53 @@
+"""Tests of what a value is, after which a type checker takes its contents for anything at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeGuard
+
+import numpy as np
+
+__all__ = [
+    "is_array",
+    "is_collection",
+    "is_exact_dict",
+    "is_exact_list",
+    "is_exact_tuple",
+    "is_mapping",
+    "is_sequence",
+]
+
+
+def is_mapping(value: object) -> TypeGuard[Mapping[Any, Any]]:
+    """Tells whether a value is a mapping."""
+    return isinstance(value, Mapping)
+
+
+def is_sequence(value: object) -> TypeGuard[Sequence[Any]]:
+    """Tells whether a value is a sequence, and no text."""
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+
+
+def is_collection(value: object, kinds: tuple[type[Any], ...]) -> TypeGuard[Iterable[Any]]:
+    """Tells whether a value is a collection of one of these types."""
+    return isinstance(value, kinds)
+
+
+def is_array(value: object) -> TypeGuard[np.ndarray[Any, Any]]:
+    """Tells whether a value is a NumPy array."""
+    return isinstance(value, np.ndarray)
+
+
+def is_exact_tuple(value: object) -> TypeGuard[tuple[Any, ...]]:
+    """Tells whether a value is a tuple, and no instance of a subclass."""
+    return type(value) is tuple
+
+
+def is_exact_list(value: object) -> TypeGuard[list[Any]]:
+    """Tells whether a value is a list, and no instance of a subclass."""
+    return type(value) is list
+
+
+def is_exact_dict(value: object) -> TypeGuard[dict[Any, Any]]:
+    """Tells whether a value is a dictionary, and no instance of a subclass."""
+    return type(value) is dict

@@ -1,0 +1,82 @@
+"""Names of checkpoint files, and which of them are kept."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+__all__ = ["Item", "Retention", "format_score", "setup_filename_pattern"]
+
+
+class Item(NamedTuple):
+    """A saved file and its priority; the file of the lowest one is the first to go."""
+
+    priority: int | float
+    filename: str
+
+
+class Retention:
+    """Decides which files are kept: the `n_saved` of the highest priority.
+
+    Args:
+        n_saved: how many files; None keeps all.
+        or_equal: whether a file of the same priority as the lowest takes its place.
+        items: the files that are there.
+    """
+
+    def __init__(self, n_saved: int | None, or_equal: bool, items: Iterable[Item] = ()) -> None:
+        self.n_saved = n_saved
+        self.or_equal = or_equal
+        self.items = list(items)
+
+    def admits(self, priority: int | float) -> bool:
+        """Tells whether a file of this priority is to be saved."""
+        if self.n_saved is None or len(self.items) < self.n_saved:
+            return True
+        new, lowest = _order(priority), _order(self.items[0].priority)
+        return bool(new >= lowest if self.or_equal else new > lowest)
+
+    def with_added(self, item: Item) -> tuple[list[Item], list[str]]:
+        """Returns what is there after a file is saved: the items, and the names to be removed.
+
+        A file of the same name is replaced and counts no longer.
+        """
+        kept = [old for old in self.items if old.filename != item.filename]
+        removed: list[str] = []
+        if len(kept) == len(self.items) and self.n_saved is not None and len(kept) >= self.n_saved:
+            removed.append(kept.pop(0).filename)
+        kept.append(item)
+        kept.sort(key=lambda each: _order(each.priority))
+        return kept, removed
+
+
+def _order(priority: Any) -> Any:
+    # NaN compares with nothing; a score that is none is the worst of all.
+    return -math.inf if isinstance(priority, float) and math.isnan(priority) else priority
+
+
+def format_score(priority: Any) -> str:
+    """Returns a score as it stands in a file's name: whole numbers as they are, else 4 places."""
+    return f"{priority}" if isinstance(priority, numbers.Integral) else f"{priority:.4f}"
+
+
+def setup_filename_pattern(
+    with_prefix: bool = True,
+    with_score: bool = True,
+    with_score_name: bool = True,
+    with_global_step: bool = True,
+) -> str:
+    """Does what `Checkpoint.setup_filename_pattern` documents."""
+    if not (with_global_step or with_score):
+        raise ValueError("At least one of with_score and with_global_step should be True.")
+    if with_score_name and not with_score:
+        raise ValueError("If with_score_name is True, with_score should be also True")
+    parts = ["{filename_prefix}"] if with_prefix else []
+    parts.append("{name}")
+    if with_global_step:
+        parts.append("{global_step}")
+    if with_score:
+        parts.append("{score_name}={score}" if with_score_name else "{score}")
+    return "_".join(parts) + ".{ext}"

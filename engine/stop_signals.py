@@ -1,0 +1,88 @@
+"""Signals that ask a run to end: noticed at once, acted upon where the run's state is complete."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any
+
+__all__ = ["StopSignals"]
+
+_logger = logging.getLogger(__name__)
+
+
+class StopSignals:
+    """Remembers the first of some signals; a second Ctrl-C interrupts at once, as Python does.
+
+    Args:
+        signals: which signals.
+        noticed: called in the signal handler when the first one arrives.
+    """
+
+    def __init__(
+        self,
+        signals: Sequence[signal.Signals] = (signal.SIGTERM, signal.SIGINT),
+        noticed: Callable[[], None] | None = None,
+    ) -> None:
+        self._signals = tuple(signals)
+        self._noticed = noticed
+        self._previous: dict[signal.Signals, Any] = {}
+        self._process = 0
+        self.received: signal.Signals | None = None
+
+    def install(self) -> None:
+        """Begins to listen; what was set for the signals before is kept for `restore`."""
+        if self._previous or not self._signals:
+            return
+        if threading.current_thread() is not threading.main_thread():
+            names = ", ".join(each.name for each in self._signals)
+            _logger.warning(
+                "The run is not in the main thread, where alone Python delivers signals: %s will "
+                "end the program as if nothing were listening, without a checkpoint.",
+                names,
+            )
+            return
+        self._process = os.getpid()
+        for each in self._signals:
+            self._previous[each] = signal.signal(each, self._handle)
+
+    def restore(self) -> None:
+        """Stops listening, and sets back what was set before."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for each, previous in self._previous.items():
+            # None: it was set by C code, and cannot be set back from here.
+            signal.signal(each, signal.SIG_DFL if previous is None else previous)
+        self._previous.clear()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        received = signal.Signals(number)
+        if os.getpid() != self._process:
+            self._handle_in_child(received)
+            return
+        if self.received is None:
+            self.received = received
+            _logger.warning(
+                "%s: the run will be saved and ended at the next iteration boundary.%s",
+                received.name,
+                " Ctrl-C once more ends it at once." if received == signal.SIGINT else "",
+            )
+            if self._noticed is not None:
+                self._noticed()
+        elif received == signal.SIGINT:
+            self.restore()
+            raise KeyboardInterrupt
+
+    def _handle_in_child(self, received: signal.Signals) -> None:
+        """Acts in a process that was forked off, as a DataLoader's worker, and inherited this.
+
+        The terminal sends Ctrl-C to all of them; the parent needs its workers until it has stopped.
+        """
+        if received != signal.SIGINT:
+            previous = self._previous.get(received, signal.SIG_DFL)
+            signal.signal(received, signal.SIG_DFL if previous is None else previous)
+            os.kill(os.getpid(), received)
