@@ -38,7 +38,7 @@ class NullBackend:
                 f"Backend 'null' has no option '{self.option}'. Options: {', '.join(self.options)}."
             )
         self.world = World()
-        self.capabilities: frozenset[str] = frozenset()
+        self.capabilities = frozenset({"null"})
         self.calls: list[str] = []
         self._loaded: dict[str, Any] = {}
 

@@ -1,0 +1,294 @@
+"""What the conformance checks work with: the backend under test, and a small training on it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import threading
+from collections.abc import Generator, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from crosstrain.backends import Backend, StepResult, get, random_state
+from crosstrain.backends.placement import map_tensors
+
+__all__ = [
+    "LEARNING_RATE",
+    "NOTHING",
+    "SCALING",
+    "Case",
+    "NonConformance",
+    "TargetBackend",
+    "Training",
+    "batch_of",
+    "by_hand",
+    "distance",
+    "expect",
+    "flags",
+    "is_close",
+    "loss_of",
+    "plain_model",
+    "small_model",
+    "through_a_file",
+]
+
+# Words of `Backend.capabilities`.
+NOTHING = "null"
+SCALING = "loss_scaling"
+
+TargetBackend = str | type[Any]
+
+LEARNING_RATE = 1.0
+
+# Keeps gradients small enough that no first loss scale in use, up to 2**16, makes them overflow.
+_SHARE = 1 / 16
+_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+
+
+class NonConformance(AssertionError):
+    """A backend does not keep a promise of the step protocol."""
+
+
+def expect(condition: object, problem: str) -> None:
+    """Raise unless a condition holds.
+
+    Raises:
+        NonConformance: with the problem, if it does not.
+    """
+    if not condition:
+        raise NonConformance(problem)
+
+
+class Case:
+    """A backend under test, made anew for each check.
+
+    Args:
+        target: a spec, or a backend's class.
+        option: the option, where ``target`` is a class; the first by default.
+        tolerance: by how much, as a share, results may differ from fp32 on the CPU.
+
+    Raises:
+        UnknownBackend: if there is no such spec.
+        BackendUnavailable: if the spec cannot run here.
+    """
+
+    def __init__(
+        self, target: TargetBackend, option: str | None = None, tolerance: float = 0.05
+    ) -> None:
+        self.kind: Any
+        if isinstance(target, str):
+            if option is not None:
+                raise ValueError(
+                    f"The spec {target!r} says its option; leave option={option!r} out."
+                )
+            made = get(target)
+            self.kind, self.option = type(made), made.option
+        else:
+            self.kind, self.option = target, option or target.options[0]
+        self.tolerance = tolerance
+
+    def new(self) -> Any:
+        """Make a backend that is not opened; whether it is one is what the checks find out."""
+        return self.kind(self.option)
+
+    @contextlib.contextmanager
+    def opened(self) -> Generator[Backend, None, None]:
+        """Open a new backend for a block."""
+        backend = self.new()
+        backend.open()
+        try:
+            yield backend
+        finally:
+            backend.close()
+
+    @contextlib.contextmanager
+    def isolated(self) -> Generator[None, None, None]:
+        """Run a block as one process of one, and undo what it does to variables and generators."""
+        before = dict(os.environ)
+        for name in _TORCHRUN:
+            os.environ.pop(name, None)
+        try:
+            with random_state.preserved():
+                yield
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
+
+def small_model() -> torch.nn.Module:
+    """Make a network with dropout and batch norm, always of the same weights."""
+    with random_state.preserved():
+        random_state.seed(17)
+        return torch.nn.Sequential(
+            torch.nn.Linear(8, 32),
+            torch.nn.BatchNorm1d(32),
+            torch.nn.ReLU(),
+            torch.nn.Dropout(0.1),
+            torch.nn.Linear(32, 1),
+        )
+
+
+def plain_model() -> torch.nn.Module:
+    """Make a network that draws no random numbers, always of the same weights."""
+    with random_state.preserved():
+        random_state.seed(18)
+        return torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+
+
+def batch_of(number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Make a batch: x (16, 8) and y (16, 1), the sine of a fixed projection; the same each time."""
+    generator = torch.Generator().manual_seed(1000 + number)
+    x = torch.randn(16, 8, generator=generator)
+    weights = torch.linspace(-1, 1, 8)
+    return x, torch.sin(x @ weights).unsqueeze(1)
+
+
+def loss_of(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Return the loss that the checks train on: a share of the mean squared error."""
+    return torch.nn.functional.mse_loss(found, wanted) * _SHARE
+
+
+class Training:
+    """A training step as the engine drives it, over one model and one optimizer.
+
+    Args:
+        backend: an opened backend.
+        model: the model to train; ``plain_model()`` by default.
+    """
+
+    def __init__(self, backend: Backend, model: torch.nn.Module | None = None) -> None:
+        self.backend = backend
+        model = plain_model() if model is None else model
+        optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+        self.model, self.optimizer = backend.prepare(model, optimizer)
+
+    def backward(self, number: int, factor: float = 1.0) -> float:
+        """Run forward and backward on a batch, the loss times a factor; return the plain loss."""
+        x, y = self.backend.put(batch_of(number))
+        with self.backend.autocast():
+            loss = loss_of(self.model(x), y)
+        self.backend.backward(loss * factor, self.optimizer)
+        return float(loss.detach())
+
+    def step(self, number: int, max_norm: float | None = None, factor: float = 1.0) -> StepResult:
+        """Run one iteration on a batch."""
+        self.optimizer.zero_grad()
+        self.backward(number, factor)
+        result = self.backend.step(self.optimizer, max_norm)
+        self.backend.sync()
+        return result
+
+    def losses(self, first: int, last: int) -> list[float]:
+        """Run iterations and return their losses."""
+        found: list[float] = []
+        for number in range(first, last):
+            self.optimizer.zero_grad()
+            found.append(self.backward(number))
+            self.backend.step(self.optimizer)
+            self.backend.sync()
+        return found
+
+    def weights(self) -> torch.Tensor:
+        """Return all weights as one vector on the CPU, in fp32."""
+        return torch.cat([p.detach().cpu().float().flatten() for p in self.model.parameters()])
+
+    def state(self) -> dict[str, Any]:
+        """Return everything that a resume needs, on the CPU."""
+        objects = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        return {
+            **map_tensors(objects, lambda tensor: tensor.detach().cpu().clone()),
+            "backend": self.backend.state_dict(),
+            "host": random_state.capture(),
+            "device": self.backend.rng_state(),
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state` returned: random states last, after the boundary."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.backend.load_state_dict(state["backend"])
+        self.backend.sync()
+        random_state.restore(state["host"])
+        self.backend.set_rng_state(state["device"])
+
+
+def by_hand(steps: int, max_norm: float | None = None) -> tuple[list[float], torch.Tensor, float]:
+    """Train in plain torch, in fp32 on the CPU: what every backend has to come close to.
+
+    Returns:
+        The losses, the weights at the end as one vector, and the last gradient's norm.
+    """
+    model = plain_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+    losses: list[float] = []
+    norm = 0.0
+    for number in range(steps):
+        x, y = batch_of(number)
+        optimizer.zero_grad()
+        loss = loss_of(model(x), y)
+        loss.backward()  # type: ignore[no-untyped-call]
+        limit = float("inf") if max_norm is None else max_norm
+        norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit))
+        optimizer.step()  # pyright: ignore[reportUnknownMemberType]
+        losses.append(float(loss.detach()))
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+    return losses, weights, norm
+
+
+def distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Return the Euclidean distance of two vectors."""
+    return float((ours - theirs).square().sum().sqrt())
+
+
+def is_close(ours: float, theirs: float, tolerance: float) -> bool:
+    """Tell whether two numbers differ by no more than a share of the second."""
+    return abs(ours - theirs) <= tolerance * max(abs(theirs), 1e-3)
+
+
+def through_a_file(value: Any) -> Any:
+    """Save a value and load it as a checkpoint is loaded: safely, and without its device.
+
+    Raises:
+        NonConformance: if it holds what a safe load refuses, or a tensor that is not on the CPU.
+    """
+    devices: set[str] = set()
+    map_tensors(value, lambda tensor: devices.add(str(tensor.device)))
+    expect(devices <= {"cpu"}, f"A state holds tensors on {sorted(devices)}; copy them to the CPU.")
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    try:
+        return torch.load(file, weights_only=True)
+    # torch raises several kinds of errors here; all mean that the file cannot be read safely.
+    except Exception as error:
+        raise NonConformance(
+            f"A state does not load with weights_only=True: {error}. Use tensors and plain types."
+        ) from error
+
+
+def flags() -> dict[str, object]:
+    """Return what a context may set and has to restore: torch's flags, threads, variables."""
+    return dict(_flags())
+
+
+def _flags() -> Iterator[tuple[str, object]]:
+    yield "deterministic_algorithms", torch.are_deterministic_algorithms_enabled()
+    yield "warn_only", torch.is_deterministic_algorithms_warn_only_enabled()
+    memory: Any = torch.utils.deterministic
+    yield "fill_uninitialized_memory", memory.fill_uninitialized_memory
+    for name in ("enabled", "benchmark", "deterministic"):
+        yield f"cudnn.{name}", getattr(torch.backends.cudnn, name)
+    matmul: Any = torch.backends.cuda.matmul
+    yield "cuda.matmul.fp32_precision", matmul.fp32_precision
+    for name in ("conv", "rnn"):
+        yield f"cudnn.{name}.fp32_precision", getattr(torch.backends.cudnn, name).fp32_precision
+    yield "default_dtype", torch.get_default_dtype()
+    yield "threads", torch.get_num_threads()
+    yield "python_threads", threading.active_count()
+    yield "grad", torch.is_grad_enabled()
+    yield "variables", dict(os.environ)

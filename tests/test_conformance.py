@@ -1,0 +1,117 @@
+"""Our backends keep the step protocol, and a backend that breaks a promise is caught."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from broken_backends import BROKEN, LosesGradients, OwnStream, ProbeRaises, ProbeSetsVariable
+
+from crosstrain.backends import Availability, BackendUnavailable, UnknownBackend
+from crosstrain.backends.cpu import CpuBackend
+from crosstrain.backends.null import NullBackend
+from crosstrain.ci.conformance import CHECKS, applicable, check_backend, main
+
+SPECS = ("cpu", "cpu:bf16", "cpu:fp16", "null")
+
+
+@pytest.mark.parametrize(
+    ("spec", "check"), [(spec, check) for spec in SPECS for check in applicable(spec)]
+)
+def test_ours_conform(spec: str, check: str) -> None:
+    assert check_backend(spec, checks=[check]) == []
+
+
+def test_every_check_runs_on_one_of_ours_and_says_what_it_is_for() -> None:
+    assert {check for spec in SPECS for check in applicable(spec)} == set(CHECKS)
+    assert all(check.promise for check in CHECKS.values())
+    assert len({check.promise for check in CHECKS.values()}) == len(CHECKS)
+
+
+def test_what_does_not_apply_is_left_out() -> None:
+    assert set(applicable("cpu:fp16")) == set(CHECKS)
+    assert "overflow" not in applicable("cpu")
+    assert "agreement" not in applicable("null")
+    assert applicable(CpuBackend, "bf16") == applicable("cpu:bf16")
+
+
+@pytest.fixture
+def _as_before() -> Iterator[None]:
+    """Undoes what a broken backend does to torch."""
+    benchmark, deterministic = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
+    yield
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = benchmark, deterministic
+    torch.use_deterministic_algorithms(False)
+    torch.set_autocast_enabled("cpu", False)
+
+
+@pytest.mark.usefixtures("_as_before")
+@pytest.mark.parametrize(
+    ("check", "kind", "option"), [pytest.param(*case, id=case[1].__name__) for case in BROKEN]
+)
+def test_a_broken_backend_is_caught(check: str, kind: type[Any], option: str) -> None:
+    findings = check_backend(kind, option, checks=[check])
+    assert [finding.check for finding in findings] == [check]
+    assert findings[0].problem.strip()
+
+
+def test_each_check_catches_something() -> None:
+    assert {check for check, _, _ in BROKEN} == set(CHECKS)
+
+
+def test_a_stream_of_its_own_that_is_kept_properly_conforms() -> None:
+    names = ["deterministic_results", "random_states", "host_streams", "resume"]
+    assert check_backend(OwnStream, checks=names) == []
+
+
+def test_findings_name_the_check_and_the_problem() -> None:
+    (finding,) = check_backend(ProbeRaises, checks=["probe"])
+    assert str(finding) == "probe: It raised RuntimeError: no driver"
+    (finding,) = check_backend(LosesGradients, checks=["agreement"])
+    assert "in fp32 on the CPU it is" in finding.problem
+
+
+def test_checks_leave_variables_and_generators_as_they_were() -> None:
+    variables, generator = dict(os.environ), torch.get_rng_state()
+    assert check_backend(ProbeSetsVariable)
+    assert dict(os.environ) == variables
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
+def test_what_cannot_run_here_is_no_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CpuBackend, "probe", lambda: Availability(False, "Gone.", "Find it."))
+    with pytest.raises(BackendUnavailable, match="Gone"):
+        check_backend("cpu")
+
+
+def test_wrong_arguments_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"no checks \['nope'\]"):
+        check_backend("cpu", checks=["nope"])
+    with pytest.raises(UnknownBackend):
+        check_backend("cpuu")
+    with pytest.raises(ValueError, match="leave option='bf16' out"):
+        check_backend("cpu", "bf16")
+
+
+def test_command_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["null"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines] == [["ok", "null", name] for name in applicable("null")]
+    monkeypatch.setattr(NullBackend, "put", lambda self, batch: None)
+    assert main(["null"]) == 1
+    assert "FAIL null put" in capsys.readouterr().out
+    monkeypatch.setattr(NullBackend, "probe", lambda: Availability(False, "Gone.", "Find it."))
+    assert main(["null"]) == 2
+    assert "Gone. Remedy: Find it." in capsys.readouterr().err
+
+
+def test_command_line_as_a_module() -> None:
+    command = [sys.executable, "-m", "crosstrain.ci.conformance", "null", "cpu:bf17"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd="/")
+    assert result.returncode == 2
+    assert "Did you mean 'cpu:bf16'?" in result.stderr
