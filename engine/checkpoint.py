@@ -16,6 +16,8 @@ from .object_tree import check_objects, gather_states
 from .retention import Item, Retention, format_score, setup_filename_pattern
 from .save_request import (
     Pending,
+    SaveHandler,
+    as_handler,
     check_room_for,
     facts_of,
     optimizers_in,
@@ -24,8 +26,6 @@ from .save_request import (
 )
 
 __all__ = ["Checkpoint", "CheckpointEvents"]
-
-SaveHandler = Callable[..., None] | BaseSaveHandler
 
 
 class CheckpointEvents(EventEnum):
@@ -87,11 +87,6 @@ class Checkpoint:
         check_objects(to_save, "state_dict", "to_save")
         if include_self:
             check_room_for(OWN_NAME, to_save)
-        if not isinstance(save_handler, (str, os.PathLike)) and not callable(save_handler):
-            raise TypeError(
-                "Argument `save_handler` should be a string or Path object or callable or inherit "
-                f"from BaseSaveHandler, but given {type(save_handler)}"
-            )
         if global_step_transform is not None and not callable(global_step_transform):  # pyright: ignore[reportUnnecessaryComparison]
             raise TypeError(
                 f"global_step_transform should be a function, got {type(global_step_transform)} "
@@ -115,11 +110,8 @@ class Checkpoint:
         self._saved: list[Item] = []
         self._pending: Pending | None = None
         self._warned_of: set[str] = set()
-        if isinstance(save_handler, (str, os.PathLike)):
-            folder = os.fspath(cast("str | os.PathLike[str]", save_handler))
-            save_handler = DiskSaver(folder, create_dir=True, save_on_rank=save_on_rank)
-        self.save_handler: SaveHandler = save_handler
-        self._takes_metadata = takes_metadata(save_handler)
+        self.save_handler: SaveHandler = as_handler(save_handler, save_on_rank)
+        self._takes_metadata = takes_metadata(self.save_handler)
 
     def __call__(self, engine: Any, *args: Any, **kwargs: Any) -> None:
         """Saves the objects, if the score is high enough.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeGuard
 
@@ -14,6 +15,7 @@ __all__ = [
     "is_exact_list",
     "is_exact_tuple",
     "is_mapping",
+    "is_path",
     "is_sequence",
 ]
 
@@ -36,6 +38,11 @@ def is_collection(value: object, kinds: tuple[type[Any], ...]) -> TypeGuard[Iter
 def is_array(value: object) -> TypeGuard[np.ndarray[Any, Any]]:
     """Tells whether a value is a NumPy array."""
     return isinstance(value, np.ndarray)
+
+
+def is_path(value: object) -> TypeGuard[str | os.PathLike[str]]:
+    """Tells whether a value is a path, or text that may be one."""
+    return isinstance(value, (str, os.PathLike))
 
 
 def is_exact_tuple(value: object) -> TypeGuard[tuple[Any, ...]]:

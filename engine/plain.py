@@ -53,7 +53,7 @@ class _Converter:
         self._open: set[int] = set()
 
     def convert(self, value: Any, path: tuple[Any, ...]) -> Any:
-        kind: Any = type(value)
+        kind = _type_of(value)
         if kind in _AS_THEY_ARE:
             return value
         if kind is int:
@@ -108,7 +108,7 @@ class _Converter:
         return tuple(items) if isinstance(value, tuple) else items
 
     def _key(self, key: Any, path: tuple[Any, ...]) -> Any:
-        kind: Any = type(key)
+        kind = _type_of(key)
         if kind in (str, bool, float, type(None), bytes):
             return key
         if kind is int:
@@ -135,6 +135,10 @@ class _Converter:
                 path, value, f"a {value.dtype} has no plain form", "convert it to a float"
             )
         return number
+
+
+def _type_of(value: object) -> Any:
+    return type(value)
 
 
 def _is_numpy_scalar(value: object) -> bool:

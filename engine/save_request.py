@@ -5,18 +5,21 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, MutableMapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
 from .checkpoint_errors import CheckpointWarning
-from .disk_saver import SaveJob
+from .disk_saver import BaseSaveHandler, DiskSaver, SaveJob
 from .engine import Engine
+from .guards import is_path
 from .object_tree import unsaved_objects, walk_objects
 from .retention import Item
 
 __all__ = [
     "Pending",
+    "SaveHandler",
+    "as_handler",
     "check_room_for",
     "facts_of",
     "optimizers_in",
@@ -25,12 +28,32 @@ __all__ = [
 ]
 
 
+SaveHandler = Callable[..., None] | BaseSaveHandler
+
+
 class Pending(NamedTuple):
     """A file that a thread is writing: its job, whose it is, and the list of files before it."""
 
     job: SaveJob
     engine: Any
     saved_before: list[Item]
+
+
+def as_handler(save_handler: Any, save_on_rank: int) -> SaveHandler:
+    """Returns what saves: for a folder, a `DiskSaver`.
+
+    Raises:
+        TypeError: if it is neither a folder nor callable.
+        Exception: as `DiskSaver` does.
+    """
+    if is_path(save_handler):
+        return DiskSaver(save_handler, create_dir=True, save_on_rank=save_on_rank)
+    if not callable(save_handler):
+        raise TypeError(
+            "Argument `save_handler` should be a string or Path object or callable or inherit "
+            f"from BaseSaveHandler, but given {type(save_handler)}"
+        )
+    return cast("SaveHandler", save_handler)
 
 
 def check_room_for(name: str, to_save: Mapping[str, Any]) -> None:
