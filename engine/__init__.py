@@ -6,6 +6,7 @@ if __name__ != "crosstrain.engine":
         "use 'import crosstrain.engine'."
     )
 
+from .checkpoint import Checkpoint
 from .deterministic import (
     DeterministicEngine,
     ReproducibleBatchSampler,
@@ -13,6 +14,7 @@ from .deterministic import (
     manual_seed,
     update_dataloader,
 )
+from .disk_saver import BaseSaveHandler, DiskSaver
 from .doors import (
     supervised_evaluation_step,
     supervised_evaluation_step_amp,
@@ -31,23 +33,31 @@ from .events import (
     RemovableEventHandle,
     State,
 )
+from .global_step import global_step_from_engine
+from .model_checkpoint import ModelCheckpoint
 from .permutation import PermutationSampler
+from .resume import ResumableRun, resume_or_start
 from .snapshot import ResumeWarning
 from .streams import SampleStreams, current_sample
 from .supervised import create_supervised_evaluator, create_supervised_trainer
 from .training_step import StepEvents, StepOptions, TrainingStep
 
 __all__ = [
+    "BaseSaveHandler",
     "CallableEventWithFilter",
+    "Checkpoint",
     "DeterministicEngine",
+    "DiskSaver",
     "Engine",
     "EvaluationStep",
     "EventEnum",
     "Events",
     "EventsList",
+    "ModelCheckpoint",
     "PermutationSampler",
     "RemovableEventHandle",
     "ReproducibleBatchSampler",
+    "ResumableRun",
     "ResumeWarning",
     "SampleStreams",
     "State",
@@ -57,8 +67,10 @@ __all__ = [
     "create_supervised_evaluator",
     "create_supervised_trainer",
     "current_sample",
+    "global_step_from_engine",
     "keep_random_state",
     "manual_seed",
+    "resume_or_start",
     "supervised_evaluation_step",
     "supervised_evaluation_step_amp",
     "supervised_training_step",

@@ -1,0 +1,186 @@
+"""The demo's training, run in a child process: a small network on scikit-learn's digits.
+
+It prints a line of JSON for each iteration, so that its parent can follow it and kill it, and goes
+on from its last checkpoint when it is started again with the same folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import random
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from crosstrain.engine import (
+    Events,
+    StepEvents,
+    create_supervised_evaluator,
+    create_supervised_trainer,
+    manual_seed,
+    resume_or_start,
+)
+
+__all__ = ["DigitsDataset", "digest", "digits_network", "main", "train"]
+
+_TRAINING_SAMPLES = 1437
+
+
+class DigitsDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """The 1,797 handwritten digits that scikit-learn ships: float32 images (1, 8, 8) from 0 to 1.
+
+    Args:
+        training: whether to take the first 1,437, randomly shifted, brightened and blurred by
+            noise, or the other 360 as they are.
+    """
+
+    def __init__(self, training: bool) -> None:
+        images, labels = load_digits(return_X_y=True)
+        part = slice(None, _TRAINING_SAMPLES) if training else slice(_TRAINING_SAMPLES, None)
+        self.images = torch.tensor(images[part], dtype=torch.float32).view(-1, 1, 8, 8) / 16
+        self.labels = torch.tensor(labels[part])
+        self.training = training
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        image = self.images[index]
+        if self.training:
+            # One of each kind of generator, as real augmentation libraries use them.
+            shift = (random.randint(-1, 1), random.randint(-1, 1))
+            image = torch.roll(image, shift, (1, 2)) * float(numpy.random.uniform(0.8, 1.2))
+            image = image + 0.05 * torch.randn(1, 8, 8)
+        return image, self.labels[index]
+
+
+def digits_network() -> nn.Module:
+    """Returns a convolutional network with batch norm and dropout, for images (1, 8, 8)."""
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Dropout(0.25),
+        nn.Linear(512, 10),
+    )
+
+
+def digest(value: Any) -> str:
+    """Returns 16 hexadecimal digits that differ wherever two nests of tensors differ in a bit."""
+    found = hashlib.sha256()
+
+    def add(item: Any) -> None:
+        if isinstance(item, torch.Tensor):
+            found.update(f"{item.dtype}{tuple(item.shape)}".encode())
+            found.update(item.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        elif isinstance(item, Mapping):
+            for key in sorted(item, key=str):
+                found.update(str(key).encode())
+                add(item[key])
+        elif isinstance(item, (list, tuple)):
+            for part in item:
+                add(part)
+        else:
+            found.update(repr(item).encode())
+
+    add(value)
+    return found.hexdigest()[:16]
+
+
+def train(backend: str, epochs: int, workers: int, folder: Path, every: int) -> dict[str, Any]:
+    """Trains, or goes on with the training that the folder holds.
+
+    Args:
+        backend: a spec.
+        epochs: how many epochs in all.
+        workers: worker processes of the loader.
+        folder: where checkpoints are kept.
+        every: iterations between two checkpoints.
+
+    Returns:
+        `accuracy` on the test images, `iterations`, `resumed_from` (an iteration, or None) and
+        `digests` of the weights, the optimizer and the random states.
+    """
+    manual_seed(2026)
+    loader = DataLoader(DigitsDataset(True), batch_size=48, shuffle=True, num_workers=workers)
+    model = digits_network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(loader))
+    trainer = create_supervised_trainer(
+        model, optimizer, nn.functional.cross_entropy, backend=backend, deterministic=True
+    )
+    trainer.add_event_handler(StepEvents.OPTIM_STEP_APPLIED, lambda: scheduler.step())
+
+    @trainer.on(Events.ITERATION_COMPLETED)
+    def report() -> None:  # pyright: ignore[reportUnusedFunction]
+        state = trainer.state
+        line = {
+            "iteration": state.iteration,
+            "epoch": state.epoch,
+            "loss": state.output.hex(),
+            "batch": digest(state.batch),
+        }
+        print(json.dumps(line), flush=True)
+
+    to_save = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    run = resume_or_start(trainer, to_save, folder, every=every)
+    resumed_from = trainer.state.iteration if run.resumed_from else None
+    print(json.dumps({"resumed_from": resumed_from, "total": epochs * len(loader)}), flush=True)
+    trainer.run(loader, max_epochs=epochs)
+    digests = {
+        "weights": digest(model.state_dict()),
+        "optimizer": digest([optimizer.state_dict(), scheduler.state_dict()]),
+        "random states": digest(trainer.state_dict()["rng_states"]),
+    }
+    return {
+        "accuracy": _accuracy(model, trainer.backend),
+        "iterations": trainer.state.iteration,
+        "resumed_from": resumed_from,
+        "digests": digests,
+    }
+
+
+def _accuracy(model: nn.Module, backend: Any) -> float:
+    evaluator = create_supervised_evaluator(model, backend=backend)
+    right = [0]
+
+    @evaluator.on(Events.ITERATION_COMPLETED)
+    def count() -> None:  # pyright: ignore[reportUnusedFunction]
+        predicted, wanted = evaluator.state.output
+        right[0] += int((predicted.argmax(1) == wanted).sum())
+
+    test = DigitsDataset(False)
+    evaluator.run(DataLoader(test, batch_size=120))
+    return right[0] / len(test)
+
+
+def main() -> int:
+    """Runs the training that the command line asks for and prints its result as the last line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--backend", required=True)
+    parser.add_argument("--epochs", type=int, required=True)
+    parser.add_argument("--workers", type=int, required=True)
+    parser.add_argument("--every", type=int, required=True)
+    parser.add_argument("--folder", type=Path, required=True)
+    args = parser.parse_args()
+    result = train(args.backend, args.epochs, args.workers, args.folder, args.every)
+    print(json.dumps({"result": result}), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
