@@ -129,8 +129,8 @@ def _checked(decoded: Any) -> dict[str, Any]:
     texts: list[Any] = [*values["objects"], *values["versions"].values()]
     if not all(isinstance(text, str) for text in texts):
         raise CheckpointCorrupt("its manifest's names and versions are not all text")
-    if values["size"] < 0 or values["saved_at_ns"] < 0:
-        raise CheckpointCorrupt("its manifest holds a negative size or time")
+    if not (0 <= values["size"] < 2**63 and 0 <= values["saved_at_ns"] < 2**63):
+        raise CheckpointCorrupt("its manifest holds an impossible size or time")
     found = {name: values[name] for name in names}
     return {**found, "objects": tuple(values["objects"])}
 

@@ -103,7 +103,7 @@ class ResumableRun:
         # before it is saved: so these are the last handlers of their events.
         for event, handler in (
             (Events.ITERATION_COMPLETED, self._after_iteration),
-            (Events.EPOCH_COMPLETED, self._save_if_due),
+            (Events.EPOCH_COMPLETED, self._after_epoch),
         ):
             if trainer.has_event_handler(handler, event):
                 trainer.remove_event_handler(handler, event)
@@ -119,13 +119,16 @@ class ResumableRun:
         if state.epoch_length is not None and state.iteration % state.epoch_length == 0:
             # The epoch ends here, and what its handlers do belongs to this iteration.
             return
-        self._save_if_due()
+        self._save_if_due(state.iteration == state.max_iters)
 
-    def _save_if_due(self) -> None:
+    def _after_epoch(self) -> None:
+        # The epoch that has just ended is counted already, so this is not true one epoch early.
+        self._save_if_due(is_done(self._trainer.state))
+
+    def _save_if_due(self, done: bool) -> None:
         trainer = self._trainer
         stop = self.stop_signal
-        ends = stop is not None or trainer.should_terminate or is_done(trainer.state)
-        if not (self._due or ends):
+        if not (self._due or done or stop is not None or trainer.should_terminate):
             return
         self._due = False
         if trainer.state.iteration != self._saved:
@@ -151,7 +154,7 @@ class ResumableRun:
         if not (at_boundary and loader_died):
             raise error
         trainer.terminate_epoch(skip_epoch_completed=True)
-        self._save_if_due()
+        self._save_if_due(done=False)
 
 
 def resume_or_start(

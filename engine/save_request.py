@@ -15,6 +15,7 @@ from .engine import Engine
 from .guards import is_path
 from .object_tree import unsaved_objects, walk_objects
 from .retention import Item
+from .snapshot import spec_of
 
 __all__ = [
     "Pending",
@@ -95,11 +96,10 @@ def facts_of(
     """
     engines = [value for _, value in walk_objects(to_save) if isinstance(value, Engine)]
     trainer = engines[0] if engines else engine
-    backend = getattr(trainer, "backend", None)
     return {
         "iteration": trainer.state.iteration,
         "epoch": trainer.state.epoch,
-        "backend": None if backend is None else str(backend.name),
+        "backend": spec_of(getattr(trainer, "backend", None)),
         "objects": tuple(map(str, checkpoint)),
         "bare": len(checkpoint) == 1,
     }

@@ -1,0 +1,206 @@
+"""``crosstrain inspect``: what a checkpoint holds, and whether it is whole and safe to load."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from crosstrain.engine.checkpoint_errors import CheckpointError
+from crosstrain.engine.guards import is_collection, is_mapping
+from crosstrain.engine.loading import candidates
+from crosstrain.engine.manifest import Manifest
+from crosstrain.engine.safe_load import LoadedFile, load_file
+
+__all__ = ["Finding", "Part", "add_arguments", "examine", "run"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One saved object.
+
+    Args:
+        name: its name.
+        tensors: how many tensors it holds.
+        bytes: how many bytes these have.
+        random_states: the names of the random states in it.
+    """
+
+    name: str
+    tensors: int
+    bytes: int
+    random_states: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found out about one file.
+
+    Args:
+        path: the file.
+        good: whether it can be loaded.
+        problem: why not; None if it can.
+        manifest: what it says of itself; None if it has no manifest.
+        parts: the objects in it.
+    """
+
+    path: Path
+    good: bool
+    problem: str | None = None
+    manifest: Manifest | None = None
+    parts: tuple[Part, ...] = field(default=())
+
+
+def examine(path: Path) -> Finding:
+    """Verifies and reads a checkpoint.
+
+    Args:
+        path: the file.
+
+    Returns:
+        What it holds, or why it cannot be loaded.
+    """
+    try:
+        loaded = load_file(path)
+    except CheckpointError as error:
+        return Finding(path, good=False, problem=str(error))
+    return Finding(path, True, None, loaded.manifest, tuple(_parts(loaded)))
+
+
+def _parts(loaded: LoadedFile) -> Iterator[Part]:
+    state = loaded.state
+    manifest = loaded.manifest
+    if manifest is not None and manifest.bare and len(manifest.objects) == 1:
+        state = {manifest.objects[0]: state}
+    if not is_mapping(state):
+        state = {"(the whole file)": state}
+    for name, value in state.items():
+        storages: dict[int, int] = {}
+        tensors = 0
+        for tensor in _tensors(value):
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+            tensors += 1
+        states = tuple(dict.fromkeys(_random_states(value)))
+        yield Part(_printable(name), tensors, sum(storages.values()), states)
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    for item in _items(value):
+        yield from _tensors(item)
+
+
+def _items(value: Any) -> Iterator[Any]:
+    if is_mapping(value):
+        yield from value.values()
+    elif is_collection(value, (list, tuple)):
+        yield from value
+
+
+def _random_states(value: Any) -> Iterator[str]:
+    """Yields the names of what is stored under a key that speaks of random states."""
+    if is_mapping(value):
+        for key, item in value.items():
+            if isinstance(key, str) and ("rng" in key or "random" in key):
+                yield from map(_printable, _filled(item) if is_mapping(item) else [key])
+            else:
+                yield from _random_states(item)
+
+
+def _filled(states: Mapping[Any, Any]) -> list[Any]:
+    return [name for name, state in states.items() if not (is_mapping(state) and not state)]
+
+
+def _printable(text: object) -> str:
+    """Returns a text that does nothing to a terminal: the file's author chose it."""
+    shown = str(text)
+    return shown if shown.isprintable() else ascii(shown)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``crosstrain inspect``.
+
+    Args:
+        parser: the parser of this subcommand.
+    """
+    parser.add_argument("path", type=Path, help="a checkpoint, or a folder of them")
+    parser.add_argument("--json", action="store_true", help="print JSON in place of text")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Examine the checkpoints and print what was found.
+
+    Args:
+        args: the namespace of :func:`add_arguments`.
+
+    Returns:
+        0 if every file is good; 1 if one is not, or there is none.
+    """
+    path: Path = args.path
+    try:
+        files = [found for found, _ in candidates(path)] if path.is_dir() else [path]
+    except CheckpointError as error:
+        print(error)
+        return 1
+    findings = [examine(file) for file in files]
+    if args.json:
+        print(json.dumps([_as_json(finding) for finding in findings], indent=1))
+    elif findings:
+        print("\n\n".join("\n".join(_lines(finding)) for finding in findings))
+    else:
+        print(f"There is no checkpoint in {path}: no file there ends with .pt")
+    return 0 if findings and all(finding.good for finding in findings) else 1
+
+
+def _as_json(finding: Finding) -> dict[str, Any]:
+    values = asdict(finding)
+    return {**values, "path": str(finding.path), "verified": finding.manifest is not None}
+
+
+def _lines(finding: Finding) -> Iterator[str]:
+    manifest = finding.manifest
+    if not finding.good:
+        yield f"{finding.path}: BAD"
+        yield f"  {_printable(finding.problem)}"
+        return
+    if manifest is None:
+        yield f"{finding.path}: loads, but cannot be verified"
+        yield "  no manifest: another program wrote it, and damage in its tensors cannot be found"
+    else:
+        yield f"{finding.path}: good"
+        yield from _told(manifest, finding.path)
+    yield from _table(finding.parts)
+
+
+def _told(manifest: Manifest, path: Path) -> Iterator[str]:
+    saved = datetime.fromtimestamp(manifest.saved_at_ns / 1e9, UTC).isoformat(sep=" ")
+    versions: Mapping[str, str] = manifest.versions
+    renamed = "" if manifest.file == path.name else f", as {_printable(manifest.file)}"
+    yield f"  verified    {manifest.size:,} bytes, sha256 {manifest.sha256}"
+    yield f"  saved       {saved[:19]} UTC{renamed}"
+    yield f"  iteration   {_or_unknown(manifest.iteration)}, epoch {_or_unknown(manifest.epoch)}"
+    yield f"  backend     {_or_unknown(manifest.backend)}"
+    yield f"  world size  {manifest.world_size}, written by rank {manifest.rank}"
+    yield "  versions    " + ", ".join(
+        f"{_printable(name)} {_printable(text)}" for name, text in versions.items()
+    )
+
+
+def _or_unknown(value: object) -> str:
+    return "unknown" if value is None else _printable(value)
+
+
+def _table(parts: tuple[Part, ...]) -> Iterator[str]:
+    width = max([len("object"), *(len(part.name) for part in parts)])
+    yield f"  {'object':<{width}}  {'tensors':>7}  {'bytes':>15}  random states"
+    for part in parts:
+        states = ", ".join(part.random_states) or "-"
+        yield f"  {part.name:<{width}}  {part.tensors:>7}  {part.bytes:>15,}  {states}"
