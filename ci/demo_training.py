@@ -115,6 +115,8 @@ def train(backend: str, epochs: int, workers: int, folder: Path, every: int) -> 
         `accuracy` on the test images, `iterations`, `resumed_from` (an iteration, or None) and
         `digests` of the weights, the optimizer and the random states.
     """
+    # The network is too small for several threads, and their number would change its bits.
+    torch.set_num_threads(1)
     manual_seed(2026)
     loader = DataLoader(DigitsDataset(True), batch_size=48, shuffle=True, num_workers=workers)
     model = digits_network()
