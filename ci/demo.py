@@ -192,7 +192,7 @@ def _follow(
     started = time.perf_counter()
     errors = folder / "stderr.txt"
     with errors.open("w") as stderr:
-        # A group of its own, so that a kill takes the loader's workers along, as a scheduler's does.
+        # A group of its own: the kill takes the loader's workers along, as a scheduler's does.
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=stderr, text=True, start_new_session=True
         )

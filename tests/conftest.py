@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+# Here and in the processes that tests start, before torch is imported. The networks are too small
+# for several threads, which on a busy machine spend their time waiting for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # The machine that runs the tests may be slow or busy: no test depends on time.
 settings.register_profile("crosstrain", deadline=None)
