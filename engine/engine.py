@@ -76,7 +76,7 @@ class Engine(Loop):
         load_progress(self.state, state_dict, self._user_keys)
         if not self._is_running():
             self._drop_session()
-        self._loaded = True
+            self._loaded = True
 
     def set_data(self, data: Iterable[Any]) -> None:
         """Takes the next batch, and all after it, from other data; the epoch's length stays.

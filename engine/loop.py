@@ -169,7 +169,7 @@ class Loop(Requests):
         self.logger.error("Exception at iteration %s: %r", self.state.iteration, error)
         slot = self._handlers.require(Events.EXCEPTION_RAISED)
         try:
-            if self._fire_with(slot, error):
+            if slot.handlers and self._fire_with(slot, error):
                 return
         except BaseException as raised:  # noqa: BLE001  a handler decides what propagates
             error = raised
@@ -211,7 +211,7 @@ class Loop(Requests):
         sync = None if self.backend is None else self.backend.sync
         # Events that nobody listens to are passed by, unless they are logged, or a pause has been:
         # something may have been asked for meanwhile.
-        alert = self._logs_events
+        alert = self._logs_events or self._asked != 0
         count = self._epoch_offset or 0
         stepped = self.state.iteration
         renewed = False
@@ -288,6 +288,9 @@ class Loop(Requests):
             return False
         self._report(error)
         self._step_failed = False
+        if length is None:
+            # What is left of this pass must not be taken for the length of an epoch.
+            self._data_iter = self._reopen_data()
         return True
 
     def _open_data(self) -> Iterator[Any]:
