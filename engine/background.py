@@ -1,4 +1,4 @@
-"""A piece of work in a thread of its own, whose failure is raised where it was asked for."""
+"""A piece of work in a thread of its own, whose failure is kept for whoever asked for it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class BackgroundJob:
     def __init__(self, work: Callable[[], None], name: str) -> None:
         self.name = name
         self._work = work
-        self._error: BaseException | None = None
+        self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=False)
         self._thread.start()
 
@@ -32,19 +32,13 @@ class BackgroundJob:
         except BaseException as error:  # noqa: BLE001 - raised again in the thread that asks
             # Logged as well: nobody may ask before the program ends.
             _logger.error("%s failed: %s", self.name, error)
-            self._error = error
+            self.error = error
 
     @property
     def running(self) -> bool:
         """Whether the work is still going on."""
         return self._thread.is_alive()
 
-    def wait(self) -> None:
-        """Waits for the end of the work.
-
-        Raises:
-            BaseException: what the work raised.
-        """
+    def join(self) -> None:
+        """Waits for the end of the work; `error` then holds what it raised, if it did."""
         self._thread.join()
-        if self._error is not None:
-            raise self._error

@@ -235,7 +235,7 @@ class DiskSaver(BaseSaveHandler):
             CheckpointError: what the thread raised, once.
         """
         job, self._job = self._job, None
-        if job is not None:
+        if job is not None and not job.failure_told:
             job.finish()
 
     def close(self) -> None:
@@ -290,6 +290,7 @@ class SaveJob:
         self, folder: Path, filename: str, snapshot: Snapshot, write: Callable[[Any], None]
     ) -> None:
         self.filename = filename
+        self.failure_told = False
         self._folder = folder
         self._snapshot = snapshot
         self._write = write
@@ -324,10 +325,11 @@ class SaveJob:
         Raises:
             CheckpointError: if it could not be saved.
         """
-        try:
-            self._thread.wait()
-        finally:
-            self._snapshot.close()
+        self._thread.join()
+        self._snapshot.close()
+        if self._thread.error is not None:
+            self.failure_told = True
+            raise self._thread.error
 
 
 def _names_of(checkpoint: Any) -> tuple[str, ...]:

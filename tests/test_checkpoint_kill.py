@@ -1,0 +1,68 @@
+"""A save that is killed with SIGKILL at any moment leaves the last good checkpoint as it was."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fork_server import ForkServer
+from saving_programs import load_newest, save_and_die, save_for_ever
+
+MODES = ("sync", "background", "same-name")
+KILLS_AT_RANDOM = 45
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ForkServer]:
+    with ForkServer("saving_programs") as server:
+        yield server
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_killed_at_each_system_call_of_a_save(
+    server: ForkServer, tmp_path: Path, mode: str
+) -> None:
+    saved, kills, finished = 0, 0, False
+    moment = 0
+    while not finished:
+        moment += 1
+        for half in (False, True):
+            value = saved + 1
+            code = server.run(save_and_die, str(tmp_path), mode, value, moment, half)
+            finished = code == 0
+            if not finished:
+                assert code == -signal.SIGKILL
+                kills += 1
+            if saved or list(tmp_path.glob("*.pt")):
+                found = load_newest(tmp_path)
+                assert found in (saved, value)
+                saved = found
+    # Opening, writing, flushing, renaming, flushing the folder, removing: twice each.
+    assert kills >= 20
+    assert saved == value
+    assert not list(tmp_path.glob(".crosstrain-*.tmp")), "the last start removes what is left over"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_killed_at_random_moments(server: ForkServer, tmp_path: Path, mode: str) -> None:
+    told = tmp_path / "told"
+    told.touch()
+    folder = tmp_path / "checkpoints"
+    draw = random.Random(mode)
+    newest = 0
+    for _ in range(KILLS_AT_RANDOM):
+        pid = server.start(save_for_ever, str(folder), mode, newest + 1, str(told))
+        time.sleep(draw.uniform(0.0, 0.12))
+        os.kill(pid, signal.SIGKILL)
+        assert server.wait(pid) == -signal.SIGKILL
+        on_disk = int(told.read_bytes() or b"0")
+        if on_disk or list(folder.glob("*.pt")):
+            newest = load_newest(folder)
+        # What was reported as saved is there; the one after it may be.
+        assert newest in (on_disk, on_disk + 1)
+    assert newest > KILLS_AT_RANDOM, "the programs were killed before they could save anything"
