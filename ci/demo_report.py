@@ -30,25 +30,23 @@ def print_table(console: Console, straight: Course, killed: Course, differences:
     table.add_column("killed and resumed", justify="right")
     table.add_column("same bits?", justify="center")
 
-    def row(name: str, left: str, right: str, same: bool | None = None) -> None:
+    def row(name: str, values: list[str], same: bool | None = None) -> None:
         verdict = "" if same is None else ("[green]identical[/]" if same else "[red]different[/]")
-        table.add_row(name, left, right, verdict)
+        table.add_row(name, *values, verdict)
 
-    runs = (straight.result, killed.result)
-    row("test accuracy", *(f"{result['accuracy']:.2%}" for result in runs))
-    row("iterations", *(str(result["iterations"]) for result in runs))
-    row("killed after iteration", "-", str(killed.killed_at))
-    row("resumed from iteration", "-", str(killed.result["resumed_from"]))
-    row("seconds", f"{straight.seconds:.1f}", f"{killed.seconds:.1f}")
+    runs = (straight, killed)
+    row("test accuracy", [f"{run.result['accuracy']:.2%}" for run in runs])
+    row("iterations", [str(run.result["iterations"]) for run in runs])
+    row("killed after iteration", ["-", str(killed.killed_at)])
+    row("resumed from iteration", ["-", str(killed.result["resumed_from"])])
+    row("seconds", [f"{run.seconds:.1f}" for run in runs])
     for title, name in (("batches", "batch"), ("losses", "loss")):
-        columns = [
-            [line[name] for _, line in sorted(run.lines.items())] for run in (straight, killed)
-        ]
-        counts = [f"{len(column)}" for column in columns]
-        row(title, *counts, columns[0] == columns[1] and not killed.repeated)
+        columns = [[line[name] for _, line in sorted(run.lines.items())] for run in runs]
+        same = columns[0] == columns[1] and not killed.repeated
+        row(title, [str(len(column)) for column in columns], same)
     for name in straight.result["digests"]:
-        left, right = (result["digests"][name] for result in runs)
-        row(name, left, right, left == right)
+        values = [str(run.result["digests"][name]) for run in runs]
+        row(name, values, values[0] == values[1])
     console.print(table)
     if differences:
         console.print(f"Not bit-identical: {'; '.join(differences)}.", style="bold red")
@@ -74,7 +72,7 @@ def draw(path: Path, straight: Course, killed: Course) -> Path:
         iterations = sorted(run.lines)
         return iterations, [float.fromhex(run.lines[k]["loss"]) for k in iterations]
 
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    figure: Any = Figure(figsize=(9, 5.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes: Any = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     upper, lower = axes

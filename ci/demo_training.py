@@ -11,13 +11,13 @@ import hashlib
 import json
 import random
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy
 import torch
-from sklearn.datasets import load_digits
+from sklearn import datasets as _datasets  # type: ignore[import-untyped]  # pyright: ignore[reportMissingTypeStubs]
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -44,7 +44,7 @@ class DigitsDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     """
 
     def __init__(self, training: bool) -> None:
-        images, labels = load_digits(return_X_y=True)
+        images, labels = cast("Any", _datasets).load_digits(return_X_y=True)
         part = slice(None, _TRAINING_SAMPLES) if training else slice(_TRAINING_SAMPLES, None)
         self.images = torch.tensor(images[part], dtype=torch.float32).view(-1, 1, 8, 8) / 16
         self.labels = torch.tensor(labels[part])
@@ -86,13 +86,14 @@ def digest(value: Any) -> str:
     def add(item: Any) -> None:
         if isinstance(item, torch.Tensor):
             found.update(f"{item.dtype}{tuple(item.shape)}".encode())
-            found.update(item.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            found.update(item.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         elif isinstance(item, Mapping):
-            for key in sorted(item, key=str):
+            named: Mapping[Any, Any] = item  # pyright: ignore[reportUnknownVariableType]
+            for key in sorted(named, key=str):
                 found.update(str(key).encode())
-                add(item[key])
+                add(named[key])
         elif isinstance(item, (list, tuple)):
-            for part in item:
+            for part in cast("Sequence[Any]", item):
                 add(part)
         else:
             found.update(repr(item).encode())
