@@ -1,4 +1,4 @@
-"""Programs that save checkpoints and are disturbed while they do: run in children of a fork server."""
+"""Programs that save checkpoints and are disturbed while they do; children of a fork server."""
 
 from __future__ import annotations
 

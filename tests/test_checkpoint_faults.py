@@ -163,7 +163,7 @@ def test_an_unwritable_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(CheckpointWriteError, match="file"):
         DiskSaver(tmp_path / "file" / "checkpoints")
-    with pytest.raises(ValueError, match="not found.*create_dir=True"):
+    with pytest.raises(ValueError, match=r"not found.*create_dir=True"):
         DiskSaver(tmp_path / "nothing", create_dir=False)
 
 
