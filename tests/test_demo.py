@@ -52,7 +52,8 @@ def test_demo_is_bit_identical(shown: tuple[Path, subprocess.CompletedProcess[st
     assert "Bit-identical: batches, losses, weights, random states." in process.stdout
     for name in ("test accuracy", "killed after iteration", "resumed from iteration"):
         assert name in process.stdout
-    assert process.stdout.count("identical") == 5
+    # Five rows, and the sentence.
+    assert process.stdout.count("identical") == 6
     assert "different" not in process.stdout
     assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
     assert_same_bits(final_weights(out / "straight"), final_weights(out / "killed"))
