@@ -23,7 +23,7 @@ class CpuBackend(TorchBackend):
     device = torch.device("cpu")
 
     @classmethod
-    def probe(cls) -> Availability:
+    def probe(cls, option: str | None = None) -> Availability:
         """Tells the version of torch and the processor; the CPU is always there."""
         processor = platform.processor() or platform.machine()
         return Availability(

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-__all__ = ["BackendError", "BackendUnavailable", "UnknownBackend"]
+from typing import NamedTuple
+
+__all__ = ["BackendError", "BackendUnavailable", "Missing", "UnknownBackend"]
+
+
+class Missing(NamedTuple):
+    """Says why something cannot be used here, and what to do about it, each as a sentence."""
+
+    reason: str
+    remedy: str
 
 
 class BackendError(Exception):

@@ -43,7 +43,7 @@ class NullBackend:
         self._loaded: dict[str, Any] = {}
 
     @classmethod
-    def probe(cls) -> Availability:
+    def probe(cls, option: str | None = None) -> Availability:
         """Tells that it can run anywhere."""
         return Availability(True, versions={"torch": str(torch.__version__)}, devices=["none"])
 

@@ -148,8 +148,12 @@ class Backend(Protocol):
     world: World
 
     @classmethod
-    def probe(cls) -> Availability:
-        """Tells whether this backend can run here; never raises and starts nothing."""
+    def probe(cls, option: str | None = None) -> Availability:
+        """Tells whether this backend can run here; never raises and starts nothing.
+
+        With an option it tells whether the device can do that, too, as far as it is known without
+        starting it.
+        """
         ...
 
     def open(self) -> Self:

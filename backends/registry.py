@@ -5,25 +5,46 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import BackendError, BackendUnavailable, UnknownBackend
 from .protocol import Availability, Backend
+from .tpu_host import import_risk
 
-__all__ = ["GROUP", "VARIABLE", "add_backend_argument", "default_spec", "get", "names", "probe"]
+if TYPE_CHECKING:
+    from .auto import Choice
+
+__all__ = [
+    "AUTO",
+    "GROUP",
+    "VARIABLE",
+    "add_backend_argument",
+    "default_spec",
+    "get",
+    "names",
+    "probe",
+]
 
 GROUP = "crosstrain.backends"
 VARIABLE = "CROSSTRAIN_BACKEND"
+
+# The one name that is not a backend but chooses one.
+AUTO = "auto"
 
 # What people write for a backend whose name looks different.
 _MEANT = {"gpu": "cuda", "nvidia": "cuda", "amp": "cuda-amp", "torch_xla": "xla"}
 
 
 def names() -> list[str]:
-    """Returns the names of all registered backends, sorted, whether they can run here or not."""
-    return sorted({point.name for point in entry_points(group=GROUP)})
+    """Returns the names of all backends, sorted, whether they can run here or not.
+
+    `auto` is among them: it stands for the best of the others that can.
+    """
+    return sorted({AUTO, *(point.name for point in entry_points(group=GROUP))})
 
 
 def default_spec() -> str:
@@ -35,7 +56,8 @@ def get(spec: str | None = None, **settings: Any) -> Backend:
     """Returns the backend of a spec, not opened yet; nothing is ever used in its place.
 
     Args:
-        spec: `name` or `name:option`, such as `cpu:bf16`; None: what `default_spec` says.
+        spec: `name` or `name:option`, such as `cpu:bf16`; `auto` for the best that this machine
+            really supports, which is logged; None: what `default_spec` says.
         **settings: passed to the backend's class.
 
     Raises:
@@ -44,8 +66,10 @@ def get(spec: str | None = None, **settings: Any) -> Backend:
         BackendError: if two packages have registered different backends under this name.
     """
     spec = default_spec() if spec is None else spec
+    if spec == AUTO:
+        spec = _chosen().spec
     kind, option = _find(spec)
-    found = kind.probe()
+    found = kind.probe(option)
     if not found.ok:
         raise BackendUnavailable(spec, found.reason, found.remedy)
     backend: Backend = kind(option, **settings)
@@ -58,9 +82,12 @@ def probe(spec: str) -> Availability:
     A spec that does not exist, or a backend whose module does not import, is not available, with
     that as the reason.
     """
+    if spec == AUTO:
+        choice = _chosen()
+        return replace(choice.found, devices=[f"chooses {choice.spec}: {choice.why}"])
     try:
-        kind, _ = _find(spec)
-        found: Availability = kind.probe()
+        kind, option = _find(spec)
+        found: Availability = kind.probe(option if ":" in spec else None)
     except BackendUnavailable as error:
         return Availability(False, error.reason, error.remedy)
     except BackendError as error:
@@ -86,6 +113,12 @@ def add_backend_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _chosen() -> Choice:
+    from .auto import choose
+
+    return choose(probe)
+
+
 def _find(spec: str) -> tuple[Any, str]:
     """Returns the class and the option that a spec names."""
     name, colon, option = spec.partition(":")
@@ -105,6 +138,10 @@ def _find(spec: str) -> tuple[Any, str]:
 
 def _entry_point(spec: str, name: str) -> EntryPoint:
     known = names()
+    if name == AUTO:
+        raise UnknownBackend(
+            f"'auto' chooses the option, too: '{spec}' is not a spec. Write 'auto'."
+        )
     if name not in known:
         meant = _MEANT.get(name.lower())
         close = meant if meant in known else _nearest(name, known)
@@ -122,6 +159,9 @@ def _entry_point(spec: str, name: str) -> EntryPoint:
 
 
 def _load(spec: str, point: EntryPoint) -> Any:
+    risk = None if "torch" in sys.modules else import_risk()
+    if risk is not None:
+        raise BackendUnavailable(spec, *risk)
     try:
         return point.load()
     except (ImportError, AttributeError) as error:

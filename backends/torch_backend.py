@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, ClassVar, Self
 
 import torch
@@ -13,6 +13,7 @@ from torch.amp.grad_scaler import GradScaler
 from .errors import BackendError, UnknownBackend
 from .placement import map_tensors
 from .precision import DTYPES, Precision
+from .preparation import place, sort_objects
 from .protocol import Availability, StepResult, World
 
 __all__ = ["TorchBackend"]
@@ -50,30 +51,43 @@ class TorchBackend:
                 "are scaled. Leave it out, or choose an option with fp16."
             )
         self.world = World()
+        self._opened: ExitStack | None = None
         self.precision = Precision(self.device.type, dtype, scaler)
         self.capabilities = frozenset({"loss_scaling"} if self.precision.scales else set[str]())
 
     @classmethod
-    def probe(cls) -> Availability:
+    def probe(cls, option: str | None = None) -> Availability:
         """Tells the version of torch; a subclass adds what its device needs."""
         return Availability(True, versions={"torch": str(torch.__version__)})
 
     def open(self) -> Self:
-        """Reads the world.
+        """Reads the world and starts the device.
 
         Raises:
             BackendError: if torchrun's variables are wrong, or ask for more than one process.
+            BackendUnavailable: if the device does not start.
         """
+        if self._opened is not None:
+            return self
         self.world = World.from_environment()
         if self.world.size > 1:
             raise BackendError(
                 f"WORLD_SIZE={self.world.size}: crosstrain does not train in several processes "
                 "yet, and each would silently train alone on all of the data. Run one process."
             )
+        with ExitStack() as stack:
+            self._start(stack)
+            self._opened = stack.pop_all()
         return self
 
+    def _start(self, stack: ExitStack) -> None:
+        """Starts the device; what is pushed to the stack is undone by `close`."""
+
     def close(self) -> None:
-        """Gives nothing back: opening took nothing."""
+        """Restores what `open` set; closing twice changes nothing."""
+        if self._opened is not None:
+            opened, self._opened = self._opened, None
+            opened.close()
 
     def __enter__(self) -> Self:
         return self.open()
@@ -82,19 +96,14 @@ class TorchBackend:
         self.close()
 
     def prepare(self, *objects: Any) -> tuple[Any, ...]:
-        """Places models on the device, in place, so that optimizers keep their parameters.
+        """Places models on the device, in place, and has optimizers follow their parameters.
 
         Raises:
             TypeError: if an object is neither a model nor an optimizer.
+            BackendError: if an optimizer holds a parameter that is not on the device after it.
         """
-        for thing in objects:
-            if isinstance(thing, torch.nn.Module):
-                thing.to(self.device)
-            elif not isinstance(thing, torch.optim.Optimizer):
-                raise TypeError(
-                    "prepare() takes torch.nn.Module and torch.optim.Optimizer objects, got "
-                    f"{type(thing).__name__}"
-                )
+        models, optimizers = sort_objects(objects)
+        place(models, optimizers, self.device)
         return objects
 
     def put(self, batch: Any) -> Any:

@@ -60,7 +60,10 @@ def applicable(target: TargetBackend, option: str | None = None) -> list[str]:
         UnknownBackend: if there is no such spec.
         BackendUnavailable: if the backend cannot run here.
     """
-    case = Case(target, option)
+    return _applicable(Case(target, option))
+
+
+def _applicable(case: Case) -> list[str]:
     try:
         has = case.new().capabilities
     # A backend that cannot even be made is put through every check, which then say what is wrong.
@@ -97,11 +100,11 @@ def check_backend(
         BackendUnavailable: if the backend cannot run here, which is no finding about it.
         ValueError: if there is no check of a name.
     """
-    names = applicable(target, option) if checks is None else list(checks)
+    case = Case(target, option, tolerance)
+    names = _applicable(case) if checks is None else list(checks)
     unknown = [name for name in names if name not in CHECKS]
     if unknown:
         raise ValueError(f"There are no checks {unknown}. Checks: {', '.join(CHECKS)}.")
-    case = Case(target, option, tolerance)
     found: list[Finding] = []
     for name in names:
         try:

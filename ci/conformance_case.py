@@ -30,6 +30,7 @@ __all__ = [
     "is_close",
     "loss_of",
     "plain_model",
+    "settings_of",
     "small_model",
     "through_a_file",
 ]
@@ -44,6 +45,20 @@ LEARNING_RATE = 1.0
 
 # Keeps gradients small enough that no first loss scale in use, up to 2**16, makes them overflow.
 _SHARE = 1 / 16
+# Flags that are the user's, whatever library is loaded.
+_SETTINGS = (
+    "deterministic_algorithms",
+    "warn_only",
+    "cudnn.enabled",
+    "cudnn.benchmark",
+    "cudnn.deterministic",
+    "cudnn.conv.fp32_precision",
+    "cudnn.rnn.fp32_precision",
+    "cuda.matmul.fp32_precision",
+    "default_dtype",
+    "grad",
+)
+
 _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 
 
@@ -88,6 +103,16 @@ class Case:
         else:
             self.kind, self.option = target, option or target.options[0]
         self.tolerance = tolerance
+        self.at_start = settings_of(flags())
+        self._load()
+
+    def _load(self) -> None:
+        """Open and close it once: libraries that are loaded may set variables, once and for all."""
+        # If it does not open, the check of opening says so.
+        with contextlib.suppress(Exception):
+            backend = self.new()
+            backend.open()
+            backend.close()
 
     def new(self) -> Any:
         """Make a backend that is not opened; whether it is one is what the checks find out."""
@@ -269,6 +294,11 @@ def through_a_file(value: Any) -> Any:
         raise NonConformance(
             f"A state does not load with weights_only=True: {error}. Use tensors and plain types."
         ) from error
+
+
+def settings_of(values: Mapping[str, object]) -> dict[str, object]:
+    """Return those of the flags that no library may change when it is loaded."""
+    return {name: value for name, value in values.items() if name in _SETTINGS}
 
 
 def flags() -> dict[str, object]:

@@ -122,7 +122,7 @@ def check_probe(case: Case) -> None:
     """Its probe answers, the same each time, and changes nothing."""
     before, accelerated = flags(), _accelerated()
     host = torch.get_rng_state()
-    first, second = case.kind.probe(), case.kind.probe()
+    first, second = case.kind.probe(), case.kind.probe(case.option)
     expect(isinstance(first, Availability), f"probe() returned {type(first).__name__}.")
     expect(first.ok == second.ok, "Two probes, one after the other, do not agree.")
     if first.ok:
@@ -139,9 +139,9 @@ def check_probe(case: Case) -> None:
 
 def check_opening(case: Case) -> None:
     """It opens and closes any number of times, and leaves the flags as they were."""
-    before = flags()
+    before = {**flags(), **case.at_start}
     made = case.new()
-    expect(flags() == before, "Making it changed a flag or a variable; that is for open() to do.")
+    _expect_unchanged(before, "Making it changed")
     for _ in range(2):
         expect(made.open() is made, "open() does not return the backend.")
         expect(made.open() is made, "open() on an open backend does not return it.")
@@ -150,10 +150,14 @@ def check_opening(case: Case) -> None:
         expect((world.rank, world.size) == (0, 1), f"Alone, its world is {world}.")
         made.close()
         made.close()
-        changed = [name for name, value in flags().items() if before.get(name) != value]
-        expect(not changed, f"close() did not restore: {', '.join(changed)}.")
+        _expect_unchanged(before, "close() did not restore")
     with case.new() as entered:
         expect(isinstance(entered, Backend), "As a context manager it does not give the backend.")
+
+
+def _expect_unchanged(before: Mapping[str, object], problem: str) -> None:
+    changed = [name for name, value in flags().items() if before.get(name) != value]
+    expect(not changed, f"{problem}: {', '.join(changed)}.")
 
 
 def check_mistaken_world(case: Case) -> None:

@@ -66,29 +66,29 @@ class OtherDefault(CpuBackend):
 @broken("probe")
 class ProbeRaises(CpuBackend):
     @classmethod
-    def probe(cls) -> Availability:
+    def probe(cls, option: str | None = None) -> Availability:
         raise RuntimeError("no driver")
 
 
 @broken("probe")
 class ProbeIsBool(CpuBackend):
     @classmethod
-    def probe(cls) -> Any:
+    def probe(cls, option: str | None = None) -> Any:
         return True
 
 
 @broken("probe")
 class ProbeSetsVariable(CpuBackend):
     @classmethod
-    def probe(cls) -> Availability:
+    def probe(cls, option: str | None = None) -> Availability:
         os.environ["SOME_DEVICE"] = "1"
-        return super().probe()
+        return super().probe(option)
 
 
 @broken("probe")
 class ProbeHasNoRemedy(CpuBackend):
     @classmethod
-    def probe(cls) -> Availability:
+    def probe(cls, option: str | None = None) -> Availability:
         return Availability(False, "It is not here.")
 
 

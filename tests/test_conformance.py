@@ -83,8 +83,14 @@ def test_checks_leave_variables_and_generators_as_they_were() -> None:
     assert torch.equal(torch.get_rng_state(), generator)
 
 
+def gone(option: str | None = None) -> Availability:
+    return Availability(False, "Gone.", "Find it.")
+
+
 def test_what_cannot_run_here_is_no_finding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(CpuBackend, "probe", lambda: Availability(False, "Gone.", "Find it."))
+    monkeypatch.setattr(
+        CpuBackend, "probe", gone
+    )
     with pytest.raises(BackendUnavailable, match="Gone"):
         check_backend("cpu")
 
@@ -105,7 +111,9 @@ def test_command_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     monkeypatch.setattr(NullBackend, "put", lambda self, batch: None)
     assert main(["null"]) == 1
     assert "FAIL null put" in capsys.readouterr().out
-    monkeypatch.setattr(NullBackend, "probe", lambda: Availability(False, "Gone.", "Find it."))
+    monkeypatch.setattr(
+        NullBackend, "probe", gone
+    )
     assert main(["null"]) == 2
     assert "Gone. Remedy: Find it." in capsys.readouterr().err
 

@@ -112,7 +112,7 @@ def test_what_cannot_run_here_says_why_and_what_to_do(register: Register) -> Non
         "class Away:\n"
         "    options = ('near', 'far')\n"
         "    @classmethod\n"
-        "    def probe(cls):\n"
+        "    def probe(cls, option=None):\n"
         "        return Availability(False, 'It is on the moon.', 'Fetch it.')\n",
     )
     assert "away" in backends.names()
@@ -159,7 +159,7 @@ def test_a_probe_that_raises_does_not_break_the_table(register: Register) -> Non
         "class Rash:\n"
         "    options = ('x',)\n"
         "    @classmethod\n"
-        "    def probe(cls):\n"
+        "    def probe(cls, option=None):\n"
         "        raise RuntimeError('no driver')\n",
     )
     found = backends.probe("rash")

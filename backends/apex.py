@@ -1,0 +1,254 @@
+"""NVIDIA's legacy mixed precision, `apex.amp`, at its opt levels O0 to O3."""
+
+from __future__ import annotations
+
+import importlib
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from .apex_package import amp_absence, package_versions
+from .cuda import CudaBackend
+from .errors import BackendError
+from .precision import as_optimizers, require_gradient
+from .preparation import place, sort_objects
+from .protocol import Availability, StepResult
+
+__all__ = ["ApexBackend"]
+
+
+class ApexBackend(CudaBackend):
+    """Trains on one NVIDIA GPU with `apex.amp`.
+
+    `O0` is fp32; `O1` casts operations by list; `O2` keeps fp16 weights with fp32 masters, which
+    the state holds, because apex saves them nowhere; `O3` is all fp16. All but O0 and O3 scale the
+    loss. The order that apex wants, initialise and then load, is the one of `prepare` and
+    `load_state_dict`: `prepare` initialises, once a process, with all models and optimizers.
+
+    Args:
+        option: the opt level; O1 by default.
+        index: the GPU to use instead of LOCAL_RANK's.
+        enabled: False makes every call do nothing to the numbers, as `amp.initialize` says it.
+        loss_scale: a fixed loss scale, or `dynamic`; None: what the opt level says.
+        num_losses: how many losses have a scaler of their own; by default one an optimizer. A
+            backward pass uses the scaler of the first optimizer that it is given.
+
+    Raises:
+        UnknownBackend: if there is no such option.
+        BackendUnavailable: if there is no GPU, or no apex with `amp`.
+    """
+
+    options = ("O1", "O0", "O2", "O3")
+    name = "apex"
+
+    def __init__(
+        self,
+        option: str | None = None,
+        index: int | None = None,
+        enabled: bool = True,
+        loss_scale: float | str | None = None,
+        num_losses: int | None = None,
+    ) -> None:
+        super().__init__(option, None, index)
+        self._amp: Any = None
+        self._enabled = enabled
+        self._loss_scale = loss_scale
+        self._num_losses = num_losses
+        self._models: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+        self._optimizers: list[torch.optim.Optimizer] = []
+        self._stepped: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        self._used_scale = 1.0
+        scaled = self.option in ("O1", "O2") or loss_scale not in (None, 1.0)
+        self.capabilities = frozenset({"loss_scaling"} if enabled and scaled else set[str]())
+
+    @classmethod
+    def probe(cls, option: str | None = None) -> Availability:
+        """Tells apart: no apex, another package of that name, an apex without amp, no CUDA."""
+        missing = amp_absence()
+        if missing is not None:
+            return Availability(False, *missing, package_versions())
+        found = super().probe(option)
+        versions = {**found.versions, **package_versions()}
+        return Availability(found.ok, found.reason, found.remedy, versions, found.devices)
+
+    def _start(self, stack: ExitStack) -> None:
+        super()._start(stack)
+        self._amp = importlib.import_module("apex.amp")
+
+    def prepare(self, *objects: Any) -> tuple[Any, ...]:
+        """Places models on the GPU and has `amp.initialize` cast and patch all of them.
+
+        A model that is prepared already, as for its evaluation, comes back as it is.
+
+        Raises:
+            TypeError: if an object is neither a model nor an optimizer.
+            BackendError: if the backend is not open, or apex was initialised with other objects.
+        """
+        amp = self._opened_amp()
+        models, optimizers = sort_objects(objects)
+        if self._is_known(models, optimizers):
+            return objects
+        if self._optimizers or len(self._models):
+            raise BackendError(
+                "apex.amp can be initialised once only, and prepare() has done so. Give it all "
+                "models and all optimizers in one call."
+            )
+        place(models, optimizers, self.device)
+        settings: dict[str, Any] = {"opt_level": self.option, "enabled": self._enabled}
+        if self._loss_scale is not None:
+            settings["loss_scale"] = self._loss_scale
+        settings["num_losses"] = self._num_losses or max(1, len(optimizers))
+        # No messages on stdout: what they say, a step's result says.
+        settings["verbosity"] = 0
+        given: list[Any] = [*models, *optimizers]
+        if optimizers:
+            models, optimizers = amp.initialize(models, optimizers, **settings)
+        else:
+            models = amp.initialize(models, **settings)
+        self._models.update(models)
+        self._optimizers = optimizers
+        for optimizer in optimizers:
+            self._adopt(optimizer)
+        made: list[Any] = [*models, *optimizers]
+        new = {id(old): initialised for old, initialised in zip(given, made, strict=True)}
+        return tuple(new[id(thing)] for thing in objects)
+
+    def _is_known(
+        self, models: Sequence[torch.nn.Module], optimizers: Sequence[torch.optim.Optimizer]
+    ) -> bool:
+        known = {id(optimizer) for optimizer in self._optimizers}
+        return all(model in self._models for model in models) and all(
+            id(optimizer) in known for optimizer in optimizers
+        )
+
+    def _adopt(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._has_masters:
+            # Makes the fp32 masters now: a state that is loaded later has to find them.
+            lazy: Any = optimizer
+            lazy._amp_lazy_init()
+        stepped = self._stepped
+
+        def note(called: torch.optim.Optimizer, *_: Any) -> None:
+            stepped.add(called)
+
+        # On an overflow apex replaces the optimizer's step for one call, and the real one, whose
+        # hook this is, is not called.
+        optimizer.register_step_pre_hook(note)
+
+    @property
+    def _has_masters(self) -> bool:
+        return self._enabled and self.option == "O2"
+
+    def backward(self, loss: torch.Tensor, optimizer: Any) -> None:
+        """Runs the backward pass inside `amp.scale_loss`, which unscales the gradients after it.
+
+        Raises:
+            BackendError: if no optimizer is given, or one that `prepare` has not seen.
+        """
+        optimizers = as_optimizers(optimizer)
+        if not optimizers or not self._is_known((), optimizers):
+            raise BackendError(
+                "apex.amp scales a loss for the optimizers whose gradients it makes: give "
+                "backward() one or several that prepare() was given."
+            )
+        amp = self._opened_amp()
+        count = self._num_losses or max(1, len(self._optimizers))
+        ids = [id(known) for known in self._optimizers]
+        number = ids.index(id(optimizers[0])) % count
+        self._used_scale = self._scale_of(number)
+        with amp.scale_loss(loss, optimizers, loss_id=number) as scaled:
+            scaled.backward()
+
+    def _scale_of(self, number: int) -> float:
+        if not self._enabled:
+            return 1.0
+        return float(self._opened_amp().state_dict()[f"loss_scaler{number}"]["loss_scale"])
+
+    def step(self, optimizer: Any, max_norm: float | None = None) -> StepResult:
+        """Clips the fp32 gradients and steps; apex skips the step after an overflow.
+
+        Raises:
+            BackendError: if no parameter of the optimizer has a gradient.
+        """
+        require_gradient(optimizer)
+        norm = None
+        if max_norm is not None:
+            norm = torch.nn.utils.clip_grad_norm_(self._masters(optimizer), max_norm)
+        self._stepped.discard(optimizer)
+        optimizer.step()
+        return StepResult(optimizer in self._stepped, norm, self._used_scale)
+
+    def _masters(self, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+        if not self._enabled:
+            return [p for group in optimizer.param_groups for p in group["params"]]
+        masters: Iterator[torch.Tensor] = self._opened_amp().master_params(optimizer)
+        return list(masters)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns every loss scaler and, with O2, the fp32 masters and their gradients."""
+        if not self._enabled or not len(self._models):
+            return {}
+        scalers = {name: dict(value) for name, value in self._opened_amp().state_dict().items()}
+        state: dict[str, Any] = {"amp": scalers, "opt_level": self.option}
+        if self._has_masters:
+            state["masters"] = [
+                [(_saved(p), _saved(p.grad)) for p in self._masters(optimizer)]
+                for optimizer in self._optimizers
+            ]
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what `state_dict` returned; load models and optimizers before.
+
+        Raises:
+            BackendError: if the state is that of another opt level or of no apex, or has other
+                masters than the optimizers.
+        """
+        if not self._enabled and not state:
+            return
+        level = state.get("opt_level", "(none)")
+        if level != self.option:
+            raise BackendError(
+                f"This is apex:{self.option}, and the state is one of apex:{level}: loss scalers "
+                "and masters cannot be carried over. Load it on the backend that wrote it."
+            )
+        if not len(self._models):
+            raise BackendError("apex.amp is initialised by prepare(): call it before loading.")
+        amp = self._opened_amp()
+        here, there = sorted(amp.state_dict()), sorted(state["amp"])
+        if here != there:
+            raise BackendError(
+                f"The state holds the loss scalers {there}, and this backend has {here}. Make it "
+                f"with num_losses={len(there)}."
+            )
+        amp.load_state_dict(state["amp"])
+        if self._has_masters:
+            self._load_masters(state["masters"])
+
+    def _load_masters(self, saved: Sequence[Sequence[tuple[Any, Any]]]) -> None:
+        present = [self._masters(optimizer) for optimizer in self._optimizers]
+        if [len(part) for part in saved] != [len(part) for part in present]:
+            raise BackendError(
+                f"The state holds {[len(part) for part in saved]} fp32 masters, and the optimizers "
+                f"have {[len(part) for part in present]}. Load it into the same models."
+            )
+        with torch.no_grad():
+            for values, masters in zip(saved, present, strict=True):
+                for (value, gradient), master in zip(values, masters, strict=True):
+                    master.copy_(value)
+                    master.grad = None if gradient is None else gradient.to(master)
+        for optimizer in self._optimizers:
+            patched: Any = optimizer
+            patched._master_params_to_model_params()
+
+    def _opened_amp(self) -> Any:
+        if self._amp is None:
+            raise BackendError("The backend 'apex' is not open: call open() first.")
+        return self._amp
+
+
+def _saved(value: torch.Tensor | None) -> torch.Tensor | None:
+    return None if value is None else value.detach().cpu().clone()

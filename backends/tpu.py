@@ -1,0 +1,127 @@
+"""TPUs by TorchTPU (`torch_tpu`), the successor of torch_xla. No TPU has run this yet."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from contextlib import ExitStack
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch.amp.grad_scaler import GradScaler
+
+from .errors import BackendError, BackendUnavailable, Missing
+from .precision import DTYPES, Precision
+from .protocol import Availability
+from .torch_backend import TorchBackend
+from .tpu_host import hardware_absence, installed_version, tpu_chips
+
+__all__ = ["TpuBackend"]
+
+# The versions of torch that torch_tpu 0.2 is made for: from, and up to.
+_TORCH = ((2, 11), (2, 15))
+
+
+class TpuBackend(TorchBackend):
+    """Trains on one TPU core in torch's eager mode. `bf16` autocasts.
+
+    Operations run as they are called; there is no graph to cut, so `sync` has nothing to do.
+    Before it is opened its `device` is the CPU: torch knows no device `tpu` until torch_tpu has
+    started.
+
+    Args:
+        option: `fp32` or `bf16`.
+        scaler: refused, since no option is fp16.
+        index: the core to use instead of LOCAL_RANK's.
+
+    Raises:
+        UnknownBackend: if there is no such option.
+        BackendUnavailable: if there is no TPU, or a library is missing.
+    """
+
+    options = ("fp32", "bf16")
+    name = "tpu"
+
+    def __init__(
+        self, option: str | None = None, scaler: GradScaler | None = None, index: int | None = None
+    ) -> None:
+        found = self.probe(option)
+        if not found.ok and option in (None, *self.options):
+            spec = f"{self.name}:{option or self.options[0]}"
+            raise BackendUnavailable(spec, found.reason, found.remedy)
+        super().__init__(option, scaler)
+        self._index = index
+
+    @classmethod
+    def probe(cls, option: str | None = None) -> Availability:
+        """Tells what is missing, without importing torch_tpu.
+
+        An import of torch_tpu without libtpu aborts the process, and its first use without a TPU
+        hangs in look-ups of the cloud's metadata: so nothing of it is touched here.
+        """
+        chips = tpu_chips()
+        packages = ("torch", "torch-tpu", "libtpu")
+        versions = {
+            name: found for name in packages if (found := installed_version(name)) is not None
+        }
+        missing = _package_absence() or hardware_absence(chips)
+        if missing is not None:
+            return Availability(False, *missing, versions, chips)
+        return Availability(True, "", "", versions, chips)
+
+    def _start(self, stack: ExitStack) -> None:
+        importlib.import_module("torch_tpu")
+        index = self.world.local_rank if self._index is None else self._index
+        self.device = torch.device("tpu", index)
+        self.precision = Precision("tpu", DTYPES[self.option])
+
+    def _generator(self) -> torch.Generator:
+        module: Any = getattr(torch, "tpu", None)
+        generators: Any = getattr(module, "default_generators", ())
+        index = self.device.index
+        if self.device.type != "tpu" or index >= len(generators):
+            raise BackendError(
+                f"torch_tpu offers no generator of random numbers for '{self.device}'. Open the "
+                "backend first; with an older torch_tpu, update it."
+            )
+        generator: torch.Generator = generators[index]
+        return generator
+
+    def seed(self, seed: int) -> None:
+        """Seeds the TPU's generator."""
+        self._generator().manual_seed(seed)
+
+    def rng_state(self) -> dict[str, Any]:
+        """Returns the state of the TPU's generator, a tensor on the CPU."""
+        return {"tpu": self._generator().get_state().cpu()}
+
+    def set_rng_state(self, state: Mapping[str, Any]) -> None:
+        """Restores what `rng_state` returned.
+
+        Raises:
+            BackendError: if it is the state of another kind of device.
+        """
+        if "tpu" not in state:
+            raise BackendError(
+                f"The random state is that of {sorted(state) or 'a device without one'}, not of a "
+                "TPU: random numbers on the device cannot go on as they were. Call seed() instead."
+            )
+        self._generator().set_state(state["tpu"].cpu())
+
+
+def _package_absence() -> Missing | None:
+    if find_spec("torch_tpu") is None:
+        return Missing(
+            "torch_tpu (TorchTPU) is not installed.",
+            "On a TPU VM, run pip install torch-tpu libtpu: without libtpu, import torch aborts.",
+        )
+    found = str(torch.__version__)
+    major, minor = found.split(".")[:2]
+    if not _TORCH[0] <= (int(major), int(minor)) <= _TORCH[1]:
+        low, high = (".".join(map(str, bound)) for bound in _TORCH)
+        return Missing(
+            f"torch_tpu is made for torch {low} to {high}, and torch {found} is installed.",
+            f"Install a torch from {low} to {high}.",
+        )
+    return None

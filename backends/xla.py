@@ -1,0 +1,208 @@
+"""XLA by torch_xla: a lazy device, on a TPU or, to test without one, on the CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch.amp.grad_scaler import GradScaler
+
+from .errors import BackendError, BackendUnavailable, Missing
+from .protocol import Availability
+from .torch_backend import TorchBackend
+from .tpu_host import hardware_absence, installed_version, tpu_chips
+from .xla_randperm import refuse_randperm
+
+__all__ = ["XlaBackend"]
+
+_VARIABLE = "PJRT_DEVICE"
+
+
+class XlaBackend(TorchBackend):
+    """Trains on one XLA device by torch_xla. `bf16` autocasts.
+
+    Operations are recorded, and compiled and run together at `sync`, the step's boundary. Which
+    device it is, PJRT_DEVICE says: TPU or CPU. XLA on the CPU has the numbers and the rules of XLA,
+    not the speed of a TPU.
+
+    The device's random state is one number. torch_xla moves it at each boundary; here it moves only
+    where the iteration drew from it or trained nothing else, so that an evaluation or a save in
+    between leaves the training's random numbers as they are.
+
+    Args:
+        option: `fp32` or `bf16`.
+        scaler: refused, since no option is fp16.
+        index: which of the process's XLA devices to use; the first by default.
+
+    Raises:
+        UnknownBackend: if there is no such option.
+        BackendUnavailable: if torch_xla is missing or does not fit, or PJRT_DEVICE does not say
+            which device it shall be.
+    """
+
+    options = ("fp32", "bf16")
+    name = "xla"
+    device = torch.device("xla")
+
+    def __init__(
+        self, option: str | None = None, scaler: GradScaler | None = None, index: int | None = None
+    ) -> None:
+        found = self.probe(option)
+        if not found.ok and option in (None, *self.options):
+            spec = f"{self.name}:{option or self.options[0]}"
+            raise BackendUnavailable(spec, found.reason, found.remedy)
+        super().__init__(option, scaler)
+        self._index = index
+        self._xla: Any = None
+        self._model: Any = None
+        self._boundary_state = 0
+
+    @classmethod
+    def probe(cls, option: str | None = None) -> Availability:
+        """Tells whether torch_xla fits and which device it would use, without importing it."""
+        packages = ("torch", "torch_xla", "libtpu")
+        versions = {
+            name: found for name in packages if (found := installed_version(name)) is not None
+        }
+        missing = _package_absence() or _device_absence()
+        if missing is not None:
+            return Availability(False, *missing, versions)
+        on_tpu = os.environ[_VARIABLE] == "TPU"
+        devices = tpu_chips() if on_tpu else ["XLA on the CPU, which is not a TPU"]
+        return Availability(True, "", "", versions, devices)
+
+    def _start(self, stack: ExitStack) -> None:
+        self._xla = importlib.import_module("torch_xla")
+        self._model = importlib.import_module("torch_xla.core.xla_model")
+        self.device = self._xla.device(self._index)
+        self._boundary_state = self._read_state()
+
+    def batches(self, data: Iterable[Any]) -> Iterator[Any]:
+        """Iterates over the data, each batch on the device, sent while the last step still runs.
+
+        torch_xla's own parallel loader ends a step with each batch, which moves the random state,
+        and reads ahead of the training, which loses its position.
+        """
+        return map(self.put, data)
+
+    def sync(self) -> None:
+        """Compiles and runs what was recorded, and begins the next step.
+
+        The device's random state moves on, unless nothing was drawn from it since the last time.
+        """
+        super().sync()
+        drawn = self._read_state() != self._boundary_state
+        self._opened_xla().sync()
+        if drawn:
+            self._boundary_state = self._read_state()
+        else:
+            self._write_state(self._boundary_state)
+
+    @contextlib.contextmanager
+    def deterministic(self, warn_only: bool = False) -> Generator[None, None, None]:
+        """Makes arithmetic repeat bit for bit inside, and restores torch's flags after.
+
+        A `torch.randperm` on the device is an error inside: it draws from a state of torch_xla
+        that cannot be saved.
+
+        Args:
+            warn_only: it, or an operation that has no deterministic kernel, warns instead.
+        """
+        with refuse_randperm(warn_only), super().deterministic(warn_only):
+            yield
+
+    def seed(self, seed: int) -> None:
+        """Seeds the device's generator; `torch.manual_seed` does not reach it."""
+        self._write_state(seed)
+
+    def rng_state(self) -> dict[str, Any]:
+        """Returns the device's random state, an integer of 64 bits without sign.
+
+        It is exact at a step's boundary, right after `sync`.
+        """
+        return {"xla": self._read_state()}
+
+    def set_rng_state(self, state: Mapping[str, Any]) -> None:
+        """Restores what `rng_state` returned.
+
+        Raises:
+            BackendError: if it is the state of another kind of device.
+        """
+        if "xla" not in state:
+            raise BackendError(
+                f"The random state is that of {sorted(state) or 'a device without one'}, not of an "
+                "XLA device: its random numbers cannot go on as they were. Call seed() instead."
+            )
+        self._write_state(int(state["xla"]))
+
+    def counts(self) -> dict[str, int]:
+        """Returns how often, in this process so far, XLA did what costs time.
+
+        Returns:
+            `compilations`; `executions` of compiled graphs; `reads`, in which the host waited for a
+            value of the device; `fallbacks`, operations that XLA does not know and the CPU ran. In
+            a steady training only the executions grow, by one a step.
+        """
+        metrics = importlib.import_module("torch_xla.debug.metrics")
+
+        def times(name: str) -> int:
+            found = metrics.metric_data(name)
+            return 0 if found is None else int(found[0])
+
+        fallbacks = [name for name in metrics.counter_names() if name.startswith("aten::")]
+        return {
+            "compilations": times("CompileTime"),
+            "executions": times("ExecuteTime"),
+            "reads": times("TransferFromDeviceTime"),
+            "fallbacks": sum(int(metrics.counter_value(name)) for name in fallbacks),
+        }
+
+    def _read_state(self) -> int:
+        self._opened_xla()
+        return int(self._model.get_rng_state(str(self.device)))
+
+    def _write_state(self, state: int) -> None:
+        self._opened_xla()
+        self._model.set_rng_state(state, str(self.device))
+        self._boundary_state = state
+
+    def _opened_xla(self) -> Any:
+        if self._xla is None:
+            raise BackendError("The backend 'xla' is not open: call open() first.")
+        return self._xla
+
+
+def _package_absence() -> Missing | None:
+    if find_spec("torch_xla") is None:
+        return Missing(
+            "torch_xla is not installed.",
+            "Run pip install torch==2.9.1 torch_xla==2.9.0; on a TPU VM, 'torch_xla[tpu]==2.9.0'.",
+        )
+    ours = installed_version("torch_xla") or "of no version"
+    torch_version = str(torch.__version__)
+    if ours.split(".")[:2] != torch_version.split(".")[:2]:
+        return Missing(
+            f"torch_xla {ours} does not fit torch {torch_version}: both have to be of one minor "
+            "version.",
+            f"Run pip install 'torch=={'.'.join(ours.split('.')[:2])}.*', or another torch_xla.",
+        )
+    return None
+
+
+def _device_absence() -> Missing | None:
+    wanted = os.environ.get(_VARIABLE)
+    if wanted == "CPU":
+        return None
+    if wanted == "TPU":
+        return hardware_absence(tpu_chips())
+    said = "is not set" if wanted is None else f"is {wanted!r}"
+    return Missing(
+        f"{_VARIABLE} {said}, and torch_xla would choose a device by itself.",
+        f"Set {_VARIABLE}=TPU, or {_VARIABLE}=CPU for XLA on the CPU.",
+    )
