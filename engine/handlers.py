@@ -103,6 +103,9 @@ class HandlerTable:
     ) -> Binding:
         """Makes the binding of a handler to an event, with the engine first if it takes that.
 
+        A method of the engine itself, such as `terminate`, has it already: it is passed only where
+        it must be.
+
         Raises:
             TypeError: if the handler is not callable.
             ValueError: if the event is not registered or the handler can be called neither with the
@@ -110,12 +113,12 @@ class HandlerTable:
         """
         event_args, event_kwargs = _EVENT_ARGUMENTS.get(self.require(event).name, ((), {}))
         passed, named = (*event_args, *args), {**kwargs, **event_kwargs}
+        takes_engine = getattr(handler, "__self__", None) is not engine
         try:
-            check_signature(handler, "handler", engine, *passed, **named)
-            takes_engine = True
+            check_signature(handler, "handler", *(engine,) * takes_engine, *passed, **named)
         except ValueError:
-            check_signature(handler, "handler", *passed, **named)
-            takes_engine = False
+            takes_engine = not takes_engine
+            check_signature(handler, "handler", *(engine,) * takes_engine, *passed, **named)
         gate = gate_of(event)
         plain = gate is None and not args and not kwargs
         return handler, takes_engine, None if plain else (gate, args, kwargs)
