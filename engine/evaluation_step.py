@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .training_step import StepOptions, several
+from .step_options import StepOptions, several
 
 if TYPE_CHECKING:
     from crosstrain.backends import Backend
@@ -32,6 +32,10 @@ class EvaluationStep:
             step; the rest is not used.
         output_transform: called as `output_transform(x, y, y_pred)`, returns the iteration's
             output; `(y_pred, y)` by default, which metrics take.
+
+    Raises:
+        TypeError: if `output_transform` is no function.
+        ValueError: if several models come without `model_fn`.
     """
 
     def __init__(
@@ -41,20 +45,34 @@ class EvaluationStep:
         options: StepOptions | None = None,
         output_transform: Callable[[Any, Any, Any], Any] = prediction,
     ) -> None:
+        if not callable(output_transform):
+            raise TypeError(
+                "output_transform should be a function of (x, y, y_pred), got "
+                f"{output_transform!r}."
+            )
         self.model = model
         self.models: list[torch.nn.Module] = several(model)
         self.backend = backend
         self.options = options or StepOptions()
         self.output_transform = output_transform
+        self._split, self._forward = self.options.splitter(), self.options.forward(model)
 
     def __call__(self, engine: Engine, batch: Any) -> Any:
-        """Runs an iteration: put and forward, in evaluation mode and without gradients."""
-        options = self.options
+        """Runs an iteration: put and forward, in evaluation mode and without gradients.
+
+        Raises:
+            ValueError: if the batch is no pair.
+        """
         for model in self.models:
-            if model.training:
+            # A part may be in another mode than the whole: one model can be wrapped in another.
+            if any(module.training for module in model.modules()):
                 model.eval()
+        backend = self.backend
         with torch.no_grad():
-            x, y = options.split(batch, self.backend)
-            with self.backend.autocast():
-                y_pred = options.model_transform(options.model_fn(self.model, x))
-            return self.output_transform(x, y, y_pred)
+            x, y = self._split(batch, backend)
+            with backend.autocast():
+                y_pred = self._forward(x)
+            output = self.output_transform(x, y, y_pred)
+        if engine.backend is None:
+            backend.sync()
+        return output

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-
-from .assembly import Device, LossFunction, is_many, open_backend, prepare, step_options
+from .assembly import Device, LossFunction, open_backend, prepare, step_options
 from .deterministic import DeterministicEngine
 from .engine import Engine
 from .evaluation_step import EvaluationStep, prediction
+from .step_options import is_many
 from .training_step import TrainingStep
 
 if TYPE_CHECKING:
@@ -74,13 +74,13 @@ def create_supervised_trainer(
         BackendUnavailable: if the backend cannot run here.
     """
     options = step_options(
-        gradient_accumulation_steps,
-        max_norm,
         non_blocking=non_blocking,
         prepare_batch=prepare_batch,
         model_transform=model_transform,
         output_transform=output_transform,
+        accumulation_steps=gradient_accumulation_steps,
         model_fn=model_fn,
+        max_norm=max_norm,
     )
     chosen = open_backend(backend, device, amp_mode, scaler)
     model, optimizer = prepare(chosen, model, optimizer)
@@ -89,7 +89,10 @@ def create_supervised_trainer(
     trainer.objects = {**_named("model", model), **_named("optimizer", optimizer)}
     step.attach(trainer)
     if scaler is True:
-        trainer.state.scaler = chosen.precision.scaler  # type: ignore[attr-defined]
+        # Only the backends that amp_mode stands for get here; they have torch's scaler.
+        state: Any = trainer.state
+        amp: Any = chosen
+        state.scaler = amp.precision.scaler
     return trainer
 
 

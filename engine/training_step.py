@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from .events import EventEnum, Events, Unread
+from . import gradients
+from .engine import Engine
+from .events import EventEnum, Events
 from .progress import is_done
+from .step_checks import check_trainable, refuse_loss
+from .step_options import StepOptions, several
 
 if TYPE_CHECKING:
     from crosstrain.backends import Backend, StepResult
 
-    from .engine import Engine
     from .handlers import Slot
 
-__all__ = ["StepEvents", "StepOptions", "TrainingStep", "several"]
+__all__ = ["StepEvents", "StepOptions", "TrainingStep"]
 
 
 class StepEvents(EventEnum):
@@ -27,8 +31,11 @@ class StepEvents(EventEnum):
     BACKWARD_* fire each iteration. OPTIM_STEP_* fire where the optimizers are stepped: each
     iteration, or at the end of each accumulation window. OPTIM_STEP_APPLIED and OPTIM_STEP_SKIPPED
     follow OPTIM_STEP_COMPLETED: the first if every optimizer changed its weights, the second if
-    the loss scaler skipped one. Step a scheduler or an EMA at OPTIM_STEP_APPLIED; its count, for
-    filters such as `every`, is `state.applied_steps`.
+    the loss scaler skipped one. Step a scheduler or an EMA at OPTIM_STEP_APPLIED.
+
+    Filters such as `every` compare with `state.iteration` for BACKWARD_*, and for the others with
+    how often a run's optimizers were stepped (`state.optim_steps`, for STARTED and COMPLETED), how
+    often that was applied (`state.applied_steps`), and skipped (`state.skipped_steps`).
     """
 
     BACKWARD_STARTED = "backward_started"
@@ -42,77 +49,31 @@ class StepEvents(EventEnum):
 _COUNTERS: dict[Any, str] = {
     StepEvents.BACKWARD_STARTED: "iteration",
     StepEvents.BACKWARD_COMPLETED: "iteration",
+    StepEvents.OPTIM_STEP_STARTED: "optim_steps",
+    StepEvents.OPTIM_STEP_COMPLETED: "optim_steps",
     StepEvents.OPTIM_STEP_APPLIED: "applied_steps",
+    StepEvents.OPTIM_STEP_SKIPPED: "skipped_steps",
 }
 
 
-def _identity(output: Any) -> Any:
-    return output
+class _Listeners(NamedTuple):
+    """An engine's slots for the step's events, in their order: looked up once."""
+
+    backward_started: Slot
+    backward_completed: Slot
+    optim_step_started: Slot
+    optim_step_completed: Slot
+    optim_step_applied: Slot
+    optim_step_skipped: Slot
 
 
-def _apply(model: Any, x: Any) -> Any:
-    return model(x)
+# Stands for modules that are not known yet: it is in no training mode, so they are looked for.
+_UNKNOWN = (SimpleNamespace(training=False),)
+_STATE_KEYS = frozenset({"filled", "planned", "optim_steps", "applied_steps", "gradients"})
 
 
-def _unread_loss(x: Any, y: Any, y_pred: Any, loss: torch.Tensor) -> Any:
-    return Unread(loss.detach())
-
-
-@dataclass(frozen=True, slots=True)
-class StepOptions:
-    """What a training step can be told besides model, optimizer and loss.
-
-    Args:
-        prepare_batch: called as `prepare_batch(batch, device=..., non_blocking=...)`, returns
-            `(x, y)`; None: the batch is a pair, which the backend puts on its device.
-        non_blocking: passed to `prepare_batch`.
-        model_fn: called as `model_fn(model, x)`, returns the model's output.
-        model_transform: called with the model's output, returns what the loss takes.
-        output_transform: called as `output_transform(x, y, y_pred, loss)`, returns the iteration's
-            output. By default the loss, which is copied to the host only when somebody reads it.
-        accumulation_steps: over how many iterations gradients are accumulated, at least 1.
-        max_norm: each optimizer's gradients are clipped to this total norm; None: not.
-
-    Raises:
-        ValueError: if `accumulation_steps` is below 1, or `max_norm` is not above 0.
-    """
-
-    prepare_batch: Callable[..., tuple[Any, Any]] | None = None
-    non_blocking: bool = False
-    model_fn: Callable[[Any, Any], Any] = _apply
-    model_transform: Callable[[Any], Any] = _identity
-    output_transform: Callable[[Any, Any, Any, Any], Any] = _unread_loss
-    accumulation_steps: int = 1
-    max_norm: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.accumulation_steps < 1:
-            raise ValueError(
-                "Gradient_accumulation_steps must be strictly positive. No gradient accumulation "
-                f"if the value set to one (default); got {self.accumulation_steps}."
-            )
-        if self.max_norm is not None and not self.max_norm > 0:
-            raise ValueError(
-                f"max_norm is the largest total norm of the gradients, above 0; got "
-                f"{self.max_norm}. Leave it out, or pass None, to clip nothing."
-            )
-
-    def split(self, batch: Any, backend: Backend) -> tuple[Any, Any]:
-        """Returns a batch as `(x, y)` on the device.
-
-        Raises:
-            ValueError: if the batch is not a pair and there is no `prepare_batch`.
-        """
-        if self.prepare_batch is not None:
-            return self.prepare_batch(batch, device=backend.device, non_blocking=self.non_blocking)
-        try:
-            x, y = batch
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"A batch should be a pair (x, y), got {type(batch).__name__} ({error}). Pass "
-                "prepare_batch=function, which makes (x, y) of your batches."
-            ) from error
-        return backend.put(x), backend.put(y)
+def _no_engine() -> Engine | None:
+    return None
 
 
 class TrainingStep:
@@ -120,7 +81,11 @@ class TrainingStep:
 
     Gradients are accumulated over windows of `accumulation_steps` iterations, which may cross
     epochs. Each loss is divided by the number of iterations in its window; a run's last window,
-    which may be shorter, is stepped with its own number.
+    which may be shorter, is stepped with its own number. A window belongs to one run of one engine:
+    a new run begins with a new one.
+
+    Where an iteration fails after its backward pass has begun, the gradients of its window are not
+    those of whole iterations: they are dropped, and the next iteration begins a window.
 
     Args:
         model: a model, or several.
@@ -130,14 +95,15 @@ class TrainingStep:
         options: the rest.
 
     Raises:
-        ValueError: if an optimizer holds none of the models' parameters.
+        ValueError: if an optimizer holds none of the models' parameters, shares one with another,
+            or needs a closure; or if several models come without `model_fn`.
     """
 
     def __init__(
         self,
         model: Any,
         optimizer: Any,
-        loss_fn: Callable[[Any, Any], torch.Tensor],
+        loss_fn: Callable[[Any, Any], Tensor],
         backend: Backend,
         options: StepOptions | None = None,
     ) -> None:
@@ -148,187 +114,231 @@ class TrainingStep:
         self.loss_fn = loss_fn
         self.backend = backend
         self.options = options or StepOptions()
+        check_trainable(self.models, self.optimizers, loss_fn)
+        self._split, self._forward = self.options.splitter(), self.options.forward(model)
+        self._output = self.options.output_transform
         # The window: how many iterations are in it so far, and how many shall be.
         self._filled = 0
         self._planned = 0
-        self._applied_steps = 0
-        self._engine: Callable[[], Any] = lambda: None
-        self._slots: dict[StepEvents, Slot] = {}
-        _check_parameters(self.models, self.optimizers)
+        self._optim_steps = self._applied_steps = 0
+        # The window and the counts were loaded, and no run has gone on from them yet.
+        self._loaded = False
+        # The modules that train() puts into training mode.
+        self._training: Iterable[Any] = _UNKNOWN
+        self._engine: Callable[[], Engine | None] = _no_engine
+        self._engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+        self._listeners: _Listeners
+
+    # ---------------------------------------------------------------- the engine
 
     def attach(self, engine: Engine) -> None:
-        """Registers the step's events with an engine and has it step a window left at the end."""
+        """Registers the step's events with an engine and has it step a window left at the end.
+
+        The factories do so; for an engine of your own, do it before you attach handlers to
+        `StepEvents`. Otherwise it is done at the first iteration.
+
+        Raises:
+            TypeError: if it is no `Engine` of this library.
+        """
+        if not isinstance(engine, Engine):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(
+                "A training step runs in an Engine of crosstrain.engine, whose events it fires; "
+                f"got {type(engine).__module__}.{type(engine).__qualname__}."
+            )
         if self._engine() is engine:
             return
+        if self._engine is not _no_engine and not self._loaded:
+            self._begin_anew()
         self._engine = weakref.ref(engine)
-        engine.register_events(*StepEvents, event_to_attr=_COUNTERS)
-        engine.state.applied_steps = self._applied_steps  # type: ignore[attr-defined]
-        self._slots = {event: engine.slot(event) for event in StepEvents}
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self._end_of_epoch)
-        engine.add_event_handler(Events.TERMINATE | Events.COMPLETED, self._end_of_run)
+        if engine not in self._engines:
+            self._engines.add(engine)
+            engine.register_events(*StepEvents, event_to_attr=_COUNTERS)
+            for event, handler in (
+                (Events.STARTED, self._on_started),
+                (Events.EPOCH_COMPLETED, self._on_epoch_completed),
+                (Events.TERMINATE, self._on_end),
+                (Events.COMPLETED, self._on_end),
+            ):
+                engine.add_event_handler(event, handler)
+                # First in its place: the other handlers evaluate and save the weights.
+                slot = engine.slot(event)
+                slot.handlers = [slot.handlers[-1], *slot.handlers[:-1]]
+        self._listeners = _Listeners(*(engine.slot(event) for event in StepEvents))
+        self._tell_counts(engine)
+
+    def _tell_counts(self, engine: Engine) -> None:
+        state: Any = engine.state
+        state.optim_steps, state.applied_steps = self._optim_steps, self._applied_steps
+        state.skipped_steps = self._optim_steps - self._applied_steps
+
+    def _begin_anew(self) -> None:
+        self._filled = self._optim_steps = self._applied_steps = 0
+
+    def _on_started(self, engine: Engine) -> None:
+        self._training = _UNKNOWN
+        if self._engine() is not engine:
+            return
+        if engine.state.iteration == 0 and not self._loaded:
+            # The window that a failed run left behind is no part of this one.
+            self._begin_anew()
+            self._tell_counts(engine)
+        self._loaded = False
+
+    def _on_epoch_completed(self, engine: Engine) -> None:
+        if is_done(engine.state):
+            self._on_end(engine)
+
+    def _on_end(self, engine: Engine) -> None:
+        if self._filled == 0 or self._engine() is not engine:
+            return
+        # The window is shorter than was planned: each loss was divided by too much.
+        gradients.rescale(self.optimizers, self._planned / self._filled)
+        self._filled = 0
+        self._step(engine)
+        self.backend.sync()
+
+    # ---------------------------------------------------------------- an iteration
 
     def __call__(self, engine: Engine, batch: Any) -> Any:
         """Runs an iteration: put, forward, loss, backward, and the step at a window's end.
 
         Raises:
-            ValueError: if the loss is not a tensor of one element that depends on the model.
-            BackendError: if an optimizer has no gradient at its first step.
+            ValueError: if the batch is no pair, or the loss is not a tensor of one element that
+                depends on the model.
+            BackendError: if an optimizer has no gradient.
         """
         if self._engine() is not engine:
             self.attach(engine)
-        options, backend = self.options, self.backend
-        for model in self.models:
-            if not model.training:
-                model.train()
-        if self._filled == 0:
-            self._planned = self._plan(engine)
-            for optimizer in self.optimizers:
-                optimizer.zero_grad()
-        x, y = options.split(batch, backend)
+        for module in self._training:
+            if not module.training:
+                self._train()
+                break
+        filled = self._filled + 1
+        if filled == 1:
+            self._open_window(engine)
+        backend = self.backend
+        x, y = self._split(batch, backend)
         with backend.autocast():
-            y_pred = options.model_transform(options.model_fn(self.model, x))
-            loss = self.loss_fn(y_pred, y)
-        _check_loss(loss)
-        self._backward(engine, loss)
-        self._filled += 1
-        if self._filled == self._planned:
-            self._step(engine)
-        return options.output_transform(x, y, y_pred, loss)
+            y_pred = self._forward(x)
+            loss: Any = self.loss_fn(y_pred, y)
+        if not (isinstance(loss, Tensor) and loss.requires_grad and loss.numel() == 1):
+            refuse_loss(loss)
+        # Nothing is in the window until the iteration is whole: what raises from here on drops it.
+        self._filled = 0
+        try:
+            self._backward(engine, loss, filled)
+            if filled == self._planned:
+                self._step(engine)
+                filled = 0
+            output = self._output(x, y, y_pred, loss)
+        except BaseException as error:
+            if filled > 1:
+                error.add_note(
+                    f"The gradients of the {filled - 1} earlier iterations of this accumulation "
+                    "window are dropped: they cannot be told apart from this one's."
+                )
+            raise
+        self._filled = filled
+        if engine.backend is None:
+            backend.sync()
+        return output
 
-    def _plan(self, engine: Engine) -> int:
-        """Returns the size of the window that begins: what is left of the run, if that is less."""
+    def _train(self) -> None:
+        for model in self.models:
+            model.train()
+        # A model whose train() leaves a part in evaluation mode, such as a frozen batch norm, means
+        # it so.
+        self._training = [m for model in self.models for m in model.modules() if m.training]
+
+    def _open_window(self, engine: Engine) -> None:
+        self._loaded = False
         wanted = self.options.accumulation_steps
-        state = engine.state
-        if wanted == 1:
-            return 1
-        if state.max_iters is not None:
-            total = state.max_iters
-        elif state.max_epochs is not None and state.epoch_length is not None:
-            total = state.max_epochs * state.epoch_length
-        else:
-            return wanted
-        return max(1, min(wanted, total - state.iteration + 1))
+        self._planned = 1 if wanted == 1 else min(wanted, _iterations_left(engine, wanted))
+        for optimizer in self.optimizers:
+            gradients.clear(optimizer)
 
-    def _backward(self, engine: Engine, loss: torch.Tensor) -> None:
-        self._fire(engine, StepEvents.BACKWARD_STARTED)
-        share = loss if self._planned == 1 else loss / self._planned
-        if self._filled + 1 < self._planned:
-            with self.backend.accumulating(self.model):
-                self.backend.backward(share, self.optimizer)
+    def _backward(self, engine: Engine, loss: Tensor, filled: int) -> None:
+        listeners, backend, planned = self._listeners, self.backend, self._planned
+        if listeners.backward_started.handlers:
+            engine.fire_event(StepEvents.BACKWARD_STARTED)
+        if planned == 1:
+            backend.backward(loss, self.optimizer)
+        elif filled == planned:
+            backend.backward(loss / planned, self.optimizer)
         else:
-            self.backend.backward(share, self.optimizer)
-        self._fire(engine, StepEvents.BACKWARD_COMPLETED)
+            with backend.accumulating(self.model):
+                backend.backward(loss / planned, self.optimizer)
+        if listeners.backward_completed.handlers:
+            engine.fire_event(StepEvents.BACKWARD_COMPLETED)
 
     def _step(self, engine: Engine) -> None:
-        self._fire(engine, StepEvents.OPTIM_STEP_STARTED)
-        max_norm = self.options.max_norm
-        results: list[StepResult] = [self.backend.step(o, max_norm) for o in self.optimizers]
-        self._filled = 0
-        engine.state.step_results = results  # type: ignore[attr-defined]
-        applied = all(result.applied for result in results)
-        self._applied_steps += applied
-        engine.state.applied_steps = self._applied_steps  # type: ignore[attr-defined]
-        self._fire(engine, StepEvents.OPTIM_STEP_COMPLETED)
-        self._fire(
-            engine, StepEvents.OPTIM_STEP_APPLIED if applied else StepEvents.OPTIM_STEP_SKIPPED
-        )
-
-    def _fire(self, engine: Engine, event: StepEvents) -> None:
-        if self._slots[event].handlers:
-            engine.fire_event(event)
-
-    def _end_of_epoch(self, engine: Engine) -> None:
-        # Before the other handlers of the last epoch's end: they evaluate and save the weights.
-        if is_done(engine.state):
-            self._end_of_run(engine)
-
-    def _end_of_run(self, engine: Engine) -> None:
-        if self._filled == 0:
-            return
-        # The window is shorter than was planned: each loss was divided by too much.
-        ratio = self._planned / self._filled
+        listeners, step, max_norm = self._listeners, self.backend.step, self.options.max_norm
+        state: Any = engine.state
+        state.optim_steps = self._optim_steps + 1
+        if listeners.optim_step_started.handlers:
+            engine.fire_event(StepEvents.OPTIM_STEP_STARTED)
+        results: list[StepResult] = []
+        applied = True
         for optimizer in self.optimizers:
-            for parameter in _parameters(optimizer):
-                if parameter.grad is not None:
-                    parameter.grad.mul_(ratio)
-        self._step(engine)
-        self.backend.sync()
+            result = step(optimizer, max_norm)
+            results.append(result)
+            if not result.applied:
+                applied = False
+        state.step_results = results
+        self._optim_steps += 1
+        if applied:
+            self._applied_steps += 1
+            state.applied_steps = self._applied_steps
+        else:
+            state.skipped_steps = self._optim_steps - self._applied_steps
+        if listeners.optim_step_completed.handlers:
+            engine.fire_event(StepEvents.OPTIM_STEP_COMPLETED)
+        if applied:
+            if listeners.optim_step_applied.handlers:
+                engine.fire_event(StepEvents.OPTIM_STEP_APPLIED)
+        elif listeners.optim_step_skipped.handlers:
+            engine.fire_event(StepEvents.OPTIM_STEP_SKIPPED)
+
+    # ---------------------------------------------------------------- the state
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the window: its sizes, and the gradients so far, as tensors on the CPU."""
-        gradients: list[dict[str, torch.Tensor]] = []
-        if self._filled:
-            gradients = [
-                {
-                    name: parameter.grad.detach().cpu().clone()
-                    for name, parameter in model.named_parameters()
-                    if parameter.grad is not None
-                }
-                for model in self.models
-            ]
+        """Returns the window and the counts: its gradients so far as tensors on the CPU."""
         return {
             "filled": self._filled,
             "planned": self._planned,
+            "optim_steps": self._optim_steps,
             "applied_steps": self._applied_steps,
-            "gradients": gradients,
+            "gradients": gradients.capture(self.models, self.optimizers) if self._filled else {},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what `state_dict` returned.
 
         Raises:
-            ValueError: if a gradient belongs to no parameter of the models.
+            ValueError: if a key is missing, or a gradient belongs to no parameter of the models and
+                optimizers.
         """
+        if missing := sorted(_STATE_KEYS - set(state)):
+            raise ValueError(
+                f"The state of a training step lacks {missing}; it has {sorted(state)}. States "
+                "come from TrainingStep.state_dict()."
+            )
+        gradients.restore(state["gradients"], self.models, self.optimizers)
         self._filled, self._planned = state["filled"], state["planned"]
-        self._applied_steps = state["applied_steps"]
+        self._optim_steps, self._applied_steps = state["optim_steps"], state["applied_steps"]
+        self._loaded = True
         engine = self._engine()
         if engine is not None:
-            engine.state.applied_steps = self._applied_steps
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
-        for index, gradients in enumerate(state["gradients"]):
-            parameters = dict(self.models[index].named_parameters())
-            for name, gradient in gradients.items():
-                if name not in parameters:
-                    raise ValueError(
-                        f"The state holds a gradient of '{name}', which model {index} "
-                        f"({type(self.models[index]).__name__}) does not have. Load the state "
-                        "with the model that wrote it."
-                    )
-                parameter = parameters[name]
-                parameter.grad = gradient.to(parameter.device, copy=True)
+            self._tell_counts(engine)
 
 
-def several(value: Any) -> list[Any]:
-    """Returns one or several objects as a list."""
-    is_many = isinstance(value, Sequence) and not isinstance(value, torch.nn.Module)
-    return list(value) if is_many else [value]
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def _check_parameters(
-    models: Sequence[torch.nn.Module], optimizers: Sequence[torch.optim.Optimizer]
-) -> None:
-    known = {id(parameter) for model in models for parameter in model.parameters()}
-    for index, optimizer in enumerate(optimizers):
-        if not any(id(parameter) in known for parameter in _parameters(optimizer)):
-            raise ValueError(
-                f"Optimizer {index} ({type(optimizer).__name__}) holds no parameter of the model: "
-                "it would never get a gradient. Make it with model.parameters() of the model that "
-                "is trained, not of a copy."
-            )
-
-
-def _check_loss(loss: Any) -> None:
-    if isinstance(loss, torch.Tensor) and loss.numel() == 1 and loss.requires_grad:
-        return
-    if not isinstance(loss, torch.Tensor):
-        what = f"is {type(loss).__name__}, not a tensor"
-    elif loss.numel() != 1:
-        what = f"has shape {tuple(loss.shape)}: reduce it, with mean() or sum()"
+def _iterations_left(engine: Engine, wanted: int) -> int:
+    """Returns how many iterations the run has from this one on; `wanted` where nobody knows."""
+    state = engine.state
+    if state.max_iters is not None:
+        total = state.max_iters
+    elif state.max_epochs is not None and state.epoch_length is not None:
+        total = state.max_epochs * state.epoch_length
     else:
-        what = "does not depend on a parameter that requires grad: was it detached?"
-    raise ValueError(f"loss_fn must return a tensor of one element to train on; its result {what}.")
+        return wanted
+    return max(1, total - state.iteration + 1)
