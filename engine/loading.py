@@ -89,7 +89,7 @@ def restore(
         else:
             _load_one(name, value, its_state, source, kwargs, done)
 
-    restore_states(to_load, state, load)
+    restore_states(to_load, state, source, load)
     for name, value, its_state in last:
         _load_one(name, value, its_state, source, kwargs, done)
 

@@ -114,7 +114,7 @@ def _checked(decoded: Any) -> dict[str, Any]:
     values = decoded if is_exact_dict(decoded) else {}
     if values.get("format") != _FORMAT:
         raise CheckpointCorrupt(f"its manifest is not one of a {_FORMAT}")
-    if values.get("schema") != _SCHEMA:
+    if values.get("schema") != _SCHEMA or isinstance(values["schema"], bool):
         raise CheckpointCorrupt(
             f"its manifest has schema {values.get('schema')!r} and this version of crosstrain "
             f"reads schema {_SCHEMA}: install the version that wrote it, or a newer one"
@@ -129,8 +129,13 @@ def _checked(decoded: Any) -> dict[str, Any]:
     texts: list[Any] = [*values["objects"], *values["versions"].values()]
     if not all(isinstance(text, str) for text in texts):
         raise CheckpointCorrupt("its manifest's names and versions are not all text")
-    if not (0 <= values["size"] < 2**63 and 0 <= values["saved_at_ns"] < 2**63):
-        raise CheckpointCorrupt("its manifest holds an impossible size or time")
+    for name in ("size", "saved_at_ns", "iteration", "epoch", "world_size", "rank"):
+        if not 0 <= (values[name] or 0) < 2**63:
+            raise CheckpointCorrupt(f"its manifest's {name!r} is {values[name]}, which cannot be")
+    if values["rank"] >= values["world_size"]:
+        raise CheckpointCorrupt(
+            f"its manifest says rank {values['rank']} of {values['world_size']} processes"
+        )
     found = {name: values[name] for name in names}
     return {**found, "objects": tuple(values["objects"])}
 

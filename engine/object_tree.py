@@ -100,20 +100,27 @@ def _state_of(value: Any, rank: int) -> Any:
 
 
 def restore_states(
-    objects: Mapping[str, Any], states: Mapping[str, Any], load: Callable[[str, Any, Any], None]
+    objects: Mapping[str, Any],
+    states: Mapping[str, Any],
+    source: str,
+    load: Callable[[str, Any, Any], None],
 ) -> None:
     """Gives each object of a nest its state; first makes sure that there is one for each.
 
     Args:
         objects: the nest.
         states: a nest of states, of the same form or with more in it.
+        source: where the states come from, for messages.
         load: called with name, object and state.
 
     Raises:
         CheckpointMismatch: if an object has no state, or a list of them another length.
     """
     found: list[tuple[str, Any, Any]] = []
-    _pair(objects, states, (), found)
+    try:
+        _pair(objects, states, (), found)
+    except CheckpointMismatch as error:
+        raise CheckpointMismatch(f"{source}: {error}. Nothing was loaded") from None
     for name, value, state in found:
         load(name, value, state)
 
@@ -130,8 +137,8 @@ def _pair(value: Any, state: Any, path: tuple[Any, ...], found: list[tuple[str, 
             where = f" of {_name(path)!r}" if path else ""
             raise CheckpointMismatch(
                 f"Key {', '.join(map(repr, missing))}{where} from to_load is not found in the "
-                f"checkpoint, which holds {list(state)}. Nothing was loaded. Leave it out of "
-                "to_load, or load a checkpoint that was saved with it"
+                f"checkpoint, which holds {list(state)}. Leave it out of to_load, or load a "
+                "checkpoint that was saved with it"
             )
         for key, item in value.items():
             _pair(item, state[key], (*path, key), found)
@@ -141,7 +148,7 @@ def _pair(value: Any, state: Any, path: tuple[Any, ...], found: list[tuple[str, 
     if len(state) != len(value):
         raise CheckpointMismatch(
             f"{_name(path)!r} is a list of {len(value)} objects and the checkpoint holds "
-            f"{len(state)}. Nothing was loaded"
+            f"{len(state)}"
         )
     for index, item in enumerate(value):
         _pair(item, state[index], (*path, index), found)
@@ -150,7 +157,7 @@ def _pair(value: Any, state: Any, path: tuple[Any, ...], found: list[tuple[str, 
 def _other_form(path: tuple[Any, ...], expected: str, state: Any) -> str:
     return (
         f"{_name(path)!r} should be {expected} and the checkpoint holds a {type(state).__name__} "
-        "there. Nothing was loaded"
+        "there"
     )
 
 
