@@ -127,8 +127,9 @@ def _load_one(
             target.load_state_dict(state)
     except Exception as error:
         # An object of the user's may raise anything; the message must say which one it was.
+        reason = " ".join(str(error).split()).rstrip(". ")
         raise CheckpointMismatch(
-            f"{name!r} ({type(target).__name__}) does not take its state from {source}: {error}. "
+            f"{name!r} ({type(target).__name__}) does not take its state from {source}: {reason}. "
             f"Loaded before it: {', '.join(map(repr, done)) or 'nothing'}; it may be loaded in part"
         ) from error
     done.append(name)
