@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from typing import NamedTuple
 
+from .errors import BackendUnavailable
 from .protocol import Availability
 
 __all__ = ["Choice", "choose"]
@@ -44,8 +45,12 @@ def choose(probe: Callable[[str], Availability]) -> Choice:
 
     Args:
         probe: tells whether a spec can run here.
+
+    Raises:
+        BackendUnavailable: if not even the CPU can be used.
     """
     refused: list[str] = []
+    found = Availability(False)
     for spec, reason in _CANDIDATES:
         found = probe(spec)
         if found.ok and spec.startswith("xla:") and os.environ.get("PJRT_DEVICE") != "TPU":
@@ -55,4 +60,5 @@ def choose(probe: Callable[[str], Availability]) -> Choice:
             _log.info("auto chose %s. %s Not: %s", spec, why, " ".join(refused) or "any other.")
             return Choice(spec, why, found)
         refused.append(f"{spec} ({found.reason})")
-    raise AssertionError("the CPU is always available")
+    # Not even the CPU, which is last: what keeps it back keeps back all.
+    raise BackendUnavailable("auto", found.reason, found.remedy)

@@ -120,15 +120,26 @@ class Precision:
             return StepResult(True, norm)
         record = self._watch(optimizer)
         record.called, record.found_inf = False, None
-        norm = None
-        scale = self._present_scale(optimizer)
-        if max_norm is not None:
-            scaler.unscale_(optimizer)
-            norm = clip(optimizer, max_norm)
-        scaler.step(optimizer)
+        norm, scale = None, self._present_scale(optimizer)
+        try:
+            if max_norm is not None:
+                scaler.unscale_(optimizer)
+                norm = clip(optimizer, max_norm)
+            scaler.step(optimizer)
+        except BaseException:
+            self._forget_steps()
+            raise
         record.waiting, record.stepped = False, True
         skip, record.found_inf = record.found_inf, None
         return StepResult(record.called if skip is None else skip == 0, norm, scale)
+
+    def _forget_steps(self) -> None:
+        """Has the next step unscale its gradients, though one that failed has unscaled its own."""
+        assert self.scaler is not None
+        # To the scale that it has: torch forgets who was unscaled, and adapts nothing.
+        self.scaler.update(self.scaler.get_scale())
+        for record in self._records.values():
+            record.stepped = record.waiting = False
 
     def settle(self) -> None:
         """Adapts the loss scale to the steps since the last time, if there were any.
@@ -184,10 +195,10 @@ class Precision:
     def _present_scale(self, optimizer: torch.optim.Optimizer) -> float | torch.Tensor:
         """Returns the scale that the gradients carry, without waiting for the device."""
         assert self.scaler is not None
-        if self.device_type == "cpu":
-            return self.scaler.get_scale()
         device = optimizer.param_groups[0]["params"][0].device
-        return self.scaler.scale(torch.ones((), device=device))
+        # A scaler whose state was loaded steps only when it has scaled something.
+        scale: torch.Tensor = self.scaler.scale(torch.ones((), device=device))
+        return scale.item() if self.device_type == "cpu" else scale
 
     def _watch(self, optimizer: torch.optim.Optimizer) -> _Record:
         """Returns the record of an optimizer's last attempted step.

@@ -82,10 +82,10 @@ def probe(spec: str) -> Availability:
     A spec that does not exist, or a backend whose module does not import, is not available, with
     that as the reason.
     """
-    if spec == AUTO:
-        choice = _chosen()
-        return replace(choice.found, devices=[f"chooses {choice.spec}: {choice.why}"])
     try:
+        if spec == AUTO:
+            choice = _chosen()
+            return replace(choice.found, devices=[f"chooses {choice.spec}: {choice.why}"])
         kind, option = _find(spec)
         found: Availability = kind.probe(option if ":" in spec else None)
     except BackendUnavailable as error:
@@ -164,11 +164,12 @@ def _load(spec: str, point: EntryPoint) -> Any:
         raise BackendUnavailable(spec, *risk)
     try:
         return point.load()
-    except (ImportError, AttributeError) as error:
+    # A module may fail in any way when it is imported, and so may torch, with what it loads.
+    except Exception as error:
         raise BackendUnavailable(
             spec,
-            f"Its class '{point.value}' could not be imported: {error}.",
-            "Repair or uninstall the package that registers it.",
+            f"Its class '{point.value}' could not be imported: {type(error).__name__}: {error}",
+            "Repair or uninstall the package that fails: it, torch, or one that torch loads.",
         ) from error
 
 

@@ -24,7 +24,9 @@ _TORCH = ((2, 11), (2, 15))
 
 
 class TpuBackend(TorchBackend):
-    """Trains on one TPU core in torch's eager mode. `bf16` autocasts.
+    """Trains on the TPU core of this process, in torch's eager mode. `bf16` autocasts.
+
+    `fp32` asks for products of full precision, which a TPU otherwise computes from bf16.
 
     Operations run as they are called; there is no graph to cut, so `sync` has nothing to do.
     Before it is opened its `device` is the CPU: torch knows no device `tpu` until torch_tpu has
@@ -33,7 +35,6 @@ class TpuBackend(TorchBackend):
     Args:
         option: `fp32` or `bf16`.
         scaler: refused, since no option is fp16.
-        index: the core to use instead of LOCAL_RANK's.
 
     Raises:
         UnknownBackend: if there is no such option.
@@ -43,15 +44,12 @@ class TpuBackend(TorchBackend):
     options = ("fp32", "bf16")
     name = "tpu"
 
-    def __init__(
-        self, option: str | None = None, scaler: GradScaler | None = None, index: int | None = None
-    ) -> None:
+    def __init__(self, option: str | None = None, scaler: GradScaler | None = None) -> None:
         found = self.probe(option)
         if not found.ok and option in (None, *self.options):
             spec = f"{self.name}:{option or self.options[0]}"
             raise BackendUnavailable(spec, found.reason, found.remedy)
         super().__init__(option, scaler)
-        self._index = index
 
     @classmethod
     def probe(cls, option: str | None = None) -> Availability:
@@ -72,9 +70,18 @@ class TpuBackend(TorchBackend):
 
     def _start(self, stack: ExitStack) -> None:
         importlib.import_module("torch_tpu")
-        index = self.world.local_rank if self._index is None else self._index
-        self.device = torch.device("tpu", index)
+        if not torch.accelerator.is_available():
+            raise BackendUnavailable(
+                f"{self.name}:{self.option}",
+                "There is a TPU and torch_tpu, but torch finds no accelerator.",
+                "Look at the messages of torch_tpu; another process may hold the TPU.",
+            )
+        # A process is bound to one core, which cannot be changed.
+        self.device = torch.device("tpu", torch.accelerator.current_device_index())
         self.precision = Precision("tpu", DTYPES[self.option])
+        if self.option == "fp32":
+            stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            torch.set_float32_matmul_precision("highest")
 
     def _generator(self) -> torch.Generator:
         module: Any = getattr(torch, "tpu", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import os
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -29,7 +30,8 @@ class XlaBackend(TorchBackend):
 
     Operations are recorded, and compiled and run together at `sync`, the step's boundary. Which
     device it is, PJRT_DEVICE says: TPU or CPU. XLA on the CPU has the numbers and the rules of XLA,
-    not the speed of a TPU.
+    not the speed of a TPU. `fp32` asks for products of full precision, which a TPU otherwise
+    computes from bf16.
 
     The device's random state is one number. torch_xla moves it at each boundary; here it moves only
     where the iteration drew from it or trained nothing else, so that an evaluation or a save in
@@ -81,6 +83,8 @@ class XlaBackend(TorchBackend):
         self._xla = importlib.import_module("torch_xla")
         self._model = importlib.import_module("torch_xla.core.xla_model")
         self.device = self._xla.device(self._index)
+        if self.option == "fp32":
+            stack.callback(_set_precision, _set_precision("highest"))
         self._boundary_state = self._read_state()
 
     def batches(self, data: Iterable[Any]) -> Iterator[Any]:
@@ -142,7 +146,7 @@ class XlaBackend(TorchBackend):
         self._write_state(int(state["xla"]))
 
     def counts(self) -> dict[str, int]:
-        """Returns how often, in this process so far, XLA did what costs time.
+        """Returns how often, in this process so far, XLA did what costs time; waits for the device.
 
         Returns:
             `compilations`; `executions` of compiled graphs; `reads`, in which the host waited for a
@@ -150,6 +154,9 @@ class XlaBackend(TorchBackend):
             a steady training only the executions grow, by one a step.
         """
         metrics = importlib.import_module("torch_xla.debug.metrics")
+        # A graph is run, and counted, beside this thread.
+        self._opened_xla()
+        self._model.wait_device_ops()
 
         def times(name: str) -> int:
             found = metrics.metric_data(name)
@@ -176,6 +183,21 @@ class XlaBackend(TorchBackend):
         if self._xla is None:
             raise BackendError("The backend 'xla' is not open: call open() first.")
         return self._xla
+
+
+def _set_precision(wanted: str) -> str:
+    """Sets the precision of fp32 products and returns the one before."""
+    settings = importlib.import_module("torch_xla.backends")
+    before: str = settings.get_mat_mul_precision()
+    # torch_xla warns each time that it should not be set twice; here it is set and restored.
+    log = logging.getLogger(settings.__name__)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        settings.set_mat_mul_precision(wanted)
+    finally:
+        log.setLevel(level)
+    return before
 
 
 def _package_absence() -> Missing | None:
