@@ -117,7 +117,7 @@ class TrainingStep:
         check_trainable(self.models, self.optimizers, loss_fn)
         self._split, self._forward = self.options.splitter(), self.options.forward(model)
         self._output = self.options.output_transform
-        # The window: how many iterations are in it so far, and how many shall be.
+        # The window: how many iterations are in it so far, and how many shall be; 0: it was stepped.
         self._filled = 0
         self._planned = 0
         self._optim_steps = self._applied_steps = 0
@@ -232,7 +232,7 @@ class TrainingStep:
                 filled = 0
             output = self._output(x, y, y_pred, loss)
         except BaseException as error:
-            if filled > 1:
+            if filled > 1 and self._planned:
                 error.add_note(
                     f"The gradients of the {filled - 1} earlier iterations of this accumulation "
                     "window are dropped: they cannot be told apart from this one's."
@@ -285,6 +285,7 @@ class TrainingStep:
             if not result.applied:
                 applied = False
         state.step_results = results
+        self._planned = 0
         self._optim_steps += 1
         if applied:
             self._applied_steps += 1
