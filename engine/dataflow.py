@@ -7,38 +7,33 @@ position), as far as the kind of data allows.
 
 from __future__ import annotations
 
-import random
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice, repeat
+from typing import Any, ClassVar
 
-import numpy
-import torch
-from torch.utils.data import DataLoader, IterableDataset
-
-from crosstrain.backends import random_state
-
+from .own_states import OwnStates
 from .progress import data_length
-from .sampling import KeyedSampler, generators_of, rebuilt
-from .streams import KeyedDataset, StreamKey
+from .sampling import is_loader, rebuilt
+from .snapshot import ResumeWarning
+from .streams import StreamKey
 
-__all__ = ["Dataflow", "MapFlow", "ReplayedFlow", "StatefulFlow", "dataflow_of"]
+__all__ = ["Dataflow", "Iterate", "NoData", "ReplayedFlow", "SequenceFlow", "StatefulFlow"]
 
 Iterate = Callable[[Any], Iterator[Any]]
 
 
 class Dataflow:
-    """Data that can be opened at a batch of a pass; this one by fetching what comes before it.
+    """Data that can be opened at a batch of a pass.
 
     Args:
         data: what `Engine.run` was given.
-        iterate: makes an iterator of it, such as a backend's `batches`.
     """
 
-    def __init__(self, data: Any, iterate: Iterate) -> None:
+    kind: ClassVar[str] = ""
+
+    def __init__(self, data: Any) -> None:
         self.data = data
-        self.iterate = iterate
 
     def open(self, key: StreamKey, batch: int, state: Mapping[str, Any] | None) -> Iterator[Any]:
         """Returns an iterator over a pass from a batch on.
@@ -46,8 +41,7 @@ class Dataflow:
         Args:
             key: which pass of which run.
             batch: how many of its batches to leave out.
-            state: what `state` returned at that batch; None where the pass is opened by the run
-                itself.
+            state: what `state` returned at that batch; None where a new pass is opened.
         """
         raise NotImplementedError
 
@@ -55,180 +49,166 @@ class Dataflow:
         """Returns what is needed to open this pass again, besides the key and the batch."""
         return {}
 
+    def end(self, batches: int, ended: bool) -> None:
+        """Leaves the pass, after which another is opened.
+
+        Args:
+            batches: how many batches of it were taken.
+            ended: whether it was found to have no more.
+        """
+
     def close(self) -> None:
         """Lets go of what iterating over the data holds; `state` is still known."""
 
     def fingerprint(self) -> dict[str, Any]:
         """Returns what tells this data from other data: a position in one is none in the other."""
         length = data_length(self.data)
-        return {} if length is None else {"batches": length}
+        found: dict[str, Any] = {"kind": self.kind}
+        if length is not None:
+            found["batches"] = length
+        if is_loader(self.data):
+            found["batch size"] = self.data.batch_size
+        return found
+
+
+class NoData(Dataflow):
+    """The data of a run without data: an endless pass of None."""
+
+    kind = "no data"
+
+    def open(self, key: StreamKey, batch: int, state: Mapping[str, Any] | None) -> Iterator[Any]:
+        """Returns an iterator over None."""
+        return repeat(None)
+
+
+class SequenceFlow(Dataflow):
+    """A list, or another sequence of batches: entered anywhere.
+
+    Args:
+        data: the sequence.
+        iterate: makes an iterator, such as a backend's `batches`.
+    """
+
+    kind = "a sequence"
+
+    def __init__(self, data: Any, iterate: Iterate) -> None:
+        super().__init__(data)
+        self._iterate = iterate
+
+    def open(self, key: StreamKey, batch: int, state: Mapping[str, Any] | None) -> Iterator[Any]:
+        """Returns an iterator over a pass from a batch on."""
+        data = self.data
+        return self._iterate(data[index] for index in range(batch, len(data)))
 
 
 class ReplayedFlow(Dataflow):
-    """Iterable data without a state: batches before the wanted one are fetched and thrown away."""
+    """Iterable data without a state: batches before the wanted one are fetched and thrown away.
+
+    It is not fetched ahead: what it draws from the global generators must stay where it is.
+    """
+
+    kind = "iterable data"
+
+    def __init__(self, data: Any) -> None:
+        super().__init__(data)
+        # Workers that outlive a pass would carry random states from it into the next.
+        self._loader: Any = rebuilt(data, persistent_workers=False) if is_loader(data) else None
+        self._own = OwnStates(data=data)
+        self._at_opening: dict[str, Any] = {}
+        self._opened = False
 
     def open(self, key: StreamKey, batch: int, state: Mapping[str, Any] | None) -> Iterator[Any]:
-        """Returns an iterator over a pass from a batch on; warns if that takes fetching."""
-        if isinstance(self.data, Sequence):
-            data: Sequence[Any] = self.data
-            return self.iterate(data[index] for index in range(batch, len(data)))
-        if batch:
-            warnings.warn(
-                f"{type(self.data).__name__} offers no state_dict/load_state_dict, so its first "
-                f"{batch} batches are fetched and thrown away to resume after them. Give it both "
-                "(torchdata's protocol), or use a DataLoader over a map-style dataset.",
-                stacklevel=2,
-            )
-        iterator = iter(self.data)
+        """Returns an iterator over a pass from a batch on; warns if that takes fetching.
+
+        Raises:
+            RuntimeError: if there are not that many batches.
+        """
+        if state is not None:
+            self._own.give(state)
+        self._at_opening = self._own.take()
+        iterator: Iterator[Any] = iter(self.data if self._loader is None else self._loader)
+        continues = iterator is self.data and self._opened
+        self._opened = True
+        if batch == 0 or continues:
+            return iterator
+        name = type(self.data).__name__
+        warnings.warn(
+            f"{name} offers no state_dict/load_state_dict, so its first {batch} batches are "
+            "fetched and thrown away to go on after them. Give it both (torchdata's protocol), or "
+            "use a DataLoader over a map-style dataset.",
+            ResumeWarning,
+            stacklevel=2,
+        )
         skipped = sum(1 for _ in islice(iterator, batch))
         if skipped < batch:
             raise RuntimeError(
-                f"The data ({type(self.data).__name__}) gave {skipped} batches, but the run to go "
-                f"on with had taken {batch} of this pass. Resume with the data that it had; an "
-                "iterator must be a new one."
+                f"The data ({name}) gave {skipped} batches, but the run to go on with had taken "
+                f"{batch} of this pass. Give run() the data that it had; an iterator must be a new "
+                "one, at its beginning."
             )
-        return self.iterate(iterator)
+        return iterator
+
+    def state(self) -> dict[str, Any]:
+        """Returns the states that the data's own generators had when this pass was opened."""
+        return self._at_opening
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Returns the numbers of batches and workers: each worker has its own part of the data."""
+        found = super().fingerprint()
+        return found if self._loader is None else {**found, "workers": self._loader.num_workers}
 
 
 class StatefulFlow(Dataflow):
-    """Iterable data with `state_dict` and `load_state_dict`: asked for its state, and given it."""
+    """Iterable data with `state_dict` and `load_state_dict`: asked for its state, and given it.
 
-    _closed_state: dict[str, Any] | None = None
+    It is not fetched ahead: its state would be that of a batch that has not been used yet.
+
+    Args:
+        data: what is iterated over.
+        owner: what has the state: the data, or the dataset of a loader without workers.
+    """
+
+    kind = "iterable data with a state"
+
+    def __init__(self, data: Any, owner: Any) -> None:
+        super().__init__(data)
+        self._source, self._owner = data, owner
+        if data is owner and is_loader(data):
+            # A twin, whose workers can be stopped without touching the user's loader.
+            self._source = self._owner = rebuilt(data)
+        self._ended = False
+        self._closed_state: dict[str, Any] | None = None
 
     def open(self, key: StreamKey, batch: int, state: Mapping[str, Any] | None) -> Iterator[Any]:
         """Returns an iterator over a pass from a batch on, by the data's own state."""
-        self._closed_state = None
-        if state is not None and "data" in state:
-            self.data.load_state_dict(state["data"])
-        return self.iterate(self.data)
+        self._closed_state, self._ended = None, False
+        if state is not None:
+            self._owner.load_state_dict(state["data"])
+        iterator = iter(self._source)
+        if state is not None and state["ended"]:
+            # The rest of the pass is empty. torchdata's loader begins the next pass at once, which
+            # is to be opened by the run; others take their position when first asked.
+            if not hasattr(iterator, "_finished"):
+                next(iterator, None)
+            iterator = iter(())
+        return self._watched(iterator)
+
+    def _watched(self, iterator: Iterator[Any]) -> Iterator[Any]:
+        yield from iterator
+        self._ended = True
 
     def state(self) -> dict[str, Any]:
         """Returns the data's own state."""
-        return self._closed_state or {"data": self.data.state_dict()}
+        return self._closed_state or {"data": self._owner.state_dict(), "ended": self._ended}
 
     def close(self) -> None:
         """Keeps the data's state: asked without an iterator, some loaders would make a new one."""
         self._closed_state = self.state()
-
-
-class MapFlow(Dataflow):
-    """A DataLoader over a map-style dataset: opened at any batch without fetching, streams keyed.
-
-    The order of pass p is the one that torch gives under `manual_seed(seed + p)`, whatever the
-    number of workers. The user's loader is left as it is.
-
-    Args:
-        data: the loader.
-        iterate: makes an iterator of a loader.
-    """
-
-    def __init__(self, data: DataLoader[Any], iterate: Iterate) -> None:
-        super().__init__(data, iterate)
-        batched = data.batch_sampler is not None
-        self.sampler = KeyedSampler(data.batch_sampler if batched else data.sampler, batched)
-        dataset: Any = data.dataset
-        if not batched or getattr(dataset, "__getitems__", None):
-            dataset = KeyedDataset(dataset)
-        # The loader draws its workers' base seed from this one, and disturbs no other.
-        self._base = torch.Generator()
-        name = "batch_sampler" if batched else "sampler"
-        self.loader = rebuilt(data, dataset=dataset, generator=self._base, **{name: self.sampler})
-        self._generators = generators_of(data)
-        self._at_opening: dict[str, Any] = {}
-
-    def open(self, key: StreamKey, batch: int, state: Mapping[str, Any] | None) -> Iterator[Any]:
-        """Returns an iterator over a pass from a batch on; fetches nothing before it.
-
-        Raises:
-            ValueError: if the state has a generator that the loader lacks, or the other way round.
-        """
-        if state is not None:
-            self._set_generators(state.get("generators", {}))
-        self._at_opening = {name: _state_of(g) for name, g in self._generators.items()}
-        # torch draws the base seed first, whatever the number of workers, then the sampler's.
-        _ = torch.empty((), dtype=torch.int64).random_(generator=self.data.generator)
-        self.sampler.begin(key, batch)
-        self._base.manual_seed(key.seed + key.epoch)
-        iterator = self.iterate(self.loader)
-        return _Secluded(iterator, key.streams) if self.data.num_workers == 0 else iterator
-
-    def close(self) -> None:
-        """Stops persistent workers."""
-        self.loader.__dict__["_iterator"] = None
-
-    def state(self) -> dict[str, Any]:
-        """Returns the states that the loader's own generators had when this pass was opened."""
-        return {"generators": dict(self._at_opening)}
+        if self._source is not self.data:
+            vars(self._source)["_iterator"] = None
 
     def fingerprint(self) -> dict[str, Any]:
-        """Returns the numbers of batches and samples, as far as they are known."""
-        samples = data_length(self.data.dataset)
-        return {**super().fingerprint(), **({} if samples is None else {"samples": samples})}
-
-    def _set_generators(self, states: Mapping[str, Any]) -> None:
-        if set(states) != set(self._generators):
-            raise ValueError(
-                f"The state holds generators of the loader named {sorted(states)}, and the loader "
-                f"given to run() has {sorted(self._generators)}. Make the loader with the same "
-                "generators as in the run that wrote the state."
-            )
-        for name, state in states.items():
-            _set_state(self._generators[name], state)
-
-
-class _Secluded:
-    """Fetches in the main process, and leaves that process's own random streams as they were."""
-
-    def __init__(self, iterator: Iterator[Any], streams: tuple[str, ...]) -> None:
-        self._iterator = iterator
-        self._streams = streams
-        # NumPy's state is large; exchanging the generator behind numpy.random copies nothing.
-        self._numpy = numpy.random.MT19937(0)
-
-    def __iter__(self) -> Iterator[Any]:
-        return self
-
-    def __next__(self) -> Any:
-        streams = self._streams
-        python = random.getstate() if "python" in streams else None
-        torch_state = torch.get_rng_state() if "torch" in streams else None
-        numpy_before = numpy.random.get_bit_generator() if "numpy" in streams else None
-        if numpy_before is not None:
-            numpy.random.set_bit_generator(self._numpy)
-        try:
-            return next(self._iterator)
-        finally:
-            if python is not None:
-                random.setstate(python)
-            if torch_state is not None:
-                torch.set_rng_state(torch_state)
-            if numpy_before is not None:
-                numpy.random.set_bit_generator(numpy_before)
-
-
-def _state_of(generator: Any) -> Any:
-    if isinstance(generator, torch.Generator):
-        return generator.get_state()
-    if isinstance(generator, random.Random):
-        return list(generator.getstate())
-    return random_state.without_arrays(generator.bit_generator.state)
-
-
-def _set_state(generator: Any, state: Any) -> None:
-    if isinstance(generator, torch.Generator):
-        generator.set_state(state)
-    elif isinstance(generator, random.Random):
-        version, words, gauss = state
-        generator.setstate((version, tuple(words), gauss))
-    else:
-        bits = generator.bit_generator
-        bits.state = random_state.with_arrays(state, bits.state)
-
-
-def dataflow_of(data: Iterable[Any], iterate: Iterate) -> Dataflow:
-    """Returns the dataflow for a kind of data."""
-    if isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset):
-        return MapFlow(data, iterate)
-    if all(callable(getattr(data, name, None)) for name in ("state_dict", "load_state_dict")):
-        return StatefulFlow(data, iterate)
-    return ReplayedFlow(data, iterate)
+        """Returns the numbers of batches and workers: each worker has its own part of the data."""
+        workers = getattr(self._source, "num_workers", None)
+        found = super().fingerprint()
+        return found if workers is None else {**found, "workers": workers}

@@ -13,10 +13,11 @@ import torch
 
 from crosstrain.backends import random_state
 
-from .dataflow import Dataflow, dataflow_of
+from .cursor import Cursor
 from .engine import Engine
 from .events import Events
 from .progress import data_length, is_done
+from .requests import END_EPOCH, QUIET_EPOCH
 from .sampling import ReproducibleBatchSampler, update_dataloader
 from .snapshot import (
     FORMAT,
@@ -74,22 +75,6 @@ def keep_random_state(function: Callable[P, R]) -> Callable[P, R]:
     return wrapper
 
 
-class _Counted:
-    """Counts what an iterator has given."""
-
-    def __init__(self, iterator: Iterator[Any], fetched: int) -> None:
-        self._iterator = iterator
-        self.fetched = fetched
-
-    def __iter__(self) -> Iterator[Any]:
-        return self
-
-    def __next__(self) -> Any:
-        item = next(self._iterator)
-        self.fetched += 1
-        return item
-
-
 class DeterministicEngine(Engine):
     """An engine whose run follows from its seed, and which resumes exactly from any iteration.
 
@@ -102,13 +87,14 @@ class DeterministicEngine(Engine):
         process_function: as of `Engine`. If it has `state_dict` and `load_state_dict`, as a
             factory's training step does, its state rides along.
         backend: as of `Engine`; its arithmetic is deterministic while a run goes on.
-        seed: the seed of each run that begins anew. None: drawn from torch's global generator when
-            a run starts, as pytorch-ignite does, so that `manual_seed` decides it.
+        seed: the seed of each run that begins anew, from 0 to 2**63 - 1. None: drawn from torch's
+            global generator when a run starts, as pytorch-ignite does, so that `manual_seed`
+            decides it.
         streams: which global generators are keyed for each sample: of `python`, `numpy`, `torch`.
         warn_only: whether an operation without a deterministic kernel warns instead of raising.
 
     Raises:
-        ValueError: if `streams` names another generator.
+        ValueError: if `streams` names another generator, or the seed is out of range.
     """
 
     def __init__(
@@ -124,17 +110,17 @@ class DeterministicEngine(Engine):
         self._streams = tuple(streams)
         if unknown := sorted(set(self._streams) - set(ALL_STREAMS)):
             raise ValueError(f"streams has {unknown}; legal values: {', '.join(ALL_STREAMS)}.")
+        if seed is not None and not 0 <= seed < 2**63:
+            raise ValueError(f"seed is an integer from 0 to 2**63 - 1, got {seed}.")
         self._step = process_function
-        self._process_function = _tracked(process_function)
+        self._cursor = Cursor(backend)
+        self._process_function = _tracked(process_function, self._cursor)
         self._given_seed = seed
         self._warn_only = warn_only
-        self._flow: Dataflow | None = None
-        self._stream: _Counted | None = None
-        # The pass over the data, the batches of it whose steps are done, and how often the data
-        # was exchanged.
-        self._pass = self._consumed = self._sources = 0
         self._completed = self._epoch_began = self._last_ended_epoch = 0
+        # The state that was loaded, until the data is opened.
         self._snapshot: Mapping[str, Any] | None = None
+        self._defers = False
         # Plain functions: a bound method here would keep the engine alive.
         self.add_event_handler(Events.STARTED, _on_started)
         self.add_event_handler(Events.EPOCH_STARTED, _on_epoch_started)
@@ -152,19 +138,23 @@ class DeterministicEngine(Engine):
         if self._snapshot is not None:
             values.update({k: v for k, v in self._snapshot.items() if k in KEYS})
             return values
-        exact = self._stream is None or self._stream.fetched == self._consumed
+        exact = self._cursor.between_batches
         if not exact:
             _warn_inexact("state_dict() was called in the middle of an iteration")
             values["iteration"] = self._completed
         state = self.state
         values["format"] = FORMAT
         values["seed"] = state.seed
+        values["streams"] = list(self._streams)
         values["progress"] = {
             "epoch": state.epoch,
             "done": values["iteration"] - self._epoch_began,
             "ended": state.epoch == self._last_ended_epoch,
+            # What terminate_epoch() has asked for and is done after this event.
+            "ends": bool(self._asked & END_EPOCH) and self._at_iteration_end(),
+            "quiet": bool(self._asked & QUIET_EPOCH),
         }
-        values["position"] = self._position()
+        values["position"] = self._cursor.position()
         values["rng_states"] = random_states(self.backend)
         values["backend"] = None if self.backend is None else self.backend.state_dict()
         offers = getattr(self._step, "state_dict", None)
@@ -173,16 +163,8 @@ class DeterministicEngine(Engine):
         values["exact"] = exact
         return values
 
-    def _position(self) -> dict[str, Any] | None:
-        if self._flow is None:
-            return None
-        return {
-            "pass": self._pass,
-            "batch": self._consumed,
-            "source": self._sources,
-            "data": self._flow.fingerprint(),
-            "flow": self._flow.state(),
-        }
+    def _at_iteration_end(self) -> bool:
+        return bool(self.last_event_name == Events.ITERATION_COMPLETED)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Sets the engine to go on from a state; the next `run` restores all of it, in order.
@@ -201,15 +183,19 @@ class DeterministicEngine(Engine):
             )
         own = {"epoch_length", "iteration", "epoch", "max_epochs", "max_iters"}
         full = check_keys(state_dict, own | set(self.state_dict_user_keys))
-        super().load_state_dict(state_dict)
-        self._snapshot = dict(state_dict)
-        self._stream = self._flow = None
-        self._completed = self.state.iteration
-        if not full:
-            self.state.seed = self._given_seed
+        if full and state_dict["epoch_length"] is None:
+            # Within a first pass over data of unknown length, an iteration needs no epoch.
+            super().load_state_dict({**state_dict, "iteration": 0})
+            self.state.iteration = state_dict["iteration"]
         else:
+            super().load_state_dict(state_dict)
+        self._cursor.reset()
+        self._snapshot = dict(state_dict)
+        self._completed = self.state.iteration
+        self.state.seed = state_dict["seed"] if full else self._given_seed
+        if full:
+            self._streams = tuple(state_dict["streams"])
             progress = state_dict["progress"]
-            self.state.seed = state_dict["seed"]
             open_epoch = progress["epoch"] > 0 and not progress["ended"]
             self.state.epoch = progress["epoch"] - open_epoch
             if not state_dict["exact"]:
@@ -218,14 +204,17 @@ class DeterministicEngine(Engine):
     # ---------------------------------------------------------------- the run
 
     def _begin_anew(self) -> None:
-        self._pass = self._consumed = self._sources = 0
+        self._cursor.reset()
         self._completed = self._epoch_began = self._last_ended_epoch = 0
-        self._stream, self._snapshot = None, None
+        self._snapshot, self._owes_epoch_end, self._owed = None, False, 0
         self.state.seed = self._given_seed
 
     def _continue(self) -> State:
-        if self._session is None and self._snapshot is not None:
-            self._take_up(self._snapshot)
+        if self._session is None:
+            # Data that was set before the run: it is opened when the run has come to it.
+            self._data_iter = None
+            if self._snapshot is not None:
+                self._take_up(self._snapshot)
         arithmetic = (
             nullcontext() if self.backend is None else self.backend.deterministic(self._warn_only)
         )
@@ -233,10 +222,9 @@ class DeterministicEngine(Engine):
             with arithmetic:
                 return super()._continue()
         finally:
-            if self._session is None and self._flow is not None and self._stream is not None:
-                # Lets go of the iterators, so that workers stop with the run.
-                self._flow.close()
-                self._stream = _Counted(iter(()), self._stream.fetched)
+            if self._session is None:
+                # Workers stop with the run.
+                self._cursor.close()
 
     def _take_up(self, snapshot: Mapping[str, Any]) -> None:
         """Restores what comes before the data: the step's and the backend's state, the progress."""
@@ -246,7 +234,10 @@ class DeterministicEngine(Engine):
         self._last_ended_epoch = progress["epoch"] if progress["ended"] else 0
         self._epoch_offset = 0 if progress["ended"] else progress["done"]
         length = self.state.epoch_length
-        self._owes_epoch_end = not progress["ended"] and progress["done"] == length
+        self._owed = END_EPOCH * progress["ends"] | QUIET_EPOCH * progress["quiet"]
+        self._owes_epoch_end = (
+            not progress["ended"] and not progress["ends"] and progress["done"] == length
+        )
         report_differences(snapshot["environment"], environment(self.backend))
         if snapshot["step"] is not None:
             self._load_step(snapshot["step"])
@@ -266,7 +257,8 @@ class DeterministicEngine(Engine):
     def set_data(self, data: Iterable[Any]) -> None:
         """Takes the next batch, and all after it, from other data, as another pass of the run.
 
-        A state that is written after this says so: resume it with this data given to `run`.
+        A state that is written after this says so: resume it with this data, given to `run` or set
+        by the same handler.
 
         Args:
             data: what `run` takes.
@@ -274,126 +266,68 @@ class DeterministicEngine(Engine):
         Raises:
             TypeError: if it is not iterable.
         """
-        started = self._stream is not None
-        self._pass += started
-        self._sources += started
-        self._consumed = 0
-        self._stream = None if started else self._stream
+        snapshot = self._snapshot
+        if snapshot is None:
+            self._cursor.exchange()
+        elif self._in_epoch and "format" in snapshot and snapshot["progress"]["ended"]:
+            # A handler of this epoch's beginning: the run that was saved did the same after it.
+            self._cursor.exchange(snapshot["position"])
+            self._snapshot = None
+        self._defers = self._session is None or self._snapshot is not None
         super().set_data(data)
 
-    def _open_data(self) -> Iterator[Any]:
-        if self._session is None:
-            # set_data() before run(): the seed is known when the run has started.
-            return _Lazy(self)
-        snapshot, self._snapshot = self._snapshot, None
-        if self.state.dataloader is None:
-            if snapshot is not None:
-                self._restore(snapshot)
-            return super()._open_data()
-        same = self._flow is not None and self._flow.data is self.state.dataloader
-        if not same:
-            self._flow = dataflow_of(self.state.dataloader, self._iterate)
-        if snapshot is not None:
-            return self._open_snapshot(snapshot)
-        resumed = self._stream is not None
-        assert self._flow is not None
-        return self._open_pass(self._flow.state() if same and resumed else None, not resumed)
-
-    def _iterate(self, data: Any) -> Iterator[Any]:
-        return iter(data) if self.backend is None else self.backend.batches(data)
+    def _open_data(self) -> Any:
+        if self._defers:
+            # set_data() before the run has come to its data: it is opened then.
+            self._defers = False
+            return iter(()) if self._session is None else None
+        data, snapshot = self.state.dataloader, self._snapshot
+        self._snapshot = None
+        if snapshot is None:
+            self._cursor.open(data, self._key)
+        elif "format" not in snapshot:
+            self._open_foreign(snapshot)
+        elif snapshot["position"] is None:
+            self._cursor.open(data, self._key)
+            self._restore(snapshot)
+        else:
+            self._cursor.go_to(snapshot["position"], data, self._key)
+            self._restore(snapshot)
+        return self._cursor
 
     def _reopen_data(self) -> Iterator[Any]:
-        if self.state.dataloader is None:
-            return super()._open_data()
-        self._pass += 1
-        self._consumed = 0
-        return self._open_pass(None, True)
+        self._cursor.open_next_pass(self.state.dataloader, self._key)
+        return self._cursor
 
-    def _open_pass(self, state: Mapping[str, Any] | None, seeds: bool) -> Iterator[Any]:
-        """Opens the data at the position.
-
-        Args:
-            state: the dataflow's state there, if it has one.
-            seeds: whether the pass's seeding of the global generators stays in force, as where it
-                begins; where a run goes on within a pass, they are left as they were.
-        """
+    @property
+    def _key(self) -> StreamKey:
         seed = self.state.seed
-        assert seed is not None and self._flow is not None
-        before = None if seeds else random_states(self.backend)
-        manual_seed(seed + self._pass)
-        if self.backend is not None:
-            self.backend.seed(seed + self._pass)
-        key = StreamKey(seed, self._pass, self._streams)
-        iterator = self._flow.open(key, self._consumed, state)
-        if before is not None:
-            restore_random_states(before, self.backend)
-        self._stream = _Counted(iterator, self._consumed)
-        return self._stream
+        assert seed is not None, "the seed is drawn when a run starts"
+        return StreamKey(seed, 0, self._streams)
 
-    def _open_snapshot(self, snapshot: Mapping[str, Any]) -> Iterator[Any]:
-        """Opens the data where a state says, and restores its random states at the last moment."""
-        assert self._flow is not None
-        if "format" not in snapshot:
-            return self._open_foreign(snapshot)
-        position = snapshot["position"]
-        if position is None:
-            return self._open_pass(None, True)
-        self._check_data(position["data"], self._flow.fingerprint(), position["source"])
-        self._pass, self._consumed = position["pass"], position["batch"]
-        self._sources = position["source"]
-        iterator = self._open_pass(position["flow"], False)
-        self._restore(snapshot)
-        return iterator
-
-    def _open_foreign(self, snapshot: Mapping[str, Any]) -> Iterator[Any]:
+    def _open_foreign(self, snapshot: Mapping[str, Any]) -> None:
         """Opens the data where a state of pytorch-ignite's form says."""
         iteration = self.state.iteration
         length = data_length(self.state.dataloader) or iteration + 1
-        self._pass, self._consumed = divmod(iteration, length)
-        iterator = self._open_pass(None, True)
-        if snapshot["rng_states"] is not None and self._consumed:
+        number, batch = divmod(iteration, length)
+        self._cursor.go_to_pass(number, batch, self.state.dataloader, self._key)
+        if snapshot["rng_states"] is not None and batch:
             restore_random_states(snapshot["rng_states"], self.backend)
-        return iterator
 
     def _restore(self, snapshot: Mapping[str, Any]) -> None:
         # At an epoch's beginning they were restored before its EPOCH_STARTED, whose handlers may
         # have drawn; within an epoch that event fired once more, and its draws do not count.
-        if "format" in snapshot and not _at_beginning(snapshot):
+        if not _at_beginning(snapshot):
             restore_random_states(snapshot["rng_states"], self.backend)
 
-    def _check_data(self, then: Mapping[str, Any], now: Mapping[str, Any], source: int) -> None:
-        if then == now:
-            return
-        exchanged = f" after set_data() had exchanged the data {source} times" if source else ""
-        raise ValueError(
-            f"The state was written{exchanged} with data of {dict(then)}, and run() was given data "
-            f"of {dict(now)}: a position in one is none in the other. Give run() the data, batch "
-            "size and dataset that the run had when the state was written."
-        )
 
-
-class _Lazy:
-    """An iterator that opens an engine's data when it is first asked."""
-
-    def __init__(self, engine: DeterministicEngine) -> None:
-        self._engine = engine
-        self._iterator: Iterator[Any] | None = None
-
-    def __iter__(self) -> Iterator[Any]:
-        return self
-
-    def __next__(self) -> Any:
-        if self._iterator is None:
-            self._iterator = self._engine._open_data()
-        return next(self._iterator)
-
-
-def _tracked(process_function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+def _tracked(
+    process_function: Callable[[Any, Any], Any], cursor: Cursor
+) -> Callable[[Any, Any], Any]:
     @functools.wraps(process_function, updated=())
     def step(engine: Any, batch: Any) -> Any:
         output = process_function(engine, batch)
-        if engine._stream is not None:
-            engine._consumed = engine._stream.fetched
+        cursor.consumed = cursor.fetched
         engine._completed = engine.state.iteration
         return output
 
@@ -414,15 +348,12 @@ def _on_started(engine: Any) -> None:
     if is_done(engine.state) and not engine._owes_epoch_end:
         # Nothing is left to do: the run ends as the one that was saved did.
         restore_random_states(snapshot["rng_states"], engine.backend)
-        engine._snapshot = None
 
 
 def _on_epoch_started(engine: Any) -> None:
     engine._epoch_began = engine.state.iteration - (engine._epoch_offset or 0)
     snapshot = engine._snapshot
-    if snapshot is None or "format" not in snapshot or snapshot["position"] is None:
-        return
-    if _at_beginning(snapshot):
+    if snapshot is not None and "format" in snapshot and _at_beginning(snapshot):
         restore_random_states(snapshot["rng_states"], engine.backend)
 
 

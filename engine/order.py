@@ -7,9 +7,9 @@ iterated over.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch.utils.data import (
@@ -21,9 +21,10 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
-__all__ = ["Batch", "batches_from", "is_seekable", "samples_from"]
+__all__ = ["Batch", "batches_from", "computes_its_order", "is_seekable", "samples_from"]
 
-_BLOCK = 8192
+# How many indices are made Python integers at once.
+_BLOCK: Final = 8192
 
 
 class Batch(NamedTuple):
@@ -34,9 +35,19 @@ class Batch(NamedTuple):
     indices: Any
 
 
+def computes_its_order(sampler: Any) -> bool:
+    """Tells whether a sampler gives any part of its order by `indices(start, stop)`."""
+    return callable(getattr(sampler, "indices", None))
+
+
 def is_seekable(sampler: Any) -> bool:
     """Tells whether a sampler's order can be entered anywhere without iterating up to there."""
-    return type(sampler) in _CHUNKS or hasattr(sampler, "indices") and callable(sampler.indices)
+    return _kind(sampler) in (SequentialSampler, *_CHUNKS) or computes_its_order(sampler)
+
+
+def _kind(sampler: Any) -> Any:
+    # Not isinstance: a subclass may give another order.
+    return sampler.__class__
 
 
 def batches_from(batch_sampler: Any, start: int) -> Iterator[Batch]:
@@ -76,61 +87,65 @@ def samples_from(sampler: Any, start: int) -> Iterator[Any]:
         sampler: torch's, one with a method `indices(start, stop)`, or any iterable.
         start: how many samples to leave out.
     """
-    if not is_seekable(sampler):
-        yield from islice(iter(sampler), start, None)
-        return
-    if type(sampler) is SequentialSampler:
+    kind = _kind(sampler)
+    if kind is SequentialSampler:
         yield from range(start, len(sampler.data_source))
-        return
-    if type(sampler) not in _CHUNKS:
+    elif kind in _CHUNKS:
+        samples = _from_chunks(_CHUNKS[kind](sampler), start)
+        if kind is SubsetRandomSampler:
+            yield from map(sampler.indices.__getitem__, samples)
+        else:
+            yield from samples
+    elif computes_its_order(sampler):
         size = len(sampler)
         for low in range(start, size, _BLOCK):
             yield from sampler.indices(low, min(low + _BLOCK, size)).tolist()
-        return
-    look_up = sampler.indices if type(sampler) is SubsetRandomSampler else None
-    for chunk in _CHUNKS[type(sampler)](sampler):
-        if start >= len(chunk):
-            start -= len(chunk)
-            continue
+    else:
+        yield from islice(iter(sampler), start, None)
+
+
+def _from_chunks(chunks: Iterator[torch.Tensor], start: int) -> Iterator[int]:
+    for chunk in chunks:
         for low in range(start, len(chunk), _BLOCK):
-            block = chunk[low : low + _BLOCK].tolist()
-            yield from block if look_up is None else [look_up[index] for index in block]
-        start = 0
+            block: Any = chunk[low : low + _BLOCK]
+            yield from block.tolist()
+        start = max(0, start - len(chunk))
 
 
 def _random(sampler: RandomSampler) -> Iterator[torch.Tensor]:
     size, wanted = len(sampler.data_source), sampler.num_samples
-    generator = sampler.generator
-    own = generator is None
-    if own:
-        generator = torch.Generator()
+    given: torch.Generator | None = getattr(sampler, "generator", None)
+    generator = torch.Generator() if given is None else given
+    if given is None:
         generator.manual_seed(int(torch.empty((), dtype=torch.int64).random_().item()))
     if sampler.replacement:
-        for low in range(0, wanted, 32):
-            yield torch.randint(size, (min(32, wanted - low),), generator=generator)
-        if wanted % 32 == 0:
-            torch.randint(size, (0,), generator=generator)
+        for _ in range(wanted // 32):
+            yield torch.randint(size, (32,), generator=generator)
+        yield torch.randint(size, (wanted % 32,), generator=generator)
         return
     for _ in range(wanted // size):
         yield torch.randperm(size, generator=generator)
     # torch draws one more permutation even where it takes nothing of it: a generator that outlives
-    # the epoch must be left as torch leaves it.
-    if wanted % size or not own:
+    # the pass must be left as torch leaves it.
+    if wanted % size or given is not None:
         yield torch.randperm(size, generator=generator)[: wanted % size]
 
 
 def _subset(sampler: SubsetRandomSampler) -> Iterator[torch.Tensor]:
-    yield torch.randperm(len(sampler.indices), generator=sampler.generator)
+    generator: torch.Generator | None = getattr(sampler, "generator", None)
+    yield torch.randperm(len(sampler.indices), generator=generator)
 
 
 def _weighted(sampler: WeightedRandomSampler) -> Iterator[torch.Tensor]:
+    generator: torch.Generator | None = getattr(sampler, "generator", None)
     yield torch.multinomial(
-        sampler.weights, sampler.num_samples, sampler.replacement, generator=sampler.generator
+        sampler.weights, sampler.num_samples, sampler.replacement, generator=generator
     )
 
 
-def _distributed(sampler: DistributedSampler[Any]) -> Iterator[torch.Tensor]:
-    size = len(sampler.dataset)  # type: ignore[arg-type]
+def _distributed(sampler: Any) -> Iterator[torch.Tensor]:
+    size = len(sampler.dataset)
+    # The indices that torch appends, so that each process gets as many, are those at the beginning.
     places = torch.arange(sampler.rank, sampler.total_size, sampler.num_replicas) % size
     if not sampler.shuffle:
         yield places
@@ -140,12 +155,7 @@ def _distributed(sampler: DistributedSampler[Any]) -> Iterator[torch.Tensor]:
     yield torch.randperm(size, generator=generator)[places]
 
 
-def _sequential(sampler: SequentialSampler) -> Iterator[torch.Tensor]:
-    yield torch.arange(len(sampler.data_source))
-
-
-_CHUNKS: dict[type, Any] = {
-    SequentialSampler: _sequential,
+_CHUNKS: Final[dict[type, Callable[[Any], Iterator[torch.Tensor]]]] = {
     RandomSampler: _random,
     SubsetRandomSampler: _subset,
     WeightedRandomSampler: _weighted,

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Iterable, Iterator
-from itertools import islice
-from typing import Any
+from itertools import chain, islice
+from typing import Any, Final, TypeGuard, cast
 
-import numpy
-import torch
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from crosstrain.backends import random_state
 
-from .order import Batch, batches_from, is_seekable, samples_from
+from .order import Batch, batches_from, computes_its_order, is_seekable, samples_from
 from .streams import KeyedIndex, KeyedIndices, StreamKey
 
-__all__ = ["KeyedSampler", "ReproducibleBatchSampler", "generators_of", "update_dataloader"]
+__all__ = [
+    "KeyedSampler",
+    "ReproducibleBatchSampler",
+    "is_iterable",
+    "is_loader",
+    "rebuilt",
+    "update_dataloader",
+]
 
 # How many batches of a sampler of unknown type are drawn at once, under random states of its own.
-_AHEAD = 64
+_AHEAD: Final = 64
 
 
 class ReproducibleBatchSampler(BatchSampler):
@@ -37,14 +41,14 @@ class ReproducibleBatchSampler(BatchSampler):
     """
 
     def __init__(self, batch_sampler: Any, start_iteration: int | None = None) -> None:
-        if not isinstance(batch_sampler, Iterable):
+        if not _iterates(batch_sampler):
             raise TypeError(
                 "Argument batch_sampler should be torch.utils.data.sampler.BatchSampler or another "
                 f"iterable of lists of indices, got {type(batch_sampler)}"
             )
         self.batch_sampler: Any = batch_sampler
-        self.sampler = getattr(batch_sampler, "sampler", None)  # type: ignore[assignment]
-        self.batch_size = getattr(batch_sampler, "batch_size", None)  # type: ignore[assignment]
+        self.sampler: Any = getattr(batch_sampler, "sampler", None)
+        self.batch_size: Any = getattr(batch_sampler, "batch_size", None)
         self.drop_last = getattr(batch_sampler, "drop_last", False)
         self.start_iteration = start_iteration
 
@@ -67,7 +71,12 @@ class KeyedSampler:
 
     def __init__(self, sampler: Any, batched: bool) -> None:
         self.sampler = sampler
-        self.batched = batched
+        #: The sampler of single samples, if there is one.
+        self.inner: Any = getattr(sampler, "sampler", None) if batched else sampler
+        #: Whether a loader has asked for the order of this pass.
+        self.asked = False
+        self._batched = batched
+        self._seekable = is_seekable(self.inner) and (not batched or type(sampler) is BatchSampler)
         self._items: Iterator[Any] = iter(())
 
     def begin(self, key: StreamKey, start: int) -> None:
@@ -77,21 +86,21 @@ class KeyedSampler:
             key: what keys the pass.
             start: how many batches, or samples where it does not batch, to leave out.
         """
-        inner = getattr(self.sampler, "sampler", None) if self.batched else self.sampler
-        if hasattr(inner, "indices") and callable(getattr(inner, "set_epoch", None)):
+        if computes_its_order(self.inner) and callable(getattr(self.inner, "set_epoch", None)):
             # An order that is computed from its epoch; it has no random state to tell passes apart.
-            inner.set_epoch(key.epoch)  # type: ignore[union-attr]
-        order = self._order(start)
-        seekable = is_seekable(inner) and (not self.batched or type(self.sampler) is BatchSampler)
-        # Drawn now, while the generators are as they were seeded for this pass.
-        order = _primed(order) if seekable else _secluded(order)
-        if self.batched:
-            self._items = (KeyedIndices(b.indices, key, b.number, b.first) for b in order)
+            self.inner.set_epoch(key.epoch)
+        order = self.order(start)
+        order = _primed(order) if self._seekable else _secluded(order)
+        base, streams = key.base, key.streams
+        if self._batched:
+            self._items = (KeyedIndices(b.indices, base, streams, b.number, b.first) for b in order)
         else:
-            self._items = (KeyedIndex(b.indices, key, b.first) for b in order)
+            self._items = (KeyedIndex(b.indices, base, streams, b.first) for b in order)
+        self.asked = False
 
-    def _order(self, start: int) -> Iterator[Batch]:
-        if self.batched:
+    def order(self, start: int) -> Iterator[Batch]:
+        """Yields the order from a batch on; drawn when it is asked for, as torch draws it."""
+        if self._batched:
             yield from batches_from(self.sampler, start)
         else:
             for position, index in enumerate(samples_from(self.sampler, start), start):
@@ -99,6 +108,7 @@ class KeyedSampler:
 
     def __iter__(self) -> Iterator[Any]:
         # The same iterator each time: torch's loaders ask twice and use the second.
+        self.asked = True
         return self._items
 
     def __len__(self) -> int:
@@ -106,58 +116,29 @@ class KeyedSampler:
 
 
 def _primed(order: Iterator[Batch]) -> Iterator[Batch]:
-    first = list(islice(order, 1))
-
-    def items() -> Iterator[Batch]:
-        yield from first
-        yield from order
-
-    return items()
+    # Drawn now, while the generators are as they were seeded for this pass.
+    return chain(list(islice(order, 1)), order)
 
 
 def _secluded(order: Iterator[Batch]) -> Iterator[Batch]:
     """Runs a sampler of unknown type under random states of its own, some batches at a time.
 
-    It may draw from the global generators at any batch, between draws of the training.
+    It may draw from the global generators at any batch, between draws of the training. Its first
+    draws are made in the open, as torch makes them: most samplers make no others.
     """
-    own = random_state.capture()
-
-    def items() -> Iterator[Batch]:
-        nonlocal own
-        while True:
-            with random_state.preserved():
-                random_state.restore(own)
-                drawn = list(islice(order, _AHEAD))
-                own = random_state.capture()
-            yield from drawn
-            if len(drawn) < _AHEAD:
-                return
-
-    return items()
+    first = list(islice(order, _AHEAD))
+    return chain(first, _rest(order, random_state.capture()) if len(first) == _AHEAD else ())
 
 
-def generators_of(loader: Any) -> dict[str, Any]:
-    """Returns the generators that a loader and its samplers hold of their own, by name.
-
-    Args:
-        loader: a DataLoader.
-
-    Returns:
-        `torch.Generator`, `random.Random` and `numpy.random.Generator` objects, each once.
-    """
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    owners = {
-        "loader": loader,
-        "batch_sampler": batch_sampler,
-        "sampler": getattr(batch_sampler, "sampler", None) or getattr(loader, "sampler", None),
-    }
-    found: dict[str, Any] = {}
-    kinds = (torch.Generator, random.Random, numpy.random.Generator)
-    for owner, thing in owners.items():
-        for name, value in getattr(thing, "__dict__", {}).items():
-            if isinstance(value, kinds) and not any(value is known for known in found.values()):
-                found[f"{owner}.{name}"] = value
-    return found
+def _rest(order: Iterator[Batch], own: dict[str, Any]) -> Iterator[Batch]:
+    while True:
+        with random_state.preserved():
+            random_state.restore(own)
+            drawn = list(islice(order, _AHEAD))
+            own = random_state.capture()
+        yield from drawn
+        if len(drawn) < _AHEAD:
+            return
 
 
 def update_dataloader(dataloader: DataLoader[Any], new_batch_sampler: Any) -> DataLoader[Any]:
@@ -170,13 +151,28 @@ def update_dataloader(dataloader: DataLoader[Any], new_batch_sampler: Any) -> Da
     Raises:
         TypeError: if the loader does not batch, or its dataset is iterable and takes no sampler.
     """
-    if getattr(dataloader, "batch_sampler", None) is None:
+    given: Any = dataloader
+    if given.batch_sampler is None or is_iterable(given.dataset):
         raise TypeError(
-            "update_dataloader() takes a DataLoader over a map-style dataset with a batch size; "
-            f"this one has batch_size={getattr(dataloader, 'batch_size', None)} and a dataset of "
-            f"type {type(getattr(dataloader, 'dataset', None)).__name__}."
+            "update_dataloader() takes a DataLoader over a map-style dataset, with a batch size; "
+            f"this one has batch_size={given.batch_size} and a {type(given.dataset).__name__}."
         )
-    return rebuilt(dataloader, batch_sampler=new_batch_sampler)
+    loader: DataLoader[Any] = rebuilt(given, batch_sampler=new_batch_sampler)
+    return loader
+
+
+def is_loader(data: Any) -> TypeGuard[DataLoader[Any]]:
+    """Tells whether data is a DataLoader of torch's or a subclass's."""
+    return isinstance(data, DataLoader)
+
+
+def is_iterable(dataset: Any) -> bool:
+    """Tells whether a dataset is iterable, as opposed to map-style."""
+    return isinstance(dataset, IterableDataset)
+
+
+def _iterates(value: Any) -> bool:
+    return isinstance(value, Iterable)
 
 
 def rebuilt(loader: Any, **changes: Any) -> Any:
@@ -184,8 +180,16 @@ def rebuilt(loader: Any, **changes: Any) -> Any:
 
     A constructor of a subclass takes arguments that nobody knows, and torch's own forbids to set
     these attributes later.
+
+    Args:
+        loader: a DataLoader, which is left as it is.
+        **changes: the attributes.
     """
-    twin = copy.copy(loader)
-    # A running iterator with its workers belongs to the original.
-    twin.__dict__.update(_iterator=None, **changes)
+    twin: Any = copy.copy(loader)
+    attributes = cast("dict[str, Any]", vars(twin))
+    # A running iterator with its workers belongs to the original, as does a state that torchdata's
+    # loader was given.
+    own = {"_iterator": None, "next_iter_state": None}
+    attributes.update({name: value for name, value in own.items() if name in attributes})
+    attributes.update(changes)
     return twin

@@ -1,4 +1,4 @@
-"""The snapshot: what a deterministic engine's state holds besides its progress, and how it is checked."""
+"""The snapshot: what a deterministic engine's state holds besides its counters, and its checks."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ import numpy
 import torch
 
 from crosstrain.backends import random_state
+
+from .guards import is_mapping
 
 if TYPE_CHECKING:
     from crosstrain.backends import Backend
@@ -35,6 +37,7 @@ KEYS: Final = frozenset(
     {
         "format",
         "seed",
+        "streams",
         "progress",
         "position",
         "rng_states",
@@ -56,18 +59,21 @@ def spec_of(backend: Backend | None) -> str | None:
 
 
 def environment(backend: Backend | None) -> dict[str, Any]:
-    """Returns what decides the bits of a run besides its state: threads, cores, device, versions."""
-    devices = [] if backend is None else backend.probe().devices
+    """Returns what decides the bits of a run besides its state: threads, device, versions."""
+    found = None if backend is None else backend.probe()
     return {
         "backend": spec_of(backend),
-        "devices": ", ".join(devices),
+        "devices": "" if found is None else ", ".join(found.devices),
         "world size": 1 if backend is None else backend.world.size,
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "machine": platform.machine(),
-        "torch": str(torch.__version__),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "matmul precision": torch.get_float32_matmul_precision(),
         "numpy": numpy.__version__,
         "python": ".".join(map(str, sys.version_info[:3])),
+        "torch": str(torch.__version__),
+        **({} if found is None else found.versions),
     }
 
 
@@ -102,7 +108,7 @@ def restore_random_states(state: Any, backend: Backend | None) -> None:
         state: the states.
         backend: whose device's states are restored as well, if there are any.
     """
-    if isinstance(state, Mapping):
+    if is_mapping(state):
         random_state.restore(state)
         if backend is not None and state.get("device"):
             backend.set_rng_state(state["device"])

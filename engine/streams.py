@@ -1,38 +1,44 @@
-"""Keyed random streams: each sample's random numbers follow from what it is, not from who fetches it.
+"""Keyed random streams: a sample's random numbers follow from what it is, not from who fetches it.
 
-Before a sample is fetched, in whatever process, the generators of Python, NumPy and torch are seeded
-from (seed, epoch, position), where the position counts the samples of the epoch in their order.
-Workers, prefetching and restarts then change nothing. Keys are mixed by splitmix64 (Steele, Lea and
-Flood 2014).
+Before a sample is fetched, in whatever process, the generators of Python, NumPy and torch are
+seeded from (seed, pass, position), where the position counts the samples of a pass over the data in
+their order. Workers, prefetching and restarts then change nothing. Keys are mixed by splitmix64
+(Steele, Lea and Flood 2014).
 """
 
 from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy
 import torch
 
 __all__ = [
     "ALL_STREAMS",
+    "KeyedBatchDataset",
     "KeyedDataset",
     "KeyedIndex",
     "KeyedIndices",
     "SampleStreams",
     "StreamKey",
     "current_sample",
+    "leave",
 ]
 
 ALL_STREAMS: Final = ("python", "numpy", "torch")
 
 _MASK: Final = (1 << 64) - 1
 _GOLDEN: Final = 0x9E3779B97F4A7C15
-# Kept apart from the positions of samples, which are below it.
+_FACTORS: Final = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+# Kept apart from the positions of samples, which are below them: a batch as a whole, its collation.
+_BATCH: Final = 1 << 61
 _COLLATE: Final = 1 << 62
+# Below this many samples Python's integers are faster than NumPy's arrays.
+_FEW: Final = 16
 
 _SEEDERS: Final[dict[str, Callable[[int], Any]]] = {
     "python": random.seed,
@@ -47,12 +53,43 @@ _SEEDERS: Final[dict[str, Callable[[int], Any]]] = {
 _fetching = threading.local()
 
 
-def _mix(value: int) -> int:
-    """Returns 64 well-mixed bits of an integer: splitmix64's output function."""
-    value = (value + _GOLDEN) & _MASK
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+def _finish(value: int) -> int:
+    value = ((value ^ (value >> 30)) * _FACTORS[0]) & _MASK
+    value = ((value ^ (value >> 27)) * _FACTORS[1]) & _MASK
     return value ^ (value >> 31)
+
+
+def _mix(value: int, position: int = 0) -> int:
+    """Returns output number `position` of the splitmix64 that starts at a value: 64 bits."""
+    return _finish((value + (position + 1) * _GOLDEN) & _MASK)
+
+
+def _keys(base: int, first: int, count: int) -> list[int]:
+    """Returns `_mix(base, position)` for `count` positions from `first` on."""
+    if count < _FEW:
+        return [_mix(base, position) for position in range(first, first + count)]
+    words = numpy.arange(first + 1, first + count + 1, dtype=numpy.uint64)
+    words *= numpy.uint64(_GOLDEN)
+    words += numpy.uint64(base)
+    words ^= words >> numpy.uint64(30)
+    words *= numpy.uint64(_FACTORS[0])
+    words ^= words >> numpy.uint64(27)
+    words *= numpy.uint64(_FACTORS[1])
+    words ^= words >> numpy.uint64(31)
+    keys: list[int] = words.tolist()
+    return keys
+
+
+def _enter(key: int, streams: Iterable[str]) -> None:
+    """Seeds this process's generators, and makes the key the current sample's."""
+    _fetching.key = key
+    for stream in streams:
+        _SEEDERS[stream](key)
+
+
+def leave() -> None:
+    """Says that no sample is being fetched in this thread any more."""
+    _fetching.key = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +97,7 @@ class SampleStreams:
     """The random streams of one sample, for a dataset that keeps off the global generators.
 
     Args:
-        key: 64 bits that follow from (seed, epoch, position).
+        key: 64 bits that follow from (seed, pass, position).
     """
 
     key: int
@@ -72,22 +109,23 @@ class SampleStreams:
             purpose: a number that tells several generators of one sample apart.
         """
         generator = torch.Generator()
-        generator.manual_seed(_mix(self.key + purpose))
+        generator.manual_seed(_mix(self.key, purpose))
         return generator
 
     def numpy(self, purpose: int = 0) -> numpy.random.Generator:
         """Returns a NumPy generator (PCG64) of its own for this sample."""
-        return numpy.random.Generator(numpy.random.PCG64(_mix(self.key + purpose)))
+        return numpy.random.Generator(numpy.random.PCG64(_mix(self.key, purpose)))
 
     def python(self, purpose: int = 0) -> random.Random:
         """Returns a `random.Random` of its own for this sample."""
-        return random.Random(_mix(self.key + purpose))
+        return random.Random(_mix(self.key, purpose))
 
 
 def current_sample() -> SampleStreams:
     """Returns the streams of the sample that is being fetched, in a worker or in the main process.
 
-    Call it in a dataset's `__getitem__`, `__getitems__` or in `collate_fn`.
+    Call it in a dataset's `__getitem__`. In `collate_fn`, and in a `__getitems__` that does not
+    iterate over its indices, the streams are those of the batch.
 
     Raises:
         RuntimeError: if no deterministic engine is fetching a sample in this thread.
@@ -96,14 +134,13 @@ def current_sample() -> SampleStreams:
     if key is None:
         raise RuntimeError(
             "current_sample() was called where no DeterministicEngine fetches a sample. Call it in "
-            "a dataset's __getitem__ during DeterministicEngine.run(), or make a generator of your "
-            "own elsewhere."
+            "the __getitem__ of a DataLoader's dataset during DeterministicEngine.run(), or make a "
+            "generator of your own elsewhere."
         )
     return SampleStreams(key)
 
 
-@dataclass(frozen=True, slots=True)
-class StreamKey:
+class StreamKey(NamedTuple):
     """What keys the streams of one pass over the data.
 
     Args:
@@ -116,74 +153,88 @@ class StreamKey:
     epoch: int
     streams: tuple[str, ...] = ALL_STREAMS
 
-    def enter(self, position: int) -> None:
-        """Seeds this process's generators for the sample at a position of the pass."""
-        key = _mix(_mix(_mix(self.seed & _MASK) + self.epoch) + position)
-        _fetching.key = key
-        for stream in self.streams:
-            _SEEDERS[stream](key)
-
-    def enter_collate(self, batch: int) -> None:
-        """Seeds this process's generators for the collation of a batch of the pass."""
-        self.enter(_COLLATE + batch)
+    @property
+    def base(self) -> int:
+        """The 64 bits that all keys of the pass are made from."""
+        return _mix(_mix(self.seed & _MASK), self.epoch)
 
 
-class KeyedIndices(list[int]):
+class KeyedIndices(list[Any]):
     """The indices of a batch; iterating over it seeds the streams before each of them.
 
     torch's loaders fetch a batch by iterating over its indices, in whatever process, so the key
-    travels with them and neither loader nor dataset is changed.
+    travels with them and neither loader nor dataset is changed. A `__getitems__` that iterates is
+    served the same way; each time it does, the streams are others.
 
     Args:
         indices: what the batch sampler gave.
-        key: what keys the pass.
+        base: what keys the pass.
+        streams: which generators are seeded.
         batch: the batch's number in the pass.
         first: the position of its first sample in the pass.
     """
 
-    def __init__(self, indices: Sequence[Any], key: StreamKey, batch: int, first: int) -> None:
+    __slots__ = ("_base", "_batch", "_first", "_given", "_lap", "_streams")
+
+    def __init__(
+        self, indices: Any, base: int, streams: tuple[str, ...], batch: int, first: int
+    ) -> None:
         super().__init__(indices)
-        self.key = key
-        self.batch = batch
-        self.first = first
+        self._given = None if isinstance(indices, list) else indices
+        self._base = base
+        self._streams = streams
+        self._batch = batch
+        self._first = first
+        self._lap = 0
+
+    @property
+    def plain(self) -> Any:
+        """What the batch sampler gave, where that is no list: an array, a tuple; else this."""
+        return self if self._given is None else self._given
+
+    def _next_base(self) -> int:
+        lap, self._lap = self._lap, self._lap + 1
+        return self._base if lap == 0 else _mix(self._base, lap)
 
     def __iter__(self) -> Iterator[Any]:
-        enter = self.key.enter
-        position = self.first
-        for index in super().__iter__():
-            enter(position)
-            position += 1
+        base, streams = self._next_base(), self._streams
+        for key, index in zip(_keys(base, self._first, len(self)), super().__iter__(), strict=True):
+            _enter(key, streams)
             yield index
         # The loader collates next.
-        self.key.enter_collate(self.batch)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        plain = list(super().__iter__())
-        return KeyedIndices, (plain, self.key, self.batch, self.first)
+        _enter(_mix(base, _COLLATE + self._batch), streams)
 
     def enter(self) -> None:
         """Seeds the streams for the batch as a whole."""
-        self.key.enter(self.first)
+        _enter(_mix(self._base, _BATCH + self._batch), self._streams)
+
+    def enter_collate(self) -> None:
+        """Seeds the streams for collating, after a dataset that has fetched the batch at once."""
+        _enter(_mix(self._next_base(), _COLLATE + self._batch), self._streams)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        plain = list(super().__iter__()) if self._given is None else self._given
+        return KeyedIndices, (plain, self._base, self._streams, self._batch, self._first)
 
 
-@dataclass(frozen=True, slots=True)
-class KeyedIndex:
+class KeyedIndex(NamedTuple):
     """The index of a sample that is fetched alone, without a batch (`batch_size=None`)."""
 
     index: Any
-    key: StreamKey
+    base: int
+    streams: tuple[str, ...]
     position: int
 
     def enter(self) -> None:
         """Seeds the streams for the sample."""
-        self.key.enter(self.position)
+        _enter(_mix(self.base, self.position), self.streams)
 
 
 class KeyedDataset:
-    """A dataset that is fetched from by whole batches, or without batches, with keyed streams.
+    """A dataset whose samples are fetched without batches, with keyed streams.
 
-    There the loader does not iterate over indices, so the streams are seeded here, once a fetch.
-    Everything else is the dataset's own: attributes are read from it and set on it.
+    There the loader does not iterate over indices, so the streams are seeded here. Everything else
+    is the dataset's own: attributes are read from it and set on it.
 
     Args:
         dataset: the user's dataset.
@@ -202,13 +253,30 @@ class KeyedDataset:
         return len(self.dataset)
 
     def __getattr__(self, name: str) -> Any:
-        # Unpickling asks for attributes before there is a dataset.
-        if name == "dataset" or name.startswith("__") and name != "__getitems__":
+        # Others ask for special methods to learn what this can do: it is to do what it says.
+        if name.startswith("__"):
             raise AttributeError(name)
-        value = getattr(self.dataset, name)
-        if name == "__getitems__" and value:
-            return lambda indices: (indices.enter(), value(indices))[1]
-        return value
+        return getattr(self.dataset, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self.dataset, name, value)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.dataset,)
+
+
+class KeyedBatchDataset(KeyedDataset):
+    """A dataset that is fetched from by whole batches, with keyed streams."""
+
+    def __getitems__(self, indices: Any) -> Any:
+        """Fetches a batch: the streams are those of the batch, until it iterates over its indices.
+
+        Args:
+            indices: what the loader was given by a `KeyedSampler`.
+        """
+        if not isinstance(indices, KeyedIndices):
+            return self.dataset.__getitems__(indices)
+        indices.enter()
+        items = self.dataset.__getitems__(indices.plain)
+        indices.enter_collate()
+        return items
