@@ -77,6 +77,14 @@ class ApexBackend(CudaBackend):
     def _start(self, stack: ExitStack) -> None:
         super()._start(stack)
         self._amp = importlib.import_module("apex.amp")
+        stack.callback(self._undo_patches)
+
+    def _undo_patches(self) -> None:
+        """Gives torch its own functions back, which O1 replaced by casting ones."""
+        handle: Any = getattr(getattr(self._amp, "_amp_state", None), "handle", None)
+        undo = getattr(handle, "_deactivate", None)
+        if self.option == "O1" and undo is not None:
+            undo()
 
     def prepare(self, *objects: Any) -> tuple[Any, ...]:
         """Places models on the GPU and has `amp.initialize` cast and patch all of them.

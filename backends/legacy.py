@@ -45,7 +45,7 @@ def from_arguments(
         UnknownBackend: if no backend covers the device.
         BackendUnavailable: if the backend cannot run here.
     """
-    kind = None if device is None else str(device).partition(":")[0]
+    kind, _, index = (None, "", "") if device is None else str(device).partition(":")
     if amp_mode not in (None, "amp", "apex"):
         raise ValueError(f"amp_mode is {amp_mode!r}. Legal values: None, 'amp', 'apex'.")
     if scaler and amp_mode != "amp":
@@ -67,6 +67,8 @@ def from_arguments(
             f"device and amp_mode: {sorted(_SPECS, key=str)}. Consider amp_mode=None."
         )
     settings: dict[str, Any] = {}
+    if index and kind != "cpu":
+        settings["index"] = int(index)
     if amp_mode == "amp" and scaler is not True:
         settings["scaler"] = scaler or _no_scaler(spec)
     return get(spec, **settings)

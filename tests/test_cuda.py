@@ -1,0 +1,133 @@
+"""CUDA: the step protocol on a GPU, its copies, its random states, and no hidden wait.
+
+Runs where there is a GPU: `tox -e cuda`, which fails where there is none.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+import torch
+from step_runs import digits
+
+from crosstrain import backends
+from crosstrain.backends import BackendError
+from crosstrain.backends.legacy import from_arguments
+from crosstrain.ci.conformance import CHECKS, applicable, check_backend
+
+SPECS = ("cuda", "cuda:tf32", "cuda-amp", "cuda-amp:bf16")
+
+_FOUND = backends.probe("cuda")
+
+pytestmark = pytest.mark.skipif(not _FOUND.ok, reason=_FOUND.reason or "-")
+
+
+def need(spec: str) -> None:
+    found = backends.probe(spec)
+    if not found.ok:
+        pytest.skip(found.reason)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("check", sorted(CHECKS))
+def test_conforms(spec: str, check: str) -> None:
+    need(spec)
+    if check not in applicable(spec):
+        pytest.skip(f"{spec} does not scale the loss")
+    assert check_backend(spec, checks=[check]) == []
+
+
+def make(spec: str, **settings: Any) -> Any:
+    need(spec)
+    backend = backends.get(spec).open()
+    torch.manual_seed(3)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Dropout(0.1), torch.nn.Linear(32, 10)
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, **settings)
+    backend.prepare(model, optimizer)
+    return backend, model, optimizer
+
+
+def step(backend: Any, model: Any, optimizer: Any, batch: Any) -> Any:
+    x, y = backend.put(batch)
+    optimizer.zero_grad()
+    with backend.autocast():
+        loss = torch.nn.functional.cross_entropy(model(x), y)
+    backend.backward(loss, optimizer)
+    result = backend.step(optimizer, 1.0)
+    backend.sync()
+    return result
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_step_with_a_fused_optimizer_waits_for_nothing(spec: str) -> None:
+    backend, model, optimizer = make(spec, fused=True)
+    with backend:
+        pinned = [(x.pin_memory(), y.pin_memory()) for x, y in digits()[:6]]
+        step(backend, model, optimizer, pinned[0])
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            results = [step(backend, model, optimizer, batch) for batch in pinned[1:]]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert all(result.applied for result in results)
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_batches_arrive_whole_while_the_gpu_is_busy(pinned: bool) -> None:
+    need("cuda")
+    with backends.get("cuda") as backend:
+        data = [torch.full((1 << 20,), float(n)) for n in range(20)]
+        source = [tensor.pin_memory() for tensor in data] if pinned else data
+        busy = torch.randn(2048, 2048, device=backend.device)
+        kept = []
+        for batch in backend.batches(source):
+            for _ in range(4):
+                busy = torch.tanh(busy @ busy)
+            kept.append(batch + 0)
+            del batch
+        for number, got in enumerate(kept):
+            assert bool((got == number).all()), number
+
+
+@pytest.mark.parametrize(("spec", "tf32"), [("cuda", False), ("cuda:tf32", True)])
+def test_fp32_rounds_nothing_and_tf32_does(spec: str, tf32: bool) -> None:
+    need(spec)
+    value = 1 + 2.0**-12  # TF32 has 10 bits of mantissa
+    with backends.get(spec) as backend:
+        a = torch.full((64, 64), value, device=backend.device)
+        eye = torch.eye(64, device=backend.device)
+        assert (a @ eye == value).all().item() is not tf32
+        image = torch.full((8, 16, 16, 16), value, device=backend.device)
+        kernel = torch.eye(16, device=backend.device).reshape(16, 16, 1, 1)
+        product = torch.nn.functional.conv2d(image, kernel)
+        if not tf32:
+            assert (product == value).all().item()
+
+
+def test_the_random_state_is_the_gpus() -> None:
+    with backends.get("cuda") as backend:
+        backend.seed(4)
+        file = io.BytesIO()
+        torch.save(backend.rng_state(), file)
+        first = torch.rand(5, device=backend.device)
+        file.seek(0)
+        backend.set_rng_state(torch.load(file, weights_only=True))
+        assert torch.equal(torch.rand(5, device=backend.device), first)
+        with pytest.raises(BackendError, match="not of a GPU"):
+            backend.set_rng_state({"xla": 1})
+
+
+def test_a_gpu_that_is_not_there_is_refused() -> None:
+    count = torch.cuda.device_count()
+    with pytest.raises(BackendError, match=f"index={count}, but this process sees {count} GPUs"):
+        backends.get("cuda", index=count).open()
+
+
+def test_the_index_of_a_device_is_kept() -> None:
+    with from_arguments(f"cuda:{torch.cuda.device_count() - 1}", None, False) as backend:
+        assert backend.device.index == torch.cuda.device_count() - 1
