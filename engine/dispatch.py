@@ -23,7 +23,8 @@ class Dispatcher:
         self.state = State()
         self.last_event_name: Any = None
         self._handlers = HandlerTable(type(self).__name__)
-        # Whether each event is logged; read when a run begins or goes on, not at each event.
+        # Whether each event is logged; read when a run begins or goes on and when an epoch begins,
+        # not at each event.
         self._logs_events = False
         self.register_events(*Events)
 
@@ -145,11 +146,14 @@ class Dispatcher:
             self._fire(slot)
 
     def _log_and_fire(self, slot: Slot) -> None:
+        self._log(slot)
+        self._fire(slot)
+
+    def _log(self, slot: Slot) -> None:
         state = self.state
         self.logger.debug(
             "%s | %s, Firing handlers for event %s", state.epoch, state.iteration, slot.event
         )
-        self._fire(slot)
 
     def _fire(self, slot: Slot) -> None:
         """Runs an event's handlers: the hot path, so what a filter asks is compared right here."""
@@ -180,6 +184,8 @@ class Dispatcher:
 
     def _fire_with(self, slot: Slot, *event_args: Any, **event_kwargs: Any) -> int:
         """Runs the handlers of an event that passes something to them; returns how many ran."""
+        if self._logs_events:
+            self._log(slot)
         self.last_event_name = slot.event
         ran = 0
         for handler, takes_engine, extra in slot.handlers:

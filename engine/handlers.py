@@ -116,9 +116,15 @@ class HandlerTable:
         takes_engine = getattr(handler, "__self__", None) is not engine
         try:
             check_signature(handler, "handler", *(engine,) * takes_engine, *passed, **named)
-        except ValueError:
+        except ValueError as error:
             takes_engine = not takes_engine
-            check_signature(handler, "handler", *(engine,) * takes_engine, *passed, **named)
+            try:
+                check_signature(handler, "handler", *(engine,) * takes_engine, *passed, **named)
+            except ValueError:
+                raise ValueError(
+                    f"{error} Nor can it be called {'with' if takes_engine else 'without'} the "
+                    "engine first."
+                ) from None
         gate = gate_of(event)
         plain = gate is None and not args and not kwargs
         return handler, takes_engine, None if plain else (gate, args, kwargs)

@@ -166,7 +166,8 @@ class Loop(Requests):
         Raises:
             _Failed: if no handler ran, or one raised; `_failure` holds what is to propagate.
         """
-        self.logger.error("Exception at iteration %s: %r", self.state.iteration, error)
+        # As text: a record that is kept must not keep the frames of the run, and their batches.
+        self.logger.error("Exception at iteration %s: %s", self.state.iteration, repr(error))
         slot = self._handlers.require(Events.EXCEPTION_RAISED)
         try:
             if slot.handlers and self._fire_with(slot, error):
@@ -178,6 +179,7 @@ class Loop(Requests):
 
     def _run_epoch(self) -> Generator[None, None, None]:
         started = time.perf_counter()
+        self._logs_events = self.logger.isEnabledFor(logging.DEBUG)
         self.state.epoch += 1
         self._in_epoch = True
         self._emit(Events.EPOCH_STARTED)
@@ -280,10 +282,11 @@ class Loop(Requests):
             _Failed: if they did not.
         """
         length = self.state.epoch_length
+        done = count - step_failed
         self._step_failed = step_failed
+        self._in_epoch = done != length
         # Where the length is to be learned, the epoch that goes on must count from its beginning.
-        self._epoch_offset = 0 if length is None else count - step_failed
-        self._in_epoch = self._epoch_offset != length
+        self._epoch_offset = done if self._in_epoch and length is not None else 0
         if not isinstance(error, Exception) or isinstance(error, (EmptyData, DataUsedUp)):
             return False
         self._report(error)

@@ -1,0 +1,163 @@
+"""An engine that is no longer used is freed at once, and what it held with it."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from differential import Expected
+
+from crosstrain.engine import Engine, Events, RemovableEventHandle
+
+
+def nothing(engine: Any, batch: Any) -> None:
+    """A step that does nothing."""
+
+
+def fails_at_three(engine: Any, batch: Any) -> None:
+    """A step that fails at iteration 3."""
+    if engine.state.iteration == 3:
+        raise Expected
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    """What is freed is freed by reference counting alone."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+class Holder:
+    """An object with a handler."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def handler(self, engine: Engine) -> None:
+        self.seen += 1
+
+
+def deal(engine: Engine, error: BaseException) -> None:
+    """A handler of EXCEPTION_RAISED."""
+
+
+@pytest.mark.usefixtures("no_collector")
+@pytest.mark.parametrize("end", ["new", "run", "terminated", "raised", "dealt", "debug"])
+def test_an_engine_is_freed_at_once(end: str, caplog: pytest.LogCaptureFixture) -> None:
+    engine = Engine(fails_at_three if end in ("raised", "dealt") else nothing)
+    holder = Holder()
+    handle = engine.add_event_handler(Events.ITERATION_COMPLETED(every=2), holder.handler)
+    engine.add_event_handler(Events.STARTED | Events.COMPLETED, lambda engine, number: None, 1)
+    if end == "terminated":
+        engine.add_event_handler(Events.ITERATION_COMPLETED(once=4), Engine.terminate)
+    if end == "dealt":
+        engine.add_event_handler(Events.EXCEPTION_RAISED, deal)
+    if end == "debug":
+        caplog.set_level(logging.DEBUG, logger="crosstrain")
+    if end == "raised":
+        with pytest.raises(Expected) as caught:
+            engine.run([1, 2, 3], max_epochs=2)
+        # The traceback holds the frames of the run.
+        del caught
+    elif end != "new":
+        engine.run([1, 2, 3], max_epochs=2)
+    gone = weakref.ref(engine)
+    del engine
+    assert gone() is None
+    assert handle.engine() is None
+    handle.remove()
+
+
+@pytest.mark.usefixtures("no_collector")
+def test_what_a_failed_step_held_is_not_kept() -> None:
+    class Big:
+        pass
+
+    def fail(engine: Engine, batch: int) -> None:
+        local = Big()
+        kept.append(weakref.ref(local))
+        raise Expected
+
+    kept: list[weakref.ref[Big]] = []
+    engine = Engine(fail)
+    with contextlib.suppress(Expected):
+        engine.run([1])
+    assert kept[0]() is None
+
+
+@pytest.mark.usefixtures("no_collector")
+def test_a_handle_keeps_nothing_alive() -> None:
+    engine = Engine(nothing)
+    holder = Holder()
+    handle = engine.add_event_handler(Events.STARTED, holder.handler)
+    gone = weakref.ref(holder)
+    engine.remove_event_handler(holder.handler, Events.STARTED)
+    del holder
+    assert gone() is None
+    assert handle.handler() is None
+    handle.remove()
+
+
+def test_a_paused_engine_is_collected() -> None:
+    raised: list[BaseException] = []
+    closed: list[str] = []
+
+    def data() -> Iterator[int]:
+        try:
+            while True:
+                yield 1
+        finally:
+            closed.append("closed")
+
+    engine = Engine(nothing)
+    engine.add_event_handler(Events.EXCEPTION_RAISED, lambda error: raised.append(error))
+    engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), Engine.interrupt)
+    engine.run(data(), epoch_length=5)
+    gone = weakref.ref(engine)
+    del engine
+    gc.collect()
+    assert gone() is None
+    assert closed == ["closed"]
+    assert raised == []
+
+
+def test_bound_methods_as_handlers() -> None:
+    holder = Holder()
+    engine = Engine(nothing)
+    handle = engine.add_event_handler(Events.ITERATION_COMPLETED, holder.handler)
+    assert isinstance(handle, RemovableEventHandle)
+    assert engine.has_event_handler(holder.handler, Events.ITERATION_COMPLETED)
+    assert not engine.has_event_handler(Holder().handler)
+    engine.run([1, 2])
+    handle.remove()
+    engine.run([1, 2])
+    assert holder.seen == 2
+    with engine.add_event_handler(Events.ITERATION_COMPLETED(every=2), holder.handler):
+        engine.run([1, 2])
+    engine.run([1, 2])
+    assert holder.seen == 3
+
+
+def test_callables_without_weak_references() -> None:
+    class Slotted:
+        __slots__ = ("seen",)
+
+        def __init__(self) -> None:
+            self.seen = 0
+
+        def __call__(self, engine: Engine) -> None:
+            self.seen += 1
+
+    handler = Slotted()
+    engine = Engine(nothing)
+    with engine.add_event_handler(Events.ITERATION_COMPLETED, handler):
+        engine.run([1, 2])
+    engine.run([1, 2])
+    assert handler.seen == 2
