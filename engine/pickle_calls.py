@@ -18,7 +18,16 @@ import torch
 from .checkpoint_errors import CheckpointCorrupt, CheckpointUnsafe
 from .guards import is_exact_dict, is_exact_tuple
 
-__all__ = ["CALLS", "Made", "Name", "Stored", "add_attributes", "is_known", "storage_item_size"]
+__all__ = [
+    "CALLS",
+    "Made",
+    "Name",
+    "Stored",
+    "add_attributes",
+    "has_own_hash",
+    "is_known",
+    "storage_item_size",
+]
 
 
 class Name:
@@ -56,7 +65,8 @@ class Made:
     Args:
         kind: what it is.
         parts: what it holds.
-        size: of a tensor, the bytes of its elements; of a NumPy dtype, those of one element.
+        size: of a tensor, the bytes of its elements; of a NumPy dtype, those of one element; of a
+            set, how many of its items do not have a hash of their own.
         items: the entries of a dictionary of another type; None for all else.
     """
 
@@ -74,6 +84,9 @@ class Made:
         self.size = size
         self.items = items
 
+
+# Integers below this have different hashes.
+_HASH_MODULUS: Final = 2**61 - 1
 
 _STORAGES: Final = MappingProxyType(
     {
@@ -198,11 +211,14 @@ def _set(*arguments: Any) -> Made:
     if len(arguments) > 1 or any(type(argument) is not list for argument in arguments):
         raise _refuse("set", arguments)
     items: list[Any] = arguments[0] if arguments else []
-    plain = (str, int, bool, float, type(None))
-    odd = [item for item in items if type(item) not in plain or item == 2**61 - 1]
-    if len(odd) > 1000 or any(isinstance(item, int) and abs(item) >= 2**61 - 1 for item in items):
-        raise CheckpointUnsafe("its pickle holds a set of other things than text and numbers")
-    return Made("set", tuple(items))
+    return Made("set", tuple(items), sum(not has_own_hash(item) for item in items))
+
+
+def has_own_hash(item: Any) -> bool:
+    """Tells whether an item's hash is hardly another's: many of one hash take time without end."""
+    if type(item) is str or item is None:
+        return True
+    return isinstance(item, int) and abs(item) < _HASH_MODULUS
 
 
 def _size(*arguments: Any) -> Made:

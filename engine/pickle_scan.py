@@ -24,16 +24,15 @@ from .pickle_calls import (
     Name,
     Stored,
     add_attributes,
+    has_own_hash,
     is_known,
     storage_item_size,
 )
+from .pickle_measure import check_walkable
 
 __all__ = ["PickleScan"]
 
-_MAX_DEPTH: Final = 200
 _MAX_ODD_KEYS: Final = 10_000
-# Integers below this have different hashes; more of equal hash make a dictionary quadratic.
-_HASH_MODULUS: Final = 2**61 - 1
 _BASE_OPERATIONS: Final = 1_000_000
 _UINT8: Final = struct.Struct("B")
 _UINT32: Final = struct.Struct("<I")
@@ -92,8 +91,8 @@ class PickleScan:
         self.memo: dict[int, Any] = {}
         self._odd_keys = 0
         self._max_operations = _BASE_OPERATIONS + file_size // 32
-        self._max_tensor_bytes = 4 * file_size + (64 << 20)
-        self.tensor_bytes = 0
+        self._max_bytes = 4 * file_size + (64 << 20)
+        self._spent = 0
         self.refused: dict[str, None] = {}
         self.names: set[str] = set()
 
@@ -106,7 +105,7 @@ class PickleScan:
                 instruction that is not needed for tensors and plain types.
         """
         try:
-            self._measure(self._execute())
+            check_walkable(self._execute(), self._max_operations)
         except CheckpointError:
             # A class that is not allowed explains whatever else is odd.
             if not self.refused:
@@ -132,34 +131,6 @@ class PickleScan:
             f"its pickle has more than {self._max_operations:,} instructions, far more than a file "
             "of this size needs"
         )
-
-    def _measure(self, root: Any) -> None:
-        """Makes sure that whoever walks the result comes to an end, and soon."""
-        weights: dict[int, int] = {}
-        open_: set[int] = set()
-        todo: list[tuple[Any, bool]] = [(root, False)]
-        while todo:
-            node, leaving = todo.pop()
-            children = _children(node)
-            if children is None or (not leaving and id(node) in weights):
-                continue
-            if not leaving:
-                if id(node) in open_:
-                    raise CheckpointUnsafe("its pickle holds a container that contains itself")
-                if len(open_) >= _MAX_DEPTH:
-                    raise CheckpointUnsafe(f"its containers are nested over {_MAX_DEPTH} deep")
-                open_.add(id(node))
-                todo.append((node, True))
-                todo.extend((child, False) for child in children)
-                continue
-            open_.discard(id(node))
-            weight = 1 + sum(weights.get(id(child), 1) for child in children)
-            if weight > self._max_operations:
-                raise CheckpointUnsafe(
-                    "its containers share each other so often that to walk them takes more than "
-                    f"{self._max_operations:,} steps"
-                )
-            weights[id(node)] = weight
 
     # The instructions, in the words of the module pickletools.
 
@@ -216,14 +187,22 @@ class PickleScan:
         if not function.known:
             self.stack.append(Made("foreign", (arguments,)))
             return
+        self._spend(sum(_size_of(argument) for argument in arguments))
         made = CALLS[function.path](*arguments)
         if type(made) is Made and made.kind == "tensor":
-            self.tensor_bytes += made.size
-            if self.tensor_bytes > self._max_tensor_bytes:
-                raise CheckpointUnsafe(
-                    f"its tensors have over {self.tensor_bytes:,} bytes, far more than the file"
-                )
+            self._spend(made.size)
+        elif type(made) is Made and made.kind == "set":
+            self._count_odd(made.size)
         self.stack.append(made)
+
+    def _spend(self, size: int) -> None:
+        """Counts the memory that a call takes: a pickle may make it any number of times."""
+        self._spent += size
+        if self._spent > self._max_bytes:
+            raise CheckpointUnsafe(
+                f"what its pickle makes takes over {self._max_bytes:,} bytes, far more than "
+                "the file"
+            )
 
     def _new_object(self) -> None:
         arguments = self.stack.pop()
@@ -240,6 +219,8 @@ class PickleScan:
         target = self.stack[-1]
         if type(target) is not Made:
             raise CheckpointCorrupt("its pickle sets the state of something that has none")
+        if is_exact_tuple(state):
+            self._spend(sum(_size_of(part) for part in state))
         add_attributes(target, state)
 
     def _append(self) -> None:
@@ -279,13 +260,18 @@ class PickleScan:
             target[key] = value
 
     def _check_key(self, key: Any) -> None:
-        if key is None or (isinstance(key, int) and abs(key) < _HASH_MODULUS):
+        if has_own_hash(key):
             return
         if type(key) is Made:
             raise CheckpointUnsafe(f"its pickle uses a {key.kind} as a dictionary's key")
-        self._odd_keys += 1
+        self._count_odd(1)
+
+    def _count_odd(self, count: int) -> None:
+        self._odd_keys += count
         if self._odd_keys > _MAX_ODD_KEYS:
-            raise CheckpointUnsafe("its pickle has too many keys that are not text or integers")
+            raise CheckpointUnsafe(
+                "its pickle has too many keys, or items of sets, that are not text or integers"
+            )
 
     def _mark(self) -> None:
         self._marks.append(self.stack)
@@ -356,14 +342,13 @@ class PickleScan:
     )
 
 
-def _children(node: Any) -> list[Any] | tuple[Any, ...] | None:
-    if is_exact_dict(node):
-        return [*node.keys(), *node.values()]
-    if is_exact_list(node) or is_exact_tuple(node):
-        return node
-    if type(node) is Made:
-        return [*node.parts, *([] if node.items is None else [node.items])]
-    return None
+def _size_of(argument: Any) -> int:
+    """Returns about how many bytes a copy of an argument takes."""
+    if type(argument) in (str, bytes):
+        return len(argument)
+    if is_exact_list(argument) or is_exact_dict(argument):
+        return 64 * len(argument)
+    return 0
 
 
 def _unknown_instruction(code: int) -> str:

@@ -29,8 +29,8 @@ def to_plain(state: Any, on_tensor: OnTensor) -> Any:
     """Copies a state's containers, and turns what a safe checkpoint cannot carry into what it can.
 
     NumPy arrays become tensors and NumPy scalars numbers; named tuples become tuples; mappings of
-    other types become dictionaries (OrderedDict and Counter stay); deques become lists, frozen sets
-    sets, paths text. What is shared within the state stays shared.
+    other types become dictionaries (OrderedDict and Counter stay); deques lists, frozen sets sets,
+    paths text, and empty bytes an empty bytearray. What is shared within the state stays shared.
 
     Args:
         state: any nest of these, of tensors and of plain types.
@@ -55,7 +55,9 @@ class _Converter:
     def convert(self, value: Any, path: tuple[Any, ...]) -> Any:
         kind = _type_of(value)
         if kind in _AS_THEY_ARE:
-            return value
+            # Empty bytes are the one plain value for which the pickle protocol needs a class that
+            # weights_only does not allow.
+            return bytearray() if kind is bytes and not value else value
         if kind is int:
             return self._integer(value, path)
         known = self._made.get(id(value))
@@ -109,7 +111,7 @@ class _Converter:
 
     def _key(self, key: Any, path: tuple[Any, ...]) -> Any:
         kind = _type_of(key)
-        if kind in (str, bool, float, type(None), bytes):
+        if kind in (str, bool, float, type(None)) or (kind is bytes and key):
             return key
         if kind is int:
             return self._integer(key, path)

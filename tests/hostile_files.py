@@ -149,6 +149,15 @@ def bombs() -> Iterator[Entry]:
     yield "colliding keys", with_pickle(_pickled(b"}(" + keys + b"u"))
     items = b"".join(integer(n * (2**61 - 1)) for n in range(1, 30_000))
     yield "colliding set", with_pickle(_pickled(call("builtins.set", b"](" + items + b"e")))
+    shared = b"](" + b"".join(map(integer, range(50_000))) + b"eq\0"
+    sets = call("builtins.set", b"h\0") + b"q\x01" + call("builtins.set", b"h\0") * 20_000
+    yield "many sets", with_pickle(_pickled(shared + sets))
+    long = text("x" * 10**6) + b"q\0"
+    encoded = call("_codecs.encode", b"h\0", text("latin1"))
+    yield "many encodings", with_pickle(_pickled(long + encoded * 20_000))
+    mutable = call("builtins.bytearray", b"h\0", text("latin-1"))
+    yield "many bytearrays", with_pickle(_pickled(long + mutable * 20_000))
+    yield "many arrays", with_pickle(_pickled(long + encoded + b"q\x01" + _array() * 20_000))
     yield "slow codec", with_pickle(_pickled(call("_codecs.encode", text("x" * 99), text("rot13"))))
     overlapping = bytearray(zipped([("data.pkl", good), ("data/0", b"x" * 16), ("data/1", b"y")]))
     at = overlapping.rfind(b"PK\1\2")
@@ -157,6 +166,15 @@ def bombs() -> Iterator[Entry]:
     twice = [("data.pkl", good), ("data/0", b"x" * 16), ("DATA/0", b"x" * 16)]
     yield "one name twice", zipped(twice)
     yield "many records", zipped([("data.pkl", good), *((f"data/{n}", b"") for n in range(40_000))])
+
+
+def _array() -> bytes:
+    dtype = call("numpy.dtype", text("u1"), b"\x89", b"\x88")
+    empty = b"(" + integer(0) + b"t"
+    code = call("_codecs.encode", text("b"), text("latin1"))
+    array = call("numpy._core.multiarray._reconstruct", b"cnumpy\nndarray\n", empty, code)
+    shape = b"(" + integer(10**6) + b"t"
+    return array + b"(" + integer(1) + shape + dtype + b"\x89" + b"h\x01tb"
 
 
 def _laughs(seed: bytes, step: bytes) -> bytes:
