@@ -88,17 +88,15 @@ def test_patience_and_threshold() -> None:
 
 def test_a_score_that_is_not_a_number_is_no_improvement() -> None:
     nan = math.nan
-    *seen, epoch = stopped_at(
-        crosstrain.engine, EarlyStopping, [1, nan, 2, nan, nan, 3], patience=2
-    )
+    scores = [1, nan, 2, nan, nan, 3]
+    *seen, epoch = stopped_at(crosstrain.engine, EarlyStopping, scores, patience=2)
     assert [counter for counter, _ in seen] == [0, 1, 0, 1, 2]
     assert (seen[-1][1], epoch) == (2.0, 5)
     *seen, epoch = stopped_at(crosstrain.engine, EarlyStopping, [nan, 1, nan, nan], patience=2)
     assert [counter for counter, _ in seen] == [1, 0, 1, 2]
-    # pytorch-ignite takes NaN for the best score, and never stops after that.
-    *seen, _ = stopped_at(
-        ignite.engine, ignite.handlers.EarlyStopping, [1, nan, 0, 0, 0, 0], patience=2
-    )
+    # pytorch-ignite takes NaN for an improvement, and what follows it too.
+    scores = [1, nan, 0, nan, 0, nan]
+    *seen, _ = stopped_at(ignite.engine, ignite.handlers.EarlyStopping, scores, patience=2)
     assert [counter for counter, _ in seen] == [0, 0, 0, 0, 0, 0]
 
 
