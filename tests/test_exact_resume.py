@@ -1,0 +1,87 @@
+"""A run that is stopped at any iteration and resumed in another process ends with the same bits."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import resume_harness as harness
+import torch
+from fork_server import ForkServer
+
+Straight = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ForkServer]:
+    # torch imports the latter when the first optimizer is made, which takes seconds.
+    with ForkServer("resume_harness", "torch._dynamo", "crosstrain.backends.cpu") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def straight(server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Straight:
+    """Gives the file that a variant's run straight through has written; runs it if need be."""
+    folder = tmp_path_factory.mktemp("straight")
+
+    def run(variant: str) -> Path:
+        file = folder / f"{variant}.pt"
+        if not file.exists():
+            assert server.run(harness.train_straight, str(file), variant, 2, 7) == 0
+        return file
+
+    return run
+
+
+SNAPSHOTS = [str(k) for k in range(1, harness.ITERATIONS + 1)]
+SNAPSHOTS += [f"epoch {e}" for e in range(1, harness.EPOCHS + 1)]
+
+
+@pytest.mark.parametrize("snapshot", SNAPSHOTS)
+@pytest.mark.parametrize("variant", harness.VARIANTS)
+def test_a_resumed_run_ends_with_the_same_bits(
+    server: ForkServer, straight: Straight, variant: str, snapshot: str
+) -> None:
+    file = str(straight(variant))
+    number = SNAPSHOTS.index(snapshot)
+    workers, seed = number % 4 % 3, 1000 + number
+    assert server.run(harness.train_on, file, variant, snapshot, workers, seed) == 0
+
+
+def test_the_runs_differ_where_they_should(straight: Straight) -> None:
+    """What makes the comparison worth something: it does not compare constants."""
+    runs = {name: torch.load(straight(name)) for name in harness.VARIANTS}
+    for run in runs.values():
+        batches, losses, states = zip(*(row[1:] for row in run["rows"].values()), strict=True)
+        assert len(set(batches)) == len(set(losses)) == len(set(states)) == harness.ITERATIONS
+    assert len({run["rows"][harness.ITERATIONS][2] for run in runs.values()}) == len(runs)
+    assert [row[1] for row in runs["fp32"]["rows"].values()] == [
+        row[1] for row in runs["bf16"]["rows"].values()
+    ]
+
+
+def test_an_overflow_really_skips_a_step(straight: Straight) -> None:
+    run = torch.load(straight("fp16-overflow"))
+    steps = [*range(3, harness.ITERATIONS + 1, 3), harness.ITERATIONS]
+    assert run["skipped"], "no step was skipped"
+    assert set(run["skipped"]) < set(steps)
+    # The scheduler follows applied steps only.
+    applied = len(steps) - len(run["skipped"])
+    assert run["end"]["scheduler"]["last_epoch"] == applied
+    assert run["end"]["trainer"]["step"]["applied_steps"] == applied
+
+
+def test_one_wrong_bit_is_found(
+    server: ForkServer, straight: Straight, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What makes the comparison worth something: a bit of a random state makes it fail."""
+    run = torch.load(straight("fp32"))
+    snapshot = harness.read(run["snapshots"]["4"])
+    snapshot["trainer"]["rng_states"]["python"]["words"][10] ^= 1
+    content = io.BytesIO()
+    torch.save(snapshot, content)
+    torch.save({**run, "snapshots": {"4": content.getvalue()}}, tmp_path / "wrong.pt")
+    assert server.run(harness.train_on, str(tmp_path / "wrong.pt"), "fp32", "4", 0, 1) == 1
+    assert "fp32 resumed at 4 differs in" in capfd.readouterr().err
