@@ -45,6 +45,8 @@ class Loop(Requests):
         self._loaded = False
         # The loaded state has an epoch whose iterations are done and whose end has not been fired.
         self._owes_epoch_end = False
+        # What had been asked for when the loaded state was written, and was not done yet.
+        self._owed = 0
         # How many iterations the epoch that a session begins in has behind it; None: what the state
         # says.
         self._epoch_offset: int | None = None
@@ -208,6 +210,7 @@ class Loop(Requests):
         if self._owes_epoch_end:
             self._owes_epoch_end = False
             return
+        started = starting.event
         fire = self._log_and_fire if self._logs_events else self._fire
         process = self._process_function
         sync = None if self.backend is None else self.backend.sync
@@ -218,6 +221,9 @@ class Loop(Requests):
         stepped = self.state.iteration
         renewed = False
         try:
+            if self._owed:
+                self._asked, self._owed = self._asked | self._owed, 0
+                yield from self._obey()
             while True:
                 state = self.state
                 state.batch = None
@@ -250,7 +256,7 @@ class Loop(Requests):
                         yield from self._obey()
                         alert = True
                 else:
-                    self.last_event_name = starting.event
+                    self.last_event_name = started
                 state.raw_output = process(self, state.batch)
                 if sync is not None:
                     sync()
