@@ -17,6 +17,9 @@ from .protocol import StepResult
 
 __all__ = ["DTYPES", "Precision", "as_optimizers", "clip", "require_gradient"]
 
+# The context of a pass in full precision; it can be entered again and again.
+_NOTHING = nullcontext()
+
 # What the options of a spec mean to autocast; None: no autocast.
 DTYPES: dict[str, torch.dtype | None] = {
     "fp32": None,
@@ -74,7 +77,7 @@ class Precision:
     def autocast(self) -> AbstractContextManager[Any]:
         """Returns the context in which the forward pass and the loss run."""
         if self.dtype is None:
-            return nullcontext()
+            return _NOTHING
         return torch.autocast(self.device_type, dtype=self.dtype)
 
     def backward(self, loss: torch.Tensor, optimizer: Any = None) -> None:
@@ -88,10 +91,9 @@ class Precision:
             BackendError: if one of them was stepped in this iteration, so that the scale has to be
                 adapted first, while another still holds gradients of the present scale.
         """
-        if not self.scales:
+        if self.scaler is None or not self.scaler.is_enabled():
             loss.backward()  # type: ignore[no-untyped-call]
             return
-        assert self.scaler is not None
         records = [self._watch(one) for one in as_optimizers(optimizer)]
         if not records or any(record.stepped for record in records):
             self.settle()
@@ -147,8 +149,10 @@ class Precision:
         Raises:
             BackendError: if an optimizer still holds gradients of the present scale.
         """
+        if self.scaler is None:
+            return
         records = list(self._records.values())
-        if self.scaler is None or not any(record.stepped for record in records):
+        if not any(record.stepped for record in records):
             return
         if any(record.waiting for record in records):
             waiting = [
