@@ -6,8 +6,8 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from .events import Events, RemovableEventHandle, gate_of, is_event, is_events_list
-from .handlers import Binding, HandlerTable, Slot
+from .events import Events, Gate, RemovableEventHandle, gate_of, is_event, is_events_list
+from .handlers import OPEN, Binding, HandlerTable, Slot
 from .state import State
 
 __all__ = ["Dispatcher"]
@@ -165,18 +165,23 @@ class Dispatcher:
                 else:
                     handler()
                 continue
-            gate, args, kwargs = extra
-            if gate is not None:
-                every, offset, after, before, once, event_filter = gate
-                # Read for each handler: one may change the count that the next one sees.
-                count = getattr(self.state, slot.counter)  # type: ignore[arg-type]
-                if (
-                    (count - offset) % every
-                    or not (after < count < before)
-                    or (once is not None and count not in once)
-                    or (event_filter is not None and not event_filter(self, count))
-                ):
+            every, offset, window, args, kwargs = extra
+            if every:
+                counter = slot.counter
+                state: Any = self.state
+                # Read for each handler: one may change the count that the next one sees. The
+                # iteration, which most filters ask for, is read the fastest way.
+                count = state.iteration if counter == "iteration" else getattr(state, counter)  # type: ignore[arg-type]
+                if (count - offset) % every:
                     continue
+                if window is not None:
+                    after, before, once, event_filter = window
+                    if (
+                        not (after < count < before)
+                        or (once is not None and count not in once)
+                        or (event_filter is not None and not event_filter(self, count))
+                    ):
+                        continue
             if takes_engine:
                 handler(self, *args, **kwargs)
             else:
@@ -189,10 +194,10 @@ class Dispatcher:
         self.last_event_name = slot.event
         ran = 0
         for handler, takes_engine, extra in slot.handlers:
-            gate, args, kwargs = extra or (None, (), {})
-            if gate is not None:
+            every, offset, window, args, kwargs = extra or (0, 0, OPEN, (), {})
+            if every:
                 count = getattr(self.state, slot.counter)  # type: ignore[arg-type]
-                if not gate.passes(self, count):
+                if not Gate(every, offset, *(window or OPEN)).passes(self, count):
                     continue
             first = (self,) if takes_engine else ()
             handler(*first, *event_args, *args, **{**kwargs, **event_kwargs})

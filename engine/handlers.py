@@ -6,16 +6,22 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from .events import Events, Gate, gate_of, is_event
+from .events import EventFilter, Events, Gate, gate_of, is_event
 
-__all__ = ["Binding", "HandlerTable", "Slot", "check_signature"]
+__all__ = ["OPEN", "Binding", "HandlerTable", "Slot", "check_signature"]
 
-# At which counts a handler runs, and its further arguments.
-Extra = tuple[Gate | None, tuple[Any, ...], dict[str, Any]]
+# The rest of a gate after `every` and `offset`.
+Window = tuple[int, int, frozenset[int] | None, EventFilter | None]
+# At which counts a handler runs (`every`, 0 for all; `offset`; the rest of its gate, None where
+# these two are all of it), and its further arguments.
+Extra = tuple[int, int, Window | None, tuple[Any, ...], dict[str, Any]]
 # A handler as it was added: the function, whether it takes the engine first, and the rest, None for
 # a plain handler. Plain tuples: unpacking named ones is slower, and the loop unpacks one for each
 # handler and event.
 Binding = tuple[Callable[..., Any], bool, Extra | None]
+
+
+OPEN: Window = Gate().after, Gate().before, None, None  # lets every count pass
 
 
 class Slot:
@@ -126,8 +132,13 @@ class HandlerTable:
                     "engine first."
                 ) from None
         gate = gate_of(event)
-        plain = gate is None and not args and not kwargs
-        return handler, takes_engine, None if plain else (gate, args, kwargs)
+        if gate is not None:
+            every, offset, *_ = gate
+            window: Window = gate.after, gate.before, gate.once, gate.event_filter
+            open_window = window == OPEN
+            extra: Extra = every, offset, None if open_window else window, args, kwargs
+            return handler, takes_engine, extra
+        return handler, takes_engine, (0, 0, None, args, kwargs) if args or kwargs else None
 
     def has(self, handler: Callable[..., Any], event: Any | None) -> bool:
         """Tells whether a handler is bound to an event, or to any where `event` is None."""
