@@ -219,6 +219,7 @@ class Loop(Requests):
         alert = self._logs_events or self._asked != 0
         count = self._epoch_offset or 0
         stepped = self.state.iteration
+        first = stepped - count
         renewed = False
         try:
             if self._owed:
@@ -278,18 +279,21 @@ class Loop(Requests):
         except (EndRun, GeneratorExit):
             raise
         except BaseException as error:
-            if not self._goes_on(error, count, self.state.iteration > stepped):
+            self._step_failed = self.state.iteration > stepped
+            if not self._goes_on(error, stepped - first):
                 raise
 
-    def _goes_on(self, error: BaseException, count: int, step_failed: bool) -> bool:
+    def _goes_on(self, error: BaseException, done: int) -> bool:
         """Keeps where an error left the epoch; tells whether its handlers dealt with it here.
+
+        Args:
+            error: what was raised.
+            done: how many iterations of the epoch have had their step.
 
         Raises:
             _Failed: if they did not.
         """
         length = self.state.epoch_length
-        done = count - step_failed
-        self._step_failed = step_failed
         self._in_epoch = done != length
         # Where the length is to be learned, the epoch that goes on must count from its beginning.
         self._epoch_offset = done if self._in_epoch and length is not None else 0
