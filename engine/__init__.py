@@ -23,6 +23,7 @@ from .doors import (
     supervised_training_step_apex,
     supervised_training_step_tpu,
 )
+from .early_stopping import EarlyStopping
 from .engine import Engine
 from .evaluation_step import EvaluationStep
 from .events import (
@@ -36,6 +37,7 @@ from .events import (
 from .global_step import global_step_from_engine
 from .model_checkpoint import ModelCheckpoint
 from .permutation import PermutationSampler
+from .progress import DataUsedUp, EmptyData
 from .resume import ResumableRun, resume_or_start
 from .snapshot import ResumeWarning
 from .streams import SampleStreams, current_sample
@@ -46,8 +48,11 @@ __all__ = [
     "BaseSaveHandler",
     "CallableEventWithFilter",
     "Checkpoint",
+    "DataUsedUp",
     "DeterministicEngine",
     "DiskSaver",
+    "EarlyStopping",
+    "EmptyData",
     "Engine",
     "EvaluationStep",
     "EventEnum",

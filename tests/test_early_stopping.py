@@ -17,8 +17,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import crosstrain.engine
-from crosstrain.engine import Engine, Events
-from crosstrain.engine.early_stopping import EarlyStopping
+from crosstrain.engine import EarlyStopping, Engine, Events
 
 
 def nothing(engine: Any, batch: Any) -> None:

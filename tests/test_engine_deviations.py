@@ -15,8 +15,7 @@ import ignite.engine
 import pytest
 from differential import IGNITE, OURS, Expected, Trace, Unsized, trace
 
-from crosstrain.engine import Engine, Events
-from crosstrain.engine.progress import DataUsedUp, EmptyData
+from crosstrain.engine import DataUsedUp, EmptyData, Engine, Events
 
 
 def nothing(engine: Any, batch: Any) -> None:
