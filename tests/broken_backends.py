@@ -13,6 +13,7 @@ from torch.amp.grad_scaler import GradScaler
 
 from crosstrain.backends import Availability, StepResult
 from crosstrain.backends.cpu import CpuBackend
+from crosstrain.backends.placement import map_tensors
 
 # The check that has to catch it, the class, and the option to make it with.
 BROKEN: list[tuple[str, type[Any], str]] = []
@@ -130,16 +131,19 @@ class PutForgetsLists(CpuBackend):
 
 @broken("put_is_exact")
 class PutCasts(CpuBackend):
-    def _to_device(self, tensor: Any) -> Any:
-        return tensor.float() if tensor.is_floating_point() else tensor
+    def put(self, batch: Any) -> Any:
+        return map_tensors(batch, lambda t: t.float() if t.is_floating_point() else t)
 
 
 @broken("put_is_exact")
 class PutLosesDenormals(CpuBackend):
-    def _to_device(self, tensor: Any) -> Any:
-        return (
-            torch.where(tensor.abs() < 1e-38, 0, tensor) if tensor.dtype == torch.float else tensor
-        )
+    def put(self, batch: Any) -> Any:
+        def flush(tensor: Any) -> Any:
+            if tensor.dtype is not torch.float32:
+                return tensor
+            return torch.where(tensor.abs() < 1e-38, 0, tensor)
+
+        return map_tensors(batch, flush)
 
 
 @broken("batches")

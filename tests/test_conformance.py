@@ -88,9 +88,7 @@ def gone(option: str | None = None) -> Availability:
 
 
 def test_what_cannot_run_here_is_no_finding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        CpuBackend, "probe", gone
-    )
+    monkeypatch.setattr(CpuBackend, "probe", gone)
     with pytest.raises(BackendUnavailable, match="Gone"):
         check_backend("cpu")
 
@@ -111,9 +109,7 @@ def test_command_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     monkeypatch.setattr(NullBackend, "put", lambda self, batch: None)
     assert main(["null"]) == 1
     assert "FAIL null put" in capsys.readouterr().out
-    monkeypatch.setattr(
-        NullBackend, "probe", gone
-    )
+    monkeypatch.setattr(NullBackend, "probe", gone)
     assert main(["null"]) == 2
     assert "Gone. Remedy: Find it." in capsys.readouterr().err
 

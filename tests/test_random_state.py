@@ -124,6 +124,7 @@ def test_a_seed_at_the_edge(value: int) -> None:
 
 def test_preserved_leaves_no_mark_whatever_happens_inside() -> None:
     random_state.seed(1)
+
     def disturb() -> None:
         draws()
         random_state.seed(99)
