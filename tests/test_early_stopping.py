@@ -177,6 +177,14 @@ def test_a_new_run_forgets_and_a_resumed_one_does_not() -> None:
     assert (stopping.counter, stopping.best_score) == (0, 2.0)
 
 
+def test_attached_ignites_forgets_at_each_evaluation() -> None:
+    trainer, evaluator = ignite.engine.Engine(nothing), ignite.engine.Engine(nothing)
+    theirs = ignite.handlers.EarlyStopping(2, lambda engine: 1.0, trainer)
+    theirs.attach(evaluator)
+    trainer.add_event_handler(ignite.engine.Events.EPOCH_COMPLETED, lambda: evaluator.run([1]))
+    assert trainer.run([1, 2], max_epochs=9).epoch == 9
+
+
 def test_another_event_makes_it_forget() -> None:
     trainer = Engine(nothing)
     stopping = EarlyStopping(2, lambda engine: 1.0, trainer)

@@ -53,6 +53,11 @@ def test_data_that_is_used_up_ends_the_run_even_if_a_handler_deals_with_it() -> 
     engine.run(iter([1, 2, 3]), max_iters=10, epoch_length=5)
     assert [type(error) for error in errors] == [DataUsedUp]
     assert fired == ["EPOCH_STARTED"]
+    theirs = ignite.engine.Engine(nothing)
+    theirs.add_event_handler(ignite.engine.Events.EPOCH_STARTED(once=99), theirs.terminate)
+    with pytest.warns(UserWarning, match="can not provide data anymore"):
+        theirs.run(iter([1, 2, 3]), max_iters=10, epoch_length=5)
+    assert (theirs.state.epoch, theirs.state.iteration) == (99, 3)
 
 
 def test_new_data_at_the_end_of_the_old_prevents_that() -> None:
@@ -153,6 +158,22 @@ def test_a_stop_iteration_is_an_error(error: type[BaseException], event: Events 
     with pytest.raises(error, match="on purpose"):
         engine.run([1, 2, 3])
     assert engine.state.iteration == (3 if event is Events.COMPLETED else 1)
+
+
+def test_a_stop_iteration_is_not_taken_for_the_end_of_the_data() -> None:
+    def fail(left: list[int]) -> None:
+        if left.pop() == 2:
+            raise StopIteration
+
+    for library in (OURS, IGNITE):
+        engine = library.Engine(nothing)
+        engine.add_event_handler(library.Events.GET_BATCH_COMPLETED, fail, [9, 8, 7, 6, 2, 1])
+        if library is OURS:
+            with pytest.raises(StopIteration):
+                engine.run([1, 2, 3])
+            assert engine.state.iteration == 1
+        else:
+            assert engine.run([1, 2, 3]).iteration == 3
 
 
 def test_a_stop_iteration_of_a_handler_of_an_epoch_is_an_error() -> None:
