@@ -113,6 +113,7 @@ class DiskSaver(BaseSaveHandler):
         self._overlap = overlap
         self._lock: FolderLock | None = None
         self._newest_ns = 0
+        self._versions = software_versions()
         self._buffers = HostBuffers()
         self._job: SaveJob | None = None
         if this_rank() == save_on_rank:
@@ -203,7 +204,7 @@ class DiskSaver(BaseSaveHandler):
             "objects": _names_of(checkpoint),
             "world_size": world_size(),
             "rank": this_rank(),
-            "versions": software_versions(),
+            "versions": self._versions,
             **metadata.get("run", {}),
         }
         return lambda size, digest: Manifest(file=filename, size=size, sha256=digest, **facts)

@@ -104,6 +104,7 @@ class ResumableRun:
         for event, handler in (
             (Events.ITERATION_COMPLETED, self._after_iteration),
             (Events.EPOCH_COMPLETED, self._after_epoch),
+            (Events.TERMINATE, self._after_terminate),
         ):
             if trainer.has_event_handler(handler, event):
                 trainer.remove_event_handler(handler, event)
@@ -124,6 +125,11 @@ class ResumableRun:
     def _after_epoch(self) -> None:
         # The epoch that has just ended is counted already, so this is not true one epoch early.
         self._save_if_due(is_done(self._trainer.state))
+
+    def _after_terminate(self) -> None:
+        # In the middle of an iteration there is no state that a run could go on from.
+        if self._trainer.state.iteration == self._boundary:
+            self._save_if_due(done=True)
 
     def _save_if_due(self, done: bool) -> None:
         trainer = self._trainer

@@ -1,0 +1,89 @@
+"""A training program with the one line that makes it resumable; a child of a fork server."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from crosstrain.engine import Events, create_supervised_trainer, resume_or_start
+
+ITERATIONS = 24
+
+
+def train(folder: str, result: str, options: dict[str, Any]) -> None:
+    """Trains two epochs of 12 iterations, and writes what became of it.
+
+    Args:
+        folder: of the checkpoints.
+        result: the file for the outcome, in JSON.
+        options: `signals`: from iterations to names of signals that the program sends itself;
+            `slow`: an iteration that takes long; `workers` and `context` of the loader; `group`:
+            whether signals go to all processes, as a terminal's do; `seed`, `background`, `every`.
+    """
+    torch.manual_seed(options.get("seed", 0))
+    data = torch.randn(48, 6, generator=torch.Generator().manual_seed(5))
+    target = (data[:, 0] > 0).long()
+    # The weights are no secret of the seed: a resumed run must not profit from having the same.
+    model = torch.nn.Sequential(
+        torch.nn.Linear(6, 8), torch.nn.BatchNorm1d(8), torch.nn.Dropout(0.3), torch.nn.Linear(8, 2)
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 5, 0.5)
+    trainer = create_supervised_trainer(
+        model, optimizer, torch.nn.functional.cross_entropy, deterministic=True
+    )
+    if options.get("group"):
+        os.setpgid(0, 0)
+    run = resume_or_start(
+        trainer,
+        {"model": model, "optimizer": optimizer, "scheduler": scheduler},
+        folder,
+        every=options.get("every", 4),
+        background=options.get("background", True),
+    )
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: scheduler.step())
+    losses: list[float] = []
+    trainer.add_event_handler(
+        Events.ITERATION_COMPLETED, lambda engine: losses.append(engine.state.output)
+    )
+    wanted = {int(key): value for key, value in options.get("signals", {}).items()}
+
+    @trainer.on(Events.ITERATION_STARTED)
+    def disturb(engine: Any) -> None:
+        for name in wanted.get(engine.state.iteration, ()):
+            number = getattr(signal, name)
+            if options.get("group"):
+                os.killpg(0, number)
+            else:
+                os.kill(os.getpid(), number)
+        if engine.state.iteration == options.get("slow"):
+            time.sleep(30)
+
+    loader = DataLoader(
+        TensorDataset(data, target),
+        batch_size=4,
+        shuffle=True,
+        num_workers=options.get("workers", 0),
+        multiprocessing_context=options.get("context"),
+    )
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    trainer.run(loader, max_epochs=2)
+    after = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    outcome = {
+        "iteration": trainer.state.iteration,
+        "exit_code": run.exit_code,
+        "stop": None if run.stop_signal is None else run.stop_signal.name,
+        "resumed_from": None if run.resumed_from is None else run.resumed_from.name,
+        "losses": losses,
+        "weights": [parameter.tolist() for parameter in model.parameters()],
+        "rate": scheduler.get_last_lr(),
+        "signals restored": before == after,
+    }
+    Path(result).write_text(json.dumps(outcome))

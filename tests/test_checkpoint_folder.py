@@ -1,0 +1,240 @@
+"""A folder of checkpoints: one writer at a time, leftovers removed, the newest good one found."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_objects import BATCHES, made, names
+from fork_server import ForkServer
+
+from crosstrain.engine import Checkpoint, DiskSaver, Engine, Events
+from crosstrain.engine.checkpoint_errors import (
+    CheckpointBusy,
+    CheckpointNotFound,
+    CheckpointWarning,
+)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ForkServer]:
+    with ForkServer("crosstrain.engine") as server:
+        yield server
+
+
+def hold_folder(folder: str, told: str) -> None:
+    """Holds a folder until it is killed."""
+    saver = DiskSaver(folder, require_empty=False)
+    Path(told).write_text(str(os.getpid()))
+    signal.pause()
+    saver.close()
+
+
+def hold_folder_with_a_worker(folder: str, told: str) -> None:
+    """Holds a folder, with a child that is forked off meanwhile and lives on."""
+    saver = DiskSaver(folder, require_empty=False)
+    if os.fork() == 0:
+        time.sleep(30)
+        os._exit(0)
+    Path(told).write_text(str(os.getpid()))
+    signal.pause()
+    saver.close()
+
+
+def save_in_fork(folder: str, told: str) -> None:
+    """Tries to save into the folder of the process that it was forked off."""
+    saver = DiskSaver(folder)
+    if os.fork() == 0:
+        try:
+            DiskSaver(folder, require_empty=False)
+        except CheckpointBusy as error:
+            Path(told).write_text(str(error))
+        os._exit(0)
+    os.wait()
+    saver({"a": 1}, "a.pt")
+
+
+def _when_written(path: Path) -> str:
+    while not (path.exists() and path.read_text()):
+        time.sleep(0.005)
+    return path.read_text()
+
+
+@pytest.mark.parametrize("program", [hold_folder, hold_folder_with_a_worker])
+def test_a_second_process_is_told_of_the_first(
+    server: ForkServer, tmp_path: Path, program: object
+) -> None:
+    folder, told = tmp_path / "checkpoints", tmp_path / "told"
+    pid = server.start(program, str(folder), str(told))  # type: ignore[arg-type]
+    assert _when_written(told) == str(pid)
+    with pytest.raises(CheckpointBusy, match=rf"process {pid} on host .* {folder}"):
+        DiskSaver(folder)
+    # Reading needs no lock.
+    assert not Checkpoint.latest(folder)
+    os.kill(pid, signal.SIGKILL)
+    server.wait(pid)
+    DiskSaver(folder).close()
+
+
+def test_a_forked_child_is_another_process(server: ForkServer, tmp_path: Path) -> None:
+    told = tmp_path / "told"
+    assert server.run(save_in_fork, str(tmp_path / "checkpoints"), str(told)) == 0
+    assert "is saving checkpoints into" in told.read_text()
+    assert names(tmp_path / "checkpoints") == ["a.pt"]
+
+
+def test_two_savers_of_one_process_share_the_folder(server: ForkServer, tmp_path: Path) -> None:
+    folder, told = tmp_path / "checkpoints", tmp_path / "told"
+    first = DiskSaver(folder)
+    second = DiskSaver(folder, require_empty=False)
+    first.close()
+    del first
+    second({"a": 1}, "a.pt")
+    # Closing the first has not given up the second's lock.
+    pid = server.start(hold_folder, str(folder), str(told))
+    assert server.wait(pid) == 1
+    assert not told.exists()
+    second.close()
+
+
+def test_what_a_killed_process_left_is_removed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    left = tmp_path / ".crosstrain-0123456789abcdef.tmp"
+    left.write_bytes(b"half")
+    others = [".hidden", "notes.tmp", ".crosstrain-other"]
+    for name in others:
+        (tmp_path / name).touch()
+    with caplog.at_level(logging.INFO), DiskSaver(tmp_path):
+        assert not left.exists()
+    assert "had not finished" in caplog.text
+    assert all((tmp_path / name).exists() for name in others)
+
+
+def test_a_file_system_without_locks_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+    import fcntl
+
+    left = tmp_path / ".crosstrain-0123456789abcdef.tmp"
+    left.touch()
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with pytest.warns(CheckpointWarning, match=r"has no locks \(No locks available\)"):
+        saver = DiskSaver(tmp_path)
+    # It may be another's, at work.
+    assert left.exists()
+    saver({"a": 1}, "a.pt")
+    saver.close()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Five checkpoints of a run, saved one after the other."""
+    objects = made()
+    with DiskSaver(tmp_path) as saver:
+        handler = Checkpoint(objects, saver, n_saved=None)
+        objects["trainer"].add_event_handler(Events.ITERATION_COMPLETED(every=2), handler)
+        objects["trainer"].run(BATCHES)
+    return tmp_path
+
+
+def test_latest_walks_back_to_the_newest_good_one(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert Checkpoint.latest(folder).path == folder / "checkpoint_10.pt"
+    (folder / "checkpoint_10.pt").write_bytes((folder / "checkpoint_10.pt").read_bytes()[:-1])
+    data = bytearray((folder / "checkpoint_8.pt").read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / "checkpoint_8.pt").write_bytes(data)
+    torch.save({"model": {}}, folder / "foreign.pt")
+    (folder / "checkpoint_6.pt").rename(folder / "best.pt")
+    (folder / "empty.pt").touch()
+    (folder / "folder.pt").mkdir()
+    (folder / "notes.txt").touch()
+    with caplog.at_level(logging.WARNING):
+        found = Checkpoint.latest(folder)
+    assert found.path == folder / "checkpoint_4.pt"
+    assert found
+    reasons = {item.path.name: item.reason for item in found.passed_over}
+    assert set(reasons) == {
+        "checkpoint_10.pt",
+        "checkpoint_8.pt",
+        "best.pt",
+        "foreign.pt",
+        "empty.pt",
+    }
+    assert "cut off" in reasons["checkpoint_10.pt"]
+    assert "sha256" in reasons["checkpoint_8.pt"]
+    assert "was saved as checkpoint_6.pt" in reasons["best.pt"]
+    assert "no manifest" in reasons["foreign.pt"]
+    assert "empty" in reasons["empty.pt"]
+    assert all(name in caplog.text for name in reasons)
+    with pytest.warns(CheckpointWarning, match=r"was saved as checkpoint_6\.pt \(iteration 6\)"):
+        Checkpoint.load_objects(made(), folder / "best.pt")
+
+
+def test_swapped_files_are_noticed(folder: Path) -> None:
+    first, second = folder / "checkpoint_10.pt", folder / "checkpoint_8.pt"
+    first.rename(folder / "x")
+    second.rename(first)
+    (folder / "x").rename(second)
+    assert Checkpoint.latest(folder).path == folder / "checkpoint_6.pt"
+
+
+def test_latest_with_certain_objects(folder: Path) -> None:
+    with DiskSaver(folder, require_empty=False) as saver:
+        Checkpoint({"model": torch.nn.Linear(1, 1)}, saver, "best")(Engine(lambda *_: None))
+    assert Checkpoint.latest(folder).path == folder / "best_model_0.pt"
+    found = Checkpoint.latest(folder, objects=["trainer"])
+    assert found.path == folder / "checkpoint_10.pt"
+    assert found.passed_over[0].reason == "it does not hold trainer"
+
+
+def test_latest_of_nothing(tmp_path: Path) -> None:
+    found = Checkpoint.latest(tmp_path)
+    assert not found
+    assert found.path is None
+    with pytest.raises(CheckpointNotFound, match="no good checkpoint"):
+        Checkpoint.load_objects(made(), found)
+    with pytest.raises(CheckpointNotFound, match="no folder"):
+        Checkpoint.latest(tmp_path / "nothing")
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointNotFound, match="cannot be read as a folder"):
+        Checkpoint.latest(tmp_path / "file")
+
+
+def test_the_newest_is_the_last_one_saved_whatever_the_clock_says(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The clock is set back, and the run was taken up again from an earlier iteration.
+    monkeypatch.setattr(time, "time_ns", lambda: 1_000)
+    with DiskSaver(folder, require_empty=False) as saver:
+        for iteration in (5, 7):
+            trainer = made()["trainer"]
+            trainer.state.iteration, trainer.state.epoch_length = iteration, 10
+            objects = made() | {"trainer": trainer}
+            Checkpoint(objects, saver)(trainer)
+            assert Checkpoint.latest(folder).path == folder / f"checkpoint_{iteration}.pt"
+
+
+def test_times_of_files_that_were_copied_do_not_matter(folder: Path) -> None:
+    os.utime(folder / "checkpoint_2.pt", (2**31, 2**31))
+    os.utime(folder / "checkpoint_10.pt", (1, 1))
+    assert Checkpoint.latest(folder).path == folder / "checkpoint_10.pt"
+
+
+def test_an_unreadable_file_is_passed_over(folder: Path) -> None:
+    (folder / "checkpoint_10.pt").unlink()
+    (folder / "checkpoint_10.pt").symlink_to(folder / "gone")
+    assert Checkpoint.latest(folder).path == folder / "checkpoint_8.pt"
