@@ -154,10 +154,12 @@ def test_a_failure_is_raised_at_the_next_iteration(tmp_path: Path, gate: Gate) -
 
     @trainer.on(Events.ITERATION_STARTED(once=6))
     def break_disk() -> None:
+        # Not under the save of iteration 3, which may be writing still.
+        let_it_end()
         gate.error = OSError(errno.EIO, "Input/output error")
 
     @trainer.on(Events.ITERATION_STARTED(once=7))
-    def let_it_fail() -> None:
+    def let_it_end() -> None:
         job = handler.save_handler.job  # type: ignore[union-attr]
         while job is not None and job.running:
             pass
