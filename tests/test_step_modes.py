@@ -87,6 +87,19 @@ def test_evaluation_inside_training_changes_nothing() -> None:
     assert_same(state_of(model), state_of(plain))
 
 
+def test_every_part_is_in_evaluation_mode_when_it_is_evaluated() -> None:
+    inner = network()
+    outer = nn.Sequential(inner).eval()
+    # As a trainer of the inner model leaves it.
+    inner.train()
+    modes: list[bool] = []
+    evaluator = create_supervised_evaluator(
+        outer, output_transform=lambda *_: modes.extend(m.training for m in outer.modules())
+    )
+    evaluator.run(batches(1))
+    assert not any(modes)
+
+
 # The order of calls
 
 
@@ -121,6 +134,13 @@ def test_the_null_backend_shows_the_order_of_accumulation() -> None:
         *[*begin, "backward", "step", "sync"],
         *[*begin, "backward", "step", "sync"],
     ]
+
+
+def test_the_null_backend_shows_the_step_of_a_window_left_and_its_boundary() -> None:
+    backend = NullBackend()
+    trainer = trainer_of(network(), backend=backend, gradient_accumulation_steps=2)
+    trainer.run(batch for batch in batches(1))
+    assert backend.calls[-5:] == ["backward", "end accumulating", "sync", "step", "sync"]
 
 
 def test_the_null_backend_shows_the_order_of_evaluation() -> None:
