@@ -6,7 +6,18 @@ if __name__ != "crosstrain.engine":
         "use 'import crosstrain.engine'."
     )
 
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, CheckpointEvents
+from .checkpoint_errors import (
+    CheckpointBusy,
+    CheckpointContentError,
+    CheckpointCorrupt,
+    CheckpointError,
+    CheckpointMismatch,
+    CheckpointNotFound,
+    CheckpointUnsafe,
+    CheckpointWarning,
+    CheckpointWriteError,
+)
 from .deterministic import (
     DeterministicEngine,
     ReproducibleBatchSampler,
@@ -35,6 +46,8 @@ from .events import (
     State,
 )
 from .global_step import global_step_from_engine
+from .loading import Latest
+from .manifest import Manifest
 from .model_checkpoint import ModelCheckpoint
 from .permutation import PermutationSampler
 from .progress import DataUsedUp, EmptyData
@@ -48,6 +61,16 @@ __all__ = [
     "BaseSaveHandler",
     "CallableEventWithFilter",
     "Checkpoint",
+    "CheckpointBusy",
+    "CheckpointContentError",
+    "CheckpointCorrupt",
+    "CheckpointError",
+    "CheckpointEvents",
+    "CheckpointMismatch",
+    "CheckpointNotFound",
+    "CheckpointUnsafe",
+    "CheckpointWarning",
+    "CheckpointWriteError",
     "DataUsedUp",
     "DeterministicEngine",
     "DiskSaver",
@@ -58,6 +81,8 @@ __all__ = [
     "EventEnum",
     "Events",
     "EventsList",
+    "Latest",
+    "Manifest",
     "ModelCheckpoint",
     "PermutationSampler",
     "RemovableEventHandle",

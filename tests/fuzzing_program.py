@@ -21,8 +21,14 @@ from typing import Any
 import torch
 from hostile_files import MARK, Entry, attacks, bombs, foreign
 
-from crosstrain.engine import Checkpoint, DiskSaver, Engine, Events
-from crosstrain.engine.checkpoint_errors import CheckpointError, CheckpointWarning
+from crosstrain.engine import (
+    Checkpoint,
+    CheckpointError,
+    CheckpointWarning,
+    DiskSaver,
+    Engine,
+    Events,
+)
 from crosstrain.engine.manifest import Manifest
 
 SECONDS = 10

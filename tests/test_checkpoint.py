@@ -13,13 +13,11 @@ from checkpoint_objects import BATCHES, made, names, same
 
 from crosstrain.engine import (
     Checkpoint,
+    CheckpointError,
+    CheckpointMismatch,
     DiskSaver,
     Engine,
     Events,
-)
-from crosstrain.engine.checkpoint_errors import (
-    CheckpointError,
-    CheckpointMismatch,
 )
 
 

@@ -13,8 +13,14 @@ import pytest
 import torch
 from checkpoint_objects import BATCHES, made, names, same
 
-from crosstrain.engine import Checkpoint, DiskSaver, Engine, Events
-from crosstrain.engine.checkpoint_errors import CheckpointError, CheckpointWriteError
+from crosstrain.engine import (
+    Checkpoint,
+    CheckpointError,
+    CheckpointWriteError,
+    DiskSaver,
+    Engine,
+    Events,
+)
 
 REAL_FSYNC = os.fsync
 

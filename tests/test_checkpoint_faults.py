@@ -15,8 +15,7 @@ import torch
 from fork_server import ForkServer
 from saving_programs import Saver, load_newest, save_and_fail
 
-from crosstrain.engine import DiskSaver
-from crosstrain.engine.checkpoint_errors import CheckpointWriteError
+from crosstrain.engine import CheckpointWriteError, DiskSaver
 
 
 @pytest.fixture(scope="module")

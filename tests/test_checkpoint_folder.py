@@ -14,11 +14,14 @@ import torch
 from checkpoint_objects import BATCHES, made, names
 from fork_server import ForkServer
 
-from crosstrain.engine import Checkpoint, DiskSaver, Engine, Events
-from crosstrain.engine.checkpoint_errors import (
+from crosstrain.engine import (
+    Checkpoint,
     CheckpointBusy,
     CheckpointNotFound,
     CheckpointWarning,
+    DiskSaver,
+    Engine,
+    Events,
 )
 
 

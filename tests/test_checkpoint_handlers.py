@@ -15,17 +15,15 @@ from checkpoint_objects import names, same
 from crosstrain.engine import (
     BaseSaveHandler,
     Checkpoint,
+    CheckpointMismatch,
+    CheckpointNotFound,
+    CheckpointWarning,
     DiskSaver,
     Engine,
     Events,
     ModelCheckpoint,
     create_supervised_trainer,
     global_step_from_engine,
-)
-from crosstrain.engine.checkpoint_errors import (
-    CheckpointMismatch,
-    CheckpointNotFound,
-    CheckpointWarning,
 )
 
 

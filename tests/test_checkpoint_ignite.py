@@ -17,8 +17,7 @@ import pytest
 import torch
 
 import crosstrain.engine as ours
-from crosstrain.engine import Checkpoint
-from crosstrain.engine.checkpoint_errors import CheckpointWarning
+from crosstrain.engine import Checkpoint, CheckpointWarning
 
 SCORES = [0.5, 0.25, 0.5, 0.75, 0.75, 0.1, 0.9, 0.9, 0.12345678, 1.0]
 WHOLE = [3, 1, 3, 7, 7, 0, 9, 9, 2, 12]

@@ -19,8 +19,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from crosstrain.engine import DiskSaver
-from crosstrain.engine.checkpoint_errors import CheckpointContentError
+from crosstrain.engine import CheckpointContentError, DiskSaver
 from crosstrain.engine.safe_load import load_file
 
 DTYPES = sorted(

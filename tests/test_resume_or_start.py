@@ -20,13 +20,14 @@ from resumable_program import ITERATIONS, train
 
 from crosstrain.engine import (
     Checkpoint,
+    CheckpointMismatch,
+    CheckpointNotFound,
     DiskSaver,
     Engine,
     Events,
     create_supervised_trainer,
     resume_or_start,
 )
-from crosstrain.engine.checkpoint_errors import CheckpointMismatch, CheckpointNotFound
 
 
 @pytest.fixture(scope="module")
