@@ -47,8 +47,8 @@ class Loop(Requests):
         self._owes_epoch_end = False
         # What had been asked for when the loaded state was written, and was not done yet.
         self._owed = 0
-        # How many iterations the epoch that a session begins in has behind it; None: what the state
-        # says.
+        # How many iterations the epoch that a session begins in has behind it: none after a run
+        # that has ended; None: what the state says, as after it was loaded.
         self._epoch_offset: int | None = None
         # Whether an epoch has begun and not ended.
         self._in_epoch = False
@@ -84,9 +84,7 @@ class Loop(Requests):
         state = self.state
         if self._session is None:
             if self._epoch_offset is None:
-                # An epoch that terminate() ended is over; any other is gone on with.
-                over = self.should_terminate or state.epoch_length is None
-                self._epoch_offset = 0 if over else state.iteration % (state.epoch_length or 1)
+                self._epoch_offset = state.iteration % (state.epoch_length or 1)
             self._asked, self._loaded = 0, False
             self._session = self._run()
         self._logs_events = self.logger.isEnabledFor(logging.DEBUG)
@@ -137,7 +135,7 @@ class Loop(Requests):
                 ) and not self.should_terminate:
                     yield from self._run_epoch()
             except EndRun:
-                self._in_epoch, self._epoch_offset = False, None
+                self._in_epoch, self._epoch_offset = False, 0
                 self._emit(Events.TERMINATE)
             except EndEpoch:
                 raise RuntimeError(
@@ -150,7 +148,6 @@ class Loop(Requests):
                 self._emit(Events.COMPLETED)
                 times[Events.COMPLETED.name] = time.perf_counter() - started
             self.logger.info("Run ends after %.3f s.", times[Events.COMPLETED.name])
-            self._epoch_offset = None
         except GeneratorExit:
             # A paused run that nobody went on with is being thrown away.
             raise

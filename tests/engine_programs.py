@@ -111,7 +111,8 @@ class Runner:
         for call in self.program.calls:
             if not going or self.trace.over:
                 return
-            going = self.trace.run(self.engine, self.make_data(), **self.prepare(call, limits))
+            arguments = self.prepare(call, limits)
+            going = self.trace.run(self.engine, self.make_data(), **arguments)
 
     def prepare(self, call: str, limits: dict[str, int]) -> dict[str, int]:
         """Does what comes before a further call of `run`; returns its arguments."""
@@ -123,7 +124,7 @@ class Runner:
         elif call == "reset":
             engine.state.max_epochs = engine.state.max_iters = None
             return limits
-        elif call == "more" and engine.state.epoch_length is not None:
+        elif call == "more" and self.ended_with_a_whole_epoch():
             for name in ("max_epochs", "max_iters"):
                 value = getattr(engine.state, name)
                 if value is not None:
@@ -134,6 +135,12 @@ class Runner:
             self.engine = self.make()
             self.trace.attempt(self.engine.load_state_dict, state)
         return {}
+
+    def ended_with_a_whole_epoch(self) -> bool:
+        """Tells whether a higher limit means the same to both: see docs/engine.md."""
+        state = self.engine.state
+        length = state.epoch_length
+        return length is not None and (not is_done(state) or state.iteration % length == 0)
 
     def make_data(self) -> Any:
         """Makes the data for one call of `run`."""

@@ -254,6 +254,20 @@ def test_a_run_that_goes_on_learns_the_length_from_a_whole_pass() -> None:
     assert length(IGNITE) == 4
 
 
+def test_an_epoch_that_begins_after_a_run_has_ended_is_whole() -> None:
+    def iterations(library: Any) -> int:
+        engine = library.Engine(nothing)
+        handle = engine.add_event_handler(
+            library.Events.ITERATION_COMPLETED, lambda: engine.terminate_epoch()
+        )
+        engine.run(range(5), max_epochs=2)
+        handle.remove()
+        return engine.run(range(5), max_epochs=3).iteration - 2
+
+    assert iterations(OURS) == 5
+    assert iterations(IGNITE) == 3
+
+
 STATE = {"iteration": 7, "max_epochs": 3, "epoch_length": 5}
 
 

@@ -5,7 +5,8 @@ What is left out of the draw are the deliberate differences, each of which has i
 
 - data that is used up before the run ends (`iterator` and `endless` never are);
 - `max_iters` with an epoch length that is not known;
-- an exception dealt with, or a higher limit, while the epoch length is not known;
+- an exception dealt with while the epoch length is not known;
+- a higher limit after that, or after a run whose epochs were ended early;
 - what follows an interruption at DATALOADER_STOP_ITERATION;
 - a run after one that an exception has ended;
 - a state loaded when nothing is left to do, or together with new data.
