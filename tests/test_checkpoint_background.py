@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -161,14 +162,16 @@ def test_a_failure_is_raised_at_the_next_iteration(tmp_path: Path, gate: Gate) -
     @trainer.on(Events.ITERATION_STARTED(once=6))
     def break_disk() -> None:
         # Not under the save of iteration 3, which may be writing still.
-        let_it_end()
+        handler.wait()
         gate.error = OSError(errno.EIO, "Input/output error")
+        gate.open.clear()
 
     @trainer.on(Events.ITERATION_STARTED(once=7))
-    def let_it_end() -> None:
+    def let_it_fail() -> None:
+        gate.open.set()
         job = handler.save_handler.job  # type: ignore[union-attr]
         while job is not None and job.running:
-            pass
+            time.sleep(0.001)
 
     with pytest.raises(CheckpointWriteError, match=r"checkpoint_6\.pt.*EIO"):
         trainer.run(BATCHES)
