@@ -117,7 +117,7 @@ class TrainingStep:
         check_trainable(self.models, self.optimizers, loss_fn)
         self._split, self._forward = self.options.splitter(), self.options.forward(model)
         self._output = self.options.output_transform
-        # The window: how many iterations are in it so far, and how many shall be; 0: it was stepped.
+        # The window: how many iterations are in it, and how many shall be (0 once it was stepped).
         self._filled = 0
         self._planned = 0
         self._optim_steps = self._applied_steps = 0
