@@ -176,6 +176,7 @@ class StatefulFlow(Dataflow):
         if data is owner and is_loader(data):
             # A twin, whose workers can be stopped without touching the user's loader.
             self._source = self._owner = rebuilt(data)
+        self._iterator: Any = iter(())
         self._ended = False
         self._closed_state: dict[str, Any] | None = None
 
@@ -184,26 +185,34 @@ class StatefulFlow(Dataflow):
         self._closed_state, self._ended = None, False
         if state is not None:
             self._owner.load_state_dict(state["data"])
-        iterator = iter(self._source)
         if state is not None and state["ended"]:
-            # The rest of the pass is empty. torchdata's loader begins the next pass at once, which
-            # is to be opened by the run; others take their position when first asked.
-            if not hasattr(iterator, "_finished"):
-                next(iterator, None)
-            iterator = iter(())
-        return self._watched(iterator)
+            # What is left of the pass is nothing, and the data's state is that before the next one.
+            if is_loader(self._owner):
+                # torchdata's loader takes its state when it is first iterated over, which draws
+                # random numbers: here, and not when the next pass is opened.
+                iter(self._source)
+            self._iterator, self._ended = iter(()), True
+            return iter(())
+        self._iterator = iter(self._source)
+        return self._watched(self._iterator)
 
     def _watched(self, iterator: Iterator[Any]) -> Iterator[Any]:
         yield from iterator
         self._ended = True
 
     def state(self) -> dict[str, Any]:
-        """Returns the data's own state."""
-        return self._closed_state or {"data": self._owner.state_dict(), "ended": self._ended}
+        """Returns the data's own state, and whether it is that of a pass that has ended."""
+        if self._closed_state is not None:
+            return self._closed_state
+        # torch's loader has found the end of its dataset already when a last batch is not full.
+        fetcher = getattr(self._iterator, "_dataset_fetcher", None)
+        found = self._owner is not self._source and getattr(fetcher, "ended", False)
+        return {"data": self._owner.state_dict(), "ended": self._ended or found}
 
     def close(self) -> None:
         """Keeps the data's state: asked without an iterator, some loaders would make a new one."""
         self._closed_state = self.state()
+        self._iterator = iter(())
         if self._source is not self.data:
             vars(self._source)["_iterator"] = None
 

@@ -16,7 +16,7 @@ from crosstrain.backends import random_state
 from .cursor import Cursor
 from .engine import Engine
 from .events import Events
-from .progress import data_length, is_done
+from .progress import data_length
 from .requests import END_EPOCH, QUIET_EPOCH
 from .sampling import ReproducibleBatchSampler, update_dataloader
 from .snapshot import (
@@ -125,6 +125,7 @@ class DeterministicEngine(Engine):
         self.add_event_handler(Events.STARTED, _on_started)
         self.add_event_handler(Events.EPOCH_STARTED, _on_epoch_started)
         self.add_event_handler(Events.EPOCH_COMPLETED, _on_epoch_completed)
+        self.add_event_handler(Events.COMPLETED, _on_completed)
 
     # ---------------------------------------------------------------- the state
 
@@ -225,6 +226,10 @@ class DeterministicEngine(Engine):
             if self._session is None:
                 # Workers stop with the run.
                 self._cursor.close()
+                snapshot = self._snapshot
+                if snapshot is not None and "format" in snapshot:
+                    # Nothing was left to do, but handlers may have drawn.
+                    self._snapshot = {**snapshot, "rng_states": random_states(self.backend)}
 
     def _take_up(self, snapshot: Mapping[str, Any]) -> None:
         """Restores what comes before the data: the step's and the backend's state, the progress."""
@@ -342,13 +347,6 @@ def _at_beginning(snapshot: Mapping[str, Any]) -> bool:
 def _on_started(engine: Any) -> None:
     if engine.state.seed is None:
         engine.state.seed = int(torch.randint(0, int(1e9), (1,)).item())
-    snapshot = engine._snapshot
-    if snapshot is None or "format" not in snapshot:
-        return
-    if is_done(engine.state) and not engine._owes_epoch_end:
-        # Nothing is left to do: the run ends as the one that was saved did.
-        restore_random_states(snapshot["rng_states"], engine.backend)
-
 
 def _on_epoch_started(engine: Any) -> None:
     engine._epoch_began = engine.state.iteration - (engine._epoch_offset or 0)
@@ -359,6 +357,13 @@ def _on_epoch_started(engine: Any) -> None:
 
 def _on_epoch_completed(engine: Any) -> None:
     engine._last_ended_epoch = engine.state.epoch
+
+
+def _on_completed(engine: Any) -> None:
+    snapshot = engine._snapshot
+    if snapshot is not None and "format" in snapshot:
+        # Nothing was left to do: the run ends as the one that was saved did.
+        restore_random_states(snapshot["rng_states"], engine.backend)
 
 
 def _warn_inexact(what: str) -> None:

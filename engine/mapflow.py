@@ -67,15 +67,19 @@ class MapFlow(Dataflow):
         Raises:
             ValueError: if the state has a generator that the loader lacks, or the other way round.
         """
+        epochs = self._own.epochs()
         if state is not None:
             self._own.give(state)
         self._at_opening = self._own.take()
         self._drawn = batch == 0 or batch != data_length(self.data)
+        if self._drawn:
+            self._draw_base_seed()
+            self._sampler.begin(key, batch)
+        # A handler may have chosen the epoch of the next pass while this one went on.
+        self._own.set_epochs(epochs)
         if not self._drawn:
             # The pass is over: no workers need to be started to learn that.
             return iter(())
-        self._draw_base_seed()
-        self._sampler.begin(key, batch)
         self._base.manual_seed((key.seed + key.epoch) % 2**63)
         iterator = self._checked(self._iterate(self._loader))
         return _Secluded(iterator, key.streams) if self._loader.num_workers == 0 else iterator
@@ -105,7 +109,7 @@ class MapFlow(Dataflow):
 
         Workers have drawn ahead, by as much as there are of them.
         """
-        if not self._own.generators or (ended and self._drawn):
+        if not self._own.moves or (ended and self._drawn):
             return
         with random_state.preserved():
             self._own.give(self._at_opening)

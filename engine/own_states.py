@@ -105,11 +105,16 @@ class OwnStates:
         samplers = {name: owner for name, owner in owners.items() if _is_sampler(owner)}
         self._stateful = {name: owner for name, owner in samplers.items() if is_stateful(owner)}
 
+    @property
+    def moves(self) -> bool:
+        """Whether giving out an order changes one of the states."""
+        return bool(self.generators or self._stateful)
+
     def take(self) -> dict[str, Any]:
         """Returns the states, as tensors and plain types where they are ours to choose."""
         return {
             "generators": {name: _state_of(value) for name, value in self.generators.items()},
-            "epochs": {name: owner.epoch for name, owner in self._epochs.items()},
+            "epochs": self.epochs(),
             "states": {name: owner.state_dict() for name, owner in self._stateful.items()},
         }
 
@@ -120,8 +125,8 @@ class OwnStates:
             ValueError: if the objects that have such states are not those that had.
         """
         for kind, owners in (
-            ("generators", self.generators),
             ("epochs", self._epochs),
+            ("generators", self.generators),
             ("states", self._stateful),
         ):
             then: Mapping[str, Any] = states.get(kind, {})
@@ -133,6 +138,15 @@ class OwnStates:
                 )
             for name, state in then.items():
                 _set_state(kind, owners[name], state)
+
+    def epochs(self) -> dict[str, int]:
+        """Returns the samplers' epochs."""
+        return {name: owner.epoch for name, owner in self._epochs.items()}
+
+    def set_epochs(self, epochs: Mapping[str, int]) -> None:
+        """Sets what `epochs` returned."""
+        for name, epoch in epochs.items():
+            self._epochs[name].set_epoch(epoch)
 
 
 def _is_sampler(thing: Any) -> bool:
