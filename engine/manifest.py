@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import torch
+
 from .checkpoint_errors import CheckpointCorrupt
 from .guards import is_exact_dict
 
@@ -142,8 +144,9 @@ def _checked(decoded: Any) -> dict[str, Any]:
 
 def software_versions() -> dict[str, str]:
     """Returns the versions that decide what a saved state means."""
-    found = {"python": platform.python_version()}
-    for package in ("crosstrain", "torch", "numpy"):
+    # torch's own word for its version: it tells builds apart, which a package's metadata may not.
+    found = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    for package in ("crosstrain", "numpy"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
