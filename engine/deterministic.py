@@ -184,7 +184,7 @@ class DeterministicEngine(Engine):
             )
         own = {"epoch_length", "iteration", "epoch", "max_epochs", "max_iters"}
         full = check_keys(state_dict, own | set(self.state_dict_user_keys))
-        if full and state_dict["epoch_length"] is None:
+        if full and state_dict.get("epoch_length", 0) is None:
             # Within a first pass over data of unknown length, an iteration needs no epoch.
             super().load_state_dict({**state_dict, "iteration": 0})
             self.state.iteration = state_dict["iteration"]

@@ -99,12 +99,9 @@ class KeyedSampler:
         self.asked = False
 
     def order(self, start: int) -> Iterator[Batch]:
-        """Yields the order from a batch on; drawn when it is asked for, as torch draws it."""
-        if self._batched:
-            yield from batches_from(self.sampler, start)
-        else:
-            for position, index in enumerate(samples_from(self.sampler, start), start):
-                yield Batch(position, position, index)
+        """Returns the order from a batch on; drawn when it is asked for, as torch draws it."""
+        # Not a generator of this object: that would be a cycle, which keeps the data.
+        return (batches_from if self._batched else _singles)(self.sampler, start)
 
     def __iter__(self) -> Iterator[Any]:
         # The same iterator each time: torch's loaders ask twice and use the second.
@@ -113,6 +110,11 @@ class KeyedSampler:
 
     def __len__(self) -> int:
         return len(self.sampler)
+
+
+def _singles(sampler: Any, start: int) -> Iterator[Batch]:
+    for position, index in enumerate(samples_from(sampler, start), start):
+        yield Batch(position, position, index)
 
 
 def _primed(order: Iterator[Batch]) -> Iterator[Batch]:
