@@ -18,7 +18,7 @@ from typing import Any
 
 from crosstrain.backends import add_backend_argument, get
 
-__all__ = ["DemoFailed", "add_arguments", "compare", "run"]
+__all__ = ["Course", "DemoFailed", "add_arguments", "compare", "launch", "run"]
 
 _EVERY = 10
 
@@ -174,6 +174,33 @@ def _shown(progress: Any, bar: Any) -> Callable[[dict[str, Any]], None]:
     return show
 
 
+def launch(
+    backend: str, epochs: int, workers: int, every: int, folder: Path
+) -> tuple[subprocess.Popen[str], Path]:
+    """Starts a process of the demo's training.
+
+    Args:
+        backend: a spec.
+        epochs: how many epochs in all.
+        workers: worker processes of the loader.
+        every: iterations between two checkpoints.
+        folder: where the training keeps its checkpoints.
+
+    Returns:
+        The process, whose stdout is a line of JSON for each iteration, and the file of its stderr.
+    """
+    command = [sys.executable, "-m", "crosstrain.ci.demo_training", "--backend", backend]
+    command += ["--epochs", str(epochs), "--workers", str(workers)]
+    command += ["--every", str(every), "--folder", str(folder)]
+    errors = folder / "stderr.txt"
+    with errors.open("w") as stderr:
+        # A group of its own: the kill takes the loader's workers along, as a scheduler's does.
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=stderr, text=True, start_new_session=True
+        )
+    return process, errors
+
+
 def _follow(
     args: argparse.Namespace,
     folder: Path,
@@ -186,16 +213,8 @@ def _follow(
     Raises:
         DemoFailed: if the process ends otherwise than it should.
     """
-    command = [sys.executable, "-m", "crosstrain.ci.demo_training", "--backend", args.backend]
-    command += ["--epochs", str(args.epochs), "--workers", str(args.workers)]
-    command += ["--every", str(_EVERY), "--folder", str(folder)]
     started = time.perf_counter()
-    errors = folder / "stderr.txt"
-    with errors.open("w") as stderr:
-        # A group of its own: the kill takes the loader's workers along, as a scheduler's does.
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=stderr, text=True, start_new_session=True
-        )
+    process, errors = launch(args.backend, args.epochs, args.workers, _EVERY, folder)
     try:
         assert process.stdout is not None
         for text in process.stdout:
