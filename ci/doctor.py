@@ -121,17 +121,16 @@ def _print_table(diagnoses: list[Diagnosis]) -> None:
     table = Table(title=f"crosstrain {version('crosstrain')} on Python {platform.python_version()}")
     table.add_column("Backend", no_wrap=True)
     table.add_column("Available", no_wrap=True)
-    table.add_column("Versions")
-    table.add_column("Devices")
-    table.add_column("Reason, and what to do", overflow="fold")
+    # One column for all that is long: three of them would each be a few letters wide.
+    table.add_column("What was found, and what to do", overflow="fold")
     for diagnosis in diagnoses:
         found = diagnosis.availability
-        advice = "\n".join(text for text in (found.reason, found.remedy) if text)
+        versions = ", ".join(f"{name} {number}" for name, number in found.versions.items())
+        lines = [found.reason, found.remedy, versions, *found.devices]
         table.add_row(
             escape(diagnosis.spec),
             "[green]yes[/green]" if found.ok else "[red]no[/red]",
-            escape("\n".join(f"{name} {number}" for name, number in found.versions.items())),
-            escape("\n".join(found.devices)),
-            escape(advice),
+            escape("\n".join(line for line in lines if line)),
+            end_section=True,
         )
     Console().print(table)
