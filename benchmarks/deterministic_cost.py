@@ -1,100 +1,160 @@
-"""What deterministic mode costs over a plain loader: microseconds a batch and a sample.
+"""What deterministic data costs: microseconds a batch and a sample over the plain loader.
 
-    python benchmarks/deterministic_cost.py
-
-A step that does nothing is run over the same loader by `Engine` and by `DeterministicEngine`, with
-batches of 1 and of 64 samples, with all three generators keyed and with torch's only, with 0 and 2
-workers. The difference in time a batch is a line over the batch's size: its slope is the cost of a
-sample, its value at 0 the cost of a batch. Rounds of both alternate; the medians are taken. With
-workers, samples are keyed in the workers, so only a part of it is in the way of the training.
+Run ``python benchmarks/deterministic_cost.py``. An engine with a step that does nothing runs over a
+`DataLoader`, at two batch sizes; the difference to the same run of a plain `Engine` is split into
+what a batch costs and what a sample costs. Beside it: what pytorch-ignite's and torchdata's
+deterministic ways cost over their own plain ones. They key no random stream.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import platform
 import statistics
 import time
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from crosstrain.engine import DeterministicEngine, Engine, Events
+from crosstrain.engine import DeterministicEngine, Engine
 
-SMALL, LARGE = 1, 64
-STREAMS = {"python, numpy, torch": ("python", "numpy", "torch"), "torch": ("torch",)}
+SMALL, LARGE = 8, 256
 
 
-class Constant:
-    """A dataset that costs nothing: the difference is what is measured."""
+class Rows(Dataset[torch.Tensor]):
+    """Rows of a tensor: what a sample costs is not their fetching."""
 
     def __init__(self, size: int) -> None:
-        self.size = size
+        self.rows = torch.arange(size * 4.0).view(size, 4)
 
     def __len__(self) -> int:
-        return self.size
+        return len(self.rows)
 
-    def __getitem__(self, index: int) -> int:
-        return index
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.rows[index]
 
 
-def first(batch: list[int]) -> int:
-    """Collates as cheaply as can be."""
-    return batch[0]
+def first(samples: list[torch.Tensor]) -> torch.Tensor:
+    """Collates nothing: the same for all, and cheap."""
+    return samples[0]
+
+
+def loader(batch: int, batches: int, workers: int, kind: Any = DataLoader) -> Any:
+    return kind(
+        Rows(batch * batches),
+        batch_size=batch,
+        shuffle=True,
+        num_workers=workers,
+        collate_fn=first,
+    )
 
 
 def nothing(engine: Any, batch: Any) -> None:
-    """Does no training."""
+    """A step that does nothing."""
 
 
-def microseconds(engine: Any, loader: Any) -> float:
-    """Returns the time of a batch in an epoch, from its second batch to its last."""
-    marks: list[float] = []
+def engine_run(make: Callable[[], Any]) -> Callable[[Any], float]:
+    """Times a run of one epoch, from its second batch to its last."""
 
-    def mark() -> None:
-        marks.append(time.perf_counter())
+    def run(data: Any) -> float:
+        clock: list[float] = []
 
-    with engine.add_event_handler(Events.ITERATION_COMPLETED, mark):
-        engine.run(loader, max_epochs=1)
-    return (marks[-1] - marks[0]) / (len(marks) - 1) * 1e6
+        def step(engine: Any, batch: Any) -> None:
+            if engine.state.iteration == 1:
+                clock.append(time.perf_counter())
+
+        engine = make()(step)
+        engine.run(data, max_epochs=1)
+        return (time.perf_counter() - clock[0]) / (len(data) - 1)
+
+    return run
 
 
-def difference(
-    batch_size: int, workers: int, streams: tuple[str, ...], batches: int, rounds: int
-) -> tuple[float, float]:
-    """Returns the median time of a plain batch and the median of the added time, in us."""
-    plain, added = [], []
-    for _ in range(rounds):
-        loader = DataLoader(
-            Constant(batch_size * batches),  # type: ignore[arg-type]
-            batch_size=batch_size,
-            shuffle=True,
-            num_workers=workers,
-            collate_fn=first,
-        )
-        one = microseconds(Engine(nothing), loader)
-        other = microseconds(DeterministicEngine(nothing, streams=streams), loader)
-        plain.append(one)
-        added.append(other - one)
-    return statistics.median(plain), statistics.median(added)
+def loop_run(data: Any) -> float:
+    """Times a loop over a loader, likewise."""
+    iterator = iter(data)
+    next(iterator)
+    started = time.perf_counter()
+    for _ in iterator:
+        pass
+    return (time.perf_counter() - started) / (len(data) - 1)
+
+
+def only(*streams: str) -> Callable[[], Any]:
+    return lambda: lambda step: DeterministicEngine(step, seed=1, streams=streams)
+
+
+def ignite_engines() -> tuple[Callable[[], Any], Callable[[], Any]]:
+    from ignite.engine import Engine as Plain
+    from ignite.engine.deterministic import DeterministicEngine as Deterministic
+
+    return lambda: Plain, lambda: Deterministic
+
+
+def pairs() -> dict[str, tuple[Any, Any, Any, Any]]:
+    """By name: a plain way and a deterministic way to run, with the loaders they run over."""
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    plain, theirs = ignite_engines()
+    ours = engine_run(lambda: Engine)
+    return {
+        "crosstrain, all three": (
+            ours,
+            engine_run(only("python", "numpy", "torch")),
+            DataLoader,
+            DataLoader,
+        ),
+        "crosstrain, torch only": (ours, engine_run(only("torch")), DataLoader, DataLoader),
+        "crosstrain, none": (ours, engine_run(only()), DataLoader, DataLoader),
+        "pytorch-ignite": (engine_run(plain), engine_run(theirs), DataLoader, DataLoader),
+        "torchdata": (loop_run, loop_run, DataLoader, StatefulDataLoader),
+    }
+
+
+def compare(pair: tuple[Any, ...], batch: int, batches: int, workers: int, repeat: int) -> Any:
+    """Returns microseconds a batch: of the plain way, and of what the other costs more.
+
+    The two take turns, and the middle one of the differences counts: the machine may be busy.
+    """
+    plain, other, plain_kind, other_kind = pair
+    times: list[tuple[float, float]] = []
+    for _ in range(repeat):
+        one = plain(loader(batch, batches, workers, plain_kind))
+        two = other(loader(batch, batches, workers, other_kind))
+        times.append((one * 1e6, two * 1e6))
+    best = min(one for one, _ in times), min(two for _, two in times)
+    middle = statistics.median(two - one for one, two in times)
+    return best[0], middle, best[1] - best[0]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batches", type=int, default=1500)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--repeat", type=int, default=9, help="runs of each (default: 9)")
+    parser.add_argument("--workers", type=int, nargs="*", default=[0, 2])
     args = parser.parse_args()
+    warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    print(f"{'workers':>7}  {'keyed streams':22} {'us a batch':>10} {'us a sample':>11}   plain")
-    for workers in (0, 2):
-        for name, streams in STREAMS.items():
-            sizes = (SMALL, LARGE)
-            found = [difference(n, workers, streams, args.batches, args.rounds) for n in sizes]
-            slope = (found[1][1] - found[0][1]) / (LARGE - SMALL)
-            print(
-                f"{workers:>7}  {name:22} {found[0][1] - slope * SMALL:>10.1f} {slope:>11.2f}   "
-                f"{found[0][0]:.1f} and {found[1][0]:.1f} us a batch of {SMALL} and {LARGE}"
-            )
+    print(f"Python {platform.python_version()}, torch {torch.__version__}; microseconds\n")
+    print(f"{'':26}{'workers':>8}{'a batch':>10}{'a sample':>10}    (best of; median of)")
+    for (name, pair), workers in itertools.product(pairs().items(), args.workers):
+        small = compare(pair, SMALL, 2000 if workers == 0 else 600, workers, args.repeat)
+        large = compare(pair, LARGE, 200, workers, args.repeat)
+        shown = [split(small[index], large[index]) for index in (2, 1)]
+        print(
+            f"{name:26}{workers:>8}{shown[0][0]:>10.1f}{shown[0][1]:>10.2f}    "
+            f"(median {shown[1][0]:.1f}, {shown[1][1]:.2f}; plain: {small[0]:.0f} a batch of "
+            f"{SMALL}, {large[0]:.0f} of {LARGE})"
+        )
+
+
+def split(small: float, large: float) -> tuple[float, float]:
+    """Splits the extra cost of two sizes of batches into that of a batch and of a sample."""
+    sample = (large - small) / (LARGE - SMALL)
+    return small - SMALL * sample, sample
 
 
 if __name__ == "__main__":

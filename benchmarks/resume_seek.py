@@ -1,36 +1,36 @@
-"""Time and memory to the first batch of a run resumed at half of an epoch, beside peers.
+"""How long a run takes to its first batch, resumed in the middle of an epoch, and its memory.
 
-    python benchmarks/resume_seek.py [--sizes 100000 1000000 10000000]
-
-Each figure is taken in a process of its own: the median time of some rounds from loading the state
-to the first batch (batch size 32, shuffled, no workers, a dataset that gives its index), and that
-process's peak memory. Peers resume as their documents say. `fresh` is torch's DataLoader at an
-epoch's start: what every run pays that does not resume. Peers that are missing are said to be so.
+Run ``python benchmarks/resume_seek.py``. Rows: this engine with a shuffled `DataLoader` and with
+`PermutationSampler`, pytorch-ignite's `DeterministicEngine`, torchdata's `StatefulDataLoader`, and
+a plain `DataLoader` that begins an epoch, which no resume can beat unless it draws no permutation.
+Each row has a process of its own, so that its peak of memory is its own. Linux only.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
-import resource
-import statistics
-import subprocess
+import gc
+import multiprocessing
+import platform
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from crosstrain.engine import DeterministicEngine, Events, PermutationSampler
+
+SIZES = (10**5, 10**6, 10**7)
 BATCH = 32
-# Sizes that a permutation in memory is too much for; only PermutationSampler goes on to them.
-BEYOND = (10**10,)
 
 
-Action = Callable[[], Any]
-
-
-class Indices:
-    """A dataset of any size that gives its index."""
+class Numbers(Dataset[int]):
+    """Holds nothing, so that what is measured is the order."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -42,155 +42,170 @@ class Indices:
         return index
 
 
-class _Reached(Exception):
-    """The first batch is there."""
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: seconds to the first batch, and MiB: the peak, and what was added."""
+
+    name: str
+    size: int
+    seconds: float
+    peak: float
+    added: float
 
 
-def fresh(size: int) -> Callable[[], Action]:
-    from torch.utils.data import DataLoader
-
-    def make() -> Action:
-        loader = DataLoader(Indices(size), batch_size=BATCH, shuffle=True)
-        return lambda: next(iter(loader))
-
-    return make
+def peak_memory() -> float:
+    """Gives the most memory that this process has held, in MiB (`ru_maxrss` may be a parent's)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError("/proc/self/status has no VmHWM: the peak memory needs Linux")
 
 
-def _engine(library: str, size: int, **loader_settings: Any) -> Callable[[], Action]:
-    from torch.utils.data import DataLoader
+def loader(size: int, kind: Any = DataLoader, sampler: Any = None) -> Any:
+    order = {"shuffle": True} if sampler is None else {"sampler": sampler}
+    return kind(Numbers(size), batch_size=BATCH, **order)
 
-    if library == "ours":
-        from crosstrain.engine import DeterministicEngine
-    else:
-        from ignite.engine import DeterministicEngine
 
+def timed(first_batch: Callable[[], Any]) -> tuple[float, float]:
+    """Returns the seconds of a call, and the MiB that the process's peak grew by."""
+    gc.collect()
+    before, started = peak_memory(), time.perf_counter()
+    first_batch()
+    seconds = time.perf_counter() - started
+    return seconds, peak_memory() - before
+
+
+def terminate(engine: Any, batch: Any) -> None:
+    engine.terminate()
+
+
+def warm_up() -> None:
+    """Does once, on little data, what a first call loads and compiles."""
+    engine = DeterministicEngine(terminate)
+    engine.run(loader(100))
+    np.arange(3)
+
+
+def ours(size: int, sampler: Any = None) -> tuple[float, float]:
+    states: list[Any] = []
+    engine = DeterministicEngine(lambda engine, batch: None)
+    data = loader(1000, sampler=sampler and PermutationSampler(1000))
+    engine.add_event_handler(
+        Events.ITERATION_COMPLETED(once=1), lambda: states.append(engine.state_dict())
+    )
+    engine.run(data)
+    # A state of the middle of a long epoch, made from one of the beginning of a short one.
+    state, batches = states[0], -(-size // BATCH)
+    state["iteration"] = state["position"]["batch"] = state["progress"]["done"] = batches // 2
+    state["epoch_length"] = state["position"]["data"]["batches"] = batches
+    state["position"]["data"]["samples"] = size
+    engine = DeterministicEngine(terminate)
+    engine.load_state_dict(state)
+    data = loader(size, sampler=sampler)
+    return timed(lambda: engine.run(data))
+
+
+def ours_permuted(size: int) -> tuple[float, float]:
+    return ours(size, PermutationSampler(size))
+
+
+def ignite(size: int) -> tuple[float, float]:
+    from ignite.engine.deterministic import DeterministicEngine as Theirs
+
+    engine = Theirs(terminate)
     batches = -(-size // BATCH)
-    state = {
-        "iteration": batches // 2,
-        "epoch_length": batches,
-        "max_epochs": 1,
-        "rng_states": None,
-    }
-
-    def reached(engine: Any, batch: Any) -> None:
-        raise _Reached
-
-    def make() -> Action:
-        loader = DataLoader(Indices(size), batch_size=BATCH, **loader_settings)
-        engine = DeterministicEngine(reached)
-        engine.logger.disabled = True
-
-        def go() -> None:
-            engine.load_state_dict(state)
-            with contextlib.suppress(_Reached):
-                engine.run(loader)
-                raise AssertionError("no batch")
-
-        return go
-
-    return make
+    engine.load_state_dict(
+        {"iteration": batches // 2, "epoch_length": batches, "max_epochs": 1, "rng_states": None}
+    )
+    data = loader(size)
+    return timed(lambda: engine.run(data))
 
 
-def ours(size: int) -> Callable[[], Action]:
-    return _engine("ours", size, shuffle=True)
-
-
-def ours_permutation(size: int) -> Callable[[], Action]:
-    from crosstrain.engine import PermutationSampler
-
-    return _engine("ours", size, sampler=PermutationSampler(size))
-
-
-def ignite(size: int) -> Callable[[], Action]:
-    return _engine("ignite", size, shuffle=True)
-
-
-def torchdata(size: int) -> Callable[[], Action]:
+def torchdata(size: int) -> tuple[float, float]:
     from torchdata.stateful_dataloader import StatefulDataLoader
 
-    def loader() -> Any:
-        return StatefulDataLoader(Indices(size), batch_size=BATCH, shuffle=True)
+    data = loader(size, StatefulDataLoader)
+    data.load_state_dict(torchdata_state(size))
+    return timed(lambda: next(iter(data)))
 
-    first = loader()
-    iterator = iter(first)
+
+def torchdata_state(size: int) -> Any:
+    """A state of the middle of a long epoch, made from one of a short one's."""
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    data = loader(4 * BATCH, StatefulDataLoader)
+    iterator = iter(data)
     next(iterator)
-    state = first.state_dict()
-    # The state at half of the epoch, without fetching up to there.
-    half = -(-size // BATCH) // 2
-    state["_num_yielded"] = state["_sampler_iter_yielded"] = half
-    sampler = state["_sampler_iter_state"]
-    sampler["samples_yielded"] = sampler["sampler_iter_state"]["yielded"] = half * BATCH
-
-    def make() -> Action:
-        resumed = loader()
-
-        def go() -> None:
-            resumed.load_state_dict(state)
-            next(iter(resumed))
-
-        return go
-
-    return make
+    state, half = data.state_dict(), -(-size // BATCH) // 2
+    return _moved(state, {1: half, BATCH: half * BATCH})
 
 
-CASES = {
-    "fresh": fresh,
-    "ours": ours,
-    "ours, PermutationSampler": ours_permutation,
-    "ignite": ignite,
-    "torchdata": torchdata,
+def _moved(state: Any, places: dict[int, int]) -> Any:
+    """The state with its counts of batches and of samples exchanged."""
+    if isinstance(state, dict):
+        return {
+            key: places.get(value, value) if "yielded" in key else _moved(value, places)
+            for key, value in state.items()
+        }
+    return state
+
+
+def plain(size: int) -> tuple[float, float]:
+    data = loader(size)
+    return timed(lambda: next(iter(data)))
+
+
+JOBS: dict[str, Callable[[int], tuple[float, float]]] = {
+    "crosstrain, shuffle": ours,
+    "crosstrain, PermutationSampler": ours_permuted,
+    "pytorch-ignite, shuffle": ignite,
+    "torchdata, shuffle": torchdata,
+    "plain torch, a fresh epoch": plain,
 }
 
 
-def measure(case: str, size: int, rounds: int) -> None:
-    """Measures one case in this process and prints the result as JSON."""
-    try:
-        make = CASES[case](size)
-    except ModuleNotFoundError as error:
-        print(json.dumps({"missing": str(error)}))
-        return
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    make()()
-    times = []
-    for _ in range(rounds):
-        go = make()
-        started = time.perf_counter()
-        go()
-        times.append(time.perf_counter() - started)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    result = {"ms": statistics.median(times) * 1e3, "mib": peak / 1024, "added": peak - before}
-    print(json.dumps(result))
+def measure(name: str, size: int) -> Row:
+    torch.set_num_threads(1)
+    warm_up()
+    seconds, added = JOBS[name](size)
+    return Row(name, size, seconds, peak_memory(), added)
+
+
+def best_of(name: str, size: int, repeat: int) -> Row:
+    """The fastest of a few processes: the machine may be busy."""
+    rows: list[Row] = []
+    for _ in range(repeat):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            rows.append(pool.apply(measure, (name, size)))
+    return min(rows, key=lambda row: row.seconds)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[10**5, 10**6, 10**7])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument("--repeat", type=int, default=3, help="processes a row (default: 3)")
+    parser.add_argument("--sizes", type=int, nargs="*", default=SIZES, help="numbers of samples")
     args = parser.parse_args()
-    if args.case:
-        measure(args.case, args.sizes[0], args.rounds)
-        return
     print(
-        f"{'samples':>14}  {'':26} {'ms':>10} {'MiB peak':>9} {'MiB added':>9}  ours is faster by"
+        f"Python {platform.python_version()}, torch {torch.__version__}, batches of {BATCH}, "
+        "resumed at 50 % of the epoch\n"
     )
-    for size in (*args.sizes, *BEYOND):
-        found: dict[str, Any] = {}
-        for case in CASES if size not in BEYOND else ("ours, PermutationSampler",):
-            command = [sys.executable, __file__, "--case", case, "--sizes", str(size)]
-            command += ["--rounds", str(args.rounds)]
-            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            found[case] = json.loads(output.splitlines()[-1])
-        for case, result in found.items():
-            if "missing" in result:
-                print(f"{size:>14,}  {case:26} not installed: {result['missing']}")
-                continue
-            ratio = result["ms"] / found["ours"]["ms"] if "ours" in found else float("nan")
-            shown = f"{ratio:.1f} x" if case != "ours" and ratio == ratio else ""
-            print(
-                f"{size:>14,}  {case:26} {result['ms']:>10.2f} {result['mib']:>9.0f} "
-                f"{result['added'] / 1024:>9.1f}  {shown}"
-            )
+    print(f"{'':32}{'N':>13}{'first batch':>14}{'peak':>12}{'added':>12}{'x ours':>9}")
+    for size in args.sizes:
+        own = 0.0
+        for name in JOBS:
+            row = best_of(name, size, args.repeat)
+            own = own or row.seconds
+            show(row, f"{row.seconds / own:.2f}")
+        print()
+    show(best_of("crosstrain, PermutationSampler", 10**10, args.repeat), "")
+
+
+def show(row: Row, ratio: str) -> None:
+    print(
+        f"{row.name:32}{row.size:>13}{row.seconds * 1e3:>11.2f} ms{row.peak:>8.0f} MiB"
+        f"{row.added:>8.0f} MiB{ratio:>9}"
+    )
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

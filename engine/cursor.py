@@ -14,8 +14,7 @@ from .dataflow import Dataflow, Iterate, NoData, ReplayedFlow, SequenceFlow, Sta
 from .mapflow import MapFlow
 from .own_states import is_stateful
 from .sampling import is_iterable, is_loader
-from .snapshot import random_states, restore_random_states
-from .streams import StreamKey
+from .streams import StreamKey, seed_host
 
 if TYPE_CHECKING:
     from crosstrain.backends import Backend
@@ -81,7 +80,7 @@ class Cursor:
         }
 
     def go_to(self, position: Mapping[str, Any], data: Any, key: StreamKey) -> None:
-        """Opens data at a position.
+        """Opens data at a position; leaves the global generators in any state.
 
         Args:
             position: what `position` returned.
@@ -96,7 +95,7 @@ class Cursor:
         self._flow = flow
         self._pass, self._exchanges = position["pass"], position["exchanges"]
         self.consumed = position["batch"]
-        self._open(key, position["flow"], False)
+        self._open_flow(key, position["flow"])
 
     def go_to_pass(self, number: int, batch: int, data: Any, key: StreamKey) -> None:
         """Opens data at a batch of a pass, as if this run had not had it before."""
@@ -159,15 +158,21 @@ class Cursor:
             seeds: whether the pass's seeding of the global generators stays in force, as where it
                 begins; where a run goes on within a pass, they are left as they were.
         """
-        assert self._flow is not None
-        before = None if seeds else random_states(self._backend)
+        if not seeds:
+            with random_state.preserved():
+                self._open_flow(key, state)
+            return
         seed = (key.seed + self._pass) % 2**63
+        # Every device's generators too.
         random_state.seed(seed)
         if self._backend is not None:
             self._backend.seed(seed)
+        self._open_flow(key, state)
+
+    def _open_flow(self, key: StreamKey, state: Mapping[str, Any] | None) -> None:
+        assert self._flow is not None
+        seed_host((key.seed + self._pass) % 2**63)
         self._iterator = self._flow.open(key._replace(epoch=self._pass), self.consumed, state)
-        if before is not None:
-            restore_random_states(before, self._backend)
         self.fetched, self.opened, self._ended = self.consumed, True, False
 
 

@@ -293,11 +293,17 @@ class DeterministicEngine(Engine):
         elif "format" not in snapshot:
             self._open_foreign(snapshot)
         elif snapshot["position"] is None:
+            # It was written before the run had come to its data.
             self._cursor.open(data, self._key)
-            self._restore(snapshot)
         else:
-            self._cursor.go_to(snapshot["position"], data, self._key)
-            self._restore(snapshot)
+            # At an epoch's beginning they were restored before its EPOCH_STARTED, whose handlers
+            # may have drawn; within an epoch that event fired once more, and its draws do not
+            # count.
+            beginning = _at_beginning(snapshot)
+            with random_state.preserved() if beginning else nullcontext():
+                self._cursor.go_to(snapshot["position"], data, self._key)
+            if not beginning:
+                restore_random_states(snapshot["rng_states"], self.backend)
         return self._cursor
 
     def _reopen_data(self) -> Iterator[Any]:
@@ -317,12 +323,6 @@ class DeterministicEngine(Engine):
         number, batch = divmod(iteration, length)
         self._cursor.go_to_pass(number, batch, self.state.dataloader, self._key)
         if snapshot["rng_states"] is not None and batch:
-            restore_random_states(snapshot["rng_states"], self.backend)
-
-    def _restore(self, snapshot: Mapping[str, Any]) -> None:
-        # At an epoch's beginning they were restored before its EPOCH_STARTED, whose handlers may
-        # have drawn; within an epoch that event fired once more, and its draws do not count.
-        if not _at_beginning(snapshot):
             restore_random_states(snapshot["rng_states"], self.backend)
 
 
@@ -347,6 +347,7 @@ def _at_beginning(snapshot: Mapping[str, Any]) -> bool:
 def _on_started(engine: Any) -> None:
     if engine.state.seed is None:
         engine.state.seed = int(torch.randint(0, int(1e9), (1,)).item())
+
 
 def _on_epoch_started(engine: Any) -> None:
     engine._epoch_began = engine.state.iteration - (engine._epoch_offset or 0)

@@ -8,7 +8,7 @@ iterated over.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -23,7 +23,9 @@ from torch.utils.data.distributed import DistributedSampler
 
 __all__ = ["Batch", "batches_from", "computes_its_order", "is_seekable", "samples_from"]
 
-# How many indices are made Python integers at once.
+# How many indices are made Python integers at once: few at first, so that the first batch is there
+# soon.
+_FIRST_BLOCK: Final = 256
 _BLOCK: Final = 8192
 
 
@@ -64,12 +66,16 @@ def batches_from(batch_sampler: Any, start: int) -> Iterator[Batch]:
         yield from _walk(batch_sampler, start)
         return
     size, number = batch_sampler.batch_size, start
-    samples = samples_from(sampler, start * size)
-    while batch := list(islice(samples, size)):
-        if len(batch) < size and batch_sampler.drop_last:
-            return
-        yield Batch(number, number * size, batch)
-        number += 1
+    left: list[Any] = []
+    for block in _blocks_from(sampler, start * size):
+        left += block
+        whole = len(left) - len(left) % size
+        for low in range(0, whole, size):
+            yield Batch(number, number * size, left[low : low + size])
+            number += 1
+        del left[:whole]
+    if left and not batch_sampler.drop_last:
+        yield Batch(number, number * size, left)
 
 
 def _walk(batch_sampler: Iterable[Any], start: int) -> Iterator[Batch]:
@@ -87,29 +93,37 @@ def samples_from(sampler: Any, start: int) -> Iterator[Any]:
         sampler: torch's, one with a method `indices(start, stop)`, or any iterable.
         start: how many samples to leave out.
     """
+    if is_seekable(sampler):
+        return chain.from_iterable(_blocks_from(sampler, start))
+    return islice(iter(sampler), start, None)
+
+
+def _blocks_from(sampler: Any, start: int) -> Iterator[list[Any]]:
+    """Yields the samples of a seekable sampler in lists, each drawn when it is asked for."""
     kind = _kind(sampler)
     if kind is SequentialSampler:
-        yield from range(start, len(sampler.data_source))
-    elif kind in _CHUNKS:
-        samples = _from_chunks(_CHUNKS[kind](sampler), start)
-        if kind is SubsetRandomSampler:
-            yield from map(sampler.indices.__getitem__, samples)
-        else:
-            yield from samples
-    elif computes_its_order(sampler):
-        size = len(sampler)
-        for low in range(start, size, _BLOCK):
-            yield from sampler.indices(low, min(low + _BLOCK, size)).tolist()
+        for low, high in _spans(start, len(sampler.data_source)):
+            yield list(range(low, high))
+    elif kind not in _CHUNKS:
+        for low, high in _spans(start, len(sampler)):
+            yield sampler.indices(low, high).tolist()
     else:
-        yield from islice(iter(sampler), start, None)
+        for chunk in _CHUNKS[kind](sampler):
+            for low, high in _spans(start, len(chunk)):
+                block: list[int] = chunk[low:high].tolist()
+                yield _looked_up(sampler, block) if kind is SubsetRandomSampler else block
+            start = max(0, start - len(chunk))
 
 
-def _from_chunks(chunks: Iterator[torch.Tensor], start: int) -> Iterator[int]:
-    for chunk in chunks:
-        for low in range(start, len(chunk), _BLOCK):
-            block: Any = chunk[low : low + _BLOCK]
-            yield from block.tolist()
-        start = max(0, start - len(chunk))
+def _looked_up(sampler: SubsetRandomSampler, places: list[int]) -> list[int]:
+    return [sampler.indices[place] for place in places]
+
+
+def _spans(start: int, stop: int) -> Iterator[tuple[int, int]]:
+    size = _FIRST_BLOCK
+    while start < stop:
+        yield start, min(start + size, stop)
+        start, size = start + size, _BLOCK
 
 
 def _random(sampler: RandomSampler) -> Iterator[torch.Tensor]:

@@ -66,7 +66,7 @@ def environment(backend: Backend | None) -> dict[str, Any]:
         "devices": "" if found is None else ", ".join(found.devices),
         "world size": 1 if backend is None else backend.world.size,
         "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
+        "cores": _cores(),
         "machine": platform.machine(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "matmul precision": torch.get_float32_matmul_precision(),
@@ -75,6 +75,12 @@ def environment(backend: Backend | None) -> dict[str, Any]:
         "torch": str(torch.__version__),
         **({} if found is None else found.versions),
     }
+
+
+def _cores() -> int | None:
+    """Returns the number of cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return os.cpu_count() if affinity is None else len(affinity(0))
 
 
 def report_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:

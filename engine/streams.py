@@ -27,6 +27,7 @@ __all__ = [
     "StreamKey",
     "current_sample",
     "leave",
+    "seed_host",
 ]
 
 ALL_STREAMS: Final = ("python", "numpy", "torch")
@@ -85,6 +86,16 @@ def _enter(key: int, streams: Iterable[str]) -> None:
     _fetching.key = key
     for stream in streams:
         _SEEDERS[stream](key)
+
+
+def seed_host(seed: int) -> None:
+    """Seeds this process's generators as `manual_seed` does, and visits no device.
+
+    Args:
+        seed: from 0 to 2**63 - 1.
+    """
+    for seeder in _SEEDERS.values():
+        seeder(seed)
 
 
 def leave() -> None:
