@@ -3,8 +3,9 @@
 All ways save the same model and Adam state (400 MB by default), in turns, in one run. For each way:
 
 - stall: the time from the call until training may go on, and what the next optimizer step waits;
-- whole: how much longer the iterations from this save to the next one take in all, the thread's
-  work on the same cores included.
+- least: the shortest stall of all rounds, which other work on the machine disturbs the least;
+- whole: how much longer five iterations take with the save than the five before it did, the
+  thread's work on the same cores included.
 
     python benchmarks/checkpoint_stall.py [--megabytes 400] [--rounds 7] [--folder DIR]
 
@@ -32,7 +33,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from crosstrain.engine import DiskSaver
 
 Save = Callable[[dict[str, Any]], None]
-ITERATIONS = 10
+ITERATIONS = 5
 
 
 class Training:
@@ -47,7 +48,7 @@ class Training:
             blocks += [torch.nn.Linear(width, width), torch.nn.ReLU()]
         self.model = torch.nn.Sequential(*blocks)
         self.optimizer = torch.optim.Adam(self.model.parameters(), fused=True)
-        self.batch = torch.randn(32, width)
+        self.batch = torch.randn(8, width)
         self.waiting = 0.0
         self.step()
         self.optimizer.register_step_pre_hook(self._arrive)
@@ -188,8 +189,8 @@ def report(
     size = sum(p.numel() * 12 for p in training.model.parameters())
     alone: list[float] = []
     for number in range(rounds + 1):
-        alone.append(undisturbed(training))
         for name, save in saves.items():
+            alone.append(undisturbed(training))
             stall, whole = measure(training, save)
             # What is still being written must not disturb the next way.
             time.sleep(2.0)
@@ -198,18 +199,24 @@ def report(
                 print(f"first save: {name:32} {stall * 1e3:7.1f} ms", flush=True)
                 continue
             stalls[name].append(stall)
-            wholes[name].append(whole - statistics.median(alone))
+            wholes[name].append(whole - alone[-1])
     print(
         f"\n{size / 2**20:.0f} MiB of model and Adam state, torch {torch.__version__}, "
         f"{torch.get_num_threads()} threads, {statistics.median(alone) / ITERATIONS * 1e3:.0f} ms "
         f"an iteration; medians of {rounds} saves"
     )
-    base = statistics.median(stalls["torch.save, flushed"])
-    print(f"{'way':32} {'stall':>10} {'of flushed':>10} {'whole':>10}")
+    base = {kind: kind(stalls["torch.save, flushed"]) for kind in (statistics.median, min)}
+    print(
+        f"{'way':32} {'stall':>10} {'of flushed':>10} {'least':>10} {'of flushed':>10} "
+        f"{'whole':>10}"
+    )
     for name in makers:
-        stall = statistics.median(stalls[name])
-        whole = statistics.median(wholes[name])
-        print(f"{name:32} {stall * 1e3:7.1f} ms {stall / base:10.1%} {whole * 1e3:7.1f} ms")
+        columns = [f"{name:32}"]
+        for kind, flushed in base.items():
+            stall = kind(stalls[name])
+            columns += [f"{stall * 1e3:7.1f} ms", f"{stall / flushed:10.1%}"]
+        columns.append(f"{statistics.median(wholes[name]) * 1e3:7.1f} ms")
+        print(" ".join(columns))
 
 
 if __name__ == "__main__":

@@ -112,6 +112,9 @@ class ResumableRun:
 
     def _end(self) -> None:
         self._signals.restore()
+        trainer = self._trainer
+        if trainer.has_event_handler(self._on_exception, Events.EXCEPTION_RAISED):
+            trainer.remove_event_handler(self._on_exception, Events.EXCEPTION_RAISED)
         self.checkpoint.wait()
 
     def _after_iteration(self) -> None:
