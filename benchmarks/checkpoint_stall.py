@@ -206,10 +206,8 @@ def report(
         f"an iteration; medians of {rounds} saves"
     )
     base = {kind: kind(stalls["torch.save, flushed"]) for kind in (statistics.median, min)}
-    print(
-        f"{'way':32} {'stall':>10} {'of flushed':>10} {'least':>10} {'of flushed':>10} "
-        f"{'whole':>10}"
-    )
+    titles = ("stall", "of flushed", "least", "of flushed", "whole")
+    print(f"{'way':32}", *(f"{title:>10}" for title in titles))
     for name in makers:
         columns = [f"{name:32}"]
         for kind, flushed in base.items():

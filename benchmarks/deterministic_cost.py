@@ -141,8 +141,8 @@ def main() -> None:
     print(f"Python {platform.python_version()}, torch {torch.__version__}; microseconds\n")
     print(f"{'':26}{'workers':>8}{'a batch':>10}{'a sample':>10}    (best of; median of)")
     for (name, pair), workers in itertools.product(pairs().items(), args.workers):
-        small = compare(pair, SMALL, 2000 if workers == 0 else 600, workers, args.repeat)
-        large = compare(pair, LARGE, 200, workers, args.repeat)
+        small = compare(pair, SMALL, 2000, workers, args.repeat)
+        large = compare(pair, LARGE, 200 if workers == 0 else 500, workers, args.repeat)
         shown = [split(small[index], large[index]) for index in (2, 1)]
         print(
             f"{name:26}{workers:>8}{shown[0][0]:>10.1f}{shown[0][1]:>10.2f}    "

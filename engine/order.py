@@ -110,8 +110,9 @@ def _blocks_from(sampler: Any, start: int) -> Iterator[list[Any]]:
     else:
         for chunk in _CHUNKS[kind](sampler):
             for low, high in _spans(start, len(chunk)):
-                block: list[int] = chunk[low:high].tolist()
-                yield _looked_up(sampler, block) if kind is SubsetRandomSampler else block
+                block: Any = chunk[low:high]
+                places: list[int] = block.tolist()
+                yield _looked_up(sampler, places) if kind is SubsetRandomSampler else places
             start = max(0, start - len(chunk))
 
 

@@ -39,7 +39,7 @@ _FACTORS: Final = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 _BATCH: Final = 1 << 61
 _COLLATE: Final = 1 << 62
 # Below this many samples Python's integers are faster than NumPy's arrays.
-_FEW: Final = 16
+_FEW: Final = 32
 
 _SEEDERS: Final[dict[str, Callable[[int], Any]]] = {
     "python": random.seed,
@@ -68,7 +68,9 @@ def _mix(value: int, position: int = 0) -> int:
 def _keys(base: int, first: int, count: int) -> list[int]:
     """Returns `_mix(base, position)` for `count` positions from `first` on."""
     if count < _FEW:
-        return [_mix(base, position) for position in range(first, first + count)]
+        start = base + (first + 1) * _GOLDEN
+        steps = range(start, start + count * _GOLDEN, _GOLDEN)
+        return [_finish(value & _MASK) for value in steps]
     words = numpy.arange(first + 1, first + count + 1, dtype=numpy.uint64)
     words *= numpy.uint64(_GOLDEN)
     words += numpy.uint64(base)
@@ -208,12 +210,17 @@ class KeyedIndices(list[Any]):
         return self._base if lap == 0 else _mix(self._base, lap)
 
     def __iter__(self) -> Iterator[Any]:
-        base, streams = self._next_base(), self._streams
-        for key, index in zip(_keys(base, self._first, len(self)), super().__iter__(), strict=True):
-            _enter(key, streams)
+        base, local = self._next_base(), _fetching
+        seeders = [_SEEDERS[stream] for stream in self._streams]
+        keys = _keys(base, self._first, len(self))
+        # What is paid for each sample: written out, and not called.
+        for key, index in zip(keys, super().__iter__(), strict=True):
+            local.key = key
+            for seed in seeders:
+                seed(key)
             yield index
         # The loader collates next.
-        _enter(_mix(base, _COLLATE + self._batch), streams)
+        _enter(_mix(base, _COLLATE + self._batch), self._streams)
 
     def enter(self) -> None:
         """Seeds the streams for the batch as a whole."""
