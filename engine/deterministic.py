@@ -121,6 +121,7 @@ class DeterministicEngine(Engine):
         # The state that was loaded, until the data is opened.
         self._snapshot: Mapping[str, Any] | None = None
         self._defers = False
+        self._conditions: dict[str, Any] | None = None
         # Plain functions: a bound method here would keep the engine alive.
         self.add_event_handler(Events.STARTED, _on_started)
         self.add_event_handler(Events.EPOCH_STARTED, _on_epoch_started)
@@ -160,9 +161,15 @@ class DeterministicEngine(Engine):
         values["backend"] = None if self.backend is None else self.backend.state_dict()
         offers = getattr(self._step, "state_dict", None)
         values["step"] = None if offers is None else offers()
-        values["environment"] = environment(self.backend)
+        values["environment"] = self._environment()
         values["exact"] = exact
         return values
+
+    def _environment(self) -> dict[str, Any]:
+        if self._conditions is None:
+            # Once: some backends' probes take long.
+            self._conditions = environment(self.backend)
+        return {**self._conditions, "threads": torch.get_num_threads()}
 
     def _at_iteration_end(self) -> bool:
         return bool(self.last_event_name == Events.ITERATION_COMPLETED)
@@ -243,7 +250,7 @@ class DeterministicEngine(Engine):
         self._owes_epoch_end = (
             not progress["ended"] and not progress["ends"] and progress["done"] == length
         )
-        report_differences(snapshot["environment"], environment(self.backend))
+        report_differences(snapshot["environment"], self._environment())
         if snapshot["step"] is not None:
             self._load_step(snapshot["step"])
         if self.backend is not None and snapshot["environment"]["backend"] == spec_of(self.backend):
