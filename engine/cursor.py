@@ -14,6 +14,7 @@ from .dataflow import Dataflow, Iterate, NoData, ReplayedFlow, SequenceFlow, Sta
 from .mapflow import MapFlow
 from .own_states import is_stateful
 from .sampling import is_iterable, is_loader
+from .snapshot import random_states_kept
 from .streams import StreamKey, seed_host
 
 if TYPE_CHECKING:
@@ -159,7 +160,7 @@ class Cursor:
                 begins; where a run goes on within a pass, they are left as they were.
         """
         if not seeds:
-            with random_state.preserved():
+            with random_states_kept(self._backend):
                 self._open_flow(key, state)
             return
         seed = (key.seed + self._pass) % 2**63

@@ -26,6 +26,7 @@ from .snapshot import (
     check_keys,
     environment,
     random_states,
+    random_states_kept,
     report_differences,
     restore_random_states,
     spec_of,
@@ -294,7 +295,6 @@ class DeterministicEngine(Engine):
             self._defers = False
             return iter(()) if self._session is None else None
         data, snapshot = self.state.dataloader, self._snapshot
-        self._snapshot = None
         if snapshot is None:
             self._cursor.open(data, self._key)
         elif "format" not in snapshot:
@@ -307,10 +307,12 @@ class DeterministicEngine(Engine):
             # may have drawn; within an epoch that event fired once more, and its draws do not
             # count.
             beginning = _at_beginning(snapshot)
-            with random_state.preserved() if beginning else nullcontext():
+            with random_states_kept(self.backend) if beginning else nullcontext():
                 self._cursor.go_to(snapshot["position"], data, self._key)
             if not beginning:
                 restore_random_states(snapshot["rng_states"], self.backend)
+        # Not before: if this was the wrong data, the next run still goes on from the state.
+        self._snapshot = None
         return self._cursor
 
     def _reopen_data(self) -> Iterator[Any]:

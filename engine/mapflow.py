@@ -49,6 +49,8 @@ class MapFlow(Dataflow):
             "batch_sampler" if batched else "sampler": self._sampler,
             "generator": self._base,
         }
+        if "in_order" in vars(data):
+            changes["in_order"] = True
         self._loader = rebuilt(data, **changes)
         # Not those of the dataset, to which samplers refer: another process fetches from that.
         self._own = OwnStates(

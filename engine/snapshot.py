@@ -7,7 +7,8 @@ import platform
 import random
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy
@@ -27,6 +28,7 @@ __all__ = [
     "check_keys",
     "environment",
     "random_states",
+    "random_states_kept",
     "report_differences",
     "restore_random_states",
     "spec_of",
@@ -125,6 +127,18 @@ def restore_random_states(state: Any, backend: Backend | None) -> None:
     torch.set_rng_state(torch_state.cpu())
     if rest:
         numpy.random.set_state(rest[0])
+
+
+@contextmanager
+def random_states_kept(backend: Backend | None) -> Generator[None, None, None]:
+    """Leaves the random states of host and device after the block as they were before it."""
+    device = {} if backend is None else backend.rng_state()
+    try:
+        with random_state.preserved():
+            yield
+    finally:
+        if backend is not None and device:
+            backend.set_rng_state(device)
 
 
 def check_keys(state: Mapping[str, Any], known: set[str]) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from dataflow_objects import BATCH, Images, Stream, loader
-from resume_harness import IMAGES
+from resume_harness import IMAGES, digest
 from torch.utils.data import DataLoader, SequentialSampler, Subset
 
 from crosstrain.engine import DeterministicEngine, Events, ResumeWarning
@@ -45,6 +45,20 @@ def test_other_data_is_refused_by_what_differs(change: Callable[[], Any], named:
     state = state_after(loader(shuffle=True), 2)
     with pytest.raises(ValueError, match=named):
         resume(state, change())
+
+
+def test_after_a_refusal_the_right_data_goes_on() -> None:
+    batches: list[str] = []
+    engine = DeterministicEngine(lambda _, batch: batches.append(digest(batch)), seed=4)
+    engine.run(loader(shuffle=True), max_epochs=2)
+    resumed: list[str] = []
+    engine = DeterministicEngine(lambda _, batch: resumed.append(digest(batch)))
+    engine.load_state_dict(state_after(loader(shuffle=True), 8, max_epochs=2))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="batch size"):
+            engine.run(loader(shuffle=True, batch_size=4))
+    engine.run(loader(shuffle=True))
+    assert resumed == batches[8:]
 
 
 def test_another_number_of_workers_is_refused_where_each_has_its_own_data() -> None:
