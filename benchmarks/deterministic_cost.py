@@ -40,18 +40,12 @@ class Rows(Dataset[torch.Tensor]):
         return self.rows[index]
 
 
-def first(samples: list[torch.Tensor]) -> torch.Tensor:
-    """Collates nothing: the same for all, and cheap."""
-    return samples[0]
-
-
 def loader(batch: int, batches: int, workers: int, kind: Any = DataLoader) -> Any:
     return kind(
         Rows(batch * batches),
         batch_size=batch,
         shuffle=True,
         num_workers=workers,
-        collate_fn=first,
     )
 
 

@@ -9,7 +9,10 @@ from typing import Any
 
 import numpy
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import (
+    Sampler,
+    default_collate,  # pyright: ignore[reportUnknownVariableType]
+)
 
 from crosstrain.backends import random_state
 
@@ -41,7 +44,9 @@ class MapFlow(Dataflow):
         self._iterate = iterate
         batched = data.batch_sampler is not None
         sampler = data.batch_sampler if batched else data.sampler
-        self._sampler = KeyedSampler(sampler, batched)
+        # torch's own draws nothing.
+        collates = data.collate_fn is not default_collate
+        self._sampler = KeyedSampler(sampler, batched, collates)
         # The loader draws its workers' base seed from this one, and disturbs no other.
         self._base = torch.Generator()
         changes = {

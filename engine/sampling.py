@@ -67,15 +67,17 @@ class KeyedSampler:
     Args:
         sampler: the loader's batch sampler, or its sampler where it does not batch.
         batched: whether it gives batches.
+        collates: whether collating them may draw random numbers.
     """
 
-    def __init__(self, sampler: Any, batched: bool) -> None:
+    def __init__(self, sampler: Any, batched: bool, collates: bool = True) -> None:
         self.sampler = sampler
         #: The sampler of single samples, if there is one.
         self.inner: Any = getattr(sampler, "sampler", None) if batched else sampler
         #: Whether a loader has asked for the order of this pass.
         self.asked = False
         self._batched = batched
+        self._collates = collates
         self._seekable = is_seekable(self.inner) and (not batched or type(sampler) is BatchSampler)
         self._items: Iterator[Any] = iter(())
 
@@ -91,9 +93,11 @@ class KeyedSampler:
             self.inner.set_epoch(key.epoch)
         order = self.order(start)
         order = _primed(order) if self._seekable else _secluded(order)
-        base, streams = key.base, key.streams
+        base, streams, collates = key.base, key.streams, self._collates
         if self._batched:
-            self._items = (KeyedIndices(b.indices, base, streams, b.number, b.first) for b in order)
+            self._items = (
+                KeyedIndices(b.indices, base, streams, b.number, b.first, collates) for b in order
+            )
         else:
             self._items = (KeyedIndex(b.indices, base, streams, b.first) for b in order)
         self.asked = False

@@ -185,12 +185,19 @@ class KeyedIndices(list[Any]):
         streams: which generators are seeded.
         batch: the batch's number in the pass.
         first: the position of its first sample in the pass.
+        collates: whether collating may draw, and is to have streams of its own.
     """
 
-    __slots__ = ("_base", "_batch", "_first", "_given", "_lap", "_streams")
+    __slots__ = ("_base", "_batch", "_collates", "_first", "_given", "_lap", "_streams")
 
     def __init__(
-        self, indices: Any, base: int, streams: tuple[str, ...], batch: int, first: int
+        self,
+        indices: Any,
+        base: int,
+        streams: tuple[str, ...],
+        batch: int,
+        first: int,
+        collates: bool = True,
     ) -> None:
         super().__init__(indices)
         self._given = None if isinstance(indices, list) else indices
@@ -198,6 +205,7 @@ class KeyedIndices(list[Any]):
         self._streams = streams
         self._batch = batch
         self._first = first
+        self._collates = collates
         self._lap = 0
 
     @property
@@ -220,7 +228,7 @@ class KeyedIndices(list[Any]):
                 seed(key)
             yield index
         # The loader collates next.
-        _enter(_mix(base, _COLLATE + self._batch), self._streams)
+        self._enter_collate(base)
 
     def enter(self) -> None:
         """Seeds the streams for the batch as a whole."""
@@ -228,11 +236,16 @@ class KeyedIndices(list[Any]):
 
     def enter_collate(self) -> None:
         """Seeds the streams for collating, after a dataset that has fetched the batch at once."""
-        _enter(_mix(self._next_base(), _COLLATE + self._batch), self._streams)
+        self._enter_collate(self._next_base())
+
+    def _enter_collate(self, base: int) -> None:
+        if self._collates:
+            _enter(_mix(base, _COLLATE + self._batch), self._streams)
 
     def __reduce__(self) -> tuple[Any, ...]:
         plain = list(super().__iter__()) if self._given is None else self._given
-        return KeyedIndices, (plain, self._base, self._streams, self._batch, self._first)
+        place = (self._base, self._streams, self._batch, self._first, self._collates)
+        return KeyedIndices, (plain, *place)
 
 
 class KeyedIndex(NamedTuple):
