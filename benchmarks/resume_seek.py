@@ -9,7 +9,6 @@ Each row has a process of its own, so that its peak of memory is its own. Linux 
 from __future__ import annotations
 
 import argparse
-import gc
 import multiprocessing
 import platform
 import sys
@@ -19,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -68,7 +66,6 @@ def loader(size: int, kind: Any = DataLoader, sampler: Any = None) -> Any:
 
 def timed(first_batch: Callable[[], Any]) -> tuple[float, float]:
     """Returns the seconds of a call, and the MiB that the process's peak grew by."""
-    gc.collect()
     before, started = peak_memory(), time.perf_counter()
     first_batch()
     seconds = time.perf_counter() - started
@@ -77,13 +74,6 @@ def timed(first_batch: Callable[[], Any]) -> tuple[float, float]:
 
 def terminate(engine: Any, batch: Any) -> None:
     engine.terminate()
-
-
-def warm_up() -> None:
-    """Does once, on little data, what a first call loads and compiles."""
-    engine = DeterministicEngine(terminate)
-    engine.run(loader(100))
-    np.arange(3)
 
 
 def ours(size: int, sampler: Any = None) -> tuple[float, float]:
@@ -166,7 +156,9 @@ JOBS: dict[str, Callable[[int], tuple[float, float]]] = {
 
 def measure(name: str, size: int) -> Row:
     torch.set_num_threads(1)
-    warm_up()
+    for _ in range(5):
+        # What a first call loads, on little data.
+        JOBS[name](1000)
     seconds, added = JOBS[name](size)
     return Row(name, size, seconds, peak_memory(), added)
 
