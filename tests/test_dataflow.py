@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 from dataflow_cases import CASES
 from dataflow_objects import (
+    BATCH,
     SIZE,
     EagerSampler,
     GrowingBatches,
@@ -41,6 +43,7 @@ from crosstrain.engine import (
     DeterministicEngine,
     Events,
     PermutationSampler,
+    ResumeWarning,
     manual_seed,
 )
 
@@ -325,6 +328,31 @@ def test_a_run_left_by_an_exception_goes_on_with_the_next_batch(
             data = loader(workers=workers, shuffle=True) if new_loader else data
     assert seen == wanted
     assert failed == [3, 6, 7]
+
+
+@pytest.mark.parametrize("kind", ["loader", "loader, workers", "stream", "list", "iterator"])
+def test_after_terminate_the_data_goes_on_where_it_was(kind: str) -> None:
+    """The next run begins another epoch, and takes the next batches of the same passes."""
+
+    def make() -> Any:
+        if kind == "iterator":
+            return iter(list(IMAGES[:256].split(BATCH)))
+        return loader(workers=2, shuffle=True) if kind == "loader, workers" else DATA[kind]
+
+    def run(*stops: int) -> list[str]:
+        seen: list[str] = []
+        engine = DeterministicEngine(lambda _, batch: seen.append(digest(batch)), seed=4)
+        data = make()
+        for stop in stops:
+            engine.add_event_handler(
+                Events.ITERATION_COMPLETED(once=stop), lambda: engine.terminate()
+            )
+            engine.run(data, max_epochs=20, epoch_length=4)
+        return seen
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResumeWarning)
+        assert run(2, 7, 9, 16) == run(16)
 
 
 def test_a_longer_limit_goes_on_as_one_run() -> None:

@@ -238,3 +238,66 @@ def test_a_state_from_between_iterations_is_exact(event: Any) -> None:
         resumed.load_state_dict(saved)
         resumed.run(numbers(20))
         assert record.rows == wanted.after(saved["iteration"])
+
+
+# ---------------------------------------------------------------------- what is owed
+
+
+def resumed_events(state: dict[str, Any]) -> list[tuple[str, int, int]]:
+    """The events that a resumed run fires before its first batch, with epoch and iteration."""
+    engine = DeterministicEngine(lambda engine, batch: None, backends.get("cpu").open())
+    fired: list[tuple[str, int, int]] = []
+
+    def note(name: str) -> None:
+        fired.append((name, engine.state.epoch, engine.state.iteration))
+
+    for event in Events:
+        if event is not Events.EXCEPTION_RAISED:
+            engine.add_event_handler(event, lambda *_, name=event.name, **__: note(name))
+    engine.load_state_dict(state)
+    engine.run(numbers(20))
+    names = [name for name, _, _ in fired]
+    return fired[: names.index("ITERATION_STARTED") if "ITERATION_STARTED" in names else None]
+
+
+def test_a_state_of_an_epochs_last_iteration_owes_the_epochs_end() -> None:
+    _, states, _ = trained()
+    assert resumed_events(states[5]) == [
+        ("STARTED", 0, 5),
+        ("EPOCH_STARTED", 1, 5),
+        ("EPOCH_COMPLETED", 1, 5),
+        ("EPOCH_STARTED", 2, 5),
+        ("GET_BATCH_STARTED", 2, 5),
+        ("DATALOADER_STOP_ITERATION", 2, 5),
+        ("GET_BATCH_COMPLETED", 2, 5),
+    ]
+    # And where the run ends with it.
+    assert [name for name, _, _ in resumed_events(states[10])] == [
+        "STARTED",
+        "EPOCH_STARTED",
+        "EPOCH_COMPLETED",
+        "COMPLETED",
+    ]
+
+
+@pytest.mark.parametrize("quietly", [False, True])
+def test_a_state_in_which_the_epoch_was_to_end_ends_it(quietly: bool) -> None:
+    states: list[Any] = []
+    engine = DeterministicEngine(lambda engine, batch: None, backends.get("cpu").open(), seed=2)
+
+    @engine.on(Events.ITERATION_COMPLETED(once=3))
+    def end_and_save() -> None:
+        engine.terminate_epoch(skip_epoch_completed=quietly)
+        states.append(engine.state_dict())
+
+    engine.run(numbers(20), max_epochs=2)
+    completed = [] if quietly else [("EPOCH_COMPLETED", 1, 3)]
+    assert resumed_events(states[0]) == [
+        ("STARTED", 0, 3),
+        ("EPOCH_STARTED", 1, 3),
+        ("TERMINATE_SINGLE_EPOCH", 1, 3),
+        *completed,
+        ("EPOCH_STARTED", 2, 3),
+        ("GET_BATCH_STARTED", 2, 3),
+        ("GET_BATCH_COMPLETED", 2, 3),
+    ]
