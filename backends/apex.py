@@ -122,7 +122,7 @@ class ApexBackend(CudaBackend):
             self._adopt(optimizer)
         made: list[Any] = [*models, *optimizers]
         new = {id(old): initialised for old, initialised in zip(given, made, strict=True)}
-        return tuple(new[id(thing)] for thing in objects)
+        return self._shared(tuple(new[id(thing)] for thing in objects))
 
     def _is_known(
         self, models: Sequence[torch.nn.Module], optimizers: Sequence[torch.optim.Optimizer]

@@ -14,6 +14,7 @@ from .cuda_devices import absence, installed_devices, needed_capability
 from .cuda_flags import deterministic_kernels, tensor_float_32
 from .errors import BackendError, BackendUnavailable, Missing
 from .placement import map_tensors
+from .process_group import join
 from .protocol import Availability
 from .torch_backend import TorchBackend
 
@@ -40,6 +41,7 @@ class CudaBackend(TorchBackend):
     options: ClassVar[tuple[str, ...]] = ("fp32", "tf32")
     name = "cuda"
     device = torch.device("cuda")
+    transport = "nccl"
 
     def __init__(
         self, option: str | None = None, scaler: GradScaler | None = None, index: int | None = None
@@ -89,6 +91,9 @@ class CudaBackend(TorchBackend):
         stack.enter_context(torch.cuda.device(self.device))
         stack.enter_context(tensor_float_32(self.option == "tf32"))
         self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+
+    def _join(self, stack: ExitStack) -> None:
+        join(self.world, self.transport, stack, self.device)
 
     def put(self, batch: Any) -> Any:
         """Returns the batch with every tensor in it on the GPU, copied on a stream of its own."""

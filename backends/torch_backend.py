@@ -14,6 +14,7 @@ from .errors import BackendError, UnknownBackend
 from .placement import map_tensors
 from .precision import DTYPES, Precision
 from .preparation import place, sort_objects
+from .process_group import join, replicate, without_reduction
 from .protocol import Availability, StepResult, World
 
 __all__ = ["TorchBackend"]
@@ -36,6 +37,8 @@ class TorchBackend:
     options: ClassVar[tuple[str, ...]] = ("fp32",)
     name: str = ""
     device = torch.device("cpu")
+    #: What the processes of a world talk over, as torch names it.
+    transport: ClassVar[str] = "gloo"
 
     def __init__(self, option: str | None = None, scaler: GradScaler | None = None) -> None:
         self.option = self.options[0] if option is None else option
@@ -61,24 +64,25 @@ class TorchBackend:
         return Availability(True, versions={"torch": str(torch.__version__)})
 
     def open(self) -> Self:
-        """Reads the world and starts the device.
+        """Reads the world, starts the device and joins the process group, if there is one.
 
         Raises:
-            BackendError: if torchrun's variables are wrong, or ask for more than one process.
+            BackendError: if torchrun's variables are wrong, or the process group does not come
+                together.
             BackendUnavailable: if the device does not start.
         """
         if self._opened is not None:
             return self
         self.world = World.from_environment()
-        if self.world.size > 1:
-            raise BackendError(
-                f"WORLD_SIZE={self.world.size}: crosstrain does not train in several processes "
-                "yet, and each would silently train alone on all of the data. Run one process."
-            )
         with ExitStack() as stack:
             self._start(stack)
+            self._join(stack)
             self._opened = stack.pop_all()
         return self
+
+    def _join(self, stack: ExitStack) -> None:
+        """Joins the process group; what is pushed to the stack is undone by `close`."""
+        join(self.world, self.transport, stack)
 
     def _start(self, stack: ExitStack) -> None:
         """Starts the device; what is pushed to the stack is undone by `close`."""
@@ -98,13 +102,23 @@ class TorchBackend:
     def prepare(self, *objects: Any) -> tuple[Any, ...]:
         """Places models on the device, in place, and has optimizers follow their parameters.
 
+        In a world of several processes, models that come with optimizers are returned wrapped in
+        DistributedDataParallel, if they have anything to train.
+
         Raises:
             TypeError: if an object is neither a model nor an optimizer.
-            BackendError: if an optimizer holds a parameter that is not on the device after it.
+            BackendError: if an optimizer holds a parameter that is not on the device after it, or
+                the processes' models differ.
         """
         models, optimizers = sort_objects(objects)
         place(models, optimizers, self.device)
-        return objects
+        return self._shared(objects) if optimizers else objects
+
+    def _shared(self, objects: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Returns the objects with each model that is trained wrapped to share its gradients."""
+        if self.world.size == 1:
+            return objects
+        return tuple(replicate(one, self.device) if _is_trained(one) else one for one in objects)
 
     def put(self, batch: Any) -> Any:
         """Returns the batch with every tensor in it on the device, its structure unchanged."""
@@ -123,8 +137,10 @@ class TorchBackend:
         return self.precision.autocast()
 
     def accumulating(self, model: Any) -> AbstractContextManager[Any]:
-        """Returns an empty context: one process has no gradients to reduce."""
-        return nullcontext()
+        """Returns a context in which gradients are not shared; empty in one process."""
+        if self.world.size == 1:
+            return nullcontext()
+        return without_reduction(model)
 
     def backward(self, loss: torch.Tensor, optimizer: Any) -> None:
         """Runs the backward pass of a loss of one element, scaled where the precision asks for it.
@@ -190,3 +206,12 @@ class TorchBackend:
             BackendError: if only one side scales the loss.
         """
         self.precision.load_state_dict(state)
+
+
+def _is_trained(thing: Any) -> bool:
+    """Tells whether a thing is a model that has parameters to train and does not share them yet."""
+    return (
+        isinstance(thing, torch.nn.Module)
+        and not isinstance(thing, torch.nn.parallel.DistributedDataParallel)
+        and any(parameter.requires_grad for parameter in thing.parameters())
+    )

@@ -43,6 +43,8 @@ class TpuBackend(TorchBackend):
 
     options = ("fp32", "bf16")
     name = "tpu"
+    # Whoever starts the processes calls torch.tpu.distributed.set_tpu_launch_env() before it.
+    transport = "tpu_dist"
 
     def __init__(self, option: str | None = None, scaler: GradScaler | None = None) -> None:
         found = self.probe(option)

@@ -87,6 +87,14 @@ class XlaBackend(TorchBackend):
             stack.callback(_set_precision, _set_precision("highest"))
         self._boundary_state = self._read_state()
 
+    def _join(self, stack: ExitStack) -> None:
+        if self.world.size > 1:
+            raise BackendError(
+                f"WORLD_SIZE={self.world.size}: the backend 'xla' trains in one process. On the "
+                "CPU torch_xla's collective operations do nothing between processes, silently: "
+                "each would train alone. Run one process; it can drive several devices."
+            )
+
     def batches(self, data: Iterable[Any]) -> Iterator[Any]:
         """Iterates over the data, each batch on the device, sent while the last step still runs.
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.distributed
+from torch.nn.parallel import DistributedDataParallel
 
 from crosstrain.backends import World
 
-__all__ = ["this_rank", "world_size"]
+__all__ = ["this_rank", "unshared", "world_size"]
 
 
 def this_rank() -> int:
@@ -21,3 +24,11 @@ def world_size() -> int:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_world_size()
     return World.from_environment().size
+
+
+def unshared(value: Any) -> Any:
+    """Returns the model whose gradients a `DistributedDataParallel` shares; others as they are."""
+    if not isinstance(value, DistributedDataParallel):
+        return value
+    wrapper: Any = value
+    return wrapper.module

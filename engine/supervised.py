@@ -12,6 +12,7 @@ from .assembly import Device, LossFunction, open_backend, prepare, step_options
 from .deterministic import DeterministicEngine
 from .engine import Engine
 from .evaluation_step import EvaluationStep, prediction
+from .ranks import unshared
 from .step_options import is_many
 from .training_step import TrainingStep
 
@@ -98,8 +99,8 @@ def create_supervised_trainer(
 
 def _named(name: str, value: Any) -> dict[str, Any]:
     if not is_many(value):
-        return {name: value}
-    return {f"{name}_{index}": item for index, item in enumerate(value)}
+        return {name: unshared(value)}
+    return {f"{name}_{index}": unshared(item) for index, item in enumerate(value)}
 
 
 def create_supervised_evaluator(

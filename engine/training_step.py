@@ -14,6 +14,7 @@ from . import gradients
 from .engine import Engine
 from .events import EventEnum, Events
 from .progress import is_done
+from .ranks import unshared
 from .step_checks import check_trainable, refuse_loss
 from .step_options import StepOptions, several
 
@@ -108,7 +109,7 @@ class TrainingStep:
         options: StepOptions | None = None,
     ) -> None:
         self.model = model
-        self.models: list[torch.nn.Module] = several(model)
+        self.models: list[torch.nn.Module] = [unshared(one) for one in several(model)]
         self.optimizer = optimizer
         self.optimizers: list[torch.optim.Optimizer] = several(optimizer)
         self.loss_fn = loss_fn

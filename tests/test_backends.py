@@ -59,7 +59,7 @@ def test_a_world_that_contradicts_itself_is_refused(values: tuple[str, ...]) -> 
 
 
 @pytest.mark.parametrize("spec", ["cpu", "cpu:fp16"])
-def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch, spec: str) -> None:
+def test_a_world_without_an_address_is_refused(monkeypatch: pytest.MonkeyPatch, spec: str) -> None:
     for name, value in zip(TORCHRUN, ("0", "0", "2"), strict=True):
         monkeypatch.setenv(name, value)
     with pytest.raises(BackendError, match="WORLD_SIZE=2"):

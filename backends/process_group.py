@@ -1,0 +1,176 @@
+"""The process group: joining and leaving torch's, and models that share their gradients in it."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, ExitStack
+from datetime import timedelta
+from typing import Any, Final
+
+import torch
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+
+from .errors import BackendError
+from .protocol import World
+
+__all__ = ["join", "replicate", "without_reduction"]
+
+# torchrun sets these beside RANK, LOCAL_RANK and WORLD_SIZE.
+_ADDRESS: Final = ("MASTER_ADDR", "MASTER_PORT")
+
+
+def join(
+    world: World, transport: str, stack: ExitStack, device: torch.device | None = None
+) -> None:
+    """Joins the process group of a world of several processes; waits for all of them.
+
+    A group that the script has joined already is used, and left to the script to leave.
+
+    Args:
+        world: which process of how many this is.
+        transport: torch's name of the group's backend, such as `gloo`.
+        stack: what is pushed to it leaves the group.
+        device: the device that the transport works on, where it works on one only.
+
+    Raises:
+        BackendError: if torchrun's address is not set, the group does not come together, or the
+            script has joined another one.
+    """
+    if world.size == 1:
+        return
+    if distributed.is_initialized():
+        _check_joined(world, transport)
+        return
+    missing = [name for name in _ADDRESS if name not in os.environ]
+    if missing:
+        raise BackendError(
+            f"{', '.join(missing)} is not set, but WORLD_SIZE={world.size}. torchrun sets it; "
+            "start with torchrun, or unset WORLD_SIZE to run in one process."
+        )
+    if not distributed.is_backend_available(transport):
+        raise BackendError(
+            f"This build of torch {torch.__version__} has no process groups over '{transport}', "
+            f"and WORLD_SIZE={world.size}. Install one that has, or run one process."
+        )
+    timeout = timedelta(seconds=_timeout())
+    try:
+        distributed.init_process_group(
+            transport, rank=world.rank, world_size=world.size, timeout=timeout, device_id=device
+        )
+    except (distributed.DistError, RuntimeError, ValueError) as error:
+        raise BackendError(
+            f"Rank {world.rank} of {world.size} could not join the process group at "
+            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: {error}. All processes "
+            "have to start within the timeout and reach that address; start them with torchrun."
+        ) from error
+    stack.callback(_leave)
+
+
+def _timeout() -> float:
+    """Returns the seconds after which a collective that a rank is missing from fails."""
+    text = os.environ.get("CROSSTRAIN_TIMEOUT", "1800")
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise BackendError(
+            f"CROSSTRAIN_TIMEOUT={text!r} is no number of seconds above 0, after which a "
+            "collective operation that a process is missing from fails; leave it unset for 1800."
+        )
+    return seconds
+
+
+def _check_joined(world: World, transport: str) -> None:
+    rank, size = distributed.get_rank(), distributed.get_world_size()
+    if (rank, size) != (world.rank, world.size):
+        raise BackendError(
+            f"The process group that the script has joined has this process as rank {rank} of "
+            f"{size}, but RANK and WORLD_SIZE say {world.rank} of {world.size}. Let the backend "
+            "join it, or call init_process_group() without rank and size."
+        )
+    joined = str(distributed.get_backend())
+    # A group of several transports, such as 'cpu:gloo,cuda:nccl', serves each of its devices.
+    if transport not in joined and joined != "undefined":
+        raise BackendError(
+            f"The process group that the script has joined works over '{joined}', and this "
+            f"backend needs '{transport}'. Let the backend join it."
+        )
+
+
+def _leave() -> None:
+    # The script may have left it already.
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+class _Layout(torch.nn.Module):
+    """Stands in for a model while its gradients are laid out: uses each parameter, in order."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self) -> torch.Tensor:
+        """Returns zero, made from all parameters."""
+        parts = [p.sum().real.float() * 0.0 for p in self.model.parameters() if p.requires_grad]
+        return torch.stack(parts).sum()
+
+
+def replicate(
+    model: torch.nn.Module, device: torch.device, **settings: Any
+) -> DistributedDataParallel:
+    """Returns a model whose copies in all processes get the mean of their gradients.
+
+    DistributedDataParallel groups gradients into buckets, and groups them anew after its first
+    backward pass, by the order in which they came. What a sum of floats comes to depends on where
+    in a bucket it is, so a run that is resumed would differ from one that never stopped in that
+    pass. Here the buckets are laid out before the training, from the last parameter to the first,
+    by two passes that change nothing; they are then the same in every process's life.
+
+    Args:
+        model: the model, on its device. All processes take rank 0's parameters and buffers.
+        device: the device.
+        **settings: passed to DistributedDataParallel.
+
+    Raises:
+        BackendError: if the processes' models differ in the number or shapes of their parameters.
+    """
+    fixed = settings.get("find_unused_parameters", False) or _has_sparse_gradients(model)
+    whole: Any = model if fixed else _Layout(model)
+    try:
+        wrapped = DistributedDataParallel(
+            whole, device_ids=None if device.type == "cpu" else [device], **settings
+        )
+    except RuntimeError as error:
+        raise BackendError(
+            f"The processes cannot share the gradients of their {type(model).__name__}: {error}. "
+            "Build the same model in every process."
+        ) from error
+    if not fixed:
+        for _ in range(2):
+            # The second finds them laid out anew, and is the last that does.
+            wrapped().backward()
+        for parameter in model.parameters():
+            parameter.grad = None
+        wrapped.module = model
+    return wrapped
+
+
+def _has_sparse_gradients(model: torch.nn.Module) -> bool:
+    return any(getattr(module, "sparse", False) for module in model.modules())
+
+
+def without_reduction(model: Any) -> AbstractContextManager[Any]:
+    """Returns the context of a backward pass whose gradients stay in their process.
+
+    Args:
+        model: a model, or a list of several.
+    """
+    models: list[Any] = [model] if isinstance(model, torch.nn.Module) else list(model)
+    stack = ExitStack()
+    for one in models:
+        if isinstance(one, DistributedDataParallel):
+            stack.enter_context(one.no_sync())
+    return stack
