@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import time
 from contextlib import AbstractContextManager, ExitStack
 from datetime import timedelta
 from typing import Any, Final
@@ -16,6 +18,7 @@ from .protocol import World
 
 __all__ = ["join", "replicate", "without_reduction"]
 
+_PAUSE: Final = 0.05  # seconds
 # torchrun sets these beside RANK, LOCAL_RANK and WORLD_SIZE.
 _ADDRESS: Final = ("MASTER_ADDR", "MASTER_PORT")
 
@@ -64,6 +67,9 @@ def join(
             f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: {error}. All processes "
             "have to start within the timeout and reach that address; start them with torchrun."
         ) from error
+    # A factory's backend is often left open: then the group is left where the interpreter ends.
+    atexit.register(_leave)
+    stack.callback(atexit.unregister, _leave)
     stack.callback(_leave)
 
 
@@ -103,6 +109,10 @@ def _leave() -> None:
     # The script may have left it already.
     if distributed.is_initialized():
         distributed.destroy_process_group()
+    # The group's threads drop what a backward pass gave them under the interpreter's lock. One that
+    # still waits for it when the interpreter ends takes the process down with SIGABRT, which
+    # happened to one of some dozens of processes: here it gets the lock.
+    time.sleep(_PAUSE)
 
 
 class _Layout(torch.nn.Module):
