@@ -7,19 +7,14 @@ on from its last checkpoint when it is started again with the same folder.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import random
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy
 import torch
-from sklearn import datasets as _datasets  # type: ignore[import-untyped]  # pyright: ignore[reportMissingTypeStubs]
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from crosstrain.engine import (
     Events,
@@ -30,76 +25,10 @@ from crosstrain.engine import (
     resume_or_start,
 )
 
-__all__ = ["DigitsDataset", "digest", "digits_network", "main", "train"]
+from .digests import digest
+from .digits import DigitsDataset, digits_network
 
-_TRAINING_SAMPLES = 1437
-
-
-class DigitsDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """The 1,797 handwritten digits that scikit-learn ships: float32 images (1, 8, 8) from 0 to 1.
-
-    Args:
-        training: whether to take the first 1,437, randomly shifted, brightened and blurred by
-            noise, or the other 360 as they are.
-    """
-
-    def __init__(self, training: bool) -> None:
-        images, labels = cast("Any", _datasets).load_digits(return_X_y=True)
-        part = slice(None, _TRAINING_SAMPLES) if training else slice(_TRAINING_SAMPLES, None)
-        self.images = torch.tensor(images[part], dtype=torch.float32).view(-1, 1, 8, 8) / 16
-        self.labels = torch.tensor(labels[part])
-        self.training = training
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        image = self.images[index]
-        if self.training:
-            # One of each kind of generator, as real augmentation libraries use them.
-            shift = (random.randint(-1, 1), random.randint(-1, 1))
-            image = torch.roll(image, shift, (1, 2)) * float(numpy.random.uniform(0.8, 1.2))
-            image = image + 0.05 * torch.randn(1, 8, 8)
-        return image, self.labels[index]
-
-
-def digits_network() -> nn.Module:
-    """Returns a convolutional network with batch norm and dropout, for images (1, 8, 8)."""
-    return nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1),
-        nn.BatchNorm2d(16),
-        nn.ReLU(),
-        nn.Conv2d(16, 32, 3, padding=1),
-        nn.BatchNorm2d(32),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Dropout(0.25),
-        nn.Linear(512, 10),
-    )
-
-
-def digest(value: Any) -> str:
-    """Returns 16 hexadecimal digits that differ wherever two nests of tensors differ in a bit."""
-    found = hashlib.sha256()
-
-    def add(item: Any) -> None:
-        if isinstance(item, torch.Tensor):
-            found.update(f"{item.dtype}{tuple(item.shape)}".encode())
-            found.update(item.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-        elif isinstance(item, Mapping):
-            named: Mapping[Any, Any] = item  # pyright: ignore[reportUnknownVariableType]
-            for key in sorted(named, key=str):
-                found.update(str(key).encode())
-                add(named[key])
-        elif isinstance(item, (list, tuple)):
-            for part in cast("Sequence[Any]", item):
-                add(part)
-        else:
-            found.update(repr(item).encode())
-
-    add(value)
-    return found.hexdigest()[:16]
+__all__ = ["main", "train"]
 
 
 def train(backend: str, epochs: int, workers: int, folder: Path, every: int) -> dict[str, Any]:

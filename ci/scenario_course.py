@@ -1,0 +1,164 @@
+"""What a run of a scenario did over all its processes, and how two runs compare; without torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["Course", "deviation", "first_difference", "first_distance", "losses_of"]
+
+# What is compared of an iteration, what depends on it after what it depends on.
+_THINGS = (
+    "epoch",
+    "batch",
+    "loss",
+    "skipped steps",
+    "weights",
+    "optimizer",
+    "loss scale",
+    "random states",
+)
+
+
+@dataclass
+class Course:
+    """What a run did.
+
+    Args:
+        rows: by iteration, what its process said of it; of the last process that did it.
+        end: the digest of each part of the state that the run has come to, by name.
+        length: the iterations of an epoch.
+        environment: the conditions that the trainer's state names.
+        resumed_from: from which iteration each process but the first went on; None: from none.
+        kills: how many processes were killed with SIGKILL.
+        stops: how many saved and ended upon SIGTERM.
+        repeated: iterations that two processes did, and differently, each as a sentence.
+    """
+
+    rows: dict[int, dict[str, Any]] = field(default_factory=dict[int, dict[str, Any]])
+    end: dict[str, str] = field(default_factory=dict[str, str])
+    length: int = 0
+    environment: dict[str, Any] = field(default_factory=dict[str, Any])
+    resumed_from: list[int | None] = field(default_factory=list[int | None])
+    kills: int = 0
+    stops: int = 0
+    repeated: list[str] = field(default_factory=list[str])
+
+    @property
+    def total(self) -> int:
+        """How many iterations the run has."""
+        return max(self.rows, default=0)
+
+    def take(self, line: Mapping[str, Any]) -> None:
+        """Keeps what a process said of an iteration, of its beginning or of the run's end."""
+        if "iteration" in line:
+            row = dict(line)
+            iteration: int = row["iteration"]
+            before = self.rows.get(iteration)
+            thing = None if before is None else _differing(before, row, _THINGS)
+            if before is not None and thing is not None:
+                self.repeated.append(
+                    f"Iteration {iteration} was done again after an interruption, and its {thing} "
+                    f"differs: {_shown(thing, before)}, then {_shown(thing, row)}."
+                )
+            self.rows[iteration] = row
+        elif "end" in line:
+            self.end, self.length = dict(line["end"]), line["length"] or 0
+            self.environment = dict(line["environment"])
+
+
+def _differing(
+    left: Mapping[str, Any], right: Mapping[str, Any], things: Iterable[str]
+) -> str | None:
+    return next((name for name in things if left.get(name) != right.get(name)), None)
+
+
+def _shown(thing: str, row: Mapping[str, Any]) -> str:
+    value = row.get(thing)
+    number = _loss(row) if thing == "loss" else None
+    return str(value) if number is None else f"{number!r}"
+
+
+def first_difference(straight: Course, resumed: Course) -> str:
+    """Returns the first thing that differs in a bit between two runs, as a sentence; "" if none."""
+    found = _in_rows(straight, resumed, _THINGS)
+    if found:
+        return found
+    if resumed.repeated:
+        return resumed.repeated[0]
+    names = [
+        name
+        for name in {**straight.end, **resumed.end}
+        if straight.end.get(name) != resumed.end.get(name)
+    ]
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        return f"At the end differ: {', '.join(names[:3])}{more}."
+    return ""
+
+
+def first_distance(straight: Course, resumed: Course, tolerance: float | None) -> str:
+    """Returns where two runs on different backends are further apart than they may be; "" if not.
+
+    Args:
+        straight: a run.
+        resumed: the other.
+        tolerance: by how much losses may differ; None: by any number.
+
+    Returns:
+        A sentence that names the first iteration. Epochs and batches must not differ in a bit.
+    """
+    found = _in_rows(straight, resumed, ("epoch", "batch"))
+    if found or tolerance is None:
+        return found
+    for iteration, row in sorted(straight.rows.items()):
+        ours, theirs = _loss(row), _loss(resumed.rows[iteration])
+        if ours is None or theirs is None:
+            continue
+        # Written so that nan, which is no number, is too far.
+        if not abs(ours - theirs) <= tolerance:
+            return (
+                f"Iteration {iteration}: the losses are {abs(ours - theirs):.3g} apart, "
+                f"{ours:.6g} in the run on one backend and {theirs:.6g} in the ported one; "
+                f"the tolerance is {tolerance:g}."
+            )
+    return ""
+
+
+def _in_rows(straight: Course, resumed: Course, things: Iterable[str]) -> str:
+    for iteration in sorted({*straight.rows, *resumed.rows}):
+        left, right = straight.rows.get(iteration), resumed.rows.get(iteration)
+        if left is None or right is None:
+            lacks = "resumed run" if right is None else "run that was never stopped"
+            return f"The {lacks} did not do iteration {iteration}."
+        thing = _differing(left, right, things)
+        if thing is not None:
+            return (
+                f"Iteration {iteration}: the {thing} differs: {_shown(thing, left)} in the run "
+                f"that was never stopped, {_shown(thing, right)} in the resumed one."
+            )
+    return ""
+
+
+def _loss(row: Mapping[str, Any]) -> float | None:
+    """Returns an iteration's loss; None where the training's output is no number."""
+    try:
+        return float.fromhex(row["loss"]) if row["scalar"] else None
+    except ValueError:
+        return None
+
+
+def losses_of(course: Course) -> tuple[float, ...]:
+    """Returns the losses in their order; empty where the training's output is no number."""
+    found = [_loss(row) for _, row in sorted(course.rows.items())]
+    return tuple(loss for loss in found if loss is not None) if None not in found else ()
+
+
+def deviation(straight: Course, resumed: Course) -> float:
+    """Returns by how much the losses of two runs differ at most; nan where one is no number."""
+    pairs = list(zip(losses_of(straight), losses_of(resumed), strict=False))
+    # Two that are both nan or both infinite do not differ.
+    apart = [0.0 if repr(a) == repr(b) else abs(a - b) for a, b in pairs]
+    return math.nan if any(map(math.isnan, apart)) else max(apart, default=0.0)

@@ -1,0 +1,138 @@
+"""The trainings of the scenarios: small real networks on handwritten digits, one for each trait."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from crosstrain.backends import Backend
+from crosstrain.engine import Engine, StepEvents, create_supervised_trainer
+
+from .digits import DigitsDataset, digits_network
+
+
+class Training(NamedTuple):
+    trainer: Engine
+    data: Any
+    max_epochs: int
+    to_save: dict[str, Any]
+
+
+__all__ = ["OVERFLOWS", "TRAININGS", "Builder"]
+
+# Takes an opened backend and the number of the loader's workers.
+Builder = Callable[[Backend, int], Training]
+
+_EPOCHS = 2
+# Eight batches an epoch, of which the last is smaller.
+_SAMPLES, _BATCH = 120, 16
+
+#: The iterations in which the training `overflowing` makes its gradients overflow.
+OVERFLOWS = (4, 12)
+
+
+def _data(workers: int) -> DataLoader[Any]:
+    return DataLoader(
+        DigitsDataset(True, _SAMPLES), batch_size=_BATCH, shuffle=True, num_workers=workers
+    )
+
+
+def _perceptron() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+
+
+def _sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
+
+
+def _trainer(backend: Backend, model: Any, optimizer: Any, **options: Any) -> Engine:
+    loss_fn = options.pop("loss_fn", nn.functional.cross_entropy)
+    return create_supervised_trainer(
+        model, optimizer, loss_fn, backend=backend, deterministic=True, **options
+    )
+
+
+def _plain(backend: Backend, workers: int, **options: Any) -> Training:
+    """A network that draws no random numbers."""
+    model = _perceptron()
+    optimizer = _sgd(model)
+    trainer = _trainer(backend, model, optimizer, **options)
+    return Training(trainer, _data(workers), _EPOCHS, {"model": model, "optimizer": optimizer})
+
+
+def _accumulating(backend: Backend, workers: int) -> Training:
+    """Windows of 3 iterations: the third crosses the epochs, and the last one has 1."""
+    return _plain(backend, workers, gradient_accumulation_steps=3, max_norm=1.0)
+
+
+def _beyond_fp16(gradient: torch.Tensor) -> torch.Tensor:
+    return gradient * 2.0**14
+
+
+def _overflowing(backend: Backend, workers: int) -> Training:
+    """Gradients beyond the range of fp16 in two iterations, whose losses are those of others."""
+    held: list[Engine] = []
+
+    def loss_fn(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        if held[0].state.iteration in OVERFLOWS:
+            hooked: Any = found
+            hooked.register_hook(_beyond_fp16)
+        return nn.functional.cross_entropy(found, wanted)
+
+    training = _plain(backend, workers, loss_fn=loss_fn)
+    held.append(training.trainer)
+    return training
+
+
+def _two_optimizers(backend: Backend, workers: int) -> Training:
+    """Two networks in a row, one trained by SGD and one by AdamW."""
+    body = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU())
+    head = nn.Linear(32, 10)
+    first, second = _sgd(body), torch.optim.AdamW(head.parameters(), lr=1e-2)
+
+    def through(models: list[nn.Module], images: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = models[1](models[0](images))
+        return found
+
+    trainer = _trainer(backend, [body, head], [first, second], model_fn=through)
+    to_save = {"body": body, "head": head, "body_optimizer": first, "head_optimizer": second}
+    return Training(trainer, _data(workers), _EPOCHS, to_save)
+
+
+def _random_layers(backend: Backend, workers: int) -> Training:
+    """A convolutional network with batch norm and dropout, which draws on the device."""
+    model = digits_network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    trainer = _trainer(backend, model, optimizer)
+    return Training(trainer, _data(workers), _EPOCHS, {"model": model, "optimizer": optimizer})
+
+
+def _scheduled(backend: Backend, workers: int) -> Training:
+    """A rate that rises for 5 steps, then falls along a cosine."""
+    training = _plain(backend, workers)
+    optimizer = training.to_save["optimizer"]
+    kinds = torch.optim.lr_scheduler
+    rising = kinds.LinearLR(optimizer, 0.1, total_iters=5)
+    falling = kinds.CosineAnnealingLR(optimizer, 11)
+    scheduler = kinds.SequentialLR(optimizer, [rising, falling], [5])
+    training.trainer.add_event_handler(StepEvents.OPTIM_STEP_APPLIED, lambda: scheduler.step())
+    to_save = {**training.to_save, "scheduler": scheduler}
+    return Training(training.trainer, training.data, _EPOCHS, to_save)
+
+
+#: By name, as orders give it.
+TRAININGS: Mapping[str, Builder] = MappingProxyType(
+    {
+        "plain": _plain,
+        "accumulating": _accumulating,
+        "overflowing": _overflowing,
+        "two_optimizers": _two_optimizers,
+        "random_layers": _random_layers,
+        "scheduled": _scheduled,
+    }
+)
