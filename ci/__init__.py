@@ -12,3 +12,21 @@ if __name__ != "crosstrain.ci":
         "the repository root is on sys.path. Write `import crosstrain.ci` instead; if that fails, "
         "install the package first: `python -m pip install -e .`"
     )
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .target import Target, TargetError, Training
+
+__all__ = ["Target", "TargetError", "Training"]
+
+_HOMES = dict.fromkeys(("Target", "TargetError", "Training"), "target")
+
+
+def __getattr__(name: str) -> Any:
+    # On first use: the command line is imported through this package and must stay light.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
