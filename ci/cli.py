@@ -62,6 +62,10 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
             "show what a checkpoint holds and whether it is whole",
             "crosstrain.ci.inspect_checkpoint",
         ),
+        "matrix": Command(
+            "run every scenario on every backend and report it, or merge such reports",
+            "crosstrain.ci.matrix",
+        ),
     }
 )
 

@@ -10,7 +10,18 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypedDict, cast, get_args
 
-__all__ = ["STATUSES", "Figure", "Hardware", "InvalidOutcome", "Outcome", "Status", "as_number"]
+__all__ = [
+    "STATUSES",
+    "Figure",
+    "Hardware",
+    "InvalidOutcome",
+    "Outcome",
+    "Status",
+    "as_list",
+    "as_mapping",
+    "as_number",
+    "as_text",
+]
 
 Status = Literal["passed", "failed", "error", "timeout", "unavailable", "skipped"]
 STATUSES: tuple[Status, ...] = get_args(Status)
@@ -102,9 +113,7 @@ class Outcome:
         Raises:
             InvalidOutcome: if a key is missing or unknown, or a value is none of the legal ones.
         """
-        if not isinstance(value, Mapping):
-            raise InvalidOutcome(f"an outcome is a JSON object, not {type(value).__name__}")
-        found = cast("Mapping[str, Any]", value)
+        found = as_mapping(value, "an outcome")
         known = {one.name for one in fields(cls)}
         if unknown := sorted(map(str, found.keys() - known)):
             raise InvalidOutcome(f"unknown keys {unknown}; the keys are {sorted(known)}")
@@ -112,8 +121,8 @@ class Outcome:
             raise InvalidOutcome(f"missing keys {missing}")
         content = dict(found)
         for name in ("losses", "resumed_losses"):
-            content[name] = tuple(as_number(x, name) for x in _list(content[name], name))
-        figures = _mapping(content["figures"], "figures")
+            content[name] = tuple(as_number(x, name) for x in as_list(content[name], name))
+        figures = as_mapping(content["figures"], "figures")
         content["figures"] = {
             name: as_number(x, name) if x in _NON_FINITE else x for name, x in figures.items()
         }
@@ -173,11 +182,11 @@ def _encoded(value: Figure) -> Figure:
 
 def _check(outcome: Outcome) -> None:
     for name in ("spec", "scenario"):
-        if not _text(getattr(outcome, name), name):
+        if not as_text(getattr(outcome, name), name):
             raise InvalidOutcome(f"{name} is empty; it names the cell")
     if outcome.status not in STATUSES:
         raise InvalidOutcome(f"status {outcome.status!r} is none of {', '.join(STATUSES)}")
-    reason = _text(outcome.reason, "reason")
+    reason = as_text(outcome.reason, "reason")
     if (outcome.status == "passed") == bool(reason):
         raise InvalidOutcome(
             f"status {outcome.status!r} with reason {reason!r}: the reason is empty if the cell "
@@ -187,50 +196,55 @@ def _check(outcome: Outcome) -> None:
         raise InvalidOutcome(f"seconds: {outcome.seconds!r} is not a duration")
     for name in ("losses", "resumed_losses"):
         value: Any = getattr(outcome, name)
-        if not isinstance(value, tuple):
+        if not isinstance(cast("object", value), tuple):
             raise InvalidOutcome(f"{name} is a tuple of floats, not {type(value).__name__}")
-        for number in cast("tuple[Any, ...]", value):
+        numbers: tuple[Any, ...] = value
+        for number in numbers:
             if not isinstance(number, float):
                 raise InvalidOutcome(f"{name}: {number!r} is not a float; write float(loss)")
-    for key, figure in _mapping(outcome.figures, "figures").items():
+    for key, figure in as_mapping(outcome.figures, "figures").items():
         if isinstance(figure, bool) or not isinstance(figure, (int, float, str)):
             raise InvalidOutcome(f"figures[{key!r}]: {figure!r} is not an int, a float or a str")
         if isinstance(figure, str) and figure in _NON_FINITE:
             raise InvalidOutcome(f"figures[{key!r}]: write float({figure!r}), not the string")
-    for key, version in _mapping(outcome.versions, "versions").items():
-        _text(version, f"versions[{key!r}]")
+    for key, version in as_mapping(outcome.versions, "versions").items():
+        as_text(version, f"versions[{key!r}]")
     if outcome.hardware is not None:
-        _check_hardware(_mapping(outcome.hardware, "hardware"))
+        _check_hardware(as_mapping(outcome.hardware, "hardware"))
 
 
 def _check_hardware(hardware: Mapping[str, Any]) -> None:
     legal = {"machine", "cores", "devices"}
     if set(hardware) != legal:
         raise InvalidOutcome(f"hardware has the keys {sorted(hardware)}, not {sorted(legal)}")
-    _text(hardware["machine"], "hardware['machine']")
+    as_text(hardware["machine"], "hardware['machine']")
     cores = hardware["cores"]
     if isinstance(cores, bool) or not isinstance(cores, int) or cores < 1:
         raise InvalidOutcome(f"hardware['cores']: {cores!r} is not a number of cores")
-    for device in _list(hardware["devices"], "hardware['devices']"):
-        _text(device, "hardware['devices']")
+    for device in as_list(hardware["devices"], "hardware['devices']"):
+        as_text(device, "hardware['devices']")
 
 
-def _text(value: Any, name: str) -> str:
+def as_text(value: Any, name: str) -> str:
+    """Returns a value if it is a str; otherwise raises `InvalidOutcome`, which names it."""
     if not isinstance(value, str):
         raise InvalidOutcome(f"{name}: {value!r} is not a str")
     return value
 
 
-def _list(value: Any, name: str) -> Sequence[Any]:
-    if not isinstance(value, (list, tuple)):
+def as_list(value: Any, name: str) -> Sequence[Any]:
+    """Returns a value if it is a list or a tuple; otherwise raises `InvalidOutcome`."""
+    if not isinstance(cast("object", value), (list, tuple)):
         raise InvalidOutcome(f"{name} is a list, not {type(value).__name__}")
-    return cast("Sequence[Any]", value)
+    found: Sequence[Any] = value
+    return found
 
 
-def _mapping(value: Any, name: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
+def as_mapping(value: Any, name: str) -> Mapping[str, Any]:
+    """Returns a value if it is a mapping from str; otherwise raises `InvalidOutcome`."""
+    if not isinstance(cast("object", value), Mapping):
         raise InvalidOutcome(f"{name} is an object, not {type(value).__name__}")
-    found = cast("Mapping[Any, Any]", value)
+    found: Mapping[Any, Any] = value
     for key in found:
-        _text(key, f"a key of {name}")
+        as_text(key, f"a key of {name}")
     return cast("Mapping[str, Any]", found)

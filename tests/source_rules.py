@@ -21,6 +21,8 @@ THIRD_PARTY = {
     "torch": ("backends/*.py", "engine/*.py", "ci/*.py"),
     "numpy": ("backends/*.py", "engine/*.py", "ci/*.py"),
     "rich": ("ci/*.py",),
+    "jinja2": ("ci/report*.py",),
+    "markupsafe": ("ci/report*.py",),
     "pytest": ("ci/*plugin*.py",),
     "matplotlib": ("ci/demo*.py",),
     "sklearn": ("ci/demo*.py",),

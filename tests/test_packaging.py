@@ -55,7 +55,7 @@ def tree_files(repo_root: Path) -> Iterator[str]:
             inside = path.relative_to(repo_root).as_posix()
             if inside.startswith("ci/typing/"):
                 continue
-            if path.suffix == ".py" or path.name == "py.typed":
+            if path.suffix in (".py", ".css", ".jinja") or path.name == "py.typed":
                 yield f"crosstrain/{inside}"
 
 

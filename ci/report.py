@@ -1,0 +1,282 @@
+"""The report of the hardware matrix: what ran where, and what became of it, as one JSON file.
+
+`docs/matrix.md` documents the schema. A report holds one run for each machine; `merged` puts the
+runs of several reports into one. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from .outcome import InvalidOutcome, Outcome, as_list, as_mapping, as_number, as_text
+
+__all__ = [
+    "BROKEN",
+    "FILE_NAME",
+    "SCHEMA",
+    "SCHEMA_VERSION",
+    "InvalidReport",
+    "Report",
+    "Run",
+    "merged",
+]
+
+SCHEMA = "crosstrain-matrix"
+SCHEMA_VERSION = 1
+FILE_NAME = "matrix.json"
+
+# Statuses that always make a matrix fail. `unavailable` does so only where it was required.
+BROKEN = frozenset({"failed", "error", "timeout"})
+
+
+class InvalidReport(ValueError):
+    """A file that holds no report: it says which, where it is wrong, and what is legal."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What one machine ran.
+
+    Args:
+        name: how the machine is called in the report.
+        started: when, as an ISO 8601 time in UTC.
+        seconds: how long it took.
+        interrupted: whether it was stopped before every cell had run.
+        target: the user's training, `module:function`; None for the scenarios' own.
+        backends: the specs, in the order of the columns.
+        required: those of them that had to be available.
+        scenarios: the scenarios' titles by their names, in the order of the rows.
+        machine: what the machine is, by name: host, platform, processor, cores, Python.
+        versions: the versions of the libraries, by name.
+        devices: the names of the devices of each spec.
+        outcomes: one for each cell that came to an end.
+    """
+
+    name: str
+    started: str
+    seconds: float
+    interrupted: bool = False
+    target: str | None = None
+    backends: tuple[str, ...]
+    required: tuple[str, ...] = ()
+    scenarios: Mapping[str, str]
+    machine: Mapping[str, str]
+    versions: Mapping[str, str]
+    devices: Mapping[str, tuple[str, ...]]
+    outcomes: tuple[Outcome, ...]
+
+    def outcome(self, spec: str, scenario: str) -> Outcome | None:
+        """Returns what became of a cell, or None if it did not run."""
+        found = (one for one in self.outcomes if (one.spec, one.scenario) == (spec, scenario))
+        return next(found, None)
+
+    def missing(self) -> list[str]:
+        """Returns the required specs that could not run."""
+        absent = {one.spec for one in self.outcomes if one.status == "unavailable"}
+        return [spec for spec in self.required if spec in absent]
+
+    def is_broken(self, outcome: Outcome) -> bool:
+        """Tells whether a cell's outcome makes the matrix fail."""
+        required = outcome.spec in self.required
+        return outcome.status in BROKEN or (outcome.status == "unavailable" and required)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the run as plain values, of which `json.dumps` makes valid JSON."""
+        return {
+            "name": self.name,
+            "started": self.started,
+            "seconds": self.seconds,
+            "interrupted": self.interrupted,
+            "target": self.target,
+            "backends": list(self.backends),
+            "required": list(self.required),
+            "scenarios": [{"name": name, "title": t} for name, t in self.scenarios.items()],
+            "machine": dict(self.machine),
+            "versions": dict(self.versions),
+            "devices": {spec: list(names) for spec, names in self.devices.items()},
+            "outcomes": [outcome.to_json() for outcome in self.outcomes],
+        }
+
+    @classmethod
+    def from_json(cls, value: Any) -> Run:
+        """Returns the run that `to_json` wrote.
+
+        Raises:
+            ValueError: if a key is missing or unknown, or a value is none of the legal ones.
+        """
+        found = as_mapping(value, "a run")
+        _keys(found, {one.name for one in fields(cls)}, "a run")
+        interrupted, target = found["interrupted"], found["target"]
+        if not isinstance(interrupted, bool):
+            raise InvalidReport(f"interrupted: {interrupted!r} is not true or false")
+        run = cls(
+            name=as_text(found["name"], "name"),
+            started=as_text(found["started"], "started"),
+            seconds=as_number(found["seconds"], "seconds"),
+            interrupted=interrupted,
+            target=None if target is None else as_text(target, "target"),
+            backends=_texts(found["backends"], "backends"),
+            required=_texts(found["required"], "required"),
+            scenarios=_titles(found["scenarios"]),
+            machine=_words(found["machine"], "machine"),
+            versions=_words(found["versions"], "versions"),
+            devices={
+                spec: _texts(names, f"devices[{spec!r}]")
+                for spec, names in as_mapping(found["devices"], "devices").items()
+            },
+            outcomes=tuple(map(Outcome.from_json, as_list(found["outcomes"], "outcomes"))),
+        )
+        _check_cells(run)
+        return run
+
+
+@dataclass(frozen=True)
+class Report:
+    """The runs of one machine or several.
+
+    Args:
+        runs: the runs; their names differ.
+    """
+
+    runs: tuple[Run, ...]
+
+    def broken(self) -> list[tuple[Run, Outcome]]:
+        """Returns the cells that make the matrix fail, with the run that each is of."""
+        return [(run, one) for run in self.runs for one in run.outcomes if run.is_broken(one)]
+
+    def scenarios(self) -> dict[str, str]:
+        """Returns the scenarios of all runs, title by name, each in the order of its first run."""
+        return {name: title for run in reversed(self.runs) for name, title in run.scenarios.items()}
+
+    def write(self, folder: str | os.PathLike[str]) -> Path:
+        """Writes `matrix.json`, whole or not at all.
+
+        Args:
+            folder: where to; it is made if need be.
+
+        Returns:
+            The file.
+        """
+        target = Path(folder) / FILE_NAME
+        target.parent.mkdir(parents=True, exist_ok=True)
+        content = {
+            "schema": SCHEMA,
+            "version": SCHEMA_VERSION,
+            "runs": [run.to_json() for run in self.runs],
+        }
+        beside = target.with_name(f".{FILE_NAME}.{os.getpid()}")
+        beside.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        beside.replace(target)
+        return target
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Report:
+        """Returns the report of a file, checked.
+
+        Args:
+            path: a `matrix.json`, or the folder that holds it.
+
+        Raises:
+            InvalidReport: if there is none, or it breaks the schema; the message names the file.
+        """
+        file = Path(path)
+        file = file / FILE_NAME if file.is_dir() else file
+        try:
+            content = as_mapping(json.loads(file.read_text(encoding="utf-8")), "a report")
+            return cls._from_json(content)
+        except OSError as error:
+            raise InvalidReport(
+                f"{file}: {error.strerror}; name a folder that `crosstrain matrix --report` wrote, "
+                f"or its {FILE_NAME}"
+            ) from error
+        except ValueError as error:
+            raise InvalidReport(f"{file}: {error}") from error
+
+    @classmethod
+    def _from_json(cls, content: Mapping[str, Any]) -> Report:
+        if content.get("schema") != SCHEMA:
+            raise InvalidReport(f"schema {content.get('schema')!r} is not {SCHEMA!r}")
+        if content.get("version") != SCHEMA_VERSION:
+            raise InvalidReport(
+                f"version {content.get('version')!r} of the schema; this crosstrain reads version "
+                f"{SCHEMA_VERSION}: write and merge with the same crosstrain"
+            )
+        _keys(content, {"schema", "version", "runs"}, "a report")
+        runs = tuple(map(Run.from_json, as_list(content["runs"], "runs")))
+        names = [run.name for run in runs]
+        if len(set(names)) < len(names):
+            raise InvalidReport(f"runs of one name: {names}")
+        return cls(runs)
+
+
+def merged(reports: Iterable[Report]) -> Report:
+    """Returns one report with the runs of several.
+
+    Runs keep their order. Where names meet, `(2)`, `(3)` ... are appended. A run that is in two
+    reports, such as one that was merged before, is taken once.
+
+    Args:
+        reports: the reports.
+    """
+    runs: list[Run] = []
+    contents: set[str] = set()
+    names: set[str] = set()
+    for run in (run for report in reports for run in report.runs):
+        content = json.dumps(run.to_json(), sort_keys=True)
+        if content in contents:
+            continue
+        contents.add(content)
+        name, count = run.name, 1
+        while name in names:
+            count += 1
+            name = f"{run.name} ({count})"
+        names.add(name)
+        runs.append(replace(run, name=name))
+    return Report(tuple(runs))
+
+
+def _keys(found: Mapping[str, Any], known: set[str], what: str) -> None:
+    if unknown := sorted(found.keys() - known):
+        raise InvalidReport(f"{what}: unknown keys {unknown}; the keys are {sorted(known)}")
+    if missing := sorted(known - found.keys()):
+        raise InvalidReport(f"{what}: missing keys {missing}")
+
+
+def _texts(value: Any, name: str) -> tuple[str, ...]:
+    return tuple(as_text(one, name) for one in as_list(value, name))
+
+
+def _words(value: Any, name: str) -> dict[str, str]:
+    found = as_mapping(value, name).items()
+    return {key: as_text(word, f"{name}[{key!r}]") for key, word in found}
+
+
+def _titles(value: Any) -> dict[str, str]:
+    titles: dict[str, str] = {}
+    for one in as_list(value, "scenarios"):
+        found = as_mapping(one, "scenarios")
+        _keys(found, {"name", "title"}, "a scenario")
+        titles[as_text(found["name"], "name")] = as_text(found["title"], "title")
+    return titles
+
+
+def _check_cells(run: Run) -> None:
+    seen: set[tuple[str, str]] = set()
+    for one in run.outcomes:
+        _one_of(one.spec, run.backends, "backends")
+        _one_of(one.scenario, list(run.scenarios), "scenarios")
+        if (one.spec, one.scenario) in seen:
+            raise InvalidOutcome(f"two outcomes of scenario {one.scenario!r} on {one.spec!r}")
+        seen.add((one.spec, one.scenario))
+    for spec in run.required:
+        _one_of(spec, run.backends, "backends")
+
+
+def _one_of(word: str, words: Sequence[str], name: str) -> None:
+    if word not in words:
+        raise InvalidReport(f"{word!r} is none of the run's {name}: {', '.join(words)}")
