@@ -66,7 +66,9 @@ def play_cell(
         play = Play(spec, Path(place), target, seed, scenario.processes)
         with play:
             try:
-                found = play.probe(spec)
+                found = play.probe()
+                if found["target_error"]:
+                    return outcome("error", found["target_error"], found)
                 if not found["ok"]:
                     return outcome("unavailable", f"{found['reason']} {found['remedy']}", found)
                 lacks = _lacks(scenario, found["capabilities"])

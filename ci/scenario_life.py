@@ -25,7 +25,8 @@ from crosstrain.engine import Events, manual_seed, resume_or_start
 
 from .digests import digest, leaf_digests
 from .scenario_order import Order
-from .scenario_trainings import TRAININGS, Training
+from .scenario_trainings import TRAININGS
+from .target import Target, TargetError, Training
 
 __all__ = ["main"]
 
@@ -112,13 +113,15 @@ def _train(order: Order, emit: Emit) -> int:
     resumed_from = trainer.state.iteration if run.resumed_from else None
     passed_over = [f"{one.path.name}: {one.reason}" for one in run.passed_over]
     emit({"begun": True, "resumed_from": resumed_from, "passed_over": passed_over})
-    trainer.run(training.data, max_epochs=training.max_epochs)
+    training.run()
     if run.stop_signal is None:
         emit(_ending(training))
     return run.exit_code
 
 
 def _build(order: Order) -> Training:
+    if order.target is not None:
+        return Target.parse(order.target).build(order.spec, order.workers or 0)
     # The networks are too small for several threads, and their number would change their bits.
     torch.set_num_threads(1)
     backend = get(order.spec).open()
@@ -146,8 +149,8 @@ def _ending(training: Training) -> dict[str, Any]:
     }
 
 
-def _probe(spec: str) -> dict[str, Any]:
-    """Returns what the probe of a backend says, and its capabilities."""
+def _probe(spec: str, target: str | None) -> dict[str, Any]:
+    """Returns what the probe of a backend says, its capabilities, and what a target can do."""
     found = probe(spec)
     answer: dict[str, Any] = {
         "ok": found.ok,
@@ -155,10 +158,15 @@ def _probe(spec: str) -> dict[str, Any]:
         "remedy": found.remedy,
         "versions": found.versions,
         "devices": found.devices,
-        "capabilities": [],
+        "capabilities": sorted(get(spec).capabilities) if found.ok else [],
+        "takes_workers": True,
+        "target_error": "",
     }
-    if found.ok:
-        answer["capabilities"] = sorted(get(spec).capabilities)
+    if found.ok and target is not None:
+        try:
+            answer["takes_workers"] = Target.parse(target).takes_workers()
+        except TargetError as error:
+            answer["target_error"] = str(error)
     return answer
 
 
@@ -196,7 +204,7 @@ def main() -> int:
     while True:
         order = orders.get()
         if "probe" in order:
-            emit(_probe(order["probe"]))
+            emit(_probe(order["probe"], order["target"]))
             continue
         try:
             return _train(Order(**order["train"]), emit)

@@ -64,6 +64,7 @@ class Play:
         self._processes = processes
         self._lives: list[Life] = []
         self._used = 0
+        self._takes_workers = True
 
     def __enter__(self) -> Self:
         return self
@@ -71,10 +72,24 @@ class Play:
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
 
-    def probe(self, spec: str) -> dict[str, Any]:
-        """Returns what a backend's probe says, in a process that will train later."""
+    def probe(self) -> dict[str, Any]:
+        """Returns what the backend's probe says, in a process that will train later."""
         self._start(1)
-        return self._lives[0].probe(spec)
+        found = self._lives[0].probe(self.spec, self.target)
+        self._takes_workers = found["takes_workers"]
+        return found
+
+    def need_workers(self) -> None:
+        """Makes sure that the number of workers can be changed.
+
+        Raises:
+            NotApplicable: if a user's training does not offer that.
+        """
+        if not self._takes_workers:
+            raise NotApplicable(
+                f"{self.target} has no argument `workers`, so it cannot be run with other numbers "
+                "of them."
+            )
 
     def _start(self, number: int) -> None:
         """Starts processes until there are so many: each imports torch while the others train."""

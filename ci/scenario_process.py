@@ -46,13 +46,13 @@ class Life:
                 start_new_session=True,
             )
 
-    def probe(self, spec: str) -> dict[str, Any]:
-        """Returns what the probe of a backend says, and its `capabilities`.
+    def probe(self, spec: str, target: str | None) -> dict[str, Any]:
+        """Returns what the probe of a backend says, its `capabilities`, and how a target looks.
 
         Raises:
             ScenarioFailed: if the process ends instead.
         """
-        self._send({"probe": spec})
+        self._send({"probe": spec, "target": target})
         assert self._process.stdout is not None
         answer = self._process.stdout.readline()
         if not answer:

@@ -4,24 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
 from crosstrain.backends import Backend
-from crosstrain.engine import Engine, StepEvents, create_supervised_trainer
+from crosstrain.engine import DeterministicEngine, StepEvents, create_supervised_trainer
 
 from .digits import DigitsDataset, digits_network
-
-
-class Training(NamedTuple):
-    trainer: Engine
-    data: Any
-    max_epochs: int
-    to_save: dict[str, Any]
-
+from .target import Training
 
 __all__ = ["OVERFLOWS", "TRAININGS", "Builder"]
 
@@ -50,11 +43,12 @@ def _sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
 
 
-def _trainer(backend: Backend, model: Any, optimizer: Any, **options: Any) -> Engine:
+def _trainer(backend: Backend, model: Any, optimizer: Any, **options: Any) -> DeterministicEngine:
     loss_fn = options.pop("loss_fn", nn.functional.cross_entropy)
-    return create_supervised_trainer(
+    trainer = create_supervised_trainer(
         model, optimizer, loss_fn, backend=backend, deterministic=True, **options
     )
+    return cast("DeterministicEngine", trainer)
 
 
 def _plain(backend: Backend, workers: int, **options: Any) -> Training:
@@ -76,7 +70,7 @@ def _beyond_fp16(gradient: torch.Tensor) -> torch.Tensor:
 
 def _overflowing(backend: Backend, workers: int) -> Training:
     """Gradients beyond the range of fp16 in two iterations, whose losses are those of others."""
-    held: list[Engine] = []
+    held: list[DeterministicEngine] = []
 
     def loss_fn(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
         if held[0].state.iteration in OVERFLOWS:

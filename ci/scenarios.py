@@ -81,6 +81,7 @@ def _sigkill(play: Play) -> Verdict:
 
 
 def _workers(play: Play) -> Verdict:
+    play.need_workers()
     play.begin(workers=0)
     play.stop(max(1, play.total * 3 // 8), workers=2)
     play.finish(workers=1)

@@ -25,7 +25,7 @@ THIRD_PARTY = {
     "markupsafe": ("ci/report*.py",),
     "pytest": ("ci/*plugin*.py",),
     "matplotlib": ("ci/demo*.py",),
-    "sklearn": ("ci/demo*.py",),
+    "sklearn": ("ci/digits.py",),
     "apex": ("backends/apex*.py",),
     "torch_xla": ("backends/xla*.py",),
     "torch_tpu": ("backends/tpu*.py",),
