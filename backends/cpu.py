@@ -16,10 +16,12 @@ __all__ = ["CpuBackend"]
 class CpuBackend(TorchBackend):
     """Trains on the CPU. `bf16` and `fp16` autocast; `fp16` scales the loss and skips overflows.
 
+    `fsdp` and `fsdp-...` shard models over the processes, see `Sharding`.
+
     The number of threads changes the bits of fp32 results: it is the caller's to keep.
     """
 
-    options = ("fp32", "bf16", "fp16")
+    options = ("fp32", "bf16", "fp16", "fsdp", "fsdp-bf16", "fsdp-fp16")
     name = "cpu"
     device = torch.device("cpu")
 

@@ -13,6 +13,7 @@ from torch.amp.grad_scaler import GradScaler
 from .cuda_devices import absence, installed_devices, needed_capability
 from .cuda_flags import deterministic_kernels, tensor_float_32
 from .errors import BackendError, BackendUnavailable, Missing
+from .fsdp import Sharding, arithmetic_of
 from .placement import map_tensors
 from .process_group import join
 from .protocol import Availability
@@ -26,31 +27,37 @@ class CudaBackend(TorchBackend):
 
     The GPU is the one of torchrun's LOCAL_RANK, or the first. A batch is copied from pinned memory
     on a stream of its own, beside the computation of the step before; nothing is read ahead of
-    what the training asks for, so a checkpoint's position is exact.
+    what the training asks for, so a checkpoint's position is exact. `fsdp` and `fsdp-...` shard
+    models over the processes.
 
     Args:
-        option: `fp32` or `tf32`.
+        option: one of `options`.
         scaler: a loss scaler, for a subclass with fp16.
         index: the GPU to use instead; it counts among those that CUDA_VISIBLE_DEVICES leaves.
+        sharding: see `TorchBackend`.
 
     Raises:
         UnknownBackend: if there is no such option.
         BackendUnavailable: if there is no GPU, or none that can do this.
     """
 
-    options: ClassVar[tuple[str, ...]] = ("fp32", "tf32")
+    options: ClassVar[tuple[str, ...]] = ("fp32", "tf32", "fsdp", "fsdp-tf32")
     name = "cuda"
     device = torch.device("cuda")
     transport = "nccl"
 
     def __init__(
-        self, option: str | None = None, scaler: GradScaler | None = None, index: int | None = None
+        self,
+        option: str | None = None,
+        scaler: GradScaler | None = None,
+        index: int | None = None,
+        sharding: Sharding | None = None,
     ) -> None:
         found = self.probe(option)
         if not found.ok and option in (None, *self.options):
             spec = f"{self.name}:{option or self.options[0]}"
             raise BackendUnavailable(spec, found.reason, found.remedy)
-        super().__init__(option, scaler)
+        super().__init__(option, scaler, sharding)
         self._index = index
         self._stream: torch.cuda.Stream | None = None
 
@@ -68,7 +75,7 @@ class CudaBackend(TorchBackend):
         versions["CUDA"] = str(torch.version.cuda)
         devices = installed_devices()
         names = [str(device) for device in devices]
-        needed = needed_capability(option or "")
+        needed = needed_capability(arithmetic_of(option or "", cls.options))
         if devices and all(device.capability < needed for device in devices):
             return Availability(False, *_too_old(str(option), "; ".join(names)), versions, names)
         return Availability(True, "", "", versions, names or [f"{torch.cuda.device_count()} GPUs"])
@@ -83,13 +90,13 @@ class CudaBackend(TorchBackend):
                 "one process a GPU, and look at CUDA_VISIBLE_DEVICES."
             )
         capability = torch.cuda.get_device_capability(index)
-        if capability < needed_capability(self.option):
+        if capability < needed_capability(self.arithmetic):
             name = torch.cuda.get_device_name(index)
             found = f"{name}, compute capability {capability[0]}.{capability[1]}"
             raise BackendUnavailable(f"{self.name}:{self.option}", *_too_old(self.option, found))
         self.device = torch.device("cuda", index)
         stack.enter_context(torch.cuda.device(self.device))
-        stack.enter_context(tensor_float_32(self.option == "tf32"))
+        stack.enter_context(tensor_float_32(self.arithmetic == "tf32"))
         self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
 
     def _join(self, stack: ExitStack) -> None:

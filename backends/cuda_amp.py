@@ -15,5 +15,5 @@ class CudaAmpBackend(CudaBackend):
     nothing back from the GPU; other optimizers wait once a step to learn of an overflow.
     """
 
-    options = ("fp16", "bf16")
+    options = ("fp16", "bf16", "fsdp", "fsdp-bf16")
     name = "cuda-amp"

@@ -253,3 +253,23 @@ def clip(optimizer: torch.optim.Optimizer, max_norm: float) -> torch.Tensor:
     """Clips the gradients of an optimizer to a total norm, and returns the norm before, unread."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    if any(hasattr(parameter, "full_tensor") for parameter in parameters):
+        return _clip_sharded(parameters, max_norm)
+
+
+def _clip_sharded(parameters: list[torch.Tensor], max_norm: float) -> torch.Tensor:
+    """Clips where the gradients are spread over processes: the norm is that of all their parts."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    # torch has no norm of tensors that are spread and tensors that are not; of one kind it has.
+    kinds: dict[Any, list[torch.Tensor]] = {}
+    for gradient in gradients:
+        kinds.setdefault(getattr(gradient, "device_mesh", None), []).append(gradient)
+    norms: list[torch.Tensor] = []
+    for alike in kinds.values():
+        norm: Any = torch.nn.utils.get_total_norm(alike)
+        norms.append(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    total = norms[0] if len(norms) == 1 else torch.nn.utils.get_total_norm(norms)
+    factor = (max_norm / (total + 1e-6)).clamp(max=1.0)  # the constant is torch's
+    for gradient in gradients:
+        gradient.mul_(factor.to(gradient.device))
+    return total

@@ -9,7 +9,7 @@ import torch
 
 from .errors import BackendError
 
-__all__ = ["place", "sort_objects"]
+__all__ = ["follow", "place", "sort_objects"]
 
 
 def sort_objects(
@@ -58,7 +58,7 @@ def place(
     for model in models:
         _move(model, device, moved)
     for optimizer in optimizers:
-        _follow(optimizer, moved)
+        follow(optimizer, moved)
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter.device.type != device.type:
@@ -83,7 +83,13 @@ def _move(
             moved[id(old)] = model.get_parameter(name)
 
 
-def _follow(optimizer: torch.optim.Optimizer, moved: dict[int, torch.nn.Parameter]) -> None:
+def follow(optimizer: torch.optim.Optimizer, moved: dict[int, torch.nn.Parameter]) -> None:
+    """Gives an optimizer the parameters that have taken the place of its own, with their states.
+
+    Args:
+        optimizer: the optimizer.
+        moved: the new parameters, by the ids of the old ones.
+    """
     changed = False
     for group in optimizer.param_groups:
         parameters: list[Any] = [moved.get(id(old), old) for old in group["params"]]

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .errors import BackendError
 from .protocol import World
 
-__all__ = ["join", "replicate", "without_reduction"]
+__all__ = ["join", "join_alone", "replicate", "timeout", "without_reduction"]
 
 _PAUSE: Final = 0.05  # seconds
 # torchrun sets these beside RANK, LOCAL_RANK and WORLD_SIZE.
@@ -56,10 +56,10 @@ def join(
             f"This build of torch {torch.__version__} has no process groups over '{transport}', "
             f"and WORLD_SIZE={world.size}. Install one that has, or run one process."
         )
-    timeout = timedelta(seconds=_timeout())
+    limit = timedelta(seconds=timeout())
     try:
         distributed.init_process_group(
-            transport, rank=world.rank, world_size=world.size, timeout=timeout, device_id=device
+            transport, rank=world.rank, world_size=world.size, timeout=limit, device_id=device
         )
     except (distributed.DistError, RuntimeError, ValueError) as error:
         raise BackendError(
@@ -67,14 +67,35 @@ def join(
             f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: {error}. All processes "
             "have to start within the timeout and reach that address; start them with torchrun."
         ) from error
+    _leave_later(stack)
+
+
+def join_alone(transport: str, stack: ExitStack) -> None:
+    """Makes a process group of this process, for what needs one; uses one that is there.
+
+    Args:
+        transport: torch's name of the group's backend.
+        stack: what is pushed to it leaves the group.
+    """
+    if not distributed.is_initialized():
+        store = distributed.HashStore()  # type: ignore[attr-defined]
+        distributed.init_process_group(transport, store=store, rank=0, world_size=1)
+        _leave_later(stack)
+
+
+def _leave_later(stack: ExitStack) -> None:
     # A factory's backend is often left open: then the group is left where the interpreter ends.
     atexit.register(_leave)
     stack.callback(atexit.unregister, _leave)
     stack.callback(_leave)
 
 
-def _timeout() -> float:
-    """Returns the seconds after which a collective that a rank is missing from fails."""
+def timeout() -> float:
+    """Returns the seconds after which a collective that a rank is missing from fails.
+
+    Raises:
+        BackendError: if CROSSTRAIN_TIMEOUT is no number above 0.
+    """
     text = os.environ.get("CROSSTRAIN_TIMEOUT", "1800")
     try:
         seconds = float(text)

@@ -10,7 +10,9 @@ from typing import Any, ClassVar, Self
 import torch
 from torch.amp.grad_scaler import GradScaler
 
+from . import fsdp
 from .errors import BackendError, UnknownBackend
+from .fsdp import Sharding
 from .placement import map_tensors
 from .precision import DTYPES, Precision
 from .preparation import place, sort_objects
@@ -28,10 +30,12 @@ class TorchBackend:
     Args:
         option: one of `options`; None: the first.
         scaler: a loss scaler to use in place of the default one.
+        sharding: how the options `fsdp` and `fsdp-...` shard models; None: the defaults.
 
     Raises:
         UnknownBackend: if there is no such option.
-        BackendError: if a loss scaler is given for a precision that is not fp16.
+        BackendError: if a loss scaler is given for a precision that is not fp16, or `sharding` for
+            an option that does not shard.
     """
 
     options: ClassVar[tuple[str, ...]] = ("fp32",)
@@ -40,14 +44,21 @@ class TorchBackend:
     #: What the processes of a world talk over, as torch names it.
     transport: ClassVar[str] = "gloo"
 
-    def __init__(self, option: str | None = None, scaler: GradScaler | None = None) -> None:
+    def __init__(
+        self,
+        option: str | None = None,
+        scaler: GradScaler | None = None,
+        sharding: Sharding | None = None,
+    ) -> None:
         self.option = self.options[0] if option is None else option
         if self.option not in self.options:
             raise UnknownBackend(
                 f"Backend '{self.name}' has no option '{self.option}'. Options: "
                 f"{', '.join(self.options)}."
             )
-        dtype = DTYPES.get(self.option)
+        #: The option without its sharding, such as `bf16` of `fsdp-bf16`.
+        self.arithmetic = fsdp.arithmetic_of(self.option, self.options)
+        dtype = DTYPES.get(self.arithmetic)
         if scaler is not None and dtype is not torch.float16:
             raise BackendError(
                 f"A loss scaler was given to '{self.name}:{self.option}', but only fp16 gradients "
@@ -55,8 +66,26 @@ class TorchBackend:
             )
         self.world = World()
         self._opened: ExitStack | None = None
+        self._mesh: Any = None
+        self._cast = dtype
+        self._sharding = self._checked_sharding(sharding)
+        if self._sharding is not None:
+            # FSDP casts parameters and inputs itself; what is left is the loss scale.
+            if dtype is torch.float16 and scaler is None:
+                scaler = GradScaler(self.device.type)
+            dtype = None
         self.precision = Precision(self.device.type, dtype, scaler)
         self.capabilities = frozenset({"loss_scaling"} if self.precision.scales else set[str]())
+
+    def _checked_sharding(self, sharding: Sharding | None) -> Sharding | None:
+        if fsdp.is_sharded(self.option):
+            return sharding or Sharding()
+        if sharding is not None:
+            raise BackendError(
+                f"sharding= was given to '{self.name}:{self.option}', which does not shard. Leave "
+                f"it out, or choose one of: {', '.join(filter(fsdp.is_sharded, self.options))}."
+            )
+        return None
 
     @classmethod
     def probe(cls, option: str | None = None) -> Availability:
@@ -77,6 +106,8 @@ class TorchBackend:
         with ExitStack() as stack:
             self._start(stack)
             self._join(stack)
+            if self._sharding is not None:
+                self._mesh = fsdp.open_mesh(self.world, self.device, self.transport, stack)
             self._opened = stack.pop_all()
         return self
 
@@ -103,7 +134,8 @@ class TorchBackend:
         """Places models on the device, in place, and has optimizers follow their parameters.
 
         In a world of several processes, models that come with optimizers are returned wrapped in
-        DistributedDataParallel, if they have anything to train.
+        DistributedDataParallel, if they have anything to train. The options `fsdp` and `fsdp-...`
+        shard them in place instead, also where there is one process.
 
         Raises:
             TypeError: if an object is neither a model nor an optimizer.
@@ -111,8 +143,21 @@ class TorchBackend:
                 the processes' models differ.
         """
         models, optimizers = sort_objects(objects)
+        if self._sharding is not None:
+            fsdp.check_filled(models)
         place(models, optimizers, self.device)
-        return self._shared(objects) if optimizers else objects
+        if not optimizers:
+            return objects
+        if self._sharding is None:
+            return self._shared(objects)
+        if self._mesh is None:
+            raise BackendError(
+                f"'{self.name}:{self.option}' has to be opened before it shards a model: use `with "
+                "get(...) as backend`, or call open()."
+            )
+        trained = [model for model in models if _is_trained(model)]
+        fsdp.shard(trained, optimizers, self._mesh, self._cast, self._sharding)
+        return objects
 
     def _shared(self, objects: tuple[Any, ...]) -> tuple[Any, ...]:
         """Returns the objects with each model that is trained wrapped to share its gradients."""
@@ -138,6 +183,8 @@ class TorchBackend:
 
     def accumulating(self, model: Any) -> AbstractContextManager[Any]:
         """Returns a context in which gradients are not shared; empty in one process."""
+        if self._sharding is not None:
+            return fsdp.unreduced(model) if self._sharding.no_sync else nullcontext()
         if self.world.size == 1:
             return nullcontext()
         return without_reduction(model)

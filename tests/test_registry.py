@@ -93,7 +93,7 @@ def test_an_unknown_option_suggests_the_nearest(spec: str, hint: str) -> None:
     assert f"(of spec '{spec}')" in message
     assert ("Did you mean" in message) == bool(hint)
     assert hint in message
-    assert "Options: fp32, bf16, fp16." in message
+    assert "Options: fp32, bf16, fp16, fsdp, fsdp-bf16, fsdp-fp16." in message
 
 
 @pytest.mark.parametrize("spec", ["cpu:nope", "null:nope"])
