@@ -357,5 +357,6 @@ def write_reports(report: Report, folder: Path) -> Path:
     report.write(folder)
     (folder / "junit.xml").write_bytes(junit(report))
     target = folder / "index.html"
-    target.write_text(page(report), encoding="utf-8")
+    # A reason may hold what a process printed, which need not be text.
+    target.write_text(page(report), encoding="utf-8", errors="replace")
     return target

@@ -114,10 +114,11 @@ def run_cells(plan: CellPlan, watcher: CellWatcher) -> Generator[Outcome]:
             time.sleep(_PERIOD)
             watcher.waited()
             for process in [one for one in running if one.is_over()]:
-                running.remove(process)
                 outcome = process.finish()
-                watcher.ended(outcome)
+                running.remove(process)
+                # First, so that what was shown as ended was also kept if Ctrl-C comes now.
                 yield outcome
+                watcher.ended(outcome)
     finally:
         for process in running:
             process.kill()
