@@ -49,9 +49,11 @@ from .global_step import global_step_from_engine
 from .loading import Latest
 from .manifest import Manifest
 from .model_checkpoint import ModelCheckpoint
+from .own_data import PerRank
 from .permutation import PermutationSampler
 from .progress import DataUsedUp, EmptyData
 from .resume import ResumableRun, resume_or_start
+from .shares import BatchShare, mean_over_ranks
 from .snapshot import ResumeWarning
 from .streams import SampleStreams, current_sample
 from .supervised import create_supervised_evaluator, create_supervised_trainer
@@ -59,6 +61,7 @@ from .training_step import StepEvents, StepOptions, TrainingStep
 
 __all__ = [
     "BaseSaveHandler",
+    "BatchShare",
     "CallableEventWithFilter",
     "Checkpoint",
     "CheckpointBusy",
@@ -84,6 +87,7 @@ __all__ = [
     "Latest",
     "Manifest",
     "ModelCheckpoint",
+    "PerRank",
     "PermutationSampler",
     "RemovableEventHandle",
     "ReproducibleBatchSampler",
@@ -100,6 +104,7 @@ __all__ = [
     "global_step_from_engine",
     "keep_random_state",
     "manual_seed",
+    "mean_over_ranks",
     "resume_or_start",
     "supervised_evaluation_step",
     "supervised_evaluation_step_amp",

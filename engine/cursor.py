@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
 
-from crosstrain.backends import random_state
+from crosstrain.backends import World, random_state
 
 from .dataflow import Dataflow, Iterate, NoData, ReplayedFlow, SequenceFlow, StatefulFlow
 from .mapflow import MapFlow
+from .own_data import is_map_style, is_own, not_dealt_out, own_data
 from .own_states import is_stateful
-from .sampling import is_iterable, is_loader
+from .sampling import is_loader
+from .shares import ALONE, BatchShare, counted, world_of
 from .snapshot import random_states_kept
-from .streams import StreamKey, seed_host
+from .streams import StreamKey, rank_seed, seed_host
 
 if TYPE_CHECKING:
     from crosstrain.backends import Backend
@@ -48,6 +51,9 @@ class Cursor:
         self.fetched = self.consumed = 0
         #: Whether a pass has been opened.
         self.opened = False
+        #: What this process has of the last batch; None where batches are not dealt out.
+        self.share: BatchShare | None = None
+        self._shares: deque[BatchShare] | None = None
         self._pass = self._exchanges = 0
         self._ended = False
 
@@ -61,6 +67,8 @@ class Cursor:
             self._ended = True
             raise
         self.fetched += 1
+        if self._shares is not None and self._flow is not None:
+            self.share = counted(self._shares, self._flow.data)
         return item
 
     @property
@@ -83,6 +91,8 @@ class Cursor:
     def go_to(self, position: Mapping[str, Any], data: Any, key: StreamKey) -> None:
         """Opens data at a position; leaves the global generators in any state.
 
+        A process that has no random states to restore then calls `seed_anew`.
+
         Args:
             position: what `position` returned.
             data: the data.
@@ -91,7 +101,7 @@ class Cursor:
         Raises:
             ValueError: if it is not the data that the position is in.
         """
-        flow = dataflow_of(data, self._iterate)
+        flow = self._flow_of(data)
         _check_data(position, flow.fingerprint())
         self._flow = flow
         self._pass, self._exchanges = position["pass"], position["exchanges"]
@@ -100,17 +110,17 @@ class Cursor:
 
     def go_to_pass(self, number: int, batch: int, data: Any, key: StreamKey) -> None:
         """Opens data at a batch of a pass, as if this run had not had it before."""
-        self._flow = dataflow_of(data, self._iterate)
+        self._flow = self._flow_of(data)
         self._pass, self.consumed = number, batch
         self._open(key, None, True)
 
     def open(self, data: Any, key: StreamKey) -> None:
         """Opens data where the run is in it: at its beginning, or where it has paused."""
         before, state = self._flow, None
-        if before is None or before.data is not data:
+        if before is None or before.data is not own_data(data):
             if before is not None:
                 before.close()
-            self._flow = dataflow_of(data, self._iterate)
+            self._flow = self._flow_of(data)
         assert self._flow is not None
         if self.opened and before is not None:
             # Other data of the same kind, given to the second half of a run, goes on as well.
@@ -164,40 +174,84 @@ class Cursor:
                 self._open_flow(key, state)
             return
         seed = (key.seed + self._pass) % 2**63
+        self._seed(seed)
+        self._open_flow(key, state)
+        assert self._flow is not None
+        rank = world_of(self._backend).rank
+        if rank and not self._flow.owners:
+            # The order was drawn alike everywhere; what the training draws is to differ.
+            self._seed(rank_seed(seed, rank))
+
+    def seed_anew(self, key: StreamKey) -> None:
+        """Seeds host and device for going on at this position without the states of before.
+
+        They follow from the seed, the pass, the batch and the rank.
+        """
+        place = StreamKey(key.seed, self._pass, rank=world_of(self._backend).rank)
+        self._seed(place.seed_at(self.consumed))
+
+    def _seed(self, seed: int) -> None:
         # Every device's generators too.
         random_state.seed(seed)
         if self._backend is not None:
             self._backend.seed(seed)
-        self._open_flow(key, state)
 
     def _open_flow(self, key: StreamKey, state: Mapping[str, Any] | None) -> None:
-        assert self._flow is not None
-        seed_host((key.seed + self._pass) % 2**63)
-        self._iterator = self._flow.open(key._replace(epoch=self._pass), self.consumed, state)
+        flow = self._flow
+        assert flow is not None
+        rank = world_of(self._backend).rank if flow.owners else 0
+        key = key._replace(epoch=self._pass, rank=rank)
+        seed_host(key.host_seed)
+        self._iterator = flow.open(key, self.consumed, state)
+        self._shares, self.share = flow.shares, None
         self.fetched, self.opened, self._ended = self.consumed, True, False
 
+    def _flow_of(self, data: Any) -> Dataflow:
+        return dataflow_of(data, self._iterate, world_of(self._backend))
 
-def dataflow_of(data: Any, iterate: Iterate) -> Dataflow:
+
+def dataflow_of(data: Any, iterate: Iterate, world: World = ALONE) -> Dataflow:
     """Returns the dataflow for a kind of data.
 
     Args:
         data: what `Engine.run` was given; None for a run without data.
         iterate: makes an iterator of data that may be fetched ahead.
+        world: which process of how many this is.
+
+    Raises:
+        ValueError: if there are several processes, and the data can neither be dealt out to them
+            nor says that it is each one's own.
     """
     if data is None:
         return NoData(data)
-    dataset = data.dataset if is_loader(data) else None
-    if is_loader(data) and not is_iterable(dataset):
-        return MapFlow(data, iterate)
+    if world.size == 1:
+        return _flow(own_data(data), iterate, world)
+    if is_own(data, world):
+        flow = _flow(own_data(data), iterate, ALONE)
+        flow.owners = world.size
+        return flow
+    if not is_map_style(data):
+        raise ValueError(not_dealt_out(data, world))
+    return _flow(data, iterate, world)
+
+
+def _flow(data: Any, iterate: Iterate, world: World) -> Dataflow:
+    if is_map_style(data):
+        return MapFlow(data, iterate, world)
     if is_stateful(data):
         return StatefulFlow(data, data)
-    if is_loader(data) and data.num_workers == 0 and is_stateful(dataset):
-        return StatefulFlow(data, dataset)
+    if is_loader(data) and data.num_workers == 0 and is_stateful(data.dataset):
+        return StatefulFlow(data, data.dataset)
     return SequenceFlow(data, iterate) if _is_sequence(data) else ReplayedFlow(data)
 
 
 def _is_sequence(data: Any) -> bool:
     return isinstance(data, (Sequence, torch.Tensor, numpy.ndarray))
+
+
+def _owners(data: Mapping[str, Any]) -> str:
+    count = data.get("processes")
+    return "dealt out, or one process's" if count is None else f"own to each of {count}"
 
 
 def _check_data(position: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -206,6 +260,15 @@ def _check_data(position: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         return
     count = position["exchanges"]
     exchanged = f" after set_data() had exchanged the data {count} times" if count else ""
+    if then.get("processes") != now.get("processes"):
+        raise ValueError(
+            "A position in data that is each process's own, as with a DistributedSampler or "
+            "PerRank, holds for as many processes only. The state's data was "
+            f"{_owners(then)}; that given to run() is {_owners(now)}. Go on with the "
+            "data, and in as many processes, as it was written with. Batches of a DataLoader "
+            "without a DistributedSampler, which a DeterministicEngine deals out, go with any "
+            "number."
+        )
     names = sorted(name for name in {*then, *now} if then.get(name) != now.get(name))
     changes = [f"{name}: {then.get(name)!r} then, {now.get(name)!r} now" for name in names]
     raise ValueError(

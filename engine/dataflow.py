@@ -8,6 +8,7 @@ position), as far as the kind of data allows.
 from __future__ import annotations
 
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice, repeat
 from typing import Any, ClassVar
@@ -15,6 +16,7 @@ from typing import Any, ClassVar
 from .own_states import OwnStates
 from .progress import data_length
 from .sampling import is_loader, rebuilt
+from .shares import BatchShare
 from .snapshot import ResumeWarning
 from .streams import StreamKey
 
@@ -31,6 +33,8 @@ class Dataflow:
     """
 
     kind: ClassVar[str] = ""
+    #: Among how many processes this is the data of one only; 0 where all have the same.
+    owners = 0
 
     def __init__(self, data: Any) -> None:
         self.data = data
@@ -48,6 +52,11 @@ class Dataflow:
     def state(self) -> dict[str, Any]:
         """Returns what is needed to open this pass again, besides the key and the batch."""
         return {}
+
+    @property
+    def shares(self) -> deque[BatchShare] | None:
+        """What is this process's of each batch that is to be given; None: all of it."""
+        return None
 
     def end(self, batches: int, ended: bool) -> None:
         """Leaves the pass, after which another is opened.
@@ -68,6 +77,8 @@ class Dataflow:
             found["batches"] = length
         if is_loader(self.data):
             found["batch size"] = self.data.batch_size
+        if self.owners:
+            found["processes"] = self.owners
         return found
 
 

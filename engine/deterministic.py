@@ -13,12 +13,14 @@ import torch
 
 from crosstrain.backends import random_state
 
+from .agreed_seed import agreed_seed
 from .cursor import Cursor
 from .engine import Engine
 from .events import Events
 from .progress import data_length
 from .requests import END_EPOCH, QUIET_EPOCH
 from .sampling import ReproducibleBatchSampler, update_dataloader
+from .shares import BatchShare
 from .snapshot import (
     FORMAT,
     KEYS,
@@ -128,6 +130,11 @@ class DeterministicEngine(Engine):
         self.add_event_handler(Events.EPOCH_STARTED, _on_epoch_started)
         self.add_event_handler(Events.EPOCH_COMPLETED, _on_epoch_completed)
         self.add_event_handler(Events.COMPLETED, _on_completed)
+
+    @property
+    def share(self) -> BatchShare | None:
+        """What this process has of the batch; None in one process, and where data is its own."""
+        return self._cursor.share
 
     # ---------------------------------------------------------------- the state
 
@@ -354,8 +361,7 @@ def _at_beginning(snapshot: Mapping[str, Any]) -> bool:
 
 
 def _on_started(engine: Any) -> None:
-    if engine.state.seed is None:
-        engine.state.seed = int(torch.randint(0, int(1e9), (1,)).item())
+    engine.state.seed = agreed_seed(engine.state.seed, engine.backend)
 
 
 def _on_epoch_started(engine: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
+from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,14 +15,15 @@ from torch.utils.data import (
     default_collate,  # pyright: ignore[reportUnknownVariableType]
 )
 
-from crosstrain.backends import random_state
+from crosstrain.backends import World, random_state
 
 from .dataflow import Dataflow, Iterate
 from .own_states import OwnStates, generators_in
 from .progress import data_length
 from .sampling import KeyedSampler, rebuilt
+from .shares import ALONE, BatchShare, check_divisible
 from .snapshot import ResumeWarning
-from .streams import KeyedBatchDataset, KeyedDataset, StreamKey, leave
+from .streams import KeyedBatchDataset, KeyedDataset, StreamKey, leave, rank_seed
 
 __all__ = ["MapFlow"]
 
@@ -35,18 +37,24 @@ class MapFlow(Dataflow):
     Args:
         data: the loader.
         iterate: makes an iterator of a loader, such as a backend's `batches`.
+        world: among which processes each batch is dealt out.
+
+    Raises:
+        ValueError: if a batch has fewer samples than there are processes.
     """
 
     kind = "a DataLoader over a map-style dataset"
 
-    def __init__(self, data: Any, iterate: Iterate) -> None:
+    def __init__(self, data: Any, iterate: Iterate, world: World = ALONE) -> None:
         super().__init__(data)
-        self._iterate = iterate
+        self._iterate, self._world = iterate, world
         batched = data.batch_sampler is not None
         sampler = data.batch_sampler if batched else data.sampler
+        if batched:
+            check_divisible(getattr(sampler, "batch_size", None), world)
         # torch's own draws nothing.
         collates = data.collate_fn is not default_collate
-        self._sampler = KeyedSampler(sampler, batched, collates)
+        self._sampler = KeyedSampler(sampler, batched, collates, world)
         # The loader draws its workers' base seed from this one, and disturbs no other.
         self._base = torch.Generator()
         changes = {
@@ -87,9 +95,14 @@ class MapFlow(Dataflow):
         if not self._drawn:
             # The pass is over: no workers need to be started to learn that.
             return iter(())
-        self._base.manual_seed((key.seed + key.epoch) % 2**63)
+        self._base.manual_seed(rank_seed(key.host_seed, self._world.rank))
         iterator = self._checked(self._iterate(self._loader))
         return _Secluded(iterator, key.streams) if self._loader.num_workers == 0 else iterator
+
+    @property
+    def shares(self) -> deque[BatchShare] | None:
+        """What is this process's of each batch that is to be given; None: all of it."""
+        return self._sampler.shares
 
     def _draw_base_seed(self) -> None:
         # torch draws it first, whatever the number of workers, then the sampler's.

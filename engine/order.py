@@ -7,6 +7,7 @@ iterated over.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from typing import Any, Final, NamedTuple
@@ -21,12 +22,12 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
-__all__ = ["Batch", "batches_from", "computes_its_order", "is_seekable", "samples_from"]
+__all__ = ["Batch", "batches_from", "computes_its_order", "is_seekable", "pinned", "samples_from"]
 
 # How many indices are made Python integers at once: few at first, so that the first batch is there
 # soon.
 _FIRST_BLOCK: Final = 256
-_BLOCK: Final = 8192
+BLOCK: Final = 8192
 
 
 class Batch(NamedTuple):
@@ -40,6 +41,14 @@ class Batch(NamedTuple):
 def computes_its_order(sampler: Any) -> bool:
     """Tells whether a sampler gives any part of its order by `indices(start, stop)`."""
     return callable(getattr(sampler, "indices", None))
+
+
+def pinned(sampler: Any) -> Any:
+    """Returns a sampler that computes the order that this one has now, whatever becomes of it.
+
+    The sampler of a loader is told another epoch while an order of it is still being given.
+    """
+    return copy.copy(sampler)
 
 
 def is_seekable(sampler: Any) -> bool:
@@ -105,6 +114,7 @@ def _blocks_from(sampler: Any, start: int) -> Iterator[list[Any]]:
         for low, high in _spans(start, len(sampler.data_source)):
             yield list(range(low, high))
     elif kind not in _CHUNKS:
+        sampler = pinned(sampler)
         for low, high in _spans(start, len(sampler)):
             yield sampler.indices(low, high).tolist()
     else:
@@ -124,7 +134,7 @@ def _spans(start: int, stop: int) -> Iterator[tuple[int, int]]:
     size = _FIRST_BLOCK
     while start < stop:
         yield start, min(start + size, stop)
-        start, size = start + size, _BLOCK
+        start, size = start + size, BLOCK
 
 
 def _random(sampler: RandomSampler) -> Iterator[torch.Tensor]:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
-from typing import Any, Final, TypeGuard, cast
+from typing import Any, Final, TypeGuard, TypeVar, cast
 
+import numpy
+import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
-from crosstrain.backends import random_state
+from crosstrain.backends import World, random_state
 
 from .order import Batch, batches_from, computes_its_order, is_seekable, samples_from
+from .shares import ALONE, BatchShare, Dealt, deal, deal_spans
 from .streams import KeyedIndex, KeyedIndices, StreamKey
 
 __all__ = [
@@ -22,6 +26,8 @@ __all__ = [
     "rebuilt",
     "update_dataloader",
 ]
+
+T = TypeVar("T")
 
 # How many batches of a sampler of unknown type are drawn at once, under random states of its own.
 _AHEAD: Final = 64
@@ -68,10 +74,17 @@ class KeyedSampler:
         sampler: the loader's batch sampler, or its sampler where it does not batch.
         batched: whether it gives batches.
         collates: whether collating them may draw random numbers.
+        world: among which processes each batch is dealt out.
     """
 
-    def __init__(self, sampler: Any, batched: bool, collates: bool = True) -> None:
+    def __init__(
+        self, sampler: Any, batched: bool, collates: bool = True, world: World = ALONE
+    ) -> None:
         self.sampler = sampler
+        #: Of the batches that were asked for and not given yet: what is this process's; None where
+        #: nothing is dealt out.
+        self.shares: deque[BatchShare] | None = deque() if world.size > 1 else None
+        self._world = world
         #: The sampler of single samples, if there is one.
         self.inner: Any = getattr(sampler, "sampler", None) if batched else sampler
         #: Whether a loader has asked for the order of this pass.
@@ -91,9 +104,13 @@ class KeyedSampler:
         if computes_its_order(self.inner) and callable(getattr(self.inner, "set_epoch", None)):
             # An order that is computed from its epoch; it has no random state to tell passes apart.
             self.inner.set_epoch(key.epoch)
-        order = self.order(start)
-        order = _primed(order) if self._seekable else _secluded(order)
-        base, streams, collates = key.base, key.streams, self._collates
+        keys = key.base, key.streams, self._collates
+        if self.shares is not None:
+            self._items = self._dealt_out(start, keys)
+            self.asked = False
+            return
+        base, streams, collates = keys
+        order = self._opened(start)
         if self._batched:
             self._items = (
                 KeyedIndices(b.indices, base, streams, b.number, b.first, collates) for b in order
@@ -101,6 +118,19 @@ class KeyedSampler:
         else:
             self._items = (KeyedIndex(b.indices, base, streams, b.first) for b in order)
         self.asked = False
+
+    def _opened(self, start: int) -> Iterator[Batch]:
+        order = self.order(start)
+        return _primed(order) if self._seekable else _secluded(order)
+
+    def _dealt_out(self, start: int, keys: tuple[int, tuple[str, ...], bool]) -> Iterator[Any]:
+        # A new one: an iterator of an earlier pass may still have the old.
+        self.shares = deque()
+        if not self._batched:
+            return _noted(deal(_lists(self._opened(start)), self._world), self.shares, keys, False)
+        spans = deal_spans(self.sampler, start, self._world)
+        parts = deal(self._opened(start), self._world) if spans is None else _primed(spans)
+        return _noted(parts, self.shares, keys, True)
 
     def order(self, start: int) -> Iterator[Batch]:
         """Returns the order from a batch on; drawn when it is asked for, as torch draws it."""
@@ -116,12 +146,41 @@ class KeyedSampler:
         return len(self.sampler)
 
 
+def _noted(
+    parts: Iterator[Dealt],
+    shares: deque[BatchShare],
+    keys: tuple[int, tuple[str, ...], bool],
+    batched: bool,
+) -> Iterator[Any]:
+    """Yields keyed parts of batches, and notes what is in each."""
+    base, streams, collates = keys
+    for part in parts:
+        shares.append(part.share)
+        if batched:
+            place = (part.number, part.first, collates, part.offset)
+            yield KeyedIndices(part.indices, base, streams, *place)
+        else:
+            # Here positions count what the sampler gives, and not what is in it.
+            yield KeyedIndex(part.indices, base, streams, part.number, part.offset)
+
+
+def _lists(order: Iterator[Batch]) -> Iterator[Batch]:
+    for item in order:
+        if not isinstance(item.indices, (list, numpy.ndarray, torch.Tensor)):
+            raise ValueError(
+                "With batch_size=None this loader takes one sample an iteration, which cannot be "
+                "dealt out to several processes. Give it a batch_size of at least as many as there "
+                "are, or a sampler that gives lists of indices."
+            )
+        yield item
+
+
 def _singles(sampler: Any, start: int) -> Iterator[Batch]:
     for position, index in enumerate(samples_from(sampler, start), start):
         yield Batch(position, position, index)
 
 
-def _primed(order: Iterator[Batch]) -> Iterator[Batch]:
+def _primed(order: Iterator[T]) -> Iterator[T]:
     # Drawn now, while the generators are as they were seeded for this pass.
     return chain(list(islice(order, 1)), order)
 

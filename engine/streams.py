@@ -27,6 +27,7 @@ __all__ = [
     "StreamKey",
     "current_sample",
     "leave",
+    "rank_seed",
     "seed_host",
 ]
 
@@ -38,6 +39,8 @@ _FACTORS: Final = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 # Kept apart from the positions of samples, which are below them: a batch as a whole, its collation.
 _BATCH: Final = 1 << 61
 _COLLATE: Final = 1 << 62
+_RANK: Final = 1 << 60
+_ANEW: Final = 1 << 59
 # Below this many samples Python's integers are faster than NumPy's arrays.
 _FEW: Final = 32
 
@@ -100,6 +103,16 @@ def seed_host(seed: int) -> None:
         seeder(seed)
 
 
+def rank_seed(seed: int, rank: int) -> int:
+    """Returns another seed for each process; for rank 0, the seed itself.
+
+    Args:
+        seed: from 0 to 2**63 - 1.
+        rank: which process it is.
+    """
+    return _mix(_mix(seed), _RANK + rank) >> 1 if rank else seed
+
+
 def leave() -> None:
     """Says that no sample is being fetched in this thread any more."""
     _fetching.key = None
@@ -160,16 +173,28 @@ class StreamKey(NamedTuple):
         seed: the run's seed.
         epoch: which pass over the data it is, from 0.
         streams: which global generators are seeded: of `python`, `numpy`, `torch`.
+        rank: tells processes apart whose data is their own; 0 where data is dealt out.
     """
 
     seed: int
     epoch: int
     streams: tuple[str, ...] = ALL_STREAMS
+    rank: int = 0
 
     @property
     def base(self) -> int:
         """The 64 bits that all keys of the pass are made from."""
-        return _mix(_mix(self.seed & _MASK), self.epoch)
+        base = _mix(_mix(self.seed & _MASK), self.epoch)
+        return _mix(base, _RANK + self.rank) if self.rank else base
+
+    @property
+    def host_seed(self) -> int:
+        """What generators that a process draws from in this pass are seeded with."""
+        return rank_seed((self.seed + self.epoch) % 2**63, self.rank)
+
+    def seed_at(self, batch: int) -> int:
+        """Returns a seed that follows from the place of a batch in this pass."""
+        return _mix(self.base, _ANEW + batch) >> 1
 
 
 class KeyedIndices(list[Any]):
@@ -186,9 +211,10 @@ class KeyedIndices(list[Any]):
         batch: the batch's number in the pass.
         first: the position of its first sample in the pass.
         collates: whether collating may draw, and is to have streams of its own.
+        offset: the place of its first sample in the batch, where it is a process's part of one.
     """
 
-    __slots__ = ("_base", "_batch", "_collates", "_first", "_given", "_lap", "_streams")
+    __slots__ = ("_base", "_batch", "_collates", "_first", "_given", "_lap", "_offset", "_streams")
 
     def __init__(
         self,
@@ -198,6 +224,7 @@ class KeyedIndices(list[Any]):
         batch: int,
         first: int,
         collates: bool = True,
+        offset: int = 0,
     ) -> None:
         super().__init__(indices)
         self._given = None if isinstance(indices, list) else indices
@@ -206,6 +233,7 @@ class KeyedIndices(list[Any]):
         self._batch = batch
         self._first = first
         self._collates = collates
+        self._offset = offset
         self._lap = 0
 
     @property
@@ -232,7 +260,7 @@ class KeyedIndices(list[Any]):
 
     def enter(self) -> None:
         """Seeds the streams for the batch as a whole."""
-        _enter(_mix(self._base, _BATCH + self._batch), self._streams)
+        _enter(self._of_part(_mix(self._base, _BATCH + self._batch)), self._streams)
 
     def enter_collate(self) -> None:
         """Seeds the streams for collating, after a dataset that has fetched the batch at once."""
@@ -240,25 +268,34 @@ class KeyedIndices(list[Any]):
 
     def _enter_collate(self, base: int) -> None:
         if self._collates:
-            _enter(_mix(base, _COLLATE + self._batch), self._streams)
+            _enter(self._of_part(_mix(base, _COLLATE + self._batch)), self._streams)
+
+    def _of_part(self, key: int) -> int:
+        # Other samples are to have other numbers; the first part has those of the whole batch.
+        return _mix(key, self._offset) if self._offset else key
 
     def __reduce__(self) -> tuple[Any, ...]:
         plain = list(super().__iter__()) if self._given is None else self._given
-        place = (self._base, self._streams, self._batch, self._first, self._collates)
+        place = (self._base, self._streams, self._batch, self._first, self._collates, self._offset)
         return KeyedIndices, (plain, *place)
 
 
 class KeyedIndex(NamedTuple):
-    """The index of a sample that is fetched alone, without a batch (`batch_size=None`)."""
+    """The index of a sample that is fetched alone, without a batch (`batch_size=None`).
+
+    It may be a list of indices; then `offset` tells the parts of several processes apart.
+    """
 
     index: Any
     base: int
     streams: tuple[str, ...]
     position: int
+    offset: int = 0
 
     def enter(self) -> None:
         """Seeds the streams for the sample."""
-        _enter(_mix(self.base, self.position), self.streams)
+        key = _mix(self.base, self.position)
+        _enter(_mix(key, self.offset) if self.offset else key, self.streams)
 
 
 class KeyedDataset:

@@ -13,10 +13,13 @@ from torch import Tensor
 from . import gradients
 from .engine import Engine
 from .events import EventEnum, Events
+from .own_data import check_own
 from .progress import is_done
 from .ranks import unshared
+from .shares import deals_out, share_of
 from .step_checks import check_trainable, refuse_loss
 from .step_options import StepOptions, several
+from .weighting import average, weighted
 
 if TYPE_CHECKING:
     from crosstrain.backends import Backend, StepResult
@@ -88,6 +91,9 @@ class TrainingStep:
     Where an iteration fails after its backward pass has begun, the gradients of its window are not
     those of whole iterations: they are dropped, and the next iteration begins a window.
 
+    In several processes each loss is the mean over this process's part of the global batch. Where a
+    `DeterministicEngine` has dealt a batch out unevenly, its gradients are weighted by the counts.
+
     Args:
         model: a model, or several.
         optimizer: an optimizer, or several; all are stepped at the end of a window.
@@ -126,6 +132,9 @@ class TrainingStep:
         self._loaded = False
         # The modules that train() puts into training mode.
         self._training: Iterable[Any] = _UNKNOWN
+        # Several processes share the gradients; the data that was seen not to be the same in all.
+        self._many = backend.world.size > 1
+        self._own_data: Any = None
         self._engine: Callable[[], Engine | None] = _no_engine
         self._engines: weakref.WeakSet[Engine] = weakref.WeakSet()
         self._listeners: _Listeners
@@ -179,6 +188,8 @@ class TrainingStep:
         self._training = _UNKNOWN
         if self._engine() is not engine:
             return
+        if self._many:
+            self._check_data(engine)
         if engine.state.iteration == 0 and not self._loaded:
             # The window that a failed run left behind is no part of this one.
             self._begin_anew()
@@ -194,6 +205,8 @@ class TrainingStep:
             return
         # The window is shorter than was planned: each loss was divided by too much.
         gradients.rescale(self.optimizers, self._planned / self._filled)
+        if self._many:
+            average(several(self.model), self.optimizers)
         self._filled = 0
         self._step(engine)
         self.backend.sync()
@@ -205,11 +218,13 @@ class TrainingStep:
 
         Raises:
             ValueError: if the batch is no pair, or the loss is not a tensor of one element that
-                depends on the model.
+                depends on the model; or if all processes would train on the same data.
             BackendError: if an optimizer has no gradient.
         """
         if self._engine() is not engine:
             self.attach(engine)
+        if self._many and self._own_data is not engine.state.dataloader:
+            self._check_data(engine)
         for module in self._training:
             if not module.training:
                 self._train()
@@ -227,7 +242,11 @@ class TrainingStep:
         # Nothing is in the window until the iteration is whole: what raises from here on drops it.
         self._filled = 0
         try:
-            self._backward(engine, loss, filled)
+            if self._many:
+                with weighted(loss, share_of(engine), self.models) as part:
+                    self._backward(engine, part, filled)
+            else:
+                self._backward(engine, loss, filled)
             if filled == self._planned:
                 self._step(engine)
                 filled = 0
@@ -250,6 +269,12 @@ class TrainingStep:
         # A model whose train() leaves a part in evaluation mode, such as a frozen batch norm, means
         # it so.
         self._training = [m for model in self.models for m in model.modules() if m.training]
+
+    def _check_data(self, engine: Engine) -> None:
+        data = engine.state.dataloader
+        if not deals_out(engine):
+            check_own(data, self.backend.world)
+        self._own_data = data
 
     def _open_window(self, engine: Engine) -> None:
         self._loaded = False

@@ -20,6 +20,7 @@ from torch.utils.data import (
 )
 
 from crosstrain.engine import (
+    DeterministicEngine,
     PermutationSampler,
     ReproducibleBatchSampler,
     manual_seed,
@@ -117,3 +118,15 @@ def test_update_dataloader_refuses_what_has_no_batch_sampler(
 ) -> None:
     with pytest.raises(TypeError, match=named):
         update_dataloader(make(), [[0]])
+
+
+def test_computed_order_of_each_pass() -> None:
+    """Every pass over data larger than a block has the whole order of its own epoch."""
+    size, passes = 3 * 8192, 3
+    sampler = PermutationSampler(size, seed=4)
+    given: list[int] = []
+    engine = DeterministicEngine(lambda engine, batch: given.extend(batch.tolist()), seed=1)
+    engine.run(DataLoader(torch.arange(size), 512, sampler=sampler), max_epochs=passes)
+    for epoch in range(passes):
+        sampler.set_epoch(epoch)
+        assert given[epoch * size : (epoch + 1) * size] == sampler.indices(0, size).tolist()
