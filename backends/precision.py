@@ -51,7 +51,8 @@ class Precision:
             gradients underflow without it, and none otherwise.
 
     Raises:
-        BackendError: if torch cannot autocast on this type of device.
+        BackendError: if torch cannot autocast on this type of device, or the scaler is one of
+            another type of device that has disabled itself.
     """
 
     def __init__(
@@ -62,6 +63,8 @@ class Precision:
                 f"torch {torch.__version__} has no autocast on '{device_type}', so {dtype} cannot "
                 "be used there. Use the option fp32."
             )
+        if scaler is not None:
+            _refuse_self_disabled(scaler, device_type)
         self.device_type = device_type
         self.dtype = dtype
         if scaler is None and dtype is torch.float16:
@@ -222,6 +225,19 @@ class Precision:
         return record
 
 
+def _refuse_self_disabled(scaler: GradScaler, device_type: str) -> None:
+    # A scaler keeps what type of device it is for in no public attribute.
+    meant: str = getattr(scaler, "_device", device_type)
+    if scaler.is_enabled() or meant == device_type:
+        return
+    raise BackendError(
+        f"The loss scaler is a GradScaler('{meant}') that scales nothing, and this backend trains "
+        f"on '{device_type}'. torch disables the scaler of a device that is not there, with no "
+        f"more than a warning. Make it with torch.amp.GradScaler('{device_type}'); to scale "
+        f"nothing, say so: GradScaler('{device_type}', enabled=False), or scaler=False."
+    )
+
+
 def as_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
     """Returns a list of what is one optimizer, several, or None."""
     if optimizer is None:
@@ -252,9 +268,9 @@ def require_gradient(optimizer: torch.optim.Optimizer) -> None:
 def clip(optimizer: torch.optim.Optimizer, max_norm: float) -> torch.Tensor:
     """Clips the gradients of an optimizer to a total norm, and returns the norm before, unread."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     if any(hasattr(parameter, "full_tensor") for parameter in parameters):
         return _clip_sharded(parameters, max_norm)
+    return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
 
 
 def _clip_sharded(parameters: list[torch.Tensor], max_norm: float) -> torch.Tensor:

@@ -13,6 +13,7 @@ from torch.amp.grad_scaler import GradScaler
 
 from crosstrain import backends
 from crosstrain.backends import BackendError, StepResult
+from crosstrain.backends.legacy import from_arguments
 from crosstrain.backends.torch_backend import TorchBackend
 
 
@@ -148,6 +149,22 @@ def test_a_disabled_scaler_scales_nothing(digits: list[Any]) -> None:
     assert run.backend.state_dict() == {}
     assert "loss_scaling" not in run.backend.capabilities
     assert "loss_scaling" in backends.get("cpu:fp16").capabilities
+
+
+@pytest.mark.filterwarnings("ignore:torch.cuda.amp.GradScaler is enabled")
+def test_a_scaler_that_has_disabled_itself_is_not_taken_for_none() -> None:
+    scaler = GradScaler("cuda")
+    if scaler.is_enabled():
+        pytest.skip("torch leaves CUDA's scaler enabled where there is CUDA, or torch_xla")
+    for make_backend in (
+        lambda: backends.get("cpu:fp16", scaler=scaler),
+        lambda: from_arguments("cpu", "amp", scaler),
+    ):
+        with pytest.raises(BackendError, match=r"GradScaler\('cuda'\) that scales nothing.*'cpu'"):
+            make_backend()
+    # What says so itself is taken at its word.
+    for said in (False, GradScaler("cpu", enabled=False)):
+        assert "loss_scaling" not in from_arguments("cpu", "amp", said).capabilities
 
 
 # Several optimizers
