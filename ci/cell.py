@@ -67,8 +67,8 @@ def play_cell(
         with play:
             try:
                 found = play.probe()
-                if found["target_error"]:
-                    return outcome("error", found["target_error"], found)
+                if found["wrong"]:
+                    return outcome("error", found["wrong"], found)
                 if not found["ok"]:
                     return outcome("unavailable", f"{found['reason']} {found['remedy']}", found)
                 lacks = _lacks(scenario, found["capabilities"])

@@ -60,8 +60,8 @@ class Course:
             thing = None if before is None else _differing(before, row, _THINGS)
             if before is not None and thing is not None:
                 self.repeated.append(
-                    f"Iteration {iteration} was done again after an interruption, and its {thing} "
-                    f"differs: {_shown(thing, before)}, then {_shown(thing, row)}."
+                    f"Iteration {iteration} was done again after an interruption, and its "
+                    f"{_differs(thing)}: {_shown(thing, before)}, then {_shown(thing, row)}."
                 )
             self.rows[iteration] = row
         elif "end" in line:
@@ -73,6 +73,10 @@ def _differing(
     left: Mapping[str, Any], right: Mapping[str, Any], things: Iterable[str]
 ) -> str | None:
     return next((name for name in things if left.get(name) != right.get(name)), None)
+
+
+def _differs(thing: str) -> str:
+    return f"{thing} differ" if thing.endswith("s") and thing != "loss" else f"{thing} differs"
 
 
 def _shown(thing: str, row: Mapping[str, Any]) -> str:
@@ -136,7 +140,7 @@ def _in_rows(straight: Course, resumed: Course, things: Iterable[str]) -> str:
         thing = _differing(left, right, things)
         if thing is not None:
             return (
-                f"Iteration {iteration}: the {thing} differs: {_shown(thing, left)} in the run "
+                f"Iteration {iteration}: the {_differs(thing)}: {_shown(thing, left)} in the run "
                 f"that was never stopped, {_shown(thing, right)} in the resumed one."
             )
     return ""

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from crosstrain.backends import get, probe, random_state
+from crosstrain.backends import BackendError, UnknownBackend, get, probe, random_state
 from crosstrain.engine import Events, manual_seed, resume_or_start
 
 from .digests import digest, leaf_digests
@@ -150,7 +150,10 @@ def _ending(training: Training) -> dict[str, Any]:
 
 
 def _probe(spec: str, target: str | None) -> dict[str, Any]:
-    """Returns what the probe of a backend says, its capabilities, and what a target can do."""
+    """Returns what the probe of a backend says, its capabilities, and what a target can do.
+
+    `wrong` says what is wrong with the names of the backend or the target; empty if nothing is.
+    """
     found = probe(spec)
     answer: dict[str, Any] = {
         "ok": found.ok,
@@ -160,13 +163,18 @@ def _probe(spec: str, target: str | None) -> dict[str, Any]:
         "devices": found.devices,
         "capabilities": sorted(get(spec).capabilities) if found.ok else [],
         "takes_workers": True,
-        "target_error": "",
+        "wrong": "",
     }
-    if found.ok and target is not None:
-        try:
+    try:
+        if found.ok and target is not None:
             answer["takes_workers"] = Target.parse(target).takes_workers()
-        except TargetError as error:
-            answer["target_error"] = str(error)
+        if not found.ok:
+            get(spec)
+    except (TargetError, UnknownBackend) as error:
+        answer["wrong"] = str(error)
+    # The probe has told the reason.
+    except BackendError:
+        pass
     return answer
 
 
