@@ -65,6 +65,8 @@ class TpuBackend(TorchBackend):
         versions = {
             name: found for name in packages if (found := installed_version(name)) is not None
         }
+        # Its own word: the package's lacks what it was built for.
+        versions["torch"] = str(torch.__version__)
         missing = _package_absence() or hardware_absence(chips)
         if missing is not None:
             return Availability(False, *missing, versions, chips)

@@ -15,10 +15,11 @@ import torch
 from torch.amp.grad_scaler import GradScaler
 
 from .errors import BackendError, BackendUnavailable, Missing
-from .protocol import Availability
+from .protocol import Availability, StepResult
 from .torch_backend import TorchBackend
 from .tpu_host import hardware_absence, installed_version, tpu_chips
 from .xla_randperm import refuse_randperm
+from .xla_world import join_on_tpu, refuse_processes
 
 __all__ = ["XlaBackend"]
 
@@ -72,6 +73,8 @@ class XlaBackend(TorchBackend):
         versions = {
             name: found for name in packages if (found := installed_version(name)) is not None
         }
+        # Its own word: the package's lacks what it was built for.
+        versions["torch"] = str(torch.__version__)
         missing = _package_absence() or _device_absence()
         if missing is not None:
             return Availability(False, *missing, versions)
@@ -80,20 +83,49 @@ class XlaBackend(TorchBackend):
         return Availability(True, "", "", versions, devices)
 
     def _start(self, stack: ExitStack) -> None:
+        if os.environ.get(_VARIABLE) == "CPU":
+            refuse_processes(self.world)
+        join_on_tpu(self.world, stack)
+        self._check_mode()
         self._xla = importlib.import_module("torch_xla")
         self._model = importlib.import_module("torch_xla.core.xla_model")
         self.device = self._xla.device(self._index)
         if self.option == "fp32":
             stack.callback(_set_precision, _set_precision("highest"))
+        # Starts the device, which in SPMD mode the line above does not.
+        importlib.import_module("torch_xla.runtime").global_runtime_device_count()
+        _check_autograd(self.device)
         self._boundary_state = self._read_state()
 
-    def _join(self, stack: ExitStack) -> None:
-        if self.world.size > 1:
+    def _check_mode(self) -> None:
+        if importlib.import_module("torch_xla.runtime").is_spmd():
             raise BackendError(
-                f"WORLD_SIZE={self.world.size}: the backend 'xla' trains in one process. On the "
-                "CPU torch_xla's collective operations do nothing between processes, silently: "
-                "each would train alone. Run one process; it can drive several devices."
+                "This process is in torch_xla's SPMD mode, where each device would compute all of "
+                "it. Use the backend 'xla-spmd', or a process of its own."
             )
+
+    def _join(self, stack: ExitStack) -> None:
+        """Does nothing: the group was joined before the device was started."""
+
+    def _shared(self, objects: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Gives all processes rank 0's parameters and buffers; `step` reduces their gradients."""
+        if self.world.size > 1:
+            state = self._read_state()
+            for thing in objects:
+                if isinstance(thing, torch.nn.Module):
+                    self._model.broadcast_master_param(thing)
+            self._write_state(state)
+        return objects
+
+    def step(self, optimizer: Any, max_norm: float | None = None) -> StepResult:
+        """Reduces the gradients of all processes to their mean, clips, and steps.
+
+        Raises:
+            BackendError: if no parameter of the optimizer has a gradient.
+        """
+        if self.world.size > 1:
+            self._model.reduce_gradients(optimizer)
+        return super().step(optimizer, max_norm)
 
     def batches(self, data: Iterable[Any]) -> Iterator[Any]:
         """Iterates over the data, each batch on the device, sent while the last step still runs.
@@ -173,7 +205,8 @@ class XlaBackend(TorchBackend):
         fallbacks = [name for name in metrics.counter_names() if name.startswith("aten::")]
         return {
             "compilations": times("CompileTime"),
-            "executions": times("ExecuteTime"),
+            # On one device, and on several by SPMD.
+            "executions": times("ExecuteTime") + times("ExecuteReplicatedTime"),
             "reads": times("TransferFromDeviceTime"),
             "fallbacks": sum(int(metrics.counter_value(name)) for name in fallbacks),
         }
@@ -189,8 +222,22 @@ class XlaBackend(TorchBackend):
 
     def _opened_xla(self) -> Any:
         if self._xla is None:
-            raise BackendError("The backend 'xla' is not open: call open() first.")
+            raise BackendError(f"The backend '{self.name}' is not open: call open() first.")
         return self._xla
+
+
+def _check_autograd(device: torch.device) -> None:
+    """Refuses a process whose backward passes cannot reach the device."""
+    value = torch.ones((), device=device, requires_grad=True)
+    try:
+        # Recorded only: nothing is compiled or run.
+        torch.autograd.backward(value * 1)
+    except RuntimeError as error:
+        raise BackendError(
+            "This process ran a backward pass before its XLA device was started. torch counts the "
+            "devices at the first one, so none can reach this device any more. Open the backend "
+            "'xla' before the first backward pass, or in a process of its own."
+        ) from error
 
 
 def _set_precision(wanted: str) -> str:

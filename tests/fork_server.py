@@ -98,6 +98,11 @@ def _run_child(request: dict[str, Any]) -> None:
     os.dup2(2, 1)
     code = 1
     try:
+        import torch
+
+        # Makes anew the pool of threads that a fork loses. A first backward pass would do it in the
+        # threads of several devices at once, which torch does not stand.
+        torch.set_num_threads(1)
         getattr(importlib.import_module(request["module"]), request["name"])(*request["args"])
         code = 0
     except BaseException:  # noqa: BLE001 - a child has nobody to raise to

@@ -23,7 +23,7 @@ from crosstrain.backends.cuda_flags import deterministic_kernels, tensor_float_3
 from crosstrain.backends.tpu_host import hardware_absence, import_risk, tpu_chips
 from crosstrain.ci.conformance_case import flags
 
-HARDWARE = ("apex", "cuda", "cuda-amp", "tpu", "xla")
+HARDWARE = ("apex", "cuda", "cuda-amp", "tpu", "xla", "xla-spmd")
 
 OPTIONS = {
     "apex": ("O1", "O0", "O2", "O3"),
@@ -31,6 +31,7 @@ OPTIONS = {
     "cuda-amp": ("fp16", "bf16"),
     "tpu": ("fp32", "bf16"),
     "xla": ("fp32", "bf16"),
+    "xla-spmd": ("fp32", "bf16"),
 }
 
 # Ends the process at once where it is imported: no probe may.
@@ -121,11 +122,11 @@ def test_probes_start_nothing() -> None:
 
 
 @pytest.mark.parametrize("name", HARDWARE)
-def test_the_class_refuses_too(name: str) -> None:
-    found = backends.probe(name)
-    if found.ok:
-        pytest.skip(f"{name} is available here, so there is nothing to refuse")
+def test_the_class_says_what_its_probe_says(name: str) -> None:
     (point,) = (p for p in _points() if p.name == name)
+    if backends.probe(name).ok:
+        assert point.load()().name == name
+        return
     with pytest.raises(BackendUnavailable, match=name):
         point.load()()
 

@@ -234,3 +234,16 @@ def test_fp32_means_full_precision_while_it_is_open() -> None:
     assert settings.get_mat_mul_precision() == before
     with backends.get("xla:bf16"):
         assert settings.get_mat_mul_precision() == before
+
+
+def test_a_device_that_comes_too_late_for_autograd_is_told() -> None:
+    program = (
+        "import torch\n"
+        "from crosstrain import backends\n"
+        "torch.ones(2, requires_grad=True).sum().backward()\n"
+        "try: backends.get('xla').open()\n"
+        "except backends.BackendError as error: print('refused:', error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "refused: This process ran a backward pass before its XLA device" in done.stdout
