@@ -13,6 +13,7 @@ import torch
 from .apex_package import amp_absence, package_versions
 from .cuda import CudaBackend
 from .errors import BackendError
+from .porting import TakenOver, name_parts
 from .precision import as_optimizers, require_gradient
 from .preparation import place, sort_objects
 from .protocol import Availability, StepResult
@@ -235,6 +236,45 @@ class ApexBackend(CudaBackend):
         amp.load_state_dict(state["amp"])
         if self._has_masters:
             self._load_masters(state["masters"])
+
+    def take_over(self, state: Mapping[str, Any]) -> TakenOver:
+        """Begins from the state of another backend, or of another opt level.
+
+        With O2 the fp32 masters are made anew from the models, which were loaded into fp16 weights:
+        those that `prepare` made are of the weights before. Loss scalers go from O1 to O2 and back.
+
+        Args:
+            state: what that backend's `state_dict` returned.
+
+        Raises:
+            BackendError: if `prepare` was not called.
+        """
+        lost, begun = name_parts(state), list[str]()
+        if not self._enabled:
+            return TakenOver(lost, begun)
+        if not len(self._models):
+            raise BackendError("apex.amp is initialised by prepare(): call it before loading.")
+        if self._has_masters:
+            self._renew_masters()
+            begun.append("the fp32 masters of O2, with the models' weights rounded to fp16")
+        amp = self._opened_amp()
+        scalers: Mapping[str, Any] = state.get("amp", {})
+        both_adapt = {state.get("opt_level"), self.option} == {"O1", "O2"}
+        if both_adapt and self._loss_scale is None and set(scalers) == set(amp.state_dict()):
+            amp.load_state_dict(scalers)
+            return TakenOver(lost[1:], begun)
+        if "loss_scaling" in self.capabilities:
+            begun.append(f"the loss scale, at {self._scale_of(0):g}")
+        return TakenOver(lost, begun)
+
+    def _renew_masters(self) -> None:
+        with torch.no_grad():
+            for optimizer in self._optimizers:
+                patched: Any = optimizer
+                stash = patched._amp_stash
+                pairs = zip(stash.all_fp16_params, stash.all_fp32_from_fp16_params, strict=True)
+                for weight, master in pairs:
+                    master.copy_(weight)
 
     def _load_masters(self, saved: Sequence[Sequence[tuple[Any, Any]]]) -> None:
         present = [self._masters(optimizer) for optimizer in self._optimizers]

@@ -17,6 +17,7 @@ from .agreed_seed import agreed_seed
 from .cursor import Cursor
 from .engine import Engine
 from .events import Events
+from .porting import port
 from .progress import data_length
 from .requests import END_EPOCH, QUIET_EPOCH
 from .sampling import ReproducibleBatchSampler, update_dataloader
@@ -27,11 +28,12 @@ from .snapshot import (
     ResumeWarning,
     check_keys,
     environment,
+    load_step,
     random_states,
     random_states_kept,
     report_differences,
     restore_random_states,
-    spec_of,
+    step_state,
 )
 from .state import State
 from .streams import ALL_STREAMS, StreamKey
@@ -167,8 +169,7 @@ class DeterministicEngine(Engine):
         values["position"] = self._cursor.position()
         values["rng_states"] = random_states(self.backend)
         values["backend"] = None if self.backend is None else self.backend.state_dict()
-        offers = getattr(self._step, "state_dict", None)
-        values["step"] = None if offers is None else offers()
+        values["step"] = step_state(self._step)
         values["environment"] = self._environment()
         values["exact"] = exact
         return values
@@ -258,21 +259,15 @@ class DeterministicEngine(Engine):
         self._owes_epoch_end = (
             not progress["ended"] and not progress["ends"] and progress["done"] == length
         )
-        report_differences(snapshot["environment"], self._environment())
-        if snapshot["step"] is not None:
-            self._load_step(snapshot["step"])
-        if self.backend is not None and snapshot["environment"]["backend"] == spec_of(self.backend):
+        now = self._environment()
+        if snapshot["environment"]["backend"] != now["backend"]:
+            # From here on it is one of this backend, should it be asked for or taken up again.
+            self._snapshot = port(snapshot, self.backend, self._step, now)
+            return
+        report_differences(snapshot["environment"], now)
+        load_step(self._step, snapshot["step"])
+        if self.backend is not None:
             self.backend.load_state_dict(snapshot["backend"])
-
-    def _load_step(self, state: Mapping[str, Any]) -> None:
-        load = getattr(self._step, "load_state_dict", None)
-        if load is None:
-            raise ValueError(
-                "The state holds a state of the process function (such as the gradients of an "
-                f"accumulation window), and {self._step} has no load_state_dict. Use the factory "
-                "that made the trainer which wrote it."
-            )
-        load(state)
 
     def set_data(self, data: Iterable[Any]) -> None:
         """Takes the next batch, and all after it, from other data, as another pass of the run.

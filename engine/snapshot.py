@@ -7,7 +7,7 @@ import platform
 import random
 import sys
 import warnings
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
@@ -26,12 +26,15 @@ __all__ = [
     "KEYS",
     "ResumeWarning",
     "check_keys",
+    "differences",
     "environment",
+    "load_step",
     "random_states",
     "random_states_kept",
     "report_differences",
     "restore_random_states",
     "spec_of",
+    "step_state",
 ]
 
 FORMAT: Final = 1
@@ -85,13 +88,27 @@ def _cores() -> int | None:
     return os.cpu_count() if affinity is None else len(affinity(0))
 
 
-def report_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Warns of each condition that is not what it was when a state was written."""
-    changed = [
+def differences(
+    then: Mapping[str, Any], now: Mapping[str, Any], but: Iterable[str] = ()
+) -> list[str]:
+    """Returns each condition that is not what it was when a state was written, as a phrase.
+
+    Args:
+        then: the conditions then.
+        now: those of this process.
+        but: names that are left out, and with them what only one of the two has.
+    """
+    but = set(but)
+    return [
         f"{name} was {then[name]!r} and is {now.get(name)!r}"
         for name in then
-        if then[name] != now.get(name)
+        if then[name] != now.get(name) and not (but and (name in but or name not in now))
     ]
+
+
+def report_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Warns of each condition that is not what it was when a state was written."""
+    changed = differences(then, now)
     if changed:
         warnings.warn(
             "The run goes on under other conditions than those it was saved under, so its numbers "
@@ -127,6 +144,30 @@ def restore_random_states(state: Any, backend: Backend | None) -> None:
     torch.set_rng_state(torch_state.cpu())
     if rest:
         numpy.random.set_state(rest[0])
+
+
+def step_state(step: Any) -> Any:
+    """Returns the state of a process function; None if it offers none."""
+    offers = getattr(step, "state_dict", None)
+    return None if offers is None else offers()
+
+
+def load_step(step: Any, state: Any) -> None:
+    """Restores what `step_state` returned.
+
+    Raises:
+        ValueError: if there is a state, and the process function cannot load one.
+    """
+    if state is None:
+        return
+    load = getattr(step, "load_state_dict", None)
+    if load is None:
+        raise ValueError(
+            "The state holds a state of the process function (such as the gradients of an "
+            f"accumulation window), and {step} has no load_state_dict. Use the factory that made "
+            "the trainer which wrote it."
+        )
+    load(state)
 
 
 @contextmanager

@@ -8,7 +8,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import random
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from crosstrain import backends
 from crosstrain.backends import random_state
+from crosstrain.backends.placement import map_tensors
 from crosstrain.engine import (
     Engine,
     Events,
+    ResumeWarning,
     StepEvents,
     create_supervised_trainer,
     current_sample,
@@ -67,7 +71,8 @@ def digest(value: Any) -> str:
         found.update(path.encode())
         if isinstance(leaf, torch.Tensor):
             found.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
-            found.update(leaf.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+            bits = leaf.detach().cpu().contiguous().view(-1).view(torch.uint8)
+            found.update(bits.numpy().tobytes())
         else:
             found.update(f"{type(leaf).__name__}{leaf!r}".encode())
     return found.hexdigest()[:16]
@@ -114,7 +119,8 @@ class Record:
 def saved(objects: Mapping[str, Any]) -> bytes:
     """The states of objects as a file has them."""
     file = io.BytesIO()
-    torch.save({name: thing.state_dict() for name, thing in objects.items()}, file)
+    states = {name: thing.state_dict() for name, thing in objects.items()}
+    torch.save(map_tensors(states, lambda tensor: tensor.cpu()), file)
     return file.getvalue()
 
 
@@ -142,14 +148,30 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "bf16": ("cpu:bf16", {}),
     "fp16": ("cpu:fp16", {"init_scale": 256.0, "growth_interval": 3}),
     "fp16-overflow": ("cpu:fp16", {"init_scale": 2.0**18, "growth_interval": 2}),
+    "xla": ("xla", {}),
+    "xla-bf16": ("xla:bf16", {}),
+    "spmd-2": ("xla-spmd", {}),
+    "spmd-4": ("xla-spmd", {}),
+    "spmd-2-bf16": ("xla-spmd:bf16", {}),
+}
+
+# Those of XLA are not: they run where torch_xla is installed.
+ON_HOST = ("fp32", "bf16", "fp16", "fp16-overflow")
+
+# Variables that a variant's process sets before it starts its device.
+VARIABLES = {
+    "spmd-2": {"CPU_NUM_DEVICES": "2"},
+    "spmd-4": {"CPU_NUM_DEVICES": "4"},
+    "spmd-2-bf16": {"CPU_NUM_DEVICES": "2"},
 }
 
 
 class Training:
     """What a script would hold: a trainer, all that it changes, and its data."""
 
-    def __init__(self, variant: str, workers: int, seed: int) -> None:
+    def __init__(self, variant: str, workers: int, seed: int, dropout: float = 0.3) -> None:
         spec, scaling = VARIANTS[variant]
+        os.environ.update(VARIABLES.get(variant, {}))
         manual_seed(seed)
         settings = {"scaler": GradScaler("cpu", **scaling)} if scaling else {}
         model = nn.Sequential(
@@ -157,7 +179,7 @@ class Training:
             nn.BatchNorm2d(6),
             nn.ReLU(),
             nn.Flatten(),
-            nn.Dropout(0.3),
+            nn.Dropout(dropout),
             nn.Linear(216, 10),
         )
         optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
@@ -227,3 +249,34 @@ def train_on(file: str, variant: str, snapshot: str, workers: int, seed: int, re
     found = differences(wanted, training.record.rows)
     found += differences(straight["end"], training.end())
     Path(report).write_text(json.dumps(found))
+
+
+def train_leg(
+    source: str | None, variant: str, stop: int | None, target: str, dropout: float = 0.0
+) -> None:
+    """Trains on from where another leg has stopped, on a device of its own choice.
+
+    Args:
+        source: the file of that leg; None: from the beginning.
+        variant: what to train on.
+        stop: the iteration to stop after; None: the last.
+        target: where to write states, what was done, and the warnings.
+        dropout: of the network. What it draws depends on the kind of device.
+    """
+    training = Training(variant, 0, 7, dropout)
+    if source is not None:
+        restore(training.objects, torch.load(source, weights_only=True)["states"])
+    states: list[bytes] = []
+
+    @training.trainer.on(Events.ITERATION_COMPLETED(once=stop or ITERATIONS))
+    def leave() -> None:
+        states.append(saved(training.objects))
+        if stop is not None:
+            training.trainer.terminate()
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ResumeWarning)
+        training.run()
+    found = [str(one.message) for one in caught if one.category is ResumeWarning]
+    rows = training.record.rows
+    torch.save({"states": states[0], "rows": rows, "warnings": found}, target)

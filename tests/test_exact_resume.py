@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import on_xla
 import pytest
 import resume_harness as harness
 import torch
@@ -18,7 +19,8 @@ Straight = Callable[[str], Path]
 @pytest.fixture(scope="module")
 def server() -> Iterator[ForkServer]:
     # torch imports the latter when the first optimizer is made, which takes seconds.
-    with ForkServer("resume_harness", "torch._dynamo", "crosstrain.backends.cpu") as server:
+    names = ("resume_harness", "torch._dynamo", "crosstrain.backends.cpu", *on_xla.PRELOAD)
+    with ForkServer(*names) as server:
         yield server
 
 
@@ -51,8 +53,30 @@ SNAPSHOTS = [str(k) for k in range(1, harness.ITERATIONS + 1)]
 SNAPSHOTS += [f"epoch {e}" for e in range(1, harness.EPOCHS + 1)]
 
 
-@pytest.mark.parametrize("snapshot", SNAPSHOTS)
-@pytest.mark.parametrize("variant", harness.VARIANTS)
+# An iteration of each place in a window, one of the second epoch, the last, and an epoch's end.
+FEW = ["4", "5", "9", "17", str(harness.ITERATIONS), "epoch 1"]
+# A process of XLA compiles for seconds before it goes on: only one of its variants has all.
+COVERED = {
+    **dict.fromkeys(harness.ON_HOST, SNAPSHOTS),
+    "xla": SNAPSHOTS,
+    "xla-bf16": FEW,
+    "spmd-2": FEW,
+    "spmd-4": FEW[1:4],
+    "spmd-2-bf16": FEW[1:4],
+}
+CASES = [
+    pytest.param(
+        variant,
+        snapshot,
+        id=f"{variant}-{snapshot}",
+        marks=() if variant in harness.ON_HOST else on_xla.needs_xla,
+    )
+    for variant, snapshots in COVERED.items()
+    for snapshot in snapshots
+]
+
+
+@pytest.mark.parametrize(("variant", "snapshot"), CASES)
 def test_a_resumed_run_ends_with_the_same_bits(
     server: ForkServer, straight: Straight, tmp_path: Path, variant: str, snapshot: str
 ) -> None:
@@ -61,9 +85,13 @@ def test_a_resumed_run_ends_with_the_same_bits(
     assert resume(server, straight(variant), variant, snapshot, workers, seed, tmp_path) == []
 
 
+def test_every_variant_is_resumed() -> None:
+    assert COVERED.keys() == harness.VARIANTS.keys()
+
+
 def test_the_runs_differ_where_they_should(straight: Straight) -> None:
     """What makes the comparison worth something: it does not compare constants."""
-    runs = {name: torch.load(straight(name)) for name in harness.VARIANTS}
+    runs = {name: torch.load(straight(name)) for name in harness.ON_HOST}
     for run in runs.values():
         batches, losses, states = zip(*(row[1:] for row in run["rows"].values()), strict=True)
         assert len(set(batches)) == len(set(losses)) == len(set(states)) == harness.ITERATIONS
@@ -71,6 +99,24 @@ def test_the_runs_differ_where_they_should(straight: Straight) -> None:
     assert [row[1] for row in runs["fp32"]["rows"].values()] == [
         row[1] for row in runs["bf16"]["rows"].values()
     ]
+
+
+@on_xla.needs_xla
+def test_every_device_gets_the_same_batches(straight: Straight) -> None:
+    runs = [torch.load(straight(name))["rows"] for name in ("fp32", "xla", "xla-bf16", "spmd-4")]
+    batches = [[row[1] for row in rows.values()] for rows in runs]
+    assert all(found == batches[0] for found in batches)
+    assert len({rows[harness.ITERATIONS][2] for rows in runs}) == len(runs)
+
+
+@on_xla.needs_xla
+def test_another_number_of_devices_is_told(server: ForkServer, tmp_path: Path) -> None:
+    files = [str(tmp_path / f"{count}.pt") for count in (2, 4)]
+    assert server.run(harness.train_leg, None, "spmd-2", 14, files[0]) == 0
+    assert server.run(harness.train_leg, files[0], "spmd-4", 15, files[1]) == 0
+    (warned,) = torch.load(files[1])["warnings"]
+    assert "devices was '2 devices of XLA" in warned
+    assert "and is '4 devices of XLA" in warned
 
 
 def test_an_overflow_really_skips_a_step(straight: Straight) -> None:

@@ -1,0 +1,77 @@
+"""Porting: takes over what a backend can use of the state that another one wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from .protocol import Backend
+
+__all__ = ["TakenOver", "carry_over", "gradient_scale", "name_parts"]
+
+
+class TakenOver(NamedTuple):
+    """What became of another backend's state.
+
+    Args:
+        lost: what could not be carried over, a phrase each.
+        begun: what begins anew, a phrase each that says with what.
+    """
+
+    lost: list[str]
+    begun: list[str]
+
+
+def carry_over(backend: Backend, state: Mapping[str, Any]) -> TakenOver:
+    """Loads what a backend can use of another backend's state.
+
+    The scale of torch's GradScaler goes from each backend that has one to each other. A backend
+    whose state is of another kind may have a method `take_over(state)`, which does this for it.
+
+    Args:
+        backend: the backend that goes on, opened, its models prepared and loaded.
+        state: what the other backend's `state_dict` returned; empty if it carries nothing.
+    """
+    takes_over = getattr(backend, "take_over", None)
+    if takes_over is not None:
+        taken: TakenOver = takes_over(state)
+        return taken
+    own = backend.state_dict()
+    if state and set(state) == set(own):
+        backend.load_state_dict(state)
+        return TakenOver([], [])
+    begun: list[str] = []
+    if "scale" in own:
+        begun.append(f"the loss scale, at {own['scale']:g}")
+    elif own:
+        begun.append(f"the state of this backend ({', '.join(sorted(own))})")
+    return TakenOver(name_parts(state), begun)
+
+
+def name_parts(state: Mapping[str, Any]) -> list[str]:
+    """Names what a backend's state holds, a phrase each, for people who read that it is lost.
+
+    Args:
+        state: what the backend's `state_dict` returned.
+    """
+    parts: list[str] = []
+    if "scale" in state:
+        parts.append(f"the loss scale of {state['scale']:g}")
+    elif "amp" in state:
+        parts.append("the loss scalers of apex.amp")
+        if "masters" in state:
+            parts.append("the fp32 masters of O2, of which the models' states hold the fp16 values")
+    elif state:
+        parts.append(f"the state of the backend ({', '.join(sorted(state))})")
+    return parts
+
+
+def gradient_scale(state: Mapping[str, Any]) -> float:
+    """Returns what gradients are multiplied by while they wait for their step.
+
+    torch's GradScaler leaves them scaled until then; apex unscales them in each backward pass.
+
+    Args:
+        state: what a backend's `state_dict` returned.
+    """
+    return float(state.get("scale", 1.0))
