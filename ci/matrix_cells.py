@@ -78,7 +78,8 @@ class CellPlan:
 
     Args:
         cells: the cells, in the order in which they are started.
-        folder: where the cells' folders are made. That of a cell that passed is removed.
+        folder: where the cells' folders are made. That of a cell that passed, or
+            was skipped, is removed.
         timeout: how long a cell may take, in seconds.
         jobs: how many may run at a time.
         exclusive: specs whose device belongs to one process at a time.
@@ -197,7 +198,7 @@ class _Process:
             )
         else:
             outcome = self._written(code, seconds)
-        if outcome.status == "passed":
+        if outcome.status in ("passed", "skipped"):
             shutil.rmtree(self._folder, ignore_errors=True)
         return outcome
 

@@ -98,8 +98,9 @@ def chart(reference: Curve | None, curves: Sequence[Curve], title: str) -> Marku
         return Markup("")
     across = _Scale(1, max(2, longest), _LEFT, _WIDTH - _RIGHT)
     parts = [*_losses(everything, finite, across), *_iterations(across, longest)]
-    if reference:
-        parts += _deviations(reference, curves, across)
+    parts += (
+        _deviations(reference, curves, across) if reference else [_note("no reference has run")]
+    )
     head = Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">').format(
         _WIDTH, _HEIGHT, title
     )
@@ -146,9 +147,7 @@ def _deviations(reference: Curve, curves: Sequence[Curve], across: _Scale) -> It
     if not values:
         yield from _grid([(bottom, "0")])
         words = "0 at every iteration" if any(one for _, one in found) else "nothing to compare"
-        yield Markup('<text class="note" x="{}" y="{}" text-anchor="middle">{}</text>').format(
-            (_LEFT + _WIDTH - _RIGHT) / 2, bottom - _DEVIATION_HEIGHT / 2, words
-        )
+        yield _note(words)
     else:
         low = max(_LEAST_DECADE, math.floor(math.log10(min(values))))
         high = max(low + 1, math.ceil(math.log10(max(values))))
@@ -163,6 +162,13 @@ def _deviations(reference: Curve, curves: Sequence[Curve], across: _Scale) -> It
                     for k, x in _thinned(one.each, largest=True)
                 ]
                 yield _path(points, curve)
+
+
+def _note(words: str) -> Markup:
+    """Says why there are no deviations to draw."""
+    return Markup('<text class="note" x="{}" y="{}" text-anchor="middle">{}</text>').format(
+        (_LEFT + _WIDTH - _RIGHT) / 2, _DEVIATION_TOP + _DEVIATION_HEIGHT / 2, words
+    )
 
 
 def _place(value: float, up: _Scale, low: int, bottom: float) -> float:
