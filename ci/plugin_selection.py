@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -48,12 +49,13 @@ class Selection:
         asked: the specs that were asked for; empty: those that are available here.
         required: the specs that have to be available.
         all_required: whether each one that was asked for has to be.
+        used: the specs that tests run on, so far as they are known.
     """
 
     asked: tuple[str, ...] = ()
     required: tuple[str, ...] = ()
     all_required: bool = False
-    used: bool = False
+    used: set[str] = field(default_factory=set[str])
     _found: dict[str, _Found] = field(default_factory=dict[str, _Found])
     _specs: tuple[str, ...] | None = None
 
@@ -106,6 +108,19 @@ class Selection:
     def is_required(self, spec: str) -> bool:
         """Tells whether it is a failure if a backend is not available."""
         return spec in self.required or (self.all_required and spec in self.specs())
+
+    def start(self) -> None:
+        """Opens one backend of each name that tests run on, and closes it, if there are several."""
+        from crosstrain.backends import get
+
+        specs = {spec.partition(":")[0]: spec for spec in self.used if self._is_here(spec)}
+        for spec in specs.values() if len(specs) > 1 else ():
+            # If it does not open, its tests say so. A third party's may raise anything.
+            with contextlib.suppress(Exception):
+                get(spec).open().close()
+
+    def _is_here(self, spec: str) -> bool:
+        return bool(spec) and self.look(spec).availability.ok
 
     def missing(self) -> dict[str, str]:
         """Returns the backends that are required and not available, each with its reason."""

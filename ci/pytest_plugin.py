@@ -107,13 +107,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if _ROW not in metafunc.fixturenames:
         return
     selection = metafunc.config.stash[_SELECTION]
-    selection.used = True
     try:
         rows = selection.rows(
             _words(metafunc.definition, "backends"), _words(metafunc.definition, "needs")
         )
     except UnknownSpec as error:
         raise pytest.UsageError(f"{metafunc.definition.nodeid}: {error}") from None
+    selection.used.update(row.spec for row in rows)
     ids = [row.spec or "no-backend" for row in rows]
     metafunc.parametrize(_ROW, rows, ids=ids, indirect=True, scope="module")
 
@@ -127,6 +127,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if isinstance(item, pytest.Function) and _is_started_here(item):
             item.fixturenames = [_ROW]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> None:
+    """Starts the devices of several backends before the first test.
+
+    torch counts the devices of a process at its first backward pass, and runs none on a device
+    that starts later, as XLA's does when a test on the CPU has come before.
+    """
+    if not session.config.option.collectonly and "WORLD_SIZE" not in os.environ:
+        session.config.stash[_SELECTION].start()
 
 
 def _is_started_here(item: pytest.Function) -> bool:

@@ -246,6 +246,31 @@ def test_a_test_about_backends_runs_on_those_that_are_selected(pytester: pytest.
     result.stdout.fnmatch_lines(["SKIPPED*It is about cpu, absent; selected are cpu:bf16."])
 
 
+def test_devices_start_before_the_first_test(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        late_backend="""
+        from crosstrain.backends.torch_backend import TorchBackend
+
+        class LateBackend(TorchBackend):
+            name = "late"
+            opened = 0
+
+            def open(self):
+                type(self).opened += 1
+                return super().open()
+        """,
+        test_it="""
+        from late_backend import LateBackend
+
+        def test_plain(): assert LateBackend.opened == 1
+        def test_backend(backend): pass
+        """,
+    )
+    points = pytester.path / "absent-1.0.dist-info" / "entry_points.txt"
+    points.write_text("[crosstrain.backends]\nlate = late_backend:LateBackend\n")
+    run(pytester, "--backends=cpu,late").assert_outcomes(passed=3)
+
+
 # Projects that have nothing to do with it
 
 
