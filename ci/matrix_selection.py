@@ -24,6 +24,9 @@ __all__ = [
 # Not trained on: one records calls, the other stands for one of the rest.
 _NO_COLUMN = frozenset({"auto", "null"})
 
+# What the options begin with that share a model out over several processes.
+_SHARDED = "fsdp"
+
 # A Python module, a colon, and a function or a method of a class in it.
 _TARGET = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 
@@ -50,6 +53,8 @@ class Selection:
 def available_specs() -> list[str]:
     """Returns every spec that can run here: each option of each backend but `null` and `auto`.
 
+    Options that share a model out over processes are left out: one process has nothing to share.
+
     The CPU's come first, as the reference of all others; a backend's first option has the plain
     name.
     """
@@ -58,7 +63,7 @@ def available_specs() -> list[str]:
         if not probe(name).ok:
             continue
         options = get(name).options
-        specs += [name, *(f"{name}:{option}" for option in options[1:])]
+        specs += [name, *(f"{name}:{o}" for o in options[1:] if not o.startswith(_SHARDED))]
     return [spec for spec in specs if probe(spec).ok]
 
 

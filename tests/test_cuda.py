@@ -1,4 +1,4 @@
-"""CUDA: the step protocol on a GPU, its copies, its random states, and no hidden wait.
+"""CUDA: copies to a GPU, its random states, and no hidden wait; `test_conformance.py` has the rest.
 
 Runs where there is a GPU: `tox -e cuda`, which fails where there is none.
 """
@@ -15,32 +15,14 @@ from step_runs import digits
 from crosstrain import backends
 from crosstrain.backends import BackendError
 from crosstrain.backends.legacy import from_arguments
-from crosstrain.ci.conformance import CHECKS, applicable, check_backend
 
-SPECS = ("cuda", "cuda:tf32", "cuda-amp", "cuda-amp:bf16")
+pytestmark = pytest.mark.usefixtures("backend_spec")
 
-_FOUND = backends.probe("cuda")
-
-pytestmark = pytest.mark.skipif(not _FOUND.ok, reason=_FOUND.reason or "-")
-
-
-def need(spec: str) -> None:
-    found = backends.probe(spec)
-    if not found.ok:
-        pytest.skip(found.reason)
-
-
-@pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("check", sorted(CHECKS))
-def test_conforms(spec: str, check: str) -> None:
-    need(spec)
-    if check not in applicable(spec):
-        pytest.skip(f"{spec} does not scale the loss")
-    assert check_backend(spec, checks=[check]) == []
+on_cuda = pytest.mark.backends("cuda")
+on_each = pytest.mark.backends("cuda", "cuda:tf32", "cuda-amp", "cuda-amp:bf16")
 
 
 def make(spec: str, **settings: Any) -> Any:
-    need(spec)
     backend = backends.get(spec).open()
     torch.manual_seed(3)
     model = torch.nn.Sequential(
@@ -62,9 +44,9 @@ def step(backend: Any, model: Any, optimizer: Any, batch: Any) -> Any:
     return result
 
 
-@pytest.mark.parametrize("spec", SPECS)
-def test_a_step_with_a_fused_optimizer_waits_for_nothing(spec: str) -> None:
-    backend, model, optimizer = make(spec, fused=True)
+@on_each
+def test_a_step_with_a_fused_optimizer_waits_for_nothing(backend_spec: str) -> None:
+    backend, model, optimizer = make(backend_spec, fused=True)
     with backend:
         pinned = [(x.pin_memory(), y.pin_memory()) for x, y in digits()[:6]]
         step(backend, model, optimizer, pinned[0])
@@ -77,9 +59,9 @@ def test_a_step_with_a_fused_optimizer_waits_for_nothing(spec: str) -> None:
         assert all(result.applied for result in results)
 
 
+@on_cuda
 @pytest.mark.parametrize("pinned", [False, True])
 def test_batches_arrive_whole_while_the_gpu_is_busy(pinned: bool) -> None:
-    need("cuda")
     with backends.get("cuda") as backend:
         data = [torch.full((1 << 20,), float(n)) for n in range(20)]
         source = [tensor.pin_memory() for tensor in data] if pinned else data
@@ -94,11 +76,11 @@ def test_batches_arrive_whole_while_the_gpu_is_busy(pinned: bool) -> None:
             assert bool((got == number).all()), number
 
 
-@pytest.mark.parametrize(("spec", "tf32"), [("cuda", False), ("cuda:tf32", True)])
-def test_fp32_rounds_nothing_and_tf32_does(spec: str, tf32: bool) -> None:
-    need(spec)
+@pytest.mark.backends("cuda", "cuda:tf32")
+def test_fp32_rounds_nothing_and_tf32_does(backend_spec: str) -> None:
+    tf32 = backend_spec == "cuda:tf32"
     value = 1 + 2.0**-12  # TF32 has 10 bits of mantissa
-    with backends.get(spec) as backend:
+    with backends.get(backend_spec) as backend:
         a = torch.full((64, 64), value, device=backend.device)
         eye = torch.eye(64, device=backend.device)
         assert (a @ eye == value).all().item() is not tf32
@@ -109,6 +91,7 @@ def test_fp32_rounds_nothing_and_tf32_does(spec: str, tf32: bool) -> None:
             assert (product == value).all().item()
 
 
+@on_cuda
 def test_the_random_state_is_the_gpus() -> None:
     with backends.get("cuda") as backend:
         backend.seed(4)
@@ -122,12 +105,14 @@ def test_the_random_state_is_the_gpus() -> None:
             backend.set_rng_state({"xla": 1})
 
 
+@on_cuda
 def test_a_gpu_that_is_not_there_is_refused() -> None:
     count = torch.cuda.device_count()
     with pytest.raises(BackendError, match=f"index={count}, but this process sees {count} GPUs"):
         backends.get("cuda", index=count).open()
 
 
+@on_cuda
 def test_the_index_of_a_device_is_kept() -> None:
     with from_arguments(f"cuda:{torch.cuda.device_count() - 1}", None, False) as backend:
         assert backend.device.index == torch.cuda.device_count() - 1

@@ -25,7 +25,7 @@ from training_runs import (
 
 import crosstrain.engine
 from crosstrain import backends
-from crosstrain.backends import BackendUnavailable, UnknownBackend
+from crosstrain.backends import Availability, BackendUnavailable, UnknownBackend
 from crosstrain.engine import (
     Engine,
     create_supervised_evaluator,
@@ -211,6 +211,13 @@ def test_the_evaluation_doors_predict() -> None:
     assert half.dtype is torch.float16
 
 
+def take_away(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes a backend unavailable, where it is not so by itself."""
+    if backends.probe(spec).ok:
+        gone = Availability(False, "It was taken away.", "Give it back.")
+        monkeypatch.setattr(type(backends.get(spec)), "probe", lambda option=None: gone)
+
+
 @pytest.mark.parametrize(
     ("name", "device", "spec"),
     [
@@ -223,10 +230,9 @@ def test_the_evaluation_doors_predict() -> None:
     ],
 )
 def test_a_door_to_hardware_that_is_absent_says_what_to_do(
-    name: str, device: str | None, spec: str
+    name: str, device: str | None, spec: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if backends.probe(spec).ok:
-        pytest.skip(f"{spec} is available on this machine, so nothing is refused")
+    take_away(spec, monkeypatch)
     model = network()
     arguments = (model,) if "evaluation" in name else (model, sgd(model), loss_fn)
     with pytest.raises(BackendUnavailable) as refused:
@@ -239,10 +245,11 @@ def test_a_door_to_hardware_that_is_absent_says_what_to_do(
 @pytest.mark.parametrize(
     ("device", "amp_mode"), [("cuda", None), ("cuda:1", "amp"), (None, "amp"), ("xla", None)]
 )
-def test_a_factory_for_hardware_that_is_absent_says_what_to_do(device: Any, amp_mode: Any) -> None:
+def test_a_factory_for_hardware_that_is_absent_says_what_to_do(
+    device: Any, amp_mode: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spec = "xla" if device == "xla" else "cuda-amp" if amp_mode else "cuda"
-    if backends.probe(spec).ok:
-        pytest.skip(f"{spec} is available on this machine, so nothing is refused")
+    take_away(spec, monkeypatch)
     for make in (trainer_of, create_supervised_evaluator):
         with pytest.raises(BackendUnavailable, match="Remedy: "):
             make(network(), device=device, amp_mode=amp_mode)
