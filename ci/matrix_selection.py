@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from crosstrain.backends import Availability, BackendUnavailable, get, names, probe
 from crosstrain.backends.errors import UnknownBackend
+
+from .target import Target, TargetError
 
 __all__ = [
     "Selection",
@@ -26,9 +27,6 @@ _NO_COLUMN = frozenset({"auto", "null"})
 
 # What the options begin with that share a model out over several processes.
 _SHARDED = "fsdp"
-
-# A Python module, a colon, and a function or a method of a class in it.
-_TARGET = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
 class UsageError(Exception):
@@ -129,16 +127,16 @@ def chosen_scenarios(asked: Sequence[str], known: Iterable[str]) -> list[str]:
 
 
 def check_target(target: str | None) -> None:
-    """Raises `UsageError` unless a target is None or of the form `module:function`.
+    """Raises `UsageError` unless a target is None or names a function, as `Target.parse` says.
 
     Args:
         target: what `--target` was given. It is imported by the cells, not here.
     """
-    if target is not None and not _TARGET.fullmatch(target):
-        raise UsageError(
-            f"'{target}' is no target. Write MODULE:FUNCTION, such as training:build for the "
-            "function build of training.py."
-        )
+    if target is not None:
+        try:
+            Target.parse(target)
+        except TargetError as error:
+            raise UsageError(str(error)) from None
 
 
 def exclusive_specs(specs: Iterable[str]) -> frozenset[str]:
