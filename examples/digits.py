@@ -1,9 +1,11 @@
 """Trains a small network on real handwritten digits, on any backend; kill it and start it again.
 
     python examples/digits.py --backend cpu --epochs 5 --out digits
+    torchrun --nproc-per-node 2 examples/digits.py --backend cpu --epochs 5 --out digits
 
 Started again with the same folder it goes on from its last checkpoint, and ends with the same bits
-as a run that nobody stopped. Copy it and put your own model and data in.
+as a run that nobody stopped, if it has as many processes. Copy it and put your own model and data
+in.
 """
 
 import argparse
@@ -23,6 +25,7 @@ from crosstrain.engine import (
     create_supervised_evaluator,
     create_supervised_trainer,
     manual_seed,
+    mean_over_ranks,
     resume_or_start,
 )
 
@@ -77,6 +80,7 @@ def main():
     evaluator = create_supervised_evaluator(model, backend=trainer.backend)
     trainer.add_event_handler(StepEvents.OPTIM_STEP_APPLIED, lambda: scheduler.step())
 
+    first = trainer.backend.world.rank == 0  # each process tests; one prints
     correct = []
 
     @evaluator.on(Events.ITERATION_COMPLETED)
@@ -89,8 +93,9 @@ def main():
         correct.clear()
         evaluator.run(test_loader)
         accuracy = float(sum(correct)) / len(test_loader.dataset)
-        state = trainer.state
-        print(f"epoch {state.epoch}: loss {state.output:.3f}, test accuracy {accuracy:.2%}")
+        loss = float(mean_over_ranks(trainer))  # of the whole batch, in all processes together
+        if first:
+            print(f"epoch {trainer.state.epoch}: loss {loss:.3f}, test accuracy {accuracy:.2%}")
 
     run = resume_or_start(
         trainer,
@@ -98,7 +103,7 @@ def main():
         args.out,
         every=10,
     )
-    if run.resumed_from:
+    if run.resumed_from and first:
         print(f"resumed from {run.resumed_from}")
     trainer.run(loader, max_epochs=args.epochs)
     return run.exit_code

@@ -126,6 +126,7 @@ def test_distributed_sampler(worlds: dict[int, list[Told]]) -> None:
         keyed.append({tuple(row) for _, draws in found for row in draws})
     assert not keyed[0] & keyed[1], "each process's samples have numbers of their own"
     for one in worlds[2]:
+        # Each refuses it itself, or hears of it from the other.
         assert "own to each of 3; that given to run() is own to each of 2" in one["own position"]
 
 
@@ -134,8 +135,7 @@ def test_refusals(worlds: dict[int, list[Told]], size: int) -> None:
     """Nothing trains on the same data in all processes without a word."""
     last = size - 1
     smaller = "1 process" if last == 1 else f"1 to {last} processes"
-    for rank, one in enumerate(worlds[size]):
-        told = one["refusals"]
+    for told in (one["refusals"] for one in worlds[size]):
         assert f"Each of {size} processes would train on all of this" in told["same data"]
         assert "deterministic=True" in told["same data"]
         for name in ("list", "list, plain"):
@@ -144,6 +144,6 @@ def test_refusals(worlds: dict[int, list[Told]], size: int) -> None:
         assert f"A global batch of {last} cannot be dealt out to {size} processes" in told["small"]
         assert f"Start {smaller}, or, for a new run, give the loader a" in told["small"]
         assert "With batch_size=None this loader takes one sample an iteration" in told["single"]
-        assert f"rank={rank} of num_replicas={size + 1}, and this process is" in told["other"]
+        assert f"of num_replicas={size + 1}, and this process is rank" in told["other"]
         assert "rank 0 was given 0, rank 1 1" in told["seeds"]
         assert told["own"] == "no error"
