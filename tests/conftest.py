@@ -18,6 +18,20 @@ settings.register_profile("crosstrain", deadline=None)
 settings.load_profile("crosstrain")
 
 
+def pytest_sessionstart() -> None:
+    """Starts XLA's CPU device, where the tests run with it, before the first backward pass.
+
+    torch counts the devices of a process at that one, and none reaches one that starts later.
+    """
+    if os.environ.get("PJRT_DEVICE") == "CPU":
+        import on_xla
+
+        from crosstrain import backends
+
+        if on_xla.HERE:
+            backends.get("xla").open().close()
+
+
 @pytest.fixture(scope="session")
 def repo_root() -> Path:
     """The root folder of the repository."""

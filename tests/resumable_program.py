@@ -25,7 +25,8 @@ def train(folder: str, result: str, options: dict[str, Any]) -> None:
         result: the file for the outcome, in JSON.
         options: `signals`: from iterations to names of signals that the program sends itself;
             `slow`: an iteration that takes long; `workers` and `context` of the loader; `group`:
-            whether signals go to all processes, as a terminal's do; `seed`, `background`, `every`.
+            whether signals go to all processes, as a terminal's do; `seed`, `background`, `every`;
+            `backend`, a spec.
     """
     torch.manual_seed(options.get("seed", 0))
     data = torch.randn(48, 6, generator=torch.Generator().manual_seed(5))
@@ -37,7 +38,11 @@ def train(folder: str, result: str, options: dict[str, Any]) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 5, 0.5)
     trainer = create_supervised_trainer(
-        model, optimizer, torch.nn.functional.cross_entropy, deterministic=True
+        model,
+        optimizer,
+        torch.nn.functional.cross_entropy,
+        backend=options.get("backend", "cpu"),
+        deterministic=True,
     )
     if options.get("group"):
         os.setpgid(0, 0)

@@ -9,13 +9,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import on_xla
 import pytest
 import torch
 
 from crosstrain.ci.demo import Course, compare
 from crosstrain.engine import Checkpoint
 
-ARGUMENTS = ["--backend", "cpu", "--epochs", "2"]
+ARGUMENTS = ["--epochs", "2", "--backend"]
+SPECS = [
+    "cpu",
+    pytest.param("xla", marks=on_xla.needs_xla),
+    pytest.param("xla:bf16", marks=on_xla.needs_xla),
+]
 
 
 def demo(console_script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -27,10 +33,16 @@ def demo(console_script: Path, *arguments: str) -> subprocess.CompletedProcess[s
     )
 
 
-@pytest.fixture(scope="module")
-def shown(console_script: Path, tmp_path_factory: pytest.TempPathFactory):
+@pytest.fixture(scope="module", params=SPECS)
+def shown(
+    request: pytest.FixtureRequest, console_script: Path, tmp_path_factory: pytest.TempPathFactory
+):
     out = tmp_path_factory.mktemp("demo")
-    return out, demo(console_script, *ARGUMENTS, "--workers", "0", "--out", str(out))
+    arguments = [*ARGUMENTS, request.param, "--workers", "0", "--out", str(out)]
+    return out, demo(console_script, *arguments), request.param
+
+
+Shown = tuple[Path, subprocess.CompletedProcess[str], str]
 
 
 def final_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -46,8 +58,8 @@ def assert_same_bits(left: dict[str, torch.Tensor], right: dict[str, torch.Tenso
         assert torch.equal(left[name], right[name]), name
 
 
-def test_demo_is_bit_identical(shown: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
-    out, process = shown
+def test_demo_is_bit_identical(shown: Shown) -> None:
+    out, process, _ = shown
     assert process.returncode == 0, process.stdout + process.stderr
     assert "Bit-identical: batches, losses, weights, random states." in process.stdout
     for name in ("test accuracy", "killed after iteration", "resumed from iteration"):
@@ -60,12 +72,12 @@ def test_demo_is_bit_identical(shown: tuple[Path, subprocess.CompletedProcess[st
 
 
 def test_demo_runs_again_in_its_folder_but_not_in_another(
-    shown: tuple[Path, subprocess.CompletedProcess[str]], console_script: Path, tmp_path: Path
+    console_script: Path, tmp_path: Path
 ) -> None:
     mine = tmp_path / "straight" / "thesis.txt"
     mine.parent.mkdir()
     mine.write_text("precious")
-    process = demo(console_script, *ARGUMENTS, "--out", str(tmp_path))
+    process = demo(console_script, *ARGUMENTS, "cpu", "--out", str(tmp_path))
     assert process.returncode != 0
     assert "holds files that no demo wrote" in process.stderr
     assert mine.read_text() == "precious"
@@ -93,12 +105,12 @@ def test_a_difference_is_found(what: str) -> None:
 
 
 def test_example_is_the_same_training_and_survives_a_kill(
-    shown: tuple[Path, subprocess.CompletedProcess[str]], repo_root: Path, tmp_path: Path
+    shown: Shown, repo_root: Path, tmp_path: Path
 ) -> None:
-    out, _ = shown
+    out, _, spec = shown
     folder = tmp_path / "digits"
     script = [sys.executable, str(repo_root / "examples" / "digits.py")]
-    command = [*script, *ARGUMENTS, "--workers", "1", "--out", str(folder)]
+    command = [*script, *ARGUMENTS, spec, "--workers", "1", "--out", str(folder)]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, start_new_session=True
     ) as first:

@@ -6,6 +6,7 @@ import io
 import warnings
 from typing import Any
 
+import on_xla
 import pytest
 import torch
 from resume_harness import Record, digest
@@ -20,12 +21,18 @@ def numbers(size: int) -> DataLoader[Any]:
     return DataLoader(torch.arange(0, size), batch_size=4, shuffle=True)  # type: ignore[arg-type]
 
 
-def trained(**limits: Any) -> tuple[DeterministicEngine, dict[int, Any], Record]:
+def drawing(spec: str, seed: int = 2) -> DeterministicEngine:
+    """An engine whose step draws on the backend's device."""
+    backend = backends.get(spec).open()
+    return DeterministicEngine(
+        lambda engine, batch: float(torch.rand(1, device=backend.device)), backend, seed=seed
+    )
+
+
+def trained(spec: str = "cpu", **limits: Any) -> tuple[DeterministicEngine, dict[int, Any], Record]:
     """An engine with a backend after a run, its states and its record."""
     states: dict[int, Any] = {}
-    engine = DeterministicEngine(
-        lambda engine, batch: float(torch.rand(1)), backends.get("cpu").open(), seed=2
-    )
+    engine = drawing(spec)
     engine.add_event_handler(
         Events.ITERATION_COMPLETED,
         lambda: states.update({engine.state.iteration: engine.state_dict()}),
@@ -220,20 +227,24 @@ def test_a_state_from_within_an_iteration_warns_when_written_and_when_loaded(eve
 
 
 @pytest.mark.parametrize("event", EXACT)
-def test_a_state_from_between_iterations_is_exact(event: Any) -> None:
-    _, _, wanted = trained()
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "cpu",
+        pytest.param("xla", marks=on_xla.needs_xla),
+        pytest.param("xla:bf16", marks=on_xla.needs_xla),
+    ],
+)
+def test_a_state_from_between_iterations_is_exact(event: Any, spec: str) -> None:
+    _, _, wanted = trained(spec)
     state: list[Any] = []
-    engine = DeterministicEngine(
-        lambda engine, batch: float(torch.rand(1)), backends.get("cpu").open(), seed=2
-    )
+    engine = drawing(spec)
     engine.add_event_handler(
         event, lambda: state.append(engine.state_dict()) if len(state) < 2 else None
     )
     engine.run(numbers(20), max_epochs=2)
     for saved in state:
-        resumed = DeterministicEngine(
-            lambda engine, batch: float(torch.rand(1)), backends.get("cpu").open(), seed=5
-        )
+        resumed = drawing(spec, seed=5)
         record = Record(resumed)
         resumed.load_state_dict(saved)
         resumed.run(numbers(20))

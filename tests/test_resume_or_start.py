@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import on_xla
 import pytest
 import torch
 from checkpoint_objects import BATCHES, made, names
@@ -33,7 +34,7 @@ from crosstrain.engine import (
 @pytest.fixture(scope="module")
 def server() -> Iterator[ForkServer]:
     # An optimizer's first step imports torch._dynamo, which takes seconds.
-    with ForkServer("resumable_program", "torch._dynamo") as server:
+    with ForkServer("resumable_program", "torch._dynamo", *on_xla.PRELOAD) as server:
         yield server
 
 
@@ -106,6 +107,23 @@ def test_killed_again_and_again(program: Program, uninterrupted: dict[str, Any])
     assert isinstance(resumed, dict)
     same_end(resumed, uninterrupted)
     assert len(names(program.folder)) == 2
+
+
+@pytest.mark.slow
+@on_xla.needs_xla
+@pytest.mark.parametrize("spec", ["xla", "xla:bf16"])
+def test_killed_and_stopped_on_xla(program: Program, tmp_path: Path, spec: str) -> None:
+    (tmp_path / "straight").mkdir()
+    whole = Program(program._server, tmp_path / "straight").run(backend=spec)
+    assert isinstance(whole, dict)
+    assert program.run(signals={11: ["SIGKILL"]}, backend=spec) == -signal.SIGKILL
+    stopped = program.run(signals={14: ["SIGTERM"]}, backend=spec, seed=5, workers=1)
+    assert isinstance(stopped, dict)
+    assert (stopped["iteration"], stopped["stop"]) == (14, "SIGTERM")
+    assert program.run(signals={18: ["SIGKILL"]}, backend=spec, seed=6) == -signal.SIGKILL
+    resumed = program.run(seed=99, workers=2, backend=spec)
+    assert isinstance(resumed, dict)
+    same_end(resumed, whole)
 
 
 def test_the_second_interrupt_ends_at_once(server: ForkServer, program: Program) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import on_xla
 import pytest
 
 from crosstrain.ci.demo import DemoFailed
@@ -11,8 +12,16 @@ from crosstrain.ci.storm import storm
 
 
 @pytest.mark.slow
-def test_a_short_storm(tmp_path: Path) -> None:
-    assert storm("cpu", kills=4, workers=1, folder=tmp_path, seed=3) == []
+@pytest.mark.parametrize(
+    ("spec", "kills"),
+    [
+        ("cpu", 4),
+        pytest.param("xla", 2, marks=on_xla.needs_xla),
+        pytest.param("xla:bf16", 2, marks=on_xla.needs_xla),
+    ],
+)
+def test_a_short_storm(tmp_path: Path, spec: str, kills: int) -> None:
+    assert storm(spec, kills=kills, workers=1, folder=tmp_path, seed=3) == []
 
 
 def test_a_training_that_fails_is_told(tmp_path: Path) -> None:
