@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,13 @@ from crosstrain.engine.guards import is_collection, is_mapping
 from crosstrain.engine.loading import candidates
 from crosstrain.engine.manifest import Manifest
 from crosstrain.engine.safe_load import LoadedFile, load_file
+from crosstrain.engine.sharded_load import (
+    SUFFIX,
+    ShardedCheckpoint,
+    is_sharded_checkpoint,
+    read_sharded,
+    sharded_folders,
+)
 
 __all__ = ["Finding", "Part", "add_arguments", "examine", "run"]
 
@@ -48,6 +55,7 @@ class Finding:
         problem: why not; None if it can.
         manifest: what it says of itself; None if it has no manifest.
         parts: the objects in it.
+        files: how many files it is; 0 if it is one file and no folder of them.
     """
 
     path: Path
@@ -55,6 +63,7 @@ class Finding:
     problem: str | None = None
     manifest: Manifest | None = None
     parts: tuple[Part, ...] = field(default=())
+    files: int = 0
 
 
 def examine(path: Path) -> Finding:
@@ -67,6 +76,12 @@ def examine(path: Path) -> Finding:
         What it holds, or why it cannot be loaded.
     """
     try:
+        if path.is_dir():
+            # All of a sharded checkpoint is read into memory, as one file's state would be.
+            state, sharded = read_sharded(path), ShardedCheckpoint.open(path).manifest
+            told = replace(sharded.summary(), bare=False)
+            loaded = LoadedFile(path, told, state)
+            return Finding(path, True, None, told, tuple(_parts(loaded)), len(sharded.files))
         loaded = load_file(path)
     except CheckpointError as error:
         return Finding(path, good=False, problem=str(error))
@@ -146,7 +161,7 @@ def run(args: argparse.Namespace) -> int:
     """
     path: Path = args.path
     try:
-        files = [found for found, _ in candidates(path)] if path.is_dir() else [path]
+        files = _checkpoints(path)
     except CheckpointError as error:
         print(error)
         return 1
@@ -156,8 +171,18 @@ def run(args: argparse.Namespace) -> int:
     elif findings:
         print("\n\n".join("\n".join(_lines(finding)) for finding in findings))
     else:
-        print(f"There is no checkpoint in {path}: no file there ends with .pt")
+        print(
+            f"There is no checkpoint in {path}: no file there ends with .pt, no folder with {SUFFIX}"
+        )
     return 0 if findings and all(finding.good for finding in findings) else 1
+
+
+def _checkpoints(path: Path) -> list[Path]:
+    """Returns the checkpoints that a path names: itself, or those of a folder."""
+    if not path.is_dir() or path.name.endswith(SUFFIX) or is_sharded_checkpoint(path):
+        return [path]
+    files = [found for found, _ in candidates(path)]
+    return [*files, *(found for found, _ in sharded_folders(path))]
 
 
 def _as_json(finding: Finding) -> dict[str, Any]:
@@ -176,19 +201,23 @@ def _lines(finding: Finding) -> Iterator[str]:
         yield "  no manifest: another program wrote it, and damage in its tensors cannot be found"
     else:
         yield f"{finding.path}: good"
-        yield from _told(manifest, finding.path)
+        yield from _told(manifest, finding.path, finding.files)
     yield from _table(finding.parts)
 
 
-def _told(manifest: Manifest, path: Path) -> Iterator[str]:
+def _told(manifest: Manifest, path: Path, files: int) -> Iterator[str]:
     saved = datetime.fromtimestamp(manifest.saved_at_ns / 1e9, UTC).isoformat(sep=" ")
     versions: Mapping[str, str] = manifest.versions
     renamed = "" if manifest.file == path.name else f", as {_printable(manifest.file)}"
-    yield f"  verified    {manifest.size:,} bytes, sha256 {manifest.sha256}"
+    if files:
+        yield f"  verified    {manifest.size:,} bytes in {files} files, each by its sha256"
+    else:
+        yield f"  verified    {manifest.size:,} bytes, sha256 {manifest.sha256}"
     yield f"  saved       {saved[:19]} UTC{renamed}"
     yield f"  iteration   {_or_unknown(manifest.iteration)}, epoch {_or_unknown(manifest.epoch)}"
     yield f"  backend     {_or_unknown(manifest.backend)}"
-    yield f"  world size  {manifest.world_size}, written by rank {manifest.rank}"
+    written = "all of them" if files else f"rank {manifest.rank}"
+    yield f"  world size  {manifest.world_size}, written by {written}"
     yield "  versions    " + ", ".join(
         f"{_printable(name)} {_printable(text)}" for name, text in versions.items()
     )

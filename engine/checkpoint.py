@@ -24,6 +24,7 @@ from .save_request import (
     takes_metadata,
     warn_of_unsaved,
 )
+from .sharded_saver import ShardedSaver
 
 __all__ = ["Checkpoint", "CheckpointEvents"]
 
@@ -166,13 +167,15 @@ class Checkpoint:
             "priority": priority,
             "run": facts,
             "optimizers": optimizers_in(self.to_save),
+            "objects": self.to_save,
         }
         if self._takes_metadata:
             self.save_handler(checkpoint, filename, metadata)
         else:
             self.save_handler(checkpoint, filename)
         before, self._saved = self._saved, saved
-        job = self.save_handler.job if isinstance(self.save_handler, DiskSaver) else None
+        handler = self.save_handler
+        job = handler.job if isinstance(handler, (DiskSaver, ShardedSaver)) else None
         if isinstance(self.save_handler, BaseSaveHandler):
             for old in removed:
                 self.save_handler.remove(old)
@@ -235,6 +238,8 @@ class Checkpoint:
         if not names:
             return None
         handler = self.save_handler
+        if isinstance(handler, ShardedSaver):
+            return handler.path_of(names[-1])
         return handler.dirname / names[-1] if isinstance(handler, DiskSaver) else names[-1]
 
     def reset(self) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from .sharded_tree import is_spread, spread_like
+
 __all__ = ["capture", "clear", "parameters_of", "rescale", "restore"]
 
 
@@ -59,12 +61,25 @@ def _labelled(kind: str, things: Sequence[Any]) -> Iterable[tuple[str, Any]]:
 def capture(
     models: Sequence[torch.nn.Module], optimizers: Sequence[torch.optim.Optimizer]
 ) -> dict[str, torch.Tensor]:
-    """Returns copies of all gradients that there are, by name, on the CPU."""
-    return {
+    """Returns copies of all gradients that there are, by name, on the CPU.
+
+    Raises:
+        ValueError: if there is none, but the parameters are sharded: then torch keeps them whole,
+            where nobody else can reach them.
+    """
+    named = _named(models, optimizers)
+    found = {
         name: parameter.grad.detach().to("cpu", copy=True)
-        for name, parameter in _named(models, optimizers).items()
+        for name, parameter in named.items()
         if parameter.grad is not None
     }
+    if not found and any(is_spread(p) and p.requires_grad for p in named.values()):
+        raise ValueError(
+            "The gradients of this accumulation window cannot be saved: with "
+            "Sharding(no_sync=True) FSDP keeps them to itself until the window ends. Save at the "
+            "end of a window, or leave no_sync out."
+        )
+    return found
 
 
 def restore(
@@ -89,7 +104,11 @@ def restore(
             )
     for name, parameter in named.items():
         saved = gradients.get(name)
-        parameter.grad = None if saved is None else saved.to(parameter.device, copy=True)
+        if saved is None:
+            parameter.grad = None
+        else:
+            whole = saved.to(parameter.device, copy=True)
+            parameter.grad = spread_like(whole, parameter)
 
 
 def rescale(optimizers: Sequence[torch.optim.Optimizer], ratio: float) -> None:

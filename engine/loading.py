@@ -26,6 +26,7 @@ from .guards import is_mapping
 from .manifest import Manifest
 from .object_tree import check_objects, restore_states, unwrap, walk_objects
 from .safe_load import LoadedFile, load_file, verify_file
+from .sharded_tree import spread
 
 __all__ = ["Latest", "PassedOver", "candidates", "find_latest", "load_latest", "load_objects"]
 
@@ -51,6 +52,11 @@ def load_objects(
     check_objects(to_load, "load_state_dict", "to_load")
     if isinstance(checkpoint, Mapping):
         restore(to_load, checkpoint, None, kwargs)
+        return
+    if os.path.isdir(os.path.expanduser(checkpoint)):
+        from .sharded_load import load_sharded
+
+        load_sharded(to_load, checkpoint, **kwargs)
         return
     loaded = load_file(Path(os.fspath(checkpoint)).expanduser())
     _tell_doubts(loaded)
@@ -120,6 +126,7 @@ def _load_one(
     done: list[str],
 ) -> None:
     target = unwrap(value)
+    state = spread(target, state)
     try:
         if isinstance(target, torch.nn.Module):
             target.load_state_dict(_without_compile_prefix(state), **kwargs)

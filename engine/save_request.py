@@ -15,6 +15,7 @@ from .engine import Engine
 from .guards import is_path
 from .object_tree import unsaved_objects, walk_objects
 from .retention import Item
+from .sharded_saver import ShardedJob
 from .snapshot import spec_of
 
 __all__ = [
@@ -35,7 +36,7 @@ SaveHandler = Callable[..., None] | BaseSaveHandler
 class Pending(NamedTuple):
     """A file that a thread is writing: its job, whose it is, and the list of files before it."""
 
-    job: SaveJob
+    job: SaveJob | ShardedJob
     engine: Any
     saved_before: list[Item]
 

@@ -17,7 +17,14 @@ from pathlib import Path
 
 from .checkpoint_errors import CheckpointWriteError
 
-__all__ = ["HashingFile", "check_free_space", "make_folder", "remove_leftovers", "write_file"]
+__all__ = [
+    "HashingFile",
+    "check_free_space",
+    "flush_folder",
+    "make_folder",
+    "remove_leftovers",
+    "write_file",
+]
 
 _TEMPORARY_PREFIX = ".crosstrain-"
 _TEMPORARY_SUFFIX = ".tmp"
@@ -144,7 +151,7 @@ def write_file(
         if target is not None:
             os.replace(aside, target)
         step = "flushing the folder of"
-        _flush_folder(path.parent)
+        flush_folder(path.parent)
     except BaseException as error:
         if target is not None:
             # What failed is what matters; the next start removes what cannot be removed now.
@@ -173,7 +180,8 @@ def _descriptor(path: Path, exclusive: bool) -> Generator[int]:
     os.close(descriptor)
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
+    """Flushes a folder's list of names to the disk, where its file system can."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -235,7 +243,7 @@ def make_folder(folder: Path) -> None:
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for place in missing:
-        _flush_folder(place.parent)
+        flush_folder(place.parent)
 
 
 def remove_leftovers(folder: Path) -> list[str]:

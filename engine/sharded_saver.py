@@ -1,0 +1,327 @@
+"""ShardedSaver: checkpoints that all processes write together, each its part, whole or absent."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import threading
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from .background import BackgroundJob
+from .checkpoint_errors import CheckpointError, CheckpointWarning
+from .disk_saver import BaseSaveHandler
+from .folder_lock import FolderLock
+from .manifest import later_than, software_versions
+from .ranks import this_rank, world_size
+from .sharded_load import SUFFIX, sharded_folders
+from .sharded_manifest import ShardedManifest
+from .sharded_tree import parameter_names, split
+from .sharded_write import ASIDE, LEFTOVER, Ranks, Staged, write_sharded
+from .staging import HostBuffers, Snapshot, host_state
+from .storage import make_folder
+
+__all__ = ["ShardedJob", "ShardedSaver"]
+
+_logger = logging.getLogger(__name__)
+
+
+class ShardedSaver(BaseSaveHandler):
+    """Saves checkpoints as folders, into which each process writes the part that it holds.
+
+    For models that FSDP has sharded; others work too, and are written by the first process. Give it
+    to `Checkpoint`; all processes make it, and call the handler, together. A folder appears under
+    its name only when all processes' files are on the disk and a manifest with their hashes is
+    beside them. The name is that of `Checkpoint`, with the ending `.sharded`.
+
+    Args:
+        dirname: a folder on a file system that all processes see.
+        create_dir: makes the folder if it is not there.
+        require_empty: raises if the folder holds sharded checkpoints already.
+        background: copies the state and returns; a thread in each process writes it. The next save
+            waits for it. All processes learn of its end, or of a failure, in the same iteration.
+
+    Raises:
+        ValueError: in all processes, if the folder is not there and not to be made, or holds
+            checkpoints.
+        CheckpointBusy: if another run saves into the folder.
+        CheckpointWriteError: if the folder cannot be used.
+    """
+
+    def __init__(
+        self,
+        dirname: str | os.PathLike[str],
+        create_dir: bool = True,
+        require_empty: bool = True,
+        *,
+        background: bool = False,
+    ) -> None:
+        self.dirname = Path(dirname).expanduser()
+        self._background = background
+        self._lock: FolderLock | None = None
+        self._newest_ns = 0
+        self._versions = software_versions()
+        self._buffers = HostBuffers()
+        self._job: ShardedJob | None = None
+        # The thread's messages and the training's would otherwise get into each other's place.
+        self._writers, self._voters = Ranks.make(), Ranks.make()
+        error: Exception | None = None
+        if this_rank() == 0:
+            try:
+                self._open_folder(create_dir, require_empty)
+            except (CheckpointError, OSError, ValueError) as caught:
+                error = caught
+        self._writers.agree(f"opening {self.dirname}", error)
+
+    def _open_folder(self, create_dir: bool, require_empty: bool) -> None:
+        if create_dir:
+            make_folder(self.dirname)
+        if not self.dirname.is_dir():
+            raise ValueError(
+                f"Directory path '{self.dirname}' is not found. Pass create_dir=True to make it"
+            )
+        self._lock = FolderLock(self.dirname)
+        if self._lock.exclusive:
+            _clean(self.dirname)
+        present = sharded_folders(self.dirname)
+        if require_empty and present:
+            self._lock.release()
+            raise ValueError(
+                f"{self.dirname} holds sharded checkpoints already: "
+                f"{', '.join(sorted(path.name for path, _ in present))}. To go on from them, see "
+                "resume_or_start_sharded. To use this directory anyway, pass require_empty=False"
+            )
+        told = [one for _, one in present if isinstance(one, ShardedManifest)]
+        self._newest_ns = max((one.saved_at_ns for one in told), default=0)
+
+    @property
+    def background(self) -> bool:
+        """Whether a thread writes."""
+        return self._background
+
+    @property
+    def job(self) -> ShardedJob | None:
+        """What the threads are writing, or have written and were not asked about."""
+        return self._job
+
+    def path_of(self, filename: str) -> Path:
+        """Returns the folder that a `Checkpoint`'s file name stands for."""
+        return self.dirname / (Path(filename).stem + SUFFIX)
+
+    def __call__(
+        self,
+        checkpoint: Mapping[str, Any],
+        filename: str,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Saves a checkpoint; all processes call it together.
+
+        Args:
+            checkpoint: states by name, or the state of one object itself.
+            filename: the name; its ending is replaced by `.sharded`.
+            metadata: as of `BaseSaveHandler`; further, `objects`: the nest of objects whose states
+                they are, by which the parameters of optimizers are named.
+
+        Raises:
+            CheckpointContentError: if a state holds what cannot be loaded safely.
+            CheckpointWriteError: in all processes, if the file system refuses one of them.
+        """
+        self.wait()
+        told = dict(metadata or {})
+        facts: dict[str, Any] = dict(told.get("run", {}))
+        if facts.pop("bare", False):
+            checkpoint = {facts["objects"][0]: checkpoint}
+        facts.setdefault("objects", tuple(map(str, checkpoint)))
+        objects = told.get("objects")
+        names = {} if objects is None else parameter_names(objects)
+        error: Exception | None = None
+        staged: Staged | None = None
+        snapshot: Snapshot | None = None
+        try:
+            taken = split(checkpoint, names)
+            parts = {name: shard.to_local().detach() for name, shard in taken.shards.items()}  # type: ignore[attr-defined]
+            nest: dict[str, Any] = {"states": taken.tree, "parts": parts}
+            if self._background:
+                snapshot = Snapshot(nest, self._buffers)
+            plain = host_state(nest) if snapshot is None else snapshot.state
+            staged = Staged(plain["states"], plain["parts"], taken.shards, taken.places, names)
+        except CheckpointError as caught:
+            error = caught
+        # A state that cannot be saved may be one process's only: all must know before they write.
+        self._writers.agree(f"saving {filename}", error)
+        assert staged is not None
+        self._newest_ns = later_than(self._newest_ns)
+        manifest = ShardedManifest(
+            folder=self.path_of(filename).name,
+            files={},
+            saved_at_ns=self._newest_ns,
+            world_size=world_size(),
+            versions=self._versions,
+            objects=tuple(facts["objects"]),
+            iteration=facts.get("iteration"),
+            epoch=facts.get("epoch"),
+            backend=facts.get("backend"),
+        )
+        whole, ranks, folder = staged, self._writers, self.dirname
+
+        def write() -> None:
+            write_sharded(folder, whole, manifest, ranks)
+
+        if snapshot is None:
+            write()
+        else:
+            self._job = ShardedJob(self, filename, snapshot, write, self._voters)
+
+    def remove(self, filename: str) -> None:
+        """Removes a checkpoint; in the background, after the pending one is good.
+
+        If the pending one fails, it stays. Does nothing if the folder is gone already.
+        """
+        if self._job is None or not self._job.remove_afterwards(filename):
+            self.remove_now(filename)
+
+    def remove_now(self, filename: str) -> None:
+        """Removes a checkpoint at once; in the first process, others do nothing."""
+        if this_rank() == 0:
+            _remove(self.path_of(filename))
+
+    def wait(self) -> None:
+        """Waits until what was saved is on the disk; all processes call it together.
+
+        Raises:
+            CheckpointError: what a thread raised, once, in all processes.
+        """
+        job, self._job = self._job, None
+        if job is not None and not job.failure_told:
+            job.finish()
+
+    def close(self) -> None:
+        """Waits, and gives the folder up."""
+        try:
+            self.wait()
+        finally:
+            if self._lock is not None:
+                self._lock.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class ShardedJob:
+    """A sharded checkpoint on its way to the disk, and what is to be removed when it is there.
+
+    Args:
+        saver: what saves it.
+        filename: the name that it was given.
+        snapshot: the copy of the state.
+        write: writes it, with all other processes.
+        voters: the processes, for their training threads.
+    """
+
+    def __init__(
+        self,
+        saver: ShardedSaver,
+        filename: str,
+        snapshot: Snapshot,
+        write: Callable[[], None],
+        voters: Ranks,
+    ) -> None:
+        self.filename = filename
+        self.failure_told = False
+        self._saver = saver
+        self._snapshot = snapshot
+        self._write = write
+        self._voters = voters
+        self._vote: Callable[[], bool] | None = None
+        self._ended = False
+        self._to_remove: list[str] | None = []
+        self._guard = threading.Lock()
+        self._thread = BackgroundJob(self._run, f"saving {saver.path_of(filename)}")
+
+    def _run(self) -> None:
+        self._snapshot.finish()
+        self._write()
+        with self._guard:
+            removable, self._to_remove = self._to_remove or [], None
+        for filename in removable:
+            self._saver.remove_now(filename)
+
+    def remove_afterwards(self, filename: str) -> bool:
+        """Removes a checkpoint when the new one is good; false if it is good already."""
+        with self._guard:
+            if self._to_remove is None:
+                return False
+            self._to_remove.append(filename)
+            return True
+
+    @property
+    def running(self) -> bool:
+        """Whether a process is still writing; all ask together, and get the same answer.
+
+        What is answered is the vote that was begun when it was asked the last time: so nobody
+        waits for it.
+        """
+        if self._ended:
+            return False
+        if self._vote is not None and self._vote():
+            self._ended = True
+            return False
+        self._vote = self._voters.begin_vote(not self._thread.running)
+        return True
+
+    def finish(self) -> None:
+        """Waits until the checkpoint is on the disk; all processes call it together.
+
+        Raises:
+            CheckpointError: if it could not be saved.
+        """
+        if self._vote is not None:
+            self._vote()
+        self._thread.join()
+        self._snapshot.close()
+        if self._thread.error is not None:
+            self.failure_told = True
+            raise self._thread.error
+
+
+def _clean(folder: Path) -> None:
+    """Removes what killed processes have left, and puts back what was set aside for a moment."""
+    for entry in sorted(folder.iterdir()):
+        if entry.name.startswith(ASIDE):
+            home = folder / entry.name.removeprefix(ASIDE)
+            if home.exists():
+                _discard(entry)
+            else:
+                os.rename(entry, home)
+        elif entry.name.startswith(LEFTOVER[0]) and entry.name.endswith(LEFTOVER[1]):
+            _discard(entry)
+            _logger.info("Removed %s, which a killed process had not finished.", entry)
+
+
+def _remove(path: Path) -> None:
+    """Takes a checkpoint's name away at once, then its files."""
+    aside = path.with_name(f"{LEFTOVER[0]}{secrets.token_hex(8)}{LEFTOVER[1]}")
+    try:
+        os.rename(path, aside)
+        _discard(aside)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        # No error: it would end this process only, and the others would wait for it.
+        warnings.warn(
+            f"Old checkpoint {path} could not be removed: {error.strerror or error}. The new one "
+            "is saved",
+            CheckpointWarning,
+            stacklevel=4,
+        )
+
+
+def _discard(path: Path) -> None:
+    shutil.rmtree(path)
