@@ -38,7 +38,8 @@ def _suite(root: ElementTree.Element, run: Run, spec: str) -> list[ElementTree.E
         "testsuite",
         name=_legal(f"{spec} on {run.name}"),
         hostname=_legal(run.machine.get("host", run.name)),
-        timestamp=_legal(run.started),
+        # UTC without its offset: some readers' schemas refuse an offset.
+        timestamp=_legal(run.started.removesuffix("+00:00")),
     )
     properties = ElementTree.SubElement(suite, "properties")
     found = {**run.machine, **run.versions, "devices": ", ".join(run.devices.get(spec, ()))}

@@ -181,6 +181,7 @@ def test_junit_says_what_became_of_each_cell() -> None:
         found = [int(element.get(key, "")) for key in ("tests", "failures", "errors", "skipped")]
         assert found == list(counts)
         assert math.isfinite(float(element.get("time", "")))
+    assert suites["cpu on one"].get("timestamp") == "2026-11-24T02:31:07"
     failure = suites["cpu on one"].find("testcase/failure")
     assert failure is not None
     assert failure.get("message")
