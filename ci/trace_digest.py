@@ -1,0 +1,183 @@
+"""Digests of tensors that are computed where the tensors are, and read later, many at once.
+
+The digest of a tensor is a multilinear hash (Carter and Wegman 1979; Lemire and Kaser, "Strongly
+universal string hashing is fast", 2014): the bits of each element, as an integer, times an odd
+64-bit constant that follows from its position, summed modulo 2**64. Integer sums do not depend on
+their order, so every device gives the same digest for the same bits. A change of one element always
+changes it; a change of several goes unseen with a chance of about 2**-63, and of 2**-32 where
+nothing but the highest bits of 32-bit elements changes. It is no protection against an adversary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+from typing import Any, Final, cast
+
+import numpy
+import torch
+
+from crosstrain.engine.guards import is_array, is_mapping, is_sequence
+
+__all__ = ["Digester", "salt", "tensors_of", "text_digest"]
+
+_MASK: Final = (1 << 64) - 1
+_GOLDEN: Final = 0x9E3779B97F4A7C15
+# Elements that are multiplied at once: the table of constants and the products take 8 MiB each.
+_CHUNK: Final = 1 << 20
+_SMALLEST: Final = 1 << 12
+_BITS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_PLAIN: Final = (bool, int, float, complex, str, bytes, type(None))
+
+
+def _constants(first: int, count: int) -> list[int]:
+    """Returns the splitmix64 numbers (Steele, Lea and Flood 2014) of positions, made odd."""
+    words = numpy.arange(first + 1, first + count + 1, dtype=numpy.uint64)
+    words *= numpy.uint64(_GOLDEN)
+    words ^= words >> numpy.uint64(30)
+    words *= numpy.uint64(0xBF58476D1CE4E5B9)
+    words ^= words >> numpy.uint64(27)
+    words *= numpy.uint64(0x94D049BB133111EB)
+    words ^= words >> numpy.uint64(31)
+    words |= numpy.uint64(1)
+    found: list[int] = words.view(numpy.int64).tolist()
+    return found
+
+
+class Digester:
+    """Computes digests of tensors on their devices, and keeps the constants that it takes there."""
+
+    def __init__(self) -> None:
+        self._tables: dict[torch.device, torch.Tensor] = {}
+        self._chunk_constants = _constants(1 << 40, 64)
+
+    def digest(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Returns the digest of a tensor's elements, unread; `salt` tells its shape and type.
+
+        Args:
+            tensor: of any shape, dtype and device; a sparse one is taken by its indices and values,
+                a distributed one by its local part.
+
+        Returns:
+            An integer of 64 bits, as a tensor without dimensions on the same device.
+        """
+        with torch.no_grad():
+            parts = [self._dense(part) for part in _dense_parts(tensor)]
+            total = parts[0]
+            for number, part in enumerate(parts[1:]):
+                total = total + part * self._chunk_constant(number)
+            return total
+
+    def _dense(self, tensor: torch.Tensor) -> torch.Tensor:
+        flat = tensor.reshape(-1)
+        bits = flat.view(_BITS[flat.element_size()])
+        count = bits.numel()
+        table = self._table(bits.device, min(count, _CHUNK))
+        if count <= _CHUNK:
+            # An integer of fewer bits is widened within the product.
+            return (bits * table[:count]).sum()
+        total = (bits[:_CHUNK] * table).sum()
+        for number, start in enumerate(range(_CHUNK, count, _CHUNK)):
+            chunk = bits[start : start + _CHUNK]
+            product = (chunk * table[: chunk.numel()]).sum()
+            total = total + product * self._chunk_constant(number)
+        return total
+
+    def _table(self, device: torch.device, count: int) -> torch.Tensor:
+        table = self._tables.get(device)
+        if table is None or table.numel() < count:
+            size = _SMALLEST
+            while size < count:
+                size *= 2
+            table = torch.tensor(_constants(0, size), dtype=torch.int64).to(device)
+            self._tables[device] = table
+        return table
+
+    def _chunk_constant(self, number: int) -> int:
+        known = self._chunk_constants
+        while number >= len(known):
+            known.extend(_constants((1 << 40) + len(known), len(known)))
+        return known[number]
+
+
+def _dense_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    local = getattr(tensor, "to_local", None)
+    if callable(local):
+        tensor = cast("torch.Tensor", local())
+    tensor = tensor.detach()
+    if tensor.layout is torch.sparse_coo:
+        whole = tensor.coalesce()
+        return [whole.values(), whole.indices()]
+    if tensor.layout is not torch.strided:
+        sparse: Any = tensor
+        return _dense_parts(sparse.to_sparse_coo())
+    if tensor.is_complex():
+        return [torch.view_as_real(tensor.resolve_conj())]
+    return [tensor.resolve_neg()]
+
+
+def salt(tensor: torch.Tensor) -> int:
+    """Returns a number that tells a tensor's shape and dtype, to be added to its digest."""
+    return text_digest(f"{tensor.dtype}{tuple(tensor.shape)}")
+
+
+def text_digest(text: str | bytes) -> int:
+    """Returns 64 bits of BLAKE2b of a text, or of bytes."""
+    data = text.encode() if isinstance(text, str) else text
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def tensors_of(value: Any) -> tuple[list[torch.Tensor], int]:
+    """Takes a nest of anything apart, such as a batch.
+
+    Args:
+        value: mappings, sequences, dataclasses, tensors, arrays, plain values; of other objects,
+            the attributes.
+
+    Returns:
+        The tensors in it, in their order, and a digest of everything else: of where they are, and
+        of plain values. Arrays of numbers are given as tensors.
+    """
+    tensors: list[torch.Tensor] = []
+    rest = "".join(_walk(value, tensors, 16))
+    return tensors, text_digest(rest)
+
+
+def _walk(value: Any, tensors: list[torch.Tensor], depth: int) -> Iterator[str]:
+    if isinstance(value, torch.Tensor):
+        tensors.append(value)
+        yield "T"
+    elif isinstance(value, _PLAIN):
+        yield f"{type(value).__name__}{value!r}"
+    elif is_array(value):
+        yield from _array(value, tensors)
+    elif depth == 0:
+        yield type(value).__name__
+    elif is_mapping(value):
+        for key in sorted(value, key=str):
+            yield f".{key}"
+            yield from _walk(value[key], tensors, depth - 1)
+    elif is_sequence(value):
+        yield "["
+        for item in value:
+            yield from _walk(item, tensors, depth - 1)
+        yield "]"
+    else:
+        yield type(value).__name__
+        yield from _walk(_attributes(value), tensors, depth - 1)
+
+
+def _array(array: Any, tensors: list[torch.Tensor]) -> Iterator[str]:
+    if array.dtype.kind in "biufc" and array.dtype.isnative:
+        # A copy: torch warns of arrays that cannot be written to, and refuses negative strides.
+        tensors.append(torch.from_numpy(array.copy()))  # pyright: ignore[reportUnknownMemberType]
+        yield "A"
+    else:
+        yield f"{array.dtype}{array.shape}{array.tolist()!r}"
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return dict(getattr(value, "__dict__", {}))
