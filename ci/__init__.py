@@ -17,10 +17,28 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .target import Target, TargetError, Training
+    from .trace_recorder import TraceRecorder
+    from .verify_run import Verdict, VerifyError, verify
 
-__all__ = ["Target", "TargetError", "Training"]
+__all__ = [
+    "Target",
+    "TargetError",
+    "TraceRecorder",
+    "Training",
+    "Verdict",
+    "VerifyError",
+    "verify",
+]
 
-_HOMES = dict.fromkeys(("Target", "TargetError", "Training"), "target")
+_HOMES = {
+    "Target": "target",
+    "TargetError": "target",
+    "TraceRecorder": "trace_recorder",
+    "Training": "target",
+    "Verdict": "verify_run",
+    "VerifyError": "verify_run",
+    "verify": "verify_run",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -54,6 +54,10 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
             "train on real data, kill the run, resume it, and compare the bits",
             "crosstrain.ci.demo",
         ),
+        "diff": Command(
+            "find the first iteration, and the first thing in it, where two traces part",
+            "crosstrain.ci.diff_command",
+        ),
         "doctor": Command(
             "list every backend: available or not, why, and what to do about it",
             "crosstrain.ci.doctor",
@@ -65,6 +69,10 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "matrix": Command(
             "run every scenario on every backend and report it, or merge such reports",
             "crosstrain.ci.matrix",
+        ),
+        "verify": Command(
+            "prove, or disprove, that a training of your own resumes exactly",
+            "crosstrain.ci.verify_command",
         ),
     }
 )

@@ -1,0 +1,153 @@
+"""What usually makes a training part from itself, by the first thing that differs."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+from typing import Final, Literal
+
+__all__ = ["Status", "causes"]
+
+Status = Literal["exact", "not exact", "not repeatable"]
+
+_RANDOM_RESUMED: Final = (
+    (
+        "A handler seeds the global generators from something that is not saved, such as a number "
+        "that was drawn, or counted, in its own process. Do not reseed: the trainer sees to the "
+        "random states."
+    ),
+    (
+        "A handler draws from them more or less often than in the straight run, because it counts "
+        "its calls or looks at the time. Wrap it in crosstrain.engine.keep_random_state."
+    ),
+)
+_RANDOM_ANEW: Final = (
+    (
+        "Something seeds the global generators from the time or the process, or draws from them "
+        "more or less often in each run: a thread, or code that looks at the time. Take that out, "
+        "or wrap the handler in crosstrain.engine.keep_random_state."
+    ),
+)
+
+_RESUMED: Final = MappingProxyType(
+    {
+        "batch": (
+            (
+                "The dataset, a transform or a collate_fn keeps a generator or a counter of its "
+                "own, which begins anew in a new process. Draw from the global generators, or from "
+                "crosstrain.engine.current_sample()."
+            ),
+            (
+                "The data itself is drawn from the global generators when the training is built, "
+                "so another seed makes other data. Draw it from a generator with a fixed seed."
+            ),
+        ),
+        "random": _RANDOM_RESUMED,
+        "random after": _RANDOM_RESUMED,
+        "setting": (
+            "A scheduler was not saved. Name it in to_save.",
+            (
+                "A handler changes the optimizer's settings by a counter of its own. Compute them "
+                "from trainer.state.iteration, or save the counter."
+            ),
+        ),
+        "loss": (
+            (
+                "The model, or the loss function, has state outside its state_dict: a plain "
+                "attribute, a buffer with persistent=False, a counter, a generator. Register it as "
+                "a buffer, or give the object state_dict and load_state_dict and name it in "
+                "to_save."
+            ),
+            (
+                "The model draws random numbers from a generator of its own. Use the global one, "
+                "or name an object in to_save whose state_dict has the generator's state."
+            ),
+        ),
+        "gradient": (
+            (
+                "A backward hook, or the backward pass of a function of your own, has state that "
+                "is not saved. Put it into a buffer of the model."
+            ),
+            (
+                "What is trained or frozen was changed by a handler that the resumed run does not "
+                "call again. Do it in a handler of EPOCH_STARTED, by trainer.state.epoch."
+            ),
+        ),
+        "parameter": (
+            (
+                "A handler changes the weights by what is not saved: noise from a generator of its "
+                "own, an average, a counter. Give it state_dict and load_state_dict, and name it "
+                "in to_save."
+            ),
+            "The optimizer has state outside its state_dict.",
+        ),
+        "buffer": (
+            "A handler, or the forward pass, computes the buffer from what is not saved.",
+            "The buffer was registered with persistent=False and is not saved.",
+        ),
+        "missing": (
+            (
+                "A handler that ends the run, such as early stopping, was not saved. Name it in "
+                "to_save."
+            ),
+        ),
+    }
+)
+
+_ANEW: Final = MappingProxyType(
+    {
+        "batch": (
+            (
+                "The dataset, a transform or a collate_fn has a generator of its own that nobody "
+                "seeds, such as numpy.random.default_rng(). Draw from the global generators, or "
+                "from crosstrain.engine.current_sample()."
+            ),
+            "The order of the samples comes from a set, from os.listdir or from the time. Sort it.",
+        ),
+        "random": _RANDOM_ANEW,
+        "random after": _RANDOM_ANEW,
+        "setting": (
+            "A handler sets it by the time, or by a measurement that is not the same each time.",
+        ),
+        "loss": (
+            (
+                "The forward pass is not deterministic: a kernel of your own, code outside torch, "
+                "threads that add in the order in which they end, or a generator that nobody "
+                "seeds."
+            ),
+            "The weights were initialised by a generator that nobody seeds.",
+        ),
+        "gradient": (
+            (
+                "The backward pass is not deterministic: a kernel or an autograd.Function of your "
+                "own that adds in no fixed order, or depends on the time. torch's own operations "
+                "raise an error there, unless the trainer was made with warn_only=True."
+            ),
+        ),
+        "parameter": (
+            (
+                "A handler, or the optimizer, changes the weights by a generator that nobody "
+                "seeds, or by code that is not deterministic."
+            ),
+        ),
+        "buffer": (
+            (
+                "The forward pass or a handler writes it by code that is not deterministic, or "
+                "draws from a generator that nobody seeds."
+            ),
+        ),
+        "missing": ("A handler ends the run by the time, or by a measurement.",),
+    }
+)
+
+
+def causes(status: Status, kind: str | None) -> tuple[str, ...]:
+    """Returns what usually causes a difference, and what to do about it, the likeliest first.
+
+    Args:
+        status: `not repeatable` where two straight runs differ, `not exact` where only a resumed
+            one does.
+        kind: the kind of the first thing that differs (see `Thing`); None for a missing iteration.
+    """
+    if status == "exact":
+        return ()
+    return (_ANEW if status == "not repeatable" else _RESUMED)[kind or "missing"]
