@@ -6,6 +6,7 @@ if __name__ != "crosstrain.engine":
         "use 'import crosstrain.engine'."
     )
 
+from .agreement import agree
 from .checkpoint import Checkpoint, CheckpointEvents
 from .checkpoint_errors import (
     CheckpointBusy,
@@ -52,6 +53,8 @@ from .model_checkpoint import ModelCheckpoint
 from .own_data import PerRank
 from .permutation import PermutationSampler
 from .progress import DataUsedUp, EmptyData
+from .rank_check import RankCheck
+from .ranks import RankFailed
 from .resume import ResumableRun, resume_or_start
 from .shares import BatchShare, mean_over_ranks
 from .snapshot import ResumeWarning
@@ -89,6 +92,8 @@ __all__ = [
     "ModelCheckpoint",
     "PerRank",
     "PermutationSampler",
+    "RankCheck",
+    "RankFailed",
     "RemovableEventHandle",
     "ReproducibleBatchSampler",
     "ResumableRun",
@@ -98,6 +103,7 @@ __all__ = [
     "StepEvents",
     "StepOptions",
     "TrainingStep",
+    "agree",
     "create_supervised_evaluator",
     "create_supervised_trainer",
     "current_sample",

@@ -19,6 +19,7 @@ from .engine import Engine
 from .events import Events
 from .porting import port
 from .progress import data_length
+from .rank_states import RANKS, gathered, own_part
 from .requests import END_EPOCH, QUIET_EPOCH
 from .sampling import ReproducibleBatchSampler, update_dataloader
 from .shares import BatchShare
@@ -49,6 +50,7 @@ __all__ = [
     "update_dataloader",
 ]
 
+_ITERATION_ENDS = Events.ITERATION_COMPLETED
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -124,7 +126,8 @@ class DeterministicEngine(Engine):
         self._warn_only = warn_only
         self._completed = self._epoch_began = self._last_ended_epoch = 0
         # The state that was loaded, until the data is opened.
-        self._snapshot: Mapping[str, Any] | None = None
+        self._snapshot: dict[str, Any] | None = None
+        self._reseeds = False  # It has no random states of this rank.
         self._defers = False
         self._conditions: dict[str, Any] | None = None
         # Plain functions: a bound method here would keep the engine alive.
@@ -138,14 +141,24 @@ class DeterministicEngine(Engine):
         """What this process has of the batch; None in one process, and where data is its own."""
         return self._cursor.share
 
-    # ---------------------------------------------------------------- the state
+    # ------------------------------------------------------------ the state
 
     def state_dict(self) -> OrderedDict[str, Any]:
         """Returns everything that this engine needs to go on exactly, as tensors and plain types.
 
         Call it at ITERATION_COMPLETED, at EPOCH_COMPLETED or between runs. In the middle of an
         iteration it warns: the random states are not those of the iteration's beginning.
+
+        In a world of several processes all have to call it, at the same iteration. Rank 0 gets what
+        differs on the others, too, and its state is the one to save. `RankFailed`, if one does not.
         """
+        return self.state_on(0)
+
+    def state_on(self, rank: int) -> OrderedDict[str, Any]:
+        """Does what `state_dict` does, for another rank to save."""
+        return OrderedDict(gathered(self._own_state(), self, rank))
+
+    def _own_state(self) -> dict[str, Any]:
         values = super().state_dict()
         if self._snapshot is not None:
             values.update({k: v for k, v in self._snapshot.items() if k in KEYS})
@@ -162,8 +175,7 @@ class DeterministicEngine(Engine):
             "epoch": state.epoch,
             "done": values["iteration"] - self._epoch_began,
             "ended": state.epoch == self._last_ended_epoch,
-            # What terminate_epoch() has asked for and is done after this event.
-            "ends": bool(self._asked & END_EPOCH) and self._at_iteration_end(),
+            "ends": self._asked & END_EPOCH > 0 and self.last_event_name == _ITERATION_ENDS,
             "quiet": bool(self._asked & QUIET_EPOCH),
         }
         values["position"] = self._cursor.position()
@@ -179,9 +191,6 @@ class DeterministicEngine(Engine):
             # Once: some backends' probes take long.
             self._conditions = environment(self.backend)
         return {**self._conditions, "threads": torch.get_num_threads()}
-
-    def _at_iteration_end(self) -> bool:
-        return bool(self.last_event_name == Events.ITERATION_COMPLETED)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Sets the engine to go on from a state; the next `run` restores all of it, in order.
@@ -199,7 +208,7 @@ class DeterministicEngine(Engine):
                 f"Argument state_dict should be a dictionary, but given {type(state_dict)}"
             )
         own = {"epoch_length", "iteration", "epoch", "max_epochs", "max_iters"}
-        full = check_keys(state_dict, own | set(self.state_dict_user_keys))
+        full = check_keys(state_dict, {*own, RANKS, *self.state_dict_user_keys})
         if full and state_dict.get("epoch_length", 0) is None:
             # Within a first pass over data of unknown length, an iteration needs no epoch.
             super().load_state_dict({**state_dict, "iteration": 0})
@@ -207,7 +216,10 @@ class DeterministicEngine(Engine):
         else:
             super().load_state_dict(state_dict)
         self._cursor.reset()
-        self._snapshot = dict(state_dict)
+        self._snapshot = own_part(state_dict, self.backend) if full else dict(state_dict)
+        self._reseeds = full and self._snapshot["rng_states"] is None
+        if self._reseeds:
+            self._snapshot["rng_states"] = random_states(self.backend)
         self._completed = self.state.iteration
         self.state.seed = state_dict["seed"] if full else self._given_seed
         if full:
@@ -313,6 +325,8 @@ class DeterministicEngine(Engine):
                 self._cursor.go_to(snapshot["position"], data, self._key)
             if not beginning:
                 restore_random_states(snapshot["rng_states"], self.backend)
+            if self._reseeds:
+                self._cursor.seed_anew(self._key)
         # Not before: if this was the wrong data, the next run still goes on from the state.
         self._snapshot = None
         return self._cursor

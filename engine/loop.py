@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .events import Events
 from .progress import DataUsedUp, EmptyData, is_done
+from .ranks import RankFailed
 from .requests import END_EPOCH, END_RUN, QUIET_EPOCH, QUIET_RUN, EndEpoch, EndRun, Requests
 from .state import State
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from crosstrain.backends import Backend
 
 __all__ = ["Loop"]
+
+_END_RUN_EITHER_WAY = (EmptyData, DataUsedUp)
 
 
 class _Failed(Exception):
@@ -97,6 +100,8 @@ class Loop(Requests):
             if inspect.getgeneratorstate(session) == inspect.GEN_CLOSED:
                 self._session = None
         failure, self._failure = self._failure, None
+        if self.ranks is not None and self._session is None:
+            failure = self.ranks.leave(failure)
         try:
             self._call_at_end(failure)
             if failure is not None:
@@ -165,6 +170,8 @@ class Loop(Requests):
         Raises:
             _Failed: if no handler ran, or one raised; `_failure` holds what is to propagate.
         """
+        if self.ranks is not None:
+            error = self.ranks.first_cause(error)
         # As text: a record that is kept must not keep the frames of the run, and their batches.
         self.logger.error("Exception at iteration %s: %s", self.state.iteration, repr(error))
         slot = self._handlers.require(Events.EXCEPTION_RAISED)
@@ -294,7 +301,9 @@ class Loop(Requests):
         self._in_epoch = done != length
         # Where the length is to be learned, the epoch that goes on must count from its beginning.
         self._epoch_offset = done if self._in_epoch and length is not None else 0
-        if not isinstance(error, Exception) or isinstance(error, (EmptyData, DataUsedUp)):
+        if not isinstance(error, Exception) or isinstance(error, _END_RUN_EITHER_WAY):
+            return False
+        if self.ranks is not None and isinstance(self.ranks.first_cause(error), RankFailed):
             return False
         self._report(error)
         self._step_failed = False

@@ -96,7 +96,9 @@ def _state_of(value: Any, rank: int) -> Any:
         value.consolidate_state_dict(to=rank)
         if this_rank() != rank:
             return {}
-    return value.state_dict()
+    # An engine whose state is gathered from all ranks: on that which saves.
+    state_on = getattr(value, "state_on", None)
+    return value.state_dict() if state_on is None else state_on(rank)
 
 
 def restore_states(

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from .dispatch import Dispatcher
 from .events import Events
 
-__all__ = ["END_EPOCH", "END_RUN", "QUIET_EPOCH", "QUIET_RUN", "EndEpoch", "EndRun", "Requests"]
+if TYPE_CHECKING:
+    from .agreement import Agreement
+
+__all__ = [
+    "END_EPOCH",
+    "END_RUN",
+    "PAUSE",
+    "QUIET_EPOCH",
+    "QUIET_RUN",
+    "EndEpoch",
+    "EndRun",
+    "Requests",
+]
 
 # What has been asked of a run and is not done yet: bits of Engine._asked.
 PAUSE: Final = 1
@@ -37,6 +49,8 @@ class Requests(Dispatcher):
     def __init__(self) -> None:
         super().__init__()
         self._asked = 0
+        #: With whom it is agreed what is done of it, where several processes train as one.
+        self.ranks: Agreement | None = None
 
     @property
     def should_terminate(self) -> bool:
@@ -88,6 +102,8 @@ class Requests(Dispatcher):
 
     def _obey(self) -> Generator[None, None, None]:
         """Does what has been asked for: leaves the run or the epoch, or pauses."""
+        if self.ranks is not None:
+            self.ranks.review()
         if self._asked & END_RUN:
             raise EndRun
         if self._asked & END_EPOCH:

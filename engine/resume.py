@@ -10,17 +10,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .agreement import Agreement, agree
 from .checkpoint import Checkpoint
-from .checkpoint_errors import CheckpointNotFound
 from .disk_saver import DiskSaver
 from .engine import Engine
 from .events import Events, is_event, is_events_list
-from .loading import Latest, PassedOver, candidates, load_latest, restore
-from .manifest import Manifest
+from .loading import Latest, PassedOver, restore
 from .object_tree import check_objects, unsaved_objects, walk_objects
 from .progress import is_done
-from .retention import Item
-from .safe_load import load_file
+from .ranks import this_rank
+from .resume_found import Found, find, find_together, own_files, together
 from .stop_signals import StopSignals
 
 __all__ = ["ResumableRun", "resume_or_start"]
@@ -49,6 +48,8 @@ class ResumableRun:
         self._trainer = trainer
         self._latest = latest
         self._signals = StopSignals(signals, self._notice)
+        # In one process nobody has to be asked.
+        self._ranks = trainer.ranks
         self._due = False
         self._boundary = self._saved = trainer.state.iteration if latest else -1
         finished = bool(latest) and is_done(trainer.state)
@@ -66,8 +67,11 @@ class ResumableRun:
 
     @property
     def stop_signal(self) -> signal.Signals | None:
-        """The signal that ended the run; None if none did."""
-        return self._signals.received
+        """The signal that ended the run, on whichever rank it arrived; None if none did."""
+        if self._ranks is None:
+            return self._signals.received
+        stop = self._ranks.stop_signal
+        return signal.Signals(stop) if stop else None
 
     @property
     def exit_code(self) -> int:
@@ -150,6 +154,10 @@ class ResumableRun:
             trainer.terminate()
 
     def _notice(self) -> None:
+        if self._ranks is not None:
+            received = self._signals.received
+            self._ranks.ask_to_stop(0 if received is None else int(received))
+            return
         self._trainer.add_event_handler(Events.EXCEPTION_RAISED, self._on_exception)
 
     def _on_exception(self, error: BaseException) -> None:
@@ -212,17 +220,32 @@ def resume_or_start(
     """
     event = _event_of(every)
     objects = _with_trainer(trainer, to_save)
-    saver = DiskSaver(dirname, require_empty=False, background=background, overlap=overlap)
-    checkpoint = Checkpoint(objects, saver, filename_prefix, n_saved=n_saved)
+    ranks = agree(trainer)
     name = re.escape(f"{filename_prefix}_" if filename_prefix else "")
     single = re.escape(next(iter(objects))) if len(objects) == 1 else "checkpoint"
     own = re.compile(rf"{name}{single}_\d+\.pt")
+
+    def open_and_find() -> tuple[DiskSaver, Found]:
+        saver = DiskSaver(dirname, require_empty=False, background=background, overlap=overlap)
+        try:
+            return saver, find(objects, saver.dirname, own, resume_from)
+        except BaseException:
+            saver.close()
+            raise
+
+    if ranks is None:
+        saver, found = open_and_find()
+    else:
+        saver, found = find_together(ranks.line, open_and_find)
     try:
-        latest = _restore(objects, saver.dirname, own, resume_from)
+        latest = _restore(objects, found, ranks)
     except BaseException:
         saver.close()
         raise
-    checkpoint.load_state_dict({"_saved": _own_files(saver.dirname, own, trainer.state.iteration)})
+    checkpoint = Checkpoint(objects, saver, filename_prefix, n_saved=n_saved)
+    if this_rank() == 0:
+        iteration = trainer.state.iteration
+        checkpoint.load_state_dict({"_saved": own_files(saver.dirname, own, iteration)})
     run = ResumableRun(trainer, checkpoint, latest, signals)
     run.attach(event)
     return run
@@ -259,48 +282,22 @@ def _with_trainer(trainer: Engine, to_save: Mapping[str, Any]) -> dict[str, Any]
     return objects
 
 
-def _restore(
-    objects: Mapping[str, Any],
-    folder: Path,
-    own: re.Pattern[str],
-    resume_from: str | os.PathLike[str] | None,
-) -> Latest:
-    """Restores the objects from the newest good checkpoint, or from the one that is named."""
-    if resume_from is not None:
-        loaded = load_file(Path(resume_from).expanduser())
-        latest = Latest(folder, loaded.path, loaded.manifest, ())
-        restore(objects, loaded.state, loaded.path, {})
+def _restore(objects: Mapping[str, Any], found: Found, ranks: Agreement | None) -> Latest:
+    """Restores the objects from what was found; in a world, on all ranks or on none."""
+    latest = found.latest
+    if not latest:
+        _logger.info("No checkpoint in %s: the run starts from the beginning.", latest.folder)
+        return latest
+    if ranks is None:
+        restore(objects, found.state, latest.path, {})
     else:
-        latest, state = load_latest(folder, tuple(objects), own)
-        if latest:
-            restore(objects, state, latest.path, {})
-    if latest:
-        manifest = latest.manifest
-        _logger.info(
-            "Resumed from %s: iteration %s, epoch %s.",
-            latest.path,
-            "unknown" if manifest is None else manifest.iteration,
-            "unknown" if manifest is None else manifest.epoch,
-        )
-    elif latest.passed_over:
-        raise CheckpointNotFound(
-            f"{latest.describe()}. A new run in this folder would lose what may be rescued: move "
-            "these files away to start from the beginning, or name one by resume_from"
-        )
-    else:
-        _logger.info("No checkpoint in %s: the run starts from the beginning.", folder)
+        with together(ranks.line, f"restoring {latest.path}"):
+            restore(objects, found.state, latest.path, {})
+    manifest = latest.manifest
+    _logger.info(
+        "Resumed from %s: iteration %s, epoch %s.",
+        latest.path,
+        "unknown" if manifest is None else manifest.iteration,
+        "unknown" if manifest is None else manifest.epoch,
+    )
     return latest
-
-
-def _own_files(folder: Path, own: re.Pattern[str], iteration: int) -> list[Item]:
-    """Returns the files that the run has saved up to this iteration: those that it may remove.
-
-    Later ones belong to a course of the run that was given up; it is not for us to remove them.
-    """
-    found: list[Item] = []
-    for path, manifest in candidates(folder, own):
-        if not isinstance(manifest, Manifest) or manifest.file != path.name:
-            continue
-        if manifest.iteration is not None and manifest.iteration <= iteration:
-            found.append(Item(manifest.iteration, path.name))
-    return sorted(found)

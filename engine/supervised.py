@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from .agreement import agree
 from .assembly import Device, LossFunction, open_backend, prepare, step_options
 from .deterministic import DeterministicEngine
 from .engine import Engine
@@ -89,6 +90,7 @@ def create_supervised_trainer(
     trainer = (DeterministicEngine if deterministic else Engine)(step, chosen)
     trainer.objects = {**_named("model", model), **_named("optimizer", optimizer)}
     step.attach(trainer)
+    agree(trainer)
     if scaler is True:
         # Only the backends that amp_mode stands for get here; they have torch's scaler.
         state: Any = trainer.state
