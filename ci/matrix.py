@@ -332,9 +332,12 @@ def _merge(args: argparse.Namespace) -> int:
     missing = [spec for spec in args.require if spec not in ran]
     for spec in missing:
         print(f"required, but it ran on no machine: {spec}", file=sys.stderr)
+    interrupted = [one.name for one in report.runs if one.interrupted]
+    if interrupted:
+        print(f"interrupted, so not every cell has run: {', '.join(interrupted)}", file=sys.stderr)
     cells = sum(len(one.outcomes) for one in report.runs)
     print(f"{len(report.runs)} runs, {cells} cells, {len(broken)} broken; report: {page}")
-    return BROKEN if broken or missing else OK
+    return BROKEN if broken or missing or interrupted else OK
 
 
 def _has_run(outcome: Outcome) -> bool:

@@ -258,7 +258,9 @@ def _facts(runs: Sequence[Run]) -> list[_Fact]:
 def _versions(runs: Sequence[Run]) -> list[_Fact]:
     """The versions of all runs; where two of them have different ones, that is said."""
     facts: list[_Fact] = []
-    for name in dict.fromkeys(name for run in runs for name in run.versions):
+    # Python is a fact of the machine already.
+    known = {name for run in runs for name in run.machine}
+    for name in dict.fromkeys(name for run in runs for name in run.versions if name not in known):
         values = [run.versions.get(name, "–") for run in runs]
         facts.append(_Fact(name, values, len(set(values) - {"–"}) > 1))
     return facts

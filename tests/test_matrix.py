@@ -259,3 +259,9 @@ def test_merging_a_broken_report_fails(console_script: Path, tmp_path: Path) -> 
     assert result.returncode == 1
     assert "one: middle on cpu: failed" in result.stdout
     assert (tmp_path / "all" / "index.html").is_file()
+
+    # What has not run is not known to pass.
+    Report((sample_run("two", not_run={("cpu", "middle")}),)).write(tmp_path / "two")
+    result = matrix(console_script, "--merge", "two", "--report", "all", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "not every cell has run: two" in result.stderr
