@@ -54,3 +54,34 @@ def test_its_own_conformance_test_passes(environment: tuple[Path, dict[str, str]
     assert result.returncode == 0, result.stdout
     assert "passed" in result.stdout
     assert "failed" not in result.stdout
+
+
+@pytest.mark.slow
+def test_its_trainings_resume_exactly(
+    environment: tuple[Path, dict[str, str]], tmp_path: Path
+) -> None:
+    _, variables = environment
+    words = ["-m", "crosstrain.ci.cli", "matrix", "--backends", "single-thread:bf16"]
+    words += ["--scenarios", "sigkill,random_layers,overflow,port", "--report", str(tmp_path)]
+    result = run(variables, tmp_path, *words)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (found,) = json.loads((tmp_path / "matrix.json").read_text())["runs"]
+    # It scales no loss, so none overflows.
+    assert {cell["scenario"]: cell["status"] for cell in found["outcomes"]} == {
+        "sigkill": "passed",
+        "random_layers": "passed",
+        "overflow": "skipped",
+        "port": "passed",
+    }
+
+
+def test_tests_run_on_it_by_default(
+    environment: tuple[Path, dict[str, str]], tmp_path: Path
+) -> None:
+    _, variables = environment
+    (tmp_path / "test_mine.py").write_text("def test_mine(backend): assert backend.name\n")
+    words = ("-m", "pytest", "-v", "-p", "no:cacheprovider", "--require-backends=single-thread")
+    result = run(variables, tmp_path, *words)
+    assert result.returncode == 0, result.stdout
+    for row in ("[single-thread]", "[single-thread:bf16]", "[cpu:fp16]"):
+        assert f"test_mine{row} PASSED" in result.stdout
