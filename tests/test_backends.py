@@ -13,6 +13,8 @@ from crosstrain.backends import BackendError, World
 
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 
+every_precision = pytest.mark.backends("cpu", "cpu:bf16", "cpu:fp16")
+
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,9 +83,9 @@ def test_the_forward_pass_runs_at_the_precision_asked_for(spec: str, dtype: torc
 
 
 @every_optimizer
-@pytest.mark.parametrize("spec", ["cpu", "cpu:bf16", "cpu:fp16"])
-def test_training_learns(digits: list[Any], spec: str, kind: str) -> None:
-    run = make(spec, kind)
+@every_precision
+def test_training_learns(digits: list[Any], backend_spec: str, kind: str) -> None:
+    run = make(backend_spec, kind)
     for batch in digits[:50]:
         assert run.step(batch).applied
     x, y = digits[52]
@@ -138,9 +140,9 @@ def test_a_step_reports_what_became_of_it(digits: list[Any]) -> None:
     assert scaled.grad_norm.item() == pytest.approx(clipped.grad_norm.item(), rel=0.02)
 
 
-@pytest.mark.parametrize("spec", ["cpu", "cpu:bf16", "cpu:fp16"])
-def test_clipping_limits_the_change_of_the_weights(digits: list[Any], spec: str) -> None:
-    run = make(spec)
+@every_precision
+def test_clipping_limits_the_change_of_the_weights(digits: list[Any], backend_spec: str) -> None:
+    run = make(backend_spec)
     before = run.weights()
     result = run.step(digits[0], max_norm=1e-3)
     assert result.grad_norm is not None
@@ -153,10 +155,10 @@ def test_clipping_limits_the_change_of_the_weights(digits: list[Any], spec: str)
 # Mistakes
 
 
-@pytest.mark.parametrize("spec", ["cpu", "cpu:bf16", "cpu:fp16"])
+@every_precision
 @pytest.mark.parametrize("max_norm", [None, 1.0])
-def test_a_step_without_a_gradient_is_refused(spec: str, max_norm: float | None) -> None:
-    run = make(spec)
+def test_a_step_without_a_gradient_is_refused(backend_spec: str, max_norm: float | None) -> None:
+    run = make(backend_spec)
     with pytest.raises(BackendError, match="SGD was stepped without a gradient"):
         run.backend.step(run.optimizer, max_norm)
 
