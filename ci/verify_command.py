@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from .verify_run import RunResult, Verdict
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["add_arguments", "print_verdict", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
         return 2
     if args.json is not None:
         args.json.write_text(json.dumps(verdict.as_json(), indent=1) + "\n")
-    _print(console, verdict)
+    print_verdict(console, verdict)
     return 0 if verdict.exact else 1
 
 
@@ -151,7 +151,13 @@ def _progress(console: Console) -> Generator[Callable[[str, int, int], None]]:
         yield show
 
 
-def _print(console: Console, verdict: Verdict) -> None:
+def print_verdict(console: Console, verdict: Verdict) -> None:
+    """Print a table of the runs, and what was found with its usual causes.
+
+    Args:
+        console: where to.
+        verdict: what `verify` returned.
+    """
     from rich.table import Table
 
     table = Table(title=f"{verdict.target} on {verdict.backend}, {verdict.iterations} iterations")

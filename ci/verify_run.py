@@ -143,6 +143,10 @@ def verify(
             f"kills and workers are at least 0 and every is at least 1; got kills={kills}, "
             f"workers={tuple(workers)}, every={every}."
         )
+    if not kills and at is not None and not at:
+        raise VerifyError(
+            "Nothing would be interrupted: name iterations in at, leave it out, or set kills."
+        )
     with tempfile.TemporaryDirectory(prefix="verify-") as place:
         where = Path(place) if folder is None else folder
         where.mkdir(parents=True, exist_ok=True)

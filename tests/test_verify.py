@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from crosstrain.backends import BackendUnavailable
 from crosstrain.ci import Verdict, VerifyError, cli, verify
+from crosstrain.ci.verify_command import print_verdict
 
 TARGETS = Path(__file__).with_name("verify_targets.py")
 
@@ -95,12 +98,18 @@ def test_the_transformer_of_the_examples_resumes_exactly(repo_root: Path, tmp_pa
     assert (tmp_path / "kept" / "straight.trace").is_file()
 
 
-def test_what_was_found_is_printed_with_its_causes(capsys: pytest.CaptureFixture[str]) -> None:
-    assert command(f"{TARGETS}:unsaved_stream", "--at", "8", "--kills", "0") == 1
-    text = " ".join(capsys.readouterr().out.split())
+def test_what_was_found_is_printed_with_its_causes(
+    verdicts: Mapping[str, Future[Verdict]],
+) -> None:
+    console = Console(file=io.StringIO(), width=200)
+    print_verdict(console, verdicts["unsaved_stream"].result())
+    file: Any = console.file
+    text = " ".join(file.getvalue().split())
     assert "It does not resume exactly" in text
     assert "iteration 9 (epoch 2): the parameter 'model.4.weight' differs" in text
     assert "noise from a generator of its own" in text
+    print_verdict(console, verdicts["nondeterministic"].result())
+    assert "It does not repeat: two runs that nobody interrupted" in file.getvalue()
 
 
 def test_a_run_that_cannot_go_on_is_not_exact() -> None:
@@ -150,6 +159,11 @@ def test_what_cannot_be_verified_is_exit_code_2(
 def test_numbers_out_of_range_are_refused(arguments: dict[str, Any]) -> None:
     with pytest.raises(VerifyError, match="at least"):
         verify(f"{TARGETS}:exact", **arguments)
+
+
+def test_a_verification_that_interrupts_nothing_is_refused() -> None:
+    with pytest.raises(VerifyError, match="Nothing would be interrupted"):
+        verify(f"{TARGETS}:exact", at=[], kills=0)
 
 
 def test_a_folder_that_is_not_empty_is_left_alone(tmp_path: Path) -> None:
