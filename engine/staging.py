@@ -273,6 +273,8 @@ def _storages_of(optimizers: Iterable[torch.optim.Optimizer]) -> frozenset[tuple
         for values in optimizer.state.values():
             tensors += [value for value in values.values() if isinstance(value, torch.Tensor)]
         for tensor in tensors:
+            if tensor.device.type != "cpu" and not _is_accelerator(tensor.device):
+                continue  # It may have no storage to point to, and is copied at once.
             storage = tensor.untyped_storage()
             if storage.nbytes() == tensor.numel() * tensor.element_size():
                 found.add((str(tensor.device), storage.data_ptr()))
