@@ -270,7 +270,7 @@ def test_processes_do_not_outlive_a_cell_that_is_killed(tmp_path: Path) -> None:
     mark = uuid.uuid4().hex
     command = [sys.executable, "-m", "crosstrain.ci.cell", "cpu", "workers", "--folder", tmp_path]
     with subprocess.Popen(command, env={**os.environ, "CELL_OF_A_TEST": mark}) as cell:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 250
         while len(alive(mark)) < 4 and cell.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.05)
