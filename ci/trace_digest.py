@@ -27,6 +27,7 @@ _GOLDEN: Final = 0x9E3779B97F4A7C15
 # Elements that are multiplied at once: the table of constants and the products take 8 MiB each.
 _CHUNK: Final = 1 << 20
 _SMALLEST: Final = 1 << 12
+_KEPT: Final = 10_000
 _BITS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PLAIN: Final = (bool, int, float, complex, str, bytes, type(None))
 
@@ -51,6 +52,7 @@ class Digester:
     def __init__(self) -> None:
         self._tables: dict[torch.device, torch.Tensor] = {}
         self._chunk_constants = _constants(1 << 40, 64)
+        self._known: dict[str, int] = {}
 
     def digest(self, tensor: torch.Tensor) -> torch.Tensor:
         """Returns the digest of a tensor's elements, unread; `salt` tells its shape and type.
@@ -68,6 +70,19 @@ class Digester:
             for number, part in enumerate(parts[1:]):
                 total = total + part * self._chunk_constant(number)
             return total
+
+    def salt(self, tensor: torch.Tensor) -> int:
+        """Returns what `salt` does; kept, since a training has few shapes."""
+        return self.text(f"{tensor.dtype}{tuple(tensor.shape)}")
+
+    def text(self, text: str) -> int:
+        """Returns what `text_digest` does; kept, for texts that come again."""
+        found = self._known.get(text)
+        if found is None:
+            if len(self._known) >= _KEPT:
+                self._known.clear()
+            found = self._known[text] = text_digest(text)
+        return found
 
     def _dense(self, tensor: torch.Tensor) -> torch.Tensor:
         flat = tensor.reshape(-1)

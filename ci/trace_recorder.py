@@ -12,7 +12,7 @@ from crosstrain.engine import Engine, Events, StepEvents
 from crosstrain.engine.snapshot import environment
 from crosstrain.engine.state import Unread
 
-from .trace_digest import Digester, salt, tensors_of
+from .trace_digest import Digester, tensors_of
 from .trace_file import Header, TraceWriter
 from .trace_sources import Sources
 
@@ -173,7 +173,7 @@ class _Iteration:
         """Takes a tensor."""
         digest = self._digester.digest(tensor)
         unread = self.unread.setdefault(digest.device, _Unread())
-        unread.digests.append((place, salt(tensor), digest))
+        unread.digests.append((place, self._digester.salt(tensor), digest))
         floats = tensor.is_floating_point() and tensor.layout is torch.strided
         if norm and floats and not hasattr(tensor, "to_local"):
             unread.values.append((place, _norm(tensor)))
@@ -186,16 +186,19 @@ class _Iteration:
             digest = self._digester.digest(tensor)
             unread = self.unread.setdefault(digest.device, _Unread())
             # Odd and different factors: the tensors of a nest cannot change places unseen.
-            unread.digests.append((place, salt(tensor) + number, digest * (2 * number - 1)))
+            added = self._digester.salt(tensor) + number
+            unread.digests.append((place, added, digest * (2 * number - 1)))
         return tensors
 
     def settings(self, place: int, settings: Mapping[str, Callable[[], Any]]) -> None:
         """Takes the settings of optimizers."""
         for offset, setting in enumerate(settings.values()):
             value = setting()
-            self.nest(place + offset, value)
-            if isinstance(value, (int, float)):
-                self.values[place + offset] = float(value)
+            if not isinstance(value, (int, float)):
+                self.nest(place + offset, value)
+                continue
+            self.digests[place + offset] = self._digester.text(f"{type(value).__name__}{value!r}")
+            self.values[place + offset] = float(value)
 
     def output(self, place: int, output: Any) -> None:
         """Takes the iteration's output; its value, too, if it is a loss."""
