@@ -27,8 +27,8 @@ HARDWARE = ("apex", "cuda", "cuda-amp", "tpu", "xla", "xla-spmd")
 
 OPTIONS = {
     "apex": ("O1", "O0", "O2", "O3"),
-    "cuda": ("fp32", "tf32"),
-    "cuda-amp": ("fp16", "bf16"),
+    "cuda": ("fp32", "tf32", "fsdp", "fsdp-tf32"),
+    "cuda-amp": ("fp16", "bf16", "fsdp", "fsdp-bf16"),
     "tpu": ("fp32", "bf16"),
     "xla": ("fp32", "bf16"),
     "xla-spmd": ("fp32", "bf16"),
