@@ -189,7 +189,7 @@ class Backend(Protocol):
         ...
 
     def accumulating(self, model: Any) -> AbstractContextManager[Any]:
-        """Returns the context of a backward pass after which no step follows."""
+        """Returns the context of a forward and backward pass after which no step follows."""
         ...
 
     def backward(self, loss: torch.Tensor, optimizer: Any) -> None:

@@ -182,7 +182,10 @@ class TorchBackend:
         return self.precision.autocast()
 
     def accumulating(self, model: Any) -> AbstractContextManager[Any]:
-        """Returns a context in which gradients are not shared; empty in one process."""
+        """Returns a context of passes whose gradients are not shared; empty in one process.
+
+        The forward pass belongs inside: DistributedDataParallel decides there what is shared.
+        """
         if self._sharding is not None:
             return fsdp.unreduced(model) if self._sharding.no_sync else nullcontext()
         if self.world.size == 1:

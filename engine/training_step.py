@@ -232,9 +232,20 @@ class TrainingStep:
         filled = self._filled + 1
         if filled == 1:
             self._open_window(engine)
-        backend = self.backend
-        x, y = self._split(batch, backend)
-        with backend.autocast():
+        x, y = self._split(batch, self.backend)
+        if filled == self._planned:
+            output = self._pass(engine, x, y, filled)
+        else:
+            # The forward pass too: DistributedDataParallel decides there what is shared after it.
+            with self.backend.accumulating(self.model):
+                output = self._pass(engine, x, y, filled)
+        if engine.backend is None:
+            self.backend.sync()
+        return output
+
+    def _pass(self, engine: Engine, x: Any, y: Any, filled: int) -> Any:
+        """Runs the forward and the backward pass, and the step where the window is full."""
+        with self.backend.autocast():
             y_pred = self._forward(x)
             loss: Any = self.loss_fn(y_pred, y)
         if not (isinstance(loss, Tensor) and loss.requires_grad and loss.numel() == 1):
@@ -243,10 +254,10 @@ class TrainingStep:
         self._filled = 0
         try:
             if self._many:
-                with weighted(loss, share_of(engine), self.models) as part:
-                    self._backward(engine, part, filled)
+                with weighted(loss, share_of(engine), self.models, y_pred) as part:
+                    self._backward(engine, part)
             else:
-                self._backward(engine, loss, filled)
+                self._backward(engine, loss)
             if filled == self._planned:
                 self._step(engine)
                 filled = 0
@@ -259,8 +270,6 @@ class TrainingStep:
                 )
             raise
         self._filled = filled
-        if engine.backend is None:
-            backend.sync()
         return output
 
     def _train(self) -> None:
@@ -283,17 +292,11 @@ class TrainingStep:
         for optimizer in self.optimizers:
             gradients.clear(optimizer)
 
-    def _backward(self, engine: Engine, loss: Tensor, filled: int) -> None:
+    def _backward(self, engine: Engine, loss: Tensor) -> None:
         listeners, backend, planned = self._listeners, self.backend, self._planned
         if listeners.backward_started.handlers:
             engine.fire_event(StepEvents.BACKWARD_STARTED)
-        if planned == 1:
-            backend.backward(loss, self.optimizer)
-        elif filled == planned:
-            backend.backward(loss / planned, self.optimizer)
-        else:
-            with backend.accumulating(self.model):
-                backend.backward(loss / planned, self.optimizer)
+        backend.backward(loss if planned == 1 else loss / planned, self.optimizer)
         if listeners.backward_completed.handlers:
             engine.fire_event(StepEvents.BACKWARD_COMPLETED)
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from crosstrain.backends.placement import map_tensors
+
 from .gradients import parameters_of
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ __all__ = ["average", "combined", "weighted"]
 
 @contextmanager
 def weighted(
-    loss: Tensor, share: BatchShare | None, models: Iterable[torch.nn.Module]
+    loss: Tensor, share: BatchShare | None, models: Iterable[torch.nn.Module], y_pred: Any
 ) -> Generator[Tensor, None, None]:
     """Gives the loss to run the backward pass of, in the block.
 
@@ -33,6 +35,7 @@ def weighted(
         loss: the mean loss of this process's samples.
         share: what this process has of the batch; None where nothing was dealt out.
         models: the models that are trained.
+        y_pred: what they gave.
     """
     weight = 1.0 if share is None else share.weight
     if weight == 1.0:
@@ -41,10 +44,17 @@ def weighted(
     if weight:
         yield loss * weight
         return
-    # A placeholder. 0 times what is not finite would not be 0, so each gradient is replaced, before
-    # it is shared.
+    # A placeholder. 0 times what is not finite would not be 0, so each gradient is replaced before
+    # it is shared; and that of the output, for parameters which a model puts others in place of.
     trained: list[Any] = [p for model in models for p in model.parameters() if p.requires_grad]
     handles: list[Any] = [parameter.register_hook(torch.zeros_like) for parameter in trained]
+
+    def silence(tensor: Any) -> Any:
+        if getattr(tensor, "requires_grad", False):
+            handles.append(tensor.register_hook(torch.zeros_like))
+        return tensor
+
+    map_tensors(y_pred, silence)
     try:
         yield loss * 0.0
     finally:

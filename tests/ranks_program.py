@@ -27,20 +27,22 @@ def main(folder: Path) -> None:
         rank, size = backend.world.rank, backend.world.size
         model, optimizer = make()
         wrapped, optimizer = backend.prepare(model, optimizer)
-        generator = torch.Generator().manual_seed(1)
+        generator, kept = torch.Generator().manual_seed(1), list[float]()
         for iteration in range(6):
             batch = torch.randn(8, 4, generator=generator, dtype=torch.float64)
-            loss: Any = wrapped(batch[rank * 8 // size : (rank + 1) * 8 // size]).square().mean()
+            part = batch[rank * 8 // size : (rank + 1) * 8 // size]
             if iteration % 2 == 0:
                 with backend.accumulating(wrapped):
-                    backend.backward(loss / 2, optimizer)
+                    backend.backward(wrapped(part).square().mean() / 2, optimizer)
+                kept = [parameter.grad.sum().item() for parameter in wrapped.parameters()]
                 continue
-            backend.backward(loss / 2, optimizer)
+            backend.backward(wrapped(part).square().mean() / 2, optimizer)
             backend.step(optimizer)
             optimizer.zero_grad()
             backend.sync()
         weights = [value.flatten().tolist() for value in model.state_dict().values()]
-        told = {"rank": rank, "size": size, "wrapped": type(wrapped).__name__, "weights": weights}
+        told: dict[str, Any] = {"rank": rank, "size": size, "wrapped": type(wrapped).__name__}
+        told |= {"weights": weights, "kept": kept}
         (folder / f"{rank}-of-{size}.json").write_text(json.dumps(told))
     assert not distributed.is_initialized(), "close() leaves the process group"
 

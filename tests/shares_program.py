@@ -143,7 +143,7 @@ def split(batch: Any, device: Any, non_blocking: bool) -> Any:
 class Training:
     """A training whose batches, losses of the global batches, and end are told."""
 
-    def __init__(self, loss_fn: Any = None) -> None:
+    def __init__(self, loss_fn: Any = None, spec: str = "cpu") -> None:
         torch.manual_seed(5)
         self.model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1), nn.Flatten(0))
         self.model.double()
@@ -155,7 +155,7 @@ class Training:
             deterministic=True,
             gradient_accumulation_steps=WINDOW,
             prepare_batch=split,
-            backend="cpu",
+            backend=spec,
         )
         self.losses: dict[int, float] = {}
         self.batches: dict[int, Any] = {}
@@ -188,7 +188,12 @@ class Training:
         return self
 
     def told(self) -> dict[str, Any]:
-        weights = [value.flatten().tolist() for value in self.model.state_dict().values()]
+        states: list[Any] = list(self.model.state_dict().values())
+        # Each process has a part of a sharded one.
+        whole = [
+            value.full_tensor() if hasattr(value, "full_tensor") else value for value in states
+        ]
+        weights = [value.flatten().tolist() for value in whole]
         return {"losses": self.losses, "batches": self.batches, "weights": weights}
 
 
@@ -302,7 +307,7 @@ def streams() -> dict[str, Any]:
     return {"drawn": drawn, "seed": seed, "own": own}
 
 
-def placeholders() -> dict[str, Any]:
+def placeholders(spec: str) -> dict[str, Any]:
     """The weights after a training in which whoever has a placeholder gets NaN for it."""
     training: Any = None
 
@@ -311,7 +316,7 @@ def placeholders() -> dict[str, Any]:
         share = training.trainer.share
         return loss * math.nan if share is not None and share.samples == 0 else loss
 
-    training = Training(loss_fn)
+    training = Training(loss_fn, spec)
     told: dict[str, Any] = training.run().told()
     return told
 
@@ -348,13 +353,14 @@ def main(folder: Path) -> None:
         rank, size = backend.world.rank, backend.world.size
         told: dict[str, Any] = {"course": Training().run().told(), "chain": chain(folder, size)}
         told["data"] = {kind: only_data(kind) for kind in KINDS}
-        told["streams"], told["placeholders"] = streams(), placeholders()
+        told["streams"], told["placeholders"] = streams(), placeholders("cpu")
         told["ended"] = ended_within_window()
         if size == 2:
             told["same world"] = same_world()
             told["distributed"] = distributed_sampler()
             told["own position"] = own_position(rank, size)
         if size > 1:
+            told["sharded"] = placeholders("cpu:fsdp")
             told["refusals"] = refusals(rank, size)
         (folder / f"{rank}-of-{size}.json").write_text(json.dumps(told))
 

@@ -43,6 +43,8 @@ def test_processes_train_as_one(tmp_path: Path) -> None:
         torchrun(size, "ranks_program.py", str(tmp_path))
         told = results(tmp_path, size)
         assert [one["rank"] for one in told] == list(range(size))
+        # Within a window nothing is shared yet.
+        assert len({tuple(one["kept"]) for one in told}) == size
         for one in told:
             assert one["wrapped"] == "DistributedDataParallel"
             assert one["weights"] == told[0]["weights"]

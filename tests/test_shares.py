@@ -52,7 +52,10 @@ def test_same_batches_and_losses(worlds: dict[int, list[Told]], size: int, part:
     assert len(whole["batches"]["5"][0]) == SAMPLES % BATCH == 2
 
 
-@pytest.mark.parametrize(("part", "size"), [("course", 2), ("course", 4), ("chain", 4)])
+@pytest.mark.parametrize(
+    ("part", "size"),
+    [*((part, size) for part in ("course", "sharded") for size in SIZES), ("chain", 4)],
+)
 def test_same_weights(worlds: dict[int, list[Told]], size: int, part: str) -> None:
     """Weighted by true counts, many processes end as one does, and all of them with the same."""
     whole, told = worlds[1][0]["course"]["weights"], [one[part]["weights"] for one in worlds[size]]

@@ -127,12 +127,11 @@ def test_the_null_backend_shows_the_order_of_accumulation() -> None:
     trainer = trainer_of(model, backend=backend, gradient_accumulation_steps=2)
     backend.calls.clear()
     trainer.run(batches(3))
-    begin = ["put", "put", "autocast", "end autocast"]
-    inside = ["accumulating", "backward", "end accumulating"]
+    put, passes = ["put", "put"], ["autocast", "end autocast", "backward"]
     assert backend.calls == [
-        *[*begin, *inside, "sync"],
-        *[*begin, "backward", "step", "sync"],
-        *[*begin, "backward", "step", "sync"],
+        *[*put, "accumulating", *passes, "end accumulating", "sync"],
+        *[*put, *passes, "step", "sync"],
+        *[*put, *passes, "step", "sync"],
     ]
 
 
