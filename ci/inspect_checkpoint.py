@@ -171,9 +171,7 @@ def run(args: argparse.Namespace) -> int:
     elif findings:
         print("\n\n".join("\n".join(_lines(finding)) for finding in findings))
     else:
-        print(
-            f"There is no checkpoint in {path}: no file there ends with .pt, no folder with {SUFFIX}"
-        )
+        print(f"There is no checkpoint in {path}: no file there ends with .pt or {SUFFIX}")
     return 0 if findings and all(finding.good for finding in findings) else 1
 
 

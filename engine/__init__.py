@@ -56,6 +56,9 @@ from .progress import DataUsedUp, EmptyData
 from .rank_check import RankCheck
 from .ranks import RankFailed
 from .resume import ResumableRun, resume_or_start
+from .sharded_load import ShardedCheckpoint, latest_sharded, load_sharded, read_sharded
+from .sharded_resume import resume_or_start_sharded
+from .sharded_saver import ShardedSaver
 from .shares import BatchShare, mean_over_ranks
 from .snapshot import ResumeWarning
 from .streams import SampleStreams, current_sample
@@ -99,6 +102,8 @@ __all__ = [
     "ResumableRun",
     "ResumeWarning",
     "SampleStreams",
+    "ShardedCheckpoint",
+    "ShardedSaver",
     "State",
     "StepEvents",
     "StepOptions",
@@ -109,9 +114,13 @@ __all__ = [
     "current_sample",
     "global_step_from_engine",
     "keep_random_state",
+    "latest_sharded",
+    "load_sharded",
     "manual_seed",
     "mean_over_ranks",
+    "read_sharded",
     "resume_or_start",
+    "resume_or_start_sharded",
     "supervised_evaluation_step",
     "supervised_evaluation_step_amp",
     "supervised_training_step",

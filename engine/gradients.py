@@ -63,13 +63,15 @@ def capture(
 ) -> dict[str, torch.Tensor]:
     """Returns copies of all gradients that there are, by name, on the CPU.
 
+    Gradients whose parts lie in several processes are gathered: all of these call it together.
+
     Raises:
         ValueError: if there is none, but the parameters are sharded: then torch keeps them whole,
             where nobody else can reach them.
     """
     named = _named(models, optimizers)
     found = {
-        name: parameter.grad.detach().to("cpu", copy=True)
+        name: _whole(parameter.grad.detach()).to("cpu", copy=True)
         for name, parameter in named.items()
         if parameter.grad is not None
     }
@@ -80,6 +82,10 @@ def capture(
             "end of a window, or leave no_sync out."
         )
     return found
+
+
+def _whole(gradient: Any) -> Any:
+    return gradient.full_tensor() if is_spread(gradient) else gradient
 
 
 def restore(

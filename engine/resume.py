@@ -22,7 +22,7 @@ from .ranks import this_rank
 from .resume_found import Found, find, find_together, own_files, together
 from .stop_signals import StopSignals
 
-__all__ = ["ResumableRun", "resume_or_start"]
+__all__ = ["ResumableRun", "event_of", "resume_or_start", "with_trainer"]
 
 _logger = logging.getLogger(__name__)
 
@@ -218,8 +218,8 @@ def resume_or_start(
         CheckpointBusy: if another process saves into the folder.
         CheckpointError: if there are checkpoints and none is good, or it does not fit the objects.
     """
-    event = _event_of(every)
-    objects = _with_trainer(trainer, to_save)
+    event = event_of(every)
+    objects = with_trainer(trainer, to_save)
     ranks = agree(trainer)
     name = re.escape(f"{filename_prefix}_" if filename_prefix else "")
     single = re.escape(next(iter(objects))) if len(objects) == 1 else "checkpoint"
@@ -251,7 +251,12 @@ def resume_or_start(
     return run
 
 
-def _event_of(every: Any) -> Any:
+def event_of(every: Any) -> Any:
+    """Returns the event of `every`: a number of iterations, or an event.
+
+    Raises:
+        TypeError: if it is neither.
+    """
     if isinstance(every, int) and not isinstance(every, bool):
         return Events.ITERATION_COMPLETED(every=every)
     if is_event(every) or is_events_list(every):
@@ -262,7 +267,13 @@ def _event_of(every: Any) -> Any:
     )
 
 
-def _with_trainer(trainer: Engine, to_save: Mapping[str, Any]) -> dict[str, Any]:
+def with_trainer(trainer: Engine, to_save: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the objects with the trainer among them.
+
+    Raises:
+        TypeError: if an object lacks `state_dict` or `load_state_dict`.
+        ValueError: if what the trainer trains is left out.
+    """
     for method in ("state_dict", "load_state_dict"):
         check_objects(to_save, method, "to_save")
     objects = dict(to_save)

@@ -29,6 +29,8 @@ from .sharded_tree import at_path, is_spread, object_at, parameter_names
 __all__ = [
     "SUFFIX",
     "ShardedCheckpoint",
+    "folders_together",
+    "hash_file",
     "is_sharded_checkpoint",
     "latest_sharded",
     "load_sharded",
@@ -342,10 +344,18 @@ def sharded_folders(
     return sorted(found, key=age, reverse=True)
 
 
-def _as_first_sees(
+def folders_together(
     folder: Path, prefix: str
 ) -> list[tuple[Path, ShardedManifest | CheckpointError]]:
-    """Returns `sharded_folders` as the first process sees them: all go through the same list."""
+    """Lists what `sharded_folders` does, as the first process sees it, the same in all processes.
+
+    Args:
+        folder: the folder.
+        prefix: how their names begin.
+
+    Raises:
+        CheckpointNotFound: if there is no such folder.
+    """
     if not _in_group():
         return sharded_folders(folder, prefix)
     told: list[Any] = [None]
@@ -380,7 +390,7 @@ def latest_sharded(
     """
     folder = Path(dirname).expanduser()
     passed_over: list[PassedOver] = []
-    for path, told in _as_first_sees(folder, prefix):
+    for path, told in folders_together(folder, prefix):
         reason = str(told) if isinstance(told, CheckpointError) else ""
         if isinstance(told, ShardedManifest):
             missing = [name for name in objects if name not in told.objects]

@@ -149,7 +149,7 @@ class ShardedSaver(BaseSaveHandler):
                 snapshot = Snapshot(nest, self._buffers)
             plain = host_state(nest) if snapshot is None else snapshot.state
             staged = Staged(plain["states"], plain["parts"], taken.shards, taken.places, names)
-        except CheckpointError as caught:
+        except Exception as caught:  # noqa: BLE001 - raised again when the others know of it
             error = caught
         # A state that cannot be saved may be one process's only: all must know before they write.
         self._writers.agree(f"saving {filename}", error)

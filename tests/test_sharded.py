@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
 import re
 import shutil
@@ -322,3 +323,25 @@ def test_failed_write_leaves_nothing(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="it is code"):
             saver({"model": {"function": print}}, "checkpoint_1.pt")
         assert [p.name for p in (tmp_path / "run").iterdir()] == [".crosstrain.lock"]
+
+
+@pytest.mark.slow
+def test_killed_run_goes_on_with_the_same_bits(tmp_path: Path) -> None:
+    """A rank is killed in an accumulation window; torchrun starts all again, which ends alike."""
+    digests: list[list[str]] = []
+    for name, kill_at in (("whole", "99"), ("killed", "8")):
+        folder = tmp_path / name
+        folder.mkdir()
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes", "1"]
+        command += ["--nproc-per-node", "2", "--max-restarts", "1"]
+        command += [str(TESTS / "sharded_resume_program.py"), str(folder), kill_at]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, done.stdout + done.stderr
+        told = [json.loads((folder / f"told-{rank}.json").read_text()) for rank in (0, 1)]
+        digests.append([one["digest"] for one in told])
+        for one in told:
+            assert one["iteration"] == 12
+            assert one["saved"][-1] == "checkpoint_9.sharded"
+            assert (one["from"] is None) == (name == "whole")
+    assert digests[0] == digests[1]

@@ -1,0 +1,116 @@
+"""resume_or_start_sharded: `resume_or_start` for runs whose processes save and load together."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .agreement import agree
+from .checkpoint import Checkpoint
+from .checkpoint_errors import CheckpointNotFound
+from .engine import Engine
+from .loading import Latest
+from .resume import ResumableRun, event_of, with_trainer
+from .retention import Item
+from .sharded_load import ShardedCheckpoint, folders_together, latest_sharded, load_sharded
+from .sharded_manifest import ShardedManifest
+from .sharded_saver import ShardedSaver
+
+__all__ = ["resume_or_start_sharded"]
+
+_logger = logging.getLogger(__name__)
+
+
+def resume_or_start_sharded(
+    trainer: Engine,
+    to_save: Mapping[str, Any],
+    dirname: str | os.PathLike[str],
+    every: Any,
+    *,
+    n_saved: int | None = 2,
+    filename_prefix: str = "",
+    background: bool = True,
+    resume_from: str | os.PathLike[str] | None = None,
+    signals: Sequence[signal.Signals] = (signal.SIGTERM, signal.SIGINT),
+) -> ResumableRun:
+    """Does what `resume_or_start` does, with a `ShardedSaver`; all processes call it together.
+
+    Args:
+        trainer: see `resume_or_start`, as for all that follow.
+        to_save: likewise.
+        dirname: the folder, on a file system that all processes see.
+        every: likewise.
+        n_saved: likewise.
+        filename_prefix: likewise.
+        background: see `ShardedSaver`.
+        resume_from: a sharded checkpoint to restore instead of the newest one.
+        signals: likewise.
+
+    Returns:
+        As of `resume_or_start`.
+
+    Raises:
+        TypeError: as of `resume_or_start`.
+        ValueError: likewise.
+        CheckpointBusy: if another run saves into the folder.
+        CheckpointError: if there are checkpoints and none is good, or it does not fit the objects.
+    """
+    event = event_of(every)
+    objects = with_trainer(trainer, to_save)
+    agree(trainer)
+    saver = ShardedSaver(dirname, require_empty=False, background=background)
+    name = next(iter(objects)) if len(objects) == 1 else "checkpoint"
+    prefix = (f"{filename_prefix}_" if filename_prefix else "") + f"{name}_"
+    try:
+        latest = _restore(objects, saver.dirname, prefix, resume_from)
+    except BaseException:
+        saver.close()
+        raise
+    checkpoint = Checkpoint(objects, saver, filename_prefix, n_saved=n_saved)
+    # Later ones belong to a course of the run that was given up.
+    saved = [
+        Item(told.iteration, path.with_suffix(".pt").name)
+        for path, told in folders_together(saver.dirname, prefix)
+        if isinstance(told, ShardedManifest)
+        and told.iteration is not None
+        and told.folder == path.name
+        and told.iteration <= trainer.state.iteration
+    ]
+    checkpoint.load_state_dict({"_saved": sorted(saved)})
+    run = ResumableRun(trainer, checkpoint, latest, signals)
+    run.attach(event)
+    return run
+
+
+def _restore(
+    objects: Mapping[str, Any],
+    folder: Path,
+    prefix: str,
+    resume_from: str | os.PathLike[str] | None,
+) -> Latest:
+    if resume_from is not None:
+        named = ShardedCheckpoint.open(resume_from)
+        latest = Latest(folder, named.path, named.manifest.summary(), ())
+    else:
+        latest = latest_sharded(folder, tuple(objects), prefix)
+    if latest.path is None:
+        if latest.passed_over:
+            raise CheckpointNotFound(
+                f"{latest.describe()}. A new run in this folder would lose what may be rescued: "
+                "move these folders away to start from the beginning, or name one by resume_from"
+            )
+        _logger.info("No checkpoint in %s: the run starts from the beginning.", folder)
+        return latest
+    load_sharded(objects, latest.path)
+    manifest = latest.manifest
+    _logger.info(
+        "Resumed from %s: iteration %s, epoch %s.",
+        latest.path,
+        "unknown" if manifest is None else manifest.iteration,
+        "unknown" if manifest is None else manifest.epoch,
+    )
+    return latest
