@@ -59,7 +59,12 @@ def join(
     limit = timedelta(seconds=timeout())
     try:
         distributed.init_process_group(
-            transport, rank=world.rank, world_size=world.size, timeout=limit, device_id=device
+            transport,
+            store=_store(world, limit),
+            rank=world.rank,
+            world_size=world.size,
+            timeout=limit,
+            device_id=device,
         )
     except (distributed.DistError, RuntimeError, ValueError) as error:
         raise BackendError(
@@ -68,6 +73,18 @@ def join(
             "have to start within the timeout and reach that address; start them with torchrun."
         ) from error
     _leave_later(stack)
+
+
+def _store(world: World, limit: timedelta) -> Any:
+    """Returns the store that torchrun's address leads to, for this start of the processes only.
+
+    torchrun keeps one store over restarts. There a process may find the address that a killed one
+    has left, try to connect to it, and wait until the timeout: so each start has keys of its own.
+    """
+    module: Any = distributed
+    store, _, _ = next(module.rendezvous("env://", world.rank, world.size, timeout=limit))
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return module.PrefixStore(f"start_{start}", store)
 
 
 def join_alone(transport: str, stack: ExitStack) -> None:

@@ -1,0 +1,113 @@
+"""Ranks that die: killed under torchrun, or left in a collective operation by one that fails."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_process_group import TESTS
+
+from crosstrain.ci.digests import leaf_digests
+from crosstrain.ci.rank_storm import signal_storm
+from crosstrain.engine import Checkpoint
+
+EXAMPLE = TESTS.parent / "examples" / "digits.py"
+
+
+def start(restarts: int, *arguments: str) -> subprocess.Popen[str]:
+    """Starts a script in two processes under torchrun, in a session of its own."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", "--max-restarts", str(restarts), *arguments]
+    return subprocess.Popen(
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], seconds: float = 150) -> str:
+    """Waits for the end; returns what was printed."""
+    try:
+        return process.communicate(timeout=seconds)[0]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def process_of(agent: int, rank: int) -> int | None:
+    """Returns the process id of a rank that an agent of torchrun has started."""
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((place / "stat").read_text().rpartition(") ")[2].split()[1])
+            variables = (place / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if parent == agent and b"RANK=%d" % rank in variables:
+            return int(place.name)
+    return None
+
+
+def state_of(folder: Path) -> dict[str, Any]:
+    """Returns a digest of each value of the last checkpoint."""
+    path = Checkpoint.latest(folder).path
+    assert path is not None
+    return leaf_digests(torch.load(path, weights_only=True), "state")
+
+
+@pytest.mark.slow
+def test_rank_killed_and_restarted_by_torchrun(tmp_path: Path) -> None:
+    """The example, unchanged: it ends with the bits of a run that nobody killed, in every value."""
+    arguments = (str(EXAMPLE), "--backend", "cpu", "--epochs", "2", "--workers", "0", "--out")
+    straight = start(0, *arguments, str(tmp_path / "straight"))
+    printed = finish(straight)
+    assert straight.returncode == 0, printed
+    killed = start(1, *arguments, str(tmp_path / "killed"))
+    deadline = time.monotonic() + 200
+    while not list((tmp_path / "killed").glob("checkpoint_2?.pt")):
+        assert time.monotonic() < deadline, finish(killed)
+        time.sleep(0.01)
+    victim = process_of(killed.pid, 1)
+    assert victim is not None
+    os.kill(victim, signal.SIGKILL)
+    printed = finish(killed)
+    assert killed.returncode == 0, printed
+    assert "resumed from" in printed
+    assert state_of(tmp_path / "killed") == state_of(tmp_path / "straight")
+
+
+@pytest.mark.slow
+def test_exception_on_one_rank_frees_the_others(tmp_path: Path) -> None:
+    """From the collective operation that they wait in; the cause is shown, and nobody hangs."""
+    process = start(0, str(TESTS / "ranks_fail_program.py"), "raise")
+    printed = finish(process, 120)
+    assert process.returncode == 1
+    assert "ValueError: no such batch" in printed
+    assert "RankFailed: Rank 1 failed at iteration 3: ValueError: no such batch" in printed
+
+
+@pytest.mark.slow
+def test_rank_that_waits_in_vain_is_ended(tmp_path: Path) -> None:
+    """One whose run has ended lives on, and the other waits for its gradients."""
+    process = start(0, str(TESTS / "ranks_fail_program.py"), "stay")
+    printed = finish(process, 120)
+    assert process.returncode == 1
+    assert "The run has ended on rank 1 after 3 iterations" in printed
+    assert "Rank 0 waits in vain and is ended." in printed
+
+
+@pytest.mark.slow
+def test_signals_at_random_moments(tmp_path: Path) -> None:
+    """A short form of `python -m crosstrain.ci.rank_storm --signals 100`."""
+    wrong, _ = signal_storm("cpu", 10, 2, tmp_path / "storm", seed=7)
+    assert not wrong
