@@ -13,6 +13,7 @@ from test_process_group import TESTS, results, torchrun
 
 from crosstrain.backends import BackendError, UnknownBackend, get
 from crosstrain.backends.fsdp import Sharding
+from crosstrain.engine import gradients
 
 
 def close(mine: Any, theirs: Any, rel: float = 1e-12, absolute: float = 1e-12) -> bool:
@@ -90,3 +91,25 @@ def test_optimizer_keeps_its_state_when_its_model_is_sharded() -> None:
             whole = [getattr(p, "full_tensor", lambda p=p: p)() for p in model.parameters()]
             found.append([value.tolist() for value in whole])
     assert found[0] == found[1]
+
+
+def test_gradients_in_a_window_are_saved_or_refused() -> None:
+    """Whole in the state, parts in the model; where torch hides them, an error says so."""
+    for no_sync in (False, True):
+        with get("cpu:fsdp", sharding=Sharding(no_sync=no_sync)) as backend:
+            model: Any = torch.nn.Sequential(torch.nn.Linear(2, 2))
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            model, optimizer = backend.prepare(model, optimizer)
+            with backend.accumulating(model):
+                backend.backward(model(torch.ones(1, 2)).sum(), optimizer)
+            if no_sync:
+                with pytest.raises(ValueError, match=r"no_sync=True\) FSDP keeps them to itself"):
+                    gradients.capture([model], [optimizer])
+                continue
+            found = gradients.capture([model], [optimizer])
+            assert all(type(value) is torch.Tensor for value in found.values())
+            optimizer.zero_grad()
+            gradients.restore(found, [model], [optimizer])
+            weight = model[0].weight
+            assert type(weight.grad) is type(weight)
+            assert torch.equal(weight.grad.full_tensor(), found["model.0.weight"])
