@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import Collection, Mapping, Sequence
@@ -23,14 +22,21 @@ from .loading import Latest, PassedOver, restore
 from .object_tree import check_objects
 from .ranks import this_rank, world_size
 from .safe_load import load_file
-from .sharded_manifest import INDEX, MANIFEST, Entry, ShardedManifest, decode_index, rank_file
+from .sharded_manifest import (
+    INDEX,
+    MANIFEST,
+    Entry,
+    ShardedManifest,
+    decode_index,
+    hash_file,
+    rank_file,
+)
 from .sharded_tree import at_path, is_spread, object_at, parameter_names
 
 __all__ = [
     "SUFFIX",
     "ShardedCheckpoint",
     "folders_together",
-    "hash_file",
     "is_sharded_checkpoint",
     "latest_sharded",
     "load_sharded",
@@ -39,9 +45,7 @@ __all__ = [
 ]
 
 _logger = logging.getLogger(__name__)
-_BLOCK = 1 << 20
 SUFFIX = ".sharded"
-
 Place = tuple[tuple[Any, ...], str]
 
 
@@ -98,10 +102,8 @@ class ShardedCheckpoint:
                 if path.is_symlink() or not path.is_file():
                     raise CheckpointCorrupt(f"{path} is no file")
                 if found != expected:
-                    raise CheckpointCorrupt(
-                        f"{path} is damaged: it has {found:,} bytes and was written with "
-                        f"{expected:,}"
-                    )
+                    told = f"{found:,} bytes and was written with {expected:,}"
+                    raise CheckpointCorrupt(f"{path} is damaged: it has {told}")
                 if hash_file(path) != digest:
                     raise CheckpointCorrupt(
                         f"{path} is damaged, or of another checkpoint: its sha256 is not the one "
@@ -150,15 +152,6 @@ class ShardedCheckpoint:
                 f"({type(error).__name__}: {error})"
             ) from None
         return states, places, names
-
-
-def hash_file(path: Path) -> str:
-    """Returns the sha256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def is_sharded_checkpoint(path: str | os.PathLike[str]) -> bool:
@@ -338,8 +331,8 @@ def sharded_folders(
 
     def age(item: tuple[Path, ShardedManifest | CheckpointError]) -> tuple[bool, int, str]:
         path, told = item
-        known = isinstance(told, ShardedManifest)
-        return not known, told.saved_at_ns if isinstance(told, ShardedManifest) else 0, path.name
+        saved = told.saved_at_ns if isinstance(told, ShardedManifest) else None
+        return saved is None, saved or 0, path.name
 
     return sorted(found, key=age, reverse=True)
 
@@ -359,17 +352,15 @@ def folders_together(
     if not _in_group():
         return sharded_folders(folder, prefix)
     told: list[Any] = [None]
-    if this_rank() == 0:
-        try:
-            told = [sharded_folders(folder, prefix)]
-        except CheckpointNotFound as error:
-            told = [error]
+    try:
+        told = [sharded_folders(folder, prefix)]
+    except CheckpointNotFound as error:
+        told = [error]
     send: Any = distributed.broadcast_object_list  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
     send(told, 0)
     if isinstance(told[0], CheckpointNotFound):
         raise told[0]
-    found: list[tuple[Path, ShardedManifest | CheckpointError]] = told[0]
-    return found
+    return told[0]  # type: ignore[no-any-return]
 
 
 def latest_sharded(

@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from itertools import combinations, pairwise
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -30,6 +31,7 @@ __all__ = [
     "ShardedManifest",
     "decode_index",
     "encode_index",
+    "hash_file",
     "rank_file",
 ]
 
@@ -41,6 +43,15 @@ _SCHEMA: Final = 1
 _DIGEST_MARK: Final = b"\nsha256:"
 _SHARD: Final = re.compile(r"__[0-9]{1,9}_[0-9]{1,9}\.distcp")
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
+
+
+def hash_file(path: Path) -> str:
+    """Returns the sha256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def rank_file(rank: int) -> str:

@@ -18,7 +18,6 @@ from torch import distributed
 from .checkpoint_errors import CheckpointError, CheckpointWriteError
 from .guards import is_exact_list, is_mapping
 from .manifest import Manifest
-from .sharded_load import hash_file
 from .sharded_manifest import (
     INDEX,
     MANIFEST,
@@ -26,6 +25,7 @@ from .sharded_manifest import (
     Entry,
     ShardedManifest,
     encode_index,
+    hash_file,
     rank_file,
 )
 from .staging import state_bytes
