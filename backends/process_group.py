@@ -76,15 +76,17 @@ def join(
 
 
 def _store(world: World, limit: timedelta) -> Any:
-    """Returns the store that torchrun's address leads to, for this start of the processes only.
+    """Returns the store that torchrun's address leads to, for this group only.
 
     torchrun keeps one store over restarts. There a process may find the address that a killed one
-    has left, try to connect to it, and wait until the timeout: so each start has keys of its own.
+    has left, or one of a group that was left since, try to connect to it, and wait until the
+    timeout: so each start has keys of its own, and in it each group, counted by every process.
     """
     module: Any = distributed
     store, _, _ = next(module.rendezvous("env://", world.rank, world.size, timeout=limit))
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return module.PrefixStore(f"start_{start}", store)
+    started = module.PrefixStore(f"start_{start}", store)
+    return module.PrefixStore(f"group_{started.add(f'groups_of_{world.rank}', 1)}", started)
 
 
 def join_alone(transport: str, stack: ExitStack) -> None:

@@ -45,6 +45,12 @@ def main(folder: Path) -> None:
         told |= {"weights": weights, "kept": kept}
         (folder / f"{rank}-of-{size}.json").write_text(json.dumps(told))
     assert not distributed.is_initialized(), "close() leaves the process group"
+    for _ in range(3):
+        with get("cpu") as again:
+            ones: Any = torch.ones(())
+            if again.world.size > 1:
+                distributed.all_reduce(ones)
+            assert ones.item() == again.world.size, "a group that was left can be joined again"
 
 
 if __name__ == "__main__":
