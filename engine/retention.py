@@ -41,11 +41,12 @@ class Retention:
     def with_added(self, item: Item) -> tuple[list[Item], list[str]]:
         """Returns what is there after a file is saved: the items, and the names to be removed.
 
-        A file of the same name is replaced and counts no longer.
+        A file of the same name is replaced and counts no longer. More than one is to be removed
+        where a run was killed between a save and the removal that follows it.
         """
         kept = [old for old in self.items if old.filename != item.filename]
         removed: list[str] = []
-        if len(kept) == len(self.items) and self.n_saved is not None and len(kept) >= self.n_saved:
+        while self.n_saved is not None and len(kept) >= self.n_saved:
             removed.append(kept.pop(0).filename)
         kept.append(item)
         kept.sort(key=lambda each: _order(each.priority))

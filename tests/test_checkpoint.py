@@ -170,3 +170,19 @@ def test_a_folder_with_checkpoints_is_not_taken_unasked(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"old\.pt.*require_empty=False"):
         DiskSaver(tmp_path)
     DiskSaver(tmp_path, require_empty=False).close()
+
+
+def test_what_a_kill_kept_from_being_removed_is_removed_later(tmp_path: Path) -> None:
+    """A run that was killed between a save and the removal after it leaves one file too many."""
+    objects = made()
+    trainer = objects["trainer"]
+    saver = DiskSaver(tmp_path)
+    killed = Checkpoint(objects, saver, n_saved=3)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(every=3), killed)
+    trainer.run(BATCHES, max_epochs=1)
+    assert names(tmp_path) == ["checkpoint_3.pt", "checkpoint_6.pt", "checkpoint_9.pt"]
+    saver.close()
+    later = Checkpoint(objects, DiskSaver(tmp_path, require_empty=False), n_saved=2)
+    later.load_state_dict(killed.state_dict())
+    later(trainer)
+    assert names(tmp_path) == ["checkpoint_10.pt", "checkpoint_9.pt"]
