@@ -20,7 +20,7 @@ from typing import Any
 
 from crosstrain.backends import add_backend_argument
 
-__all__ = ["kill_storm", "main", "signal_storm"]
+__all__ = ["kill_storm", "losses_of", "main", "signal_storm"]
 
 _LIFE, _EPOCH = 6, 25
 
@@ -47,7 +47,7 @@ def _read(folder: Path, size: int) -> list[Any]:
     return [json.loads((folder / f"end-{rank}.json").read_text()) for rank in range(size)]
 
 
-def _losses(folder: Path, rank: int) -> dict[int, set[float]]:
+def losses_of(folder: Path, rank: int) -> dict[int, set[float]]:
     """Returns all losses that a rank's lives told of each iteration."""
     found: dict[int, set[float]] = {}
     for text in (folder / f"rank-{rank}").read_text().splitlines():
@@ -81,7 +81,7 @@ def kill_storm(backend: str, kills: int, size: int, folder: Path, seed: int) -> 
         zip(_read(folder / "straight", size), _read(folder / "stormy", size), strict=True)
     ):
         wrong += [f"rank {rank}: {name}" for name in one if one[name] != other[name]]
-        straight, stormy = _losses(folder / "straight", rank), _losses(folder / "stormy", rank)
+        straight, stormy = losses_of(folder / "straight", rank), losses_of(folder / "stormy", rank)
         parted = [i for i, losses in stormy.items() if losses != straight[i]]
         if parted:
             wrong.append(f"rank {rank}: the loss of iteration {min(parted)}")

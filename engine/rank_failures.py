@@ -31,6 +31,8 @@ _LONG: Final = timedelta(days=20)
 _LOOK: Final = 0.25
 # A rank that does nothing in Python for this long after another has failed waits for it in vain.
 _STUCK: Final = 15.0
+# For how many seconds the store is asked, once the run has failed on this rank.
+_HURRY: Final = 5.0
 
 
 def describe(error: BaseException) -> str:
@@ -60,6 +62,7 @@ class Failures:
         self._heard = 0
         # Where another rank's run has ended already, after which iteration, and which rank.
         self._ended: tuple[int, int] | None = None
+        line.store.limit = line.timeout
         self._ears = line.clone()
         self._main = threading.get_ident()
         self._thread = threading.Thread(target=self._listen, name="ranks", daemon=True)
@@ -149,6 +152,7 @@ class Failures:
         if isinstance(error, RankFailed):
             return error
         line, base = self._line, self._base
+        self._hurry()
         try:
             if self.told is None and line.has(f"{base}/failure"):
                 rank, reason = json.loads(line.get(f"{base}/failure"))
@@ -156,8 +160,11 @@ class Failures:
             if self.told is None and line.has(f"{base}/ended"):
                 self._ended = tuple(json.loads(line.get(f"{base}/ended")))
                 self._compare_end()
-        except distributed.DistError:
-            error.add_note("The store of the process group is gone: other ranks have ended.")
+        except distributed.DistError as gone:
+            error.add_note(
+                f"The store of the process group is gone, so other ranks have ended or are cut "
+                f"off: {describe(gone)}"
+            )
         if self.told is None or self.told[0] == line.rank:
             if isinstance(error, RuntimeError) and "onnection" in str(error):
                 error.add_note(
@@ -180,6 +187,7 @@ class Failures:
             elif end != iteration:
                 failure = RankFailed(self._parted(rank, end, iteration), rank)
         if failure is not None:
+            self._hurry()
             reason = str(failure)
             if not isinstance(failure, RankFailed):
                 reason = f"Rank {line.rank} failed at iteration {iteration}: {describe(failure)}"
@@ -189,6 +197,11 @@ class Failures:
         left = {"passed": 2 * iteration + 1, "wish": 0, "signal": 0}
         line.set(f"{base}/left/{line.rank}", json.dumps(left))
         return failure
+
+    def _hurry(self) -> None:
+        # What has failed may have waited for the timeout already: not for another one.
+        store = self._line.store
+        store.limit = min(store.limit, _HURRY)
 
     def _parted(self, rank: int, end: int, iteration: int) -> str:
         return (
@@ -276,7 +289,8 @@ class Failures:
         self._closed.set()
         if threading.current_thread() is self._thread:
             return
-        while self._thread.is_alive():
+        # Over a connection that was cut the thread waits until the kernel gives it up.
+        while self._thread.is_alive() and not self._line.store.lost:
             try:
                 key = f"crosstrain/{self._base}/for/{self._line.rank}/{self._heard}"
                 self._line.store.set(key, "{}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import time
@@ -14,6 +15,7 @@ from torch import distributed
 
 from crosstrain.backends.process_group import timeout
 
+from .patient_store import PatientStore
 from .ranks import RankFailed
 
 __all__ = ["RankLine"]
@@ -42,7 +44,7 @@ class RankLine:
         module: Any = distributed.distributed_c10d
         # torch offers no other way to the store that the group came together by. A connection of
         # our own: a wait on torch's would hold up whoever else uses it.
-        self.store: Any = module._get_default_store().clone()
+        self.store = PatientStore(module._get_default_store().clone(), self.timeout)
         self._group: Any = None
         #: Called while this rank waits; raises if the wait is in vain.
         self.while_waiting: Callable[[], None] | None = None
@@ -100,7 +102,7 @@ class RankLine:
             except distributed.DistNetworkError as error:
                 raise RankFailed(
                     f"Rank {self.rank} has lost the store of the process group, so rank 0's "
-                    f"process, or torchrun on its machine, has ended: {error}"
+                    f"process, or torchrun on its machine, has ended or is cut off: {error}"
                 ) from error
             if self.while_waiting is not None:
                 self.while_waiting()
@@ -166,13 +168,14 @@ class RankLine:
                     absent[0] if len(absent) == 1 else None,
                 )
         except RankFailed as failed:
-            # Who comes later must not find this rank here.
-            self.count(f"meetings/{rank}", -1)
-            self.count(f"{base}/came", -1)
-            self.drop(f"{base}/{rank}")
-            self.drop(f"{base}/what")
-            if failed.rank is not None and self.is_dead(failed.rank):
-                raise RankFailed(f"Rank {rank} was {what}. {failed}", failed.rank) from None
+            # Who comes later must not find this rank here; without the store nobody will.
+            with contextlib.suppress(distributed.DistNetworkError):
+                self.count(f"meetings/{rank}", -1)
+                self.count(f"{base}/came", -1)
+                self.drop(f"{base}/{rank}")
+                self.drop(f"{base}/what")
+                if failed.rank is not None and self.is_dead(failed.rank):
+                    raise RankFailed(f"Rank {rank} was {what}. {failed}", failed.rank) from None
             raise
         self._check_met(base, error, what)
         answer = self.get(f"{base}/told")
