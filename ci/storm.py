@@ -88,6 +88,9 @@ def _live(
         if after and seen == after:
             killer.start()
             after = None
+        elif after == 0 and seen == 2 * _LIFE:
+            # It started faster than was thought, and would train to its end.
+            _kill(process.pid)
     process.wait()
     killer.cancel()
     if process.returncode not in (0, -signal.SIGKILL):
