@@ -49,7 +49,9 @@ class ApexOnCpu(ApexBackend):
 @pytest.mark.parametrize("check", ["agreement", "accumulation", "clipping", "prepare", "resume"])
 @pytest.mark.parametrize("level", ApexBackend.options)
 def test_disabled_amp_does_what_fp32_does(level: str, check: str) -> None:
-    assert check_backend(ApexOnCpu, level, checks=[check], tolerance=1e-6) == []
+    # What was clipped is seen in the change of the weights, which rounds to a few 1e-5 of it.
+    tolerance = 1e-4 if check == "clipping" else 1e-6
+    assert check_backend(ApexOnCpu, level, checks=[check], tolerance=tolerance) == []
 
 
 def test_one_initialisation_serves_trainer_and_evaluator() -> None:
