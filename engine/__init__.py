@@ -26,7 +26,7 @@ from .deterministic import (
     manual_seed,
     update_dataloader,
 )
-from .disk_saver import BaseSaveHandler, DiskSaver
+from .disk_saver import DiskSaver
 from .doors import (
     supervised_evaluation_step,
     supervised_evaluation_step_amp,
@@ -56,6 +56,7 @@ from .progress import DataUsedUp, EmptyData
 from .rank_check import RankCheck
 from .ranks import RankFailed
 from .resume import ResumableRun, resume_or_start
+from .save_handler import BaseSaveHandler
 from .sharded_load import ShardedCheckpoint, latest_sharded, load_sharded, read_sharded
 from .sharded_resume import resume_or_start_sharded
 from .sharded_saver import ShardedSaver

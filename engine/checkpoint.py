@@ -9,11 +9,12 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
-from .disk_saver import BaseSaveHandler, DiskSaver
+from .disk_saver import DiskSaver
 from .events import EventEnum, Events
 from .loading import OWN_NAME, Latest, find_latest, load_objects
 from .object_tree import check_objects, gather_states
 from .retention import Item, Retention, format_score, setup_filename_pattern
+from .save_handler import BaseSaveHandler, FolderSaver
 from .save_request import (
     Pending,
     SaveHandler,
@@ -175,7 +176,7 @@ class Checkpoint:
             self.save_handler(checkpoint, filename)
         before, self._saved = self._saved, saved
         handler = self.save_handler
-        job = handler.job if isinstance(handler, (DiskSaver, ShardedSaver)) else None
+        job = handler.job if isinstance(handler, FolderSaver) else None
         if isinstance(self.save_handler, BaseSaveHandler):
             for old in removed:
                 self.save_handler.remove(old)

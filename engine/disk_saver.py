@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
-from abc import ABCMeta, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 
 from .archive import read_archive
-from .background import BackgroundJob
 from .checkpoint_errors import CheckpointError, CheckpointWriteError
 from .folder_lock import FolderLock
 from .guards import is_mapping
-from .manifest import Manifest, later_than, software_versions
+from .manifest import Manifest
 from .ranks import this_rank, world_size
-from .staging import HostBuffers, Snapshot, host_state, state_bytes
+from .save_handler import FolderSaver, SaveJob
+from .staging import Snapshot, host_state, state_bytes
 from .storage import HashingFile, check_free_space, make_folder, remove_leftovers, write_file
 
-__all__ = ["BaseSaveHandler", "DiskSaver", "SaveJob"]
+__all__ = ["DiskSaver"]
 
 _logger = logging.getLogger(__name__)
 
@@ -30,38 +29,7 @@ _logger = logging.getLogger(__name__)
 _SPARE_BYTES = 2 << 20
 
 
-class BaseSaveHandler(metaclass=ABCMeta):
-    """The base of what stores a checkpoint somewhere and removes it again.
-
-    With several processes, see to it that one of them stores.
-    """
-
-    @abstractmethod
-    def __call__(
-        self,
-        checkpoint: Mapping[str, Any],
-        filename: str,
-        metadata: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Stores a checkpoint.
-
-        Args:
-            checkpoint: the objects' states by their names, or the state of the only one itself.
-            filename: the name to store it under; what is there already is replaced.
-            metadata: `basename` (prefix and name), `score_name`, `priority` (more is better), and
-                `run`: plain facts about the run, see `Manifest`.
-        """
-
-    @abstractmethod
-    def remove(self, filename: str) -> None:
-        """Removes a stored checkpoint.
-
-        Args:
-            filename: the name that it was stored under.
-        """
-
-
-class DiskSaver(BaseSaveHandler):
+class DiskSaver(FolderSaver):
     """Saves checkpoints as files in a folder.
 
     A file appears under its name only when all of it is on the disk; a kill, a full disk or a power
@@ -105,17 +73,11 @@ class DiskSaver(BaseSaveHandler):
                 "overlap=True copies in the thread that writes, and background=False has none: "
                 "pass background=True as well, or leave overlap out"
             )
-        self.dirname = Path(dirname).expanduser()
+        super().__init__(dirname, background)
         self.save_on_rank = save_on_rank
         self.kwargs = _checked_arguments(kwargs)
         self._atomic = atomic
-        self._background = background
         self._overlap = overlap
-        self._lock: FolderLock | None = None
-        self._newest_ns = 0
-        self._versions = software_versions()
-        self._buffers = HostBuffers()
-        self._job: SaveJob | None = None
         if this_rank() == save_on_rank:
             self._open_folder(create_dir, require_empty)
 
@@ -154,16 +116,6 @@ class DiskSaver(BaseSaveHandler):
             )
         self._newest_ns = max((_saved_at(self.dirname / name) for name in present), default=0)
 
-    @property
-    def background(self) -> bool:
-        """Whether a thread writes."""
-        return self._background
-
-    @property
-    def job(self) -> SaveJob | None:
-        """What the thread is writing, or has written and was not asked about; None if nothing."""
-        return self._job
-
     def __call__(
         self,
         checkpoint: Mapping[str, Any],
@@ -187,20 +139,21 @@ class DiskSaver(BaseSaveHandler):
             return
         self.wait()
         told = metadata or {}
-        write = _Writer(self, filename, self._describe(checkpoint, filename, told))
+        describe = self._describe(checkpoint, filename, told)
         if not self._background:
-            write(host_state(checkpoint))
+            self._write(filename, describe, host_state(checkpoint))
             return
         optimizers: Iterable[torch.optim.Optimizer] = told.get("optimizers", ())
         snapshot = Snapshot(checkpoint, self._buffers, optimizers if self._overlap else ())
-        self._job = SaveJob(self.dirname, filename, snapshot, write)
+        write = partial(self._write, filename, describe, snapshot.state)
+        path = self.dirname / filename
+        self._job = SaveJob(filename, snapshot, write, self._remove_now, path)
 
     def _describe(
         self, checkpoint: Any, filename: str, metadata: Mapping[str, Any]
     ) -> Callable[[int, str], Manifest]:
-        self._newest_ns = later_than(self._newest_ns)
         facts: dict[str, Any] = {
-            "saved_at_ns": self._newest_ns,
+            "saved_at_ns": self._next_time(),
             "objects": _names_of(checkpoint),
             "world_size": world_size(),
             "rank": this_rank(),
@@ -209,51 +162,21 @@ class DiskSaver(BaseSaveHandler):
         }
         return lambda size, digest: Manifest(file=filename, size=size, sha256=digest, **facts)
 
-    def remove(self, filename: str) -> None:
-        """Removes a checkpoint; in the background, after the pending one is good.
-
-        If the pending one fails, it stays. Does nothing if the file is gone already.
-        """
+    def _remove_now(self, filename: str) -> None:
         if this_rank() != self.save_on_rank:
             return
-        if self._job is None or not self._job.remove_afterwards(filename):
-            _remove(self.dirname, filename)
-
-    def poll(self) -> bool:
-        """Tells whether nothing is pending; does not wait.
-
-        Raises:
-            CheckpointError: what the thread raised, once.
-        """
-        if self._job is not None and not self._job.running:
-            self.wait()
-        return self._job is None
-
-    def wait(self) -> None:
-        """Waits until what was saved is on the disk.
-
-        Raises:
-            CheckpointError: what the thread raised, once.
-        """
-        job, self._job = self._job, None
-        if job is not None and not job.failure_told:
-            job.finish()
-
-    def close(self) -> None:
-        """Waits, and gives the folder up."""
+        path = self.dirname / filename
         try:
-            self.wait()
-        finally:
-            if self._lock is not None:
-                self._lock.release()
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise CheckpointWriteError(
+                f"Old checkpoint {path} could not be removed: {error.strerror or error}. The new "
+                "one is saved",
+                error,
+                path,
+            ) from error
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def write(self, state: Any, filename: str, describe: Callable[[int, str], Manifest]) -> None:
+    def _write(self, filename: str, describe: Callable[[int, str], Manifest], state: Any) -> None:
         """Writes a plain state; in whichever thread."""
         path = self.dirname / filename
         check_free_space(path, state_bytes(state) + _SPARE_BYTES)
@@ -270,84 +193,8 @@ class DiskSaver(BaseSaveHandler):
         write_file(path, produce, trailer, atomic=self._atomic, parallel=not self._background)
 
 
-class _Writer:
-    """Writes one checkpoint, once its state is there."""
-
-    def __init__(
-        self, saver: DiskSaver, filename: str, describe: Callable[[int, str], Manifest]
-    ) -> None:
-        self._saver = saver
-        self._filename = filename
-        self._describe = describe
-
-    def __call__(self, state: Any) -> None:
-        self._saver.write(state, self._filename, self._describe)
-
-
-class SaveJob:
-    """A checkpoint on its way to the disk, and what is to be removed when it is there."""
-
-    def __init__(
-        self, folder: Path, filename: str, snapshot: Snapshot, write: Callable[[Any], None]
-    ) -> None:
-        self.filename = filename
-        self.failure_told = False
-        self._folder = folder
-        self._snapshot = snapshot
-        self._write = write
-        self._to_remove: list[str] | None = []
-        self._guard = threading.Lock()
-        self._thread = BackgroundJob(self._run, f"saving {folder / filename}")
-
-    def _run(self) -> None:
-        self._snapshot.finish()
-        self._write(self._snapshot.state)
-        with self._guard:
-            removable, self._to_remove = self._to_remove or [], None
-        for filename in removable:
-            _remove(self._folder, filename)
-
-    def remove_afterwards(self, filename: str) -> bool:
-        """Removes a file when the new one is good; false if it is good already."""
-        with self._guard:
-            if self._to_remove is None:
-                return False
-            self._to_remove.append(filename)
-            return True
-
-    @property
-    def running(self) -> bool:
-        """Whether the file is still being written."""
-        return self._thread.running
-
-    def finish(self) -> None:
-        """Waits until the file is on the disk.
-
-        Raises:
-            CheckpointError: if it could not be saved.
-        """
-        self._thread.join()
-        self._snapshot.close()
-        if self._thread.error is not None:
-            self.failure_told = True
-            raise self._thread.error
-
-
 def _names_of(checkpoint: Any) -> tuple[str, ...]:
     return tuple(map(str, checkpoint)) if is_mapping(checkpoint) else ()
-
-
-def _remove(folder: Path, filename: str) -> None:
-    path = folder / filename
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        raise CheckpointWriteError(
-            f"Old checkpoint {path} could not be removed: {error.strerror or error}. The new one "
-            "is saved",
-            error,
-            path,
-        ) from error
 
 
 def _saved_at(path: Path) -> int:

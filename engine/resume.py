@@ -22,7 +22,7 @@ from .ranks import this_rank
 from .resume_found import Found, find, find_together, own_files, together
 from .stop_signals import StopSignals
 
-__all__ = ["ResumableRun", "event_of", "resume_or_start", "with_trainer"]
+__all__ = ["ResumableRun", "begin", "event_of", "resume_or_start", "with_trainer"]
 
 _logger = logging.getLogger(__name__)
 
@@ -246,9 +246,7 @@ def resume_or_start(
     if this_rank() == 0:
         iteration = trainer.state.iteration
         checkpoint.load_state_dict({"_saved": own_files(saver.dirname, own, iteration)})
-    run = ResumableRun(trainer, checkpoint, latest, signals)
-    run.attach(event)
-    return run
+    return begin(trainer, checkpoint, latest, signals, event)
 
 
 def event_of(every: Any) -> Any:
@@ -296,19 +294,40 @@ def with_trainer(trainer: Engine, to_save: Mapping[str, Any]) -> dict[str, Any]:
 def _restore(objects: Mapping[str, Any], found: Found, ranks: Agreement | None) -> Latest:
     """Restores the objects from what was found; in a world, on all ranks or on none."""
     latest = found.latest
-    if not latest:
-        _logger.info("No checkpoint in %s: the run starts from the beginning.", latest.folder)
-        return latest
-    if ranks is None:
+    if latest and ranks is None:
         restore(objects, found.state, latest.path, {})
-    else:
+    elif latest and ranks is not None:
         with together(ranks.line, f"restoring {latest.path}"):
             restore(objects, found.state, latest.path, {})
-    manifest = latest.manifest
-    _logger.info(
-        "Resumed from %s: iteration %s, epoch %s.",
-        latest.path,
-        "unknown" if manifest is None else manifest.iteration,
-        "unknown" if manifest is None else manifest.epoch,
-    )
     return latest
+
+
+def begin(
+    trainer: Engine,
+    checkpoint: Checkpoint,
+    latest: Latest,
+    signals: Sequence[signal.Signals],
+    event: Any,
+) -> ResumableRun:
+    """Returns a run whose objects have been restored, attached to its engine, and logs from what.
+
+    Args:
+        trainer: see `ResumableRun`, as for the next three.
+        checkpoint: likewise.
+        latest: likewise.
+        signals: likewise.
+        event: when a checkpoint is due.
+    """
+    manifest = latest.manifest
+    if not latest:
+        _logger.info("No checkpoint in %s: the run starts from the beginning.", latest.folder)
+    else:
+        _logger.info(
+            "Resumed from %s: iteration %s, epoch %s.",
+            latest.path,
+            "unknown" if manifest is None else manifest.iteration,
+            "unknown" if manifest is None else manifest.epoch,
+        )
+    run = ResumableRun(trainer, checkpoint, latest, signals)
+    run.attach(event)
+    return run

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from .checkpoint_errors import CheckpointWarning
-from .disk_saver import BaseSaveHandler, DiskSaver, SaveJob
+from .disk_saver import DiskSaver
 from .engine import Engine
 from .guards import is_path
 from .object_tree import unsaved_objects, walk_objects
 from .retention import Item
-from .sharded_saver import ShardedJob
+from .save_handler import BaseSaveHandler, SaveJob
 from .snapshot import spec_of
 
 __all__ = [
@@ -36,7 +36,7 @@ SaveHandler = Callable[..., None] | BaseSaveHandler
 class Pending(NamedTuple):
     """A file that a thread is writing: its job, whose it is, and the list of files before it."""
 
-    job: SaveJob | ShardedJob
+    job: SaveJob
     engine: Any
     saved_before: list[Item]
 

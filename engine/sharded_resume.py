@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 from collections.abc import Mapping, Sequence
@@ -14,15 +13,13 @@ from .checkpoint import Checkpoint
 from .checkpoint_errors import CheckpointNotFound
 from .engine import Engine
 from .loading import Latest
-from .resume import ResumableRun, event_of, with_trainer
+from .resume import ResumableRun, begin, event_of, with_trainer
 from .retention import Item
 from .sharded_load import ShardedCheckpoint, folders_together, latest_sharded, load_sharded
 from .sharded_manifest import ShardedManifest
 from .sharded_saver import ShardedSaver
 
 __all__ = ["resume_or_start_sharded"]
-
-_logger = logging.getLogger(__name__)
 
 
 def resume_or_start_sharded(
@@ -81,9 +78,7 @@ def resume_or_start_sharded(
         and told.iteration <= trainer.state.iteration
     ]
     checkpoint.load_state_dict({"_saved": sorted(saved)})
-    run = ResumableRun(trainer, checkpoint, latest, signals)
-    run.attach(event)
-    return run
+    return begin(trainer, checkpoint, latest, signals, event)
 
 
 def _restore(
@@ -97,20 +92,11 @@ def _restore(
         latest = Latest(folder, named.path, named.manifest.summary(), ())
     else:
         latest = latest_sharded(folder, tuple(objects), prefix)
-    if latest.path is None:
-        if latest.passed_over:
-            raise CheckpointNotFound(
-                f"{latest.describe()}. A new run in this folder would lose what may be rescued: "
-                "move these folders away to start from the beginning, or name one by resume_from"
-            )
-        _logger.info("No checkpoint in %s: the run starts from the beginning.", folder)
-        return latest
-    load_sharded(objects, latest.path)
-    manifest = latest.manifest
-    _logger.info(
-        "Resumed from %s: iteration %s, epoch %s.",
-        latest.path,
-        "unknown" if manifest is None else manifest.iteration,
-        "unknown" if manifest is None else manifest.epoch,
-    )
+    if latest.path is not None:
+        load_sharded(objects, latest.path)
+    elif latest.passed_over:
+        raise CheckpointNotFound(
+            f"{latest.describe()}. A new run in this folder would lose what may be rescued: move "
+            "these folders away to start from the beginning, or name one by resume_from"
+        )
     return latest

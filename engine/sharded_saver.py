@@ -6,31 +6,29 @@ import logging
 import os
 import secrets
 import shutil
-import threading
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-from .background import BackgroundJob
 from .checkpoint_errors import CheckpointError, CheckpointWarning
-from .disk_saver import BaseSaveHandler
 from .folder_lock import FolderLock
-from .manifest import later_than, software_versions
 from .ranks import this_rank, world_size
+from .save_handler import FolderSaver, SaveJob
 from .sharded_load import SUFFIX, sharded_folders
 from .sharded_manifest import ShardedManifest
 from .sharded_tree import parameter_names, split
 from .sharded_write import ASIDE, LEFTOVER, Ranks, Staged, write_sharded
-from .staging import HostBuffers, Snapshot, host_state
+from .staging import Snapshot, host_state
 from .storage import make_folder
 
-__all__ = ["ShardedJob", "ShardedSaver"]
+__all__ = ["ShardedSaver"]
 
 _logger = logging.getLogger(__name__)
 
 
-class ShardedSaver(BaseSaveHandler):
+class ShardedSaver(FolderSaver):
     """Saves checkpoints as folders, into which each process writes the part that it holds.
 
     For models that FSDP has sharded; others work too, and are written by the first process. Give it
@@ -60,13 +58,7 @@ class ShardedSaver(BaseSaveHandler):
         *,
         background: bool = False,
     ) -> None:
-        self.dirname = Path(dirname).expanduser()
-        self._background = background
-        self._lock: FolderLock | None = None
-        self._newest_ns = 0
-        self._versions = software_versions()
-        self._buffers = HostBuffers()
-        self._job: ShardedJob | None = None
+        super().__init__(dirname, background)
         # The thread's messages and the training's would otherwise get into each other's place.
         self._writers, self._voters = Ranks.make(), Ranks.make()
         error: Exception | None = None
@@ -98,16 +90,6 @@ class ShardedSaver(BaseSaveHandler):
         told = [one for _, one in present if isinstance(one, ShardedManifest)]
         self._newest_ns = max((one.saved_at_ns for one in told), default=0)
 
-    @property
-    def background(self) -> bool:
-        """Whether a thread writes."""
-        return self._background
-
-    @property
-    def job(self) -> ShardedJob | None:
-        """What the threads are writing, or have written and were not asked about."""
-        return self._job
-
     def path_of(self, filename: str) -> Path:
         """Returns the folder that a `Checkpoint`'s file name stands for."""
         return self.dirname / (Path(filename).stem + SUFFIX)
@@ -136,29 +118,20 @@ class ShardedSaver(BaseSaveHandler):
         if facts.pop("bare", False):
             checkpoint = {facts["objects"][0]: checkpoint}
         facts.setdefault("objects", tuple(map(str, checkpoint)))
-        objects = told.get("objects")
-        names = {} if objects is None else parameter_names(objects)
         error: Exception | None = None
         staged: Staged | None = None
         snapshot: Snapshot | None = None
         try:
-            taken = split(checkpoint, names)
-            parts = {name: shard.to_local().detach() for name, shard in taken.shards.items()}  # type: ignore[attr-defined]
-            nest: dict[str, Any] = {"states": taken.tree, "parts": parts}
-            if self._background:
-                snapshot = Snapshot(nest, self._buffers)
-            plain = host_state(nest) if snapshot is None else snapshot.state
-            staged = Staged(plain["states"], plain["parts"], taken.shards, taken.places, names)
+            staged, snapshot = self._stage(checkpoint, told.get("objects"))
         except Exception as caught:  # noqa: BLE001 - raised again when the others know of it
             error = caught
         # A state that cannot be saved may be one process's only: all must know before they write.
         self._writers.agree(f"saving {filename}", error)
         assert staged is not None
-        self._newest_ns = later_than(self._newest_ns)
         manifest = ShardedManifest(
             folder=self.path_of(filename).name,
             files={},
-            saved_at_ns=self._newest_ns,
+            saved_at_ns=self._next_time(),
             world_size=world_size(),
             versions=self._versions,
             objects=tuple(facts["objects"]),
@@ -166,100 +139,42 @@ class ShardedSaver(BaseSaveHandler):
             epoch=facts.get("epoch"),
             backend=facts.get("backend"),
         )
-        whole, ranks, folder = staged, self._writers, self.dirname
-
-        def write() -> None:
-            write_sharded(folder, whole, manifest, ranks)
-
+        write = partial(write_sharded, self.dirname, staged, manifest, self._writers)
         if snapshot is None:
             write()
         else:
-            self._job = ShardedJob(self, filename, snapshot, write, self._voters)
+            path = self.path_of(filename)
+            self._job = ShardedJob(self._voters, filename, snapshot, write, self._remove_now, path)
 
-    def remove(self, filename: str) -> None:
-        """Removes a checkpoint; in the background, after the pending one is good.
+    def _stage(self, checkpoint: Any, objects: Any) -> tuple[Staged, Snapshot | None]:
+        """Returns this process's part of the states, and the snapshot that has yet to fill it."""
+        names = {} if objects is None else parameter_names(objects)
+        taken = split(checkpoint, names)
+        parts = {name: shard.to_local().detach() for name, shard in taken.shards.items()}  # type: ignore[attr-defined]
+        nest: dict[str, Any] = {"states": taken.tree, "parts": parts}
+        snapshot = Snapshot(nest, self._buffers) if self._background else None
+        plain = host_state(nest) if snapshot is None else snapshot.state
+        staged = Staged(plain["states"], plain["parts"], taken.shards, taken.places, names)
+        return staged, snapshot
 
-        If the pending one fails, it stays. Does nothing if the folder is gone already.
-        """
-        if self._job is None or not self._job.remove_afterwards(filename):
-            self.remove_now(filename)
-
-    def remove_now(self, filename: str) -> None:
-        """Removes a checkpoint at once; in the first process, others do nothing."""
+    def _remove_now(self, filename: str) -> None:
         if this_rank() == 0:
             _remove(self.path_of(filename))
 
-    def wait(self) -> None:
-        """Waits until what was saved is on the disk; all processes call it together.
 
-        Raises:
-            CheckpointError: what a thread raised, once, in all processes.
-        """
-        job, self._job = self._job, None
-        if job is not None and not job.failure_told:
-            job.finish()
-
-    def close(self) -> None:
-        """Waits, and gives the folder up."""
-        try:
-            self.wait()
-        finally:
-            if self._lock is not None:
-                self._lock.release()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-
-class ShardedJob:
-    """A sharded checkpoint on its way to the disk, and what is to be removed when it is there.
+class ShardedJob(SaveJob):
+    """A sharded checkpoint on its way to the disk: all processes learn together that it is there.
 
     Args:
-        saver: what saves it.
-        filename: the name that it was given.
-        snapshot: the copy of the state.
-        write: writes it, with all other processes.
         voters: the processes, for their training threads.
+        *args: see `SaveJob`.
     """
 
-    def __init__(
-        self,
-        saver: ShardedSaver,
-        filename: str,
-        snapshot: Snapshot,
-        write: Callable[[], None],
-        voters: Ranks,
-    ) -> None:
-        self.filename = filename
-        self.failure_told = False
-        self._saver = saver
-        self._snapshot = snapshot
-        self._write = write
+    def __init__(self, voters: Ranks, *args: Any) -> None:
         self._voters = voters
         self._vote: Callable[[], bool] | None = None
         self._ended = False
-        self._to_remove: list[str] | None = []
-        self._guard = threading.Lock()
-        self._thread = BackgroundJob(self._run, f"saving {saver.path_of(filename)}")
-
-    def _run(self) -> None:
-        self._snapshot.finish()
-        self._write()
-        with self._guard:
-            removable, self._to_remove = self._to_remove or [], None
-        for filename in removable:
-            self._saver.remove_now(filename)
-
-    def remove_afterwards(self, filename: str) -> bool:
-        """Removes a checkpoint when the new one is good; false if it is good already."""
-        with self._guard:
-            if self._to_remove is None:
-                return False
-            self._to_remove.append(filename)
-            return True
+        super().__init__(*args)
 
     @property
     def running(self) -> bool:
@@ -273,7 +188,7 @@ class ShardedJob:
         if self._vote is not None and self._vote():
             self._ended = True
             return False
-        self._vote = self._voters.begin_vote(not self._thread.running)
+        self._vote = self._voters.begin_vote(not super().running)
         return True
 
     def finish(self) -> None:
@@ -284,11 +199,7 @@ class ShardedJob:
         """
         if self._vote is not None:
             self._vote()
-        self._thread.join()
-        self._snapshot.close()
-        if self._thread.error is not None:
-            self.failure_told = True
-            raise self._thread.error
+        super().finish()
 
 
 def _clean(folder: Path) -> None:

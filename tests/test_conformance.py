@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from broken_backends import BROKEN, LosesGradients, OwnStream, ProbeRaises, ProbeSetsVariable
+from broken_backends import BROKEN, ProbeRaises, ProbeSetsVariable
+from broken_steps import LosesGradients, OwnStream
 
 from crosstrain.backends import Availability, BackendUnavailable, UnknownBackend
 from crosstrain.backends.cpu import CpuBackend
