@@ -119,6 +119,11 @@ class StepResult:
         return self._applied
 
     @property
+    def outcome(self) -> bool | torch.Tensor:
+        """What `applied` reads: a tensor of one element where only the device knows it as yet."""
+        return self._applied
+
+    @property
     def loss_scale(self) -> float:
         """What the loss was multiplied by; 1.0 without loss scaling."""
         self._loss_scale = float(self._loss_scale)

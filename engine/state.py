@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
 from numbers import Number
 from types import MappingProxyType
 from typing import Any
@@ -70,8 +71,36 @@ class State:
         self.dataloader: Iterable[Any] | None = None
         self.seed: int | None = None
         self.times: dict[str, float | None] = {"EPOCH_COMPLETED": None, "COMPLETED": None}
+        self._deferred: dict[str, Callable[[], int]] = {}
         for name, value in kwargs.items():
             setattr(self, name, value)
+
+    def defer(self, name: str, read: Callable[[], int]) -> None:
+        """Has a count be worked out when it is read for the first time.
+
+        Args:
+            name: `applied_steps` or `skipped_steps`; the value that it has is forgotten.
+            read: called without arguments, returns the value; may wait for a device.
+        """
+        vars(self).pop(name, None)
+        self._deferred[name] = read
+
+    @cached_property
+    def applied_steps(self) -> int:
+        """How often a training step changed the weights in this run; may wait for the device."""
+        return self._read_deferred("applied_steps")
+
+    @cached_property
+    def skipped_steps(self) -> int:
+        """How often a loss scaler skipped a training step; may wait for the device."""
+        return self._read_deferred("skipped_steps")
+
+    def _read_deferred(self, name: str) -> int:
+        if name not in self._deferred:
+            raise AttributeError(
+                f"This state has no '{name}': only the trainer of a training step has it."
+            )
+        return self._deferred.pop(name)()
 
     @property
     def output(self) -> Any:
@@ -119,7 +148,7 @@ class State:
     def __repr__(self) -> str:
         lines = ["State:"]
         for name, value in vars(self).items():
-            if name == "event_to_attr":
+            if name in ("event_to_attr", "_deferred"):
                 continue
             shown = str(value) if isinstance(value, (Number, str)) else f"{type(value)}"
             lines.append(f"\t{'output' if name == 'raw_output' else name}: {shown}")

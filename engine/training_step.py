@@ -18,6 +18,7 @@ from .progress import is_done
 from .ranks import unshared
 from .shares import deals_out, share_of
 from .step_checks import check_trainable, refuse_loss
+from .step_counts import StepCounts
 from .step_options import StepOptions, several
 from .weighting import average, weighted
 
@@ -127,7 +128,7 @@ class TrainingStep:
         # The window: how many iterations are in it, and how many shall be (0 once it was stepped).
         self._filled = 0
         self._planned = 0
-        self._optim_steps = self._applied_steps = 0
+        self._counts = StepCounts()
         # The window and the counts were loaded, and no run has gone on from them yet.
         self._loaded = False
         # The modules that train() puts into training mode.
@@ -174,15 +175,10 @@ class TrainingStep:
                 slot = engine.slot(event)
                 slot.handlers = [slot.handlers[-1], *slot.handlers[:-1]]
         self._listeners = _Listeners(*(engine.slot(event) for event in StepEvents))
-        self._tell_counts(engine)
-
-    def _tell_counts(self, engine: Engine) -> None:
-        state: Any = engine.state
-        state.optim_steps, state.applied_steps = self._optim_steps, self._applied_steps
-        state.skipped_steps = self._optim_steps - self._applied_steps
+        self._counts.tell(engine.state)
 
     def _begin_anew(self) -> None:
-        self._filled = self._optim_steps = self._applied_steps = 0
+        self._filled, self._counts = 0, StepCounts()
 
     def _on_started(self, engine: Engine) -> None:
         self._training = _UNKNOWN
@@ -193,7 +189,7 @@ class TrainingStep:
         if engine.state.iteration == 0 and not self._loaded:
             # The window that a failed run left behind is no part of this one.
             self._begin_anew()
-            self._tell_counts(engine)
+            self._counts.tell(engine.state)
         self._loaded = False
 
     def _on_epoch_completed(self, engine: Engine) -> None:
@@ -302,31 +298,38 @@ class TrainingStep:
 
     def _step(self, engine: Engine) -> None:
         listeners, step, max_norm = self._listeners, self.backend.step, self.options.max_norm
-        state: Any = engine.state
-        state.optim_steps = self._optim_steps + 1
+        counts, state = self._counts, engine.state
+        told: Any = state
+        told.optim_steps = counts.optim_steps + 1
         if listeners.optim_step_started.handlers:
             engine.fire_event(StepEvents.OPTIM_STEP_STARTED)
         results: list[StepResult] = []
-        applied = True
+        plain = counts.unread is None
         for optimizer in self.optimizers:
             result = step(optimizer, max_norm)
             results.append(result)
-            if not result.applied:
-                applied = False
-        state.step_results = results
+            if result.outcome is not True:
+                plain = False
+        told.step_results = results
         self._planned = 0
-        self._optim_steps += 1
-        if applied:
-            self._applied_steps += 1
-            state.applied_steps = self._applied_steps
+        if plain:
+            # Of each step that is applied and known to be: each call here would show.
+            counts.optim_steps += 1
+            told.applied_steps = counts.optim_steps - counts.skipped
         else:
-            state.skipped_steps = self._optim_steps - self._applied_steps
+            counts.add(results)
+            counts.tell(state)
         if listeners.optim_step_completed.handlers:
             engine.fire_event(StepEvents.OPTIM_STEP_COMPLETED)
-        if applied:
-            if listeners.optim_step_applied.handlers:
-                engine.fire_event(StepEvents.OPTIM_STEP_APPLIED)
-        elif listeners.optim_step_skipped.handlers:
+        if listeners.optim_step_applied.handlers or listeners.optim_step_skipped.handlers:
+            # Who listens to what became of the step has to wait for the device; nobody else does.
+            self._tell_outcome(engine, all(result.applied for result in results))
+
+    def _tell_outcome(self, engine: Engine, applied: bool) -> None:
+        listeners = self._listeners
+        if applied and listeners.optim_step_applied.handlers:
+            engine.fire_event(StepEvents.OPTIM_STEP_APPLIED)
+        elif not applied and listeners.optim_step_skipped.handlers:
             engine.fire_event(StepEvents.OPTIM_STEP_SKIPPED)
 
     # ---------------------------------------------------------------- the state
@@ -336,8 +339,8 @@ class TrainingStep:
         return {
             "filled": self._filled,
             "planned": self._planned,
-            "optim_steps": self._optim_steps,
-            "applied_steps": self._applied_steps,
+            "optim_steps": self._counts.optim_steps,
+            "applied_steps": self._counts.applied_steps,
             "gradients": gradients.capture(self.models, self.optimizers) if self._filled else {},
         }
 
@@ -355,11 +358,11 @@ class TrainingStep:
             )
         gradients.restore(state["gradients"], self.models, self.optimizers)
         self._filled, self._planned = state["filled"], state["planned"]
-        self._optim_steps, self._applied_steps = state["optim_steps"], state["applied_steps"]
+        self._counts = StepCounts(state["optim_steps"], state["applied_steps"])
         self._loaded = True
         engine = self._engine()
         if engine is not None:
-            self._tell_counts(engine)
+            self._counts.tell(engine.state)
 
 
 def _iterations_left(engine: Engine, wanted: int) -> int:

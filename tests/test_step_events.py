@@ -7,8 +7,9 @@ from typing import Any
 import ignite.engine
 import pytest
 import torch
-from step_runs import overflowing, small_scaler
+from step_runs import OPTIMIZERS, overflowing, small_scaler
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from training_runs import assert_same, batches, loss_fn, network, sgd, state_of, trainer_of
 
 from crosstrain import backends
@@ -202,6 +203,89 @@ def test_one_optimizer_of_two_that_overflows_makes_the_step_a_skipped_one() -> N
     state: Any = trainer.state
     assert sorted(result.applied for result in state.step_results) == [False, True]
     assert fired == ["skipped"]
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often the host read a flag or a number; the loss scale, a float, is on it here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        read = func is torch.ops.aten._local_scalar_dense.default
+        self.number += read and not args[0].is_floating_point()
+        return func(*args, **(kwargs or {}))
+
+
+def fused_fp16(number: int = 1, **options: Any) -> Engine:
+    """A trainer with fused optimizers, which skip a step without telling the host."""
+    models = [no_norm() for _ in range(number)]
+    optimizers = [OPTIMIZERS["adamw-fused"](model.parameters()) for model in models]
+    return create_supervised_trainer(
+        models,
+        optimizers,
+        loss_fn,
+        model_fn=lambda m, x: sum(model(x) for model in m),
+        backend=backends.get("cpu:fp16", scaler=small_scaler()),
+        **options,
+    )
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_what_became_of_a_fused_step_is_read_when_somebody_asks(number: int) -> None:
+    trainer = fused_fp16(number)
+    good = batches(6)
+    data = [good[0], overflowing(good[1]), *good[2:4], overflowing(good[4]), good[5]]
+    with Reads() as reads:
+        trainer.run(data)
+    state: Any = trainer.state
+    assert reads.number == 0
+    assert state.optim_steps == 6
+    with reads:
+        assert (state.applied_steps, state.skipped_steps) == (4, 2)
+        assert state.applied_steps == 4
+    assert reads.number == 1
+    assert "applied_steps: 4" in repr(state)
+
+
+def test_an_unread_count_goes_on_with_the_run_and_into_its_state() -> None:
+    good = batches(3)
+    data = [good[0], overflowing(good[1]), good[2]]
+    trainer = fused_fp16(deterministic=True)
+    seen: list[tuple[int, int]] = []
+
+    @trainer.on(Events.ITERATION_COMPLETED(once=3))
+    def ask() -> None:
+        state: Any = trainer.state
+        seen.append((state.applied_steps, state.skipped_steps))
+
+    trainer.run(data, max_epochs=2)
+    assert seen == [(2, 1)]
+    saved = trainer.state_dict()["step"]
+    assert (saved["optim_steps"], saved["applied_steps"]) == (6, 4)
+    trainer.run(data, max_epochs=3)
+    state: Any = trainer.state
+    assert (state.optim_steps, state.applied_steps, state.skipped_steps) == (9, 6, 3)
+
+
+def test_who_listens_to_the_outcome_of_a_fused_step_hears_of_it() -> None:
+    trainer = fused_fp16()
+    fired: list[tuple[str, int]] = []
+    for event in (StepEvents.OPTIM_STEP_APPLIED(every=2), StepEvents.OPTIM_STEP_SKIPPED):
+        trainer.add_event_handler(
+            event, lambda engine, name: fired.append((name, engine.state.iteration)), event.name
+        )
+    good = batches(4)
+    trainer.run([good[0], overflowing(good[1]), *good[2:]])
+    assert fired == [("OPTIM_STEP_SKIPPED", 2), ("OPTIM_STEP_APPLIED", 3)]
+
+
+def test_an_engine_without_a_training_step_has_no_counts_of_it() -> None:
+    state = Engine(lambda engine, batch: None).state
+    for name in ("applied_steps", "skipped_steps"):
+        with pytest.raises(AttributeError, match=f"no '{name}': only the trainer"):
+            getattr(state, name)
 
 
 # Events in an engine of one's own
