@@ -62,6 +62,22 @@ class CheckpointWriteError(CheckpointError, OSError):
         self.errno = errno.ENOSPC if cause is None else cause.errno
         self.filename = None if path is None else str(path)
 
+    @classmethod
+    def of(cls, path: Path, why: str, cause: OSError | None) -> CheckpointWriteError:
+        """Returns the error of a checkpoint that was not saved.
+
+        Args:
+            path: the checkpoint.
+            why: what went wrong.
+            cause: the error of the operating system, if there was one.
+        """
+        return cls(
+            f"Checkpoint {path} was not saved: {why}. Checkpoints that were saved before are as "
+            "they were",
+            cause,
+            path,
+        )
+
     def __str__(self) -> str:
         return str(self.args[0])
 

@@ -69,7 +69,11 @@ class _Writer(FileSystemWriter):
 
 
 def write_parts(
-    folder: Path, tensors: Mapping[str, Any], copies: Mapping[str, torch.Tensor], group: Any
+    folder: Path,
+    tensors: Mapping[str, Any],
+    copies: Mapping[str, torch.Tensor],
+    group: Any,
+    path: Path,
 ) -> dict[str, Entry] | None:
     """Writes this process's parts of tensors into a folder; called by all processes together.
 
@@ -78,6 +82,7 @@ def write_parts(
         tensors: the spread tensors by name; their values are not looked at.
         copies: this process's part of each, on the CPU.
         group: the processes; None if this is the only one.
+        path: what the folder will be called, for messages.
 
     Returns:
         In the first process the index, in others None.
@@ -88,17 +93,19 @@ def write_parts(
     writer = _Writer(folder, sync_files=True)
     planner = _Planner(copies)
     if group is None:
-        _write_alone(writer, planner, tensors)
+        try:
+            _write_alone(writer, planner, tensors)
+        except OSError as error:
+            raise CheckpointWriteError.of(path, str(error.strerror or error), error) from error
         return _entries(writer.index)
     try:
         _save(dict(tensors), storage_writer=writer, planner=planner, process_group=group)
     # An exception of all processes, which torch derives from BaseException.
     except CheckpointException as error:
-        failures = {f"rank {rank}": str(one) for rank, (one, _) in error.failures.items()}
-        cause = next((e for e, _ in error.failures.values() if isinstance(e, OSError)), None)
-        raise CheckpointWriteError(
-            f"The parts of {folder.name} could not be written: {failures}", cause, folder
-        ) from error
+        failures = error.failures
+        why = "; ".join(f"rank {rank}: {failures[rank][0]}" for rank in sorted(failures))
+        cause = next((e for e, _ in failures.values() if isinstance(e, OSError)), None)
+        raise CheckpointWriteError.of(path, why, cause) from error
     return None if writer.index is None else _entries(writer.index)
 
 

@@ -144,14 +144,15 @@ def write_sharded(folder: Path, staged: Staged, manifest: ShardedManifest, ranks
     needed = sum(ranks.gather(state_bytes([staged.states, staged.parts])))
     try:
         aside = _fresh_folder(folder, needed, step, ranks)
-        entries = write_parts(aside, staged.shards, staged.parts, ranks.group)
+        path = folder / manifest.folder
+        entries = write_parts(aside, staged.shards, staged.parts, ranks.group, path)
         files = _write_own(aside, staged, manifest, step, ranks)
         error: Exception | None = None
         if ranks.rank == 0:
             try:
                 _commit(folder, aside, entries or {}, manifest, files)
             except (OSError, CheckpointError) as caught:
-                error = _told(caught, folder / manifest.folder)
+                error = _told(caught, path)
         ranks.agree(step, error)
     except BaseException:
         if ranks.rank == 0 and aside is not None:
@@ -162,12 +163,7 @@ def write_sharded(folder: Path, staged: Staged, manifest: ShardedManifest, ranks
 def _told(error: Exception, path: Path) -> Exception:
     if isinstance(error, CheckpointError) or not isinstance(error, OSError):
         return error
-    return CheckpointWriteError(
-        f"Checkpoint {path} was not saved: {error.strerror or error}. Checkpoints that were saved "
-        "before are as they were",
-        error,
-        path,
-    )
+    return CheckpointWriteError.of(path, str(error.strerror or error), error)
 
 
 def _fresh_folder(folder: Path, needed: int, step: str, ranks: Ranks) -> Path:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
+import resource
 import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import torch
 from crosstrain.backends import get
 from crosstrain.engine import (
     Checkpoint,
+    CheckpointError,
     DeterministicEngine,
     Engine,
     Events,
@@ -71,7 +74,7 @@ def raised(function: Callable[[], Any]) -> str:
     """Returns what a function raises, as text."""
     try:
         function()
-    except (RankFailed, ValueError) as error:
+    except (RankFailed, ValueError, OSError, CheckpointError) as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
 
@@ -182,6 +185,40 @@ def signalled(folder: Path, times: int, seed: int, evaluates: bool = False) -> l
     return told
 
 
+@contextlib.contextmanager
+def no_more_files() -> Iterator[None]:
+    """No file can be opened inside: as many are open as may be."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def unread(folder: Path, rank: int) -> list[str]:
+    """One rank cannot read the checkpoint that all are to go on from; a moment later it can."""
+    told: list[str] = []
+    for hindrance in (None, no_more_files(), None):
+        engine = DeterministicEngine(uneven, BACKEND, seed=3)
+        agree(engine)
+        epochs = 1 if not told else 2
+
+        def resume(engine: Engine = engine, epochs: int = epochs) -> None:
+            run = resume_or_start(engine, {}, folder / f"unread-{rank}", every=2)
+            told.append(f"resumed from {run.resumed_from and run.resumed_from.name}")
+            engine.run(max_epochs=epochs, epoch_length=4)
+            run.checkpoint.save_handler.close()  # type: ignore[union-attr]
+
+        with hindrance if hindrance is not None and rank == RANK else contextlib.nullcontext():
+            failed = raised(resume)
+        if failed != "nothing":
+            told.append(failed)
+    return told
+
+
 def states() -> list[Any]:
     """Random states of the ranks, gathered, and given back in this world."""
     told: list[Any] = []
@@ -233,6 +270,8 @@ def main(folder: Path, part: str, times: int, seed: int) -> None:
             "learned lengths": learned(),
             "alone": alone(),
             "parted": parted(),
+            "unread by 0": unread(folder, 0),
+            "unread by 1": unread(folder, 1),
             "states": states(),
             "signals": signalled(folder, times, seed),
             "evaluating": signalled(folder, 3, seed + 1, evaluates=True),

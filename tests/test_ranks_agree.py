@@ -98,6 +98,18 @@ def test_signal_on_one_saves_the_same_iteration_on_all(told: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_checkpoint_that_one_cannot_read_is_resumed_from_by_none(told: Any, rank: int) -> None:
+    """Each says why it did not go on; the next try starts from the same checkpoint."""
+    for mine, seen in enumerate(told[0]):
+        first, failed, later = seen[f"unread by {rank}"]
+        assert first == "resumed from None"
+        assert "Too many open files" in failed
+        assert failed.startswith(f"RankFailed: Rank {rank} failed") == (mine != rank)
+        assert later == "resumed from trainer_4.pt"
+
+
+@pytest.mark.slow
 def test_each_rank_gets_its_random_states_back(told: Any) -> None:
     """With as many ranks; with fewer or more, one warning says what is not carried over."""
     ranks, folder = told

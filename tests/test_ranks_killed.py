@@ -65,25 +65,59 @@ def state_of(folder: Path) -> dict[str, Any]:
     return leaf_digests(torch.load(path, weights_only=True), "state")
 
 
-@pytest.mark.slow
-def test_rank_killed_and_restarted_by_torchrun(tmp_path: Path) -> None:
-    """The example, unchanged: it ends with the bits of a run that nobody killed, in every value."""
-    arguments = (str(EXAMPLE), "--backend", "cpu", "--epochs", "2", "--workers", "0", "--out")
-    straight = start(0, *arguments, str(tmp_path / "straight"))
-    printed = finish(straight)
-    assert straight.returncode == 0, printed
-    killed = start(1, *arguments, str(tmp_path / "killed"))
+TRAINING = (str(EXAMPLE), "--backend", "cpu", "--epochs", "2", "--workers", "0", "--out")
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The last state of the example, run by two processes that nobody disturbs."""
+    folder = tmp_path_factory.mktemp("straight")
+    process = start(0, *TRAINING, str(folder))
+    printed = finish(process)
+    assert process.returncode == 0, printed
+    return state_of(folder)
+
+
+def wait_for_checkpoint(process: subprocess.Popen[str], folder: Path) -> None:
+    """Waits until a run has saved past its twentieth iteration."""
     deadline = time.monotonic() + 200
-    while not list((tmp_path / "killed").glob("checkpoint_2?.pt")):
-        assert time.monotonic() < deadline, finish(killed)
+    while not list(folder.glob("checkpoint_2?.pt")):
+        assert time.monotonic() < deadline, finish(process)
         time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_rank_killed_and_restarted_by_torchrun(tmp_path: Path, straight: dict[str, Any]) -> None:
+    """The example, unchanged: it ends with the bits of a run that nobody killed, in every value."""
+    killed = start(1, *TRAINING, str(tmp_path))
+    wait_for_checkpoint(killed, tmp_path)
     victim = process_of(killed.pid, 1)
     assert victim is not None
     os.kill(victim, signal.SIGKILL)
     printed = finish(killed)
     assert killed.returncode == 0, printed
     assert "resumed from" in printed
-    assert state_of(tmp_path / "killed") == state_of(tmp_path / "straight")
+    assert state_of(tmp_path) == straight
+
+
+@pytest.mark.slow
+def test_torchrun_itself_is_asked_to_end(tmp_path: Path, straight: dict[str, Any]) -> None:
+    """As a scheduler does: its ranks save, it does not restart them, and the next start goes on."""
+    process = start(3, *TRAINING, str(tmp_path))
+    wait_for_checkpoint(process, tmp_path)
+    os.kill(process.pid, signal.SIGTERM)
+    printed = finish(process)
+    assert process.returncode != 0
+    assert printed.count("SIGTERM: saved at iteration") == 2, printed
+    assert "resumed from" not in printed
+    saved = Checkpoint.latest(tmp_path).manifest
+    assert saved is not None
+    assert f"saved at iteration {saved.iteration};" in printed
+    again = start(0, *TRAINING, str(tmp_path))
+    printed = finish(again)
+    assert again.returncode == 0, printed
+    assert "resumed from" in printed
+    assert state_of(tmp_path) == straight
 
 
 @pytest.mark.slow

@@ -29,13 +29,13 @@ from crosstrain.engine.sharded_saver import ShardedSaver
 PROGRAM = "sharded_program.py"
 
 
-def world(size: int, folder: Path, *tasks: str) -> list[list[dict[str, Any]]]:
-    """Does tasks in a world of processes; returns what each rank tells of each task."""
+def world(size: int, folder: Path, *tasks: str, program: str = PROGRAM) -> list[Any]:
+    """Does tasks in a world of processes; returns what each rank tells of them."""
     if size == 1:
-        command = [sys.executable, str(TESTS / PROGRAM), str(folder), *tasks]
+        command = [sys.executable, str(TESTS / program), str(folder), *tasks]
         subprocess.run(command, check=True, timeout=120)
     else:
-        torchrun(size, PROGRAM, str(folder), *tasks, OMP_NUM_THREADS="1")
+        torchrun(size, program, str(folder), *tasks, OMP_NUM_THREADS="1")
     return [json.loads((folder / f"told-{rank}.json").read_text()) for rank in range(size)]
 
 
@@ -290,6 +290,25 @@ def test_inspect_tells_and_verifies(folder: Path, capsys: pytest.CaptureFixture[
         "checkpoint_3.sharded",
     ]
     assert all(one["verified"] for one in found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["foreground", "background"])
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_write_that_fails_in_one_process_fails_in_all(
+    tmp_path: Path, mode: str, size: int
+) -> None:
+    """All raise it in the same iteration, what was there stays good, and the next save is."""
+    told = world(size, tmp_path, mode, program="sharded_fails_program.py")
+    assert told[0]["iteration"] == told[-1]["iteration"]
+    where = "rank 1: .*" if size == 2 else ""
+    saying = f"CheckpointWriteError: .*checkpoint_6.sharded was not saved: {where}File too large"
+    for one in told:
+        assert re.match(saying, one["error"])
+        assert one["after"] == "checkpoint_3.sharded"
+        assert one["again"] == "checkpoint_7.sharded"
+        visible = [name for name in one["left"] if not name.startswith(".")]
+        assert visible == ["checkpoint_7.sharded"]
 
 
 def test_folder_is_kept_in_order(tmp_path: Path) -> None:
