@@ -261,7 +261,16 @@ def require_gradient(optimizer: torch.optim.Optimizer) -> None:
         f"{type(optimizer).__name__} was stepped without a gradient: none of its parameters took "
         "part in the loss since the gradients were last cleared. Check that it holds the "
         "parameters of the model that made the loss, after prepare(), and that they require a "
-        "gradient."
+        f"gradient.{_of_sharded(optimizer)}"
+    )
+
+
+def _of_sharded(optimizer: torch.optim.Optimizer) -> str:
+    if not any(hasattr(p, "full_tensor") for g in optimizer.param_groups for p in g["params"]):
+        return ""
+    return (
+        " With Sharding(no_sync=True), FSDP keeps the gradients of an accumulation window to "
+        "itself until its last backward pass: where a run may end before that, leave no_sync out."
     )
 
 

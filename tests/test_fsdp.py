@@ -13,7 +13,7 @@ from test_process_group import TESTS, results, torchrun
 
 from crosstrain.backends import BackendError, UnknownBackend, get
 from crosstrain.backends.fsdp import Sharding
-from crosstrain.engine import gradients
+from crosstrain.engine import Events, create_supervised_trainer, gradients
 
 
 def close(mine: Any, theirs: Any, rel: float = 1e-12, absolute: float = 1e-12) -> bool:
@@ -113,3 +113,26 @@ def test_gradients_in_a_window_are_saved_or_refused() -> None:
             weight = model[0].weight
             assert type(weight.grad) is type(weight)
             assert torch.equal(weight.grad.full_tensor(), found["model.0.weight"])
+
+
+@pytest.mark.parametrize("no_sync", [False, True])
+def test_window_that_a_run_cuts_short_is_stepped_or_refused(no_sync: bool) -> None:
+    """Stepped with its own size; where torch hides its gradients, an error says what to change."""
+    torch.manual_seed(1)
+    model: Any = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with get("cpu:fsdp", sharding=Sharding(no_sync=no_sync)) as backend:
+        trainer = create_supervised_trainer(
+            model,
+            optimizer,
+            torch.nn.functional.mse_loss,
+            gradient_accumulation_steps=4,
+            backend=backend,
+        )
+        trainer.add_event_handler(Events.ITERATION_COMPLETED(once=2), trainer.terminate)
+        data = [(torch.ones(1, 2), torch.zeros(1, 2))] * 8
+        if no_sync:
+            with pytest.raises(BackendError, match=r"no_sync=True\), FSDP keeps the gradients"):
+                trainer.run(data)
+        else:
+            assert vars(trainer.run(data))["optim_steps"] == 1
