@@ -13,6 +13,7 @@ import torch
 
 from crosstrain.backends import Backend, StepResult, get, random_state
 from crosstrain.backends.placement import map_tensors
+from crosstrain.engine import Checkpoint
 
 __all__ = [
     "LEARNING_RATE",
@@ -33,6 +34,7 @@ __all__ = [
     "settings_of",
     "small_model",
     "through_a_file",
+    "whole",
 ]
 
 # Words of `Backend.capabilities`.
@@ -217,7 +219,8 @@ class Training:
 
     def weights(self) -> torch.Tensor:
         """Return all weights as one vector on the CPU, in fp32."""
-        return torch.cat([p.detach().cpu().float().flatten() for p in self.model.parameters()])
+        weights = (whole(parameter).cpu().float() for parameter in self.model.parameters())
+        return torch.cat([weight.flatten() for weight in weights])
 
     def state(self) -> dict[str, Any]:
         """Return everything that a resume needs, on the CPU."""
@@ -226,7 +229,7 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
         }
         return {
-            **map_tensors(objects, lambda tensor: tensor.detach().cpu().clone()),
+            **map_tensors(objects, lambda tensor: whole(tensor).cpu().clone()),
             "backend": self.backend.state_dict(),
             "host": random_state.capture(),
             "device": self.backend.rng_state(),
@@ -234,8 +237,9 @@ class Training:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Restore what `state` returned: random states last, after the boundary."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        # It gives a sharded model and its optimizer their parts.
+        objects = {"model": self.model, "optimizer": self.optimizer}
+        Checkpoint.load_objects(objects, {name: state[name] for name in objects})
         self.backend.load_state_dict(state["backend"])
         self.backend.sync()
         random_state.restore(state["host"])
@@ -263,6 +267,12 @@ def by_hand(steps: int, max_norm: float | None = None) -> tuple[list[float], tor
         losses.append(float(loss.detach()))
     weights = torch.cat([p.detach().flatten() for p in model.parameters()])
     return losses, weights, norm
+
+
+def whole(tensor: Any) -> Any:
+    """Return a tensor, detached; in one piece, if its parts lie in several processes."""
+    found = tensor.detach()
+    return found.full_tensor() if hasattr(found, "full_tensor") else found
 
 
 def distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:

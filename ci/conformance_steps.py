@@ -21,6 +21,7 @@ from .conformance_case import (
     loss_of,
     plain_model,
     small_model,
+    whole,
 )
 
 __all__ = [
@@ -187,7 +188,7 @@ def check_two_optimizers(case: Case) -> None:
         models = [plain_model(), small_model()]
         optimizers = [torch.optim.SGD(m.parameters(), lr=LEARNING_RATE) for m in models]
         first, second, *optimizers = backend.prepare(*models, *optimizers)
-        start = [[p.detach().cpu().clone() for p in m.parameters()] for m in (first, second)]
+        start = [[whole(p).cpu().clone() for p in m.parameters()] for m in (first, second)]
         x, y = backend.put(batch_of(0))
         with backend.autocast():
             loss = loss_of(first(x) + second(x), y)
@@ -198,7 +199,7 @@ def check_two_optimizers(case: Case) -> None:
         for number, (model, before) in enumerate(zip((first, second), start, strict=True)):
             expect(
                 any(
-                    not torch.equal(p.detach().cpu(), old)
+                    not torch.equal(whole(p).cpu(), old)
                     for p, old in zip(model.parameters(), before, strict=True)
                 ),
                 f"Model {number} of two was not trained.",

@@ -43,6 +43,11 @@ def test_the_null_backend_conforms(check: str) -> None:
     assert check_backend("null", checks=[check]) == []
 
 
+@pytest.mark.parametrize("option", ["fsdp", "fsdp-bf16", "fsdp-fp16"])
+def test_sharding_conforms_in_one_process(option: str) -> None:
+    assert check_backend(f"cpu:{option}") == []
+
+
 def test_each_check_says_what_it_is_for() -> None:
     assert all(check.promise for check in CHECKS.values())
     assert len({check.promise for check in CHECKS.values()}) == len(CHECKS)
