@@ -323,7 +323,7 @@ class TrainingStep:
             engine.fire_event(StepEvents.OPTIM_STEP_COMPLETED)
         if listeners.optim_step_applied.handlers or listeners.optim_step_skipped.handlers:
             # Who listens to what became of the step has to wait for the device; nobody else does.
-            self._tell_outcome(engine, all(result.applied for result in results))
+            self._tell_outcome(engine, plain or all(result.applied for result in results))
 
     def _tell_outcome(self, engine: Engine, applied: bool) -> None:
         listeners = self._listeners

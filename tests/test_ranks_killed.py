@@ -15,6 +15,7 @@ import pytest
 import torch
 from test_process_group import TESTS
 
+from crosstrain.ci.cli import main
 from crosstrain.ci.digests import leaf_digests
 from crosstrain.ci.rank_storm import signal_storm
 from crosstrain.engine import Checkpoint
@@ -98,6 +99,28 @@ def test_rank_killed_and_restarted_by_torchrun(tmp_path: Path, straight: dict[st
     assert killed.returncode == 0, printed
     assert "resumed from" in printed
     assert state_of(tmp_path) == straight
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", ["cpu", "cpu:fsdp"])
+def test_traces_of_all_ranks_are_those_of_a_run_that_nobody_killed(
+    tmp_path: Path, spec: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each rank has its own, without a gap; they are told apart by their batches."""
+    for name, restarts, death in (("straight", 0, "0"), ("killed", 1, "7")):
+        program = str(TESTS / "ranks_trace_program.py")
+        process = start(restarts, program, str(tmp_path / name), spec, death)
+        printed = finish(process)
+        assert process.returncode == 0, printed
+    for rank in ("", ".rank1"):
+        straight, killed = (str(tmp_path / n / f"trace{rank}") for n in ("straight", "killed"))
+        assert main(["diff", straight, killed]) == 0, capsys.readouterr().out
+        shown = capsys.readouterr().out
+        assert "iterations 1 to 12, resumed after 4" in shown
+        assert "over 12 iterations" in shown
+    first = str(tmp_path / "straight" / "trace")
+    assert main(["diff", first, f"{first}.rank1"]) == 1
+    assert "part at iteration 1 (epoch 1): the batch differs" in capsys.readouterr().out
 
 
 @pytest.mark.slow
