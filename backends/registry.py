@@ -27,6 +27,7 @@ __all__ = [
     "get",
     "names",
     "probe",
+    "short",
 ]
 
 GROUP = "crosstrain.backends"
@@ -74,6 +75,19 @@ def get(spec: str | None = None, **settings: Any) -> Backend:
         raise BackendUnavailable(spec, found.reason, found.remedy)
     backend: Backend = kind(option, **settings)
     return backend
+
+
+def short(spec: str) -> str:
+    """Returns the shortest spec that means the same: `cpu` for `cpu:fp32`.
+
+    Any other is returned as it is, those too that do not exist: `get` says so.
+    """
+    name, _, option = spec.partition(":")
+    try:
+        kind, _ = _find(spec)
+    except BackendError:
+        return spec
+    return name if option == kind.options[0] else spec
 
 
 def probe(spec: str) -> Availability:

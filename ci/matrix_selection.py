@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from crosstrain.backends import Availability, BackendUnavailable, get, names, probe
 from crosstrain.backends.errors import UnknownBackend
+from crosstrain.backends.registry import short
 
 from .target import Target, TargetError
 
@@ -78,7 +79,8 @@ def selected(asked: Sequence[str], required: Sequence[str]) -> Selection:
         BackendUnavailable: if one was asked for, but not required, and cannot run here.
         UsageError: if one cannot be trained on.
     """
-    specs = [*asked, *required] or available_specs()
+    required = [short(spec) for spec in required]
+    specs = [*map(short, asked), *required] or available_specs()
     specs = list(dict.fromkeys(specs))
     for spec in specs:
         if spec.partition(":")[0] in _NO_COLUMN:

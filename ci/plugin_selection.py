@@ -141,7 +141,9 @@ class Selection:
             One row for each backend; a backend that lacks what the test needs has none. If none
             is left, one row that says why the test is skipped.
         """
-        about, needs = tuple(about), frozenset(needs)
+        from crosstrain.backends.registry import short
+
+        about, needs = tuple(map(short, about)), frozenset(needs)
         for spec in about:
             self.look(spec)
         specs = self.specs()
@@ -198,7 +200,7 @@ def _why(spec: str, found: Availability) -> str:
 
 
 def _parse(texts: Iterable[str], source: str) -> tuple[str, ...]:
-    """Reads lists of specs with commas between them.
+    """Reads lists of specs with commas between them; each in its shortest form.
 
     Args:
         texts: the lists.
@@ -213,7 +215,9 @@ def _parse(texts: Iterable[str], source: str) -> tuple[str, ...]:
             f"{source} has an empty entry; write specs with a comma between them, such as "
             "cpu,cpu:bf16"
         )
-    return tuple(dict.fromkeys(specs))
+    from crosstrain.backends.registry import short
+
+    return tuple(dict.fromkeys(map(short, specs)))
 
 
 def from_options(

@@ -33,6 +33,16 @@ def test_uses(backend, backend_spec):
     assert f"{backend.name}:{backend.option}" in (backend_spec, f"{backend_spec}:fp32")
 """
 
+WRITTEN_OUT = """
+import pytest
+
+@pytest.mark.backends("cpu")
+def test_plain(backend): pass
+
+@pytest.mark.backends("cpu:fp32", "cpu:bf16")
+def test_written_out(backend): pass
+"""
+
 
 @pytest.fixture(autouse=True)
 def _project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,6 +79,13 @@ def test_each_selected_backend_has_a_row_with_its_spec(pytester: pytest.Pytester
     pytester.makepyfile(USES)
     result = run(pytester, "--backends", "cpu,cpu:bf16")
     assert outcomes(result) == {"test_uses[cpu]": "PASSED", "test_uses[cpu:bf16]": "PASSED"}
+
+
+def test_a_default_option_that_is_written_out_is_the_plain_name(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(USES + WRITTEN_OUT)
+    result = run(pytester, "--backends=cpu:fp32,cpu", "--require-backends=cpu:fp32")
+    assert set(outcomes(result).values()) == {"PASSED"}
+    assert set(outcomes(result)) == {"test_uses[cpu]", "test_plain[cpu]", "test_written_out[cpu]"}
 
 
 def test_by_default_those_that_are_available(pytester: pytest.Pytester) -> None:

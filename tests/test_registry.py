@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from crosstrain import backends
-from crosstrain.backends import BackendError, BackendUnavailable, UnknownBackend
+from crosstrain.backends import BackendError, BackendUnavailable, UnknownBackend, registry
 
 Register = Callable[..., None]
 
@@ -223,3 +223,19 @@ def test_the_argument_of_a_command_line(
     assert "CROSSTRAIN_BACKEND" in shown
     # The lines of the help may end within a name.
     assert all(name in "".join(shown.split()) for name in backends.names())
+
+
+@pytest.mark.parametrize(
+    ("spec", "shortest"),
+    [
+        ("cpu", "cpu"),
+        ("cpu:fp32", "cpu"),
+        ("cpu:bf16", "cpu:bf16"),
+        ("cuda-amp:fp16", "cuda-amp"),
+        ("auto", "auto"),
+        ("cpu:fp31", "cpu:fp31"),
+        ("nothing:fp32", "nothing:fp32"),
+    ],
+)
+def test_the_shortest_spec_that_means_the_same(spec: str, shortest: str) -> None:
+    assert registry.short(spec) == shortest
