@@ -296,8 +296,9 @@ def _restore(objects: Mapping[str, Any], found: Found, ranks: Agreement | None) 
     latest = found.latest
     if latest and ranks is None:
         restore(objects, found.state, latest.path, {})
-    elif latest and ranks is not None:
-        with together(ranks.line, f"restoring {latest.path}"):
+    elif latest.path is not None and ranks is not None:
+        # Its name only: rank 0 has the folder's path as it was given, which may be relative.
+        with together(ranks.line, f"restoring {latest.path.name}"):
             restore(objects, found.state, latest.path, {})
     return latest
 

@@ -23,13 +23,14 @@ from crosstrain.engine import Checkpoint
 EXAMPLE = TESTS.parent / "examples" / "digits.py"
 
 
-def start(restarts: int, *arguments: str) -> subprocess.Popen[str]:
+def start(restarts: int, *arguments: str, cwd: Path | None = None) -> subprocess.Popen[str]:
     """Starts a script in two processes under torchrun, in a session of its own."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", "--max-restarts", str(restarts), *arguments]
     return subprocess.Popen(
         command,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=cwd,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -109,7 +110,7 @@ def test_traces_of_all_ranks_are_those_of_a_run_that_nobody_killed(
     """Each rank has its own, without a gap; they are told apart by their batches."""
     for name, restarts, death in (("straight", 0, "0"), ("killed", 1, "7")):
         program = str(TESTS / "ranks_trace_program.py")
-        process = start(restarts, program, str(tmp_path / name), spec, death)
+        process = start(restarts, program, name, spec, death, cwd=tmp_path)
         printed = finish(process)
         assert process.returncode == 0, printed
     for rank in ("", ".rank1"):
@@ -126,21 +127,22 @@ def test_traces_of_all_ranks_are_those_of_a_run_that_nobody_killed(
 @pytest.mark.slow
 def test_torchrun_itself_is_asked_to_end(tmp_path: Path, straight: dict[str, Any]) -> None:
     """As a scheduler does: its ranks save, it does not restart them, and the next start goes on."""
-    process = start(3, *TRAINING, str(tmp_path))
-    wait_for_checkpoint(process, tmp_path)
+    # The folder as people write it: as seen from where they are.
+    process = start(3, *TRAINING, "run", cwd=tmp_path)
+    wait_for_checkpoint(process, tmp_path / "run")
     os.kill(process.pid, signal.SIGTERM)
     printed = finish(process)
     assert process.returncode != 0
     assert printed.count("SIGTERM: saved at iteration") == 2, printed
     assert "resumed from" not in printed
-    saved = Checkpoint.latest(tmp_path).manifest
+    saved = Checkpoint.latest(tmp_path / "run").manifest
     assert saved is not None
     assert f"saved at iteration {saved.iteration};" in printed
-    again = start(0, *TRAINING, str(tmp_path))
+    again = start(0, *TRAINING, "run", cwd=tmp_path)
     printed = finish(again)
     assert again.returncode == 0, printed
     assert "resumed from" in printed
-    assert state_of(tmp_path) == straight
+    assert state_of(tmp_path / "run") == straight
 
 
 @pytest.mark.slow
