@@ -55,7 +55,8 @@ from .permutation import PermutationSampler
 from .progress import DataUsedUp, EmptyData
 from .rank_check import RankCheck
 from .ranks import RankFailed
-from .resume import ResumableRun, resume_or_start
+from .resumable import ResumableRun
+from .resume import resume_or_start
 from .save_handler import BaseSaveHandler
 from .sharded_load import ShardedCheckpoint, latest_sharded, load_sharded, read_sharded
 from .sharded_resume import resume_or_start_sharded

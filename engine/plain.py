@@ -151,9 +151,10 @@ def _dense(tensor: torch.Tensor, path: tuple[Any, ...]) -> torch.Tensor:
     """Returns a plain, detached view of a tensor."""
     if hasattr(tensor, "full_tensor"):
         advice = (
-            "gather it first: torch.distributed.checkpoint.state_dict.get_model_state_dict with "
+            "give Checkpoint a ShardedSaver in place of the folder, or gather it first: "
+            "torch.distributed.checkpoint.state_dict.get_model_state_dict with "
+            "StateDictOptions(full_state_dict=True)"
         )
-        advice += "StateDictOptions(full_state_dict=True)"
         raise _refusal(path, tensor, "its parts lie in several processes", advice)
     if tensor.is_meta or torch.nn.parameter.is_lazy(tensor):
         advice = "give it data first: run the model once, or use to_empty()"

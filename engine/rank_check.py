@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
@@ -14,6 +15,7 @@ from .events import Events
 from .guards import is_exact_list, is_exact_tuple, is_mapping
 from .progress import check_count
 from .ranks import RankFailed, unshared
+from .sharded_tree import is_spread
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -64,13 +66,27 @@ class RankCheck:
     def attach(self, trainer: Engine) -> None:
         """Has the engine run the check; does nothing in one process.
 
+        Of a sharded model no rank has a copy: with a warning, its parameters are left out.
+
         Args:
             trainer: the engine that trains the models.
         """
-        if agree(trainer) is not None:
+        if agree(trainer) is None:
+            return
+        everything, compared = self._everything(), self._tensors()
+        if len(compared) < len(everything):
+            warnings.warn(
+                f"RankCheck compares {len(compared)} of {len(everything)} parameters and buffers: "
+                "the others are sharded, and no two ranks hold the same part",
+                stacklevel=2,
+            )
+        if compared:
             trainer.add_event_handler(Events.ITERATION_COMPLETED(every=self.every), self)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
+        return {name: one for name, one in self._everything().items() if not is_spread(one)}
+
+    def _everything(self) -> dict[str, torch.Tensor]:
         found: dict[str, torch.Tensor] = {}
         for label, model in self._models.items():
             prefix = f"{label}." if label else ""

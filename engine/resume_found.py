@@ -5,21 +5,41 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .agreement import Agreement
 from .checkpoint_errors import CheckpointNotFound
 from .disk_saver import DiskSaver
-from .loading import Latest, candidates, load_latest
+from .loading import Latest, candidates, load_latest, restore
 from .manifest import Manifest
 from .rank_line import RankLine
 from .ranks import RankFailed
 from .retention import Item
 from .safe_load import load_file
+from .sharded_load import (
+    SUFFIX,
+    ShardedCheckpoint,
+    is_sharded_checkpoint,
+    load_sharded,
+    sharded_folders,
+)
+from .sharded_manifest import ShardedManifest
 
-__all__ = ["Found", "find", "find_together", "own_files", "together"]
+__all__ = [
+    "Found",
+    "base_name",
+    "find",
+    "find_together",
+    "newer_file",
+    "open_checkpoint",
+    "own_files",
+    "restore_found",
+    "together",
+]
 
 
 _READING = "reading the checkpoint that rank 0 has found"
@@ -29,26 +49,43 @@ class Found(NamedTuple):
     """The checkpoint that a run goes on from.
 
     Args:
-        latest: the file, and what was passed over.
-        state: what it holds; None if there is no checkpoint.
+        latest: the file or folder, and what was passed over.
+        state: what it holds; None if there is none, or each process reads its part of it.
     """
 
     latest: Latest
     state: Any
 
 
+def base_name(objects: Mapping[str, Any], filename_prefix: str) -> str:
+    """Returns how the names of a run's checkpoints begin.
+
+    Args:
+        objects: what is saved.
+        filename_prefix: see `Checkpoint`.
+    """
+    name = next(iter(objects)) if len(objects) == 1 else "checkpoint"
+    return (f"{filename_prefix}_" if filename_prefix else "") + f"{name}_"
+
+
+def _names(base: str, ending: str) -> re.Pattern[str]:
+    return re.compile(rf"{re.escape(base)}\d+{re.escape(ending)}")
+
+
 def find(
     objects: Mapping[str, Any],
     folder: Path,
-    own: re.Pattern[str],
+    base: str,
     resume_from: str | os.PathLike[str] | None,
 ) -> Found:
     """Reads the newest good checkpoint of a folder, or the one that is named.
 
+    A sharded one that is newer than all whole ones is verified where it is loaded.
+
     Args:
         objects: what it must hold.
         folder: the folder.
-        own: names of the run's files.
+        base: how the names of the run's files begin.
         resume_from: the one that is named.
 
     Raises:
@@ -56,10 +93,15 @@ def find(
         CheckpointError: if the one that is named cannot be read.
     """
     if resume_from is not None:
-        loaded = load_file(Path(resume_from).expanduser())
-        latest, state = Latest(folder, loaded.path, loaded.manifest, ()), loaded.state
-    else:
-        latest, state = load_latest(folder, tuple(objects), own)
+        return open_checkpoint(folder, Path(resume_from).expanduser())
+    latest, state = load_latest(folder, tuple(objects), _names(base, ".pt"))
+    names = _names(base, SUFFIX)
+    for path, told in sharded_folders(folder, base):
+        if not isinstance(told, ShardedManifest) or not names.fullmatch(path.name):
+            continue
+        manifest = told.summary()
+        if _is_newer(path, manifest, objects, latest):
+            return Found(replace(latest, path=path, manifest=manifest), None)
     if not latest and latest.passed_over:
         raise CheckpointNotFound(
             f"{latest.describe()}. A new run in this folder would lose what may be rescued: move "
@@ -68,18 +110,79 @@ def find(
     return Found(latest, state)
 
 
-def own_files(folder: Path, own: re.Pattern[str], iteration: int) -> list[Item]:
+def newer_file(objects: Mapping[str, Any], latest: Latest, base: str) -> Path | None:
+    """Returns the newest whole checkpoint of a folder, if a sharded one is not newer.
+
+    Args:
+        objects: what it must hold.
+        latest: the newest sharded one, and the folder.
+        base: how the names of the run's files begin.
+    """
+    for path, told in candidates(latest.folder, _names(base, ".pt")):
+        if isinstance(told, Manifest) and _is_newer(path, told, objects, latest):
+            return path
+    return None
+
+
+def _is_newer(path: Path, told: Manifest, objects: Iterable[str], latest: Latest) -> bool:
+    """Tells whether a checkpoint has the objects, and was saved after the latest of its kind."""
+    after = -1 if latest.manifest is None else latest.manifest.saved_at_ns
+    whole = told.file == path.name and all(name in told.objects for name in objects)
+    return whole and told.saved_at_ns > after
+
+
+def open_checkpoint(folder: Path, path: Path) -> Found:
+    """Reads a checkpoint; of a sharded one, what it says of itself.
+
+    Args:
+        folder: where the run is saved.
+        path: the file, or the folder of a sharded one.
+
+    Raises:
+        CheckpointError: if it cannot be read.
+    """
+    if is_sharded_checkpoint(path):
+        opened = ShardedCheckpoint.open(path)
+        return Found(Latest(folder, opened.path, opened.manifest.summary(), ()), None)
+    loaded = load_file(path)
+    return Found(Latest(folder, loaded.path, loaded.manifest, ()), loaded.state)
+
+
+def restore_found(objects: Mapping[str, Any], found: Found, ranks: Agreement | None) -> None:
+    """Restores objects from what was found; in a world, on all ranks or on none.
+
+    Args:
+        objects: the objects by name.
+        found: what was found, the same on all ranks.
+        ranks: the ranks; None if there is one process.
+
+    Raises:
+        CheckpointError: if it is damaged, or does not fit the objects.
+        RankFailed: if another rank cannot.
+    """
+    path = found.latest.path
+    if path is None:
+        return
+    # Its name only: rank 0 has the folder's path as it was given, which may be relative.
+    with nullcontext() if ranks is None else together(ranks.line, f"restoring {path.name}"):
+        if found.state is None:
+            load_sharded(objects, path)
+        else:
+            restore(objects, found.state, path, {})
+
+
+def own_files(folder: Path, base: str, iteration: int) -> list[Item]:
     """Returns the files that a run has saved up to an iteration: those that it may remove.
 
     Later ones belong to a course of the run that was given up; it is not for us to remove them.
 
     Args:
         folder: where they are.
-        own: the names of the run's files.
+        base: how the names of the run's files begin.
         iteration: where the run is.
     """
     found: list[Item] = []
-    for path, manifest in candidates(folder, own):
+    for path, manifest in candidates(folder, _names(base, ".pt")):
         if not isinstance(manifest, Manifest) or manifest.file != path.name:
             continue
         if manifest.iteration is not None and manifest.iteration <= iteration:
@@ -131,14 +234,14 @@ def _read(told: Mapping[str, Any]) -> Found:
     folder = Path(told["folder"])
     if told["path"] is None:
         return Found(Latest(folder, None, None, ()), None)
-    loaded = load_file(Path(told["path"]))
+    found = open_checkpoint(folder, Path(told["path"]))
     wanted = None if told["manifest"] is None else Manifest.decode(told["manifest"].encode())
-    if loaded.manifest != wanted:
+    if found.latest.manifest != wanted:
         raise CheckpointNotFound(
             f"{told['path']} is another file here than on rank 0. All ranks resume from one file: "
             "save into a folder of a file system that they share"
         )
-    return Found(Latest(folder, loaded.path, loaded.manifest, ()), loaded.state)
+    return found
 
 
 @contextmanager

@@ -7,12 +7,15 @@ import threading
 from abc import ABCMeta, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from .background import BackgroundJob
 from .folder_lock import FolderLock
 from .manifest import later_than, software_versions
 from .staging import HostBuffers, Snapshot
+
+if TYPE_CHECKING:
+    from .loading import Latest
 
 __all__ = ["BaseSaveHandler", "FolderSaver", "SaveJob"]
 
@@ -138,6 +141,11 @@ class FolderSaver(BaseSaveHandler):
     def job(self) -> SaveJob | None:
         """What the thread is writing, or has written and was not asked about; None if nothing."""
         return self._job
+
+    def follow(self, latest: Latest) -> None:
+        """Makes sure that what is saved from now on is newer than what a run has gone on from."""
+        if latest.manifest is not None:
+            self._newest_ns = max(self._newest_ns, latest.manifest.saved_at_ns)
 
     def _next_time(self) -> int:
         """Returns the time of a new checkpoint, in ns: after that of every other in the folder."""

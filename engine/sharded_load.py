@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed
@@ -37,6 +37,7 @@ __all__ = [
     "SUFFIX",
     "ShardedCheckpoint",
     "folders_together",
+    "from_first",
     "is_sharded_checkpoint",
     "latest_sharded",
     "load_sharded",
@@ -46,6 +47,7 @@ __all__ = [
 
 _logger = logging.getLogger(__name__)
 SUFFIX = ".sharded"
+T = TypeVar("T")
 Place = tuple[tuple[Any, ...], str]
 
 
@@ -349,16 +351,26 @@ def folders_together(
     Raises:
         CheckpointNotFound: if there is no such folder.
     """
+    return from_first(lambda: sharded_folders(folder, prefix))
+
+
+def from_first(ask: Callable[[], T]) -> T:
+    """Returns, in all processes, what a function returns in the first; they call it together.
+
+    Raises:
+        CheckpointError: in all processes, what it raises there.
+    """
     if not _in_group():
-        return sharded_folders(folder, prefix)
+        return ask()
     told: list[Any] = [None]
-    try:
-        told = [sharded_folders(folder, prefix)]
-    except CheckpointNotFound as error:
-        told = [error]
+    if this_rank() == 0:
+        try:
+            told = [ask()]
+        except CheckpointError as error:
+            told = [error]
     send: Any = distributed.broadcast_object_list  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
     send(told, 0)
-    if isinstance(told[0], CheckpointNotFound):
+    if isinstance(told[0], CheckpointError):
         raise told[0]
     return told[0]  # type: ignore[no-any-return]
 

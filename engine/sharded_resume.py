@@ -12,10 +12,10 @@ from .agreement import agree
 from .checkpoint import Checkpoint
 from .checkpoint_errors import CheckpointNotFound
 from .engine import Engine
-from .loading import Latest
-from .resume import ResumableRun, begin, event_of, with_trainer
+from .resumable import ResumableRun, begin, event_of, with_trainer
+from .resume_found import Found, base_name, newer_file, open_checkpoint, restore_found
 from .retention import Item
-from .sharded_load import ShardedCheckpoint, folders_together, latest_sharded, load_sharded
+from .sharded_load import folders_together, from_first, latest_sharded
 from .sharded_manifest import ShardedManifest
 from .sharded_saver import ShardedSaver
 
@@ -44,7 +44,7 @@ def resume_or_start_sharded(
         n_saved: likewise.
         filename_prefix: likewise.
         background: see `ShardedSaver`.
-        resume_from: a sharded checkpoint to restore instead of the newest one.
+        resume_from: a checkpoint of either kind to restore instead of the newest one.
         signals: likewise.
 
     Returns:
@@ -58,45 +58,46 @@ def resume_or_start_sharded(
     """
     event = event_of(every)
     objects = with_trainer(trainer, to_save)
-    agree(trainer)
+    ranks = agree(trainer)
     saver = ShardedSaver(dirname, require_empty=False, background=background)
-    name = next(iter(objects)) if len(objects) == 1 else "checkpoint"
-    prefix = (f"{filename_prefix}_" if filename_prefix else "") + f"{name}_"
+    base = base_name(objects, filename_prefix)
     try:
-        latest = _restore(objects, saver.dirname, prefix, resume_from)
+        found = _find(objects, saver.dirname, base, resume_from)
+        restore_found(objects, found, ranks)
     except BaseException:
         saver.close()
         raise
+    saver.follow(found.latest)
     checkpoint = Checkpoint(objects, saver, filename_prefix, n_saved=n_saved)
     # Later ones belong to a course of the run that was given up.
     saved = [
         Item(told.iteration, path.with_suffix(".pt").name)
-        for path, told in folders_together(saver.dirname, prefix)
+        for path, told in folders_together(saver.dirname, base)
         if isinstance(told, ShardedManifest)
         and told.iteration is not None
         and told.folder == path.name
         and told.iteration <= trainer.state.iteration
     ]
     checkpoint.load_state_dict({"_saved": sorted(saved)})
-    return begin(trainer, checkpoint, latest, signals, event)
+    return begin(trainer, checkpoint, found.latest, signals, event)
 
 
-def _restore(
+def _find(
     objects: Mapping[str, Any],
     folder: Path,
-    prefix: str,
+    base: str,
     resume_from: str | os.PathLike[str] | None,
-) -> Latest:
+) -> Found:
+    """Finds the newest good checkpoint, or the one that is named, the same in all processes."""
     if resume_from is not None:
-        named = ShardedCheckpoint.open(resume_from)
-        latest = Latest(folder, named.path, named.manifest.summary(), ())
-    else:
-        latest = latest_sharded(folder, tuple(objects), prefix)
-    if latest.path is not None:
-        load_sharded(objects, latest.path)
-    elif latest.passed_over:
+        return open_checkpoint(folder, Path(resume_from).expanduser())
+    latest = latest_sharded(folder, tuple(objects), base)
+    file = from_first(lambda: newer_file(objects, latest, base))
+    if file is not None:
+        return open_checkpoint(folder, file)
+    if not latest and latest.passed_over:
         raise CheckpointNotFound(
             f"{latest.describe()}. A new run in this folder would lose what may be rescued: move "
             "these folders away to start from the beginning, or name one by resume_from"
         )
-    return latest
+    return Found(latest, None)

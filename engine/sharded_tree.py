@@ -15,11 +15,12 @@ from typing import Any
 import torch
 
 from .guards import is_collection, is_exact_list, is_exact_tuple, is_mapping
-from .object_tree import unwrap
+from .object_tree import unwrap, walk_objects
 
 __all__ = [
     "Split",
     "at_path",
+    "is_sharded",
     "is_spread",
     "object_at",
     "parameter_names",
@@ -198,6 +199,20 @@ def _spread_values(values: Any, parameters: list[torch.Tensor], place: Any) -> A
     if not known:
         return values
     return {key: spread_like(value, parameters[place]) for key, value in values.items()}
+
+
+def is_sharded(objects: Mapping[str, Any]) -> bool:
+    """Tells whether there is a model among objects, or nests of them, whose parameters are spread.
+
+    Args:
+        objects: the objects by name.
+    """
+    return any(
+        is_spread(parameter)
+        for _, thing in walk_objects(objects)
+        if isinstance(thing, torch.nn.Module)
+        for parameter in thing.parameters()
+    )
 
 
 def spread_like(value: Any, like: Any) -> Any:
