@@ -29,18 +29,24 @@ def digest(value: Any) -> str:
     """Returns 16 hexadecimal digits that differ wherever two nests differ in a bit or a type.
 
     Args:
-        value: any nest of mappings, lists and tuples; tensors may be on any device.
+        value: any nest of mappings, lists and tuples; tensors may be on any device. One whose
+            parts lie in several processes is gathered, so all of these call it together; it has the
+            digest of the whole.
     """
     found = hashlib.sha256()
     for path, leaf in leaves(value):
         found.update(path.encode())
         if isinstance(leaf, torch.Tensor):
-            content = leaf.detach().cpu().contiguous().view(-1).view(torch.uint8)
+            content = _whole(leaf.detach()).cpu().contiguous().view(-1).view(torch.uint8)
             found.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
             found.update(content.numpy().data)
         else:
             found.update(f"{type(leaf).__name__}{leaf!r}".encode())
     return found.hexdigest()[:16]
+
+
+def _whole(tensor: Any) -> Any:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def leaf_digests(value: Any, name: str) -> dict[str, str]:

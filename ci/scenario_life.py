@@ -22,6 +22,7 @@ import torch
 
 from crosstrain.backends import BackendError, UnknownBackend, get, probe, random_state
 from crosstrain.engine import Events, manual_seed, resume_or_start
+from crosstrain.engine.sharded_tree import is_sharded
 
 from .digests import digest, leaf_digests
 from .scenario_order import Order
@@ -108,7 +109,8 @@ def _train(order: Order, emit: Emit) -> int:
         order.folder,
         every=order.every or _NEVER,
         background=order.background,
-        overlap=order.overlap,
+        # The processes of a sharded model copy and write together, and can have background only.
+        overlap=order.overlap and not is_sharded(training.to_save),
     )
     resumed_from = trainer.state.iteration if run.resumed_from else None
     passed_over = [f"{one.path.name}: {one.reason}" for one in run.passed_over]

@@ -22,7 +22,7 @@ class Order:
         workers: worker processes of the data loader; None: as the training has them.
         every: iterations between two checkpoints; 0: none but the last.
         background: whether checkpoints are written in the background.
-        overlap: whether the training goes on while they are copied.
+        overlap: whether the training goes on while they are copied; never with a sharded model.
         stop_at: the iteration in which the process gets SIGTERM, upon which it saves and ends.
         hold_at: the iteration before which the process waits to be killed.
     """

@@ -96,6 +96,17 @@ def test_each_scenario_passes(name: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [], "the folder of the checkpoints is left"
 
 
+@pytest.mark.parametrize(
+    ("spec", "name"),
+    [("cpu:fsdp", "background"), ("cpu:fsdp-bf16", "port"), ("cpu:fsdp-fp16", "overflow")],
+)
+def test_a_sharded_model_passes(spec: str, name: str, tmp_path: Path) -> None:
+    """Its checkpoints are folders, its tensors are spread, and it is ported to one that is not."""
+    outcome = play(spec, name, tmp_path)
+    assert (outcome.status, outcome.reason) == ("passed", "")
+    assert int(outcome.figures["kills"]) + int(outcome.figures["stops"]) > 0
+
+
 def test_the_cell_on_the_command_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "crosstrain.ci.cell", "null", "middle"]
     result = subprocess.run([*command, "--folder", str(tmp_path / "new")], check=False)
