@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from .trace_file import Record, Thing, Trace, TraceError
 
-__all__ = ["Comparison", "Difference", "compare", "default_tolerance", "first_difference"]
+__all__ = [
+    "Comparison",
+    "Difference",
+    "compare",
+    "default_tolerance",
+    "earliest",
+    "first_difference",
+]
 
 # What is compared across kinds of devices: their random streams differ, and so does, for all that
 # is computed, the last bit.
 _BY_VALUE: Final = ("loss", "gradient", "parameter", "buffer")
 _BY_DIGEST: Final = ("batch", "setting")
+# In which order they come about in an iteration; others come after these.
+_ORDER: Final = ("batch", "random", "setting", "loss", "gradient", "parameter", "buffer")
 # A tensor whose norm is below this part of the largest of its kind is compared with that part
 # of it: the rounding of what a small norm is the sum of is as large as that of the others.
 _FLOOR: Final = 0.1
@@ -32,6 +41,7 @@ class Difference:
         right: the second run's.
         others: how many things after it, in the same iteration, differ as well.
         missing: which run lacks the thing or the iteration, `left` or `right`; empty if neither.
+        rank: the process, where the runs had several and all were compared; None otherwise.
     """
 
     iteration: int
@@ -41,9 +51,11 @@ class Difference:
     right: float | None = None
     others: int = 0
     missing: str = ""
+    rank: int | None = None
 
     def __str__(self) -> str:
-        where = f"iteration {self.iteration} (epoch {self.epoch})"
+        on = "" if self.rank is None else f" on rank {self.rank}"
+        where = f"iteration {self.iteration} (epoch {self.epoch}){on}"
         which = {"left": "the first run", "right": "the second run"}.get(self.missing, "")
         if self.thing is None:
             return f"{where} is missing in {which}"
@@ -245,11 +257,27 @@ def _things(left: Record, right: Record) -> Iterator[Thing]:
         yield from left.digests
         return
     kinds = dict.fromkeys(thing.kind for thing in (*left.digests, *right.digests))
-    order = ("batch", "random", "setting", "loss", "gradient", "parameter", "buffer")
-    for kind in sorted(kinds, key=lambda one: order.index(one) if one in order else len(order)):
+    for kind in sorted(kinds, key=_place):
         yield from dict.fromkeys(
             thing for thing in (*left.digests, *right.digests) if thing.kind == kind
         )
+
+
+def _place(kind: str) -> int:
+    return _ORDER.index(kind) if kind in _ORDER else len(_ORDER)
+
+
+def earliest(found: Iterable[Difference]) -> Difference | None:
+    """Returns the difference that comes about first: the others may follow from it; None if none.
+
+    Args:
+        found: those of several processes, each the first of its own.
+    """
+
+    def when(one: Difference) -> tuple[int, int]:
+        return one.iteration, _place("" if one.thing is None else one.thing.kind)
+
+    return min(found, key=when, default=None)
 
 
 def _differ(

@@ -16,7 +16,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-__all__ = ["FORMAT", "Header", "Record", "Thing", "Trace", "TraceError", "TraceWriter"]
+__all__ = [
+    "FORMAT",
+    "Header",
+    "Record",
+    "Thing",
+    "Trace",
+    "TraceError",
+    "TraceWriter",
+    "path_of_rank",
+]
 
 #: The version of the format.
 FORMAT: Final = 1
@@ -87,6 +96,16 @@ class Record:
     epoch: int
     digests: Mapping[Thing, str]
     values: Mapping[Thing, float]
+
+
+def path_of_rank(path: str | os.PathLike[str], rank: int) -> Path:
+    """Returns the file of one process's trace.
+
+    Args:
+        path: the file of the process of rank 0, or of the only one.
+        rank: the process.
+    """
+    return Path(f"{os.fspath(path)}.rank{rank}" if rank else path)
 
 
 class TraceWriter:

@@ -13,7 +13,7 @@ from crosstrain.engine.snapshot import environment
 from crosstrain.engine.state import Unread
 
 from .trace_digest import Digester, tensors_of
-from .trace_file import Header, TraceWriter
+from .trace_file import Header, TraceWriter, path_of_rank
 from .trace_sources import Sources
 
 __all__ = ["TraceRecorder"]
@@ -102,11 +102,8 @@ class TraceRecorder:
             trainer.state.seed,
         )
         world = None if trainer.backend is None else trainer.backend.world
-        path = os.fspath(self.path)
         # Each process sees its own batches.
-        self._writer = TraceWriter(
-            f"{path}.rank{world.rank}" if world and world.rank else path, header
-        )
+        self._writer = TraceWriter(path_of_rank(self.path, world.rank if world else 0), header)
 
     def _begin(self) -> None:
         sources = self._sources

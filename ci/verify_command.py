@@ -34,6 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_backend_argument(parser)
     parser.add_argument(
+        "--nproc-per-node",
+        type=int,
+        default=1,
+        metavar="N",
+        help="train in N processes, which torchrun starts on this machine: all are stopped "
+        "together, one at random is killed, and the traces of all are compared (default: 1)",
+    )
+    parser.add_argument(
         "--at",
         type=_numbers,
         metavar="K,K,...",
@@ -109,6 +117,7 @@ def run(args: argparse.Namespace) -> int:
             verdict = verify(
                 args.target,
                 args.backend,
+                nproc_per_node=args.nproc_per_node,
                 at=args.at,
                 kills=args.kills,
                 workers=args.workers,
@@ -160,7 +169,10 @@ def print_verdict(console: Console, verdict: Verdict) -> None:
     """
     from rich.table import Table
 
-    table = Table(title=f"{verdict.target} on {verdict.backend}, {verdict.iterations} iterations")
+    many = f" in {verdict.nproc_per_node} processes" if verdict.nproc_per_node > 1 else ""
+    table = Table(
+        title=f"{verdict.target} on {verdict.backend}{many}, {verdict.iterations} iterations"
+    )
     for title in ("run", "resumed from", "workers", "seconds", "same bits as the straight run?"):
         table.add_column(title)
     for result in verdict.runs:

@@ -16,19 +16,19 @@ UNUSABLE: Final = 2
 
 @dataclass(frozen=True)
 class Order:
-    """One process of a training.
+    """One life of a training: what its process does, or each of its processes.
 
     Args:
         target: the training, as `module:function`.
         backend: a spec.
-        trace: the file of the trace.
+        trace: the file of the trace; that of rank 0, beside which those of the others are.
         seed: what the process seeds the global generators with before it builds the training, if
             it is the first.
         resumed_seed: the same, if there is a checkpoint to go on from.
         workers: worker processes of the loader.
         folder: where the run is saved and resumed from; None: it is not saved.
         every: iterations between two checkpoints.
-        stop_at: the iteration after which the process saves and ends; 0: none.
+        stop_at: the iteration after which it saves and ends; 0: none.
     """
 
     target: str

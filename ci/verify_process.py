@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -16,12 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Self
 
+from .verify_launch import Launch
 from .verify_order import UNUSABLE, Order
 
 __all__ = ["End", "Kill", "Processes", "VerifyError", "moments"]
 
 _STOPPED: Final = 128 + signal.SIGTERM
-_TAIL: Final = 2000
 
 
 class VerifyError(Exception):
@@ -35,18 +31,20 @@ class Kill:
     Args:
         at: once it has done this iteration; 0: once it has got its order.
         delay: so many seconds later.
+        rank: which of several processes; torchrun ends the others.
     """
 
     at: int
     delay: float
+    rank: int = 0
 
 
 @dataclass
 class End:
-    """What became of one process.
+    """What became of one process, or of those that torchrun started.
 
     Args:
-        code: its exit code, or minus the signal that killed it.
+        code: its exit code, or minus the signal that killed it, or one of them.
         resumed_from: the iteration that it went on from; None: it began.
         last: the last iteration that it reported.
         iterations: where the training ended; None if this process did not end it.
@@ -54,6 +52,7 @@ class End:
         error: what it raised; empty if nothing.
         warnings: the `ResumeWarning`s of the engine.
         seconds: how long it took from its order on.
+        codes: the exit codes that processes of torchrun's told, by rank.
     """
 
     code: int = 0
@@ -64,6 +63,7 @@ class End:
     error: str = ""
     warnings: list[str] = field(default_factory=list[str])
     seconds: float = 0.0
+    codes: dict[int, int] = field(default_factory=dict[int, int])
 
     @property
     def killed(self) -> bool:
@@ -80,73 +80,98 @@ class End:
         elif "done" in line:
             self.iterations, self.epoch_length = line["iterations"], line["epoch_length"]
         elif "error" in line:
-            self.error = line["error"]
+            # What others raise because of it comes later.
+            self.error = self.error or line["error"]
+        elif "left" in line:
+            self.codes[line.get("rank", 0)] = line["left"]
         elif "warning" in line and line["warning"] not in self.warnings:
             self.warnings.append(line["warning"])
 
+    def settle(self, processes: int, killed: bool) -> None:
+        """Takes the exit code from what the processes told: torchrun's is 1 if one's is not 0.
+
+        Args:
+            processes: how many there were.
+            killed: whether one of them was killed.
+        """
+        codes = set(self.codes.values())
+        if self.code == 0:
+            return
+        if killed:
+            # What the others raised is that it is missing.
+            self.code, self.error = -signal.SIGKILL, ""
+        elif UNUSABLE in codes:
+            self.code = UNUSABLE
+        elif len(self.codes) == processes and len(codes) == 1:
+            self.code = codes.pop()
+
 
 class Processes:
-    """Runs orders, each in a fresh interpreter, the next of which imports torch ahead of its order.
+    """Runs orders, each in fresh interpreters; a single one imports torch ahead of its order.
 
     Args:
         folder: for what the processes write to stderr.
         time_limit: seconds after which whatever still runs is killed.
+        size: how many processes carry out an order together, under torchrun.
     """
 
-    def __init__(self, folder: Path, time_limit: float) -> None:
+    def __init__(self, folder: Path, time_limit: float, size: int = 1) -> None:
         self._folder = folder
         self._limit = time_limit
+        #: How many processes carry out an order together.
+        self.size = size
         self._deadline = time.monotonic() + time_limit
         self._count = 0
         #: How many more orders are sure to come: a process is started ahead for the next of them.
         self.expected = 1
-        self._spare: tuple[subprocess.Popen[str], Path] | None = self._start()
+        self._spare = self._start_ahead()
 
-    def _start(self) -> tuple[subprocess.Popen[str], Path]:
+    def _errors(self) -> Path:
         self._count += 1
-        errors = self._folder / f"process_{self._count}.txt"
-        # A group of its own: a kill takes the loader's workers along, as a scheduler's does.
-        with errors.open("w") as stderr:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "crosstrain.ci.verify_life"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                text=True,
-                start_new_session=True,
-            )
-        return process, errors
+        return self._folder / f"process_{self._count}.txt"
+
+    def _start_ahead(self) -> Launch | None:
+        # torchrun's processes get their order when they are started.
+        ahead = self.size == 1 and self.expected > 0
+        return Launch(self._errors()) if ahead else None
+
+    def _start(self, order: Order) -> Launch:
+        spare, self._spare = self._spare, None
+        if spare is None:
+            return Launch(self._errors(), order, self.size)
+        spare.give(order)
+        return spare
 
     def run(
         self, order: Order, kill: Kill | None = None, seen: Callable[[int], None] | None = None
     ) -> End:
-        """Has a process carry out an order, and follows it to its end.
+        """Has processes carry out an order, and follows them to their end.
 
         Args:
             order: the order.
-            kill: when to kill it.
-            seen: called with each iteration that it has done.
+            kill: when to kill one of them.
+            seen: called with each iteration that they have done.
 
         Raises:
             VerifyError: if its target or its backend cannot be used, or the time is up.
         """
-        process, errors = self._spare or self._start()
+        launch = self._start(order)
         self.expected -= 1
-        self._spare = self._start() if self.expected > 0 else None
+        self._spare = self._start_ahead()
         started = time.monotonic()
         late = threading.Event()
 
         def stop() -> None:
             late.set()
-            _kill(process)
+            launch.kill()
 
         watch = threading.Timer(max(0.0, self._deadline - started), stop)
         watch.start()
         try:
-            end = self._follow(process, order, kill, seen or (lambda _: None))
+            end = _follow(launch, kill, seen or (lambda _: None))
         finally:
             watch.cancel()
-            _end(process)
+            launch.close()
         end.seconds = time.monotonic() - started
         if late.is_set():
             raise VerifyError(
@@ -156,40 +181,7 @@ class Processes:
         if end.code == UNUSABLE and end.error:
             raise VerifyError(end.error)
         if end.code not in (0, _STOPPED, -signal.SIGKILL):
-            end.error = end.error or _last_words(end.code, errors)
-        return end
-
-    def _follow(
-        self,
-        process: subprocess.Popen[str],
-        order: Order,
-        kill: Kill | None,
-        seen: Callable[[int], None],
-    ) -> End:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        end = End()
-        # If it has ended, reading its answer says so.
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.write(order.as_json() + "\n")
-            process.stdin.flush()
-        killer = None if kill is None else threading.Timer(kill.delay, _kill, (process,))
-        armed = killer is not None and kill is not None and kill.at == 0
-        if killer is not None and armed:
-            killer.start()
-        for text in process.stdout:
-            if not text.endswith("\n"):
-                break  # cut off by a kill
-            line = json.loads(text)
-            end.take(line)
-            if "iteration" in line:
-                seen(end.last)
-            if killer is not None and kill is not None and not armed and end.last >= kill.at:
-                armed = True
-                killer.start()
-        end.code = process.wait()
-        if killer is not None:
-            killer.cancel()
+            end.error = end.error or launch.last_words(end.code)
         return end
 
     def __enter__(self) -> Self:
@@ -197,43 +189,57 @@ class Processes:
 
     def __exit__(self, *exception: object) -> None:
         if self._spare is not None:
-            _end(self._spare[0])
+            self._spare.close()
 
 
-def moments(kills: int, iterations: int, seed: int) -> list[Kill]:
+def _follow(launch: Launch, kill: Kill | None, seen: Callable[[int], None]) -> End:
+    """Reads what processes say until they have ended, and kills one of them when it is time."""
+    end = End()
+    fired = threading.Event()
+
+    def strike(rank: int) -> None:
+        fired.set()
+        launch.kill_rank(rank)
+
+    killer = None if kill is None else threading.Timer(kill.delay, strike, (kill.rank,))
+
+    def arm() -> None:
+        # A process of torchrun's takes a while to be there.
+        there = launch.processes == 1 or (kill is not None and kill.rank in launch.groups)
+        due = kill is not None and there and end.last >= kill.at
+        if killer is not None and due and killer.ident is None:
+            killer.start()
+
+    arm()
+    for text in launch.lines():
+        line = json.loads(text)
+        if "born" in line:
+            launch.groups[line["rank"]] = line["born"]
+        end.take(line)
+        if "iteration" in line:
+            seen(end.last)
+        arm()
+    end.code = launch.wait()
+    if killer is not None:
+        killer.cancel()
+    if launch.processes > 1:
+        end.settle(launch.processes, fired.is_set())
+    return end
+
+
+def moments(kills: int, iterations: int, seed: int, processes: int = 1) -> list[Kill]:
     """Returns when to kill a training's processes: spread over it at random, some at their start.
 
     Args:
         kills: how many.
         iterations: how many the training has.
-        seed: of the moments.
+        seed: of the moments, and of the ranks.
+        processes: how many there are, of which one is killed each time.
     """
     source = random.Random(seed)
     found: list[Kill] = []
     for place in sorted(source.randrange(iterations) for _ in range(kills)):
         starting = place == 0 or source.random() < 0.1
         delay = source.uniform(0, 0.5) if starting else source.uniform(0, 0.02)
-        found.append(Kill(0 if starting else place, delay))
+        found.append(Kill(0 if starting else place, delay, source.randrange(processes)))
     return found
-
-
-def _kill(process: subprocess.Popen[str]) -> None:
-    # It may have ended by itself meanwhile.
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-
-
-def _end(process: subprocess.Popen[str]) -> None:
-    """Ends a process and what it has started, and takes its exit code."""
-    _kill(process)
-    for pipe in (process.stdin, process.stdout):
-        assert pipe is not None
-        with contextlib.suppress(BrokenPipeError):
-            pipe.close()
-    process.wait()
-
-
-def _last_words(code: int, errors: Path) -> str:
-    how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    text = errors.read_text(errors="replace").strip()
-    return f"A process ended with {how}: {text[-_TAIL:] or 'it said nothing'}"

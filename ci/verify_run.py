@@ -5,16 +5,16 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from crosstrain.backends import get
+from crosstrain.backends import World, get
 
-from .diff import Difference, first_difference
+from .diff import Difference, earliest, first_difference
 from .diff_command import as_json
 from .target import Target
-from .trace_file import Trace, TraceError
+from .trace_file import Trace, TraceError, path_of_rank
 from .verify_causes import Status, causes
 from .verify_order import Order
 from .verify_process import End, Processes, VerifyError, moments
@@ -61,6 +61,7 @@ class Verdict:
     Args:
         target: the training.
         backend: the spec.
+        nproc_per_node: how many processes trained together.
         status: `exact`; `not exact`: only a resumed run differs; `not repeatable`: two runs that
             nobody interrupted differ, so that no resumed one could be exact.
         iterations: how many the training has.
@@ -75,6 +76,7 @@ class Verdict:
 
     target: str
     backend: str
+    nproc_per_node: int
     status: Status
     iterations: int
     runs: tuple[RunResult, ...]
@@ -100,6 +102,7 @@ def verify(
     target: str | Target,
     backend: str = "cpu",
     *,
+    nproc_per_node: int = 1,
     at: Sequence[int] | None = None,
     kills: int = 2,
     workers: Sequence[int] = (0,),
@@ -119,6 +122,8 @@ def verify(
     Args:
         target: the training, `module:function` or `file.py:function`.
         backend: a spec.
+        nproc_per_node: how many processes train together, under torchrun, on this machine. All are
+            stopped, one at random is killed, and the traces of all are compared.
         at: the iterations to stop after; by default the middle, and an epoch's end.
         kills: how often a run is killed with SIGKILL; 0: never.
         workers: worker processes of the loader: the first for the straight run, and on in turn with
@@ -138,6 +143,13 @@ def verify(
     started = time.monotonic()
     parsed = Target.parse(target) if isinstance(target, str) else target
     get(backend)
+    if World.from_environment().size > 1:
+        raise VerifyError(
+            "This is one of several processes already, as torchrun starts them. verify starts its "
+            "own: call it without torchrun, and say how many by --nproc-per-node."
+        )
+    if nproc_per_node < 1:
+        raise VerifyError(f"nproc_per_node is at least 1; got {nproc_per_node}.")
     if kills < 0 or not workers or min(workers) < 0 or (every is not None and every < 1):
         raise VerifyError(
             f"kills and workers are at least 0 and every is at least 1; got kills={kills}, "
@@ -152,7 +164,7 @@ def verify(
         where.mkdir(parents=True, exist_ok=True)
         if folder is not None and any(where.iterdir()):
             raise VerifyError(f"The folder {folder} is not empty. Name another one.")
-        with Processes(where, time_limit) as processes:
+        with Processes(where, time_limit, nproc_per_node) as processes:
             work = _Verification(
                 parsed, backend, tuple(workers), seed, where, processes, progress or _quiet
             )
@@ -212,6 +224,7 @@ class _Verification:
         return Verdict(
             str(self._target),
             self._backend,
+            self._processes.size,
             status,
             self._total,
             tuple(runs),
@@ -266,7 +279,8 @@ class _Verification:
         folder = str(self._folder / f"run {name}")
         ends: list[End] = []
         workers: list[int] = []
-        for number, kill in enumerate((*moments(kills, self._total, self._seed), None)):
+        places = moments(kills, self._total, self._seed, self._processes.size)
+        for number, kill in enumerate((*places, None)):
             workers.append(self._workers_of(number))
             order = self._order(
                 name,
@@ -284,7 +298,7 @@ class _Verification:
         problem = next((end.error for end in ends if end.error), "")
         difference: Difference | None = None
         # What was recorded before an error may tell more than the error does.
-        if Path(self._folder / f"{name}.trace").exists():
+        if all(path.exists() for path in self._traces(name)):
             difference = self._compare(name)
         if problem and difference is not None and difference.thing is None:
             difference = None
@@ -298,12 +312,25 @@ class _Verification:
             problem,
         )
 
+    def _traces(self, name: str) -> list[Path]:
+        """Returns the trace of each process of a run."""
+        trace = self._folder / f"{name}.trace"
+        return [path_of_rank(trace, rank) for rank in range(self._processes.size)]
+
     def _compare(self, name: str) -> Difference | None:
-        straight = Trace(self._folder / "straight.trace")
-        try:
-            return first_difference(straight, Trace(self._folder / f"{name}.trace"))
-        except TraceError as error:
-            raise VerifyError(str(error)) from error
+        """Returns the first difference from the straight run, of whichever process."""
+        found: list[Difference] = []
+        for rank, (one, other) in enumerate(
+            zip(self._traces("straight"), self._traces(name), strict=True)
+        ):
+            try:
+                difference = first_difference(Trace(one), Trace(other))
+            except TraceError as error:
+                raise VerifyError(str(error)) from error
+            if difference is not None:
+                several = self._processes.size > 1
+                found.append(replace(difference, rank=rank) if several else difference)
+        return earliest(found)
 
 
 def _middle_and_end(total: int, length: int | None) -> list[int]:

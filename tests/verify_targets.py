@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from crosstrain.backends import World
 from crosstrain.ci import Training
 from crosstrain.engine import Events, StepEvents, create_supervised_trainer
 
@@ -121,6 +122,10 @@ def unseeded_generator(backend: str) -> Training:
 
 def own_generator(backend: str) -> Training:
     return build(backend, data=OwnGenerator(3))
+
+
+def own_generator_on_rank_1(backend: str) -> Training:
+    return build(backend, data=OwnGenerator(3) if World.from_environment().rank == 1 else Numbers())
 
 
 def hidden_state(backend: str) -> Training:
