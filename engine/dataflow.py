@@ -7,7 +7,6 @@ position), as far as the kind of data allows.
 
 from __future__ import annotations
 
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice, repeat
@@ -19,6 +18,7 @@ from .sampling import is_loader, rebuilt
 from .shares import BatchShare
 from .snapshot import ResumeWarning
 from .streams import StreamKey
+from .user_warning import warn_user
 
 __all__ = ["Dataflow", "Iterate", "NoData", "ReplayedFlow", "SequenceFlow", "StatefulFlow"]
 
@@ -143,12 +143,11 @@ class ReplayedFlow(Dataflow):
         if batch == 0 or continues:
             return iterator
         name = type(self.data).__name__
-        warnings.warn(
+        warn_user(
             f"{name} offers no state_dict/load_state_dict, so its first {batch} batches are "
             "fetched and thrown away to go on after them. Give it both (torchdata's protocol), or "
             "use a DataLoader over a map-style dataset.",
             ResumeWarning,
-            stacklevel=2,
         )
         skipped = sum(1 for _ in islice(iterator, batch))
         if skipped < batch:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
@@ -38,6 +37,7 @@ from .snapshot import (
 )
 from .state import State
 from .streams import ALL_STREAMS, StreamKey
+from .user_warning import warn_user
 
 if TYPE_CHECKING:
     from crosstrain.backends import Backend
@@ -392,9 +392,8 @@ def _on_completed(engine: Any) -> None:
 
 
 def _warn_inexact(what: str) -> None:
-    warnings.warn(
+    warn_user(
         f"The run will not resume bit for bit: {what}, and the random states at its beginning are "
         "not known. Save at ITERATION_COMPLETED or EPOCH_COMPLETED.",
         ResumeWarning,
-        stacklevel=3,
     )

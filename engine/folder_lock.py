@@ -8,12 +8,12 @@ import json
 import os
 import socket
 import threading
-import warnings
 import weakref
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from .checkpoint_errors import CheckpointBusy, CheckpointWarning
+from .user_warning import warn_user
 
 __all__ = ["LOCK_NAME", "FolderLock"]
 
@@ -104,12 +104,11 @@ def _take(descriptor: int, path: Path) -> bool:
             raise CheckpointBusy(_busy(descriptor, path.parent)) from None
         if error.errno not in _NO_LOCKS:
             raise
-        warnings.warn(
+        warn_user(
             f"The file system of {path.parent} has no locks ({error.strerror}): two processes that "
             "save checkpoints there would not notice each other, and what a killed one has left "
             f"half written ({path.parent}/.crosstrain-*.tmp) is not removed.",
             CheckpointWarning,
-            stacklevel=5,
         )
         return False
     return True

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import warnings
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from .manifest import Manifest
 from .object_tree import check_objects, restore_states, unwrap, walk_objects
 from .safe_load import LoadedFile, load_file, verify_file
 from .sharded_tree import spread
+from .user_warning import warn_user
 
 __all__ = ["Latest", "PassedOver", "candidates", "find_latest", "load_latest", "load_objects"]
 
@@ -167,7 +167,7 @@ def _tell_doubts(loaded: LoadedFile) -> None:
         )
     else:
         return
-    warnings.warn(doubt, CheckpointWarning, stacklevel=4)
+    warn_user(doubt, CheckpointWarning)
 
 
 @dataclass(frozen=True)

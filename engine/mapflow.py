@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -24,6 +23,7 @@ from .sampling import KeyedSampler, rebuilt
 from .shares import ALONE, BatchShare, check_divisible
 from .snapshot import ResumeWarning
 from .streams import KeyedBatchDataset, KeyedDataset, StreamKey, leave, rank_seed
+from .user_warning import warn_user
 
 __all__ = ["MapFlow"]
 
@@ -162,13 +162,12 @@ def _keyed(dataset: Any, batched: bool) -> Any:
 def _warn_of_generators(dataset: Any) -> None:
     found = sorted(generators_in(dataset, "dataset"))
     if found:
-        warnings.warn(
+        warn_user(
             f"The dataset holds random generators of its own: {', '.join(found)}. What is drawn "
             "from them in __getitem__ follows from the process that fetches, not from the sample, "
             "so it does not resume exactly. Draw from current_sample().torch(), .numpy() or "
             ".python(), or from the global generators.",
             ResumeWarning,
-            stacklevel=2,
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ from crosstrain.backends import porting
 from .guards import is_mapping
 from .snapshot import ResumeWarning, differences, load_step, step_state
 from .streams import SampleStreams
+from .user_warning import warn_user
 
 if TYPE_CHECKING:
     from crosstrain.backends import Backend
@@ -47,7 +47,7 @@ def port(
     states = {**snapshot["rng_states"], "device": _device_states(snapshot, backend, taken)}
     lost, begun = "; ".join(taken.lost), "; ".join(taken.begun)
     changed = "; ".join(differences(then, now, but=("backend", "devices")))
-    warnings.warn(
+    warn_user(
         f"The backend was {then['backend']!r} and is {now['backend']!r}. The batches and "
         "augmentations go on as they were; the numbers agree within the tolerance that "
         "docs/porting.md states. "
@@ -55,7 +55,6 @@ def port(
         + (f"Begins anew: {begun}. " if begun else "")
         + (f"Other conditions have changed: {changed}." if changed else ""),
         ResumeWarning,
-        stacklevel=2,
     )
     ours = {"rng_states": states, "backend": own, "step": step_state(step)}
     return {**snapshot, **ours, "environment": dict(now)}

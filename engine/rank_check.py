@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
@@ -16,6 +15,7 @@ from .guards import is_exact_list, is_exact_tuple, is_mapping
 from .progress import check_count
 from .ranks import RankFailed, unshared
 from .sharded_tree import is_spread
+from .user_warning import warn_user
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -75,10 +75,9 @@ class RankCheck:
             return
         everything, compared = self._everything(), self._tensors()
         if len(compared) < len(everything):
-            warnings.warn(
+            warn_user(
                 f"RankCheck compares {len(compared)} of {len(everything)} parameters and buffers: "
                 "the others are sharded, and no two ranks hold the same part",
-                stacklevel=2,
             )
         if compared:
             trainer.add_event_handler(Events.ITERATION_COMPLETED(every=self.every), self)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -14,6 +13,7 @@ from crosstrain.backends import World
 from .guards import is_mapping, is_sequence
 from .rank_line import RankLine
 from .snapshot import ResumeWarning
+from .user_warning import warn_user
 from .weighting import combined
 
 if TYPE_CHECKING:
@@ -74,10 +74,11 @@ def own_part(state: Mapping[str, Any], backend: Backend | None) -> dict[str, Any
     if ranks is not None and ranks["others"] is None:
         if (ranks["rank"], size) != (world.rank, world.size):
             own["rng_states"] = None
-            _warn(
+            warn_user(
                 f"The state is that of rank {ranks['rank']} of {size} alone, taken there while "
                 "another rank got those of all. Not carried over: the random states of rank "
-                f"{world.rank}, which begins with a seed that follows from the run's."
+                f"{world.rank}, which begins with a seed that follows from the run's.",
+                ResumeWarning,
             )
         return own
     others: Sequence[Mapping[str, Any]] = [{}] if ranks is None else ranks["others"]
@@ -92,22 +93,19 @@ def own_part(state: Mapping[str, Any], backend: Backend | None) -> dict[str, Any
     went = parts[world.rank] if world.rank < size else {**parts[0], "rng_states": None}
     if own.get("step") is not None and _has_window(own["step"]):
         went["step"] = combined([part["step"] for part in parts])
-    _warn(
+    warn_user(
         f"The state was written by {size} processes and goes on in {world.size}. The order of the "
         "samples, their augmentation and the global batch go on as they were; sums over the "
         "processes are added up in another order, so the numbers agree within rounding. Not "
         f"carried over: {', '.join(lost)}. A rank without begins with a seed that follows from the "
-        "run's seed, the position and the rank."
+        "run's seed, the position and the rank.",
+        ResumeWarning,
     )
     return went
 
 
 def _has_window(step: Any) -> bool:
     return is_mapping(step) and bool(step.get("gradients"))
-
-
-def _warn(text: str) -> None:
-    warnings.warn(text, ResumeWarning, stacklevel=4)
 
 
 def _same(one: Any, other: Any) -> bool:

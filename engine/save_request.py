@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, NamedTuple, cast
 
@@ -17,6 +16,7 @@ from .object_tree import unsaved_objects, walk_objects
 from .retention import Item
 from .save_handler import BaseSaveHandler, SaveJob
 from .snapshot import spec_of
+from .user_warning import warn_user
 
 __all__ = [
     "Pending",
@@ -120,9 +120,8 @@ def warn_of_unsaved(to_save: Mapping[str, Any], warned_of: set[str]) -> None:
         missing = sorted(set(unsaved_objects(value, to_save)) - warned_of)
         if missing:
             warned_of.update(missing)
-            warnings.warn(
+            warn_user(
                 f"to_save holds the trainer {name!r} but not {', '.join(missing)}, which it "
                 "trains: a run cannot go on exactly from this checkpoint. Name it in to_save",
                 CheckpointWarning,
-                stacklevel=5,
             )

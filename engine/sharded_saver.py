@@ -6,7 +6,6 @@ import logging
 import os
 import secrets
 import shutil
-import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from .sharded_tree import parameter_names, split
 from .sharded_write import ASIDE, LEFTOVER, Ranks, Staged, write_sharded
 from .staging import Snapshot, host_state
 from .storage import make_folder
+from .user_warning import warn_user
 
 __all__ = ["ShardedSaver"]
 
@@ -226,11 +226,10 @@ def _remove(path: Path) -> None:
         return
     except OSError as error:
         # No error: it would end this process only, and the others would wait for it.
-        warnings.warn(
+        warn_user(
             f"Old checkpoint {path} could not be removed: {error.strerror or error}. The new one "
             "is saved",
             CheckpointWarning,
-            stacklevel=4,
         )
 
 

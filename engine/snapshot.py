@@ -6,7 +6,6 @@ import os
 import platform
 import random
 import sys
-import warnings
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
@@ -17,6 +16,7 @@ import torch
 from crosstrain.backends import random_state
 
 from .guards import is_mapping
+from .user_warning import warn_user
 
 if TYPE_CHECKING:
     from crosstrain.backends import Backend
@@ -110,11 +110,10 @@ def report_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Warns of each condition that is not what it was when a state was written."""
     changed = differences(then, now)
     if changed:
-        warnings.warn(
+        warn_user(
             "The run goes on under other conditions than those it was saved under, so its numbers "
             f"may differ in their last bits: {'; '.join(changed)}.",
             ResumeWarning,
-            stacklevel=2,
         )
 
 

@@ -104,7 +104,10 @@ class OwnNoise(Images):
 
 def test_a_dataset_with_a_generator_of_its_own_is_warned_of() -> None:
     engine = DeterministicEngine(lambda _, batch: None)
-    with pytest.warns(ResumeWarning, match=r"holds random generators of its own: dataset\.rng\."):
+    own = r"holds random generators of its own: dataset\.rng\."
+    with pytest.warns(ResumeWarning, match=own) as warned:
         engine.run(loader(OwnNoise()))
+    # Where the user can do something about it.
+    assert [one.filename for one in warned] == [__file__]
     with pytest.warns(ResumeWarning, match=r"dataset\.dataset\.rng"):
         engine.run(loader(Subset(OwnNoise(), range(9))))

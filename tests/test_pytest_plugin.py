@@ -378,6 +378,29 @@ def test_a_world_runs_the_test_in_each_process(pytester: pytest.Pytester) -> Non
     assert "Skipped by 2 of 2 ranks: not today" in text
 
 
+def test_its_tests_may_be_spread_over_processes(pytester: pytest.Pytester) -> None:
+    """With pytest-xdist, whose first process collects nothing, and whose workers end no session."""
+    pytester.makepyfile(
+        test_one=USES,
+        test_other="""
+        import pytest
+
+        @pytest.mark.world(2)
+        @pytest.mark.backends("cpu")
+        def test_together(backend): assert backend.world.size == 2
+        """,
+    )
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", "2"]
+    result = pytester.run(*command, "--backends=cpu,cpu:bf16")
+    result.assert_outcomes(passed=3)
+    assert result.ret == 0
+    lacking = pytester.run(*command, "--backends=cpu", "--require-backends=absent", "test_one.py")
+    lacking.assert_outcomes(passed=1, errors=1)
+    lacking.stdout.fnmatch_lines(["*Nobody has such a device. Remedy: Invent one.*"])
+    unused = pytester.run(*command, "--require-backends=absent", "-k", "nothing")
+    assert unused.ret == pytest.ExitCode.TESTS_FAILED
+
+
 @pytest.mark.slow
 def test_a_rank_that_dies_fails_the_test(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(
