@@ -22,6 +22,7 @@ import codecs
 import hashlib
 import io
 import logging
+import math
 import pickle
 import sys
 from pathlib import Path
@@ -30,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import distributed, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 
 from crosstrain.backends import add_backend_argument
 from crosstrain.engine import (
@@ -223,9 +224,12 @@ def train(args: argparse.Namespace) -> int:
     loader = DataLoader(
         Images(training, True), args.batch_size, shuffle=True, num_workers=args.num_workers
     )
-    # An evaluator takes what it is given: each process tests a part.
-    part = Subset(Images(test, False), range(rank, len(test[1]), size))
-    test_loader = DataLoader(part, args.batch_size)
+    # An evaluator takes what it is given: each process tests a part, in as many batches as the
+    # others, since the processes of a sharded model compute together.
+    mine = np.arange(rank, len(test[1]), size)
+    count = math.ceil(len(test[1]) / size / args.batch_size)
+    batches = [part.tolist() for part in np.array_split(mine, count)]
+    test_loader = DataLoader(Images(test, False), batch_sampler=batches)
 
     @trainer.on(Events.ITERATION_COMPLETED(every=args.log_interval))
     def show_loss(engine: Engine) -> None:
@@ -259,7 +263,9 @@ def train(args: argparse.Namespace) -> int:
     trainer.run(loader, max_epochs=args.epochs)
     digest = hashlib.sha256()
     for tensor in model.state_dict().values():
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        # Of a sharded model each process has a part.
+        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        digest.update(whole.detach().cpu().contiguous().numpy().tobytes())
     if rank == 0:
         shown = f"iteration {trainer.state.iteration}: weights {digest.hexdigest()}"
         print(f"{size} processes, {shown}" if size > 1 else f"1 process, {shown}", flush=True)

@@ -59,6 +59,20 @@ def test_crash_and_resume(program: Path, tmp_path: Path) -> None:
     assert "1 process, iteration 16" in alone
 
 
+@pytest.mark.slow
+def test_crash_and_resume_sharded(program: Path, tmp_path: Path) -> None:
+    sharded = ("--backend", "cpu:fsdp")
+    code, whole = run(program, tmp_path / "whole", 2, *sharded)
+    assert code == 0, whole
+    code, crashed = run(program, tmp_path / "crashed", 2, *sharded, "--crash-iteration", "13")
+    assert code != 0
+    assert "RuntimeError: crash at iteration 13" in crashed
+    code, resumed = run(program, tmp_path / "crashed", 2, *sharded, "--num-workers", "1")
+    assert code == 0, resumed
+    assert f"resumes from {tmp_path / 'crashed' / 'checkpoint_10.sharded'}" in resumed
+    assert weights(resumed) == weights(whole)
+
+
 @pytest.fixture
 def example(program: Path) -> Any:
     spec = importlib.util.spec_from_file_location("cifar10_distributed", program)
