@@ -158,7 +158,9 @@ def train(args: argparse.Namespace) -> int:
     trainer.run(train_loader, max_epochs=args.epochs)
     digest = hashlib.sha256()
     for tensor in model.state_dict().values():
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        # Of a sharded model each process has a part.
+        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        digest.update(whole.detach().cpu().contiguous().numpy().tobytes())
     print(f"iteration {trainer.state.iteration}: weights {digest.hexdigest()}")
     return run.exit_code
 
