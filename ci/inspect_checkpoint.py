@@ -17,12 +17,12 @@ from crosstrain.engine.guards import is_collection, is_mapping
 from crosstrain.engine.loading import candidates
 from crosstrain.engine.manifest import Manifest
 from crosstrain.engine.safe_load import LoadedFile, load_file
+from crosstrain.engine.sharded_latest import sharded_folders
 from crosstrain.engine.sharded_load import (
     SUFFIX,
     ShardedCheckpoint,
     is_sharded_checkpoint,
     read_sharded,
-    sharded_folders,
 )
 
 __all__ = ["Finding", "Part", "add_arguments", "examine", "run"]

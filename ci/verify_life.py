@@ -22,7 +22,7 @@ from typing import Any
 from crosstrain.backends import BackendError, World
 from crosstrain.engine import Events, Manifest, ResumeWarning, manual_seed, resume_or_start
 from crosstrain.engine.loading import candidates
-from crosstrain.engine.sharded_load import sharded_folders
+from crosstrain.engine.sharded_latest import sharded_folders
 from crosstrain.engine.sharded_manifest import ShardedManifest
 
 from .target import Target, TargetError, Training

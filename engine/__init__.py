@@ -58,7 +58,8 @@ from .ranks import RankFailed
 from .resumable import ResumableRun
 from .resume import resume_or_start
 from .save_handler import BaseSaveHandler
-from .sharded_load import ShardedCheckpoint, latest_sharded, load_sharded, read_sharded
+from .sharded_latest import latest_sharded
+from .sharded_load import ShardedCheckpoint, load_sharded, read_sharded
 from .sharded_resume import resume_or_start_sharded
 from .sharded_saver import ShardedSaver
 from .shares import BatchShare, mean_over_ranks

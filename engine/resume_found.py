@@ -20,13 +20,8 @@ from .rank_line import RankLine
 from .ranks import RankFailed
 from .retention import Item
 from .safe_load import load_file
-from .sharded_load import (
-    SUFFIX,
-    ShardedCheckpoint,
-    is_sharded_checkpoint,
-    load_sharded,
-    sharded_folders,
-)
+from .sharded_latest import sharded_folders
+from .sharded_load import SUFFIX, ShardedCheckpoint, is_sharded_checkpoint, load_sharded
 from .sharded_manifest import ShardedManifest
 
 __all__ = [

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import distributed
@@ -18,7 +17,7 @@ from .checkpoint_errors import (
     CheckpointMismatch,
     CheckpointNotFound,
 )
-from .loading import Latest, PassedOver, restore
+from .loading import restore
 from .object_tree import check_objects
 from .ranks import this_rank, world_size
 from .safe_load import load_file
@@ -36,18 +35,14 @@ from .sharded_tree import at_path, is_spread, object_at, parameter_names
 __all__ = [
     "SUFFIX",
     "ShardedCheckpoint",
-    "folders_together",
-    "from_first",
+    "in_group",
     "is_sharded_checkpoint",
-    "latest_sharded",
     "load_sharded",
     "read_sharded",
-    "sharded_folders",
+    "verified",
 ]
 
-_logger = logging.getLogger(__name__)
 SUFFIX = ".sharded"
-T = TypeVar("T")
 Place = tuple[tuple[Any, ...], str]
 
 
@@ -204,7 +199,7 @@ def load_sharded(to_load: Mapping[str, Any], path: str | os.PathLike[str], **kwa
         CheckpointMismatch: if it does not fit the objects.
     """
     check_objects(to_load, "load_state_dict", "to_load")
-    found = _verified(path)
+    found = verified(path)
     same = found.manifest.world_size == world_size()
     states, places, names = found.own_states(this_rank() if same else 0)
     live = parameter_names(to_load)
@@ -216,17 +211,24 @@ def load_sharded(to_load: Mapping[str, Any], path: str | os.PathLike[str], **kwa
     restore(to_load, states, found.path, kwargs)
 
 
-def _verified(path: str | os.PathLike[str]) -> ShardedCheckpoint:
-    """Opens and verifies; the processes share the work and all raise what one finds."""
+def verified(path: str | os.PathLike[str]) -> ShardedCheckpoint:
+    """Opens and verifies a checkpoint; the processes share the work, so all call it together.
+
+    Args:
+        path: its folder.
+
+    Raises:
+        CheckpointError: in all processes, what one of them finds.
+    """
     error: CheckpointError | None = None
     found: ShardedCheckpoint | None = None
     try:
         found = ShardedCheckpoint.open(path)
-        found.verify((this_rank(), world_size()) if _in_group() else (0, 1))
+        found.verify((this_rank(), world_size()) if in_group() else (0, 1))
         found.index()
     except CheckpointError as caught:
         error = caught
-    if _in_group():
+    if in_group():
         told: list[Any] = [None] * distributed.get_world_size()
         gather: Any = distributed.all_gather_object  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
         gather(told, None if error is None else str(error))
@@ -239,7 +241,8 @@ def _verified(path: str | os.PathLike[str]) -> ShardedCheckpoint:
     return found
 
 
-def _in_group() -> bool:
+def in_group() -> bool:
+    """Tells whether this process is one of several of a process group."""
     ready = distributed.is_available() and distributed.is_initialized()
     return ready and distributed.get_world_size() > 1
 
@@ -302,111 +305,3 @@ def _reordered(
         else (path, name)
         for path, name in places
     ]
-
-
-def sharded_folders(
-    folder: Path, prefix: str = ""
-) -> list[tuple[Path, ShardedManifest | CheckpointError]]:
-    """Lists the sharded checkpoints of a folder, newest first, with what each says of itself.
-
-    Args:
-        folder: the folder.
-        prefix: how their names begin.
-
-    Raises:
-        CheckpointNotFound: if there is no such folder.
-    """
-    try:
-        names = [entry for entry in folder.iterdir() if entry.name.endswith(SUFFIX)]
-    except OSError as error:
-        raise CheckpointNotFound(
-            f"{folder} cannot be read as a folder: {error.strerror or error}"
-        ) from error
-    found: list[tuple[Path, ShardedManifest | CheckpointError]] = []
-    for path in names:
-        if not path.is_dir() or path.name.startswith(".") or not path.name.startswith(prefix):
-            continue
-        try:
-            found.append((path, ShardedCheckpoint.open(path).manifest))
-        except CheckpointError as error:
-            found.append((path, error))
-
-    def age(item: tuple[Path, ShardedManifest | CheckpointError]) -> tuple[bool, int, str]:
-        path, told = item
-        saved = told.saved_at_ns if isinstance(told, ShardedManifest) else None
-        return saved is None, saved or 0, path.name
-
-    return sorted(found, key=age, reverse=True)
-
-
-def folders_together(
-    folder: Path, prefix: str
-) -> list[tuple[Path, ShardedManifest | CheckpointError]]:
-    """Lists what `sharded_folders` does, as the first process sees it, the same in all processes.
-
-    Args:
-        folder: the folder.
-        prefix: how their names begin.
-
-    Raises:
-        CheckpointNotFound: if there is no such folder.
-    """
-    return from_first(lambda: sharded_folders(folder, prefix))
-
-
-def from_first(ask: Callable[[], T]) -> T:
-    """Returns, in all processes, what a function returns in the first; they call it together.
-
-    Raises:
-        CheckpointError: in all processes, what it raises there.
-    """
-    if not _in_group():
-        return ask()
-    told: list[Any] = [None]
-    if this_rank() == 0:
-        try:
-            told = [ask()]
-        except CheckpointError as error:
-            told = [error]
-    send: Any = distributed.broadcast_object_list  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-    send(told, 0)
-    if isinstance(told[0], CheckpointError):
-        raise told[0]
-    return told[0]  # type: ignore[no-any-return]
-
-
-def latest_sharded(
-    dirname: str | os.PathLike[str], objects: Collection[str] = (), prefix: str = ""
-) -> Latest:
-    """Finds the newest good sharded checkpoint of a folder; all processes call it together.
-
-    Args:
-        dirname: the folder.
-        objects: names that it must hold.
-        prefix: how its name begins.
-
-    Returns:
-        As of `Checkpoint.latest`: the same in all processes.
-
-    Raises:
-        CheckpointNotFound: if there is no such folder.
-    """
-    folder = Path(dirname).expanduser()
-    passed_over: list[PassedOver] = []
-    for path, told in folders_together(folder, prefix):
-        reason = str(told) if isinstance(told, CheckpointError) else ""
-        if isinstance(told, ShardedManifest):
-            missing = [name for name in objects if name not in told.objects]
-            if told.folder != path.name:
-                reason = f"it was saved as {told.folder}: it was renamed, or two were swapped"
-            elif missing:
-                reason = f"it does not hold {', '.join(missing)}"
-            else:
-                try:
-                    manifest = _verified(path).manifest.summary()
-                    return Latest(folder, path, manifest, tuple(passed_over))
-                except CheckpointError as error:
-                    reason = str(error)
-        _logger.warning("Passed over %s: %s", path, reason)
-        passed_over.append(PassedOver(path, reason))
-    return Latest(folder, None, None, tuple(passed_over))

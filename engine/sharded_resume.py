@@ -15,7 +15,7 @@ from .engine import Engine
 from .resumable import ResumableRun, begin, event_of, with_trainer
 from .resume_found import Found, base_name, newer_file, open_checkpoint, restore_found
 from .retention import Item
-from .sharded_load import folders_together, from_first, latest_sharded
+from .sharded_latest import folders_together, from_first, latest_sharded
 from .sharded_manifest import ShardedManifest
 from .sharded_saver import ShardedSaver
 

@@ -15,7 +15,8 @@ from .checkpoint_errors import CheckpointError, CheckpointWarning
 from .folder_lock import FolderLock
 from .ranks import this_rank, world_size
 from .save_handler import FolderSaver, SaveJob
-from .sharded_load import SUFFIX, sharded_folders
+from .sharded_latest import sharded_folders
+from .sharded_load import SUFFIX
 from .sharded_manifest import ShardedManifest
 from .sharded_tree import parameter_names, split
 from .sharded_write import ASIDE, LEFTOVER, Ranks, Staged, write_sharded

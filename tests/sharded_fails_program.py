@@ -16,7 +16,7 @@ from sharded_program import build, trainer
 
 from crosstrain.backends import get
 from crosstrain.engine import Checkpoint, Engine, Events, ShardedSaver
-from crosstrain.engine.sharded_load import latest_sharded
+from crosstrain.engine.sharded_latest import latest_sharded
 
 
 def newest(folder: Path) -> str | None:

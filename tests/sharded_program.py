@@ -16,7 +16,7 @@ import torch
 
 from crosstrain.backends import get
 from crosstrain.engine import Checkpoint, DiskSaver, Engine, Events
-from crosstrain.engine.sharded_load import latest_sharded
+from crosstrain.engine.sharded_latest import latest_sharded
 from crosstrain.engine.sharded_saver import ShardedSaver
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from crosstrain.backends import get
-from crosstrain.engine.sharded_load import latest_sharded, load_sharded
+from crosstrain.engine.sharded_latest import latest_sharded
+from crosstrain.engine.sharded_load import load_sharded
 from crosstrain.engine.sharded_saver import ShardedSaver
 
 

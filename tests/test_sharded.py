@@ -22,7 +22,8 @@ from test_process_group import TESTS, torchrun
 from crosstrain.backends import get
 from crosstrain.ci.cli import main
 from crosstrain.engine import Checkpoint, CheckpointError, Engine, Events
-from crosstrain.engine.sharded_load import latest_sharded, load_sharded, read_sharded
+from crosstrain.engine.sharded_latest import latest_sharded
+from crosstrain.engine.sharded_load import load_sharded, read_sharded
 from crosstrain.engine.sharded_manifest import ShardedManifest
 from crosstrain.engine.sharded_saver import ShardedSaver
 

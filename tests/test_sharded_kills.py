@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from crosstrain.engine.sharded_load import latest_sharded, read_sharded
+from crosstrain.engine.sharded_latest import latest_sharded
+from crosstrain.engine.sharded_load import read_sharded
 
 PROGRAM = Path(__file__).with_name("sharded_storm_program.py")
 
