@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from plugin_project import USES, outcomes, project, run  # noqa: F401 (a fixture)
 
 # Imported before pytester takes note of what is: torch cannot be imported twice.
 import crosstrain.engine  # noqa: F401
@@ -13,25 +14,6 @@ from crosstrain.backends import names, probe
 from crosstrain.ci.matrix_selection import available_specs
 
 pytest_plugins = ("pytester",)
-
-# A package of somebody else's, whose backend is nowhere available.
-ABSENT = """
-from crosstrain.backends import Availability
-from crosstrain.backends.torch_backend import TorchBackend
-
-class AbsentBackend(TorchBackend):
-    options = ("fp32", "tiny")
-    name = "absent"
-
-    @classmethod
-    def probe(cls, option=None):
-        return Availability(False, "Nobody has such a device.", "Invent one.")
-"""
-
-USES = """
-def test_uses(backend, backend_spec):
-    assert f"{backend.name}:{backend.option}" in (backend_spec, f"{backend_spec}:fp32")
-"""
 
 WRITTEN_OUT = """
 import pytest
@@ -44,35 +26,7 @@ def test_written_out(backend): pass
 """
 
 
-@pytest.fixture(autouse=True)
-def _project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CROSSTRAIN_BACKENDS", raising=False)
-    pytester.makepyfile(absent_backend=ABSENT)
-    info = pytester.mkdir("absent-1.0.dist-info")
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: absent\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(
-        "[crosstrain.backends]\nabsent = absent_backend:AbsentBackend\n"
-    )
-    pytester.syspathinsert()
-    # For the processes that torchrun starts.
-    monkeypatch.setenv("PYTHONPATH", str(pytester.path))
-
-
-def run(pytester: pytest.Pytester, *arguments: str) -> pytest.RunResult:
-    return pytester.runpytest_inprocess("-p", "no:cacheprovider", "-ra", "-v", *arguments)
-
-
-def outcomes(result: pytest.RunResult) -> dict[str, str]:
-    """What became of each test, by its name."""
-    found: dict[str, str] = {}
-    for line in result.outlines:
-        name, _, rest = line.partition(" ")
-        if "::" in name and rest.split()[:1]:
-            found[name.partition("::")[2]] = rest.split()[0]
-    return found
-
-
-# What a test runs on
+pytestmark = pytest.mark.usefixtures("project")
 
 
 def test_each_selected_backend_has_a_row_with_its_spec(pytester: pytest.Pytester) -> None:
@@ -331,106 +285,3 @@ def test_names_of_a_projects_own_are_left_alone(pytester: pytest.Pytester) -> No
 
 
 # Several processes
-
-
-@pytest.mark.slow
-def test_a_world_runs_the_test_in_each_process(pytester: pytest.Pytester) -> None:
-    pytester.makepyfile(
-        """
-        import os
-
-        import pytest
-        import torch
-
-        pytestmark = [pytest.mark.world(2), pytest.mark.backends("cpu", "absent")]
-
-        @pytest.fixture
-        def rank():
-            # In the process that starts the world this would be a KeyError.
-            return int(os.environ["RANK"])
-
-        def test_together(backend, rank):
-            assert backend.world.size == 2
-            assert backend.world.rank == rank
-            total = torch.tensor([rank + 1.0])
-            torch.distributed.all_reduce(total)
-            assert total.item() == 3
-
-        def test_apart(backend, rank):
-            print("said by", rank)
-            assert rank == 0, "rank one differs"
-
-        def test_without(backend, rank): pytest.skip("not today")
-        """
-    )
-    result = run(pytester)
-    assert {name: found for name, found in outcomes(result).items() if "[cpu]" in name} == {
-        "test_together[cpu]": "PASSED",
-        "test_apart[cpu]": "FAILED",
-        "test_without[cpu]": "SKIPPED",
-    }
-    result.assert_outcomes(passed=1, failed=1, skipped=4)
-    text = result.stdout.str()
-    assert "Rank 1 of 2:" in text
-    assert "rank one differs" in text
-    assert "said by 1" in text
-    assert "Rank 0 of 2" not in text
-    assert "Skipped by 2 of 2 ranks: not today" in text
-
-
-def test_its_tests_may_be_spread_over_processes(pytester: pytest.Pytester) -> None:
-    """With pytest-xdist, whose first process collects nothing, and whose workers end no session."""
-    pytester.makepyfile(
-        test_one=USES,
-        test_other="""
-        import pytest
-
-        @pytest.mark.world(2)
-        @pytest.mark.backends("cpu")
-        def test_together(backend): assert backend.world.size == 2
-        """,
-    )
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", "2"]
-    result = pytester.run(*command, "--backends=cpu,cpu:bf16")
-    result.assert_outcomes(passed=3)
-    assert result.ret == 0
-    lacking = pytester.run(*command, "--backends=cpu", "--require-backends=absent", "test_one.py")
-    lacking.assert_outcomes(passed=1, errors=1)
-    lacking.stdout.fnmatch_lines(["*Nobody has such a device. Remedy: Invent one.*"])
-    unused = pytester.run(*command, "--require-backends=absent", "-k", "nothing")
-    assert unused.ret == pytest.ExitCode.TESTS_FAILED
-
-
-@pytest.mark.slow
-def test_a_rank_that_dies_fails_the_test(pytester: pytest.Pytester) -> None:
-    pytester.makepyfile(
-        """
-        import os
-
-        import pytest
-
-        @pytest.mark.world(2)
-        @pytest.mark.backends("cpu")
-        def test_it(backend):
-            if backend.world.rank == 1:
-                os._exit(3)
-        """
-    )
-    result = run(pytester)
-    result.assert_outcomes(failed=1)
-    result.stdout.fnmatch_lines(["*Ranks *1 of 2 did not come to an end; *exit code 1:*"])
-
-
-@pytest.mark.parametrize("mark", ["world()", "world(0)", "world('two')", "world(2, 3)"])
-def test_a_world_without_a_size_is_a_usage_error(pytester: pytest.Pytester, mark: str) -> None:
-    pytester.makepyfile(
-        f"""
-        import pytest
-
-        @pytest.mark.{mark}
-        def test_it(backend): pass
-        """
-    )
-    result = run(pytester, "--backends=cpu")
-    assert result.ret == pytest.ExitCode.USAGE_ERROR
-    assert "takes the number of processes" in result.stdout.str() + result.stderr.str()
