@@ -24,9 +24,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from crosstrain.backends import World
 from crosstrain.engine import PermutationSampler
-from crosstrain.engine.mapflow import MapFlow
-from crosstrain.engine.shares import span
-from crosstrain.engine.streams import StreamKey
+from crosstrain.engine.data.mapflow import MapFlow
+from crosstrain.engine.data.shares import span
+from crosstrain.engine.data.streams import StreamKey
 
 RANKS, SAMPLES, EACH = 10_000, 10**10, 32
 TARGET = 1.0  # ms

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import RandomSampler
 
-from crosstrain.engine.permutation import PermutationSampler
+from crosstrain.engine.data.permutation import PermutationSampler
 
 SIZES = (10**3, 10**5, 10**6, 10**7, 10**8, 10**9, 10**10, 2**48)
 BATCH = 256

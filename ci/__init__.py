@@ -16,9 +16,9 @@ if __name__ != "crosstrain.ci":
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .target import Target, TargetError, Training
-    from .trace_recorder import TraceRecorder
-    from .verify_run import Verdict, VerifyError, verify
+    from crosstrain.ci.traces.recorder import TraceRecorder
+    from crosstrain.ci.trials.target import Target, TargetError, Training
+    from crosstrain.ci.verification.run import Verdict, VerifyError, verify
 
 __all__ = [
     "Target",
@@ -31,13 +31,13 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Target": "target",
-    "TargetError": "target",
-    "TraceRecorder": "trace_recorder",
-    "Training": "target",
-    "Verdict": "verify_run",
-    "VerifyError": "verify_run",
-    "verify": "verify_run",
+    "Target": "trials.target",
+    "TargetError": "trials.target",
+    "TraceRecorder": "traces.recorder",
+    "Training": "trials.target",
+    "Verdict": "verification.run",
+    "VerifyError": "verification.run",
+    "verify": "verification.run",
 }
 
 

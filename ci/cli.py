@@ -52,11 +52,11 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
     {
         "demo": Command(
             "train on real data, kill the run, resume it, and compare the bits",
-            "crosstrain.ci.demo",
+            "crosstrain.ci.demo.command",
         ),
         "diff": Command(
             "find the first iteration, and the first thing in it, where two traces part",
-            "crosstrain.ci.diff_command",
+            "crosstrain.ci.traces.command",
         ),
         "doctor": Command(
             "list every backend: available or not, why, and what to do about it",
@@ -68,11 +68,11 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         ),
         "matrix": Command(
             "run every scenario on every backend and report it, or merge such reports",
-            "crosstrain.ci.matrix",
+            "crosstrain.ci.matrix.command",
         ),
         "verify": Command(
             "prove, or disprove, that a training of your own resumes exactly",
-            "crosstrain.ci.verify_command",
+            "crosstrain.ci.verification.command",
         ),
     }
 )

@@ -112,13 +112,13 @@ run() {
 
 tests() {
     local specs="$required"
-    local files=(tests/test_conformance.py tests/test_hardware_backends.py tests/test_placement.py)
-    [ -n "$cpu" ] || files+=(tests/test_cuda.py)
+    local files=(tests/conformance/test_conformance.py tests/backends/test_hardware_backends.py tests/backends/test_placement.py)
+    [ -n "$cpu" ] || files+=(tests/backends/test_cuda.py)
     if [ -z "$cpu" ] && [ -z "$apex_missing" ]; then
-        files+=(tests/test_apex.py)
+        files+=(tests/backends/test_apex.py)
         specs="$specs,$apex_specs"
     fi
-    [ -z "$short" ] || files=(tests/test_placement.py)
+    [ -z "$short" ] || files=(tests/backends/test_placement.py)
     run tests "$python" -m pytest -q -p no:cacheprovider --backends="$specs" \
         --require-backends="$specs" "${files[@]}"
 }
@@ -148,7 +148,7 @@ for part in "${only[@]}"; do
     "$part" || failed+=("$part")
 done
 
-"$python" -m crosstrain.ci.report_hardware "$folder" >"$folder.md" || failed+=(report)
+"$python" tests/stress/report_hardware.py "$folder" >"$folder.md" || failed+=(report)
 printf '\nreport: %s.md\n' "$folder"
 if [ -n "$apex_missing" ]; then
     echo "apex is missing, and its part with it: $apex_missing" >&2
@@ -156,7 +156,7 @@ fi
 if [ ${#failed[@]} -gt 0 ]; then
     # The matrix of a machine without apex fails for that alone: it requires apex.
     if [ -n "$apex_missing" ] && [ "${failed[*]}" = matrix ] &&
-        "$python" -m crosstrain.ci.report_hardware "$folder" --fails-for-apex-alone; then
+        "$python" tests/stress/report_hardware.py "$folder" --fails-for-apex-alone; then
         exit 3
     fi
     echo "failed: ${failed[*]}" >&2

@@ -12,18 +12,18 @@ from typing import Any
 
 import torch
 
-from crosstrain.engine.checkpoint_errors import CheckpointError
-from crosstrain.engine.guards import is_collection, is_mapping
-from crosstrain.engine.loading import candidates
-from crosstrain.engine.manifest import Manifest
-from crosstrain.engine.safe_load import LoadedFile, load_file
-from crosstrain.engine.sharded_latest import sharded_folders
-from crosstrain.engine.sharded_load import (
+from crosstrain.engine.checkpoints.loading import candidates
+from crosstrain.engine.checkpoints.sharded_latest import sharded_folders
+from crosstrain.engine.checkpoints.sharded_load import (
     SUFFIX,
     ShardedCheckpoint,
     is_sharded_checkpoint,
     read_sharded,
 )
+from crosstrain.engine.guards import is_collection, is_mapping
+from crosstrain.engine.storage.errors import CheckpointError
+from crosstrain.engine.storage.manifest import Manifest
+from crosstrain.engine.storage.safe_load import LoadedFile, load_file
 
 __all__ = ["Finding", "Part", "add_arguments", "examine", "run"]
 

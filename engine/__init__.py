@@ -6,9 +6,27 @@ if __name__ != "crosstrain.engine":
         "use 'import crosstrain.engine'."
     )
 
-from .agreement import agree
-from .checkpoint import Checkpoint, CheckpointEvents
-from .checkpoint_errors import (
+from crosstrain.engine.checkpoints.global_step import global_step_from_engine
+from crosstrain.engine.checkpoints.handler import Checkpoint, CheckpointEvents
+from crosstrain.engine.checkpoints.loading import Latest
+from crosstrain.engine.checkpoints.model_checkpoint import ModelCheckpoint
+from crosstrain.engine.checkpoints.resumable import ResumableRun
+from crosstrain.engine.checkpoints.resume import resume_or_start
+from crosstrain.engine.checkpoints.save_handler import BaseSaveHandler
+from crosstrain.engine.checkpoints.saver import DiskSaver
+from crosstrain.engine.checkpoints.sharded_latest import latest_sharded
+from crosstrain.engine.checkpoints.sharded_load import ShardedCheckpoint, load_sharded, read_sharded
+from crosstrain.engine.checkpoints.sharded_resume import resume_or_start_sharded
+from crosstrain.engine.checkpoints.sharded_saver import ShardedSaver
+from crosstrain.engine.data.own_data import PerRank
+from crosstrain.engine.data.permutation import PermutationSampler
+from crosstrain.engine.data.shares import BatchShare, mean_over_ranks
+from crosstrain.engine.data.streams import SampleStreams, current_sample
+from crosstrain.engine.exact.snapshot import ResumeWarning
+from crosstrain.engine.ranks.agreement import agree
+from crosstrain.engine.ranks.check import RankCheck
+from crosstrain.engine.ranks.world import RankFailed
+from crosstrain.engine.storage.errors import (
     CheckpointBusy,
     CheckpointContentError,
     CheckpointCorrupt,
@@ -19,15 +37,9 @@ from .checkpoint_errors import (
     CheckpointWarning,
     CheckpointWriteError,
 )
-from .deterministic import (
-    DeterministicEngine,
-    ReproducibleBatchSampler,
-    keep_random_state,
-    manual_seed,
-    update_dataloader,
-)
-from .disk_saver import DiskSaver
-from .doors import (
+from crosstrain.engine.storage.manifest import Manifest
+from crosstrain.engine.training.evaluation import EvaluationStep
+from crosstrain.engine.training.ignite_steps import (
     supervised_evaluation_step,
     supervised_evaluation_step_amp,
     supervised_training_step,
@@ -35,9 +47,17 @@ from .doors import (
     supervised_training_step_apex,
     supervised_training_step_tpu,
 )
+from crosstrain.engine.training.step import StepEvents, StepOptions, TrainingStep
+
+from .deterministic import (
+    DeterministicEngine,
+    ReproducibleBatchSampler,
+    keep_random_state,
+    manual_seed,
+    update_dataloader,
+)
 from .early_stopping import EarlyStopping
 from .engine import Engine
-from .evaluation_step import EvaluationStep
 from .events import (
     CallableEventWithFilter,
     EventEnum,
@@ -46,27 +66,8 @@ from .events import (
     RemovableEventHandle,
     State,
 )
-from .global_step import global_step_from_engine
-from .loading import Latest
-from .manifest import Manifest
-from .model_checkpoint import ModelCheckpoint
-from .own_data import PerRank
-from .permutation import PermutationSampler
 from .progress import DataUsedUp, EmptyData
-from .rank_check import RankCheck
-from .ranks import RankFailed
-from .resumable import ResumableRun
-from .resume import resume_or_start
-from .save_handler import BaseSaveHandler
-from .sharded_latest import latest_sharded
-from .sharded_load import ShardedCheckpoint, load_sharded, read_sharded
-from .sharded_resume import resume_or_start_sharded
-from .sharded_saver import ShardedSaver
-from .shares import BatchShare, mean_over_ranks
-from .snapshot import ResumeWarning
-from .streams import SampleStreams, current_sample
 from .supervised import create_supervised_evaluator, create_supervised_trainer
-from .training_step import StepEvents, StepOptions, TrainingStep
 
 __all__ = [
     "BaseSaveHandler",

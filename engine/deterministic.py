@@ -11,18 +11,13 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import torch
 
 from crosstrain.backends import random_state
-
-from .agreed_seed import agreed_seed
-from .cursor import Cursor
-from .engine import Engine
-from .events import Events
-from .porting import port
-from .progress import data_length
-from .rank_states import RANKS, gathered, own_part
-from .requests import END_EPOCH, QUIET_EPOCH
-from .sampling import ReproducibleBatchSampler, update_dataloader
-from .shares import BatchShare
-from .snapshot import (
+from crosstrain.engine.data.cursor import Cursor
+from crosstrain.engine.data.sampling import ReproducibleBatchSampler, update_dataloader
+from crosstrain.engine.data.shares import BatchShare
+from crosstrain.engine.data.streams import ALL_STREAMS, StreamKey
+from crosstrain.engine.exact.porting import port
+from crosstrain.engine.exact.rank_states import RANKS, gathered, own_part
+from crosstrain.engine.exact.snapshot import (
     FORMAT,
     KEYS,
     ResumeWarning,
@@ -35,8 +30,13 @@ from .snapshot import (
     restore_random_states,
     step_state,
 )
+from crosstrain.engine.ranks.agreed_seed import agreed_seed
+
+from .engine import Engine
+from .events import Events
+from .progress import data_length
+from .requests import END_EPOCH, QUIET_EPOCH
 from .state import State
-from .streams import ALL_STREAMS, StreamKey
 from .user_warning import warn_user
 
 if TYPE_CHECKING:

@@ -10,9 +10,10 @@ from collections.abc import Callable, Generator, Iterator
 from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
+from crosstrain.engine.ranks.world import RankFailed
+
 from .events import Events
 from .progress import DataUsedUp, EmptyData, is_done
-from .ranks import RankFailed
 from .requests import END_EPOCH, END_RUN, QUIET_EPOCH, QUIET_RUN, EndEpoch, EndRun, Requests
 from .state import State
 

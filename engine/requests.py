@@ -9,7 +9,7 @@ from .dispatch import Dispatcher
 from .events import Events
 
 if TYPE_CHECKING:
-    from .agreement import Agreement
+    from crosstrain.engine.ranks.agreement import Agreement
 
 __all__ = [
     "END_EPOCH",

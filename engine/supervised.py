@@ -8,14 +8,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from .agreement import agree
-from .assembly import Device, LossFunction, open_backend, prepare, step_options
+from crosstrain.engine.ranks.agreement import agree
+from crosstrain.engine.ranks.world import unshared
+from crosstrain.engine.training.assembly import (
+    Device,
+    LossFunction,
+    open_backend,
+    prepare,
+    step_options,
+)
+from crosstrain.engine.training.evaluation import EvaluationStep, prediction
+from crosstrain.engine.training.options import is_many
+from crosstrain.engine.training.step import TrainingStep
+
 from .deterministic import DeterministicEngine
 from .engine import Engine
-from .evaluation_step import EvaluationStep, prediction
-from .ranks import unshared
-from .step_options import is_many
-from .training_step import TrainingStep
 
 if TYPE_CHECKING:
     from torch.amp.grad_scaler import GradScaler

@@ -1,0 +1,8 @@
+"""The conformance checks: does a backend keep every promise of the step protocol?
+
+On the command line: ``python -m crosstrain.ci.conformance mine:bf16``.
+"""
+
+from .command import CHECKS, Finding, NonConformance, applicable, check_backend, main
+
+__all__ = ["CHECKS", "Finding", "NonConformance", "applicable", "check_backend", "main"]

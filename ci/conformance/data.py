@@ -1,0 +1,160 @@
+"""Conformance of `put` and `batches`: a batch arrives whole, once, in order, on the device."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Generator, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from crosstrain.backends import Backend
+
+from .case import Case, NonConformance, expect
+
+__all__ = ["check_batches", "check_put", "check_put_is_exact"]
+
+
+class _Pair(NamedTuple):
+    x: torch.Tensor
+    y: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sample:
+    image: torch.Tensor
+    name: str
+    boxes: list[torch.Tensor]
+
+
+def _nest() -> dict[str, Any]:
+    return {
+        "pair": _Pair(torch.ones(2, 3), (torch.zeros(1), "label")),
+        "sample": _Sample(torch.full((2,), 3.0), "a", [torch.arange(4)]),
+        "ordered": OrderedDict(b=torch.ones(1), a=2),
+        "list": [torch.tensor(1.5), None, 7, 2.5, True, b"raw"],
+        "packed": torch.nn.utils.rnn.pack_sequence([torch.ones(3, 2), torch.ones(1, 2)]),
+        "empty": [(), [], {}],
+    }
+
+
+def _compare(ours: Any, theirs: Any, device: torch.device, path: str) -> None:
+    untyped: Any = theirs  # as what it is, not as what a check of its type makes of it
+    expect(
+        type(ours) is type(theirs),
+        f"put() made a {type(ours).__name__} of the {type(theirs).__name__} at batch{path}.",
+    )
+    if isinstance(theirs, torch.Tensor):
+        expect(
+            ours.device.type == device.type,
+            f"put() left the tensor at batch{path} on {ours.device}; the device is {device}.",
+        )
+        expect(
+            torch.equal(ours.cpu(), theirs),
+            f"put() changed the values of the tensor at batch{path}.",
+        )
+    elif isinstance(theirs, torch.nn.utils.rnn.PackedSequence):
+        _compare(ours.data, theirs.data, device, f"{path}.data")
+        expect(
+            torch.equal(ours.batch_sizes, theirs.batch_sizes), "put() changed a packed sequence."
+        )
+    elif isinstance(theirs, (tuple, list)):
+        items: Any = untyped
+        expect(len(ours) == len(items), f"put() changed the length of batch{path}.")
+        for index, (mine, other) in enumerate(zip(ours, items, strict=True)):
+            _compare(mine, other, device, f"{path}[{index}]")
+    elif isinstance(theirs, dict):
+        mapping: Any = untyped
+        expect(list(ours) == list(mapping), f"put() changed the keys of batch{path}.")
+        for key in mapping:
+            _compare(ours[key], mapping[key], device, f"{path}[{key!r}]")
+    elif isinstance(theirs, _Sample):
+        for field in dataclasses.fields(theirs):
+            name = field.name
+            _compare(getattr(ours, name), getattr(theirs, name), device, f"{path}.{name}")
+    else:
+        expect(ours == theirs, f"put() changed {theirs!r} at batch{path} to {ours!r}.")
+
+
+def check_put(case: Case) -> None:
+    """It puts every tensor of a nest on the device and leaves all else as it is."""
+    with case.opened() as backend:
+        batch = _nest()
+        _compare(backend.put(batch), _nest(), backend.device, "")
+        _compare(batch, _nest(), torch.device("cpu"), "")
+
+
+def check_put_is_exact(case: Case) -> None:
+    """It puts tensors of any type and layout with the same values."""
+    values = [
+        torch.tensor([0, 1, 255], dtype=torch.uint8),
+        torch.tensor([-(2**62), 2**62]),
+        torch.tensor([True, False]),
+        torch.tensor([1.0, -0.0, float("inf"), 1e-40]),
+        torch.tensor([1.5, 2.5], dtype=torch.bfloat16),
+        torch.tensor([1.5, 2.5], dtype=torch.float16),
+        torch.arange(6).reshape(2, 3).t(),
+        torch.ones(2, 3)[:, 1],
+        torch.zeros(0, 3),
+        torch.tensor(3),
+    ]
+    with case.opened() as backend:
+        for index, value in enumerate(values):
+            put = backend.put(value)
+            expect(put.dtype is value.dtype, f"put() made {put.dtype} of {value.dtype}.")
+            _compare(put, value, backend.device, f" (number {index} of put_is_exact)")
+
+
+def check_batches(case: Case) -> None:
+    """It yields each batch once and in order, reads no more than it must, and hides no error."""
+    with case.opened() as backend:
+        _check_order(backend)
+        _check_laziness(backend)
+        _check_errors(backend)
+
+
+def _check_order(backend: Backend) -> None:
+    for count in (0, 1, 2, 5):
+        data = [{"x": torch.full((4,), float(n)), "n": n} for n in range(count)]
+        # All are kept until the end: none may be overwritten by one that comes later.
+        got = [backend.put(batch) for batch in backend.batches(data)]
+        expect(len(got) == count, f"batches() made {len(got)} batches of {count}.")
+        for number, batch in enumerate(got):
+            expect(
+                batch["n"] == number and bool((batch["x"].cpu() == number).all()),
+                f"batches() gave batch {batch['n']} with {batch['x'].cpu()} in place {number}.",
+            )
+
+
+def _check_laziness(backend: Backend) -> None:
+    taken: list[int] = []
+
+    def endless() -> Generator[torch.Tensor, None, None]:
+        while True:
+            taken.append(len(taken))
+            yield torch.tensor(float(taken[-1]))
+
+    source = endless()
+    batches = backend.batches(source)
+    for number in range(3):
+        expect(
+            float(backend.put(next(batches))) == number, "batches() loses the order of a generator."
+        )
+    ahead = len(taken) - 3
+    expect(ahead <= 16, f"batches() read {ahead} batches ahead of the one that was asked for.")
+    source.close()
+
+
+def _check_errors(backend: Backend) -> None:
+    def failing() -> Iterator[torch.Tensor]:
+        yield torch.ones(1)
+        raise KeyError("the data's own error")
+
+    batches = backend.batches(failing())
+    try:
+        seen = [backend.put(batch) for batch in batches]
+    except KeyError as error:
+        expect("the data's own error" in str(error), "batches() replaced the data's error.")
+    else:
+        raise NonConformance(f"batches() hid an error of the data after {len(seen)} batches.")

@@ -1,0 +1,207 @@
+"""Conformance of what a backend keeps: flags, random states, and the state that a resume needs."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+
+import torch
+
+from crosstrain.backends import Backend, random_state
+
+from .case import (
+    SCALING,
+    Case,
+    NonConformance,
+    Training,
+    batch_of,
+    expect,
+    flags,
+    small_model,
+    through_a_file,
+)
+
+__all__ = [
+    "check_deterministic_flags",
+    "check_deterministic_results",
+    "check_host_streams",
+    "check_random_states",
+    "check_resume",
+    "check_scale_is_not_dropped",
+    "check_state_is_portable",
+]
+
+
+def check_deterministic_flags(case: Case) -> None:
+    """Its deterministic context restores every flag that it sets, and sets none before."""
+    with case.opened() as backend:
+        before = flags()
+        for warn_only in (False, True):
+            context = backend.deterministic(warn_only=warn_only)
+            expect(flags() == before, "deterministic() sets flags before it is entered.")
+            with context:
+                pass
+            _expect_restored(before, "")
+            with contextlib.suppress(KeyError), backend.deterministic(warn_only=warn_only):
+                raise KeyError
+            _expect_restored(before, " after an error")
+        try:
+            with backend.deterministic():
+                raise KeyError
+        except KeyError:
+            pass
+        else:
+            raise NonConformance("deterministic() swallows an error of its block.")
+
+
+def _expect_restored(before: dict[str, object], when: str) -> None:
+    changed = [name for name, value in flags().items() if before.get(name) != value]
+    expect(not changed, f"deterministic() did not restore{when}: {', '.join(changed)}.")
+
+
+def _seed(backend: Backend, value: int) -> None:
+    """Seeds everything, right after a boundary."""
+    backend.sync()
+    random_state.seed(value)
+    backend.seed(value)
+
+
+def _train(case: Case, steps: int) -> tuple[list[float], torch.Tensor]:
+    with case.opened() as backend, backend.deterministic():
+        training = Training(backend, small_model())
+        _seed(backend, 5)
+        return training.losses(0, steps), training.weights()
+
+
+def check_deterministic_results(case: Case) -> None:
+    """Two runs from the same seeds, with dropout and batch norm, give the same bits."""
+    losses, weights = _train(case, 8)
+    again, weights_again = _train(case, 8)
+    same = [a == b for a, b in zip(losses, again, strict=True)]
+    expect(all(same), f"Two runs part at step {(*same, False).index(False)}: the losses differ.")
+    expect(torch.equal(weights, weights_again), "Two runs end with different weights.")
+
+
+def _draw(backend: Backend) -> torch.Tensor:
+    """Draws a dropout mask on the device, and ends the step."""
+    ones = backend.put(torch.ones(64))
+    mask = torch.nn.functional.dropout(ones, 0.5, training=True).cpu()
+    backend.sync()
+    return mask
+
+
+def check_random_states(case: Case) -> None:
+    """Its random states, with the host's, repeat what the device draws; so do its seeds."""
+    with case.opened() as backend:
+        _seed(backend, 7)
+        first = _draw(backend)
+        host, device = random_state.capture(), through_a_file(backend.rng_state())
+        expected = [_draw(backend), _draw(backend)]
+        expect(not torch.equal(*expected), "Two draws in a row are the same.")
+        random_state.restore(host)
+        backend.set_rng_state(device)
+        found = [_draw(backend), _draw(backend)]
+        expect(
+            all(torch.equal(a, b) for a, b in zip(expected, found, strict=True)),
+            "After set_rng_state(rng_state()) the device draws other numbers.",
+        )
+        _seed(backend, 7)
+        expect(torch.equal(_draw(backend), first), "After the same seed() the device draws others.")
+        _seed(backend, 8)
+        expect(not torch.equal(_draw(backend), first), "Another seed() changes nothing.")
+        _check_reading(backend)
+
+
+def _check_reading(backend: Backend) -> None:
+    """Reading a state must not advance it."""
+    _seed(backend, 9)
+    first = _draw(backend)
+    _seed(backend, 9)
+    for _ in range(3):
+        backend.rng_state()
+        backend.state_dict()
+    expect(
+        torch.equal(_draw(backend), first), "Reading rng_state() or state_dict() moves the stream."
+    )
+
+
+def _host_bytes() -> bytes:
+    file = io.BytesIO()
+    torch.save(random_state.capture(), file)
+    return file.getvalue()
+
+
+def check_host_streams(case: Case) -> None:
+    """It draws nothing from the generators of the host, which belong to the data."""
+    with case.opened() as backend:
+        random_state.seed(3)
+        before = _host_bytes()
+        training = Training(backend)
+        for batch in backend.batches([batch_of(0), batch_of(1)]):
+            backend.put(batch)
+        training.step(0)
+        backend.rng_state()
+        backend.state_dict()
+        with backend.deterministic():
+            backend.sync()
+        expect(
+            _host_bytes() == before,
+            "Something that it does draws from Python's, NumPy's or torch's generator on the host.",
+        )
+
+
+def check_state_is_portable(case: Case) -> None:
+    """Its states are plain values on the CPU, which load safely and come back as they were."""
+    with case.opened() as backend:
+        training = Training(backend)
+        training.step(0)
+        state = through_a_file(backend.state_dict())
+        through_a_file(backend.rng_state())
+    with case.opened() as backend:
+        Training(backend)
+        backend.load_state_dict(state)
+        found = backend.state_dict()
+        expect(
+            repr(found) == repr(state),
+            f"load_state_dict() was given {state!r}, and state_dict() gives {found!r}.",
+        )
+
+
+def check_resume(case: Case) -> None:
+    """A run that is saved, loaded into new objects and continued keeps its bits."""
+    for cut in (1, 3):
+        with case.opened() as backend, backend.deterministic():
+            training = Training(backend, small_model())
+            _seed(backend, 5)
+            training.losses(0, cut)
+            if SCALING in backend.capabilities:
+                training.step(0, factor=float("inf"))
+            state = through_a_file(training.state())
+            expected, weights = training.losses(cut, 6), training.weights()
+        with case.opened() as backend, backend.deterministic():
+            resumed = Training(backend, small_model())
+            _seed(backend, 99)
+            resumed.load(state)
+            found = resumed.losses(cut, 6)
+            same = [a == b for a, b in zip(expected, found, strict=True)]
+            expect(
+                all(same),
+                f"Stopped after step {cut}, the resumed run parts at step "
+                f"{cut + (*same, False).index(False)}: the losses differ.",
+            )
+            expect(
+                torch.equal(resumed.weights(), weights), "The resumed run ends with other weights."
+            )
+
+
+def check_scale_is_not_dropped(case: Case) -> None:
+    """It refuses a state without a loss scale, rather than to make one up."""
+    with case.opened() as backend:
+        Training(backend)
+        try:
+            backend.load_state_dict({})
+        # Each library has its own kind of error for it.
+        except Exception as error:  # noqa: BLE001
+            expect(str(error), "Its error about a missing loss scale says nothing.")
+        else:
+            raise NonConformance("It scales the loss, but loads a state that holds no loss scale.")

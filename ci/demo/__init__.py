@@ -1,0 +1,1 @@
+"""``crosstrain demo``: a training is killed and resumed, and nothing differs."""

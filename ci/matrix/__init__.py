@@ -1,0 +1,1 @@
+"""``crosstrain matrix``: every scenario on every backend, and the reports of it."""

@@ -1,0 +1,149 @@
+"""One cell of the hardware matrix: a scenario on a backend, in a process of its own.
+
+`python -m crosstrain.ci.matrix.cell SPEC SCENARIO --folder DIR` plays it and writes `outcome.json`
+into the folder. It exits with 0 if an outcome was written, whatever it says. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from crosstrain.ci.trials.course import Course, losses_of
+from crosstrain.ci.trials.play import Play
+from crosstrain.ci.trials.processes import ScenarioFailed
+from crosstrain.ci.trials.scenarios import (
+    COMPUTES_NOTHING,
+    SCENARIOS,
+    NotApplicable,
+    Scenario,
+    Verdict,
+)
+
+from .outcome import Hardware, Outcome, Status
+
+__all__ = ["OUTCOME", "main", "play_cell"]
+
+#: The file that a cell writes.
+OUTCOME = "outcome.json"
+
+
+def play_cell(
+    spec: str, scenario: Scenario, folder: Path, target: str | None = None, seed: int | None = None
+) -> Outcome:
+    """Plays a scenario on a backend.
+
+    Args:
+        spec: the backend.
+        scenario: one of `SCENARIOS`.
+        folder: what is written goes into a new folder in this one, which is removed.
+        target: a user's training, as `module:function`; None: the scenario's own.
+        seed: of the moments of kills; drawn if None.
+
+    Returns:
+        What became of it. It is not written anywhere yet.
+    """
+    started = time.perf_counter()
+    seed = random.SystemRandom().randrange(10**6) if seed is None else seed
+
+    def outcome(status: Status, reason: str, found: dict[str, Any], **more: Any) -> Outcome:
+        return Outcome(
+            spec=spec,
+            scenario=scenario.name,
+            status=status,
+            reason=reason,
+            seconds=time.perf_counter() - started,
+            versions=found.get("versions", {}),
+            hardware=_hardware(found.get("devices", [])),
+            **more,
+        )
+
+    if target is not None and scenario.own_only:
+        return outcome("skipped", scenario.own_only, {})
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="cell-", dir=folder) as place:
+        play = Play(spec, Path(place), target, seed, scenario.processes)
+        with play:
+            try:
+                found = play.probe()
+                if found["wrong"]:
+                    return outcome("error", found["wrong"], found)
+                if not found["ok"]:
+                    return outcome("unavailable", f"{found['reason']} {found['remedy']}", found)
+                lacks = _lacks(scenario, found["capabilities"])
+                if lacks:
+                    return outcome("skipped", lacks, found)
+                verdict = scenario.run(play)
+            except NotApplicable as reason:
+                return outcome("skipped", str(reason), found)
+            except ScenarioFailed as error:
+                return outcome("error", str(error), found, **_losses(play.straight, play.resumed))
+    found["versions"] = {**found["versions"], **_versions(verdict)}
+    return outcome(
+        "failed" if verdict.problem else "passed",
+        verdict.problem,
+        found,
+        **_losses(verdict.straight, verdict.resumed),
+        figures=verdict.figures,
+    )
+
+
+def _losses(straight: Course, resumed: Course) -> dict[str, tuple[float, ...]]:
+    return {"losses": losses_of(straight), "resumed_losses": losses_of(resumed)}
+
+
+def _lacks(scenario: Scenario, capabilities: Sequence[str]) -> str:
+    if COMPUTES_NOTHING in capabilities:
+        return "The backend computes nothing, so there is nothing to resume."
+    missing = sorted(scenario.needs - set(capabilities))
+    return f"The backend has no {', '.join(missing)}, which the scenario needs." if missing else ""
+
+
+def _versions(verdict: Verdict) -> dict[str, str]:
+    environment = verdict.straight.environment
+    return {name: str(environment[name]) for name in ("python", "numpy") if name in environment}
+
+
+def _hardware(devices: list[str]) -> Hardware:
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = (os.cpu_count() or 1) if affinity is None else len(affinity(0))
+    return {"machine": platform.node() or "unknown", "cores": cores, "devices": devices}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Plays the cell of a command line.
+
+    Args:
+        arguments: the arguments; those of the process by default.
+
+    Returns:
+        0 if an outcome was written, 2 if the arguments are wrong.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m crosstrain.ci.matrix.cell", description=__doc__
+    )
+    parser.add_argument("spec", help="NAME or NAME:OPTION, such as cpu:bf16")
+    parser.add_argument(
+        "scenario", choices=SCENARIOS, metavar="scenario", help=", ".join(SCENARIOS)
+    )
+    parser.add_argument("--folder", type=Path, required=True, help=f"where {OUTCOME} is written")
+    parser.add_argument("--target", metavar="MODULE:FUNCTION", help="your own training")
+    parser.add_argument("--seed", type=int, help="of the moments of kills")
+    args = parser.parse_args(arguments)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    scenario = SCENARIOS[args.scenario]
+    outcome = play_cell(args.spec, scenario, args.folder, args.target, args.seed)
+    outcome.write(args.folder / OUTCOME)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

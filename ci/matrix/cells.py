@@ -1,0 +1,253 @@
+"""The cells of the matrix: each in a process of its own, several at a time, with a time limit.
+
+A cell is ``python -m crosstrain.ci.matrix.cell SPEC SCENARIO --folder DIR [--target M:F]``, which
+writes ``DIR/outcome.json``. Whatever it starts carries a mark in its environment, by which it is
+found and killed at the limit, whichever session or process group it moved to. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections import deque
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from .outcome import InvalidOutcome, Outcome, Status
+
+__all__ = ["MARK", "Cell", "CellPlan", "CellWatcher", "run_cells"]
+
+COMMAND = (sys.executable, "-m", "crosstrain.ci.matrix.cell")
+
+# Set in the environment of each cell, and so of all that it starts.
+MARK = "CROSSTRAIN_CELL"
+
+# How often running cells are looked at, in seconds.
+_PERIOD = 0.05
+
+# How much of a dead cell's stderr becomes its reason.
+_TAIL_LINES, _TAIL_CHARACTERS = 15, 2000
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One scenario on one backend.
+
+    Args:
+        spec: the backend's spec.
+        scenario: the scenario's name.
+    """
+
+    spec: str
+    scenario: str
+
+    @property
+    def folder(self) -> Path:
+        """Its folder under the report's: no letter in it that an archive of CI refuses."""
+        return Path("cells") / re.sub(r"[^\w.-]", "_", self.spec) / self.scenario
+
+
+class CellWatcher(Protocol):
+    """Who is told what the cells do."""
+
+    def started(self, cell: Cell) -> None:
+        """A cell was started."""
+        ...
+
+    def ended(self, outcome: Outcome) -> None:
+        """A cell came to an end."""
+        ...
+
+    def waited(self) -> None:
+        """A moment went by; called about twenty times a second."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellPlan:
+    """What to run, and how.
+
+    Args:
+        cells: the cells, in the order in which they are started.
+        folder: where the cells' folders are made. That of a cell that passed, or
+            was skipped, is removed.
+        timeout: how long a cell may take, in seconds.
+        jobs: how many may run at a time.
+        exclusive: specs whose device belongs to one process at a time.
+        target: the user's training, `module:function`; None for the scenarios' own.
+        command: what a cell's arguments are appended to.
+    """
+
+    cells: tuple[Cell, ...]
+    folder: Path
+    timeout: float
+    jobs: int = 1
+    exclusive: frozenset[str] = field(default_factory=frozenset[str])
+    target: str | None = None
+    command: tuple[str, ...] = COMMAND
+
+
+def run_cells(plan: CellPlan, watcher: CellWatcher) -> Generator[Outcome]:
+    """Runs the cells and yields the outcome of each as it ends.
+
+    Closing the generator, or an exception in it such as Ctrl-C's, kills the cells that run.
+
+    Args:
+        plan: what to run.
+        watcher: who is told what the cells do.
+    """
+    waiting = deque(plan.cells)
+    running: list[_Process] = []
+    try:
+        while waiting or running:
+            while len(running) < plan.jobs and (cell := _next(waiting, running, plan)):
+                running.append(_Process(cell, plan))
+                watcher.started(cell)
+            time.sleep(_PERIOD)
+            watcher.waited()
+            for process in [one for one in running if one.is_over()]:
+                outcome = process.finish()
+                running.remove(process)
+                # First, so that what was shown as ended was also kept if Ctrl-C comes now.
+                yield outcome
+                watcher.ended(outcome)
+    finally:
+        for process in running:
+            process.kill()
+
+
+def _next(waiting: deque[Cell], running: list[_Process], plan: CellPlan) -> Cell | None:
+    """Takes the first cell that waits for no device."""
+    busy = any(one.cell.spec in plan.exclusive for one in running)
+    for cell in waiting:
+        if not (busy and cell.spec in plan.exclusive):
+            waiting.remove(cell)
+            return cell
+    return None
+
+
+class _Process:
+    """A cell's process.
+
+    Args:
+        cell: the cell.
+        plan: how it is run.
+    """
+
+    def __init__(self, cell: Cell, plan: CellPlan) -> None:
+        self.cell = cell
+        self._timeout = plan.timeout
+        self._folder = plan.folder / cell.folder
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.mkdir(parents=True)
+        self._mark = uuid.uuid4().hex
+        command = [*plan.command, cell.spec, cell.scenario, "--folder", str(self._folder)]
+        if plan.target is not None:
+            command += ["--target", plan.target]
+        # As many threads in all as there are cores: more would wait for each other.
+        threads = max(1, len(os.sched_getaffinity(0)) // plan.jobs)
+        environment = {"OMP_NUM_THREADS": str(threads), **os.environ, MARK: self._mark}
+        self._began = time.monotonic()
+        with self._log("stdout").open("wb") as out, self._log("stderr").open("wb") as err:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                env=environment,
+                start_new_session=True,
+            )
+
+    def _log(self, name: str) -> Path:
+        return self._folder / f"{name}.txt"
+
+    def _seconds(self) -> float:
+        return round(time.monotonic() - self._began, 3)
+
+    def is_over(self) -> bool:
+        """Whether it has ended or has to be."""
+        return self._process.poll() is not None or self._seconds() > self._timeout
+
+    def kill(self) -> None:
+        """Kills it and whatever it started, and waits for it."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        _kill_marked(self._mark)
+
+    def finish(self) -> Outcome:
+        """Gives its outcome; kills it if it runs, and whatever it has left behind."""
+        code = self._process.poll()
+        seconds = self._seconds()
+        self.kill()
+        if code is None:
+            outcome = self._lost(
+                "timeout",
+                f"It had not ended after {self._timeout:g} s and was killed; "
+                "`--timeout SECONDS` gives it longer.",
+                seconds,
+            )
+        else:
+            outcome = self._written(code, seconds)
+        if outcome.status in ("passed", "skipped"):
+            shutil.rmtree(self._folder, ignore_errors=True)
+        return outcome
+
+    def _written(self, code: int, seconds: float) -> Outcome:
+        file = self._folder / "outcome.json"
+        try:
+            outcome = Outcome.read(file)
+        except FileNotFoundError:
+            return self._lost("error", f"It {_ending(code)} before it wrote an outcome.", seconds)
+        except (InvalidOutcome, OSError) as error:
+            return self._lost("error", f"Its outcome cannot be read: {error}.", seconds)
+        if Cell(outcome.spec, outcome.scenario) != self.cell:
+            named = f"{outcome.scenario} on {outcome.spec}"
+            return self._lost("error", f"It wrote the outcome of another cell: {named}.", seconds)
+        return outcome
+
+    def _lost(self, status: Status, what: str, seconds: float) -> Outcome:
+        text = self._log("stderr").read_bytes().decode(errors="replace").strip()
+        tail = "\n".join(text.splitlines()[-_TAIL_LINES:])[-_TAIL_CHARACTERS:]
+        said = f"The end of its stderr:\n{tail}" if tail else "Its stderr is empty."
+        return Outcome(
+            spec=self.cell.spec,
+            scenario=self.cell.scenario,
+            status=status,
+            reason=f"{what}\n{said}",
+            seconds=seconds,
+        )
+
+
+def _ending(code: int) -> str:
+    if code >= 0:
+        return f"ended with exit code {code}"
+    try:
+        return f"was ended by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"was ended by signal {-code}"
+
+
+def _kill_marked(mark: str) -> None:
+    """Kills every process that carries a mark, until there is none left."""
+    entry = f"{MARK}={mark}".encode()
+    found = True
+    while found:
+        found = False
+        for folder in Path("/proc").glob("[0-9]*"):
+            # It may end while we look, or be another user's.
+            with contextlib.suppress(OSError):
+                if entry in (folder / "environ").read_bytes().split(b"\0"):
+                    os.kill(int(folder.name), signal.SIGKILL)
+                    found = True
+        if found:
+            time.sleep(_PERIOD)

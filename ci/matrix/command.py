@@ -1,0 +1,366 @@
+"""``crosstrain matrix``: every scenario on every backend, and the reports of it.
+
+Each cell runs in a process of its own (see `crosstrain.ci.matrix.cells`). With ``--merge``, the
+reports of several machines become one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import os
+import platform
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Generator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from .report import InvalidReport, Report, Run, merged
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .cells import CellPlan
+    from .outcome import Outcome
+    from .selection import Selection
+
+__all__ = ["add_arguments", "run", "write_reports"]
+
+# Exit codes; the last two are those of a shell for a process that a signal ended.
+OK, BROKEN, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
+
+_TIMEOUT = 600.0
+_MOST_JOBS = 4
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``crosstrain matrix``.
+
+    Args:
+        parser: the parser of this subcommand.
+    """
+    what = parser.add_argument_group("what to run")
+    what.add_argument(
+        "--backends",
+        metavar="SPEC[,SPEC...]",
+        type=_words,
+        action="extend",
+        default=[],
+        help="the columns, such as cpu,cpu:bf16 (default: all that can run here)",
+    )
+    what.add_argument(
+        "--require",
+        metavar="SPEC[,SPEC...]",
+        type=_words,
+        action="extend",
+        default=[],
+        help="columns that make the matrix fail where they cannot run",
+    )
+    what.add_argument(
+        "--scenarios",
+        metavar="NAME[,NAME...]",
+        type=_words,
+        action="extend",
+        default=[],
+        help="the rows (default: all)",
+    )
+    what.add_argument(
+        "--target",
+        metavar="MODULE:FUNCTION",
+        help="your own training in place of the scenarios' (see docs/matrix.md)",
+    )
+    how = parser.add_argument_group("how")
+    how.add_argument(
+        "--jobs",
+        metavar="N",
+        type=_count,
+        help=f"cells at a time (default: one for two cores, at most {_MOST_JOBS})",
+    )
+    how.add_argument(
+        "--timeout",
+        metavar="SECONDS",
+        type=_seconds,
+        default=_TIMEOUT,
+        help="how long a cell may take (default: %(default)g)",
+    )
+    reports = parser.add_argument_group("reports")
+    reports.add_argument(
+        "--report",
+        metavar="DIR",
+        type=Path,
+        help="write index.html, matrix.json, junit.xml and the logs of cells that did not pass",
+    )
+    reports.add_argument(
+        "--name",
+        metavar="NAME",
+        help="what this machine is called in the report (default: its host name)",
+    )
+    reports.add_argument(
+        "--merge",
+        metavar="REPORT",
+        type=Path,
+        nargs="+",
+        help="run nothing; put these reports, folders or matrix.json files, into one in --report",
+    )
+
+
+def _words(text: str) -> list[str]:
+    words = [word.strip() for word in text.split(",")]
+    if not all(words):
+        raise argparse.ArgumentTypeError(f"{text!r} has an empty entry between its commas")
+    return words
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return seconds
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the matrix, or merge reports.
+
+    Args:
+        args: what :func:`add_arguments` declared.
+
+    Returns:
+        0 if every cell passed or was skipped; 1 if one did not, or a required backend is missing;
+        2 if an argument is wrong; 130 after Ctrl-C and 143 after SIGTERM, with the report of what
+        had ended until then.
+
+    Raises:
+        BackendError: if a spec does not exist, or was asked for and cannot run here.
+    """
+    from rich.console import Console
+
+    from .selection import UsageError
+
+    try:
+        if args.merge:
+            return _merge(args)
+        return _run(args, Console(highlight=False))
+    except (UsageError, InvalidReport) as error:
+        print(f"crosstrain matrix: error: {error}", file=sys.stderr)
+        return USAGE
+
+
+def _run(args: argparse.Namespace, console: Console) -> int:
+    from crosstrain.ci.trials.scenarios import SCENARIOS
+
+    from .cells import Cell, CellPlan
+    from .progress import print_summary
+    from .selection import (
+        check_target,
+        chosen_scenarios,
+        exclusive_specs,
+        selected,
+    )
+
+    check_target(args.target)
+    scenarios = chosen_scenarios(args.scenarios, SCENARIOS)
+    selection = selected(args.backends, args.require)
+    for spec in selection.backends:
+        # At once and not after an hour: what is missing makes this run fail in any case.
+        if not selection.found[spec].ok:
+            console.print(f"{spec} is required and missing: {_why(selection, spec)}", markup=False)
+    with contextlib.ExitStack() as stack:
+        folder = args.report or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        plan = CellPlan(
+            # Scenario by scenario, so that a broken one shows before all of a backend has run.
+            cells=tuple(
+                Cell(spec, scenario)
+                for scenario in scenarios
+                for spec in selection.backends
+                if selection.found[spec].ok
+            ),
+            folder=folder.resolve(),
+            timeout=args.timeout,
+            jobs=args.jobs or max(1, min(_MOST_JOBS, _cores() // 2)),
+            exclusive=exclusive_specs(selection.backends),
+            target=args.target,
+        )
+        titles = {name: SCENARIOS[name].title for name in scenarios}
+        began, started = time.monotonic(), datetime.datetime.now(datetime.UTC)
+        outcomes, stopped_by = _outcomes(plan, selection, list(titles), console)
+        result = Run(
+            name=args.name or platform.node() or "this machine",
+            started=started.isoformat(timespec="seconds"),
+            seconds=round(time.monotonic() - began, 3),
+            interrupted=stopped_by is not None,
+            target=args.target,
+            backends=selection.backends,
+            required=selection.required,
+            scenarios=titles,
+            machine=_machine(),
+            versions=_versions(selection, outcomes),
+            devices={spec: tuple(found.devices) for spec, found in selection.found.items()},
+            outcomes=tuple(outcomes),
+        )
+        report = Report((result,))
+        print_summary(console, result)
+        if args.report:
+            page = write_reports(report, args.report)
+            console.print(f"report: {page}", markup=False, soft_wrap=True)
+    if stopped_by is not None:
+        return 128 + stopped_by
+    return BROKEN if report.broken() else OK
+
+
+def _why(selection: Selection, spec: str) -> str:
+    found = selection.found[spec]
+    return " ".join(f"{found.reason} {found.remedy}".split())
+
+
+def _outcomes(
+    plan: CellPlan, selection: Selection, scenarios: Sequence[str], console: Console
+) -> tuple[list[Outcome], signal.Signals | None]:
+    """Runs the cells; gives the outcomes, and the signal that stopped it, if one did."""
+    from .cells import run_cells
+    from .progress import progress_on
+
+    outcomes = _unavailable(selection, scenarios)
+    try:
+        with (
+            _termination(),
+            progress_on(console, selection.backends, scenarios, outcomes) as progress,
+            contextlib.closing(run_cells(plan, progress)) as results,
+        ):
+            for outcome in results:
+                outcomes.append(outcome)
+    except _Terminated:
+        return outcomes, signal.SIGTERM
+    except KeyboardInterrupt:
+        return outcomes, signal.SIGINT
+    return outcomes, None
+
+
+def _unavailable(selection: Selection, scenarios: Sequence[str]) -> list[Outcome]:
+    from .outcome import Outcome
+
+    return [
+        Outcome(spec=spec, scenario=scenario, status="unavailable", reason=_why(selection, spec))
+        for scenario in scenarios
+        for spec in selection.backends
+        if not selection.found[spec].ok
+    ]
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came: what CI sends when a job is cancelled."""
+
+
+@contextlib.contextmanager
+def _termination() -> Generator[None]:
+    """Lets SIGTERM end the cells in order, as Ctrl-C does."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _machine() -> dict[str, str]:
+    return {
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": str(_cores()),
+        "python": platform.python_version(),
+    }
+
+
+def _processor() -> str:
+    """The name of the CPU's model, which decides the bits of its arithmetic."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def _versions(selection: Selection, outcomes: Sequence[Outcome]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name in ("crosstrain", "torch"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    reported: list[Mapping[str, str]] = [one.versions for one in selection.found.values()]
+    for versions in [*reported, *(outcome.versions for outcome in outcomes)]:
+        found.update(versions)
+    return found
+
+
+def _merge(args: argparse.Namespace) -> int:
+    from .selection import UsageError
+
+    if not args.report:
+        raise UsageError("--merge needs --report DIR, where the one report is written.")
+    if args.backends or args.scenarios or args.target or args.name:
+        raise UsageError(
+            "--merge runs nothing: --backends, --scenarios, --target and --name do not go with it."
+        )
+    report = merged(Report.read(path) for path in args.merge)
+    page = write_reports(report, args.report)
+    broken = report.broken()
+    for one, outcome in broken:
+        words = f"{one.name}: {outcome.scenario} on {outcome.spec}: {outcome.status}"
+        print(f"{words}: {outcome.reason}")
+    ran = {outcome.spec for one in report.runs for outcome in one.outcomes if _has_run(outcome)}
+    missing = [spec for spec in args.require if spec not in ran]
+    for spec in missing:
+        print(f"required, but it ran on no machine: {spec}", file=sys.stderr)
+    interrupted = [one.name for one in report.runs if one.interrupted]
+    if interrupted:
+        print(f"interrupted, so not every cell has run: {', '.join(interrupted)}", file=sys.stderr)
+    cells = sum(len(one.outcomes) for one in report.runs)
+    print(f"{len(report.runs)} runs, {cells} cells, {len(broken)} broken; report: {page}")
+    return BROKEN if broken or missing or interrupted else OK
+
+
+def _has_run(outcome: Outcome) -> bool:
+    return outcome.status not in ("unavailable", "skipped")
+
+
+def write_reports(report: Report, folder: Path) -> Path:
+    """Write a report in its three forms.
+
+    Args:
+        report: what ran.
+        folder: where to; it is made if need be.
+
+    Returns:
+        The page, `index.html`; beside it are `matrix.json` and `junit.xml`.
+    """
+    from .report_html import page
+    from .report_junit import junit
+
+    report.write(folder)
+    (folder / "junit.xml").write_bytes(junit(report))
+    target = folder / "index.html"
+    # A reason may hold what a process printed, which need not be text.
+    target.write_text(page(report), encoding="utf-8", errors="replace")
+    return target

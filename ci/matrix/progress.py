@@ -1,0 +1,208 @@
+"""What the terminal shows while the matrix runs: a live table, or a line for each cell."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from .cells import Cell
+    from .outcome import Outcome, Status
+    from .report import Run
+
+__all__ = ["MARKS", "LiveProgress", "PlainProgress", "duration", "print_summary", "progress_on"]
+
+# A sign, a colour and a word for each status: no one of them is needed to tell them apart.
+MARKS: Mapping[Status, tuple[str, str]] = {
+    "passed": ("✓", "green"),
+    "failed": ("✗", "bold red"),
+    "error": ("!", "bold red"),
+    "timeout": ("∞", "bold red"),
+    "unavailable": ("∅", "yellow"),
+    "skipped": ("–", "dim"),
+}
+
+
+def duration(seconds: float) -> str:
+    """Returns a duration as people read it, such as `4.2 s` or `3:07`."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def progress_on(
+    console: Console,
+    specs: Sequence[str],
+    scenarios: Sequence[str],
+    known: Sequence[Outcome] = (),
+) -> PlainProgress:
+    """Returns the progress that suits a console: live on a terminal, plain lines elsewhere.
+
+    Args:
+        console: where it is shown.
+        specs: the columns.
+        scenarios: the rows.
+        known: outcomes that are known before anything has run; their reasons are not repeated.
+    """
+    kind = LiveProgress if console.is_terminal and not console.is_dumb_terminal else PlainProgress
+    progress = kind(console, specs, scenarios)
+    for outcome in known:
+        progress.note(outcome)
+    return progress
+
+
+class PlainProgress:
+    """Prints a line for each cell that ends. A context manager.
+
+    Args:
+        console: where to.
+        specs: the columns.
+        scenarios: the rows.
+    """
+
+    def __init__(self, console: Console, specs: Sequence[str], scenarios: Sequence[str]) -> None:
+        self._console = console
+        self._specs = specs
+        self._scenarios = scenarios
+        self._began = time.monotonic()
+        self._running: dict[Cell, float] = {}
+        self._ended: dict[tuple[str, str], Outcome] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        return None
+
+    def started(self, cell: Cell) -> None:
+        """Notes that a cell was started."""
+        self._running[cell] = time.monotonic()
+
+    def ended(self, outcome: Outcome) -> None:
+        """Prints what became of a cell, with its reason."""
+        self.note(outcome)
+        total = len(self._specs) * len(self._scenarios)
+        sign, style = MARKS[outcome.status]
+        line = Text(f"[{len(self._ended):>{len(str(total))}}/{total}] ")
+        line.append(f"{sign} {outcome.status:<11}", style)
+        width = max(map(len, self._specs))
+        line.append(f" {outcome.spec:<{width}} {outcome.scenario:<14}")
+        line.append(f" {duration(outcome.seconds):>8}")
+        if outcome.reason:
+            line.append(f"  {outcome.reason}", "dim" if outcome.status == "skipped" else "")
+        # Logs are searched by line: they are not wrapped.
+        self._console.print(line, soft_wrap=True)
+
+    def waited(self) -> None:
+        """Shows nothing: a log has no use for it."""
+
+    def note(self, outcome: Outcome) -> None:
+        """Counts a cell as ended and prints nothing."""
+        self._ended[outcome.spec, outcome.scenario] = outcome
+        self._running = {
+            cell: began
+            for cell, began in self._running.items()
+            if (cell.spec, cell.scenario) != (outcome.spec, outcome.scenario)
+        }
+
+
+class LiveProgress(PlainProgress):
+    """Shows the matrix as it fills, and above it the reason of each cell that did not pass."""
+
+    def __init__(self, console: Console, specs: Sequence[str], scenarios: Sequence[str]) -> None:
+        super().__init__(console, specs, scenarios)
+        self._live = Live(
+            console=console, get_renderable=self._render, refresh_per_second=4, transient=True
+        )
+
+    def __enter__(self) -> Self:
+        self._live.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._live.__exit__(kind, error, trace)
+
+    def ended(self, outcome: Outcome) -> None:
+        """Prints the reason of a cell that did not pass above the table."""
+        self.note(outcome)
+        if outcome.status in ("passed", "skipped"):
+            return
+        sign, style = MARKS[outcome.status]
+        head = Text(f"{sign} {outcome.scenario} on {outcome.spec}: {outcome.status}", style)
+        self._console.print(head, Text(outcome.reason), sep="\n")
+
+    def _render(self) -> Group:
+        now = time.monotonic()
+        table = Table(box=None, pad_edge=False)
+        table.add_column("scenario", no_wrap=True)
+        for spec in self._specs:
+            table.add_column(escape(spec), justify="center", overflow="fold")
+        began = {(cell.spec, cell.scenario): since for cell, since in self._running.items()}
+        for scenario in self._scenarios:
+            cells = [
+                self._cell(self._ended.get((spec, scenario)), began.get((spec, scenario)), now=now)
+                for spec in self._specs
+            ]
+            table.add_row(scenario, *cells)
+        return Group(table, self._line(now))
+
+    def _cell(self, outcome: Outcome | None, began: float | None, *, now: float) -> Text:
+        if outcome is not None:
+            sign, style = MARKS[outcome.status]
+            return Text(f"{sign} {duration(outcome.seconds)}", style)
+        return Text("·", "dim") if began is None else Text(f"▸ {now - began:.0f} s", "cyan")
+
+    def _line(self, now: float) -> Text:
+        total = len(self._specs) * len(self._scenarios)
+        line = Text(f"{len(self._ended)}/{total} cells", "bold")
+        line.append(f" · {duration(now - self._began)} elapsed · {len(self._running)} running", "")
+        counts = [one.status for one in self._ended.values()]
+        for status, (_, style) in MARKS.items():
+            if counts.count(status):
+                line.append(f" · {counts.count(status)} {status}", style)
+        return line
+
+
+def print_summary(console: Console, run: Run) -> None:
+    """Prints the matrix of a run and how many cells became what.
+
+    Args:
+        console: where to.
+        run: what ran.
+    """
+    table = Table(title=f"{run.name}, {duration(run.seconds)}", title_justify="left")
+    table.add_column("scenario", no_wrap=True)
+    for spec in run.backends:
+        table.add_column(escape(spec), justify="center", overflow="fold")
+    for scenario in run.scenarios:
+        cells: list[Text] = []
+        for spec in run.backends:
+            outcome = run.outcome(spec, scenario)
+            sign, style = ("·", "dim") if outcome is None else MARKS[outcome.status]
+            cells.append(Text(f"{sign} {'not run' if outcome is None else outcome.status}", style))
+        table.add_row(scenario, *cells)
+    console.print(table)
+    counts = [one.status for one in run.outcomes]
+    words = [f"{counts.count(status)} {status}" for status in MARKS if counts.count(status)]
+    left = len(run.backends) * len(run.scenarios) - len(counts)
+    console.print(", ".join([*words, *([f"{left} not run"] if left else [])]) or "nothing ran")

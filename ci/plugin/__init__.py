@@ -1,0 +1,1 @@
+"""The pytest plugin: tests that run on every backend, by one fixture."""

@@ -1,0 +1,1 @@
+"""Traces: what a training did, written down to the bit, and where two of them part."""

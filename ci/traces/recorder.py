@@ -1,0 +1,268 @@
+"""TraceRecorder: a handler that writes down a digest of all that a training does."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import torch
+
+from crosstrain.engine import Engine, Events, StepEvents
+from crosstrain.engine.exact.snapshot import environment
+from crosstrain.engine.state import Unread
+
+from .digest import Digester, tensors_of
+from .file import Header, TraceWriter, path_of_rank
+from .sources import Sources
+
+__all__ = ["TraceRecorder"]
+
+_MASK: Final = (1 << 64) - 1
+
+
+class TraceRecorder:
+    """Records each iteration of an engine into a file, for `crosstrain diff`.
+
+    Recorded are, in this order: the batch; the random states of host and device before the step;
+    the settings of the optimizers, such as the learning rate; the loss (the iteration's output);
+    the gradient of each parameter, after the backward pass and before clipping; each parameter and
+    each buffer after the iteration; the random states then. Digests are computed on the device, and
+    read there every `every_sync` iterations, all in one transfer. Nothing is drawn, and nothing
+    that the training computes is changed.
+
+    After a resume it goes on in the same file. If the process is killed, up to `every_sync`
+    iterations are not in it. Name the recorder in what is saved (`to_save`), and the trace is
+    written before each checkpoint, so that a resumed run leaves no gap. Of several processes, rank
+    r > 0 writes to `path.rank<r>`.
+
+    Args:
+        path: the file; made if need be, with its folder.
+        every_sync: after how many iterations the digests are read; the host waits for the device.
+        norms: whether the norm of each gradient, parameter and buffer is recorded beside its
+            digest: traces of different kinds of devices are compared by these.
+
+    Raises:
+        ValueError: if `every_sync` is below 1.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], every_sync: int = 10, *, norms: bool = True
+    ) -> None:
+        if every_sync < 1:
+            raise ValueError(f"every_sync is a number of iterations of at least 1: {every_sync}.")
+        self.path = path
+        self.every_sync = every_sync
+        self.norms = norms
+        self._digester = Digester()
+        self._sources: Sources | None = None
+        self._writer: TraceWriter | None = None
+        self._current: _Iteration | None = None
+        self._pending: list[_Iteration] = []
+
+    def attach(self, trainer: Engine, objects: Mapping[str, Any] | None = None) -> None:
+        """Attaches the recorder to an engine, after all handlers whose doings it shall see.
+
+        Args:
+            trainer: the engine. A factory's knows what it trains; its gradients are seen before
+                they are stepped with. Of another one they are seen as the iteration leaves them.
+            objects: what it trains, by name, as in `to_save`; by default what the trainer names.
+
+        Raises:
+            ValueError: if the recorder is attached already.
+        """
+        if self._sources is not None:
+            raise ValueError("The recorder is attached already: make one for each trainer.")
+        self._sources = sources = Sources(trainer, trainer.objects if objects is None else objects)
+        trainer.add_event_handler(Events.STARTED, self._open, trainer)
+        trainer.add_event_handler(Events.ITERATION_STARTED, self._begin)
+        if sources.has_backward_event:
+            trainer.add_event_handler(StepEvents.BACKWARD_COMPLETED, self._take_gradients)
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, self._end)
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, self.flush)
+        trainer.call_at_end(self.flush)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Writes what has not been written yet; returns nothing that a resumed run needs."""
+        self.flush()
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Does nothing: the trace goes on where the trainer does."""
+
+    # ---------------------------------------------------------------- an iteration
+
+    def _open(self, trainer: Engine) -> None:
+        assert self._sources is not None
+        self._current, self._pending = None, []
+        header = Header(
+            trainer.state.iteration,
+            tuple(self._sources.things),
+            environment(trainer.backend),
+            trainer.state.seed,
+        )
+        world = None if trainer.backend is None else trainer.backend.world
+        # Each process sees its own batches.
+        self._writer = TraceWriter(path_of_rank(self.path, world.rank if world else 0), header)
+
+    def _begin(self) -> None:
+        sources = self._sources
+        assert sources is not None
+        state = sources.trainer.state
+        taken = self._current = _Iteration(
+            self._digester, state.iteration, state.epoch, len(sources.things)
+        )
+        taken.nest(0, state.batch)
+        for offset, stream in enumerate(sources.streams.values()):
+            taken.digests[1 + offset] = stream()
+        taken.settings(sources.place_of["setting"], sources.settings)
+
+    def _take_gradients(self) -> None:
+        sources, taken = self._sources, self._current
+        if sources is None or taken is None:
+            return
+        place = sources.place_of["gradient"]
+        for offset, parameter in enumerate(sources.parameters.values()):
+            if parameter.grad is not None:
+                taken.tensor(place + offset, parameter.grad, self.norms)
+
+    def _end(self) -> None:
+        sources, taken = self._sources, self._current
+        if sources is None or taken is None:
+            return
+        if not sources.has_backward_event:
+            self._take_gradients()
+        taken.output(sources.place_of["loss"], sources.trainer.state.raw_output)
+        for kind, tensors in (("parameter", sources.parameters), ("buffer", sources.buffers())):
+            for offset, tensor in enumerate(tensors.values()):
+                taken.tensor(sources.place_of[kind] + offset, tensor, self.norms)
+        for offset, stream in enumerate(sources.streams.values()):
+            taken.digests[sources.place_of["random after"] + offset] = stream()
+        taken.gather()
+        self._pending.append(taken)
+        self._current = None
+        if len(self._pending) >= self.every_sync:
+            self.flush()
+
+    def flush(self) -> None:
+        """Reads what has been computed since the last time, and appends it to the file."""
+        pending, self._pending = self._pending, []
+        if not pending or self._writer is None:
+            return
+        _read(pending)
+        self._writer.append([(t.iteration, t.epoch, t.digests, t.values) for t in pending])
+
+
+class _Iteration:
+    """One iteration while it goes on: digests and values by place, read or still on a device."""
+
+    def __init__(self, digester: Digester, iteration: int, epoch: int, places: int) -> None:
+        self.iteration = iteration
+        self.epoch = epoch
+        self.digests: list[int | None] = [None] * places
+        self.values: list[float | None] = [None] * places
+        # By device: from place to what is to be added to its digest; the digests; the same of
+        # norms; then both in one tensor.
+        self.unread: dict[torch.device, _Unread] = {}
+        self._digester = digester
+
+    def tensor(self, place: int, tensor: torch.Tensor, norm: bool) -> None:
+        """Takes a tensor."""
+        digest = self._digester.digest(tensor)
+        unread = self.unread.setdefault(digest.device, _Unread())
+        unread.digests.append((place, self._digester.salt(tensor), digest))
+        floats = tensor.is_floating_point() and tensor.layout is torch.strided
+        if norm and floats and not hasattr(tensor, "to_local"):
+            unread.values.append((place, _norm(tensor)))
+
+    def nest(self, place: int, value: Any) -> list[torch.Tensor]:
+        """Takes a nest of tensors and other values, as one thing; returns the tensors."""
+        tensors, rest = tensors_of(value)
+        self.digests[place] = rest
+        for number, tensor in enumerate(tensors, 1):
+            digest = self._digester.digest(tensor)
+            unread = self.unread.setdefault(digest.device, _Unread())
+            # Odd and different factors: the tensors of a nest cannot change places unseen.
+            added = self._digester.salt(tensor) + number
+            unread.digests.append((place, added, digest * (2 * number - 1)))
+        return tensors
+
+    def settings(self, place: int, settings: Mapping[str, Callable[[], Any]]) -> None:
+        """Takes the settings of optimizers."""
+        for offset, setting in enumerate(settings.values()):
+            value = setting()
+            if not isinstance(value, (int, float)):
+                self.nest(place + offset, value)
+                continue
+            self.digests[place + offset] = self._digester.text(f"{type(value).__name__}{value!r}")
+            self.values[place + offset] = float(value)
+
+    def output(self, place: int, output: Any) -> None:
+        """Takes the iteration's output; its value, too, if it is a loss."""
+        value = output.tensor if isinstance(output, Unread) else output
+        tensors = self.nest(place, value)
+        if isinstance(value, (int, float)):
+            self.values[place] = float(value)
+        elif len(tensors) == 1 and tensors[0].numel() == 1 and tensors[0].is_floating_point():
+            loss = tensors[0].detach().reshape(()).to(torch.float32)
+            unread = self.unread.setdefault(loss.device, _Unread())
+            unread.values.append((place, loss))
+
+    def gather(self) -> None:
+        """Puts what lies on a device into one tensor there: everything else can be given up."""
+        for unread in self.unread.values():
+            unread.gather()
+
+
+class _Unread:
+    """Digests and values that lie on one device."""
+
+    def __init__(self) -> None:
+        self.digests: list[tuple[int, int, torch.Tensor]] = []
+        self.values: list[tuple[int, torch.Tensor]] = []
+        self.places: list[tuple[int, int]] = []
+        self.value_places: list[int] = []
+        self.numbers: torch.Tensor | None = None
+
+    def gather(self) -> None:
+        """Stacks them; values by their bits."""
+        with torch.no_grad():
+            self.numbers = torch.stack([digest for _, _, digest in self.digests])
+            if self.values:
+                values = torch.stack([value for _, value in self.values]).view(torch.int32)
+                self.numbers = torch.cat([self.numbers, values.to(torch.int64)])
+        self.places = [(place, added) for place, added, _ in self.digests]
+        self.value_places = [place for place, _ in self.values]
+        self.digests, self.values = [], []
+
+
+def _norm(tensor: torch.Tensor) -> torch.Tensor:
+    wide = torch.float64 if tensor.dtype is torch.float64 else torch.float32
+    linalg: Any = torch.linalg
+    found: torch.Tensor = linalg.vector_norm(tensor.detach(), dtype=wide)
+    return found.to(torch.float32)
+
+
+def _read(pending: list[_Iteration]) -> None:
+    """Copies the digests and values of several iterations to the host, a device at a time."""
+    for device in {device for taken in pending for device in taken.unread}:
+        parts = [taken.unread[device] for taken in pending if device in taken.unread]
+        numbers: Any = torch.cat([one.numbers for one in parts if one.numbers is not None]).cpu()
+        start = 0
+        for taken in pending:
+            part = taken.unread.get(device)
+            if part is None:
+                continue
+            middle = start + len(part.places)
+            end = middle + len(part.value_places)
+            for (place, added), digest in zip(
+                part.places, numbers[start:middle].tolist(), strict=True
+            ):
+                known = taken.digests[place] or 0
+                taken.digests[place] = (known + digest + added) & _MASK
+            bits = numbers[middle:end].to(torch.int32).view(torch.float32)
+            for place, value in zip(part.value_places, bits.tolist(), strict=True):
+                taken.values[place] = value
+            start = end
+    for taken in pending:
+        taken.unread = {}

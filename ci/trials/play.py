@@ -1,0 +1,226 @@
+"""How a scenario is played: a run straight through, and one that is interrupted and resumed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+from .course import Course, deviation, first_difference, first_distance
+from .order import Order
+from .processes import Life
+
+__all__ = ["NotApplicable", "Play", "Verdict"]
+
+
+class NotApplicable(Exception):
+    """A scenario cannot be played with a training; the message says why."""
+
+
+class Verdict(NamedTuple):
+    """How a scenario ended.
+
+    Args:
+        problem: the first thing that differs, as a sentence; empty if it passed.
+        straight: the run that was never stopped.
+        resumed: the run that was interrupted.
+        figures: what else is to be told, by name.
+    """
+
+    problem: str
+    straight: Course
+    resumed: Course
+    figures: dict[str, int | float | str]
+
+
+class Play:
+    """Plays a scenario on a backend: each process is a fresh interpreter, started ahead.
+
+    Use it as a context manager: leaving it ends its processes.
+
+    Args:
+        spec: the backend.
+        folder: an empty one, for checkpoints and the processes' last words.
+        target: a user's training, as `module:function`; None: the scenario's own.
+        seed: of the moments of the kills.
+        processes: how many the scenario will need; they are started ahead.
+    """
+
+    def __init__(
+        self, spec: str, folder: Path, target: str | None, seed: int, processes: int
+    ) -> None:
+        self.spec = spec
+        self.target = target
+        self.straight = Course()
+        self.resumed = Course()
+        self._chance = random.Random(seed)
+        self._seed = seed
+        self._order = Order(spec, "", target=target)
+        self._folder = folder
+        self._stack = ExitStack()
+        self._processes = processes
+        self._lives: list[Life] = []
+        self._used = 0
+        self._takes_workers = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def probe(self) -> dict[str, Any]:
+        """Returns what the backend's probe says, in a process that will train later."""
+        self._start(1)
+        found = self._lives[0].probe(self.spec, self.target)
+        self._takes_workers = found["takes_workers"]
+        return found
+
+    def need_workers(self) -> None:
+        """Makes sure that the number of workers can be changed.
+
+        Raises:
+            NotApplicable: if a user's training does not offer that.
+        """
+        if not self._takes_workers:
+            raise NotApplicable(
+                f"{self.target} has no argument `workers`, so it cannot be run with other numbers "
+                "of them."
+            )
+
+    def _start(self, number: int) -> None:
+        """Starts processes until there are so many: each imports torch while the others train."""
+        while len(self._lives) < number:
+            errors = self._folder / f"process-{len(self._lives)}.txt"
+            self._lives.append(self._stack.enter_context(Life(errors)))
+
+    def begin(self, training: str = "plain", **order: Any) -> None:
+        """Trains straight through, by which the lengths of the run become known.
+
+        Args:
+            training: which of ours; unused with a target.
+            **order: what shall differ from an `Order`'s defaults in all processes of the play.
+        """
+        self._start(self._processes)
+        self._order = replace(self._order, training=training, **order)
+        self._live(self.straight, self._ordered("straight"))
+
+    @property
+    def length(self) -> int:
+        """The iterations of an epoch."""
+        return self.straight.length
+
+    @property
+    def total(self) -> int:
+        """The iterations of the run."""
+        return self.straight.total
+
+    def stop(self, at: int, **order: Any) -> None:
+        """Goes on, and is asked by SIGTERM to stop after an iteration.
+
+        Args:
+            at: the iteration.
+            **order: what differs in this process.
+
+        Raises:
+            NotApplicable: if the run is not longer than that.
+        """
+        if not 0 < at < self.total:
+            raise NotApplicable(
+                f"The training has {self.total} iterations in epochs of {self.length}, which is "
+                "too few to interrupt it there."
+            )
+        self._live(self.resumed, self._ordered("resumed", stop_at=at, **order))
+        self.resumed.stops += 1
+
+    def kill(self, first: int, last: int, **order: Any) -> None:
+        """Goes on, and is killed by SIGKILL at a random moment.
+
+        Args:
+            first: after which iteration at the earliest.
+            last: after which iteration at the latest; it comes to one more at most.
+            **order: what differs in this process.
+
+        Raises:
+            NotApplicable: if the run is not longer than that.
+        """
+        if not 0 < first <= last < self.total - 1:
+            raise NotApplicable(
+                f"The training has {self.total} iterations, which is too few to kill it at a "
+                "random one after the first checkpoints."
+            )
+        after = self._chance.randint(first, last)
+        ordered = self._ordered("resumed", hold_at=after + 2, **order)
+        self._live(self.resumed, ordered, after)
+        self.resumed.kills += 1
+
+    def finish(self, **order: Any) -> None:
+        """Goes on to the end.
+
+        Args:
+            **order: what differs in this process.
+        """
+        self._live(self.resumed, self._ordered("resumed", **order))
+
+    def verdict(self, **figures: int | float | str) -> Verdict:
+        """Compares the runs bit for bit.
+
+        Args:
+            **figures: what else is to be told.
+        """
+        problem = self._not_resumed() or first_difference(self.straight, self.resumed)
+        return self._verdict(problem, figures)
+
+    def verdict_within(self, tolerance: float | None, **figures: int | float | str) -> Verdict:
+        """Compares batches bit for bit, and losses within a tolerance.
+
+        Args:
+            tolerance: by how much a loss may differ; None: by any number.
+            **figures: what else is to be told.
+        """
+        problem = self._not_resumed() or first_distance(self.straight, self.resumed, tolerance)
+        if tolerance is not None:
+            figures["tolerance"] = tolerance
+        return self._verdict(problem, figures)
+
+    def _not_resumed(self) -> str:
+        """Says so if a process began anew: equal runs would then show nothing."""
+        for number, iteration in enumerate(self.resumed.resumed_from[1:], 2):
+            if iteration is None:
+                return f"Process {number} found no checkpoint and began anew."
+        return ""
+
+    def _verdict(self, problem: str, figures: Mapping[str, int | float | str]) -> Verdict:
+        places = ", ".join(str(place) for place in self.resumed.resumed_from[1:])
+        found: dict[str, int | float | str] = {
+            "iterations": self.total,
+            "kills": self.resumed.kills,
+            "stops": self.resumed.stops,
+            "resumed_from": places,
+            "largest_deviation": deviation(self.straight, self.resumed),
+            **figures,
+        }
+        if self.resumed.kills:
+            found["seed"] = self._seed
+        return Verdict(problem, self.straight, self.resumed, found)
+
+    def _ordered(self, folder: str, **order: Any) -> Order:
+        # What is resumed must not depend on the seed that its process begins with.
+        seed = len(self.resumed.resumed_from) if folder == "resumed" else 0
+        return replace(self._order, folder=str(self._folder / folder), seed=seed, **order)
+
+    def _live(self, course: Course, order: Order, kill_after: int | None = None) -> None:
+        self._start(self._used + 1)
+        life = self._lives[self._used]
+        self._used += 1
+        for line in life.train(order):
+            if "begun" in line and course is self.resumed:
+                course.resumed_from.append(line["resumed_from"])
+            course.take(line)
+            if kill_after is not None and line.get("iteration", 0) >= kill_after:
+                # Within this iteration's save or within the next two.
+                life.kill(self._chance.uniform(0.0, 0.05))
+                kill_after = None

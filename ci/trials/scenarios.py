@@ -1,0 +1,214 @@
+"""The scenarios: what a training has to survive with the same bits, the same for every backend.
+
+Each trains a small network on real data straight through, and once more interrupted and resumed in
+fresh processes, and compares batches, losses, weights, optimizer, loss scale and random states. A
+user's own training (see `crosstrain.ci.trials.target`) can be played in place of ours where that
+makes sense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from .play import NotApplicable, Play, Verdict
+
+__all__ = [
+    "COMPUTES_NOTHING",
+    "LOSS_TOLERANCE",
+    "SCENARIOS",
+    "NotApplicable",
+    "Scenario",
+    "Verdict",
+]
+
+#: The word in a backend's capabilities that says that it computes nothing: no scenario applies.
+COMPUTES_NOTHING = "null"
+
+#: By how much the losses of a ported run may differ from those of the one that stayed, 2.3 being
+#: the loss of a network that knows nothing.
+LOSS_TOLERANCE = 0.05
+
+_OVERFLOWS = (4, 12)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One way to interrupt a training.
+
+    Args:
+        name: what it is called on the command line.
+        title: what it shows, in a few words.
+        needs: the capabilities that a backend must have for it.
+        run: plays it and compares.
+        processes: how many processes it starts.
+        own_only: why it cannot be played with a user's training, as a sentence; empty if it can.
+    """
+
+    name: str
+    title: str
+    needs: frozenset[str]
+    run: Callable[[Play], Verdict]
+    processes: int = 3
+    own_only: str = ""
+
+
+def _boundary(play: Play) -> Verdict:
+    play.begin()
+    play.stop(play.length)
+    play.finish()
+    return play.verdict()
+
+
+def _middle(play: Play) -> Verdict:
+    play.begin()
+    # Of the second epoch, if there is one.
+    first = play.length if play.total > play.length else 0
+    play.stop(first + max(1, play.length // 2))
+    play.finish()
+    return play.verdict()
+
+
+def _sigkill(play: Play) -> Verdict:
+    play.begin()
+    every = max(1, play.total // 8)
+    # A save waits for the one before it: after the third, the first is whole for certain.
+    play.kill(2 * every + 1, play.total // 2, every=every, background=True)
+    play.kill(play.total // 2 + 1, play.total - 3, every=every, background=True)
+    play.finish(every=every, background=True)
+    return play.verdict(checkpoint_every=every)
+
+
+def _workers(play: Play) -> Verdict:
+    play.need_workers()
+    play.begin(workers=0)
+    play.stop(max(1, play.total * 3 // 8), workers=2)
+    play.finish(workers=1)
+    return play.verdict(workers="0; 2, then 1")
+
+
+def _accumulation(play: Play) -> Verdict:
+    play.begin("accumulating")
+    # After the second of a window's three iterations, where the epoch ends, too.
+    play.stop(8)
+    play.finish()
+    return play.verdict(window=3)
+
+
+def _overflow(play: Play) -> Verdict:
+    play.begin("overflowing")
+    before, after = _OVERFLOWS
+    play.kill(before + 3, after - 2, every=2, background=True)
+    play.finish()
+    found = play.verdict(skipped_steps=", ".join(map(str, _skipped(play))))
+    if not found.problem and _skipped(play) != list(_OVERFLOWS):
+        problem = (
+            f"Steps were skipped in the iterations {_skipped(play)}, and the gradients overflow "
+            f"in {list(_OVERFLOWS)}: the backend says that it scales the loss."
+        )
+        return found._replace(problem=problem)
+    return found
+
+
+def _skipped(play: Play) -> list[int]:
+    """Returns the iterations whose step the resumed run skipped."""
+    rows = play.resumed.rows
+    return [
+        iteration
+        for iteration, row in sorted(rows.items())
+        if row["skipped steps"] > rows.get(iteration - 1, {"skipped steps": 0})["skipped steps"]
+    ]
+
+
+def _two_optimizers(play: Play) -> Verdict:
+    play.begin("two_optimizers")
+    play.stop(5)
+    play.finish()
+    return play.verdict()
+
+
+def _random_layers(play: Play) -> Verdict:
+    play.begin("random_layers")
+    play.stop(11)
+    play.finish()
+    return play.verdict()
+
+
+def _schedule(play: Play) -> Verdict:
+    play.begin("scheduled")
+    # In the first part of the schedule; the second is to begin on time.
+    play.stop(3)
+    play.finish()
+    return play.verdict()
+
+
+def _background(play: Play) -> Verdict:
+    play.begin()
+    play.kill(3, play.total - 3, every=1, background=True, overlap=True)
+    play.finish(every=1, background=True, overlap=True)
+    return play.verdict(checkpoint_every=1)
+
+
+def _port(play: Play) -> Verdict:
+    other = "cpu:bf16" if play.spec == "cpu" else "cpu"
+    play.begin()
+    play.stop(max(1, play.total * 3 // 8))
+    play.stop(max(2, play.total * 6 // 8), spec=other)
+    play.finish()
+    return play.verdict_within(None if play.target else LOSS_TOLERANCE, ported_to=other)
+
+
+_ANY: frozenset[str] = frozenset()
+
+_ALL = (
+    Scenario("boundary", "stopped at an epoch's end", _ANY, _boundary),
+    Scenario("middle", "stopped in the middle of an epoch", _ANY, _middle),
+    Scenario("sigkill", "killed by SIGKILL at two random moments", _ANY, _sigkill, 4),
+    Scenario("workers", "resumed with other numbers of workers", _ANY, _workers),
+    Scenario(
+        "accumulation",
+        "stopped within an accumulation window",
+        _ANY,
+        _accumulation,
+        3,
+        "How gradients are accumulated is for the training to say.",
+    ),
+    Scenario(
+        "overflow",
+        "killed between two overflows of fp16",
+        frozenset({"loss_scaling"}),
+        _overflow,
+        3,
+        "Overflows are planted in the scenario's own loss.",
+    ),
+    Scenario(
+        "two_optimizers",
+        "two networks with an optimizer each",
+        _ANY,
+        _two_optimizers,
+        3,
+        "How many optimizers there are is for the training to say.",
+    ),
+    Scenario(
+        "random_layers",
+        "dropout and batch norm",
+        _ANY,
+        _random_layers,
+        3,
+        "Which layers there are is for the training to say.",
+    ),
+    Scenario(
+        "schedule",
+        "a learning rate that changes each step",
+        _ANY,
+        _schedule,
+        3,
+        "Which schedule there is is for the training to say.",
+    ),
+    Scenario("background", "killed while checkpoints are written", _ANY, _background),
+    Scenario("port", "ported to another backend and back", _ANY, _port, 4),
+)
+
+#: Every scenario by its name, in the order of reports.
+SCENARIOS: Mapping[str, Scenario] = MappingProxyType({each.name: each for each in _ALL})

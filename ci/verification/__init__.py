@@ -1,0 +1,1 @@
+"""``crosstrain verify``: does a user's own training resume exactly?"""

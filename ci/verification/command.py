@@ -1,0 +1,227 @@
+"""``crosstrain verify``: does a training of your own resume exactly?"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from crosstrain.backends import add_backend_argument
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import TaskID
+
+    from .run import RunResult, Verdict
+
+__all__ = ["add_arguments", "print_verdict", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``crosstrain verify``.
+
+    Args:
+        parser: the parser of this subcommand.
+    """
+    parser.add_argument(
+        "target",
+        help="your training: PACKAGE.MODULE:FUNCTION or FILE.py:FUNCTION, a function of a spec "
+        "that returns crosstrain.ci.Training",
+    )
+    add_backend_argument(parser)
+    parser.add_argument(
+        "--nproc-per-node",
+        type=int,
+        default=1,
+        metavar="N",
+        help="train in N processes, which torchrun starts on this machine: all are stopped "
+        "together, one at random is killed, and the traces of all are compared (default: 1)",
+    )
+    parser.add_argument(
+        "--at",
+        type=_numbers,
+        metavar="K,K,...",
+        help="stop after these iterations and resume in a fresh process with another seed "
+        "(default: in the middle of an epoch, and at the end of one)",
+    )
+    parser.add_argument(
+        "--kills",
+        type=int,
+        default=2,
+        metavar="N",
+        help="kill a run N times with SIGKILL at random moments (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=_numbers,
+        default=[0],
+        metavar="N,N,...",
+        help="worker processes of the loader: the first for the straight run, and on in turn with "
+        "each resumed process (default: 0)",
+    )
+    parser.add_argument(
+        "--every",
+        type=int,
+        metavar="N",
+        help="iterations between two checkpoints of the killed run",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the straight run and the kills (default: 0)"
+    )
+    parser.add_argument(
+        "--time-limit",
+        type=float,
+        default=900.0,
+        metavar="SECONDS",
+        help="for all of it (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--keep", type=Path, metavar="DIR", help="leave traces and checkpoints in this empty folder"
+    )
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the verdict to this file")
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a list of numbers, such as 3,10,20"
+        ) from None
+
+
+def run(args: argparse.Namespace) -> int:
+    """Verify the training and print what was found.
+
+    Args:
+        args: the namespace of :func:`add_arguments`.
+
+    Returns:
+        0 if it resumes exactly, 1 if it does not, 2 if that cannot be told.
+
+    Raises:
+        BackendError: if the backend is unknown or cannot run here.
+    """
+    from rich.console import Console
+
+    from crosstrain.ci.trials.target import TargetError
+
+    from .run import VerifyError, verify
+
+    console = Console(highlight=False)
+    try:
+        with _progress(console) as progress:
+            verdict = verify(
+                args.target,
+                args.backend,
+                nproc_per_node=args.nproc_per_node,
+                at=args.at,
+                kills=args.kills,
+                workers=args.workers,
+                seed=args.seed,
+                every=args.every,
+                time_limit=args.time_limit,
+                folder=args.keep,
+                progress=progress,
+            )
+    except (TargetError, VerifyError) as error:
+        print(f"crosstrain verify: error: {error}", file=sys.stderr)
+        return 2
+    if args.json is not None:
+        args.json.write_text(json.dumps(verdict.as_json(), indent=1) + "\n")
+    print_verdict(console, verdict)
+    return 0 if verdict.exact else 1
+
+
+@contextmanager
+def _progress(console: Console) -> Generator[Callable[[str, int, int], None]]:
+    """Shows a line for each run while it goes on, where somebody looks at a terminal."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("{task.description:<20}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    bars: dict[str, TaskID] = {}
+    with Progress(*columns, console=console, transient=True) as display:
+
+        def show(name: str, iteration: int, total: int) -> None:
+            if name not in bars:
+                for task in bars.values():
+                    display.stop_task(task)
+                bars[name] = display.add_task(name, total=total or None)
+            display.update(bars[name], completed=iteration)
+
+        yield show
+
+
+def print_verdict(console: Console, verdict: Verdict) -> None:
+    """Print a table of the runs, and what was found with its usual causes.
+
+    Args:
+        console: where to.
+        verdict: what `verify` returned.
+    """
+    from rich.table import Table
+
+    many = f" in {verdict.nproc_per_node} processes" if verdict.nproc_per_node > 1 else ""
+    table = Table(
+        title=f"{verdict.target} on {verdict.backend}{many}, {verdict.iterations} iterations"
+    )
+    for title in ("run", "resumed from", "workers", "seconds", "same bits as the straight run?"):
+        table.add_column(title)
+    for result in verdict.runs:
+        table.add_row(
+            f"{result.name}{_short(result)}",
+            ", ".join(map(str, result.resumed_from)) or "-",
+            ", ".join(map(str, dict.fromkeys(result.workers))),
+            f"{result.seconds:.1f}",
+            "[green]identical[/]" if result.exact else f"[red]{_said(result)}[/]",
+        )
+    console.print(table)
+    for warning in verdict.warnings:
+        console.print(f"Warned of: {warning}", style="yellow", markup=False)
+    if verdict.exact:
+        console.print(f"It resumes exactly ({verdict.seconds:.0f} s).", style="bold green")
+        return
+    _explain(console, verdict)
+
+
+def _short(result: RunResult) -> str:
+    asked = result.name.split()[1] if result.name.startswith("killed") else ""
+    short = asked.isdigit() and int(asked) != result.killed
+    return f" (ended after {result.killed})" if short else ""
+
+
+def _said(result: RunResult) -> str:
+    return str(result.difference) if result.difference is not None else "ended with an error"
+
+
+def _explain(console: Console, verdict: Verdict) -> None:
+    if verdict.status == "not repeatable":
+        console.print(
+            "It does not repeat: two runs that nobody interrupted, with the same seed, differ.",
+            style="bold red",
+        )
+    else:
+        console.print("It does not resume exactly.", style="bold red")
+    difference = verdict.difference
+    if difference is None:
+        console.print(verdict.problem, markup=False)
+        return
+    console.print(f"First difference: {difference}.", markup=False)
+    if difference.left is not None and difference.right is not None:
+        console.print(
+            f"  {difference.left!r} in the straight run, {difference.right!r} in the other"
+        )
+    console.print("What usually causes it:")
+    for cause in verdict.causes:
+        console.print(f"- {cause}", markup=False)
+    if verdict.problem:
+        console.print(f"The run also ended with an error: {verdict.problem}", markup=False)

@@ -1,0 +1,245 @@
+"""The processes of a verification: started ahead, given an order, followed, killed; no torch."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Self
+
+from .launch import Launch
+from .order import UNUSABLE, Order
+
+__all__ = ["End", "Kill", "Processes", "VerifyError", "moments"]
+
+_STOPPED: Final = 128 + signal.SIGTERM
+
+
+class VerifyError(Exception):
+    """A training cannot be verified; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Kill:
+    """When a process shall be killed.
+
+    Args:
+        at: once it has done this iteration; 0: once it has got its order.
+        delay: so many seconds later.
+        rank: which of several processes; torchrun ends the others.
+    """
+
+    at: int
+    delay: float
+    rank: int = 0
+
+
+@dataclass
+class End:
+    """What became of one process, or of those that torchrun started.
+
+    Args:
+        code: its exit code, or minus the signal that killed it, or one of them.
+        resumed_from: the iteration that it went on from; None: it began.
+        last: the last iteration that it reported.
+        iterations: where the training ended; None if this process did not end it.
+        epoch_length: the iterations of an epoch; None where the process did not tell.
+        error: what it raised; empty if nothing.
+        warnings: the `ResumeWarning`s of the engine.
+        seconds: how long it took from its order on.
+        codes: the exit codes that processes of torchrun's told, by rank.
+    """
+
+    code: int = 0
+    resumed_from: int | None = None
+    last: int = 0
+    iterations: int | None = None
+    epoch_length: int | None = None
+    error: str = ""
+    warnings: list[str] = field(default_factory=list[str])
+    seconds: float = 0.0
+    codes: dict[int, int] = field(default_factory=dict[int, int])
+
+    @property
+    def killed(self) -> bool:
+        """Whether SIGKILL ended it."""
+        return self.code == -signal.SIGKILL
+
+    def take(self, line: dict[str, Any]) -> None:
+        """Takes in a line of the process."""
+        if "iteration" in line:
+            self.last = line["iteration"]
+        elif "begun" in line:
+            self.resumed_from = line["resumed_from"]
+            self.last = line["resumed_from"] or 0
+        elif "done" in line:
+            self.iterations, self.epoch_length = line["iterations"], line["epoch_length"]
+        elif "error" in line:
+            # What others raise because of it comes later.
+            self.error = self.error or line["error"]
+        elif "left" in line:
+            self.codes[line.get("rank", 0)] = line["left"]
+        elif "warning" in line and line["warning"] not in self.warnings:
+            self.warnings.append(line["warning"])
+
+    def settle(self, processes: int, killed: bool) -> None:
+        """Takes the exit code from what the processes told: torchrun's is 1 if one's is not 0.
+
+        Args:
+            processes: how many there were.
+            killed: whether one of them was killed.
+        """
+        codes = set(self.codes.values())
+        if self.code == 0:
+            return
+        if killed:
+            # What the others raised is that it is missing.
+            self.code, self.error = -signal.SIGKILL, ""
+        elif UNUSABLE in codes:
+            self.code = UNUSABLE
+        elif len(self.codes) == processes and len(codes) == 1:
+            self.code = codes.pop()
+
+
+class Processes:
+    """Runs orders, each in fresh interpreters; a single one imports torch ahead of its order.
+
+    Args:
+        folder: for what the processes write to stderr.
+        time_limit: seconds after which whatever still runs is killed.
+        size: how many processes carry out an order together, under torchrun.
+    """
+
+    def __init__(self, folder: Path, time_limit: float, size: int = 1) -> None:
+        self._folder = folder
+        self._limit = time_limit
+        #: How many processes carry out an order together.
+        self.size = size
+        self._deadline = time.monotonic() + time_limit
+        self._count = 0
+        #: How many more orders are sure to come: a process is started ahead for the next of them.
+        self.expected = 1
+        self._spare = self._start_ahead()
+
+    def _errors(self) -> Path:
+        self._count += 1
+        return self._folder / f"process_{self._count}.txt"
+
+    def _start_ahead(self) -> Launch | None:
+        # torchrun's processes get their order when they are started.
+        ahead = self.size == 1 and self.expected > 0
+        return Launch(self._errors()) if ahead else None
+
+    def _start(self, order: Order) -> Launch:
+        spare, self._spare = self._spare, None
+        if spare is None:
+            return Launch(self._errors(), order, self.size)
+        spare.give(order)
+        return spare
+
+    def run(
+        self, order: Order, kill: Kill | None = None, seen: Callable[[int], None] | None = None
+    ) -> End:
+        """Has processes carry out an order, and follows them to their end.
+
+        Args:
+            order: the order.
+            kill: when to kill one of them.
+            seen: called with each iteration that they have done.
+
+        Raises:
+            VerifyError: if its target or its backend cannot be used, or the time is up.
+        """
+        launch = self._start(order)
+        self.expected -= 1
+        self._spare = self._start_ahead()
+        started = time.monotonic()
+        late = threading.Event()
+
+        def stop() -> None:
+            late.set()
+            launch.kill()
+
+        watch = threading.Timer(max(0.0, self._deadline - started), stop)
+        watch.start()
+        try:
+            end = _follow(launch, kill, seen or (lambda _: None))
+        finally:
+            watch.cancel()
+            launch.close()
+        end.seconds = time.monotonic() - started
+        if late.is_set():
+            raise VerifyError(
+                f"The time limit of {self._limit:g} s is over, at iteration {end.last} of one of "
+                "the runs. Raise it by --time-limit, or make the training shorter."
+            )
+        if end.code == UNUSABLE and end.error:
+            raise VerifyError(end.error)
+        if end.code not in (0, _STOPPED, -signal.SIGKILL):
+            end.error = end.error or launch.last_words(end.code)
+        return end
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._spare is not None:
+            self._spare.close()
+
+
+def _follow(launch: Launch, kill: Kill | None, seen: Callable[[int], None]) -> End:
+    """Reads what processes say until they have ended, and kills one of them when it is time."""
+    end = End()
+    fired = threading.Event()
+
+    def strike(rank: int) -> None:
+        fired.set()
+        launch.kill_rank(rank)
+
+    killer = None if kill is None else threading.Timer(kill.delay, strike, (kill.rank,))
+
+    def arm() -> None:
+        # A process of torchrun's takes a while to be there.
+        there = launch.processes == 1 or (kill is not None and kill.rank in launch.groups)
+        due = kill is not None and there and end.last >= kill.at
+        if killer is not None and due and killer.ident is None:
+            killer.start()
+
+    arm()
+    for text in launch.lines():
+        line = json.loads(text)
+        if "born" in line:
+            launch.groups[line["rank"]] = line["born"]
+        end.take(line)
+        if "iteration" in line:
+            seen(end.last)
+        arm()
+    end.code = launch.wait()
+    if killer is not None:
+        killer.cancel()
+    if launch.processes > 1:
+        end.settle(launch.processes, fired.is_set())
+    return end
+
+
+def moments(kills: int, iterations: int, seed: int, processes: int = 1) -> list[Kill]:
+    """Returns when to kill a training's processes: spread over it at random, some at their start.
+
+    Args:
+        kills: how many.
+        iterations: how many the training has.
+        seed: of the moments, and of the ranks.
+        processes: how many there are, of which one is killed each time.
+    """
+    source = random.Random(seed)
+    found: list[Kill] = []
+    for place in sorted(source.randrange(iterations) for _ in range(kills)):
+        starting = place == 0 or source.random() < 0.1
+        delay = source.uniform(0, 0.5) if starting else source.uniform(0, 0.02)
+        found.append(Kill(0 if starting else place, delay, source.randrange(processes)))
+    return found

@@ -1,0 +1,342 @@
+"""Verifying a training: does it resume exactly, and if not, where and by what does it part?"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from crosstrain.backends import World, get
+from crosstrain.ci.traces.command import as_json
+from crosstrain.ci.traces.diff import Difference, earliest, first_difference
+from crosstrain.ci.traces.file import Trace, TraceError, path_of_rank
+from crosstrain.ci.trials.target import Target
+
+from .causes import Status, causes
+from .order import Order
+from .processes import End, Processes, VerifyError, moments
+
+__all__ = ["Progress", "RunResult", "Verdict", "VerifyError", "verify"]
+
+#: Called with what a run is called, the iteration that it has done, and how many there are (0
+#: where that is not known yet).
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """One interrupted run, compared with the one that went straight through.
+
+    Args:
+        name: what was done to it.
+        workers: worker processes of the loader, of each of its processes.
+        resumed_from: the iterations that it went on from.
+        killed: how often it was killed.
+        seconds: how long its processes took.
+        difference: where it parts from the straight run; None if it does not.
+        problem: the error that it ended with; empty if none.
+    """
+
+    name: str
+    workers: tuple[int, ...]
+    resumed_from: tuple[int, ...]
+    killed: int
+    seconds: float
+    difference: Difference | None = None
+    problem: str = ""
+
+    @property
+    def exact(self) -> bool:
+        """Whether it ended with the bits of the straight run."""
+        return self.difference is None and not self.problem
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a verification has come to.
+
+    Args:
+        target: the training.
+        backend: the spec.
+        nproc_per_node: how many processes trained together.
+        status: `exact`; `not exact`: only a resumed run differs; `not repeatable`: two runs that
+            nobody interrupted differ, so that no resumed one could be exact.
+        iterations: how many the training has.
+        runs: the interrupted runs.
+        difference: where it parts first; None if it is exact, or a run ended with an error.
+        problem: the error that a resumed run ended with; empty if none.
+        causes: what usually makes it so, and what to do, the likeliest first.
+        warnings: what the engine warned of.
+        seed: of the straight run, and of the moments of the kills.
+        seconds: how long it took.
+    """
+
+    target: str
+    backend: str
+    nproc_per_node: int
+    status: Status
+    iterations: int
+    runs: tuple[RunResult, ...]
+    difference: Difference | None
+    problem: str
+    causes: tuple[str, ...]
+    warnings: tuple[str, ...]
+    seed: int
+    seconds: float
+
+    @property
+    def exact(self) -> bool:
+        """Whether the training resumes exactly."""
+        return self.status == "exact"
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns the verdict as plain values."""
+        runs = [{**asdict(run), "difference": as_json(run.difference)} for run in self.runs]
+        return {**asdict(self), "runs": runs, "difference": as_json(self.difference)}
+
+
+def verify(
+    target: str | Target,
+    backend: str = "cpu",
+    *,
+    nproc_per_node: int = 1,
+    at: Sequence[int] | None = None,
+    kills: int = 2,
+    workers: Sequence[int] = (0,),
+    seed: int = 0,
+    every: int | None = None,
+    time_limit: float = 900.0,
+    folder: Path | None = None,
+    progress: Progress | None = None,
+) -> Verdict:
+    """Proves, or disproves, that a training resumes exactly.
+
+    It is run straight through; then again, and stopped after an iteration and resumed in a fresh
+    process under another seed; then once more, and killed at random moments. Each run writes a
+    trace, and these are compared. Where one differs, the training is run straight through a second
+    time, to tell what does not repeat from what does not resume.
+
+    Args:
+        target: the training, `module:function` or `file.py:function`.
+        backend: a spec.
+        nproc_per_node: how many processes train together, under torchrun, on this machine. All are
+            stopped, one at random is killed, and the traces of all are compared.
+        at: the iterations to stop after; by default the middle, and an epoch's end.
+        kills: how often a run is killed with SIGKILL; 0: never.
+        workers: worker processes of the loader: the first for the straight run, and on in turn with
+            each resumed process.
+        seed: of the straight run; the others follow from it.
+        every: iterations between two checkpoints of the run that is killed.
+        time_limit: seconds for all of it.
+        folder: where traces, checkpoints and what the processes print are left; None: nowhere.
+        progress: is told how far each run is.
+
+    Raises:
+        VerifyError: if it cannot be told: the target cannot be used, the straight run fails, or the
+            time is up.
+        TargetError: if the target has no legal form.
+        BackendError: if the backend is unknown or unavailable here.
+    """
+    started = time.monotonic()
+    parsed = Target.parse(target) if isinstance(target, str) else target
+    get(backend)
+    if World.from_environment().size > 1:
+        raise VerifyError(
+            "This is one of several processes already, as torchrun starts them. verify starts its "
+            "own: call it without torchrun, and say how many by --nproc-per-node."
+        )
+    if nproc_per_node < 1:
+        raise VerifyError(f"nproc_per_node is at least 1; got {nproc_per_node}.")
+    if kills < 0 or not workers or min(workers) < 0 or (every is not None and every < 1):
+        raise VerifyError(
+            f"kills and workers are at least 0 and every is at least 1; got kills={kills}, "
+            f"workers={tuple(workers)}, every={every}."
+        )
+    if not kills and at is not None and not at:
+        raise VerifyError(
+            "Nothing would be interrupted: name iterations in at, leave it out, or set kills."
+        )
+    with tempfile.TemporaryDirectory(prefix="verify-") as place:
+        where = Path(place) if folder is None else folder
+        where.mkdir(parents=True, exist_ok=True)
+        if folder is not None and any(where.iterdir()):
+            raise VerifyError(f"The folder {folder} is not empty. Name another one.")
+        with Processes(where, time_limit, nproc_per_node) as processes:
+            work = _Verification(
+                parsed, backend, tuple(workers), seed, where, processes, progress or _quiet
+            )
+            return work.verdict(at, kills, every, started)
+
+
+def _quiet(name: str, iteration: int, total: int) -> None:
+    pass
+
+
+class _Verification:
+    """The runs of one verification, and what they have in common."""
+
+    def __init__(
+        self,
+        target: Target,
+        backend: str,
+        workers: tuple[int, ...],
+        seed: int,
+        folder: Path,
+        processes: Processes,
+        progress: Progress,
+    ) -> None:
+        self._target, self._backend, self._workers = target, backend, workers
+        self._seed, self._folder, self._processes = seed, folder, processes
+        self._progress = progress
+        self._total = 0
+        self._warnings: list[str] = []
+
+    def verdict(
+        self, at: Sequence[int] | None, kills: int, every: int | None, started: float
+    ) -> Verdict:
+        self._processes.expected = 2 if kills or at is None or at else 1
+        length = self._straight("straight")
+        places = _middle_and_end(self._total, length) if at is None else sorted(set(at))
+        for place in places:
+            if not 0 < place < self._total:
+                raise VerifyError(
+                    f"The training has {self._total} iterations, so it can be stopped after 1 to "
+                    f"{self._total - 1}, and not after {place}."
+                )
+        self._processes.expected = 2 * len(places) + (kills + 1 if kills else 0)
+        runs = [self._stopped(place, number) for number, place in enumerate(places, 1)]
+        if kills:
+            runs.append(self._killed(kills, every or max(1, min(5, self._total // 8))))
+        status: Status = "exact"
+        failed = next((run for run in runs if not run.exact), None)
+        difference = None if failed is None else failed.difference
+        problem = "" if failed is None else failed.problem
+        if failed is not None:
+            status = "not exact"
+            self._straight("straight again")
+            anew = self._compare("straight again")
+            if anew is not None:
+                status, difference, problem = "not repeatable", anew, ""
+        thing = None if difference is None else difference.thing
+        return Verdict(
+            str(self._target),
+            self._backend,
+            self._processes.size,
+            status,
+            self._total,
+            tuple(runs),
+            difference,
+            problem,
+            () if difference is None else causes(status, None if thing is None else thing.kind),
+            tuple(self._warnings),
+            self._seed,
+            time.monotonic() - started,
+        )
+
+    def _order(self, name: str, **more: Any) -> Order:
+        trace = str(self._folder / f"{name}.trace")
+        return Order(str(self._target), self._backend, trace, self._seed, **more)
+
+    def _run(self, name: str, order: Order, kill: Any = None) -> End:
+        end = self._processes.run(
+            order, kill, lambda iteration: self._progress(name, iteration, self._total)
+        )
+        for warning in end.warnings:
+            if warning not in self._warnings:
+                self._warnings.append(warning)
+        return end
+
+    def _straight(self, name: str) -> int | None:
+        """Runs the training straight through; returns the length of an epoch."""
+        end = self._run(name, self._order(name, workers=self._workers[0]))
+        if end.iterations is None:
+            raise VerifyError(f"The training does not run to its end: {end.error}")
+        if name == "straight":
+            self._total = end.iterations
+        return end.epoch_length
+
+    def _workers_of(self, number: int) -> int:
+        return self._workers[number % len(self._workers)]
+
+    def _stopped(self, place: int, number: int) -> RunResult:
+        name = f"stopped after {place}"
+        folder = str(self._folder / f"run {name}")
+        # Nothing is saved before the run is stopped.
+        common: dict[str, Any] = {"folder": folder, "every": 10**9}
+        first = self._order(name, workers=self._workers[0], stop_at=place, **common)
+        workers, seed = self._workers_of(number), self._seed + number
+        second = self._order(name, workers=workers, resumed_seed=seed, **common)
+        ends = [self._run(name, first)]
+        if not ends[0].error:
+            ends.append(self._run(name, second))
+        return self._result(name, ends, (self._workers[0], workers))
+
+    def _killed(self, kills: int, every: int) -> RunResult:
+        name = f"killed {kills} time{'s' if kills > 1 else ''}"
+        folder = str(self._folder / f"run {name}")
+        ends: list[End] = []
+        workers: list[int] = []
+        places = moments(kills, self._total, self._seed, self._processes.size)
+        for number, kill in enumerate((*places, None)):
+            workers.append(self._workers_of(number))
+            order = self._order(
+                name,
+                workers=workers[-1],
+                folder=folder,
+                every=every,
+                resumed_seed=self._seed + 1000 + number,
+            )
+            ends.append(self._run(name, order, kill))
+            if not ends[-1].killed:
+                break
+        return self._result(name, ends, tuple(workers))
+
+    def _result(self, name: str, ends: Sequence[End], workers: tuple[int, ...]) -> RunResult:
+        problem = next((end.error for end in ends if end.error), "")
+        difference: Difference | None = None
+        # What was recorded before an error may tell more than the error does.
+        if all(path.exists() for path in self._traces(name)):
+            difference = self._compare(name)
+        if problem and difference is not None and difference.thing is None:
+            difference = None
+        return RunResult(
+            name,
+            workers,
+            tuple(end.resumed_from for end in ends if end.resumed_from is not None),
+            sum(end.killed for end in ends),
+            sum(end.seconds for end in ends),
+            difference,
+            problem,
+        )
+
+    def _traces(self, name: str) -> list[Path]:
+        """Returns the trace of each process of a run."""
+        trace = self._folder / f"{name}.trace"
+        return [path_of_rank(trace, rank) for rank in range(self._processes.size)]
+
+    def _compare(self, name: str) -> Difference | None:
+        """Returns the first difference from the straight run, of whichever process."""
+        found: list[Difference] = []
+        for rank, (one, other) in enumerate(
+            zip(self._traces("straight"), self._traces(name), strict=True)
+        ):
+            try:
+                difference = first_difference(Trace(one), Trace(other))
+            except TraceError as error:
+                raise VerifyError(str(error)) from error
+            if difference is not None:
+                several = self._processes.size > 1
+                found.append(replace(difference, rank=rank) if several else difference)
+        return earliest(found)
+
+
+def _middle_and_end(total: int, length: int | None) -> list[int]:
+    """Returns where to stop by default: in the middle of an epoch, and at the end of one."""
+    found = {total // 2}
+    if length is not None and total > length:
+        end = max(1, total // length // 2) * length
+        found = {end, end + length // 2}
+    return sorted(place for place in found if 0 < place < total)

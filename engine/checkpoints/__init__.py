@@ -1,0 +1,1 @@
+"""Checkpoints as users meet them: saved by handlers, found again, loaded, and resumed from."""

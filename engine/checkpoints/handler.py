@@ -1,0 +1,391 @@
+"""Checkpoint: a handler that saves named objects, keeps the best or the newest, and loads them."""
+
+from __future__ import annotations
+
+import numbers
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+from crosstrain.engine.events import EventEnum, Events
+
+from .loading import OWN_NAME, Latest, find_latest, load_objects
+from .objects import check_objects, gather_states
+from .retention import Item, Retention, format_score, setup_filename_pattern
+from .save_handler import BaseSaveHandler, FolderSaver
+from .save_request import (
+    Pending,
+    SaveHandler,
+    as_handler,
+    check_room_for,
+    facts_of,
+    optimizers_in,
+    takes_metadata,
+    warn_of_unsaved,
+)
+from .saver import DiskSaver
+from .sharded_saver import ShardedSaver
+
+__all__ = ["Checkpoint", "CheckpointEvents"]
+
+
+class CheckpointEvents(EventEnum):
+    """What a `Checkpoint` fires on the engine that it is attached to."""
+
+    SAVED_CHECKPOINT = "saved_checkpoint"
+
+
+class Checkpoint:
+    """Saves objects to one file whenever its event fires, and keeps `n_saved` of the files.
+
+    The programming model and the file names are those of pytorch-ignite's
+    `ignite.handlers.Checkpoint`. A new file is good before an old one is removed.
+
+    A file's name is `{filename_prefix}_{name}_{global_step}_{score_name}={score}.pt`, without the
+    parts that there are not: `name` is "checkpoint", or the object's name if there is only one;
+    `global_step` is there unless there is a score and no `global_step_transform`; without a score
+    it is the engine's iteration.
+
+    Args:
+        to_save: objects by name, or nests of them; each has `state_dict` and `load_state_dict`.
+            Of a `DistributedDataParallel`, `DataParallel` or compiled model the module inside it is
+            saved. A single object's state is the file's whole content.
+        save_handler: a folder (see `DiskSaver`), a `BaseSaveHandler`, or a function of (checkpoint,
+            filename) or (checkpoint, filename, metadata).
+        filename_prefix: the first part of the file's name.
+        score_function: called with the engine; returns the score, of which the highest are kept.
+        score_name: the score's name; without a `score_function`, that of the engine's metric.
+        n_saved: how many files to keep; None keeps all.
+        global_step_transform: called with (engine, event name); returns the step for the name.
+        filename_pattern: a pattern of `{filename_prefix}`, `{name}`, `{global_step}`,
+            `{score_name}`, `{score}` and `{ext}`, to be used instead.
+        include_self: saves this handler's own state too, as `checkpointer`.
+        greater_or_equal: lets a new file of the same score as the lowest take its place.
+        save_on_rank: which process saves, where there are several; all of them call the handler.
+
+    Raises:
+        TypeError: if an argument is of the wrong type, or an object has no `state_dict`.
+        ValueError: if `n_saved` is below 1, or `include_self` meets an object of its name.
+    """
+
+    SAVED_CHECKPOINT: ClassVar[CheckpointEvents] = CheckpointEvents.SAVED_CHECKPOINT
+    Item: ClassVar[type[Item]] = Item
+
+    def __init__(
+        self,
+        to_save: Mapping[str, Any],
+        save_handler: str | os.PathLike[str] | SaveHandler,
+        filename_prefix: str = "",
+        score_function: Callable[[Any], int | float] | None = None,
+        score_name: str | None = None,
+        n_saved: int | None = 1,
+        global_step_transform: Callable[[Any, Any], int] | None = None,
+        filename_pattern: str | None = None,
+        include_self: bool = False,
+        greater_or_equal: bool = False,
+        save_on_rank: int = 0,
+    ) -> None:
+        check_objects(to_save, "state_dict", "to_save")
+        if include_self:
+            check_room_for(OWN_NAME, to_save)
+        if global_step_transform is not None and not callable(global_step_transform):  # pyright: ignore[reportUnnecessaryComparison]
+            raise TypeError(
+                f"global_step_transform should be a function, got {type(global_step_transform)} "
+                "instead."
+            )
+        if n_saved is not None and n_saved < 1:
+            raise ValueError(f"n_saved must be a positive integer or None, got {n_saved}")
+        self.to_save = to_save
+        self.filename_prefix = filename_prefix
+        self.score_name = score_name
+        if score_function is None and score_name is not None:
+            score_function = self.get_default_score_fn(score_name)
+        self.score_function = score_function
+        self.n_saved = n_saved
+        self.ext = "pt"
+        self.global_step_transform = global_step_transform
+        self.filename_pattern = filename_pattern
+        self.include_self = include_self
+        self.greater_or_equal = greater_or_equal
+        self.save_on_rank = save_on_rank
+        self._saved: list[Item] = []
+        self._pending: Pending | None = None
+        self._warned_of: set[str] = set()
+        self.save_handler: SaveHandler = as_handler(save_handler, save_on_rank)
+        self._takes_metadata = takes_metadata(self.save_handler)
+
+    def __call__(self, engine: Any, *args: Any, **kwargs: Any) -> None:
+        """Saves the objects, if the score is high enough.
+
+        Args:
+            engine: the engine whose event fired.
+            *args: what the event passes; not used.
+            **kwargs: likewise.
+
+        Raises:
+            ValueError: if the score is no number.
+            CheckpointError: if the save fails; in the background, if the one before it failed.
+        """
+        if not engine.has_registered_events(self.SAVED_CHECKPOINT):
+            engine.register_events(*CheckpointEvents)
+        step = None
+        if self.global_step_transform is not None:
+            step = self.global_step_transform(engine, engine.last_event_name)
+        if self.score_function is not None:
+            priority = self.score_function(engine)
+            if not isinstance(priority, numbers.Number):
+                raise ValueError(
+                    f"Output of score_function should be a number, got {type(priority)}; of a "
+                    "tensor, return its item()"
+                )
+        else:
+            if step is None:
+                step = engine.state.get_event_attrib_value(Events.ITERATION_COMPLETED)
+            priority = cast("int", step)
+        if Retention(self.n_saved, self.greater_or_equal, self._saved).admits(priority):
+            # Settled before the list of files is looked at again: it may have to be set back.
+            self.wait()
+            self._save(engine, step, priority)
+
+    def _save(self, engine: Any, step: int | None, priority: int | float) -> None:
+        warn_of_unsaved(self.to_save, self._warned_of)
+        checkpoint: Any = gather_states(self.to_save, self.save_on_rank)
+        name = next(iter(checkpoint)) if len(checkpoint) == 1 else "checkpoint"
+        score = format_score(priority) if self.score_function is not None else None
+        filename = self._filename(name, step, score)
+        retention = Retention(self.n_saved, self.greater_or_equal, self._saved)
+        saved, removed = retention.with_added(Item(priority, filename))
+        if self.include_self:
+            checkpoint[OWN_NAME] = _own_state(saved)
+        facts = facts_of(engine, self.to_save, checkpoint)
+        if facts["bare"]:
+            checkpoint = checkpoint[name]
+        prefix = f"{self.filename_prefix}_" if self.filename_prefix else ""
+        metadata = {
+            "basename": f"{prefix}{name}",
+            "score_name": self.score_name,
+            "priority": priority,
+            "run": facts,
+            "optimizers": optimizers_in(self.to_save),
+            "objects": self.to_save,
+        }
+        if self._takes_metadata:
+            self.save_handler(checkpoint, filename, metadata)
+        else:
+            self.save_handler(checkpoint, filename)
+        before, self._saved = self._saved, saved
+        handler = self.save_handler
+        job = handler.job if isinstance(handler, FolderSaver) else None
+        if isinstance(self.save_handler, BaseSaveHandler):
+            for old in removed:
+                self.save_handler.remove(old)
+        if job is None:
+            engine.fire_event(self.SAVED_CHECKPOINT)
+        else:
+            self._pending = Pending(job, engine, before)
+            self._watch(engine)
+
+    def _watch(self, engine: Any) -> None:
+        """Lets the engine ask after what a thread is writing, each iteration and at its end."""
+        if not engine.has_event_handler(self._ask, Events.ITERATION_COMPLETED):
+            engine.add_event_handler(Events.ITERATION_COMPLETED, self._ask)
+            engine.add_event_handler(Events.COMPLETED, self.wait)
+            engine.call_at_end(self.wait)
+
+    def _ask(self) -> None:
+        if self._pending is not None and not self._pending.job.running:
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits until what was saved in the background is on the disk, and says so by the event.
+
+        Raises:
+            CheckpointError: if it could not be saved.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        try:
+            pending.job.finish()
+        except BaseException:
+            self._saved = pending.saved_before
+            raise
+        pending.engine.fire_event(self.SAVED_CHECKPOINT)
+
+    def _filename(self, name: str, step: Any, score: Any) -> str:
+        pattern = self.filename_pattern
+        if pattern is None:
+            pattern = setup_filename_pattern(
+                with_prefix=len(self.filename_prefix) > 0,
+                with_score=self.score_function is not None,
+                with_score_name=self.score_name is not None,
+                with_global_step=step is not None,
+            )
+        return pattern.format(
+            filename_prefix=self.filename_prefix,
+            ext=self.ext,
+            name=name,
+            score_name=self.score_name,
+            score=score,
+            global_step=step,
+        )
+
+    @property
+    def last_checkpoint(self) -> str | Path | None:
+        """The saved file of the highest priority: its path if on a disk, else its name, or None."""
+        pending = None if self._pending is None else self._pending.job.filename
+        names = [item.filename for item in self._saved if item.filename != pending]
+        if not names:
+            return None
+        handler = self.save_handler
+        if isinstance(handler, ShardedSaver):
+            return handler.path_of(names[-1])
+        return handler.dirname / names[-1] if isinstance(handler, DiskSaver) else names[-1]
+
+    def reset(self) -> None:
+        """Forgets the saved files, so that none of them is removed; for engines that run anew."""
+        self.wait()
+        self._saved = []
+
+    def state_dict(self) -> OrderedDict[str, list[tuple[int | float, str]]]:
+        """Returns the saved files' priorities and names."""
+        return _own_state(self._saved)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Takes over the saved files' priorities and names.
+
+        Args:
+            state_dict: what `state_dict` returned.
+
+        Raises:
+            TypeError: if it is no mapping.
+            ValueError: if it lacks `_saved`.
+        """
+        if not isinstance(state_dict, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(
+                f"Argument state_dict should be a dictionary, but given {type(state_dict)}"
+            )
+        if "_saved" not in state_dict:
+            raise ValueError(
+                "Required state attribute '_saved' is absent in provided state_dict "
+                f"'{list(state_dict)}'"
+            )
+        self._saved = [Item(priority, filename) for priority, filename in state_dict["_saved"]]
+
+    @staticmethod
+    def load_objects(
+        to_load: Mapping[str, Any],
+        checkpoint: str | os.PathLike[str] | Mapping[str, Any],
+        **kwargs: Any,
+    ) -> None:
+        """Gives objects their states from a checkpoint; an engine among them last.
+
+        A file is verified first, and loaded with `weights_only=True` onto the CPU; what
+        pytorch-ignite saved for the same objects loads as well.
+
+        Args:
+            to_load: the objects by name, or nests of them; with a single one, the checkpoint may be
+                its state itself.
+            checkpoint: a path, what `Checkpoint.latest` returned, or what `torch.load` returned.
+            **kwargs: arguments for the `load_state_dict` of modules. `strict=False` also allows an
+                engine to be loaded without all that was saved with it.
+
+        Raises:
+            TypeError: if an argument is of the wrong type.
+            CheckpointNotFound: if there is no such file.
+            CheckpointCorrupt: if the file is damaged.
+            CheckpointUnsafe: if it cannot be loaded without running code.
+            CheckpointMismatch: if a name or a part of a state is missing or too many.
+        """
+        load_objects(to_load, checkpoint, **kwargs)
+
+    @staticmethod
+    def latest(dirname: str | os.PathLike[str], objects: Collection[str] = ()) -> Latest:
+        """Finds the newest good checkpoint of a folder: the last one saved that is whole.
+
+        Args:
+            dirname: the folder.
+            objects: names that it must hold.
+
+        Returns:
+            The file, if there is one, and the files that were passed over, each with its reason;
+            these are logged as warnings too.
+
+        Raises:
+            CheckpointNotFound: if there is no such folder.
+        """
+        return find_latest(Path(dirname).expanduser(), objects)
+
+    def reload_objects(
+        self,
+        to_load: Mapping[str, Any],
+        load_kwargs: Mapping[str, Any] | None = None,
+        **filename_components: Any,
+    ) -> None:
+        """Loads objects from one of this handler's files, named by the parts of its name.
+
+        Args:
+            to_load: as in `load_objects`.
+            load_kwargs: arguments for the `load_state_dict` of modules.
+            **filename_components: `name`, `score` and `global_step`, as far as the name has them.
+
+        Raises:
+            AttributeError: if the handler saves elsewhere than on a disk.
+            CheckpointError: as in `load_objects`.
+        """
+        if not isinstance(self.save_handler, DiskSaver):
+            raise AttributeError(
+                "Checkpoint's `save_handler` should be of type `DiskSaver`, given "
+                f"{type(self.save_handler)}"
+            )
+        parts = filename_components
+        name = parts.get("name") or (next(iter(self.to_save)) if len(self.to_save) == 1 else None)
+        filename = self._filename(
+            name or "checkpoint", parts.get("global_step"), parts.get("score")
+        )
+        load_objects(to_load, self.save_handler.dirname / filename, **(load_kwargs or {}))
+
+    @staticmethod
+    def setup_filename_pattern(
+        with_prefix: bool = True,
+        with_score: bool = True,
+        with_score_name: bool = True,
+        with_global_step: bool = True,
+    ) -> str:
+        """Returns the default pattern of file names, with the parts that are asked for.
+
+        Args:
+            with_prefix: with `{filename_prefix}`.
+            with_score: with `{score}`.
+            with_score_name: with `{score_name}=` before it.
+            with_global_step: with `{global_step}`.
+
+        Raises:
+            ValueError: if there is neither score nor step, or a score's name without a score.
+        """
+        return setup_filename_pattern(with_prefix, with_score, with_score_name, with_global_step)
+
+    @staticmethod
+    def get_default_score_fn(metric_name: str, score_sign: float = 1.0) -> Callable[[Any], float]:
+        """Makes a score function of one of the engine's metrics.
+
+        Args:
+            metric_name: its name in `engine.state.metrics`.
+            score_sign: 1.0, or -1.0 for a metric of which less is better.
+
+        Raises:
+            ValueError: if the sign is neither.
+        """
+        if score_sign not in (1.0, -1.0):
+            raise ValueError(f"Argument score_sign should be 1 or -1, got {score_sign}")
+
+        def score(engine: Any) -> float:
+            return score_sign * engine.state.metrics[metric_name]  # type: ignore[no-any-return]
+
+        return score
+
+
+def _own_state(saved: list[Item]) -> OrderedDict[str, list[tuple[int | float, str]]]:
+    return OrderedDict(_saved=[(item.priority, item.filename) for item in saved])

@@ -1,0 +1,128 @@
+"""What a `Checkpoint` finds out about a run and its objects before it has them saved."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any, NamedTuple, cast
+
+import torch
+
+from crosstrain.engine.engine import Engine
+from crosstrain.engine.exact.snapshot import spec_of
+from crosstrain.engine.guards import is_path
+from crosstrain.engine.storage.errors import CheckpointWarning
+from crosstrain.engine.user_warning import warn_user
+
+from .objects import unsaved_objects, walk_objects
+from .retention import Item
+from .save_handler import BaseSaveHandler, SaveJob
+from .saver import DiskSaver
+
+__all__ = [
+    "Pending",
+    "SaveHandler",
+    "as_handler",
+    "check_room_for",
+    "facts_of",
+    "optimizers_in",
+    "takes_metadata",
+    "warn_of_unsaved",
+]
+
+
+SaveHandler = Callable[..., None] | BaseSaveHandler
+
+
+class Pending(NamedTuple):
+    """A file that a thread is writing: its job, whose it is, and the list of files before it."""
+
+    job: SaveJob
+    engine: Any
+    saved_before: list[Item]
+
+
+def as_handler(save_handler: Any, save_on_rank: int) -> SaveHandler:
+    """Returns what saves: for a folder, a `DiskSaver`.
+
+    Raises:
+        TypeError: if it is neither a folder nor callable.
+        Exception: as `DiskSaver` does.
+    """
+    if is_path(save_handler):
+        return DiskSaver(save_handler, create_dir=True, save_on_rank=save_on_rank)
+    if not callable(save_handler):
+        raise TypeError(
+            "Argument `save_handler` should be a string or Path object or callable or inherit "
+            f"from BaseSaveHandler, but given {type(save_handler)}"
+        )
+    return cast("SaveHandler", save_handler)
+
+
+def check_room_for(name: str, to_save: Mapping[str, Any]) -> None:
+    """Makes sure that a handler's own state can be saved with the objects.
+
+    Raises:
+        TypeError: if the mapping cannot be changed.
+        ValueError: if it has an object of that name.
+    """
+    if not isinstance(to_save, MutableMapping):
+        raise TypeError(
+            f"If `include_self` is True, then `to_save` must be mutable, but given {type(to_save)}."
+        )
+    if name in to_save:
+        raise ValueError(f"Cannot have key {name!r} if `include_self` is True: {list(to_save)}")
+
+
+def takes_metadata(save_handler: Callable[..., Any]) -> bool:
+    """Tells whether a save handler takes three arguments, or only checkpoint and filename."""
+    try:
+        inspect.signature(save_handler).bind({}, "", {})
+    except TypeError:
+        return False
+    except ValueError:
+        # Written in C without a signature: the full form is what is documented.
+        return True
+    return True
+
+
+def facts_of(
+    engine: Any, to_save: Mapping[str, Any], checkpoint: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns what the manifest says about the run: see `Manifest`.
+
+    Args:
+        engine: the engine whose event has fired.
+        to_save: the objects; an engine among them is the one whose progress counts.
+        checkpoint: their states, as they are about to be saved.
+    """
+    engines = [value for _, value in walk_objects(to_save) if isinstance(value, Engine)]
+    trainer = engines[0] if engines else engine
+    return {
+        "iteration": trainer.state.iteration,
+        "epoch": trainer.state.epoch,
+        "backend": spec_of(getattr(trainer, "backend", None)),
+        "objects": tuple(map(str, checkpoint)),
+        "bare": len(checkpoint) == 1,
+    }
+
+
+def optimizers_in(to_save: Mapping[str, Any]) -> tuple[torch.optim.Optimizer, ...]:
+    """Returns the optimizers among the objects."""
+    values = (value for _, value in walk_objects(to_save))
+    return tuple(value for value in values if isinstance(value, torch.optim.Optimizer))
+
+
+def warn_of_unsaved(to_save: Mapping[str, Any], warned_of: set[str]) -> None:
+    """Warns, once for each, of what a trainer in `to_save` trains and `to_save` leaves out."""
+    for name, value in walk_objects(to_save):
+        if not isinstance(value, Engine):
+            continue
+        missing = sorted(set(unsaved_objects(value, to_save)) - warned_of)
+        if missing:
+            warned_of.update(missing)
+            warn_user(
+                f"to_save holds the trainer {name!r} but not {', '.join(missing)}, which it "
+                "trains: a run cannot go on exactly from this checkpoint. Name it in to_save",
+                CheckpointWarning,
+            )

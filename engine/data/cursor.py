@@ -1,0 +1,278 @@
+"""Cursor: where a deterministic run is in its data, and how it gets there."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy
+import torch
+
+from crosstrain.backends import World, random_state
+from crosstrain.engine.exact.snapshot import random_states_kept
+
+from .flows import Dataflow, Iterate, NoData, ReplayedFlow, SequenceFlow, StatefulFlow
+from .generators import is_stateful
+from .mapflow import MapFlow
+from .own_data import is_map_style, is_own, not_dealt_out, own_data
+from .sampling import is_loader
+from .shares import ALONE, BatchShare, counted, world_of
+from .streams import StreamKey, rank_seed, seed_host
+
+if TYPE_CHECKING:
+    from crosstrain.backends import Backend
+
+__all__ = ["Cursor", "dataflow_of"]
+
+
+class Cursor:
+    """Gives a run its batches, and knows how many it has given, of which pass of which data.
+
+    Args:
+        backend: iterates over the data, with prefetching where the device gains by it.
+    """
+
+    def __init__(self, backend: Backend | None) -> None:
+        self._backend = backend
+        # Not a method of this object: a cycle around a loader would keep its workers.
+        self._iterate: Iterate = iter if backend is None else backend.batches
+        self._iterator: Iterator[Any] = iter(())
+        self._flow: Dataflow | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Goes to where no run has begun."""
+        if self._flow is not None:
+            self._flow.close()
+        self._flow = None
+        self._iterator = iter(())
+        #: How many batches the pass has given, and of how many the step is done.
+        self.fetched = self.consumed = 0
+        #: Whether a pass has been opened.
+        self.opened = False
+        #: What this process has of the last batch; None where batches are not dealt out.
+        self.share: BatchShare | None = None
+        self._shares: deque[BatchShare] | None = None
+        self._pass = self._exchanges = 0
+        self._ended = False
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        try:
+            item = next(self._iterator)
+        except StopIteration:
+            self._ended = True
+            raise
+        self.fetched += 1
+        if self._shares is not None and self._flow is not None:
+            self.share = counted(self._shares, self._flow.data)
+        return item
+
+    @property
+    def between_batches(self) -> bool:
+        """Whether the step of every batch that was given is done."""
+        return self.fetched == self.consumed
+
+    def position(self) -> dict[str, Any] | None:
+        """Returns where this is, as plain values; None before the data was opened."""
+        if self._flow is None:
+            return None
+        return {
+            "pass": self._pass,
+            "batch": self.consumed,
+            "exchanges": self._exchanges,
+            "data": self._flow.fingerprint(),
+            "flow": self._flow.state(),
+        }
+
+    def go_to(self, position: Mapping[str, Any], data: Any, key: StreamKey) -> None:
+        """Opens data at a position; leaves the global generators in any state.
+
+        A process that has no random states to restore then calls `seed_anew`.
+
+        Args:
+            position: what `position` returned.
+            data: the data.
+            key: the run's seed and streams.
+
+        Raises:
+            ValueError: if it is not the data that the position is in.
+        """
+        flow = self._flow_of(data)
+        _check_data(position, flow.fingerprint())
+        self._flow = flow
+        self._pass, self._exchanges = position["pass"], position["exchanges"]
+        self.consumed = position["batch"]
+        self._open_flow(key, position["flow"])
+
+    def go_to_pass(self, number: int, batch: int, data: Any, key: StreamKey) -> None:
+        """Opens data at a batch of a pass, as if this run had not had it before."""
+        self._flow = self._flow_of(data)
+        self._pass, self.consumed = number, batch
+        self._open(key, None, True)
+
+    def open(self, data: Any, key: StreamKey) -> None:
+        """Opens data where the run is in it: at its beginning, or where it has paused."""
+        before, state = self._flow, None
+        if before is None or before.data is not own_data(data):
+            if before is not None:
+                before.close()
+            self._flow = self._flow_of(data)
+        assert self._flow is not None
+        if self.opened and before is not None:
+            # Other data of the same kind, given to the second half of a run, goes on as well.
+            state = before.state() if before.fingerprint() == self._flow.fingerprint() else None
+        self._open(key, state, not self.opened)
+
+    def open_next_pass(self, data: Any, key: StreamKey) -> None:
+        """Opens data anew, from its beginning."""
+        if self._flow is not None:
+            self._flow.end(self.consumed, self._ended)
+        self._pass += 1
+        self.consumed = 0
+        self.opened = False
+        self.open(data, key)
+
+    def exchange(self, position: Mapping[str, Any] | None = None) -> None:
+        """Says that other data is opened next, as another pass of the run.
+
+        Args:
+            position: where the run is, if it has not gone there yet.
+        """
+        if position is not None:
+            self._pass, self._exchanges = position["pass"], position["exchanges"]
+        elif not self.opened:
+            return
+        elif self._flow is not None:
+            self._flow.end(self.consumed, self._ended)
+        self._pass += 1
+        self._exchanges += 1
+        self.consumed = 0
+        self.opened = False
+
+    def close(self) -> None:
+        """Lets go of iterators and workers; the position stays."""
+        if self._flow is not None and self.opened:
+            self._flow.close()
+            self._flow.end(self.consumed, self._ended)
+            self._iterator = iter(())
+
+    def _open(self, key: StreamKey, state: Mapping[str, Any] | None, seeds: bool) -> None:
+        """Opens the data at the position.
+
+        Args:
+            key: the run's seed and streams.
+            state: the dataflow's state there, if it has one.
+            seeds: whether the pass's seeding of the global generators stays in force, as where it
+                begins; where a run goes on within a pass, they are left as they were.
+        """
+        if not seeds:
+            with random_states_kept(self._backend):
+                self._open_flow(key, state)
+            return
+        seed = (key.seed + self._pass) % 2**63
+        self._seed(seed)
+        self._open_flow(key, state)
+        assert self._flow is not None
+        rank = world_of(self._backend).rank
+        if rank and not self._flow.owners:
+            # The order was drawn alike everywhere; what the training draws is to differ.
+            self._seed(rank_seed(seed, rank))
+
+    def seed_anew(self, key: StreamKey) -> None:
+        """Seeds host and device for going on at this position without the states of before.
+
+        They follow from the seed, the pass, the batch and the rank.
+        """
+        place = StreamKey(key.seed, self._pass, rank=world_of(self._backend).rank)
+        self._seed(place.seed_at(self.consumed))
+
+    def _seed(self, seed: int) -> None:
+        # Every device's generators too.
+        random_state.seed(seed)
+        if self._backend is not None:
+            self._backend.seed(seed)
+
+    def _open_flow(self, key: StreamKey, state: Mapping[str, Any] | None) -> None:
+        flow = self._flow
+        assert flow is not None
+        rank = world_of(self._backend).rank if flow.owners else 0
+        key = key._replace(epoch=self._pass, rank=rank)
+        seed_host(key.host_seed)
+        self._iterator = flow.open(key, self.consumed, state)
+        self._shares, self.share = flow.shares, None
+        self.fetched, self.opened, self._ended = self.consumed, True, False
+
+    def _flow_of(self, data: Any) -> Dataflow:
+        return dataflow_of(data, self._iterate, world_of(self._backend))
+
+
+def dataflow_of(data: Any, iterate: Iterate, world: World = ALONE) -> Dataflow:
+    """Returns the dataflow for a kind of data.
+
+    Args:
+        data: what `Engine.run` was given; None for a run without data.
+        iterate: makes an iterator of data that may be fetched ahead.
+        world: which process of how many this is.
+
+    Raises:
+        ValueError: if there are several processes, and the data can neither be dealt out to them
+            nor says that it is each one's own.
+    """
+    if data is None:
+        return NoData(data)
+    if world.size == 1:
+        return _flow(own_data(data), iterate, world)
+    if is_own(data, world):
+        flow = _flow(own_data(data), iterate, ALONE)
+        flow.owners = world.size
+        return flow
+    if not is_map_style(data):
+        raise ValueError(not_dealt_out(data, world))
+    return _flow(data, iterate, world)
+
+
+def _flow(data: Any, iterate: Iterate, world: World) -> Dataflow:
+    if is_map_style(data):
+        return MapFlow(data, iterate, world)
+    if is_stateful(data):
+        return StatefulFlow(data, data)
+    if is_loader(data) and data.num_workers == 0 and is_stateful(data.dataset):
+        return StatefulFlow(data, data.dataset)
+    return SequenceFlow(data, iterate) if _is_sequence(data) else ReplayedFlow(data)
+
+
+def _is_sequence(data: Any) -> bool:
+    return isinstance(data, (Sequence, torch.Tensor, numpy.ndarray))
+
+
+def _owners(data: Mapping[str, Any]) -> str:
+    count = data.get("processes")
+    return "dealt out, or one process's" if count is None else f"own to each of {count}"
+
+
+def _check_data(position: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    then: Mapping[str, Any] = position["data"]
+    if then == now:
+        return
+    count = position["exchanges"]
+    exchanged = f" after set_data() had exchanged the data {count} times" if count else ""
+    if then.get("processes") != now.get("processes"):
+        raise ValueError(
+            "A position in data that is each process's own, as with a DistributedSampler or "
+            "PerRank, holds for as many processes only. The state's data was "
+            f"{_owners(then)}; that given to run() is {_owners(now)}. Go on with the "
+            "data, and in as many processes, as it was written with. Batches of a DataLoader "
+            "without a DistributedSampler, which a DeterministicEngine deals out, go with any "
+            "number."
+        )
+    names = sorted(name for name in {*then, *now} if then.get(name) != now.get(name))
+    changes = [f"{name}: {then.get(name)!r} then, {now.get(name)!r} now" for name in names]
+    raise ValueError(
+        f"The state was written{exchanged} with other data than run() was given: a position in one "
+        f"is none in the other ({'; '.join(changes)}). Give run() the data, batch size, sampler "
+        "and dataset that the run had when the state was written."
+    )

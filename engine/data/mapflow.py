@@ -1,0 +1,245 @@
+"""MapFlow: a DataLoader over a map-style dataset, opened anywhere without fetching."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy
+import torch
+from torch.utils.data import (
+    Sampler,
+    default_collate,  # pyright: ignore[reportUnknownVariableType]
+)
+
+from crosstrain.backends import World, random_state
+from crosstrain.engine.exact.snapshot import ResumeWarning
+from crosstrain.engine.progress import data_length
+from crosstrain.engine.user_warning import warn_user
+
+from .flows import Dataflow, Iterate
+from .generators import OwnStates, generators_in
+from .sampling import KeyedSampler, rebuilt
+from .shares import ALONE, BatchShare, check_divisible
+from .streams import KeyedBatchDataset, KeyedDataset, StreamKey, leave, rank_seed
+
+__all__ = ["MapFlow"]
+
+
+class MapFlow(Dataflow):
+    """A DataLoader over a map-style dataset: opened at any batch without fetching, streams keyed.
+
+    The order of pass p is the one that torch gives under `manual_seed(seed + p)`, whatever the
+    number of workers. The user's loader is left as it is.
+
+    Args:
+        data: the loader.
+        iterate: makes an iterator of a loader, such as a backend's `batches`.
+        world: among which processes each batch is dealt out.
+
+    Raises:
+        ValueError: if a batch has fewer samples than there are processes.
+    """
+
+    kind = "a DataLoader over a map-style dataset"
+
+    def __init__(self, data: Any, iterate: Iterate, world: World = ALONE) -> None:
+        super().__init__(data)
+        self._iterate, self._world = iterate, world
+        batched = data.batch_sampler is not None
+        sampler = data.batch_sampler if batched else data.sampler
+        if batched:
+            check_divisible(getattr(sampler, "batch_size", None), world)
+        # torch's own draws nothing.
+        collates = data.collate_fn is not default_collate
+        self._sampler = KeyedSampler(sampler, batched, collates, world)
+        # The loader draws its workers' base seed from this one, and disturbs no other.
+        self._base = torch.Generator()
+        changes = {
+            "dataset": _keyed(data.dataset, batched),
+            "batch_sampler" if batched else "sampler": self._sampler,
+            "generator": self._base,
+        }
+        if "in_order" in vars(data):
+            changes["in_order"] = True
+        self._loader = rebuilt(data, **changes)
+        # Not those of the dataset, to which samplers refer: another process fetches from that.
+        self._own = OwnStates(
+            (Sampler,),
+            generator=data.generator,
+            sampler=self._sampler.inner,
+            batch_sampler=sampler,
+        )
+        self._at_opening = self._own.take()
+        self._drawn = False
+        _warn_of_generators(data.dataset)
+
+    def open(self, key: StreamKey, batch: int, state: Mapping[str, Any] | None) -> Iterator[Any]:
+        """Returns an iterator over a pass from a batch on; fetches nothing before it.
+
+        Raises:
+            ValueError: if the state has a generator that the loader lacks, or the other way round.
+        """
+        epochs = self._own.epochs()
+        if state is not None:
+            self._own.give(state)
+        self._at_opening = self._own.take()
+        self._drawn = batch == 0 or batch != data_length(self.data)
+        if self._drawn:
+            self._draw_base_seed()
+            self._sampler.begin(key, batch)
+        # A handler may have chosen the epoch of the next pass while this one went on.
+        self._own.set_epochs(epochs)
+        if not self._drawn:
+            # The pass is over: no workers need to be started to learn that.
+            return iter(())
+        self._base.manual_seed(rank_seed(key.host_seed, self._world.rank))
+        iterator = self._checked(self._iterate(self._loader))
+        return _Secluded(iterator, key.streams) if self._loader.num_workers == 0 else iterator
+
+    @property
+    def shares(self) -> deque[BatchShare] | None:
+        """What is this process's of each batch that is to be given; None: all of it."""
+        return self._sampler.shares
+
+    def _draw_base_seed(self) -> None:
+        # torch draws it first, whatever the number of workers, then the sampler's.
+        _ = torch.empty((), dtype=torch.int64).random_(generator=self.data.generator)
+
+    def _checked(self, iterator: Iterator[Any]) -> Iterator[Any]:
+        for batch in iterator:
+            if not self._sampler.asked:
+                raise RuntimeError(
+                    f"{type(self.data).__name__} does not take its batches from its batch_sampler "
+                    "when it is iterated over, so its order can be neither known nor entered in "
+                    "the middle. Give DeterministicEngine.run() a torch.utils.data.DataLoader."
+                )
+            yield batch
+            break
+        yield from iterator
+
+    def state(self) -> dict[str, Any]:
+        """Returns the states that generators and samplers had when this pass was opened."""
+        return self._at_opening
+
+    def end(self, batches: int, ended: bool) -> None:
+        """Sets the loader's own generators to where the batches taken leave them.
+
+        Workers have drawn ahead, by as much as there are of them.
+        """
+        if not self._own.moves or (ended and self._drawn):
+            return
+        with random_state.preserved():
+            self._own.give(self._at_opening)
+            self._draw_base_seed()
+            order = self._sampler.order(max(0, batches - 1))
+            if batches:
+                next(order, None)
+            if ended or batches == data_length(self.data):
+                for _ in order:
+                    pass
+
+    def close(self) -> None:
+        """Stops persistent workers."""
+        vars(self._loader)["_iterator"] = None
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Returns the numbers of batches and samples, and what orders them."""
+        sampler, inner = self._sampler.sampler, self._sampler.inner
+        found = {**super().fingerprint(), "sampler": type(inner or sampler).__name__}
+        samples = data_length(self.data.dataset)
+        return found if samples is None else {**found, "samples": samples}
+
+
+def _keyed(dataset: Any, batched: bool) -> Any:
+    if not batched:
+        return KeyedDataset(dataset)
+    return KeyedBatchDataset(dataset) if getattr(dataset, "__getitems__", None) else dataset
+
+
+def _warn_of_generators(dataset: Any) -> None:
+    found = sorted(generators_in(dataset, "dataset"))
+    if found:
+        warn_user(
+            f"The dataset holds random generators of its own: {', '.join(found)}. What is drawn "
+            "from them in __getitem__ follows from the process that fetches, not from the sample, "
+            "so it does not resume exactly. Draw from current_sample().torch(), .numpy() or "
+            ".python(), or from the global generators.",
+            ResumeWarning,
+        )
+
+
+class _Secluded:
+    """Fetches in the main process, and leaves that process's own random streams as they were."""
+
+    def __init__(self, iterator: Iterator[Any], streams: tuple[str, ...]) -> None:
+        self._iterator = iterator
+        self._python = "python" in streams
+        self._torch = "torch" in streams
+        self._numpy = _NumpyAside() if "numpy" in streams else None
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        python = random.getstate() if self._python else None
+        state = torch.default_generator.get_state() if self._torch else None
+        aside = self._numpy
+        if aside is not None:
+            aside.begin()
+        try:
+            return next(self._iterator)
+        finally:
+            leave()
+            if python is not None:
+                random.setstate(python)
+            if state is not None:
+                torch.default_generator.set_state(state)
+            if aside is not None:
+                aside.end()
+
+
+class _Gauss:
+    """Stands in for a bit generator, whose state is 2.5 KB, where only the rest is wanted."""
+
+    state: Any = {"bit_generator": "MT19937"}  # noqa: RUF012  read as NumPy reads it
+
+
+class _NumpyAside:
+    """Puts NumPy's global generator aside, and back as it was.
+
+    Taking its state and setting it copies 2.5 KB element by element; exchanging the bit generator
+    behind it copies nothing, but drops the second of a pair of normal variates that it may hold.
+    """
+
+    def __init__(self) -> None:
+        self._own = numpy.random.MT19937(0)
+        self._module: Any = numpy.random
+        self._global: Any = getattr(numpy.random.mtrand, "_rand", None)
+        self._kept: Any = None
+        self._state: Any = None
+
+    def begin(self) -> None:
+        """Puts it aside: what is drawn from now on comes from another."""
+        self._kept = self._module.get_bit_generator()
+        self._state = self._module.get_state(legacy=False) if self._holds_variate() else None
+        self._module.set_bit_generator(self._own)
+
+    def end(self) -> None:
+        """Puts it back."""
+        self._module.set_bit_generator(self._kept)
+        if self._state is not None:
+            self._module.set_state(self._state)
+
+    def _holds_variate(self) -> bool:
+        """Tells whether there is a second variate, or there might be."""
+        held = getattr(self._global, "_bit_generator", None)
+        if held is None:
+            return True
+        self._global._bit_generator = _Gauss
+        try:
+            return bool(self._global.get_state(legacy=False)["has_gauss"])
+        finally:
+            self._global._bit_generator = held

@@ -1,0 +1,1 @@
+"""What makes a resumed run the same run: the snapshot of all that decides its bits."""

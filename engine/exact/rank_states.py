@@ -1,0 +1,136 @@
+"""Rank states: what differs between the ranks of a world, in one state that all resume from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import distributed
+
+from crosstrain.backends import World
+from crosstrain.engine.guards import is_mapping, is_sequence
+from crosstrain.engine.ranks.line import RankLine
+from crosstrain.engine.training.weighting import combined
+from crosstrain.engine.user_warning import warn_user
+
+from .snapshot import ResumeWarning
+
+if TYPE_CHECKING:
+    from crosstrain.backends import Backend
+    from crosstrain.engine.engine import Engine
+
+__all__ = ["RANKS", "gathered", "own_part"]
+
+#: The key of a state that holds what differs between the ranks.
+RANKS: Final = "ranks"
+_PARTS: Final = ("rng_states", "position", "backend", "step")
+
+
+def gathered(values: Mapping[str, Any], engine: Engine, destination: int) -> dict[str, Any]:
+    """Returns a rank's state with what differs on the others; collective in a world.
+
+    Args:
+        values: this rank's state.
+        engine: whose state it is.
+        destination: the rank whose result holds all; that of each other rank holds its own.
+
+    Raises:
+        RankFailed: if not all ranks do this at the same iteration, within CROSSTRAIN_TIMEOUT.
+    """
+    size = 1 if engine.backend is None else engine.backend.world.size
+    if size == 1 or not distributed.is_initialized():
+        return dict(values)
+    line = RankLine() if engine.ranks is None else engine.ranks.line
+    line.meet(f"taking the engine's state at iteration {values['iteration']}")
+    found = line.gather({name: values[name] for name in _PARTS if name in values}, destination)
+    others = None
+    if found is not None:
+        others = [
+            {name: part for name, part in theirs.items() if not _same(part, values[name])}
+            for theirs in found
+        ]
+    return {**values, RANKS: {"size": size, "rank": line.rank, "others": others}}
+
+
+def own_part(state: Mapping[str, Any], backend: Backend | None) -> dict[str, Any]:
+    """Returns a rank's own state of one that `gathered` returned, or that one process wrote.
+
+    With as many ranks each gets what it had. With another number each of those that there were
+    before gets its random states, and a further one None: it is to be seeded; an accumulation
+    window goes on with the mean of the ranks' gradients. One `ResumeWarning` says so.
+
+    Args:
+        state: the state.
+        backend: whose world goes on.
+    """
+    world = World() if backend is None else backend.world
+    own = {name: value for name, value in state.items() if name != RANKS}
+    ranks = state.get(RANKS)
+    size = state["environment"]["world size"] if ranks is None else ranks["size"]
+    if ranks is None and size == world.size:
+        return own
+    if ranks is not None and ranks["others"] is None:
+        if (ranks["rank"], size) != (world.rank, world.size):
+            own["rng_states"] = None
+            warn_user(
+                f"The state is that of rank {ranks['rank']} of {size} alone, taken there while "
+                "another rank got those of all. Not carried over: the random states of rank "
+                f"{world.rank}, which begins with a seed that follows from the run's.",
+                ResumeWarning,
+            )
+        return own
+    others: Sequence[Mapping[str, Any]] = [{}] if ranks is None else ranks["others"]
+    if world.size == size:
+        return {**own, **others[world.rank]}
+    # What is reported here is not to be reported once more.
+    own["environment"] = {**own["environment"], "world size": world.size}
+    parts = [{**own, **other} for other in others]
+    lost = [f"the main process's random streams of rank {r}" for r in range(world.size, size)]
+    for rank in range(size, world.size):
+        lost.append(f"the main process's random streams of rank {rank}, which there was none of")
+    went = parts[world.rank] if world.rank < size else {**parts[0], "rng_states": None}
+    if own.get("step") is not None and _has_window(own["step"]):
+        went["step"] = combined([part["step"] for part in parts])
+    warn_user(
+        f"The state was written by {size} processes and goes on in {world.size}. The order of the "
+        "samples, their augmentation and the global batch go on as they were; sums over the "
+        "processes are added up in another order, so the numbers agree within rounding. Not "
+        f"carried over: {', '.join(lost)}. A rank without begins with a seed that follows from the "
+        "run's seed, the position and the rank.",
+        ResumeWarning,
+    )
+    return went
+
+
+def _has_window(step: Any) -> bool:
+    return is_mapping(step) and bool(step.get("gradients"))
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Tells whether two nests of tensors and plain values are equal, to the bit and the type."""
+    if isinstance(one, torch.Tensor):
+        return (
+            isinstance(other, torch.Tensor)
+            and one.dtype == other.dtype
+            and one.shape == other.shape
+            and torch.equal(_bits(one), _bits(other))
+        )
+    if is_mapping(one):
+        return (
+            is_mapping(other)
+            and list(one) == list(other)
+            and all(_same(value, other[key]) for key, value in one.items())
+        )
+    if is_sequence(one):
+        return (
+            is_sequence(other)
+            and type(one) is type(other)
+            and len(one) == len(other)
+            and all(map(_same, one, other))
+        )
+    return type(one) is type(other) and bool(one == other)
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

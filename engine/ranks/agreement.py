@@ -1,0 +1,311 @@
+"""Agreement: the ranks of a world end a run together, at one boundary, and for one reason.
+
+How a stop is agreed upon without a collective operation on the way: a rank that wants one calls
+the others through the store. On each a thread answers, at once and whatever the training is at,
+which boundary the rank has passed last, and has the next one wait for the decision: the first
+boundary that nobody has passed. So nobody can be asked to end where it can no longer end, ranks
+that wait for each other in a collective operation are not held up, and an iteration in which nobody
+asks for anything costs a lock and no message.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from torch import distributed
+
+from crosstrain.engine.events import Events
+from crosstrain.engine.requests import END_EPOCH, END_RUN, PAUSE, QUIET_EPOCH, QUIET_RUN
+
+from .line import RankLine
+from .watch import Failures, describe
+from .world import RankFailed
+
+if TYPE_CHECKING:
+    from crosstrain.engine.engine import Engine
+
+__all__ = ["Agreement", "agree"]
+
+_ENDS: Final = END_RUN | END_EPOCH
+# Within this a thread answers that lives; torchrun gives its processes 30 s between SIGTERM and
+# SIGKILL.
+_ANSWER: Final = 20.0
+
+
+class _Decision(NamedTuple):
+    """What all ranks do: at which boundary at the earliest, and what; the signal that asked."""
+
+    boundary: int
+    wish: int
+    signal: int
+
+
+def agree(trainer: Engine) -> Agreement | None:
+    """Has the ranks of a world end the trainer's runs together; returns None in one process.
+
+    `create_supervised_trainer` and `resume_or_start` do so; for an `Engine` of your own, call it in
+    every rank, where the process group has been joined and before handlers are attached. From then
+    on, in each run:
+
+    - `terminate()` and `terminate_epoch()` on any rank take effect on all, at the same iteration:
+      after STARTED, at the end of an iteration, or of an epoch. If all ranks call them at the same
+      place, that is the one; otherwise the first one that no rank has passed.
+    - An exception that ends the run of one rank ends it on all: the others raise `RankFailed`,
+      which names the rank and what it raised.
+    - Ranks that begin with other limits, lengths or iterations, or end at other iterations, raise
+      `RankFailed`, which names them.
+
+    `interrupt()` is no matter of all: call it on each. Evaluators are not agreed upon: they may run
+    on one rank only.
+
+    Args:
+        trainer: the engine; of the world that its backend has joined.
+    """
+    if trainer.ranks is not None:
+        return trainer.ranks
+    backend = trainer.backend
+    if backend is None or backend.world.size == 1 or not distributed.is_initialized():
+        return None
+    trainer.ranks = Agreement(trainer)
+    return trainer.ranks
+
+
+class Agreement:
+    """Keeps one engine's runs in step with those of the other ranks. Made by `agree`.
+
+    Args:
+        engine: the engine.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.line = RankLine()
+        #: The signal that has ended the run on all ranks; 0 if none did.
+        self.stop_signal = 0
+        self._engine: Any = engine
+        self._lock = threading.Lock()
+        self._failures: Failures | None = None
+        self._number = self.line.count(f"engines/{self.line.rank}")
+        self._runs = 0
+        self._begin_run()
+        engine.add_event_handler(Events.STARTED, self._on_started)
+
+    def _begin_run(self) -> None:
+        # Boundaries are counted in halves of an iteration: 2 i is the end of iteration i; 2 i + 1,
+        # that of an epoch that ends with it, or of STARTED where it was done already.
+        self._passed = 2 * self._engine.state.iteration
+        # How many calls this rank has answered, and how many of them it knows the decision of.
+        self._answered = self._decided = 0
+        self._decision: _Decision | None = None
+        # What this rank wants and what is not decided: bits of Engine._asked, and a signal.
+        self._wish = self._signal = 0
+        # Which of the ends that the engine is asked for are those of all: bits of Engine._asked.
+        self._granted = 0
+        self._base = f"run/{self._number}/{self._runs}"
+
+    # ---------------------------------------------------------------- the run's events
+
+    def _on_started(self) -> None:
+        engine = self._engine
+        self.close()
+        self._runs += 1
+        signal = self._signal
+        self._begin_run()
+        self._signal, self.stop_signal = signal, 0
+        self._failures = Failures(self.line, self._base, engine, self._answer)
+        self.line.while_waiting = self._failures.check
+        self._failures.compare_start()
+        # Last of their events: what the other handlers ask for is known then. What is attached
+        # after them at STARTED, as resume_or_start's saving is, comes after the agreement.
+        for event, handler in (
+            (Events.STARTED, self._after_started),
+            (Events.ITERATION_COMPLETED, self._after_iteration),
+            (Events.EPOCH_COMPLETED, self._after_epoch),
+        ):
+            if engine.has_event_handler(handler, event):
+                engine.remove_event_handler(handler, event)
+            engine.add_event_handler(event, handler)
+
+    def _after_started(self) -> None:
+        self._at_boundary(2 * self._engine.state.iteration + 1)
+
+    def _after_iteration(self) -> None:
+        self._at_boundary(2 * self._engine.state.iteration)
+
+    def _after_epoch(self) -> None:
+        assert self._failures is not None
+        self._failures.compare_lengths()
+        # It has ended: nobody needs to be asked any more.
+        self._engine._asked &= ~(END_EPOCH | QUIET_EPOCH)
+        self._wish &= ~(END_EPOCH | QUIET_EPOCH)
+        self._at_boundary(2 * self._engine.state.iteration + 1)
+
+    @property
+    def run_key(self) -> str:
+        """What the keys of this run begin with, on all ranks."""
+        return self._base
+
+    def ask_to_stop(self, signal: int) -> None:
+        """Has all ranks end because of a signal that this one has got; called in its handler."""
+        self._signal = self._signal or signal
+
+    def review(self) -> None:
+        """Takes back what a handler has asked of this rank alone, until all are asked."""
+        engine, granted = self._engine, self._granted
+        if granted & END_RUN:
+            return
+        if granted & END_EPOCH:
+            # It is done now.
+            self._granted = 0
+        elif engine._asked & _ENDS:
+            self._wish |= engine._asked & ~PAUSE
+            engine._asked &= PAUSE
+
+    # ---------------------------------------------------------------- boundaries
+
+    def _at_boundary(self, boundary: int) -> None:
+        """Passes a boundary, or does there what all have agreed upon."""
+        if not (self._wish or self._signal or self._decision or self._engine._asked & _ENDS):
+            # The thread that answers for this rank must not read it in between.
+            with self._lock:
+                if self._answered == self._decided:
+                    self._passed = boundary
+                    if self._failures is None or self._failures.told is None:
+                        return
+        self._settle(boundary)
+
+    def _settle(self, boundary: int) -> None:
+        assert self._failures is not None
+        self._failures.check()
+        if self._granted & END_RUN:
+            return
+        self.review()
+        while True:
+            called = self._wish or self._signal or self._answered > self._decided
+            if self._decision is None and called:
+                self._decision = self._decide()
+            decision = self._decision
+            if decision is not None and boundary >= decision.boundary:
+                self._decision = None
+                self._do(decision, boundary)
+                if self._granted & END_RUN:
+                    return
+                continue
+            with self._lock:
+                # A call that came meanwhile was answered with the boundary before this one.
+                if decision is not None or self._answered == self._decided:
+                    self._passed = boundary
+                    return
+
+    def _do(self, decision: _Decision, boundary: int) -> None:
+        engine = self._engine
+        if decision.signal:
+            # The run is ended by who saves it.
+            self.stop_signal, self._signal, self._wish = decision.signal, 0, 0
+            self._granted = END_RUN
+        elif decision.wish & END_RUN:
+            engine._asked |= decision.wish & (END_RUN | QUIET_RUN)
+            self._granted = END_RUN
+        elif boundary % 2 == 0:
+            # At an epoch's end there is none left to end.
+            engine._asked |= decision.wish & (END_EPOCH | QUIET_EPOCH)
+            self._granted = END_EPOCH
+            self._wish &= ~(END_EPOCH | QUIET_EPOCH)
+
+    # ---------------------------------------------------------------- calls and answers
+
+    def _answer(self, number: int, wish: int = 0) -> None:
+        """Answers a call, once; from the main thread or from the one that listens."""
+        with self._lock:
+            if self._answered > number:
+                return
+            self._answered = number + 1
+            mine = {"passed": self._passed, "wish": wish, "signal": self._signal}
+        assert self._failures is not None
+        self._failures.ears_or_line().set(
+            f"crosstrain/{self._base}/call/{number}/{self.line.rank}", json.dumps(mine)
+        )
+
+    def _decide(self) -> _Decision:
+        line, number = self.line, self._decided
+        base = f"{self._base}/call/{number}"
+        assert self._failures is not None
+        wish, self._wish = self._wish, 0
+        self._answer(number, wish)
+        if line.first(f"{base}/caller", str(line.rank)) == str(line.rank):
+            self._failures.tell({"call": number})
+            line.set(f"{base}/decision", json.dumps(self._collect(base)))
+        elif not line.awaits(f"{base}/decision", 2 * _ANSWER, lambda: [self._caller(base)]):
+            raise RankFailed(f"Rank {self._caller(base)} asked to end the run and then fell silent")
+        told = json.loads(line.get(f"{base}/decision"))
+        with self._lock:
+            self._decided = number + 1
+        if isinstance(told, str):
+            raise RankFailed(told)
+        # What the answer to an earlier call did not hold is asked for once more, unless all do it.
+        self._wish |= wish & ~told[1]
+        return _Decision(*told)
+
+    def _caller(self, base: str) -> int:
+        return int(self.line.get(f"{base}/caller"))
+
+    def _collect(self, base: str) -> list[int] | str:
+        """Waits for all answers to a call; returns the decision, or why there is none."""
+        line = self.line
+        passed, wish, signal = 0, 0, 0
+        for rank in range(line.size):
+            key, left = f"{base}/{rank}", f"{self._base}/left/{rank}"
+
+            def silent(rank: int = rank, left: str = left) -> list[int]:
+                return [] if line.has(left) else [rank]
+
+            try:
+                came = line.has(left) or line.awaits(key, _ANSWER, silent)
+            except RankFailed as error:
+                return f"There is no iteration at which all ranks can end: {error}"
+            if not came and not line.has(left):
+                return (
+                    f"There is no iteration at which all ranks can end: rank {rank} has not "
+                    f"answered within {_ANSWER:g} s"
+                )
+            answer = json.loads(line.get(left if line.has(left) else key))
+            passed = max(passed, answer["passed"])
+            wish |= answer["wish"]
+            signal = signal or answer["signal"]
+        return [passed + 1, wish, signal]
+
+    # ---------------------------------------------------------------- the end
+
+    def first_cause(self, error: BaseException) -> BaseException:
+        """Returns what another rank's failure makes of an error of this one; else the error."""
+        return error if self._failures is None else self._failures.first_cause(error)
+
+    def leave(self, failure: BaseException | None) -> BaseException | None:
+        """Tells the others that this rank's run has ended, and how.
+
+        Args:
+            failure: what the run is to raise.
+
+        Returns:
+            What it is to raise: something else where the ranks have ended at other iterations.
+        """
+        failures = self._failures
+        if failures is None:
+            return failure
+        try:
+            return failures.leave(failure)
+        except distributed.DistError as error:
+            # Without the store nobody can be told; they notice, as this rank has.
+            if failure is not None:
+                failure.add_note(f"The other ranks could not be told: {describe(error)}")
+            return failure
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Stops listening."""
+        failures, self._failures = self._failures, None
+        self.line.while_waiting = None
+        if failures is not None:
+            failures.close()

@@ -1,0 +1,230 @@
+"""States whose tensors lie in several processes: taken apart, named, put together, spread again.
+
+A tensor that is spread over processes is a DTensor. Everything else of a state, its containers,
+numbers and ordinary tensors, is each process's own.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from crosstrain.engine.checkpoints.objects import unwrap, walk_objects
+
+from .guards import is_collection, is_exact_list, is_exact_tuple, is_mapping
+
+__all__ = [
+    "Split",
+    "at_path",
+    "is_sharded",
+    "is_spread",
+    "object_at",
+    "parameter_names",
+    "split",
+    "spread",
+    "spread_like",
+]
+
+Path = tuple[Any, ...]
+
+
+@dataclass
+class Split:
+    """A nest of states without its spread tensors, and these by name.
+
+    Args:
+        tree: the nest; None where a spread tensor was.
+        shards: the spread tensors, by name.
+        places: the paths at which they were, with their names.
+    """
+
+    tree: Any
+    shards: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+    places: list[tuple[Path, str]] = field(default_factory=list[tuple[Path, str]])
+
+
+def is_spread(value: Any) -> bool:
+    """Tells whether a value is a tensor whose parts lie in several processes."""
+    # Only where somebody has imported it can there be one; importing it here would take a while.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
+
+
+def split(states: Any, names: Mapping[Path, Sequence[str]]) -> Split:
+    """Takes the spread tensors out of a nest of states; the nest itself stays as it is.
+
+    Args:
+        states: the nest.
+        names: as of `parameter_names`, to name the states of optimizers by.
+    """
+    found = Split(None)
+    found.tree = _take_out(states, (), names, found)
+    return found
+
+
+def _take_out(value: Any, path: Path, names: Mapping[Path, Sequence[str]], found: Split) -> Any:
+    if is_spread(value):
+        name = _key(path, names)
+        if name in found.shards:
+            name = f"{name}#{len(found.shards)}"
+        found.shards[name] = value
+        found.places.append((path, name))
+        return None
+    items: Any
+    if is_mapping(value):
+        items = value.items()
+    elif is_exact_list(value) or is_exact_tuple(value):
+        items = enumerate(value)
+    else:
+        return value
+    taken = [(key, item, _take_out(item, (*path, key), names, found)) for key, item in items]
+    changed = [(key, new) for key, old, new in taken if new is not old]
+    if not changed:
+        return value
+    made: Any = list(value) if is_exact_tuple(value) else copy.copy(value)
+    for key, new in changed:
+        made[key] = new
+    return tuple(made) if is_exact_tuple(value) else made
+
+
+def _key(path: Path, names: Mapping[Path, Sequence[str]]) -> str:
+    """Joins a path to a name; an optimizer's states are named by the parameter, not its place."""
+    for length in range(1, len(path) - 2):
+        known = names.get(path[:length])
+        if known is not None and path[length] == "state" and isinstance(path[length + 1], int):
+            path = (*path[: length + 1], known[path[length + 1]], *path[length + 2 :])
+            break
+    return ".".join(map(str, path))
+
+
+def parameter_names(objects: Mapping[str, Any]) -> dict[Path, list[str]]:
+    """Names the parameters of each optimizer in a nest of objects by the models in it.
+
+    Returns:
+        By the optimizer's path, the names in the order of its groups; a parameter of no model is
+        named by its place.
+    """
+    known: dict[int, str] = {}
+    leaves = list(_leaves(objects, ()))
+    for path, value in leaves:
+        if isinstance(value, torch.nn.Module):
+            for name, parameter in unwrap(value).named_parameters():
+                known.setdefault(id(parameter), ".".join([*map(str, path), name]))
+    return {
+        path: [known.get(id(p), str(place)) for place, p in enumerate(_parameters(value))]
+        for path, value in leaves
+        if isinstance(value, torch.optim.Optimizer)
+    }
+
+
+def _leaves(value: Any, path: Path) -> Iterator[tuple[Path, Any]]:
+    if hasattr(value, "state_dict") or not is_collection(value, (Mapping, list, tuple)):
+        yield path, value
+        return
+    items: Any = value.items() if is_mapping(value) else enumerate(value)
+    for key, item in items:
+        yield from _leaves(item, (*path, key))
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def object_at(objects: Mapping[str, Any], path: Path) -> tuple[Any, Path]:
+    """Finds the object of a nest in whose state a path leads.
+
+    Returns:
+        The object and the path in its state; None and the rest of the path if there is none.
+    """
+    value: Any = objects
+    for at, key in enumerate(path):
+        if value is not objects and hasattr(value, "state_dict"):
+            return unwrap(value), path[at:]
+        try:
+            value = value[key]
+        except (KeyError, IndexError, TypeError):
+            return None, path[at:]
+    return None, ()
+
+
+def at_path(tree: Any, path: Path) -> tuple[Any, Any]:
+    """Returns the container and the key that a path ends at.
+
+    Raises:
+        KeyError, IndexError, TypeError: if it leads nowhere.
+    """
+    for key in path[:-1]:
+        tree = tree[key]
+    return tree, path[-1]
+
+
+def spread(target: Any, state: Any) -> Any:
+    """Returns a state of whole tensors as one of spread tensors, where the object's own are.
+
+    Each process keeps its part of what it was given; nothing is sent.
+
+    Args:
+        target: a module or an optimizer, or anything else, whose state is returned as it is.
+        state: its state, the same in all processes.
+    """
+    if "torch.distributed.tensor" not in sys.modules or not is_mapping(state):
+        return state
+    if isinstance(target, torch.nn.Module):
+        own: Mapping[str, Any] = target.state_dict()
+        if not any(map(is_spread, own.values())):
+            return state
+        made: Any = copy.copy(state)
+        for name, like in own.items():
+            if name in state:
+                made[name] = spread_like(state[name], like)
+        return made
+    if isinstance(target, torch.optim.Optimizer) and is_mapping(state.get("state")):
+        parameters = _parameters(target)
+        if not any(map(is_spread, parameters)):
+            return state
+        states = {
+            place: _spread_values(values, parameters, place)
+            for place, values in state["state"].items()
+        }
+        return {**state, "state": states}
+    return state
+
+
+def _spread_values(values: Any, parameters: list[torch.Tensor], place: Any) -> Any:
+    known = isinstance(place, int) and 0 <= place < len(parameters) and is_mapping(values)
+    if not known:
+        return values
+    return {key: spread_like(value, parameters[place]) for key, value in values.items()}
+
+
+def is_sharded(objects: Mapping[str, Any]) -> bool:
+    """Tells whether there is a model among objects, or nests of them, whose parameters are spread.
+
+    Args:
+        objects: the objects by name.
+    """
+    return any(
+        is_spread(parameter)
+        for _, thing in walk_objects(objects)
+        if isinstance(thing, torch.nn.Module)
+        for parameter in thing.parameters()
+    )
+
+
+def spread_like(value: Any, like: Any) -> Any:
+    """Returns this process's part of a whole tensor that is to lie as another one does.
+
+    Args:
+        value: a tensor, the same in all processes; anything else is returned as it is.
+        like: a tensor; unless it is spread and of the same shape, the value is returned as it is.
+    """
+    whole = isinstance(value, torch.Tensor) and not is_spread(value) and is_spread(like)
+    if not whole or value.shape != like.shape:
+        return value
+    distribute = sys.modules["torch.distributed.tensor"].distribute_tensor
+    return distribute(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

@@ -1,0 +1,1 @@
+"""States as files: whole or absent, verified, and free of code. Knows no engine."""

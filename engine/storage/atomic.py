@@ -1,0 +1,262 @@
+"""Files that are whole or absent: written aside, flushed to disk, renamed, the folder flushed.
+
+The order of the steps is the one of "All File Systems Are Not Created Equal" (Pillai et al., OSDI
+2014): a file system may reorder whatever is not separated by an fsync.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import secrets
+from collections.abc import Callable, Generator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from pathlib import Path
+
+from .errors import CheckpointWriteError
+
+__all__ = [
+    "HashingFile",
+    "check_free_space",
+    "flush_folder",
+    "make_folder",
+    "remove_leftovers",
+    "write_file",
+]
+
+_TEMPORARY_PREFIX = ".crosstrain-"
+_TEMPORARY_SUFFIX = ".tmp"
+_BUFFER = 1 << 20
+# What is smaller is buffered, and hashed where it is: handing it over would cost more.
+_LARGE = 1 << 18
+
+
+class HashingFile:
+    """A file that is only written to, and hashed on the way.
+
+    After the first error it swallows what it is given, and `finish` raises: torch's writer takes an
+    exception out of `write` for a fault of its own.
+
+    Args:
+        descriptor: an open file descriptor, at position 0; it stays the caller's to close.
+        hasher: hashes large blocks while they are being written; None hashes them before.
+    """
+
+    def __init__(self, descriptor: int, hasher: Executor | None = None) -> None:
+        self._descriptor = descriptor
+        self._hasher = hasher
+        self._hash = hashlib.sha256()
+        self._buffer = bytearray()
+        self._error: OSError | None = None
+        self.size = 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Takes bytes; returns their number."""
+        view = memoryview(data).cast("B")
+        self.size += len(view)
+        if self._error is None:
+            try:
+                self._take(view)
+            except OSError as error:
+                self._error = error
+        return len(view)
+
+    def _take(self, view: memoryview) -> None:
+        if len(view) < _LARGE:
+            self._hash.update(view)
+            self._buffer += view
+            if len(self._buffer) >= _BUFFER:
+                self._empty_buffer()
+            return
+        self._empty_buffer()
+        if self._hasher is None:
+            self._hash.update(view)
+            self._write_all(view)
+            return
+        # The caller's memory is ours only until write() returns, so both end here.
+        hashing = self._hasher.submit(self._hash.update, view)
+        try:
+            self._write_all(view)
+        finally:
+            hashing.result()
+
+    def _empty_buffer(self) -> None:
+        with memoryview(self._buffer) as view:
+            self._write_all(view)
+        self._buffer.clear()
+
+    def _write_all(self, view: memoryview) -> None:
+        done = 0
+        while done < len(view):
+            # Linux writes at most 2 GiB at once, and less where the disk or a limit is reached.
+            done += os.write(self._descriptor, view[done:])
+
+    def flush(self) -> None:
+        """Does nothing: `finish` writes what is buffered."""
+
+    def finish(self) -> str:
+        """Writes what is buffered; returns the sha256 of everything, in hexadecimal.
+
+        Raises:
+            OSError: the first error of any write.
+        """
+        if self._error is None:
+            self._empty_buffer()
+        if self._error is not None:
+            raise self._error
+        return self._hash.hexdigest()
+
+
+def write_file(
+    path: Path,
+    produce: Callable[[HashingFile], None],
+    trailer: Callable[[int, str], tuple[bytes, int]],
+    *,
+    atomic: bool = True,
+    parallel: bool = True,
+) -> None:
+    """Writes a file so that at any moment its name stands for a whole file or for none.
+
+    Args:
+        path: the file; one of this name is replaced.
+        produce: writes the contents into the file that it is given.
+        trailer: called with the size and the sha256 of the contents; returns bytes to append, and
+            the 16-bit number that replaces the last two bytes of the contents.
+        atomic: if false, the file is written in place: for file systems without rename. A kill then
+            leaves a part of a file, under its name.
+        parallel: hashes in a thread beside the writing.
+
+    Raises:
+        CheckpointWriteError: if the file system refuses a step; it names the file, step and cause.
+    """
+    target = path if atomic else None
+    aside = path.with_name(_temporary_name()) if atomic else path
+    step = "creating"
+    try:
+        with _descriptor(aside, exclusive=atomic) as descriptor:
+            step = "writing"
+            with ThreadPoolExecutor(1) if parallel else contextlib.nullcontext() as hasher:
+                file = HashingFile(descriptor, hasher)
+                produce(file)
+                digest = file.finish()
+            appendix, patch = trailer(file.size, digest)
+            file.write(appendix)
+            file.finish()
+            os.pwrite(descriptor, patch.to_bytes(2, "little"), file.size - len(appendix) - 2)
+            step = "flushing"
+            os.fsync(descriptor)
+        step = "renaming"
+        if target is not None:
+            os.replace(aside, target)
+        step = "flushing the folder of"
+        flush_folder(path.parent)
+    except BaseException as error:
+        if target is not None:
+            # What failed is what matters; the next start removes what cannot be removed now.
+            with contextlib.suppress(OSError):
+                aside.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise _write_error(path, step, error) from error
+        raise
+
+
+def _temporary_name() -> str:
+    return f"{_TEMPORARY_PREFIX}{secrets.token_hex(8)}{_TEMPORARY_SUFFIX}"
+
+
+@contextlib.contextmanager
+def _descriptor(path: Path, exclusive: bool) -> Generator[int]:
+    fresh = os.O_EXCL if exclusive else os.O_TRUNC
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | fresh, 0o666)
+    try:
+        yield descriptor
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+        raise
+    # A network file system may report a failed write only here.
+    os.close(descriptor)
+
+
+def flush_folder(folder: Path) -> None:
+    """Flushes a folder's list of names to the disk, where its file system can."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network and user-space file systems cannot flush a folder, and say so by this.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _write_error(path: Path, step: str, error: OSError) -> CheckpointWriteError:
+    name = errno.errorcode.get(error.errno or 0, "unknown error")
+    advice = {
+        errno.ENOSPC: " Free some space, or keep fewer checkpoints (n_saved).",
+        errno.EDQUOT: " The quota is used up: free some space.",
+        errno.EFBIG: " The file is larger than the process or the file system allows (ulimit -f).",
+        errno.EROFS: " The file system is mounted read-only.",
+        errno.EACCES: " The process may not write there.",
+        errno.ENOENT: " The folder is gone.",
+        errno.EIO: " The device has a fault; its messages are in the system's log.",
+    }.get(error.errno or 0, "")
+    return CheckpointWriteError(
+        f"Checkpoint {path} was not saved: {step} it failed with {error.strerror or error} "
+        f"({name}). Checkpoints that were saved before are as they were.{advice}",
+        error,
+        path,
+    )
+
+
+def check_free_space(path: Path, needed: int) -> None:
+    """Makes sure, before anything is written, that a file fits on its file system.
+
+    Args:
+        path: the file that is about to be written.
+        needed: its size in bytes.
+
+    Raises:
+        CheckpointWriteError: if less is free.
+    """
+    try:
+        space = os.statvfs(path.parent)
+    except OSError as error:
+        raise _write_error(path, "asking for the free space for", error) from error
+    free = space.f_bavail * space.f_frsize
+    # A file system that counts no blocks at all does not tell its size.
+    if space.f_blocks and free < needed:
+        raise CheckpointWriteError(
+            f"Checkpoint {path} was not saved: it needs {needed:,} bytes and {free:,} are free in "
+            f"{path.parent} (ENOSPC). Checkpoints that were saved before are as they were. Free "
+            "some space, or keep fewer checkpoints (n_saved); a new one is written before an old "
+            "one is removed, so there must be room for one more than n_saved.",
+            path=path,
+        )
+
+
+def make_folder(folder: Path) -> None:
+    """Creates a folder with its parents, such that it is still there after a power cut."""
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for place in missing:
+        flush_folder(place.parent)
+
+
+def remove_leftovers(folder: Path) -> list[str]:
+    """Removes what a killed process has left half written.
+
+    Only call it while holding the folder's lock: what another process is writing looks the same.
+
+    Returns:
+        The names of the files removed.
+    """
+    removed: list[str] = []
+    for entry in folder.iterdir():
+        if entry.name.startswith(_TEMPORARY_PREFIX) and entry.name.endswith(_TEMPORARY_SUFFIX):
+            entry.unlink(missing_ok=True)
+            removed.append(entry.name)
+    return removed

@@ -1,0 +1,204 @@
+"""Turns a state into tensors and plain types, which any `torch.load` reads without running code."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import PurePath
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from crosstrain.engine.guards import is_array, is_collection, is_mapping
+
+from .errors import CheckpointContentError
+
+__all__ = ["to_plain"]
+
+_AS_THEY_ARE: Final = frozenset(
+    {type(None), bool, float, complex, str, bytes, bytearray, torch.Size, torch.dtype, torch.device}
+)
+# The pickle instruction for integers that weights_only allows counts its bytes in one byte.
+_MAX_INTEGER_BITS: Final = 8 * 255 - 1
+_MAX_DEPTH: Final = 150
+
+OnTensor = Callable[[torch.Tensor], torch.Tensor]
+
+
+def to_plain(state: Any, on_tensor: OnTensor) -> Any:
+    """Copies a state's containers, and turns what a safe checkpoint cannot carry into what it can.
+
+    NumPy arrays become tensors and NumPy scalars numbers; named tuples become tuples; mappings of
+    other types become dictionaries (OrderedDict and Counter stay); deques lists, frozen sets sets,
+    paths text, and empty bytes an empty bytearray. What is shared within the state stays shared.
+
+    Args:
+        state: any nest of these, of tensors and of plain types.
+        on_tensor: called with each tensor once, detached; what it returns takes the tensor's place.
+
+    Returns:
+        The new nest; none of its containers is one of `state`.
+
+    Raises:
+        CheckpointContentError: if something in it has no plain form; says where, and what to do.
+    """
+    return _Converter(on_tensor).convert(state, ())
+
+
+class _Converter:
+    def __init__(self, on_tensor: OnTensor) -> None:
+        self._on_tensor = on_tensor
+        # The second entry keeps the key's object alive, so that its id stays its own.
+        self._made: dict[int, tuple[Any, Any]] = {}
+        self._open: set[int] = set()
+
+    def convert(self, value: Any, path: tuple[Any, ...]) -> Any:
+        kind = _type_of(value)
+        if kind in _AS_THEY_ARE:
+            # Empty bytes are the one plain value for which the pickle protocol needs a class that
+            # weights_only does not allow.
+            return bytearray() if kind is bytes and not value else value
+        if kind is int:
+            return self._integer(value, path)
+        known = self._made.get(id(value))
+        if known is not None:
+            return known[0]
+        if id(value) in self._open:
+            raise _refusal(path, value, "it contains itself", "break the cycle")
+        if len(path) > _MAX_DEPTH:
+            raise _refusal(path[:8], value, f"it is nested over {_MAX_DEPTH} deep", "flatten it")
+        self._open.add(id(value))
+        made = self._convert(value, path)
+        self._open.discard(id(value))
+        self._made[id(value)] = (made, value)
+        return made
+
+    def _convert(self, value: Any, path: tuple[Any, ...]) -> Any:
+        if isinstance(value, torch.Tensor):
+            return self._on_tensor(_dense(value, path))
+        if is_array(value):
+            return self._on_tensor(_array(value, path))
+        if _is_numpy_scalar(value):
+            return self._numpy_scalar(value, path)
+        if is_mapping(value):
+            return self._mapping(value, path)
+        if is_collection(value, (list, tuple, deque)):
+            return self._sequence(value, path)
+        if is_collection(value, (set, frozenset)):
+            return {self._key(item, path) for item in value}
+        if isinstance(value, PurePath):
+            return str(value)
+        raise _refusal(path, value, *_reason(value))
+
+    def _mapping(self, value: Mapping[Any, Any], path: tuple[Any, ...]) -> Any:
+        items = {
+            self._key(key, path): self.convert(item, (*path, key)) for key, item in value.items()
+        }
+        if isinstance(value, Counter):
+            return Counter(items)
+        if not isinstance(value, OrderedDict):
+            return items
+        ordered: OrderedDict[Any, Any] = OrderedDict(items)
+        # A module's state keeps the versions of its layouts in this attribute.
+        metadata = getattr(value, "_metadata", None)
+        if metadata is not None:
+            vars(ordered)["_metadata"] = self.convert(metadata, (*path, "_metadata"))
+        return ordered
+
+    def _sequence(self, value: Iterable[Any], path: tuple[Any, ...]) -> Any:
+        items = [self.convert(item, (*path, index)) for index, item in enumerate(value)]
+        return tuple(items) if isinstance(value, tuple) else items
+
+    def _key(self, key: Any, path: tuple[Any, ...]) -> Any:
+        kind = _type_of(key)
+        if kind in (str, bool, float, type(None)) or (kind is bytes and key):
+            return key
+        if kind is int:
+            return self._integer(key, path)
+        if _is_numpy_scalar(key):
+            return self._numpy_scalar(key, path)
+        if kind is tuple:
+            return tuple(self._key(item, path) for item in key)
+        advice = "use text, numbers or tuples of them"
+        raise _refusal(path, key, "it is a key of a dictionary, or in a set", advice)
+
+    def _integer(self, value: int, path: tuple[Any, ...]) -> int:
+        if value.bit_length() > _MAX_INTEGER_BITS:
+            reason = (
+                f"it has {value.bit_length()} bits, and {_MAX_INTEGER_BITS} can be loaded safely"
+            )
+            raise _refusal(path, value, reason, "store it as text or bytes")
+        return value
+
+    def _numpy_scalar(self, value: Any, path: tuple[Any, ...]) -> Any:
+        number = value.item()
+        if _is_numpy_scalar(number) or type(number) not in {*_AS_THEY_ARE, int}:
+            raise _refusal(
+                path, value, f"a {value.dtype} has no plain form", "convert it to a float"
+            )
+        return number
+
+
+def _type_of(value: object) -> Any:
+    return type(value)
+
+
+def _is_numpy_scalar(value: object) -> bool:
+    return isinstance(value, np.generic)
+
+
+def _dense(tensor: torch.Tensor, path: tuple[Any, ...]) -> torch.Tensor:
+    """Returns a plain, detached view of a tensor."""
+    if hasattr(tensor, "full_tensor"):
+        advice = (
+            "give Checkpoint a ShardedSaver in place of the folder, or gather it first: "
+            "torch.distributed.checkpoint.state_dict.get_model_state_dict with "
+            "StateDictOptions(full_state_dict=True)"
+        )
+        raise _refusal(path, tensor, "its parts lie in several processes", advice)
+    if tensor.is_meta or torch.nn.parameter.is_lazy(tensor):
+        advice = "give it data first: run the model once, or use to_empty()"
+        raise _refusal(path, tensor, "it has no data yet", advice)
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
+        advice = "store it as dense tensors: to_dense(), int_repr(), unbind()"
+        raise _refusal(path, tensor, "it is sparse, quantized or nested", advice)
+    detached = tensor.detach()
+    if type(detached) is not torch.Tensor:
+        if hasattr(detached, "__tensor_flatten__"):
+            advice = "store the plain tensors that it is made of"
+            raise _refusal(path, tensor, "it is made of several tensors", advice)
+        detached = detached.as_subclass(torch.Tensor)
+    return detached
+
+
+def _array(array: np.ndarray[Any, Any], path: tuple[Any, ...]) -> torch.Tensor:
+    try:
+        # A copy: the tensor must not change when the array does, nor refuse to be read-only.
+        return torch.from_numpy(np.array(array, order="C"))  # pyright: ignore[reportUnknownMemberType]
+    except TypeError:
+        advice = "store it as numbers of a type that torch has, or as text"
+        raise _refusal(path, array, f"torch has no type for its {array.dtype}", advice) from None
+
+
+def _reason(value: Any) -> tuple[str, str]:
+    if isinstance(value, torch.nn.Module) or hasattr(value, "state_dict"):
+        return "it is an object", "name it in to_save, or store what its state_dict() returns"
+    if isinstance(value, torch.Generator):
+        return "it is a generator", "store what its get_state() returns"
+    if callable(value):
+        return "it is code", "store what it is made from, and make it anew when loading"
+    if hasattr(value, "isoformat"):
+        return "it is a date or a time", "store isoformat()"
+    if hasattr(value, "__dataclass_fields__"):
+        return "it is an object", "store dataclasses.asdict(...)"
+    return "it is no tensor, number, text, bytes, list, tuple, set or dictionary", "store those"
+
+
+def _refusal(path: tuple[Any, ...], value: Any, reason: str, advice: str) -> CheckpointContentError:
+    where = "".join(f"[{key!r}]" for key in path) or "itself"
+    return CheckpointContentError(
+        f"The state at {where} is of type {type(value).__module__}.{type(value).__qualname__}: "
+        f"{reason}, so it cannot be loaded again safely (weights_only=True). Nothing was written. "
+        f"Remedy: {advice}."
+    )

@@ -1,0 +1,1 @@
+"""The training and the evaluation step, written once for every backend."""

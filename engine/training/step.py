@@ -1,0 +1,377 @@
+"""The training step: forward, loss, backward and optimizer step, written once for every backend."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from crosstrain.engine.data.own_data import check_own
+from crosstrain.engine.data.shares import deals_out, share_of
+from crosstrain.engine.engine import Engine
+from crosstrain.engine.events import EventEnum, Events
+from crosstrain.engine.progress import is_done
+from crosstrain.engine.ranks.world import unshared
+
+from . import gradients
+from .options import StepOptions, several
+from .step_checks import check_trainable, refuse_loss
+from .step_counts import StepCounts
+from .weighting import average, weighted
+
+if TYPE_CHECKING:
+    from crosstrain.backends import Backend, StepResult
+    from crosstrain.engine.handlers import Slot
+
+__all__ = ["StepEvents", "StepOptions", "TrainingStep"]
+
+
+class StepEvents(EventEnum):
+    """The events of a training step, which a factory's trainer fires beside the engine's own.
+
+    BACKWARD_* fire each iteration. OPTIM_STEP_* fire where the optimizers are stepped: each
+    iteration, or at the end of each accumulation window. OPTIM_STEP_APPLIED and OPTIM_STEP_SKIPPED
+    follow OPTIM_STEP_COMPLETED: the first if every optimizer changed its weights, the second if
+    the loss scaler skipped one. Step a scheduler or an EMA at OPTIM_STEP_APPLIED.
+
+    Filters such as `every` compare with `state.iteration` for BACKWARD_*, and for the others with
+    how often a run's optimizers were stepped (`state.optim_steps`, for STARTED and COMPLETED), how
+    often that was applied (`state.applied_steps`), and skipped (`state.skipped_steps`).
+    """
+
+    BACKWARD_STARTED = "backward_started"
+    BACKWARD_COMPLETED = "backward_completed"
+    OPTIM_STEP_STARTED = "optim_step_started"
+    OPTIM_STEP_COMPLETED = "optim_step_completed"
+    OPTIM_STEP_APPLIED = "optim_step_applied"
+    OPTIM_STEP_SKIPPED = "optim_step_skipped"
+
+
+_COUNTERS: dict[Any, str] = {
+    StepEvents.BACKWARD_STARTED: "iteration",
+    StepEvents.BACKWARD_COMPLETED: "iteration",
+    StepEvents.OPTIM_STEP_STARTED: "optim_steps",
+    StepEvents.OPTIM_STEP_COMPLETED: "optim_steps",
+    StepEvents.OPTIM_STEP_APPLIED: "applied_steps",
+    StepEvents.OPTIM_STEP_SKIPPED: "skipped_steps",
+}
+
+
+class _Listeners(NamedTuple):
+    """An engine's slots for the step's events, in their order: looked up once."""
+
+    backward_started: Slot
+    backward_completed: Slot
+    optim_step_started: Slot
+    optim_step_completed: Slot
+    optim_step_applied: Slot
+    optim_step_skipped: Slot
+
+
+# Stands for modules that are not known yet: it is in no training mode, so they are looked for.
+_UNKNOWN = (SimpleNamespace(training=False),)
+_STATE_KEYS = frozenset({"filled", "planned", "optim_steps", "applied_steps", "gradients"})
+
+
+def _no_engine() -> Engine | None:
+    return None
+
+
+class TrainingStep:
+    """Runs one iteration of supervised training on a backend; give it to an `Engine`.
+
+    Gradients are accumulated over windows of `accumulation_steps` iterations, which may cross
+    epochs. Each loss is divided by the number of iterations in its window; a run's last window,
+    which may be shorter, is stepped with its own number. A window belongs to one run of one engine:
+    a new run begins with a new one.
+
+    Where an iteration fails after its backward pass has begun, the gradients of its window are not
+    those of whole iterations: they are dropped, and the next iteration begins a window.
+
+    In several processes each loss is the mean over this process's part of the global batch. Where a
+    `DeterministicEngine` has dealt a batch out unevenly, its gradients are weighted by the counts.
+
+    Args:
+        model: a model, or several.
+        optimizer: an optimizer, or several; all are stepped at the end of a window.
+        loss_fn: called as `loss_fn(y_pred, y)`, returns a loss of one element.
+        backend: an opened backend that has prepared model and optimizer.
+        options: the rest.
+
+    Raises:
+        ValueError: if an optimizer holds none of the models' parameters, shares one with another,
+            or needs a closure; or if several models come without `model_fn`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        optimizer: Any,
+        loss_fn: Callable[[Any, Any], Tensor],
+        backend: Backend,
+        options: StepOptions | None = None,
+    ) -> None:
+        self.model = model
+        self.models: list[torch.nn.Module] = [unshared(one) for one in several(model)]
+        self.optimizer = optimizer
+        self.optimizers: list[torch.optim.Optimizer] = several(optimizer)
+        self.loss_fn = loss_fn
+        self.backend = backend
+        self.options = options or StepOptions()
+        check_trainable(self.models, self.optimizers, loss_fn)
+        self._split, self._forward = self.options.splitter(), self.options.forward(model)
+        self._output = self.options.output_transform
+        # The window: how many iterations are in it, and how many shall be (0 once it was stepped).
+        self._filled = 0
+        self._planned = 0
+        self._counts = StepCounts()
+        # The window and the counts were loaded, and no run has gone on from them yet.
+        self._loaded = False
+        # The modules that train() puts into training mode.
+        self._training: Iterable[Any] = _UNKNOWN
+        # Several processes share the gradients; the data that was seen not to be the same in all.
+        self._many = backend.world.size > 1
+        self._own_data: Any = None
+        self._engine: Callable[[], Engine | None] = _no_engine
+        self._engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+        self._listeners: _Listeners
+
+    # ---------------------------------------------------------------- the engine
+
+    def attach(self, engine: Engine) -> None:
+        """Registers the step's events with an engine and has it step a window left at the end.
+
+        The factories do so; for an engine of your own, do it before you attach handlers to
+        `StepEvents`. Otherwise it is done at the first iteration.
+
+        Raises:
+            TypeError: if it is no `Engine` of this library.
+        """
+        if not isinstance(engine, Engine):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(
+                "A training step runs in an Engine of crosstrain.engine, whose events it fires; "
+                f"got {type(engine).__module__}.{type(engine).__qualname__}."
+            )
+        if self._engine() is engine:
+            return
+        if self._engine is not _no_engine and not self._loaded:
+            self._begin_anew()
+        self._engine = weakref.ref(engine)
+        if engine not in self._engines:
+            self._engines.add(engine)
+            engine.register_events(*StepEvents, event_to_attr=_COUNTERS)
+            for event, handler in (
+                (Events.STARTED, self._on_started),
+                (Events.EPOCH_COMPLETED, self._on_epoch_completed),
+                (Events.TERMINATE, self._on_end),
+                (Events.COMPLETED, self._on_end),
+            ):
+                engine.add_event_handler(event, handler)
+                # First in its place: the other handlers evaluate and save the weights.
+                slot = engine.slot(event)
+                slot.handlers = [slot.handlers[-1], *slot.handlers[:-1]]
+        self._listeners = _Listeners(*(engine.slot(event) for event in StepEvents))
+        self._counts.tell(engine.state)
+
+    def _begin_anew(self) -> None:
+        self._filled, self._counts = 0, StepCounts()
+
+    def _on_started(self, engine: Engine) -> None:
+        self._training = _UNKNOWN
+        if self._engine() is not engine:
+            return
+        if self._many:
+            self._check_data(engine)
+        if engine.state.iteration == 0 and not self._loaded:
+            # The window that a failed run left behind is no part of this one.
+            self._begin_anew()
+            self._counts.tell(engine.state)
+        self._loaded = False
+
+    def _on_epoch_completed(self, engine: Engine) -> None:
+        if is_done(engine.state):
+            self._on_end(engine)
+
+    def _on_end(self, engine: Engine) -> None:
+        if self._filled == 0 or self._engine() is not engine:
+            return
+        # The window is shorter than was planned: each loss was divided by too much.
+        gradients.rescale(self.optimizers, self._planned / self._filled)
+        if self._many:
+            average(several(self.model), self.optimizers)
+        self._filled = 0
+        self._step(engine)
+        self.backend.sync()
+
+    # ---------------------------------------------------------------- an iteration
+
+    def __call__(self, engine: Engine, batch: Any) -> Any:
+        """Runs an iteration: put, forward, loss, backward, and the step at a window's end.
+
+        Raises:
+            ValueError: if the batch is no pair, or the loss is not a tensor of one element that
+                depends on the model; or if all processes would train on the same data.
+            BackendError: if an optimizer has no gradient.
+        """
+        if self._engine() is not engine:
+            self.attach(engine)
+        if self._many and self._own_data is not engine.state.dataloader:
+            self._check_data(engine)
+        for module in self._training:
+            if not module.training:
+                self._train()
+                break
+        filled = self._filled + 1
+        if filled == 1:
+            self._open_window(engine)
+        x, y = self._split(batch, self.backend)
+        if filled == self._planned:
+            output = self._pass(engine, x, y, filled)
+        else:
+            # The forward pass too: DistributedDataParallel decides there what is shared after it.
+            with self.backend.accumulating(self.model):
+                output = self._pass(engine, x, y, filled)
+        if engine.backend is None:
+            self.backend.sync()
+        return output
+
+    def _pass(self, engine: Engine, x: Any, y: Any, filled: int) -> Any:
+        """Runs the forward and the backward pass, and the step where the window is full."""
+        with self.backend.autocast():
+            y_pred = self._forward(x)
+            loss: Any = self.loss_fn(y_pred, y)
+        if not (isinstance(loss, Tensor) and loss.requires_grad and loss.numel() == 1):
+            refuse_loss(loss)
+        # Nothing is in the window until the iteration is whole: what raises from here on drops it.
+        self._filled = 0
+        try:
+            if self._many:
+                with weighted(loss, share_of(engine), self.models, y_pred) as part:
+                    self._backward(engine, part)
+            else:
+                self._backward(engine, loss)
+            if filled == self._planned:
+                self._step(engine)
+                filled = 0
+            output = self._output(x, y, y_pred, loss)
+        except BaseException as error:
+            if filled > 1 and self._planned:
+                error.add_note(
+                    f"The gradients of the {filled - 1} earlier iterations of this accumulation "
+                    "window are dropped: they cannot be told apart from this one's."
+                )
+            raise
+        self._filled = filled
+        return output
+
+    def _train(self) -> None:
+        for model in self.models:
+            model.train()
+        # A model whose train() leaves a part in evaluation mode, such as a frozen batch norm, means
+        # it so.
+        self._training = [m for model in self.models for m in model.modules() if m.training]
+
+    def _check_data(self, engine: Engine) -> None:
+        data = engine.state.dataloader
+        if not deals_out(engine):
+            check_own(data, self.backend.world)
+        self._own_data = data
+
+    def _open_window(self, engine: Engine) -> None:
+        self._loaded = False
+        wanted = self.options.accumulation_steps
+        self._planned = 1 if wanted == 1 else min(wanted, _iterations_left(engine, wanted))
+        for optimizer in self.optimizers:
+            gradients.clear(optimizer)
+
+    def _backward(self, engine: Engine, loss: Tensor) -> None:
+        listeners, backend, planned = self._listeners, self.backend, self._planned
+        if listeners.backward_started.handlers:
+            engine.fire_event(StepEvents.BACKWARD_STARTED)
+        backend.backward(loss if planned == 1 else loss / planned, self.optimizer)
+        if listeners.backward_completed.handlers:
+            engine.fire_event(StepEvents.BACKWARD_COMPLETED)
+
+    def _step(self, engine: Engine) -> None:
+        listeners, step, max_norm = self._listeners, self.backend.step, self.options.max_norm
+        counts, state = self._counts, engine.state
+        told: Any = state
+        told.optim_steps = counts.optim_steps + 1
+        if listeners.optim_step_started.handlers:
+            engine.fire_event(StepEvents.OPTIM_STEP_STARTED)
+        results: list[StepResult] = []
+        plain = counts.unread is None
+        for optimizer in self.optimizers:
+            result = step(optimizer, max_norm)
+            results.append(result)
+            if result.outcome is not True:
+                plain = False
+        told.step_results = results
+        self._planned = 0
+        if plain:
+            # Of each step that is applied and known to be: each call here would show.
+            counts.optim_steps += 1
+            told.applied_steps = counts.optim_steps - counts.skipped
+        else:
+            counts.add(results)
+            counts.tell(state)
+        if listeners.optim_step_completed.handlers:
+            engine.fire_event(StepEvents.OPTIM_STEP_COMPLETED)
+        if listeners.optim_step_applied.handlers or listeners.optim_step_skipped.handlers:
+            # Who listens to what became of the step has to wait for the device; nobody else does.
+            self._tell_outcome(engine, plain or all(result.applied for result in results))
+
+    def _tell_outcome(self, engine: Engine, applied: bool) -> None:
+        listeners = self._listeners
+        if applied and listeners.optim_step_applied.handlers:
+            engine.fire_event(StepEvents.OPTIM_STEP_APPLIED)
+        elif not applied and listeners.optim_step_skipped.handlers:
+            engine.fire_event(StepEvents.OPTIM_STEP_SKIPPED)
+
+    # ---------------------------------------------------------------- the state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the window and the counts: its gradients so far as tensors on the CPU."""
+        return {
+            "filled": self._filled,
+            "planned": self._planned,
+            "optim_steps": self._counts.optim_steps,
+            "applied_steps": self._counts.applied_steps,
+            "gradients": gradients.capture(self.models, self.optimizers) if self._filled else {},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what `state_dict` returned.
+
+        Raises:
+            ValueError: if a key is missing, or a gradient belongs to no parameter of the models and
+                optimizers.
+        """
+        if missing := sorted(_STATE_KEYS - set(state)):
+            raise ValueError(
+                f"The state of a training step lacks {missing}; it has {sorted(state)}. States "
+                "come from TrainingStep.state_dict()."
+            )
+        gradients.restore(state["gradients"], self.models, self.optimizers)
+        self._filled, self._planned = state["filled"], state["planned"]
+        self._counts = StepCounts(state["optim_steps"], state["applied_steps"])
+        self._loaded = True
+        engine = self._engine()
+        if engine is not None:
+            self._counts.tell(engine.state)
+
+
+def _iterations_left(engine: Engine, wanted: int) -> int:
+    """Returns how many iterations the run has from this one on; `wanted` where nobody knows."""
+    state = engine.state
+    if state.max_iters is not None:
+        total = state.max_iters
+    elif state.max_epochs is not None and state.epoch_length is not None:
+        total = state.max_epochs * state.epoch_length
+    else:
+        return wanted
+    return max(1, total - state.iteration + 1)

@@ -1,0 +1,55 @@
+"""Several processes: joining and leaving the process group, and the gradients that they share."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from processes import SUPPORT, results, torchrun
+
+from crosstrain.backends import BackendError, get
+
+
+def test_processes_train_as_one(tmp_path: Path) -> None:
+    """Two and four processes end with the weights of one, and each rank with the same bits."""
+    subprocess.run(
+        [sys.executable, str(SUPPORT / "ranks_program.py"), str(tmp_path)], check=True, timeout=120
+    )
+    (alone,) = results(tmp_path, 1)
+    assert alone["wrapped"] == "Sequential"
+    for size in (2, 4):
+        torchrun(size, "ranks_program.py", str(tmp_path))
+        told = results(tmp_path, size)
+        assert [one["rank"] for one in told] == list(range(size))
+        # Within a window nothing is shared yet.
+        assert len({tuple(one["kept"]) for one in told}) == size
+        for one in told:
+            assert one["wrapped"] == "DistributedDataParallel"
+            assert one["weights"] == told[0]["weights"]
+            for mine, theirs in zip(one["weights"], alone["weights"], strict=True):
+                assert mine == pytest.approx(theirs, rel=1e-12)
+
+
+def test_address_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A half-set environment is an error that names what is missing."""
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setenv("MASTER_PORT", "1")
+    with pytest.raises(BackendError, match=r"MASTER_ADDR is not set, but WORLD_SIZE=2"):
+        get("cpu").open()
+
+
+def test_rank_that_never_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A world that does not come together is an error after the timeout, and nothing stays open."""
+    environment = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    environment |= {"MASTER_PORT": "1", "CROSSTRAIN_TIMEOUT": "1"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(BackendError, match=r"Rank 1 of 2 could not join .* 127.0.0.1:1"):
+        get("cpu").open()
+    monkeypatch.setenv("CROSSTRAIN_TIMEOUT", "soon")
+    with pytest.raises(BackendError, match=r"CROSSTRAIN_TIMEOUT='soon' is no number"):
+        get("cpu").open()

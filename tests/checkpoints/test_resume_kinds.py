@@ -1,0 +1,120 @@
+"""One script, whose backend is changed between its starts: sharded checkpoints and whole ones."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import SUPPORT, results, torchrun
+from shares_program import ITERATIONS
+
+from crosstrain.backends import get
+from crosstrain.engine import CheckpointCorrupt, create_supervised_trainer, resume_or_start
+
+PROGRAM = "resume_kinds_program.py"
+
+
+def start(size: int, folder: Path, spec: str, until: int = 0) -> list[dict[str, Any]]:
+    """Starts the program in some processes; returns what each rank tells."""
+    arguments = [str(folder), str(folder / "saved"), spec, str(until)]
+    if size == 1:
+        command = [sys.executable, str(SUPPORT / PROGRAM), *arguments]
+        subprocess.run(command, check=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    else:
+        torchrun(size, PROGRAM, *arguments, OMP_NUM_THREADS="1")
+    return results(folder, size)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_on_another_kind_of_backend(tmp_path: Path) -> None:
+    """Sharded, alone, sharded, replicated: in each case from the newest, with the same numbers."""
+    straight, chain = tmp_path / "straight", tmp_path / "chain"
+    straight.mkdir()
+    chain.mkdir()
+    (whole,) = start(1, straight, "cpu")
+    done = 0
+    for size, spec, until, found in (
+        (2, "cpu:fsdp", 2, None),
+        (1, "cpu", 5, "checkpoint_2.sharded"),
+        (2, "cpu:fsdp", 7, "checkpoint_5.pt"),
+        (2, "cpu", 0, "checkpoint_7.sharded"),
+    ):
+        told = start(size, chain, spec, until)
+        iterations = range(done + 1, (until or ITERATIONS) + 1)
+        for one in told:
+            assert one["from"] == found
+            assert one["losses"].keys() == set(map(str, iterations))
+            for iteration, loss in one["losses"].items():
+                assert loss == pytest.approx(whole["losses"][iteration], abs=1e-12), iteration
+        done = until
+    for one in told:
+        for ours, theirs in zip(one["weights"], whole["weights"], strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-10)
+
+
+def trainer_on(backend: Any) -> Any:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    trainer = create_supervised_trainer(
+        model, optimizer, torch.nn.functional.mse_loss, backend=backend, deterministic=True
+    )
+    return trainer, {"model": model, "optimizer": optimizer}
+
+
+def trained(spec: str, folder: Path, epochs: int, **options: Any) -> Any:
+    """Goes on in a folder, in one process; returns the run."""
+    data = torch.utils.data.TensorDataset(torch.ones(4, 2), torch.zeros(4, 2))
+    with get(spec) as backend:
+        trainer, objects = trainer_on(backend)
+        run = resume_or_start(trainer, objects, folder, every=2, **options)
+        trainer.run(torch.utils.data.DataLoader(data), max_epochs=epochs)
+        run.checkpoint.save_handler.close()  # type: ignore[union-attr]
+    return run
+
+
+def test_what_is_newest_counts_and_not_how_it_was_saved(tmp_path: Path) -> None:
+    assert trained("cpu:fsdp", tmp_path, 1).resumed_from is None
+    with pytest.warns(match="was 'cpu:fsdp' and is 'cpu:fp32'"):
+        assert trained("cpu", tmp_path, 2).resumed_from == tmp_path / "checkpoint_4.sharded"
+    assert trained("cpu", tmp_path, 3).resumed_from == tmp_path / "checkpoint_8.pt"
+    with pytest.warns(match="was 'cpu:fp32' and is 'cpu:fsdp'"):
+        run = trained("cpu:fsdp", tmp_path, 4)
+    assert run.resumed_from == tmp_path / "checkpoint_12.pt"
+    # Each kind removes its own old ones only.
+    names = sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith("."))
+    assert names == [
+        *("checkpoint_10.pt", "checkpoint_12.pt"),
+        *("checkpoint_14.sharded", "checkpoint_16.sharded"),
+    ]
+
+
+def test_either_kind_can_be_named(tmp_path: Path) -> None:
+    trained("cpu:fsdp", tmp_path / "sharded", 1)
+    trained("cpu", tmp_path / "whole", 1)
+    for spec, kind, name in (("cpu", "sharded", "2.sharded"), ("cpu:fsdp", "whole", "2.pt")):
+        named = tmp_path / kind / f"checkpoint_{name}"
+        with pytest.warns(match="The backend was"):
+            run = trained(spec, tmp_path / "new" / kind, 1, resume_from=named)
+        assert run.resumed_from == named
+
+
+def test_a_newer_one_of_the_other_kind_that_is_damaged_is_not_passed_over_in_silence(
+    tmp_path: Path,
+) -> None:
+    trained("cpu:fsdp", tmp_path, 1)
+    path = tmp_path / "checkpoint_4.sharded" / "rank-0.pt"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointCorrupt, match=r"rank-0\.pt is damaged"):
+        trained("cpu", tmp_path, 2)
+
+
+def test_overlap_is_refused_for_a_sharded_model(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="which a sharded model cannot have"):
+        trained("cpu:fsdp", tmp_path, 1, overlap=True)
+    assert not any(tmp_path.iterdir())

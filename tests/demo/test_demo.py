@@ -1,0 +1,126 @@
+"""The main job: `crosstrain demo`, and the same training as a user's script, killed and resumed."""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import on_xla
+import pytest
+import torch
+
+from crosstrain.ci.demo.command import Course, compare
+from crosstrain.engine import Checkpoint
+
+ARGUMENTS = ["--epochs", "2", "--backend"]
+SPECS = [
+    "cpu",
+    pytest.param("xla", marks=on_xla.needs_xla),
+    pytest.param("xla:bf16", marks=on_xla.needs_xla),
+]
+
+
+def demo(console_script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(console_script), "demo", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "120"},
+    )
+
+
+@pytest.fixture(scope="module", params=SPECS)
+def shown(
+    request: pytest.FixtureRequest, console_script: Path, tmp_path_factory: pytest.TempPathFactory
+):
+    out = tmp_path_factory.mktemp("demo")
+    arguments = [*ARGUMENTS, request.param, "--workers", "0", "--out", str(out)]
+    return out, demo(console_script, *arguments), request.param
+
+
+Shown = tuple[Path, subprocess.CompletedProcess[str], str]
+
+
+def final_weights(folder: Path) -> dict[str, torch.Tensor]:
+    path = Checkpoint.latest(folder).path
+    assert path is not None
+    assert path.name == "checkpoint_60.pt"
+    return torch.load(path, weights_only=True)["model"]
+
+
+def assert_same_bits(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+def test_demo_is_bit_identical(shown: Shown) -> None:
+    out, process, _ = shown
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert "Bit-identical: batches, losses, weights, random states." in process.stdout
+    for name in ("test accuracy", "killed after iteration", "resumed from iteration"):
+        assert name in process.stdout
+    # Five rows, and the sentence.
+    assert process.stdout.count("identical") == 6
+    assert "different" not in process.stdout
+    assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert_same_bits(final_weights(out / "straight"), final_weights(out / "killed"))
+
+
+def test_demo_runs_again_in_its_folder_but_not_in_another(
+    console_script: Path, tmp_path: Path
+) -> None:
+    mine = tmp_path / "straight" / "thesis.txt"
+    mine.parent.mkdir()
+    mine.write_text("precious")
+    process = demo(console_script, *ARGUMENTS, "cpu", "--out", str(tmp_path))
+    assert process.returncode != 0
+    assert "holds files that no demo wrote" in process.stderr
+    assert mine.read_text() == "precious"
+
+
+@pytest.mark.parametrize("what", ["batch", "loss", "weights", "repeated"])
+def test_a_difference_is_found(what: str) -> None:
+    straight = Course()
+    for iteration in (1, 2, 3):
+        straight.take({"iteration": iteration, "loss": "0x1p0", "batch": "aa"})
+    straight.take({"result": {"digests": {"weights": "cc", "optimizer": "dd"}}})
+    killed = copy.deepcopy(straight)
+    assert compare(straight, killed) == []
+    if what in ("batch", "loss"):
+        killed.lines[2] = {**killed.lines[2], what: "0x1p1"}
+        expected = f"{what} differs first at iteration 2"
+    elif what == "weights":
+        killed.result["digests"]["weights"] = "ee"
+        expected = "weights differ at the end"
+    else:
+        killed.take({**killed.lines[3], "loss": "0x1p1"})
+        killed.lines[3] = straight.lines[3]
+        expected = "iteration 3 was repeated otherwise after the kill"
+    assert compare(straight, killed) == [expected]
+
+
+def test_example_is_the_same_training_and_survives_a_kill(
+    shown: Shown, repo_root: Path, tmp_path: Path
+) -> None:
+    out, _, spec = shown
+    folder = tmp_path / "digits"
+    script = [sys.executable, str(repo_root / "examples" / "digits.py")]
+    command = [*script, *ARGUMENTS, spec, "--workers", "1", "--out", str(folder)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline().startswith("epoch 1: loss ")
+        os.killpg(first.pid, signal.SIGKILL)
+    # Other workers than before: they do not matter.
+    command[command.index("--workers") + 1] = "0"
+    second = subprocess.run(command, capture_output=True, text=True)
+    assert second.returncode == 0, second.stderr
+    assert "resumed from" in second.stdout
+    assert "epoch 2: loss " in second.stdout
+    assert_same_bits(final_weights(folder), final_weights(out / "straight"))
