@@ -13,7 +13,8 @@ from processes import SUPPORT, results, torchrun
 
 from crosstrain.backends import BackendError, UnknownBackend, get
 from crosstrain.backends.fsdp import Sharding
-from crosstrain.engine import Events, create_supervised_trainer, gradients
+from crosstrain.engine import Events, create_supervised_trainer
+from crosstrain.engine.training import gradients
 
 
 def close(mine: Any, theirs: Any, rel: float = 1e-12, absolute: float = 1e-12) -> bool:
