@@ -22,10 +22,9 @@ from crosstrain.engine.data.own_data import PerRank
 from crosstrain.engine.data.permutation import PermutationSampler
 from crosstrain.engine.data.shares import BatchShare, mean_over_ranks
 from crosstrain.engine.data.streams import SampleStreams, current_sample
-from crosstrain.engine.exact.snapshot import ResumeWarning
+from crosstrain.engine.errors import RankFailed, ResumeWarning
 from crosstrain.engine.ranks.agreement import agree
 from crosstrain.engine.ranks.check import RankCheck
-from crosstrain.engine.ranks.world import RankFailed
 from crosstrain.engine.storage.errors import (
     CheckpointBusy,
     CheckpointContentError,
@@ -58,6 +57,7 @@ from .deterministic import (
 )
 from .early_stopping import EarlyStopping
 from .engine import Engine
+from .errors import DataUsedUp, EmptyData, RankFailed, ResumeError, ResumeWarning
 from .events import (
     CallableEventWithFilter,
     EventEnum,
@@ -66,7 +66,7 @@ from .events import (
     RemovableEventHandle,
     State,
 )
-from .progress import DataUsedUp, EmptyData
+from .proof import Checks, Proof
 from .supervised import create_supervised_evaluator, create_supervised_trainer
 
 __all__ = [
@@ -84,6 +84,7 @@ __all__ = [
     "CheckpointUnsafe",
     "CheckpointWarning",
     "CheckpointWriteError",
+    "Checks",
     "DataUsedUp",
     "DeterministicEngine",
     "DiskSaver",
@@ -99,11 +100,13 @@ __all__ = [
     "ModelCheckpoint",
     "PerRank",
     "PermutationSampler",
+    "Proof",
     "RankCheck",
     "RankFailed",
     "RemovableEventHandle",
     "ReproducibleBatchSampler",
     "ResumableRun",
+    "ResumeError",
     "ResumeWarning",
     "SampleStreams",
     "ShardedCheckpoint",

@@ -20,7 +20,6 @@ from crosstrain.engine.exact.rank_states import RANKS, gathered, own_part
 from crosstrain.engine.exact.snapshot import (
     FORMAT,
     KEYS,
-    ResumeWarning,
     check_keys,
     environment,
     load_step,
@@ -33,11 +32,11 @@ from crosstrain.engine.exact.snapshot import (
 from crosstrain.engine.ranks.agreed_seed import agreed_seed
 
 from .engine import Engine
+from .errors import warn_user
 from .events import Events
 from .progress import data_length
 from .requests import END_EPOCH, QUIET_EPOCH
 from .state import State
-from .user_warning import warn_user
 
 if TYPE_CHECKING:
     from crosstrain.backends import Backend
@@ -395,5 +394,4 @@ def _warn_inexact(what: str) -> None:
     warn_user(
         f"The run will not resume bit for bit: {what}, and the random states at its beginning are "
         "not known. Save at ITERATION_COMPLETED or EPOCH_COMPLETED.",
-        ResumeWarning,
     )

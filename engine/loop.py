@@ -10,10 +10,9 @@ from collections.abc import Callable, Generator, Iterator
 from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
-from crosstrain.engine.ranks.world import RankFailed
-
+from .errors import DataUsedUp, EmptyData, RankFailed
 from .events import Events
-from .progress import DataUsedUp, EmptyData, is_done
+from .progress import is_done
 from .requests import END_EPOCH, END_RUN, QUIET_EPOCH, QUIET_RUN, EndEpoch, EndRun, Requests
 from .state import State
 

@@ -6,11 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
+from .errors import EmptyData
 from .state import State
 
 __all__ = [
-    "DataUsedUp",
-    "EmptyData",
     "begin",
     "check_count",
     "check_limits",
@@ -19,14 +18,6 @@ __all__ = [
     "load_progress",
     "resume",
 ]
-
-
-class EmptyData(ValueError):
-    """The data has nothing to give: a list of length 0, an iterator that is used up."""
-
-
-class DataUsedUp(RuntimeError):
-    """The data ended before the run did, and iterating it anew gives nothing."""
 
 
 def data_length(data: Any) -> int | None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from crosstrain.engine.engine import Engine
+from crosstrain.engine.errors import warn_user
 from crosstrain.engine.guards import is_mapping
 from crosstrain.engine.spread import spread
 from crosstrain.engine.storage.archive import read_archive
@@ -25,7 +26,6 @@ from crosstrain.engine.storage.errors import (
 )
 from crosstrain.engine.storage.manifest import Manifest
 from crosstrain.engine.storage.safe_load import LoadedFile, load_file, verify_file
-from crosstrain.engine.user_warning import warn_user
 
 from .objects import check_objects, restore_states, unwrap, walk_objects
 

@@ -11,9 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from crosstrain.engine.errors import RankFailed
 from crosstrain.engine.ranks.agreement import Agreement
 from crosstrain.engine.ranks.line import RankLine
-from crosstrain.engine.ranks.world import RankFailed
 from crosstrain.engine.storage.errors import CheckpointNotFound
 from crosstrain.engine.storage.manifest import Manifest
 from crosstrain.engine.storage.safe_load import load_file

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from crosstrain.engine.engine import Engine
+from crosstrain.engine.errors import warn_user
 from crosstrain.engine.exact.snapshot import spec_of
 from crosstrain.engine.guards import is_path
 from crosstrain.engine.storage.errors import CheckpointWarning
-from crosstrain.engine.user_warning import warn_user
 
 from .objects import unsaved_objects, walk_objects
 from .retention import Item

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from crosstrain.engine.errors import warn_user
 from crosstrain.engine.ranks.world import this_rank, world_size
 from crosstrain.engine.spread import parameter_names, split
 from crosstrain.engine.storage.atomic import make_folder
@@ -25,7 +26,6 @@ from crosstrain.engine.storage.sharded_write import (
     write_sharded,
 )
 from crosstrain.engine.storage.staging import Snapshot, host_state
-from crosstrain.engine.user_warning import warn_user
 
 from .save_handler import FolderSaver, SaveJob
 from .sharded_latest import sharded_folders

@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import islice, repeat
 from typing import Any, ClassVar
 
-from crosstrain.engine.exact.snapshot import ResumeWarning
+from crosstrain.engine.errors import ResumeWarning, warn_user
 from crosstrain.engine.progress import data_length
-from crosstrain.engine.user_warning import warn_user
 
 from .generators import OwnStates
 from .sampling import is_loader, rebuilt

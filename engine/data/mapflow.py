@@ -15,9 +15,8 @@ from torch.utils.data import (
 )
 
 from crosstrain.backends import World, random_state
-from crosstrain.engine.exact.snapshot import ResumeWarning
+from crosstrain.engine.errors import ResumeWarning, warn_user
 from crosstrain.engine.progress import data_length
-from crosstrain.engine.user_warning import warn_user
 
 from .flows import Dataflow, Iterate
 from .generators import OwnStates, generators_in

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from crosstrain.backends import porting
 from crosstrain.engine.data.streams import SampleStreams
+from crosstrain.engine.errors import ResumeWarning, warn_user
 from crosstrain.engine.guards import is_mapping
-from crosstrain.engine.user_warning import warn_user
 
-from .snapshot import ResumeWarning, differences, load_step, step_state
+from .snapshot import differences, load_step, step_state
 
 if TYPE_CHECKING:
     from crosstrain.backends import Backend

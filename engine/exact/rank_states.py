@@ -9,12 +9,10 @@ import torch
 from torch import distributed
 
 from crosstrain.backends import World
+from crosstrain.engine.errors import ResumeWarning, warn_user
 from crosstrain.engine.guards import is_mapping, is_sequence
 from crosstrain.engine.ranks.line import RankLine
 from crosstrain.engine.training.weighting import combined
-from crosstrain.engine.user_warning import warn_user
-
-from .snapshot import ResumeWarning
 
 if TYPE_CHECKING:
     from crosstrain.backends import Backend

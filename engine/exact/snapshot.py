@@ -14,8 +14,8 @@ import numpy
 import torch
 
 from crosstrain.backends import random_state
+from crosstrain.engine.errors import ResumeWarning, warn_user
 from crosstrain.engine.guards import is_mapping
-from crosstrain.engine.user_warning import warn_user
 
 if TYPE_CHECKING:
     from crosstrain.backends import Backend
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 __all__ = [
     "FORMAT",
     "KEYS",
-    "ResumeWarning",
     "check_keys",
     "differences",
     "environment",
@@ -51,10 +50,6 @@ KEYS: Final = frozenset(
         "exact",
     }
 )
-
-
-class ResumeWarning(UserWarning):
-    """A run goes on under conditions that may change its bits."""
 
 
 def spec_of(backend: Backend | None) -> str | None:

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from torch import distributed
 
+from crosstrain.engine.errors import RankFailed
 from crosstrain.engine.events import Events
 from crosstrain.engine.requests import END_EPOCH, END_RUN, PAUSE, QUIET_EPOCH, QUIET_RUN
 
 from .line import RankLine
 from .watch import Failures, describe
-from .world import RankFailed
 
 if TYPE_CHECKING:
     from crosstrain.engine.engine import Engine

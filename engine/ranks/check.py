@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from crosstrain.engine.errors import RankFailed, warn_user
 from crosstrain.engine.events import Events
 from crosstrain.engine.guards import is_exact_list, is_exact_tuple, is_mapping
 from crosstrain.engine.progress import check_count
 from crosstrain.engine.spread import is_spread
-from crosstrain.engine.user_warning import warn_user
 
 from .agreement import agree
-from .world import RankFailed, unshared
+from .world import unshared
 
 if TYPE_CHECKING:
     from crosstrain.engine.engine import Engine

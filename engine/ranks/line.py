@@ -14,9 +14,9 @@ from typing import Any, Final
 from torch import distributed
 
 from crosstrain.backends.process_group import timeout
+from crosstrain.engine.errors import RankFailed
 
 from .patient_store import PatientStore
-from .world import RankFailed
 
 __all__ = ["RankLine"]
 

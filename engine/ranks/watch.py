@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from torch import distributed
 
+from crosstrain.engine.errors import RankFailed
+
 from .line import RankLine
-from .world import RankFailed
 
 if TYPE_CHECKING:
     from crosstrain.engine.engine import Engine

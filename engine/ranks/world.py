@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from crosstrain.backends import World
 
-__all__ = ["RankFailed", "this_rank", "unshared", "world_size"]
+__all__ = ["this_rank", "unshared", "world_size"]
 
 
 def this_rank() -> int:
@@ -32,16 +32,3 @@ def unshared(value: Any) -> Any:
         return value
     wrapper: Any = value
     return wrapper.module
-
-
-class RankFailed(RuntimeError):
-    """Another rank has ended the run, is missing, or does not do what this one does.
-
-    Args:
-        message: what happened, where, and what to do.
-        rank: the rank that it happened on, or that is missing; None if it is not one alone.
-    """
-
-    def __init__(self, message: str, rank: int | None = None) -> None:
-        super().__init__(message)
-        self.rank = rank

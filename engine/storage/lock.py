@@ -12,7 +12,7 @@ import weakref
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from crosstrain.engine.user_warning import warn_user
+from crosstrain.engine.errors import warn_user
 
 from .errors import CheckpointBusy, CheckpointWarning
 

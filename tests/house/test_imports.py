@@ -37,7 +37,6 @@ KNOWN_ARROWS = frozenset(
         ("engine/data/flows.py", "crosstrain.engine.exact.snapshot"),
         ("engine/data/mapflow.py", "crosstrain.engine.exact.snapshot"),
         ("engine/events.py", "crosstrain.engine.dispatch"),
-        ("engine/loop.py", "crosstrain.engine.ranks.world"),
         ("engine/requests.py", "crosstrain.engine.ranks.agreement"),
         ("engine/spread.py", "crosstrain.engine.checkpoints.objects"),
     }

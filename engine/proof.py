@@ -1,0 +1,91 @@
+"""The proof of a resume: what was checked of it, what could not be, and how strict to be.
+
+No list of kinds of data and objects is ever complete, so a resume measures that it goes on as the
+run that was saved. Each check notes its result here, and the log says all of it in one line.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Literal, get_args
+
+from .errors import ResumeError, ResumeWarning, warn_user
+
+__all__ = ["Checks", "Proof", "Strictness"]
+
+Strictness = Literal["error", "warn", "off"]
+
+
+@dataclass(frozen=True)
+class Checks:
+    """How strict a resume is about each thing that it measures: `error`, `warn` or `off`.
+
+    Args:
+        batch_before: the batch that was consumed last before the state was written is fetched once
+            more, and compared.
+        read_back: after an object has loaded its state, its `state_dict` is compared with it.
+        structure: what no state_dict has is compared: which parameters want gradients, modes of
+            modules, parameter groups, non-persistent buffers.
+        writer: what a save writes is held to what a load accepts, while it is written.
+
+    Raises:
+        ValueError: if one of them is none of the three words.
+    """
+
+    batch_before: Strictness = "error"
+    read_back: Strictness = "error"
+    structure: Strictness = "error"
+    writer: Strictness = "error"
+
+    def __post_init__(self) -> None:
+        legal = get_args(Strictness)
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if value not in legal:
+                raise ValueError(
+                    f"Checks({item.name}={value!r}); legal values: {', '.join(map(repr, legal))}."
+                )
+
+
+@dataclass
+class Proof:
+    """What a resume has found out about itself.
+
+    Args:
+        checked: what was measured and found equal, each as a phrase.
+        unchecked: what could not be measured, each as a phrase with the reason.
+        differences: what was found to differ and was let pass, since its check only warns.
+    """
+
+    checked: list[str] = field(default_factory=list[str])
+    unchecked: list[str] = field(default_factory=list[str])
+    differences: list[str] = field(default_factory=list[str])
+
+    def differs(self, message: str, strictness: Strictness) -> None:
+        """Deals with a difference as strictly as its check is meant.
+
+        Args:
+            message: what differs, its usual causes, and what to do.
+            strictness: of the check that found it.
+
+        Raises:
+            ResumeError: with the message, if the check is an `error`.
+        """
+        if strictness == "off":
+            return
+        if strictness == "error":
+            raise ResumeError(message)
+        self.differences.append(message)
+        warn_user(message, ResumeWarning)
+
+    def __str__(self) -> str:
+        parts = [
+            f"{title}: {'; '.join(phrases)}"
+            for title, phrases in (
+                ("checked", self.checked),
+                ("not checked", self.unchecked),
+                ("DIFFERS", self.differences),
+            )
+            if phrases
+        ]
+        return ". ".join(parts) or "nothing was checked"
