@@ -22,7 +22,6 @@ from crosstrain.engine.data.own_data import PerRank
 from crosstrain.engine.data.permutation import PermutationSampler
 from crosstrain.engine.data.shares import BatchShare, mean_over_ranks
 from crosstrain.engine.data.streams import SampleStreams, current_sample
-from crosstrain.engine.errors import RankFailed, ResumeWarning
 from crosstrain.engine.ranks.agreement import agree
 from crosstrain.engine.ranks.check import RankCheck
 from crosstrain.engine.storage.errors import (

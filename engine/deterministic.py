@@ -32,7 +32,7 @@ from crosstrain.engine.exact.snapshot import (
 from crosstrain.engine.ranks.agreed_seed import agreed_seed
 
 from .engine import Engine
-from .errors import warn_user
+from .errors import ResumeWarning, warn_user
 from .events import Events
 from .progress import data_length
 from .requests import END_EPOCH, QUIET_EPOCH
@@ -394,4 +394,5 @@ def _warn_inexact(what: str) -> None:
     warn_user(
         f"The run will not resume bit for bit: {what}, and the random states at its beginning are "
         "not known. Save at ITERATION_COMPLETED or EPOCH_COMPLETED.",
+        ResumeWarning,
     )
