@@ -46,7 +46,9 @@ def _train(order: Order, emit: Emit) -> int:
     trainer = training.trainer
     # The traces show how far a difference goes: what a resume finds itself is told beside them.
     found = {item.name: getattr(trainer.checks, item.name) for item in fields(Checks)}
-    warned = {name: "warn" if how == "error" else how for name, how in found.items()}
+    warned: dict[str, Any] = {
+        name: "warn" if how == "error" else how for name, how in found.items()
+    }
     trainer.checks = Checks(**warned)
     # Every iteration is written at once, so that a kill leaves no gap.
     TraceRecorder(order.trace, 1).attach(trainer, training.to_save)
