@@ -39,6 +39,7 @@ from .progress import data_length
 from .proof import Checks
 from .requests import END_EPOCH, QUIET_EPOCH
 from .state import State
+from .structure import Restored, Structure, named
 
 if TYPE_CHECKING:
     from crosstrain.backends import Backend
@@ -119,6 +120,7 @@ class DeterministicEngine(Engine):
     ) -> None:
         super().__init__(process_function, backend)
         self.checks = checks or Checks()
+        self._structure = Structure()
         self._streams = tuple(streams)
         if unknown := sorted(set(self._streams) - set(ALL_STREAMS)):
             raise ValueError(f"streams has {unknown}; legal values: {', '.join(ALL_STREAMS)}.")
@@ -134,6 +136,7 @@ class DeterministicEngine(Engine):
         self._snapshot: dict[str, Any] | None = None
         self._reseeds = False  # It has no random states of this rank.
         self._defers = False
+        self._put_back: list[str] = []
         self._conditions: dict[str, Any] | None = None
         # Plain functions: a bound method here would keep the engine alive.
         self.add_event_handler(Events.STARTED, _on_started)
@@ -188,6 +191,7 @@ class DeterministicEngine(Engine):
         values["rng_states"] = random_states(self.backend)
         values["backend"] = None if self.backend is None else self.backend.state_dict()
         values["step"] = step_state(self._step)
+        values["structure"] = self._structure.record(named(self.objects, self.saved_beside))
         values["environment"] = self._environment()
         values["exact"] = exact
         return values
@@ -279,6 +283,7 @@ class DeterministicEngine(Engine):
         self._owes_epoch_end = (
             not progress["ended"] and not progress["ends"] and progress["done"] == length
         )
+        self._put_back = self._restore_structure(snapshot).put_back
         now = self._environment()
         if snapshot["environment"]["backend"] != now["backend"]:
             # From here on it is one of this backend, should it be asked for or taken up again.
@@ -288,6 +293,13 @@ class DeterministicEngine(Engine):
         load_step(self._step, snapshot["step"])
         if self.backend is not None:
             self.backend.load_state_dict(snapshot["backend"])
+
+    def _restore_structure(self, snapshot: Mapping[str, Any]) -> Restored:
+        """Puts back what no state_dict holds; tells nothing yet."""
+        if self.checks.structure == "off" or "structure" not in snapshot:
+            return Restored()
+        objects = named(self.objects, self.saved_beside)
+        return self._structure.restore(snapshot["structure"], objects)
 
     def set_data(self, data: Iterable[Any]) -> None:
         """Takes the next batch, and all after it, from other data, as another pass of the run.
@@ -317,6 +329,11 @@ class DeterministicEngine(Engine):
             self._defers = False
             return iter(()) if self._session is None else None
         data, snapshot = self.state.dataloader, self._snapshot
+        if snapshot is not None:
+            # Once more: handlers of the run's and the epoch's beginning have fired again.
+            found = self._restore_structure(snapshot)
+            found.put_back = list(dict.fromkeys(self._put_back + found.put_back))
+            found.tell(self.proof, self.checks.structure)
         if snapshot is None:
             self._cursor.open(data, self._key)
         elif "format" not in snapshot:

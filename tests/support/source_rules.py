@@ -47,7 +47,9 @@ FOLDERS = {
     "ci": ("conformance", "demo", "matrix", "plugin", "traces", "trials", "verification"),
 }
 LEVELS = {
-    **dict.fromkeys(("state", "progress", "guards", "errors", "proof", "spread"), "base"),
+    **dict.fromkeys(
+        ("state", "progress", "guards", "errors", "proof", "spread", "structure"), "base"
+    ),
     "handlers": "dispatch",
     "loop": "engine",
     "requests": "engine",
