@@ -181,8 +181,8 @@ class DeterministicEngine(Engine):
             "epoch": state.epoch,
             "done": values["iteration"] - self._epoch_began,
             "ended": state.epoch == self._last_ended_epoch,
-            "ends": self._asked & END_EPOCH > 0 and self.last_event_name == _ITERATION_ENDS,
-            "quiet": bool(self._asked & QUIET_EPOCH),
+            "ends": self.asked & END_EPOCH > 0 and self.last_event_name == _ITERATION_ENDS,
+            "quiet": bool(self.asked & QUIET_EPOCH),
         }
         values["position"] = self._cursor.position()
         values["rng_states"] = random_states(self.backend)

@@ -36,8 +36,6 @@ KNOWN_ARROWS = frozenset(
         ("engine/data/cursor.py", "crosstrain.engine.exact.snapshot"),
         ("engine/data/flows.py", "crosstrain.engine.exact.snapshot"),
         ("engine/data/mapflow.py", "crosstrain.engine.exact.snapshot"),
-        ("engine/events.py", "crosstrain.engine.dispatch"),
-        ("engine/requests.py", "crosstrain.engine.ranks.agreement"),
         ("engine/spread.py", "crosstrain.engine.checkpoints.objects"),
     }
 )

@@ -48,7 +48,6 @@ FOLDERS = {
 }
 LEVELS = {
     **dict.fromkeys(("state", "progress", "guards", "errors", "proof", "spread"), "base"),
-    "handlers": "dispatch",
     "loop": "engine",
     "requests": "engine",
 }
