@@ -13,7 +13,7 @@ from crosstrain.engine.errors import ResumeWarning, warn_user
 from crosstrain.engine.guards import is_mapping, is_sequence
 from crosstrain.engine.ranks.agreement import agreement_of
 from crosstrain.engine.ranks.line import RankLine
-from crosstrain.engine.training.weighting import combined
+from crosstrain.engine.training.gradients import combined
 
 if TYPE_CHECKING:
     from crosstrain.backends import Backend
