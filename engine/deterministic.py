@@ -24,10 +24,7 @@ from crosstrain.engine.exact.snapshot import (
     check_keys,
     environment,
     load_step,
-    random_states,
-    random_states_kept,
     report_differences,
-    restore_random_states,
     step_state,
 )
 from crosstrain.engine.ranks.agreed_seed import agreed_seed
@@ -37,6 +34,7 @@ from .errors import ResumeWarning, warn_user
 from .events import Events
 from .progress import data_length
 from .proof import Checks
+from .random_states import random_states, random_states_kept, restore_random_states
 from .requests import END_EPOCH, QUIET_EPOCH
 from .state import State
 
