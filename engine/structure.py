@@ -9,7 +9,6 @@ and tells what cannot.
 
 from __future__ import annotations
 
-import hashlib
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ import torch
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from .digest import digest
 from .proof import Proof, Strictness
 
 __all__ = ["Restored", "Structure", "named", "rebuild_groups", "recordable"]
@@ -190,7 +190,7 @@ class Structure:
         version = -1 if buffer.is_inference() else buffer._version
         if known is not None and known[0]() is buffer and known[1] == version >= 0:
             return known[2]
-        made = _digest(buffer)
+        made = digest(buffer)
         self._digests[name] = (weakref.ref(buffer), version, made)
         return made
 
@@ -335,9 +335,7 @@ def _other_groups(
 def _same_buffer(now: torch.Tensor | None, saved: torch.Tensor | None) -> bool:
     if now is None or saved is None:
         return now is saved
-    if now.shape != saved.shape or now.dtype != saved.dtype:
-        return False
-    return _bytes(now) == _bytes(saved)
+    return digest(now) == digest(saved)
 
 
 def _put_buffer(
@@ -354,16 +352,6 @@ def _put_buffer(
     place = next(owner.parameters(), now)
     device = torch.device("cpu") if place is None else place.device
     owner._buffers[key] = None if saved is None else saved.detach().clone().to(device)
-
-
-def _bytes(tensor: torch.Tensor) -> bytes:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().tobytes()
-
-
-def _digest(tensor: torch.Tensor) -> str:
-    words = f"{tensor.dtype} {tuple(tensor.shape)}".encode()
-    return hashlib.blake2b(words + _bytes(tensor), digest_size=16).hexdigest()
 
 
 def _few(items: Sequence[str]) -> str:

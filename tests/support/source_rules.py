@@ -48,9 +48,20 @@ FOLDERS = {
 }
 LEVELS = {
     **dict.fromkeys(
-        ("state", "progress", "guards", "errors", "proof", "spread", "structure"), "base"
+        (
+            "digest",
+            "errors",
+            "guards",
+            "progress",
+            "proof",
+            "random_states",
+            "splitmix",
+            "spread",
+            "state",
+            "structure",
+        ),
+        "base",
     ),
-    "handlers": "dispatch",
     "loop": "engine",
     "requests": "engine",
 }
