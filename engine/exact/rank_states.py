@@ -11,8 +11,9 @@ import torch
 from crosstrain.backends import World
 from crosstrain.engine.errors import ResumeWarning, warn_user
 from crosstrain.engine.guards import is_mapping, is_sequence
+from crosstrain.engine.ranks.agreement import agreement_of
 from crosstrain.engine.ranks.line import Line, has_ranks
-from crosstrain.engine.training.weighting import combined
+from crosstrain.engine.training.gradients import combined
 
 if TYPE_CHECKING:
     from crosstrain.backends import Backend
@@ -41,7 +42,8 @@ def gathered(values: Mapping[str, Any], engine: Engine, destination: int) -> dic
         return dict(values)
     what = f"taking the engine's state at iteration {values['iteration']}"
     own = {name: values[name] for name in _PARTS if name in values}
-    with Line() if engine.ranks is None else nullcontext(engine.ranks.line) as line:
+    agreement = agreement_of(engine)
+    with Line() if agreement is None else nullcontext(agreement.line) as line:
         found, rank = line.gather(what, own, destination), line.rank
     others = None
     if found is not None:

@@ -50,7 +50,9 @@ def patience() -> float | None:
     return seconds
 
 
-def end_if_stuck(main: int, freed: threading.Event, reason: str, rank: int, longest: float) -> None:
+def end_if_stuck(
+    limit: float | None, main: int, freed: threading.Event, reason: str, rank: int, longest: float
+) -> None:
     """Returns when the main thread has left the run; ends the process if it does not move.
 
     Threads that are no daemons are given time while they move: the main thread may wait for one of
