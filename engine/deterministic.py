@@ -24,10 +24,7 @@ from crosstrain.engine.exact.snapshot import (
     check_keys,
     environment,
     load_step,
-    random_states,
-    random_states_kept,
     report_differences,
-    restore_random_states,
     step_state,
 )
 from crosstrain.engine.ranks.agreed_seed import agreed_seed
@@ -37,6 +34,7 @@ from .errors import ResumeWarning, warn_user
 from .events import Events
 from .progress import data_length
 from .proof import Checks
+from .random_states import random_states, random_states_kept, restore_random_states
 from .requests import END_EPOCH, QUIET_EPOCH
 from .state import State
 
@@ -181,8 +179,8 @@ class DeterministicEngine(Engine):
             "epoch": state.epoch,
             "done": values["iteration"] - self._epoch_began,
             "ended": state.epoch == self._last_ended_epoch,
-            "ends": self._asked & END_EPOCH > 0 and self.last_event_name == _ITERATION_ENDS,
-            "quiet": bool(self._asked & QUIET_EPOCH),
+            "ends": self.asked & END_EPOCH > 0 and self.last_event_name == _ITERATION_ENDS,
+            "quiet": bool(self.asked & QUIET_EPOCH),
         }
         values["position"] = self._cursor.position()
         values["rng_states"] = random_states(self.backend)

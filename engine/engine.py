@@ -7,7 +7,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from .handlers import check_signature
+from .dispatch import check_signature
+from .events import Events
 from .loop import Loop
 from .progress import begin, check_limits, is_done, load_progress, resume
 from .proof import Checks, Proof
@@ -16,7 +17,7 @@ from .state import State
 if TYPE_CHECKING:
     from crosstrain.backends import Backend
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "Events", "State"]
 
 
 class Engine(Loop):

@@ -11,6 +11,7 @@ from torch import distributed
 from crosstrain.backends import World
 from crosstrain.engine.errors import ResumeWarning, warn_user
 from crosstrain.engine.guards import is_mapping, is_sequence
+from crosstrain.engine.ranks.agreement import agreement_of
 from crosstrain.engine.ranks.line import RankLine
 from crosstrain.engine.training.gradients import combined
 
@@ -39,7 +40,8 @@ def gathered(values: Mapping[str, Any], engine: Engine, destination: int) -> dic
     size = 1 if engine.backend is None else engine.backend.world.size
     if size == 1 or not distributed.is_initialized():
         return dict(values)
-    line = RankLine() if engine.ranks is None else engine.ranks.line
+    agreement = agreement_of(engine)
+    line = RankLine() if agreement is None else agreement.line
     line.meet(f"taking the engine's state at iteration {values['iteration']}")
     found = line.gather({name: values[name] for name in _PARTS if name in values}, destination)
     others = None

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from torch import distributed
 
+from crosstrain.engine.dispatch import Phase
 from crosstrain.engine.errors import RankFailed
 from crosstrain.engine.events import Events
-from crosstrain.engine.requests import END_EPOCH, END_RUN, PAUSE, QUIET_EPOCH, QUIET_RUN
+from crosstrain.engine.requests import END_EPOCH, END_RUN, EPOCH_ENDS, PAUSE, RUN_ENDS
 
 from .line import RankLine
 from .watch import Failures, describe
@@ -26,7 +27,7 @@ from .watch import Failures, describe
 if TYPE_CHECKING:
     from crosstrain.engine.engine import Engine
 
-__all__ = ["Agreement", "agree"]
+__all__ = ["Agreement", "agree", "agreement_of"]
 
 _ENDS: Final = END_RUN | END_EPOCH
 # Within this a thread answers that lives; torchrun gives its processes 30 s between SIGTERM and
@@ -63,13 +64,19 @@ def agree(trainer: Engine) -> Agreement | None:
     Args:
         trainer: the engine; of the world that its backend has joined.
     """
-    if trainer.ranks is not None:
-        return trainer.ranks
+    agreed = agreement_of(trainer)
+    if agreed is not None:
+        return agreed
     backend = trainer.backend
     if backend is None or backend.world.size == 1 or not distributed.is_initialized():
         return None
-    trainer.ranks = Agreement(trainer)
-    return trainer.ranks
+    trainer.ranks = agreed = Agreement(trainer)
+    return agreed
+
+
+def agreement_of(engine: Engine) -> Agreement | None:
+    """Returns the agreement that an engine's ranks have; None where there is none."""
+    return engine.ranks if isinstance(engine.ranks, Agreement) else None
 
 
 class Agreement:
@@ -90,6 +97,10 @@ class Agreement:
         self._runs = 0
         self._begin_run()
         engine.add_event_handler(Events.STARTED, self._on_started)
+        # What the other handlers of these events ask for is known then.
+        engine.add_in_phase(Events.STARTED, self._after_started, Phase.LAST)
+        engine.add_in_phase(Events.ITERATION_COMPLETED, self._after_iteration, Phase.LAST)
+        engine.add_in_phase(Events.EPOCH_COMPLETED, self._after_epoch, Phase.LAST)
 
     def _begin_run(self) -> None:
         # Boundaries are counted in halves of an iteration: 2 i is the end of iteration i; 2 i + 1,
@@ -98,9 +109,9 @@ class Agreement:
         # How many calls this rank has answered, and how many of them it knows the decision of.
         self._answered = self._decided = 0
         self._decision: _Decision | None = None
-        # What this rank wants and what is not decided: bits of Engine._asked, and a signal.
+        # What this rank wants and what is not decided: bits of Engine.asked, and a signal.
         self._wish = self._signal = 0
-        # Which of the ends that the engine is asked for are those of all: bits of Engine._asked.
+        # Which of the ends that the engine is asked for are those of all: bits of Engine.asked.
         self._granted = 0
         self._base = f"run/{self._number}/{self._runs}"
 
@@ -116,16 +127,6 @@ class Agreement:
         self._failures = Failures(self.line, self._base, engine, self._answer)
         self.line.while_waiting = self._failures.check
         self._failures.compare_start()
-        # Last of their events: what the other handlers ask for is known then. What is attached
-        # after them at STARTED, as resume_or_start's saving is, comes after the agreement.
-        for event, handler in (
-            (Events.STARTED, self._after_started),
-            (Events.ITERATION_COMPLETED, self._after_iteration),
-            (Events.EPOCH_COMPLETED, self._after_epoch),
-        ):
-            if engine.has_event_handler(handler, event):
-                engine.remove_event_handler(handler, event)
-            engine.add_event_handler(event, handler)
 
     def _after_started(self) -> None:
         self._at_boundary(2 * self._engine.state.iteration + 1)
@@ -137,8 +138,8 @@ class Agreement:
         assert self._failures is not None
         self._failures.compare_lengths()
         # It has ended: nobody needs to be asked any more.
-        self._engine._asked &= ~(END_EPOCH | QUIET_EPOCH)
-        self._wish &= ~(END_EPOCH | QUIET_EPOCH)
+        self._engine.asked &= ~EPOCH_ENDS
+        self._wish &= ~EPOCH_ENDS
         self._at_boundary(2 * self._engine.state.iteration + 1)
 
     @property
@@ -150,23 +151,24 @@ class Agreement:
         """Has all ranks end because of a signal that this one has got; called in its handler."""
         self._signal = self._signal or signal
 
-    def review(self) -> None:
+    def review(self, asked: int) -> int:
         """Takes back what a handler has asked of this rank alone, until all are asked."""
-        engine, granted = self._engine, self._granted
+        granted = self._granted
         if granted & END_RUN:
-            return
+            return asked
         if granted & END_EPOCH:
             # It is done now.
             self._granted = 0
-        elif engine._asked & _ENDS:
-            self._wish |= engine._asked & ~PAUSE
-            engine._asked &= PAUSE
+        elif asked & _ENDS:
+            self._wish |= asked & ~PAUSE
+            return asked & PAUSE
+        return asked
 
     # ---------------------------------------------------------------- boundaries
 
     def _at_boundary(self, boundary: int) -> None:
         """Passes a boundary, or does there what all have agreed upon."""
-        if not (self._wish or self._signal or self._decision or self._engine._asked & _ENDS):
+        if not (self._wish or self._signal or self._decision or self._engine.asked & _ENDS):
             # The thread that answers for this rank must not read it in between.
             with self._lock:
                 if self._answered == self._decided:
@@ -180,7 +182,7 @@ class Agreement:
         self._failures.check()
         if self._granted & END_RUN:
             return
-        self.review()
+        self._engine.asked = self.review(self._engine.asked)
         while True:
             called = self._wish or self._signal or self._answered > self._decided
             if self._decision is None and called:
@@ -205,13 +207,13 @@ class Agreement:
             self.stop_signal, self._signal, self._wish = decision.signal, 0, 0
             self._granted = END_RUN
         elif decision.wish & END_RUN:
-            engine._asked |= decision.wish & (END_RUN | QUIET_RUN)
+            engine.asked |= decision.wish & RUN_ENDS
             self._granted = END_RUN
         elif boundary % 2 == 0:
             # At an epoch's end there is none left to end.
-            engine._asked |= decision.wish & (END_EPOCH | QUIET_EPOCH)
+            engine.asked |= decision.wish & EPOCH_ENDS
             self._granted = END_EPOCH
-            self._wish &= ~(END_EPOCH | QUIET_EPOCH)
+            self._wish &= ~EPOCH_ENDS
 
     # ---------------------------------------------------------------- calls and answers
 

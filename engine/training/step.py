@@ -13,6 +13,7 @@ from torch import Tensor
 
 from crosstrain.engine.data.own_data import check_own
 from crosstrain.engine.data.shares import deals_out, share_of
+from crosstrain.engine.dispatch import Phase
 from crosstrain.engine.engine import Engine
 from crosstrain.engine.events import EventEnum, Events
 from crosstrain.engine.progress import is_done
@@ -23,7 +24,7 @@ from .options import StepOptions, several
 
 if TYPE_CHECKING:
     from crosstrain.backends import Backend, StepResult
-    from crosstrain.engine.handlers import Slot
+    from crosstrain.engine.dispatch import Slot
     from crosstrain.engine.state import State
 
 __all__ = ["StepEvents", "StepOptions", "TrainingStep"]
@@ -245,10 +246,8 @@ class TrainingStep:
                 (Events.TERMINATE, self._on_end),
                 (Events.COMPLETED, self._on_end),
             ):
-                engine.add_event_handler(event, handler)
-                # First in its place: the other handlers evaluate and save the weights.
-                slot = engine.slot(event)
-                slot.handlers = [slot.handlers[-1], *slot.handlers[:-1]]
+                # The other handlers evaluate and save the weights.
+                engine.add_in_phase(event, handler, Phase.FIRST)
         self._listeners = _Listeners(*(engine.slot(event) for event in StepEvents))
         self._counts.tell(engine.state)
 

@@ -33,11 +33,6 @@ def package_files(repo_root: Path, package: str) -> list[str]:
 KNOWN_ARROWS = frozenset(
     {
         ("engine/checkpoints/save_request.py", "crosstrain.engine.exact.snapshot"),
-        ("engine/data/cursor.py", "crosstrain.engine.exact.snapshot"),
-        ("engine/data/flows.py", "crosstrain.engine.exact.snapshot"),
-        ("engine/data/mapflow.py", "crosstrain.engine.exact.snapshot"),
-        ("engine/events.py", "crosstrain.engine.dispatch"),
-        ("engine/requests.py", "crosstrain.engine.ranks.agreement"),
         ("engine/spread.py", "crosstrain.engine.checkpoints.objects"),
     }
 )
