@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from crosstrain.engine.ranks.world import unshared
+
 from . import gradients
 
 if TYPE_CHECKING:
@@ -33,39 +35,24 @@ class OwnStep:
     def __init__(self, function: Callable[..., Any], engine: Engine) -> None:
         self._function = function
         self._engine = weakref.ref(engine)
-        # Of each optimizer: the gradients that its last step has used, and their versions then.
-        self._used: weakref.WeakKeyDictionary[Any, list[tuple[Any, int]]] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._uses: weakref.WeakKeyDictionary[Any, _Use] = weakref.WeakKeyDictionary()
 
     def watch(self) -> None:
         """Notes from here on which gradients the optimizers have stepped with."""
         for optimizer in self._optimizers().values():
-            if optimizer not in self._used:
-                self._used[optimizer] = []
-                optimizer.register_step_post_hook(self._note)
-
-    def _note(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        self._used[optimizer] = [
-            (weakref.ref(parameter.grad), parameter.grad._version)
-            for parameter in gradients.parameters_of(optimizer)
-            if parameter.grad is not None
-        ]
+            if optimizer not in self._uses:
+                use = self._uses[optimizer] = _Use()
+                # No method of this object: it refers to the function, and that to the optimizer.
+                optimizer.register_step_post_hook(use.note)
 
     def state_dict(self) -> dict[str, Any] | None:
-        """Returns the gradients that no step has used yet; None where there are none."""
-        used = {
-            id(gradient): version
-            for noted in self._used.values()
-            for reference, version in noted
-            if (gradient := reference()) is not None
-        }
+        """Returns the gradients that the next step may use; None where there are none."""
+        spent = {id(gradient) for use in self._uses.values() for gradient in use.spent()}
         found = gradients.capture_named(
             {
                 name: parameter
                 for name, parameter in self._named().items()
-                if parameter.grad is not None
-                and used.get(id(parameter.grad)) != parameter.grad._version
+                if parameter.grad is not None and id(parameter.grad) not in spent
             }
         )
         return {"gradients": found} if found else None
@@ -74,13 +61,20 @@ class OwnStep:
         """Restores what `state_dict` returned.
 
         Raises:
-            ValueError: if a gradient belongs to no parameter that is known here.
+            ValueError: if it is the state of another kind of step, or a gradient belongs to no
+                parameter that is known here.
         """
+        if set(state) != {"gradients"}:
+            raise ValueError(
+                f"The state holds a state of the process function ({sorted(state)}), and "
+                f"{self._function} has no load_state_dict. Use the factory that made the trainer "
+                "which wrote it."
+            )
         gradients.restore_named(state["gradients"], self._named())
 
     def _named(self) -> dict[str, torch.Tensor]:
         found = self._found()
-        models = [(n, thing) for n, thing in found if isinstance(thing, torch.nn.Module)]
+        models = [(n, unshared(thing)) for n, thing in found if isinstance(thing, torch.nn.Module)]
         return gradients.named(models, list(self._optimizers().items()))
 
     def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
@@ -99,6 +93,36 @@ class OwnStep:
                 seen.add(id(thing))
                 found.append((name, thing))
         return found
+
+
+class _Use:
+    """Which gradients an optimizer has stepped with, and whether it is seen to begin with others.
+
+    A function that clears its gradients before the next backward pass needs those of the last step
+    no more. One that is not known to clear them may add to them.
+    """
+
+    def __init__(self) -> None:
+        self._noted: list[tuple[Any, int]] = []
+        self._cleared: bool | None = None
+
+    def note(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Takes note of a step."""
+        now = [p.grad for p in gradients.parameters_of(optimizer) if p.grad is not None]
+        if self._noted and self._cleared is not False:
+            present = {id(gradient) for gradient in now}
+            self._cleared = not any(id(reference()) in present for reference, _ in self._noted)
+        self._noted = [(weakref.ref(gradient), gradient._version) for gradient in now]
+
+    def spent(self) -> list[torch.Tensor]:
+        """Returns the gradients that will be cleared before anything is added to them."""
+        if not self._cleared:
+            return []
+        return [
+            gradient
+            for reference, version in self._noted
+            if (gradient := reference()) is not None and gradient._version == version
+        ]
 
 
 def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
