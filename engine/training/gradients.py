@@ -79,9 +79,9 @@ def named(
             found[f"{label}.{name.replace('_orig_mod.', '')}"] = parameter
             seen.add(id(parameter))
     for label, optimizer in optimizers:
-        for position, parameter in enumerate(parameters_of(optimizer)):
-            if id(parameter) not in seen:
-                found[f"{label}.{position}"] = parameter
+        for position, other in enumerate(parameters_of(optimizer)):
+            if id(other) not in seen:
+                found[f"{label}.{position}"] = other
     return found
 
 
@@ -187,22 +187,22 @@ def restore_named(gradients: Mapping[str, Any], parameters: Mapping[str, torch.T
     saved = {name: as_tensor(gradient) for name, gradient in gradients.items()}
     for name, gradient in saved.items():
         if name not in parameters or parameters[name].shape != gradient.shape:
-            found = (
+            there = (
                 f"has shape {tuple(parameters[name].shape)}"
                 if name in parameters
                 else "does not exist"
             )
             raise ValueError(
                 f"The state holds a gradient of '{name}' of shape {tuple(gradient.shape)}, and "
-                f"that parameter {found} here. Load the state with models and optimizers like "
+                f"that parameter {there} here. Load the state with models and optimizers like "
                 "those that wrote it."
             )
     for name, parameter in parameters.items():
-        gradient = saved.get(name)
-        if gradient is None:
+        found = saved.get(name)
+        if found is None:
             parameter.grad = None
         else:
-            whole = gradient.to(parameter.device, copy=True)
+            whole = found.to(parameter.device, copy=True)
             parameter.grad = spread_like(whole, parameter)
 
 
