@@ -28,6 +28,7 @@ from crosstrain.engine.exact.snapshot import (
     step_state,
 )
 from crosstrain.engine.ranks.agreed_seed import agreed_seed
+from crosstrain.engine.training.own_step import OwnStep
 
 from .engine import Engine
 from .errors import ResumeWarning, warn_user
@@ -92,7 +93,9 @@ class DeterministicEngine(Engine):
 
     Args:
         process_function: as of `Engine`. If it has `state_dict` and `load_state_dict`, as a
-            factory's training step does, its state rides along.
+            factory's training step does, its state rides along. If not, the gradients that wait
+            for their optimizer's step do: of the models and optimizers in `objects`, and of those
+            that the function refers to.
         backend: as of `Engine`; its arithmetic is deterministic while a run goes on.
         seed: the seed of each run that begins anew, from 0 to 2**63 - 1. None: drawn from torch's
             global generator when a run starts, as pytorch-ignite does, so that `manual_seed`
@@ -124,7 +127,8 @@ class DeterministicEngine(Engine):
             raise ValueError(f"streams has {unknown}; legal values: {', '.join(ALL_STREAMS)}.")
         if seed is not None and not 0 <= seed < 2**63:
             raise ValueError(f"seed is an integer from 0 to 2**63 - 1, got {seed}.")
-        self._step = process_function
+        has_state = hasattr(process_function, "state_dict")
+        self._step: Any = process_function if has_state else OwnStep(process_function, self)
         self._cursor = Cursor(backend)
         self._process_function = _tracked(process_function, self._cursor)
         self._given_seed = seed
@@ -252,6 +256,8 @@ class DeterministicEngine(Engine):
         if self._session is None:
             # Data that was set before the run: it is opened when the run has come to it.
             self._data_iter = None
+            if isinstance(self._step, OwnStep):
+                self._step.watch()
             if self._snapshot is not None:
                 self._take_up(self._snapshot)
         arithmetic = (
