@@ -13,6 +13,7 @@ from torch import Tensor
 
 from crosstrain.engine.data.own_data import check_own
 from crosstrain.engine.data.shares import deals_out, share_of
+from crosstrain.engine.dispatch import Phase
 from crosstrain.engine.engine import Engine
 from crosstrain.engine.events import EventEnum, Events
 from crosstrain.engine.progress import is_done
@@ -23,7 +24,7 @@ from .options import StepOptions, several
 
 if TYPE_CHECKING:
     from crosstrain.backends import Backend, StepResult
-    from crosstrain.engine.handlers import Slot
+    from crosstrain.engine.dispatch import Slot
     from crosstrain.engine.state import State
 
 __all__ = ["StepEvents", "StepOptions", "TrainingStep"]
@@ -33,9 +34,12 @@ class StepEvents(EventEnum):
     """The events of a training step, which a factory's trainer fires beside the engine's own.
 
     BACKWARD_* fire each iteration. OPTIM_STEP_* fire where the optimizers are stepped: each
-    iteration, or at the end of each accumulation window. OPTIM_STEP_APPLIED and OPTIM_STEP_SKIPPED
-    follow OPTIM_STEP_COMPLETED: the first if every optimizer changed its weights, the second if
-    the loss scaler skipped one. Step a scheduler or an EMA at OPTIM_STEP_APPLIED.
+    iteration, or at the end of each accumulation window. GRADIENTS_READY follows OPTIM_STEP_STARTED
+    and is the place to read or change gradients: on every backend they are those of the global
+    batch there, without loss scale, not clipped to `max_norm` yet, and not applied.
+    OPTIM_STEP_APPLIED and OPTIM_STEP_SKIPPED follow OPTIM_STEP_COMPLETED: the first if every
+    optimizer changed its weights, the second if the loss scaler skipped one. Step a scheduler or an
+    EMA at OPTIM_STEP_APPLIED.
 
     Filters such as `every` compare with `state.iteration` for BACKWARD_*, and for the others with
     how often a run's optimizers were stepped (`state.optim_steps`, for STARTED and COMPLETED), how
@@ -45,6 +49,7 @@ class StepEvents(EventEnum):
     BACKWARD_STARTED = "backward_started"
     BACKWARD_COMPLETED = "backward_completed"
     OPTIM_STEP_STARTED = "optim_step_started"
+    GRADIENTS_READY = "gradients_ready"
     OPTIM_STEP_COMPLETED = "optim_step_completed"
     OPTIM_STEP_APPLIED = "optim_step_applied"
     OPTIM_STEP_SKIPPED = "optim_step_skipped"
@@ -54,6 +59,7 @@ _COUNTERS: dict[Any, str] = {
     StepEvents.BACKWARD_STARTED: "iteration",
     StepEvents.BACKWARD_COMPLETED: "iteration",
     StepEvents.OPTIM_STEP_STARTED: "optim_steps",
+    StepEvents.GRADIENTS_READY: "optim_steps",
     StepEvents.OPTIM_STEP_COMPLETED: "optim_steps",
     StepEvents.OPTIM_STEP_APPLIED: "applied_steps",
     StepEvents.OPTIM_STEP_SKIPPED: "skipped_steps",
@@ -66,6 +72,7 @@ class _Listeners(NamedTuple):
     backward_started: Slot
     backward_completed: Slot
     optim_step_started: Slot
+    gradients_ready: Slot
     optim_step_completed: Slot
     optim_step_applied: Slot
     optim_step_skipped: Slot
@@ -239,10 +246,8 @@ class TrainingStep:
                 (Events.TERMINATE, self._on_end),
                 (Events.COMPLETED, self._on_end),
             ):
-                engine.add_event_handler(event, handler)
-                # First in its place: the other handlers evaluate and save the weights.
-                slot = engine.slot(event)
-                slot.handlers = [slot.handlers[-1], *slot.handlers[:-1]]
+                # The other handlers evaluate and save the weights.
+                engine.add_in_phase(event, handler, Phase.FIRST)
         self._listeners = _Listeners(*(engine.slot(event) for event in StepEvents))
         self._counts.tell(engine.state)
 
@@ -372,6 +377,10 @@ class TrainingStep:
         told.optim_steps = counts.optim_steps + 1
         if listeners.optim_step_started.handlers:
             engine.fire_event(StepEvents.OPTIM_STEP_STARTED)
+        if listeners.gradients_ready.handlers:
+            for optimizer in self.optimizers:
+                self.backend.unscale(optimizer)
+            engine.fire_event(StepEvents.GRADIENTS_READY)
         results: list[StepResult] = []
         plain = counts.unread is None
         for optimizer in self.optimizers:

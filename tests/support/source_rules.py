@@ -58,10 +58,10 @@ LEVELS = {
             "splitmix",
             "spread",
             "state",
+            "structure",
         ),
         "base",
     ),
-    "handlers": "dispatch",
     "loop": "engine",
     "requests": "engine",
 }
