@@ -10,11 +10,12 @@ from typing import Any
 
 from crosstrain.engine.engine import Engine
 from crosstrain.engine.events import Events, is_event, is_events_list
+from crosstrain.engine.nests import walk_objects
 from crosstrain.engine.progress import is_done
 
 from .handler import Checkpoint
 from .loading import Latest, PassedOver
-from .objects import check_objects, unsaved_objects, walk_objects
+from .objects import check_objects, unsaved_objects
 from .stop_signals import StopSignals
 
 __all__ = ["ResumableRun", "begin", "event_of", "with_trainer"]

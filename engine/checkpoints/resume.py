@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from crosstrain.engine.engine import Engine
+from crosstrain.engine.proof import Checks
 from crosstrain.engine.ranks.agreement import agree
 from crosstrain.engine.ranks.world import this_rank
 from crosstrain.engine.spread import is_sharded
@@ -33,6 +34,7 @@ def resume_or_start(
     overlap: bool = False,
     resume_from: str | os.PathLike[str] | None = None,
     signals: Sequence[signal.Signals] = (signal.SIGTERM, signal.SIGINT),
+    checks: Checks | None = None,
 ) -> ResumableRun:
     """Restores a run from the newest good checkpoint of a folder, if any, and saves it there.
 
@@ -57,6 +59,7 @@ def resume_or_start(
         overlap: see `DiskSaver`.
         resume_from: a checkpoint to restore instead of the newest one.
         signals: which signals end the run in order. The second Ctrl-C ends it at once.
+        checks: how strict the resume is about what it measures of itself, see `Checks`.
 
     Returns:
         What was restored and, later, what ended the run: `sys.exit(run.exit_code)` tells a
@@ -67,8 +70,10 @@ def resume_or_start(
         ValueError: if `to_save` leaves out what the trainer trains, or `every` is below 1.
         CheckpointBusy: if another process saves into the folder.
         CheckpointError: if there are checkpoints and none is good, or it does not fit the objects.
+        ResumeError: if the run would not go on as the one that was saved.
     """
     event = event_of(every)
+    trainer.checks = trainer.checks if checks is None else checks
     objects = with_trainer(trainer, to_save)
     if is_sharded(objects):
         if overlap:
@@ -86,6 +91,7 @@ def resume_or_start(
             background=background,
             resume_from=resume_from,
             signals=signals,
+            checks=checks,
         )
     ranks = agree(trainer)
     base = base_name(objects, filename_prefix)
@@ -103,7 +109,7 @@ def resume_or_start(
     else:
         saver, found = find_together(ranks.line, open_and_find)
     try:
-        restore_found(objects, found, ranks)
+        restore_found(objects, found, ranks, trainer.checks)
     except BaseException:
         saver.close()
         raise

@@ -8,13 +8,14 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
+from crosstrain.backends import spec_of
 from crosstrain.engine.engine import Engine
 from crosstrain.engine.errors import warn_user
-from crosstrain.engine.exact.snapshot import spec_of
 from crosstrain.engine.guards import is_path
+from crosstrain.engine.nests import walk_objects
 from crosstrain.engine.storage.errors import CheckpointWarning
 
-from .objects import unsaved_objects, walk_objects
+from .objects import unsaved_objects
 from .retention import Item
 from .save_handler import BaseSaveHandler, SaveJob
 from .saver import DiskSaver

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from crosstrain.engine.engine import Engine
+from crosstrain.engine.proof import Checks
 from crosstrain.engine.ranks.agreement import agree
 from crosstrain.engine.storage.errors import CheckpointNotFound
 from crosstrain.engine.storage.sharded_manifest import ShardedManifest
@@ -34,6 +35,7 @@ def resume_or_start_sharded(
     background: bool = True,
     resume_from: str | os.PathLike[str] | None = None,
     signals: Sequence[signal.Signals] = (signal.SIGTERM, signal.SIGINT),
+    checks: Checks | None = None,
 ) -> ResumableRun:
     """Does what `resume_or_start` does, with a `ShardedSaver`; all processes call it together.
 
@@ -47,6 +49,7 @@ def resume_or_start_sharded(
         background: see `ShardedSaver`.
         resume_from: a checkpoint of either kind to restore instead of the newest one.
         signals: likewise.
+        checks: likewise.
 
     Returns:
         As of `resume_or_start`.
@@ -56,15 +59,17 @@ def resume_or_start_sharded(
         ValueError: likewise.
         CheckpointBusy: if another run saves into the folder.
         CheckpointError: if there are checkpoints and none is good, or it does not fit the objects.
+        ResumeError: if the run would not go on as the one that was saved.
     """
     event = event_of(every)
+    trainer.checks = trainer.checks if checks is None else checks
     objects = with_trainer(trainer, to_save)
     ranks = agree(trainer)
     saver = ShardedSaver(dirname, require_empty=False, background=background)
     base = base_name(objects, filename_prefix)
     try:
         found = _find(objects, saver.dirname, base, resume_from)
-        restore_found(objects, found, ranks)
+        restore_found(objects, found, ranks, trainer.checks)
     except BaseException:
         saver.close()
         raise

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy
 import torch
 
-from crosstrain.backends import random_state
+from crosstrain.backends import random_state, spec_of
 from crosstrain.engine.errors import ResumeWarning, warn_user
 from crosstrain.engine.guards import is_mapping
 
@@ -31,7 +31,6 @@ __all__ = [
     "random_states_kept",
     "report_differences",
     "restore_random_states",
-    "spec_of",
     "step_state",
 ]
 
@@ -50,11 +49,6 @@ KEYS: Final = frozenset(
         "exact",
     }
 )
-
-
-def spec_of(backend: Backend | None) -> str | None:
-    """Returns the spec of a backend, such as `cpu:bf16`; None where there is none."""
-    return None if backend is None else f"{backend.name}:{backend.option}"
 
 
 def environment(backend: Backend | None) -> dict[str, Any]:

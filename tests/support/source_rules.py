@@ -47,7 +47,7 @@ FOLDERS = {
     "ci": ("conformance", "demo", "matrix", "plugin", "traces", "trials", "verification"),
 }
 LEVELS = {
-    **dict.fromkeys(("state", "progress", "guards", "errors", "proof", "spread"), "base"),
+    **dict.fromkeys(("state", "progress", "guards", "errors", "proof", "nests", "spread"), "base"),
     "handlers": "dispatch",
     "loop": "engine",
     "requests": "engine",
