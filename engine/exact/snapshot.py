@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FORMAT",
     "KEYS",
+    "OPTIONAL_KEYS",
     "check_keys",
     "differences",
     "environment",
@@ -49,6 +50,9 @@ KEYS: Final = frozenset(
         "exact",
     }
 )
+#: What newer versions write besides, which a state need not have, with what is not checked of a
+#: resume from a state that does not have it.
+OPTIONAL_KEYS: Final[Mapping[str, str]] = {}
 
 
 def environment(backend: Backend | None) -> dict[str, Any]:
@@ -178,7 +182,7 @@ def check_keys(state: Mapping[str, Any], known: set[str]) -> bool:
     full = "format" in state
     wanted = KEYS if full else frozenset({"rng_states"})
     missing = sorted(wanted - set(state))
-    unexpected = sorted(set(state) - wanted - known)
+    unexpected = sorted(set(state) - wanted - known - set(OPTIONAL_KEYS))
     if missing or unexpected:
         raise ValueError(
             "The state of a deterministic engine "
