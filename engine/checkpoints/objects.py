@@ -11,10 +11,17 @@ from typing import Any, cast
 import torch
 
 from crosstrain.engine.engine import Engine
-from crosstrain.engine.errors import ResumeError, warn_user
+from crosstrain.engine.errors import warn_user
 from crosstrain.engine.guards import is_mapping, is_sequence
-from crosstrain.engine.nests import has, is_branch, is_module, map_objects, name_of
-from crosstrain.engine.nests import unwrap, walk_objects
+from crosstrain.engine.nests import (
+    has,
+    is_branch,
+    is_module,
+    map_objects,
+    name_of,
+    unwrap,
+    walk_objects,
+)
 from crosstrain.engine.proof import Checks, Proof
 from crosstrain.engine.ranks.world import this_rank
 from crosstrain.engine.spread import spread
@@ -261,6 +268,9 @@ class _Load:
             if not self.kwargs.get("strict", True):
                 self._tell_partial(name, state, own)
             target.load_state_dict(state, **self.kwargs)
+            if not self.kwargs.get("strict", True):
+                # What is left out has been told.
+                return {key: value for key, value in state.items() if key in own}
             return state
         if isinstance(target, torch.optim.Optimizer):
             _check_groups(target, state)
@@ -324,8 +334,7 @@ class _Load:
     def tell(self) -> None:
         """Notes what was read back."""
         if self.read:
-            names = ", ".join(self.read)
-            self.proof.checked.append(f"{len(self.read)} objects read back bit by bit ({names})")
+            self.proof.checked.append(f"read back bit by bit: {', '.join(self.read)}")
 
 
 def _listed(names: list[Any]) -> str:
@@ -394,6 +403,10 @@ def _put_back_values(own: Any, saved: Mapping[Any, Any]) -> None:
         mine = own.get(key) if is_mapping(own) else None
         if is_mapping(value):
             _put_back_values(mine, value)
-        elif isinstance(value, torch.Tensor) and isinstance(mine, torch.Tensor):
-            if value.dtype != mine.dtype and value.shape == mine.shape:
-                cast("dict[Any, Any]", own)[key] = value.to(mine.device)
+        elif (
+            isinstance(value, torch.Tensor)
+            and isinstance(mine, torch.Tensor)
+            and value.dtype != mine.dtype
+            and value.shape == mine.shape
+        ):
+            cast("dict[Any, Any]", own)[key] = value.to(mine.device)

@@ -18,6 +18,7 @@ from .resumable import ResumableRun, begin, event_of, with_trainer
 from .resume_found import Found, base_name, find, find_together, own_files, restore_found
 from .saver import DiskSaver
 from .sharded_resume import resume_or_start_sharded
+from .stop_signals import STOP_SIGNALS
 
 __all__ = ["resume_or_start"]
 
@@ -33,7 +34,7 @@ def resume_or_start(
     background: bool = True,
     overlap: bool = False,
     resume_from: str | os.PathLike[str] | None = None,
-    signals: Sequence[signal.Signals] = (signal.SIGTERM, signal.SIGINT),
+    signals: Sequence[signal.Signals] = STOP_SIGNALS,
     checks: Checks | None = None,
 ) -> ResumableRun:
     """Restores a run from the newest good checkpoint of a folder, if any, and saves it there.
@@ -58,7 +59,8 @@ def resume_or_start(
         background: see `DiskSaver`; takes memory for a second copy of the state.
         overlap: see `DiskSaver`.
         resume_from: a checkpoint to restore instead of the newest one.
-        signals: which signals end the run in order. The second Ctrl-C ends it at once.
+        signals: which signals end the run in order. The second Ctrl-C ends it at once. SIGHUP is
+            left alone where the program, or `nohup`, has set it.
         checks: how strict the resume is about what it measures of itself, see `Checks`.
 
     Returns:

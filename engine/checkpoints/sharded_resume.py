@@ -20,6 +20,7 @@ from .resume_found import Found, base_name, newer_file, open_checkpoint, restore
 from .retention import Item
 from .sharded_latest import folders_together, from_first, latest_sharded
 from .sharded_saver import ShardedSaver
+from .stop_signals import STOP_SIGNALS
 
 __all__ = ["resume_or_start_sharded"]
 
@@ -34,7 +35,7 @@ def resume_or_start_sharded(
     filename_prefix: str = "",
     background: bool = True,
     resume_from: str | os.PathLike[str] | None = None,
-    signals: Sequence[signal.Signals] = (signal.SIGTERM, signal.SIGINT),
+    signals: Sequence[signal.Signals] = STOP_SIGNALS,
     checks: Checks | None = None,
 ) -> ResumableRun:
     """Does what `resume_or_start` does, with a `ShardedSaver`; all processes call it together.
