@@ -13,7 +13,7 @@ from crosstrain.engine.events import EventEnum, Events
 from crosstrain.engine.proof import Checks, Proof
 
 from .loading import Latest, find_latest, load_objects
-from .objects import OWN_NAME, check_objects, gather_states
+from .objects import OWN_NAME, check_objects, gather_states, introduce
 from .retention import Item, Retention, format_score, setup_filename_pattern
 from .save_handler import BaseSaveHandler, FolderSaver
 from .save_request import (
@@ -152,6 +152,7 @@ class Checkpoint:
 
     def _save(self, engine: Any, step: int | None, priority: int | float) -> None:
         warn_of_unsaved(self.to_save, self._warned_of)
+        introduce(self.to_save)
         checkpoint: Any = gather_states(self.to_save, self.save_on_rank)
         name = next(iter(checkpoint)) if len(checkpoint) == 1 else "checkpoint"
         score = format_score(priority) if self.score_function is not None else None

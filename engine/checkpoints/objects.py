@@ -30,11 +30,12 @@ from crosstrain.engine.storage.errors import (
     CheckpointMismatch,
     CheckpointWarning,
 )
+from crosstrain.engine.structure import named, rebuild_groups, recordable
 
 from .model_part import ModelPart
 from .read_back import Difference, differences
 
-__all__ = ["OWN_NAME", "check_objects", "gather_states", "restore", "unsaved_objects"]
+__all__ = ["OWN_NAME", "check_objects", "gather_states", "introduce", "restore", "unsaved_objects"]
 
 # The name under which a Checkpoint saves its own state (include_self).
 OWN_NAME = "checkpointer"
@@ -75,6 +76,31 @@ def gather_states(objects: Mapping[str, Any], rank: int) -> dict[str, Any]:
     """
     states = map_objects(lambda value, _: _state_of(unwrap(value), rank), objects)
     return cast("dict[str, Any]", states)
+
+
+def introduce(
+    objects: Mapping[str, Any], states: Mapping[str, Any] | None = None
+) -> list[tuple[Engine, str]]:
+    """Tells each engine among objects what is saved beside it, or loaded.
+
+    Args:
+        objects: the objects by name.
+        states: those that are about to be loaded: optimizers get the parameter groups that were
+            added during the training.
+
+    Returns:
+        Each group that was added, as a phrase, with the engine that it was recorded with.
+    """
+    added: list[tuple[Engine, str]] = []
+    for name, engine in objects.items():
+        if not isinstance(engine, Engine):
+            continue
+        engine.saved_beside = recordable(dict(objects))
+        state = None if states is None else states.get(name)
+        if is_mapping(state) and engine.checks.structure != "off":
+            known = named(engine.objects, engine.saved_beside)
+            added += [(engine, what) for what in rebuild_groups(state.get("structure"), known)]
+    return added
 
 
 def _state_of(value: Any, rank: int) -> Any:
@@ -155,12 +181,15 @@ def restore(
     for engine in engines:
         engine.proof = Proof()
         engine.checks = engine.checks if checks is None else checks
+    rebuilt = introduce(to_load, state)
     strict = engines[0].checks if engines else checks or Checks()
     proof = engines[0].proof if engines else Proof()
     load = _Load(source, kwargs, strict, proof, goes_on=bool(engines))
     for name, value, its_state in sorted(pairs, key=lambda pair: isinstance(pair[1], Engine)):
         load.one(name, value, its_state)
     load.tell()
+    for engine, what in rebuilt:
+        engine.proof.checked.append(f"put back: {what}")
     return proof
 
 

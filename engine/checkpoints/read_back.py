@@ -50,7 +50,7 @@ def differences(saved: Any, own: Any) -> tuple[list[Difference], list[str]]:
 
 def _plain(state: Any) -> Any:
     """Returns a state as a checkpoint holds it: NumPy's arrays as tensors, deques as lists."""
-    return to_plain(state, lambda tensor: tensor)
+    return to_plain(state, lambda tensor, _: tensor)
 
 
 def _walk(saved: Any, own: Any, where: str, extra: list[str]) -> Iterator[Difference]:

@@ -10,11 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from crosstrain.engine.dispatch import Phase
 from crosstrain.engine.engine import Engine
 from crosstrain.engine.events import Events, is_event, is_events_list
 from crosstrain.engine.nests import walk_objects
 from crosstrain.engine.progress import is_done
 from crosstrain.engine.proof import Proof
+from crosstrain.engine.ranks.agreement import agreement_of
 from crosstrain.engine.ranks.world import this_rank
 
 from .handler import Checkpoint
@@ -50,7 +52,7 @@ class ResumableRun:
         self._latest = latest
         self._proof = trainer.proof
         # In one process nobody has to be asked.
-        self._ranks = trainer.ranks
+        self._ranks = agreement_of(trainer)
         asks = None if self._ranks is None else self._ranks.ask_to_stop
         self._signals = StopSignals(signals, asks)
         self._due = False
@@ -103,6 +105,14 @@ class ResumableRun:
         trainer = self._trainer
         trainer.add_event_handler(event, self._mark)
         trainer.add_event_handler(Events.STARTED, self._begin)
+        # Whatever else happens after an iteration, such as a scheduler's step, must have happened
+        # before it is saved.
+        for saved, handler in (
+            (Events.ITERATION_COMPLETED, self._after_iteration),
+            (Events.EPOCH_COMPLETED, self._after_epoch),
+            (Events.TERMINATE, self._after_terminate),
+        ):
+            trainer.add_in_phase(saved, handler, Phase.SAVE)
         trainer.call_at_end(self._end)
         trainer.deals_with = self._deals_with
 
@@ -123,16 +133,6 @@ class ResumableRun:
         elif self._latest and trainer.state.iteration == self._boundary:
             warn_of_repeated_data(trainer, "goes on")
         self._finished = None
-        # Whatever else happens after an iteration, such as a scheduler's step, must have happened
-        # before it is saved: so these are the last handlers of their events.
-        for event, handler in (
-            (Events.ITERATION_COMPLETED, self._after_iteration),
-            (Events.EPOCH_COMPLETED, self._after_epoch),
-            (Events.TERMINATE, self._after_terminate),
-        ):
-            if trainer.has_event_handler(handler, event):
-                trainer.remove_event_handler(handler, event)
-            trainer.add_event_handler(event, handler)
 
     def _end(self) -> None:
         self._signals.restore()
@@ -189,7 +189,7 @@ class ResumableRun:
             self.checkpoint(trainer)
             self._saved = trainer.state.iteration
         if stop is not None and not trainer.should_terminate:
-            trainer.terminate()
+            trainer.terminate(goes_on=True)
 
     def _deals_with(self, error: BaseException) -> bool:
         """Ends the run in order where it is to end, and the next batch cannot be fetched any more.
