@@ -109,6 +109,8 @@ class DeterministicEngine(Engine):
         ValueError: if `streams` names another generator, or the seed is out of range.
     """
 
+    resumes_data = True
+
     def __init__(
         self,
         process_function: Callable[[Any, Any], Any],
