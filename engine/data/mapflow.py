@@ -16,6 +16,7 @@ from torch.utils.data import (
 
 from crosstrain.backends import World, random_state
 from crosstrain.engine.errors import ResumeWarning, warn_user
+from crosstrain.engine.loader_workers import workers_left_alone
 from crosstrain.engine.progress import data_length
 
 from .flows import Dataflow, Iterate
@@ -95,7 +96,9 @@ class MapFlow(Dataflow):
             # The pass is over: no workers need to be started to learn that.
             return iter(())
         self._base.manual_seed(rank_seed(key.host_seed, self._world.rank))
-        iterator = self._checked(self._iterate(self._loader))
+        with workers_left_alone(self._loader):
+            opened = self._iterate(self._loader)
+        iterator = self._checked(opened)
         return _Secluded(iterator, key.streams) if self._loader.num_workers == 0 else iterator
 
     @property

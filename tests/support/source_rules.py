@@ -52,6 +52,7 @@ LEVELS = {
             "digest",
             "errors",
             "guards",
+            "loader_workers",
             "progress",
             "proof",
             "random_states",
