@@ -8,12 +8,14 @@ for would never come.
 from __future__ import annotations
 
 import atexit
+import multiprocessing
 import os
 import signal
 import weakref
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import partial
+from multiprocessing import resource_tracker
 from types import FrameType
 from typing import Any, Final
 
@@ -50,7 +52,12 @@ def workers_left_alone(data: Any) -> Generator[None, None, None]:
     loader: Any = data
     own = loader.worker_init_fn
     loader.worker_init_fn = _WorkerStart(own, tuple(sorted(listened)))
-    # A worker inherits this, and so cannot be ended before it has begun to leave them alone.
+    context: Any = loader.multiprocessing_context or multiprocessing
+    if context.get_start_method() != "fork":
+        # Python unblocks signals where it starts this one.
+        resource_tracker.ensure_running()
+    # A worker inherits this, and so cannot be ended before it has begun to leave them alone; a
+    # server that forks off workers keeps it.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, listened)
     try:
         yield

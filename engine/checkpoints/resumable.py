@@ -114,7 +114,13 @@ class ResumableRun:
         trainer = self._trainer
         if trainer.has_event_handler(self._on_exception, Events.EXCEPTION_RAISED):
             trainer.remove_event_handler(self._on_exception, Events.EXCEPTION_RAISED)
-        self.checkpoint.wait()
+        try:
+            self.checkpoint.wait()
+        except RuntimeError as error:
+            # torch raises it wherever this thread is when a worker dies: the save is not to blame.
+            if "DataLoader worker" not in str(error):
+                raise
+            self.checkpoint.wait()
 
     def _after_iteration(self) -> None:
         state = self._trainer.state
@@ -158,15 +164,19 @@ class ResumableRun:
         self._trainer.add_event_handler(Events.EXCEPTION_RAISED, self._on_exception)
 
     def _on_exception(self, error: BaseException) -> None:
-        """Ends the run in order where a signal has killed the loader's workers, not this process.
+        """Ends the run in order where a signal asked for the end, and then the next batch fails.
 
-        Ctrl-C reaches all processes of a terminal, and workers that were spawned die of it.
+        The signal reached whatever else this process works with, such as the workers of a loader.
         """
         trainer = self._trainer
         at_boundary = trainer.state.iteration == self._boundary
-        loader_died = isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
-        if not (at_boundary and loader_died):
+        if not (at_boundary and isinstance(error, Exception)) or trainer.last_event_name in (
+            Events.EPOCH_STARTED,
+            Events.EPOCH_COMPLETED,
+        ):
+            # What happens between two iterations is not whole: there is nothing to go on from.
             raise error
+        _logger.warning("The next batch did not come: %r", error)
         trainer.terminate_epoch(skip_epoch_completed=True)
         self._save_if_due(done=False)
 
