@@ -53,6 +53,7 @@ LEVELS = {
             "errors",
             "guards",
             "loader_workers",
+            "nests",
             "progress",
             "proof",
             "random_states",
