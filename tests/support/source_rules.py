@@ -52,6 +52,7 @@ LEVELS = {
             "digest",
             "errors",
             "guards",
+            "loader_workers",
             "nests",
             "progress",
             "proof",
