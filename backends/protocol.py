@@ -13,7 +13,7 @@ from .errors import BackendError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Availability", "Backend", "StepResult", "World"]
+__all__ = ["Availability", "Backend", "StepResult", "World", "spec_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +204,13 @@ class Backend(Protocol):
         """
         ...
 
+    def unscale(self, optimizer: Any) -> None:
+        """Makes the gradients those that `step` clips and applies: of all processes, unscaled.
+
+        `step` does it where it was not called; between the two they can be read and changed.
+        """
+        ...
+
     def step(self, optimizer: Any, max_norm: float | None = None) -> StepResult:
         """Steps the optimizer: unscales, clips to `max_norm`, steps or skips, adapts the scale."""
         ...
@@ -235,3 +242,8 @@ class Backend(Protocol):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what `state_dict` returned."""
         ...
+
+
+def spec_of(backend: Backend | None) -> str | None:
+    """Returns the spec of a backend, such as `cpu:bf16`; None where there is none."""
+    return None if backend is None else f"{backend.name}:{backend.option}"

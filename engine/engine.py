@@ -7,7 +7,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from .handlers import check_signature
+from .dispatch import check_signature
+from .events import Events
 from .loop import Loop
 from .progress import begin, check_limits, is_done, load_progress, resume
 from .proof import Checks, Proof
@@ -16,7 +17,7 @@ from .state import State
 if TYPE_CHECKING:
     from crosstrain.backends import Backend
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "Events", "State"]
 
 
 class Engine(Loop):
@@ -35,6 +36,9 @@ class Engine(Loop):
         ValueError: if `process_function` is None or cannot be called with (engine, batch).
     """
 
+    #: Whether a run that goes on inside an epoch goes on with the data that it has not seen.
+    resumes_data = False
+
     def __init__(
         self, process_function: Callable[[Any, Any], Any], backend: Backend | None = None
     ) -> None:
@@ -46,8 +50,12 @@ class Engine(Loop):
         check_signature(process_function, "process_function", self, None)
         super().__init__(process_function, backend)
         self._user_keys: list[str] = []
+        #: Whether the user was told of what `resumes_data` means where it is false.
+        self.warned_of_data = False
         #: What this engine trains, by name: a checkpoint without one of them is not complete.
         self.objects: dict[str, Any] = {}
+        #: What a checkpoint saves beside this engine, by name: its structure is recorded as well.
+        self.saved_beside: dict[str, Any] = {}
         #: How strict a resume of this engine is about each thing that it measures.
         self.checks = Checks()
         #: What the last resume of this engine was found to be; empty where a run began anew.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from crosstrain.engine.ranks.agreement import agree
 from crosstrain.engine.ranks.world import unshared
-from crosstrain.engine.training.assembly import (
+from crosstrain.engine.training.arguments import (
     Device,
     LossFunction,
     open_backend,

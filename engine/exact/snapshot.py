@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import os
 import platform
-import random
 import sys
-from collections.abc import Generator, Iterable, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy
 import torch
 
-from crosstrain.backends import random_state
+from crosstrain.backends import spec_of
 from crosstrain.engine.errors import ResumeWarning, warn_user
-from crosstrain.engine.guards import is_mapping
 
 if TYPE_CHECKING:
     from crosstrain.backends import Backend
@@ -28,11 +25,7 @@ __all__ = [
     "differences",
     "environment",
     "load_step",
-    "random_states",
-    "random_states_kept",
     "report_differences",
-    "restore_random_states",
-    "spec_of",
     "step_state",
 ]
 
@@ -53,12 +46,9 @@ KEYS: Final = frozenset(
 )
 #: What newer versions write besides, which a state need not have, with what is not checked of a
 #: resume from a state that does not have it.
-OPTIONAL_KEYS: Final[Mapping[str, str]] = {}
-
-
-def spec_of(backend: Backend | None) -> str | None:
-    """Returns the spec of a backend, such as `cpu:bf16`; None where there is none."""
-    return None if backend is None else f"{backend.name}:{backend.option}"
+OPTIONAL_KEYS: Final[Mapping[str, str]] = {
+    "structure": "the structure of what is trained: what wants gradients, parameter groups",
+}
 
 
 def environment(backend: Backend | None) -> dict[str, Any]:
@@ -115,34 +105,6 @@ def report_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         )
 
 
-def random_states(backend: Backend | None) -> dict[str, Any]:
-    """Returns the random states of the host and of the backend's device."""
-    return {
-        **random_state.capture(),
-        "device": {} if backend is None else backend.rng_state(),
-    }
-
-
-def restore_random_states(state: Any, backend: Backend | None) -> None:
-    """Restores what `random_states` returned, or the list that pytorch-ignite's engine saves.
-
-    Args:
-        state: the states.
-        backend: whose device's states are restored as well, if there are any.
-    """
-    if is_mapping(state):
-        random_state.restore(state)
-        if backend is not None and state.get("device"):
-            backend.set_rng_state(state["device"])
-        return
-    python, torch_state, *rest = state
-    version, words, gauss = python
-    random.setstate((version, tuple(words), gauss))
-    torch.set_rng_state(torch_state.cpu())
-    if rest:
-        numpy.random.set_state(rest[0])
-
-
 def step_state(step: Any) -> Any:
     """Returns the state of a process function; None if it offers none."""
     offers = getattr(step, "state_dict", None)
@@ -165,18 +127,6 @@ def load_step(step: Any, state: Any) -> None:
             "the trainer which wrote it."
         )
     load(state)
-
-
-@contextmanager
-def random_states_kept(backend: Backend | None) -> Generator[None, None, None]:
-    """Leaves the random states of host and device after the block as they were before it."""
-    device = {} if backend is None else backend.rng_state()
-    try:
-        with random_state.preserved():
-            yield
-    finally:
-        if backend is not None and device:
-            backend.set_rng_state(device)
 
 
 def check_keys(state: Mapping[str, Any], known: set[str]) -> bool:

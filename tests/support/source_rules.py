@@ -47,8 +47,22 @@ FOLDERS = {
     "ci": ("conformance", "demo", "matrix", "plugin", "traces", "trials", "verification"),
 }
 LEVELS = {
-    **dict.fromkeys(("state", "progress", "guards", "errors", "proof", "spread"), "base"),
-    "handlers": "dispatch",
+    **dict.fromkeys(
+        (
+            "digest",
+            "errors",
+            "guards",
+            "nests",
+            "progress",
+            "proof",
+            "random_states",
+            "splitmix",
+            "spread",
+            "state",
+            "structure",
+        ),
+        "base",
+    ),
     "loop": "engine",
     "requests": "engine",
 }
