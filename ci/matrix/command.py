@@ -1,6 +1,6 @@
 """``crosstrain matrix``: every scenario on every backend, and the reports of it.
 
-Each cell runs in a process of its own (see `crosstrain.ci.matrix.cells`). With ``--merge``, the
+Each cell runs in a process of its own (see `crosstrain.ci.matrix.run_all`). With ``--merge``, the
 reports of several machines become one.
 """
 
@@ -26,8 +26,8 @@ from .report import InvalidReport, Report, Run, merged
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from .cells import CellPlan
     from .outcome import Outcome
+    from .run_all import CellPlan
     from .selection import Selection
 
 __all__ = ["add_arguments", "run", "write_reports"]
@@ -163,8 +163,8 @@ def run(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace, console: Console) -> int:
     from crosstrain.ci.trials.scenarios import SCENARIOS
 
-    from .cells import Cell, CellPlan
     from .progress import print_summary
+    from .run_all import Cell, CellPlan
     from .selection import (
         check_target,
         chosen_scenarios,
@@ -231,8 +231,8 @@ def _outcomes(
     plan: CellPlan, selection: Selection, scenarios: Sequence[str], console: Console
 ) -> tuple[list[Outcome], signal.Signals | None]:
     """Runs the cells; gives the outcomes, and the signal that stopped it, if one did."""
-    from .cells import run_cells
     from .progress import progress_on
+    from .run_all import run_cells
 
     outcomes = _unavailable(selection, scenarios)
     try:

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.markup import escape
+
 from crosstrain.backends import add_backend_argument
 
 if TYPE_CHECKING:
@@ -182,7 +184,7 @@ def print_verdict(console: Console, verdict: Verdict) -> None:
             ", ".join(map(str, result.resumed_from)) or "-",
             ", ".join(map(str, dict.fromkeys(result.workers))),
             f"{result.seconds:.1f}",
-            "[green]identical[/]" if result.exact else f"[red]{_said(result)}[/]",
+            _said(result),
         )
     console.print(table)
     for warning in verdict.warnings:
@@ -200,7 +202,12 @@ def _short(result: RunResult) -> str:
 
 
 def _said(result: RunResult) -> str:
-    return str(result.difference) if result.difference is not None else "ended with an error"
+    if result.difference is not None:
+        return f"[red]{escape(str(result.difference))}[/]"
+    if result.problem:
+        return "[red]ended with an error[/]"
+    # It has the same bits, as two straight runs have.
+    return "[green]identical[/]" if result.resumed else "[yellow]never resumed before its end[/]"
 
 
 def _explain(console: Console, verdict: Verdict) -> None:

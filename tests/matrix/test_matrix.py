@@ -14,8 +14,8 @@ from xml.etree import ElementTree
 import pytest
 from report_samples import sample_run
 
-from crosstrain.ci.matrix.cells import MARK
 from crosstrain.ci.matrix.report import Report
+from crosstrain.ci.matrix.run_all import MARK
 
 Result = subprocess.CompletedProcess[str]
 
