@@ -20,13 +20,11 @@ from crosstrain.engine.exact.rank_states import RANKS, gathered, own_part
 from crosstrain.engine.exact.snapshot import (
     FORMAT,
     KEYS,
+    OPTIONAL_KEYS,
     check_keys,
     environment,
     load_step,
-    random_states,
-    random_states_kept,
     report_differences,
-    restore_random_states,
     step_state,
 )
 from crosstrain.engine.ranks.agreed_seed import agreed_seed
@@ -35,6 +33,8 @@ from .engine import Engine
 from .errors import ResumeWarning, warn_user
 from .events import Events
 from .progress import data_length
+from .proof import Checks
+from .random_states import random_states, random_states_kept, restore_random_states
 from .requests import END_EPOCH, QUIET_EPOCH
 from .state import State
 
@@ -98,6 +98,8 @@ class DeterministicEngine(Engine):
             decides it.
         streams: which global generators are keyed for each sample: of `python`, `numpy`, `torch`.
         warn_only: whether an operation without a deterministic kernel warns instead of raising.
+        checks: how strict a resume is about each thing that it measures; by default, all of it is
+            an error. What it finds stands in `proof` afterwards, and in one line of the log.
 
     Raises:
         ValueError: if `streams` names another generator, or the seed is out of range.
@@ -111,8 +113,10 @@ class DeterministicEngine(Engine):
         seed: int | None = None,
         streams: Iterable[str] = ALL_STREAMS,
         warn_only: bool = False,
+        checks: Checks | None = None,
     ) -> None:
         super().__init__(process_function, backend)
+        self.checks = checks or Checks()
         self._streams = tuple(streams)
         if unknown := sorted(set(self._streams) - set(ALL_STREAMS)):
             raise ValueError(f"streams has {unknown}; legal values: {', '.join(ALL_STREAMS)}.")
@@ -160,7 +164,8 @@ class DeterministicEngine(Engine):
     def _own_state(self) -> dict[str, Any]:
         values = super().state_dict()
         if self._snapshot is not None:
-            values.update({k: v for k, v in self._snapshot.items() if k in KEYS})
+            known = KEYS | set(OPTIONAL_KEYS)
+            values.update({k: v for k, v in self._snapshot.items() if k in known})
             return values
         exact = self._cursor.between_batches
         if not exact:
@@ -174,8 +179,8 @@ class DeterministicEngine(Engine):
             "epoch": state.epoch,
             "done": values["iteration"] - self._epoch_began,
             "ended": state.epoch == self._last_ended_epoch,
-            "ends": self._asked & END_EPOCH > 0 and self.last_event_name == _ITERATION_ENDS,
-            "quiet": bool(self._asked & QUIET_EPOCH),
+            "ends": self.asked & END_EPOCH > 0 and self.last_event_name == _ITERATION_ENDS,
+            "quiet": bool(self.asked & QUIET_EPOCH),
         }
         values["position"] = self._cursor.position()
         values["rng_states"] = random_states(self.backend)
@@ -228,6 +233,8 @@ class DeterministicEngine(Engine):
             self.state.epoch = progress["epoch"] - open_epoch
             if not state_dict["exact"]:
                 _warn_inexact("the state was written in the middle of an iteration")
+            older = [what for key, what in OPTIONAL_KEYS.items() if key not in state_dict]
+            self.proof.unchecked += [f"{what} (the state is an older version's)" for what in older]
 
     # ---------------------------------------------------------------- the run
 
@@ -328,6 +335,8 @@ class DeterministicEngine(Engine):
                 self._cursor.seed_anew(self._key)
         # Not before: if this was the wrong data, the next run still goes on from the state.
         self._snapshot = None
+        if snapshot is not None:
+            self.logger.info("Resumed at iteration %s. %s.", self.state.iteration, self.proof)
         return self._cursor
 
     def _reopen_data(self) -> Iterator[Any]:

@@ -1,18 +1,271 @@
-"""Dispatcher: registers events, attaches handlers to them, runs them when the events fire."""
+"""Dispatch: which functions run at which event, in which order, and how they are run.
+
+A function is bound to an event when it is added (`HandlerTable`), so a wrong signature is an error
+there. Handlers of one event run in the order in which they were attached; those of the engine's own
+that must run before or after all of the user's say so by a `Phase`.
+"""
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from enum import IntEnum
 from typing import Any, TypeVar
 
-from .events import Events, Gate, RemovableEventHandle, gate_of, is_event, is_events_list
-from .handlers import OPEN, Binding, HandlerTable, Slot
+from .events import (
+    EventFilter,
+    Events,
+    Gate,
+    RemovableEventHandle,
+    gate_of,
+    is_event,
+    is_events_list,
+)
 from .state import State
 
-__all__ = ["Dispatcher"]
+__all__ = ["Binding", "Dispatcher", "HandlerTable", "Phase", "Slot", "check_signature"]
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
+# The rest of a gate after `every` and `offset`.
+Window = tuple[int, int, frozenset[int] | None, EventFilter | None]
+# At which counts a handler runs (`every`, 0 for all; `offset`; the rest of its gate, None where
+# these two are all of it), and its further arguments.
+Extra = tuple[int, int, Window | None, tuple[Any, ...], dict[str, Any]]
+# A handler as it was added: the function, whether it takes the engine first, and the rest, None for
+# a plain handler. Plain tuples: unpacking named ones is slower, and the loop unpacks one for each
+# handler and event.
+Binding = tuple[Callable[..., Any], bool, Extra | None]
+
+
+OPEN: Window = Gate().after, Gate().before, None, None  # lets every count pass
+
+
+class Phase(IntEnum):
+    """When, among an event's handlers, one of the engine's own runs; users' run in `NORMAL`.
+
+    FIRST: before the users' handlers, which evaluate and save what it does. LAST: after them, since
+    it acts upon what they ask for. SAVE: after all, since it saves what they have changed.
+    """
+
+    FIRST = 0
+    NORMAL = 1
+    LAST = 2
+    SAVE = 3
+
+
+class _Late:
+    """Runs an event's handlers of the phases after NORMAL: one binding, the last of its slot."""
+
+    __slots__ = ("bindings", "running")
+
+    def __init__(self) -> None:
+        self.bindings: list[tuple[Phase, Binding]] = []
+        self.running = 0
+
+    def __call__(self, engine: Any) -> None:
+        self.running += 1
+        try:
+            for _, (handler, takes_engine, _) in self.bindings:
+                if takes_engine:
+                    handler(engine)
+                else:
+                    handler()
+        finally:
+            self.running -= 1
+
+
+class Slot:
+    """One event's place in the table.
+
+    `handlers` grows in place, so a handler that is added while its event fires runs at once; it is
+    replaced when one is removed, or is added before those that run, so that a running loop over it
+    is not disturbed. `counter` is the attribute of the state that counts the event, None if none
+    does.
+    """
+
+    __slots__ = ("_first", "_late", "counter", "event", "handlers", "name")
+
+    def __init__(self, name: str, event: Any) -> None:
+        self.name = name
+        self.event = event
+        self.counter: str | None = None
+        self.handlers: list[Binding] = []
+        self._first = 0  # how many of them are of the phase FIRST
+        self._late: _Late | None = None  # the last of them, if there are any of a later phase
+
+    def add(self, binding: Binding, phase: Phase = Phase.NORMAL) -> None:
+        """Adds a handler after those of its phase and of the phases before."""
+        handlers, late = self.handlers, self._late
+        if phase is Phase.FIRST:
+            self.handlers = [*handlers[: self._first], binding, *handlers[self._first :]]
+            self._first += 1
+        elif phase is not Phase.NORMAL:
+            if late is None:
+                late = self._late = _Late()
+                handlers.append((late, True, None))
+            late.bindings = sorted([*late.bindings, (phase, binding)], key=_phase_of)
+        elif late is None:
+            handlers.append(binding)
+        elif late.running:
+            self.handlers = [*handlers[:-1], binding, handlers[-1]]
+        else:
+            handlers.insert(len(handlers) - 1, binding)
+
+    def bound(self) -> Iterator[Callable[..., Any]]:
+        """Yields the functions that are attached, in their order."""
+        late = self._late
+        for handler, *_ in self.handlers:
+            if handler is not late:
+                yield handler
+        for _, binding in () if late is None else late.bindings:
+            yield binding[0]
+
+    def discard(self, handler: Callable[..., Any]) -> bool:
+        """Takes a function off, as often as it is attached; tells whether it was."""
+        before = len(tuple(self.bound()))
+        first, late = self.handlers[: self._first], self._late
+        self._first -= sum(binding[0] == handler for binding in first)
+        self.handlers = [binding for binding in self.handlers if binding[0] != handler]
+        if late is not None:
+            late.bindings = [item for item in late.bindings if item[1][0] != handler]
+            if not late.bindings:
+                self._late = None
+                self.handlers = [binding for binding in self.handlers if binding[0] is not late]
+        return len(tuple(self.bound())) < before
+
+
+def _phase_of(item: tuple[Phase, Binding]) -> Phase:
+    return item[0]
+
+
+# What an event passes to its handlers besides the engine, as samples for the signature check.
+_EVENT_ARGUMENTS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
+    Events.EXCEPTION_RAISED.name: ((Exception(),), {}),
+    Events.TERMINATE_SINGLE_EPOCH.name: ((), {"iter_counter": 0}),
+}
+
+
+class HandlerTable:
+    """Holds one `Slot` for each registered event, found by the event's name.
+
+    Args:
+        owner: the name of the class whose events these are, for error messages.
+    """
+
+    def __init__(self, owner: str) -> None:
+        self._owner = owner
+        self._slots: dict[str, Slot] = {}
+
+    def register(self, event: Any) -> Slot:
+        """Gives an event a slot, or finds the one that it has, and returns it.
+
+        Raises:
+            ValueError: if another event of this name and of another value has the slot.
+        """
+        name = event if isinstance(event, str) else event.name
+        slot = self._slots.setdefault(name, Slot(name, event))
+        known = slot.event
+        if is_event(event) and is_event(known) and event.value != known.value:
+            raise ValueError(
+                f"Event {event!r} with value {event.value!r} has the name of an event that is "
+                f"registered already, with value {known.value!r}. Give it another name."
+            )
+        return slot
+
+    def slot(self, event: Any) -> Slot | None:
+        """Returns the slot of an event, or None if it is not registered."""
+        name = event if isinstance(event, str) else getattr(event, "name", None)
+        slot = self._slots.get(name) if isinstance(name, str) else None
+        if slot is None:
+            return None
+        if is_event(event) and is_event(slot.event) and event.value != slot.event.value:
+            return None
+        return slot
+
+    def require(self, event: Any) -> Slot:
+        """Returns the slot of an event.
+
+        Raises:
+            ValueError: if it is not registered.
+        """
+        slot = self.slot(event)
+        if slot is None:
+            raise ValueError(
+                f"Event {event} is not a valid event for this {self._owner}. Registered events: "
+                f"{', '.join(self._slots)}. Add your own with register_events()."
+            )
+        return slot
+
+    def bind(
+        self,
+        engine: Any,
+        event: Any,
+        handler: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Binding:
+        """Makes the binding of a handler to an event, with the engine first if it takes that.
+
+        A method of the engine itself, such as `terminate`, has it already: it is passed only where
+        it must be.
+
+        Raises:
+            TypeError: if the handler is not callable.
+            ValueError: if the event is not registered or the handler can be called neither with the
+                engine first nor without it.
+        """
+        event_args, event_kwargs = _EVENT_ARGUMENTS.get(self.require(event).name, ((), {}))
+        passed, named = (*event_args, *args), {**kwargs, **event_kwargs}
+        takes_engine = getattr(handler, "__self__", None) is not engine
+        try:
+            check_signature(handler, "handler", *(engine,) * takes_engine, *passed, **named)
+        except ValueError as error:
+            takes_engine = not takes_engine
+            try:
+                check_signature(handler, "handler", *(engine,) * takes_engine, *passed, **named)
+            except ValueError:
+                raise ValueError(
+                    f"{error} Nor can it be called {'with' if takes_engine else 'without'} the "
+                    "engine first."
+                ) from None
+        gate = gate_of(event)
+        if gate is not None:
+            every, offset, *_ = gate
+            window: Window = gate.after, gate.before, gate.once, gate.event_filter
+            open_window = window == OPEN
+            extra: Extra = every, offset, None if open_window else window, args, kwargs
+            return handler, takes_engine, extra
+        return handler, takes_engine, (0, 0, None, args, kwargs) if args or kwargs else None
+
+    def has(self, handler: Callable[..., Any], event: Any | None) -> bool:
+        """Tells whether a handler is bound to an event, or to any where `event` is None."""
+        if event is None:
+            slots: Iterable[Slot | None] = self._slots.values()
+        else:
+            slots = (self.slot(event),)
+        return any(bound == handler for slot in slots if slot for bound in slot.bound())
+
+    def remove(self, handler: Callable[..., Any], event: Any) -> None:
+        """Removes each binding of a handler to an event.
+
+        Raises:
+            ValueError: if the event has no handler, or not this one.
+        """
+        slot = self.slot(event)
+        if slot is None or not slot.handlers:
+            raise ValueError(
+                f"Input event name '{event}' does not exist: no handler is attached to it. Events "
+                f"with handlers: {', '.join(s.name for s in self if s.handlers) or 'none'}"
+            )
+        if not slot.discard(handler):
+            raise ValueError(
+                f"Input handler '{handler}' is not found among registered event handlers of "
+                f"{event}: {list(slot.bound())}"
+            )
+
+    def __iter__(self) -> Iterator[Slot]:
+        return iter(self._slots.values())
 
 
 class Dispatcher:
@@ -105,9 +358,22 @@ class Dispatcher:
                 self.state.get_event_attrib_value(slot.name)
             bound.append((slot, self._handlers.bind(self, event, handler, args, kwargs)))
         for slot, binding in bound:
-            slot.handlers.append(binding)
+            slot.add(binding)
         self.logger.debug("Added handler %s for event %s", handler, event_name)
         return RemovableEventHandle(event_name, handler, self)
+
+    def add_in_phase(self, event: Any, handler: Callable[..., Any], phase: Phase) -> None:
+        """Attaches a handler of the engine's own that runs before or after all of the user's.
+
+        Args:
+            event: one event without a filter, that passes nothing to its handlers.
+            handler: called with the engine if it takes that.
+            phase: when it runs among the event's handlers.
+        """
+        slot = self._handlers.require(event)
+        assert gate_of(event) is None
+        assert slot.name not in _EVENT_ARGUMENTS
+        slot.add(self._handlers.bind(self, event, handler, (), {}), phase)
 
     def on(self, event_name: Any, *args: Any, **kwargs: Any) -> Callable[[Handler], Handler]:
         """Attaches the decorated function as `add_event_handler` does, and returns it unchanged."""
@@ -203,3 +469,38 @@ class Dispatcher:
             handler(*first, *event_args, *args, **{**kwargs, **event_kwargs})
             ran += 1
         return ran
+
+
+def check_signature(fn: Callable[..., Any], description: str, *args: Any, **kwargs: Any) -> None:
+    """Checks that a function can be called with these arguments, without calling it.
+
+    Args:
+        fn: the function.
+        description: what it is, for the error message.
+        *args: sample positional arguments.
+        **kwargs: sample keyword arguments.
+
+    Raises:
+        TypeError: if it is not callable.
+        ValueError: if it cannot be called so, or does not tell its signature.
+    """
+    if not callable(fn):
+        raise TypeError(
+            f"Error adding {fn!r} '{description}': it is not callable. Pass a function, a bound "
+            "method, or an object with __call__."
+        )
+    try:
+        signature = inspect.signature(fn)
+    except ValueError as error:
+        raise ValueError(
+            f"Error adding {fn} '{description}': its parameters cannot be read ({error}). Wrap it "
+            "in a function of your own."
+        ) from None
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        passed = [*(type(value).__name__ for value in args), *kwargs]
+        raise ValueError(
+            f"Error adding {fn} '{description}': takes parameters {list(signature.parameters)} but "
+            f"will be called with {passed} ({error})."
+        ) from None

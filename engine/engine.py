@@ -7,15 +7,17 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from .handlers import check_signature
+from .dispatch import check_signature
+from .events import Events
 from .loop import Loop
 from .progress import begin, check_limits, is_done, load_progress, resume
+from .proof import Checks, Proof
 from .state import State
 
 if TYPE_CHECKING:
     from crosstrain.backends import Backend
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "Events", "State"]
 
 
 class Engine(Loop):
@@ -47,6 +49,10 @@ class Engine(Loop):
         self._user_keys: list[str] = []
         #: What this engine trains, by name: a checkpoint without one of them is not complete.
         self.objects: dict[str, Any] = {}
+        #: How strict a resume of this engine is about each thing that it measures.
+        self.checks = Checks()
+        #: What the last resume of this engine was found to be; empty where a run began anew.
+        self.proof = Proof()
 
     @property
     def state_dict_user_keys(self) -> list[str]:
@@ -74,6 +80,7 @@ class Engine(Loop):
             ValueError: if a key is missing, contradicts another, or has an illegal value.
         """
         load_progress(self.state, state_dict, self._user_keys)
+        self.proof = Proof()
         if not self._is_running():
             self._drop_session()
             self._loaded = True
@@ -135,6 +142,7 @@ class Engine(Loop):
         unlimited = self.state.max_epochs is None and self.state.max_iters is None
         if unlimited or (is_done(self.state) and self._session is None and not self._loaded):
             begin(self.state, data, max_epochs, max_iters, epoch_length)
+            self.proof = Proof()
             self._begin_anew()
             self._drop_session()
             self.logger.info("Run begins: %s.", self._goal())

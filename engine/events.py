@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from types import DynamicClassAttribute, MethodType
 from typing import (
-    TYPE_CHECKING,
     Any,
     NamedTuple,
     Protocol,
@@ -25,9 +24,6 @@ from typing import (
 )
 
 from .state import State, Unread
-
-if TYPE_CHECKING:
-    from .dispatch import Dispatcher
 
 __all__ = [
     "CallableEventWithFilter",
@@ -334,6 +330,18 @@ def is_events_list(value: object) -> bool:
     )
 
 
+class Attachable(Protocol):
+    """What a handle needs of the engine that a handler was attached to."""
+
+    def has_event_handler(self, handler: Callable[..., Any], event_name: Any) -> bool:
+        """Tells whether a handler is attached to an event."""
+        ...
+
+    def remove_event_handler(self, handler: Callable[..., Any], event_name: Any) -> None:
+        """Takes a handler off an event."""
+        ...
+
+
 class RemovableEventHandle:
     """Takes an attached handler off again; also a context manager that does so at its end.
 
@@ -345,10 +353,10 @@ class RemovableEventHandle:
         engine: the engine to which it was attached.
     """
 
-    def __init__(self, event_name: Any, handler: Callable[..., Any], engine: Dispatcher) -> None:
+    def __init__(self, event_name: Any, handler: Callable[..., Any], engine: Attachable) -> None:
         self.event_name = event_name
         self.handler: Callable[[], Callable[..., Any] | None] = _weakly(handler)
-        self.engine: Callable[[], Dispatcher | None] = weakref.ref(engine)
+        self.engine: Callable[[], Attachable | None] = weakref.ref(engine)
 
     def remove(self) -> None:
         """Removes the handler from the engine; does nothing if either is gone already."""

@@ -74,7 +74,7 @@ class Loop(Requests):
         if self._session is not None:
             self._session.close()
             self._session = self._data_iter = None
-        self._asked, self._epoch_offset = 0, None
+        self.asked, self._epoch_offset = 0, None
         self._failed = self._in_epoch = self._step_failed = False
 
     def _recover(self) -> None:
@@ -88,7 +88,7 @@ class Loop(Requests):
         if self._session is None:
             if self._epoch_offset is None:
                 self._epoch_offset = state.iteration % (state.epoch_length or 1)
-            self._asked, self._loaded = 0, False
+            self.asked, self._loaded = 0, False
             self._session = self._run()
         self._logs_events = self.logger.isEnabledFor(logging.DEBUG)
         session = self._session
@@ -133,7 +133,7 @@ class Loop(Requests):
         try:
             try:
                 self._emit(Events.STARTED)
-                if self._asked:
+                if self.asked:
                     yield from self._obey()
                 while (
                     self._owes_epoch_end or not is_done(self.state)
@@ -149,7 +149,7 @@ class Loop(Requests):
                     "GET_BATCH_STARTED or later, or terminate() to end the run."
                 ) from None
             times[Events.COMPLETED.name] = time.perf_counter() - started
-            if not self._asked & QUIET_RUN:
+            if not self.asked & QUIET_RUN:
                 self._emit(Events.COMPLETED)
                 times[Events.COMPLETED.name] = time.perf_counter() - started
             self.logger.info("Run ends after %.3f s.", times[Events.COMPLETED.name])
@@ -189,7 +189,7 @@ class Loop(Requests):
         self.state.epoch += 1
         self._in_epoch = True
         self._emit(Events.EPOCH_STARTED)
-        if self._asked:
+        if self.asked:
             yield from self._obey()
         if self._data_iter is None:
             self._data_iter = self._open_data()
@@ -197,12 +197,12 @@ class Loop(Requests):
         self._in_epoch, self._epoch_offset = False, 0
         times, key = self.state.times, Events.EPOCH_COMPLETED.name
         times[key] = time.perf_counter() - started
-        if not self._asked & QUIET_EPOCH:
+        if not self.asked & QUIET_EPOCH:
             self._emit(Events.EPOCH_COMPLETED)
             times[key] = time.perf_counter() - started
         # There is no epoch left to end.
-        self._asked &= ~(END_EPOCH | QUIET_EPOCH)
-        if self._asked:
+        self.asked &= ~(END_EPOCH | QUIET_EPOCH)
+        if self.asked:
             yield from self._obey()
         self.logger.info("Epoch %s ends after %.3f s.", self.state.epoch, times[key])
 
@@ -220,21 +220,21 @@ class Loop(Requests):
         sync = None if self.backend is None else self.backend.sync
         # Events that nobody listens to are passed by, unless they are logged, or a pause has been:
         # something may have been asked for meanwhile.
-        alert = self._logs_events or self._asked != 0
+        alert = self._logs_events or self.asked != 0
         count = self._epoch_offset or 0
         stepped = self.state.iteration
         first = stepped - count
         renewed = False
         try:
             if self._owed:
-                self._asked, self._owed = self._asked | self._owed, 0
+                self.asked, self._owed = self.asked | self._owed, 0
                 yield from self._obey()
             while True:
                 state = self.state
                 state.batch = None
                 if (asking.handlers or alert) and not renewed and state.dataloader is not None:
                     fire(asking)
-                    if self._asked:
+                    if self.asked:
                         yield from self._obey()
                         alert = True
                 try:
@@ -250,14 +250,14 @@ class Loop(Requests):
                 state.raw_output = None
                 if (got.handlers or alert) and state.dataloader is not None:
                     fire(got)
-                if self._asked and state.dataloader is not None:
+                if self.asked and state.dataloader is not None:
                     yield from self._obey()
                     alert = True
                 count += 1
                 state.iteration += 1
                 if starting.handlers or alert:
                     fire(starting)
-                    if self._asked:
+                    if self.asked:
                         yield from self._obey()
                         alert = True
                 else:
@@ -268,13 +268,13 @@ class Loop(Requests):
                 stepped = state.iteration
                 if completing.handlers or alert:
                     fire(completing)
-                if self._asked:
+                if self.asked:
                     yield from self._obey()
                     alert = True
                 if count == state.epoch_length:
                     break
                 if stepped == state.max_iters:
-                    self._asked |= END_RUN
+                    self.asked |= END_RUN
                     raise EndRun
         except EndEpoch:
             self._in_epoch = False
@@ -354,6 +354,6 @@ class Loop(Requests):
             )
         if state.dataloader is not None:
             self._emit(Events.DATALOADER_STOP_ITERATION)
-            while self._asked:
+            while self.asked:
                 yield from self._obey()
         self._data_iter = self._reopen_data()

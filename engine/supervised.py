@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from crosstrain.engine.ranks.agreement import agree
 from crosstrain.engine.ranks.world import unshared
-from crosstrain.engine.training.assembly import (
+from crosstrain.engine.training.arguments import (
     Device,
     LossFunction,
     open_backend,
@@ -23,6 +23,7 @@ from crosstrain.engine.training.step import TrainingStep
 
 from .deterministic import DeterministicEngine
 from .engine import Engine
+from .proof import Checks
 
 if TYPE_CHECKING:
     from torch.amp.grad_scaler import GradScaler
@@ -49,6 +50,7 @@ def create_supervised_trainer(
     *,
     backend: str | Backend | None = None,
     max_norm: float | None = None,
+    checks: Checks | None = None,
 ) -> Engine:
     """Makes a trainer: an `Engine` whose step trains the model on a backend.
 
@@ -72,6 +74,7 @@ def create_supervised_trainer(
         backend: a spec such as `cpu:bf16`, or a backend. None: what `device` and `amp_mode` say,
             and where they say nothing, `$CROSSTRAIN_BACKEND` or `cpu`.
         max_norm: each optimizer's gradients are clipped to this total norm.
+        checks: how strict a resume is about each thing that it measures; see `Checks`.
 
     Returns:
         The trainer. `trainer.objects` names what it trains; `StepEvents` are registered.
@@ -95,6 +98,7 @@ def create_supervised_trainer(
     model, optimizer = prepare(chosen, model, optimizer)
     step = TrainingStep(model, optimizer, loss_fn, chosen, options)
     trainer = (DeterministicEngine if deterministic else Engine)(step, chosen)
+    trainer.checks = checks or Checks()
     trainer.objects = {**_named("model", model), **_named("optimizer", optimizer)}
     step.attach(trainer)
     agree(trainer)

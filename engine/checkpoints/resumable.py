@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from crosstrain.engine.dispatch import Phase
 from crosstrain.engine.engine import Engine
 from crosstrain.engine.events import Events, is_event, is_events_list
 from crosstrain.engine.progress import is_done
+from crosstrain.engine.ranks.agreement import agreement_of
 
 from .handler import Checkpoint
 from .loading import Latest, PassedOver
@@ -44,7 +46,7 @@ class ResumableRun:
         self._latest = latest
         self._signals = StopSignals(signals, self._notice)
         # In one process nobody has to be asked.
-        self._ranks = trainer.ranks
+        self._ranks = agreement_of(trainer)
         self._due = False
         self._boundary = self._saved = trainer.state.iteration if latest else -1
         finished = bool(latest) and is_done(trainer.state)
@@ -81,6 +83,14 @@ class ResumableRun:
         """
         self._trainer.add_event_handler(event, self._mark)
         self._trainer.add_event_handler(Events.STARTED, self._begin)
+        # Whatever else happens after an iteration, such as a scheduler's step, must have happened
+        # before it is saved.
+        for saved, handler in (
+            (Events.ITERATION_COMPLETED, self._after_iteration),
+            (Events.EPOCH_COMPLETED, self._after_epoch),
+            (Events.TERMINATE, self._after_terminate),
+        ):
+            self._trainer.add_in_phase(saved, handler, Phase.SAVE)
         self._trainer.call_at_end(self._end)
 
     def _mark(self) -> None:
@@ -98,16 +108,6 @@ class ResumableRun:
                 self._finished[0],
             )
         self._finished = None
-        # Whatever else happens after an iteration, such as a scheduler's step, must have happened
-        # before it is saved: so these are the last handlers of their events.
-        for event, handler in (
-            (Events.ITERATION_COMPLETED, self._after_iteration),
-            (Events.EPOCH_COMPLETED, self._after_epoch),
-            (Events.TERMINATE, self._after_terminate),
-        ):
-            if trainer.has_event_handler(handler, event):
-                trainer.remove_event_handler(handler, event)
-            trainer.add_event_handler(event, handler)
 
     def _end(self) -> None:
         self._signals.restore()
@@ -148,7 +148,7 @@ class ResumableRun:
             _logger.warning(
                 "%s: saved at iteration %d; the run ends.", stop.name, trainer.state.iteration
             )
-            trainer.terminate()
+            trainer.terminate(goes_on=True)
 
     def _notice(self) -> None:
         if self._ranks is not None:

@@ -10,7 +10,7 @@ import numpy
 import torch
 
 from crosstrain.backends import World, random_state
-from crosstrain.engine.exact.snapshot import random_states_kept
+from crosstrain.engine.random_states import random_states_kept
 
 from .flows import Dataflow, Iterate, NoData, ReplayedFlow, SequenceFlow, StatefulFlow
 from .generators import is_stateful

@@ -17,6 +17,8 @@ from typing import Any, Final, NamedTuple
 import numpy
 import torch
 
+from crosstrain.engine.splitmix import mix, mix_range
+
 __all__ = [
     "ALL_STREAMS",
     "KeyedBatchDataset",
@@ -34,15 +36,11 @@ __all__ = [
 ALL_STREAMS: Final = ("python", "numpy", "torch")
 
 _MASK: Final = (1 << 64) - 1
-_GOLDEN: Final = 0x9E3779B97F4A7C15
-_FACTORS: Final = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 # Kept apart from the positions of samples, which are below them: a batch as a whole, its collation.
 _BATCH: Final = 1 << 61
 _COLLATE: Final = 1 << 62
 _RANK: Final = 1 << 60
 _ANEW: Final = 1 << 59
-# Below this many samples Python's integers are faster than NumPy's arrays.
-_FEW: Final = 32
 
 _SEEDERS: Final[dict[str, Callable[[int], Any]]] = {
     "python": random.seed,
@@ -55,35 +53,6 @@ _SEEDERS: Final[dict[str, Callable[[int], Any]]] = {
 # The sample that is being fetched in this thread: there is no argument through which a dataset's
 # __getitem__ could be told.
 _fetching = threading.local()
-
-
-def _finish(value: int) -> int:
-    value = ((value ^ (value >> 30)) * _FACTORS[0]) & _MASK
-    value = ((value ^ (value >> 27)) * _FACTORS[1]) & _MASK
-    return value ^ (value >> 31)
-
-
-def _mix(value: int, position: int = 0) -> int:
-    """Returns output number `position` of the splitmix64 that starts at a value: 64 bits."""
-    return _finish((value + (position + 1) * _GOLDEN) & _MASK)
-
-
-def _keys(base: int, first: int, count: int) -> list[int]:
-    """Returns `_mix(base, position)` for `count` positions from `first` on."""
-    if count < _FEW:
-        start = base + (first + 1) * _GOLDEN
-        steps = range(start, start + count * _GOLDEN, _GOLDEN)
-        return [_finish(value & _MASK) for value in steps]
-    words = numpy.arange(first + 1, first + count + 1, dtype=numpy.uint64)
-    words *= numpy.uint64(_GOLDEN)
-    words += numpy.uint64(base)
-    words ^= words >> numpy.uint64(30)
-    words *= numpy.uint64(_FACTORS[0])
-    words ^= words >> numpy.uint64(27)
-    words *= numpy.uint64(_FACTORS[1])
-    words ^= words >> numpy.uint64(31)
-    keys: list[int] = words.tolist()
-    return keys
 
 
 def _enter(key: int, streams: Iterable[str]) -> None:
@@ -110,7 +79,7 @@ def rank_seed(seed: int, rank: int) -> int:
         seed: from 0 to 2**63 - 1.
         rank: which process it is.
     """
-    return _mix(_mix(seed), _RANK + rank) >> 1 if rank else seed
+    return mix(mix(seed), _RANK + rank) >> 1 if rank else seed
 
 
 def leave() -> None:
@@ -135,16 +104,16 @@ class SampleStreams:
             purpose: a number that tells several generators of one sample apart.
         """
         generator = torch.Generator()
-        generator.manual_seed(_mix(self.key, purpose))
+        generator.manual_seed(mix(self.key, purpose))
         return generator
 
     def numpy(self, purpose: int = 0) -> numpy.random.Generator:
         """Returns a NumPy generator (PCG64) of its own for this sample."""
-        return numpy.random.Generator(numpy.random.PCG64(_mix(self.key, purpose)))
+        return numpy.random.Generator(numpy.random.PCG64(mix(self.key, purpose)))
 
     def python(self, purpose: int = 0) -> random.Random:
         """Returns a `random.Random` of its own for this sample."""
-        return random.Random(_mix(self.key, purpose))
+        return random.Random(mix(self.key, purpose))
 
 
 def current_sample() -> SampleStreams:
@@ -184,8 +153,8 @@ class StreamKey(NamedTuple):
     @property
     def base(self) -> int:
         """The 64 bits that all keys of the pass are made from."""
-        base = _mix(_mix(self.seed & _MASK), self.epoch)
-        return _mix(base, _RANK + self.rank) if self.rank else base
+        base = mix(mix(self.seed & _MASK), self.epoch)
+        return mix(base, _RANK + self.rank) if self.rank else base
 
     @property
     def host_seed(self) -> int:
@@ -194,7 +163,7 @@ class StreamKey(NamedTuple):
 
     def seed_at(self, batch: int) -> int:
         """Returns a seed that follows from the place of a batch in this pass."""
-        return _mix(self.base, _ANEW + batch) >> 1
+        return mix(self.base, _ANEW + batch) >> 1
 
 
 class KeyedIndices(list[Any]):
@@ -243,12 +212,12 @@ class KeyedIndices(list[Any]):
 
     def _next_base(self) -> int:
         lap, self._lap = self._lap, self._lap + 1
-        return self._base if lap == 0 else _mix(self._base, lap)
+        return self._base if lap == 0 else mix(self._base, lap)
 
     def __iter__(self) -> Iterator[Any]:
         base, local = self._next_base(), _fetching
         seeders = [_SEEDERS[stream] for stream in self._streams]
-        keys = _keys(base, self._first, len(self))
+        keys = mix_range(base, self._first, len(self))
         # What is paid for each sample: written out, and not called.
         for key, index in zip(keys, super().__iter__(), strict=True):
             local.key = key
@@ -260,7 +229,7 @@ class KeyedIndices(list[Any]):
 
     def enter(self) -> None:
         """Seeds the streams for the batch as a whole."""
-        _enter(self._of_part(_mix(self._base, _BATCH + self._batch)), self._streams)
+        _enter(self._of_part(mix(self._base, _BATCH + self._batch)), self._streams)
 
     def enter_collate(self) -> None:
         """Seeds the streams for collating, after a dataset that has fetched the batch at once."""
@@ -268,11 +237,11 @@ class KeyedIndices(list[Any]):
 
     def _enter_collate(self, base: int) -> None:
         if self._collates:
-            _enter(self._of_part(_mix(base, _COLLATE + self._batch)), self._streams)
+            _enter(self._of_part(mix(base, _COLLATE + self._batch)), self._streams)
 
     def _of_part(self, key: int) -> int:
         # Other samples are to have other numbers; the first part has those of the whole batch.
-        return _mix(key, self._offset) if self._offset else key
+        return mix(key, self._offset) if self._offset else key
 
     def __reduce__(self) -> tuple[Any, ...]:
         plain = list(super().__iter__()) if self._given is None else self._given
@@ -294,8 +263,8 @@ class KeyedIndex(NamedTuple):
 
     def enter(self) -> None:
         """Seeds the streams for the sample."""
-        key = _mix(self.base, self.position)
-        _enter(_mix(key, self.offset) if self.offset else key, self.streams)
+        key = mix(self.base, self.position)
+        _enter(mix(key, self.offset) if self.offset else key, self.streams)
 
 
 class KeyedDataset:

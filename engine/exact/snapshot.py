@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
-import random
 import sys
-from collections.abc import Generator, Iterable, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy
 import torch
 
-from crosstrain.backends import random_state
 from crosstrain.engine.errors import ResumeWarning, warn_user
-from crosstrain.engine.guards import is_mapping
 
 if TYPE_CHECKING:
     from crosstrain.backends import Backend
@@ -23,14 +19,12 @@ if TYPE_CHECKING:
 __all__ = [
     "FORMAT",
     "KEYS",
+    "OPTIONAL_KEYS",
     "check_keys",
     "differences",
     "environment",
     "load_step",
-    "random_states",
-    "random_states_kept",
     "report_differences",
-    "restore_random_states",
     "spec_of",
     "step_state",
 ]
@@ -50,6 +44,9 @@ KEYS: Final = frozenset(
         "exact",
     }
 )
+#: What newer versions write besides, which a state need not have, with what is not checked of a
+#: resume from a state that does not have it.
+OPTIONAL_KEYS: Final[Mapping[str, str]] = {}
 
 
 def spec_of(backend: Backend | None) -> str | None:
@@ -111,34 +108,6 @@ def report_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         )
 
 
-def random_states(backend: Backend | None) -> dict[str, Any]:
-    """Returns the random states of the host and of the backend's device."""
-    return {
-        **random_state.capture(),
-        "device": {} if backend is None else backend.rng_state(),
-    }
-
-
-def restore_random_states(state: Any, backend: Backend | None) -> None:
-    """Restores what `random_states` returned, or the list that pytorch-ignite's engine saves.
-
-    Args:
-        state: the states.
-        backend: whose device's states are restored as well, if there are any.
-    """
-    if is_mapping(state):
-        random_state.restore(state)
-        if backend is not None and state.get("device"):
-            backend.set_rng_state(state["device"])
-        return
-    python, torch_state, *rest = state
-    version, words, gauss = python
-    random.setstate((version, tuple(words), gauss))
-    torch.set_rng_state(torch_state.cpu())
-    if rest:
-        numpy.random.set_state(rest[0])
-
-
 def step_state(step: Any) -> Any:
     """Returns the state of a process function; None if it offers none."""
     offers = getattr(step, "state_dict", None)
@@ -163,18 +132,6 @@ def load_step(step: Any, state: Any) -> None:
     load(state)
 
 
-@contextmanager
-def random_states_kept(backend: Backend | None) -> Generator[None, None, None]:
-    """Leaves the random states of host and device after the block as they were before it."""
-    device = {} if backend is None else backend.rng_state()
-    try:
-        with random_state.preserved():
-            yield
-    finally:
-        if backend is not None and device:
-            backend.set_rng_state(device)
-
-
 def check_keys(state: Mapping[str, Any], known: set[str]) -> bool:
     """Tells whether a state is a full snapshot (true) or of pytorch-ignite's form (false).
 
@@ -184,7 +141,7 @@ def check_keys(state: Mapping[str, Any], known: set[str]) -> bool:
     full = "format" in state
     wanted = KEYS if full else frozenset({"rng_states"})
     missing = sorted(wanted - set(state))
-    unexpected = sorted(set(state) - wanted - known)
+    unexpected = sorted(set(state) - wanted - known - set(OPTIONAL_KEYS))
     if missing or unexpected:
         raise ValueError(
             "The state of a deterministic engine "

@@ -16,17 +16,18 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from torch import distributed
 
+from crosstrain.engine.dispatch import Phase
 from crosstrain.engine.errors import RankFailed
 from crosstrain.engine.events import Events
-from crosstrain.engine.requests import END_EPOCH, END_RUN, PAUSE, QUIET_EPOCH, QUIET_RUN
+from crosstrain.engine.requests import END_EPOCH, END_RUN, EPOCH_ENDS, PAUSE, RUN_ENDS
 
-from .line import RankLine
-from .watch import Failures, describe
+from .line import Line
+from .watch import Watch, describe
 
 if TYPE_CHECKING:
     from crosstrain.engine.engine import Engine
 
-__all__ = ["Agreement", "agree"]
+__all__ = ["Agreement", "agree", "agreement_of"]
 
 _ENDS: Final = END_RUN | END_EPOCH
 # Within this a thread answers that lives; torchrun gives its processes 30 s between SIGTERM and
@@ -63,13 +64,19 @@ def agree(trainer: Engine) -> Agreement | None:
     Args:
         trainer: the engine; of the world that its backend has joined.
     """
-    if trainer.ranks is not None:
-        return trainer.ranks
+    agreed = agreement_of(trainer)
+    if agreed is not None:
+        return agreed
     backend = trainer.backend
     if backend is None or backend.world.size == 1 or not distributed.is_initialized():
         return None
-    trainer.ranks = Agreement(trainer)
-    return trainer.ranks
+    trainer.ranks = agreed = Agreement(trainer)
+    return agreed
+
+
+def agreement_of(engine: Engine) -> Agreement | None:
+    """Returns the agreement that an engine's ranks have; None where there is none."""
+    return engine.ranks if isinstance(engine.ranks, Agreement) else None
 
 
 class Agreement:
@@ -80,16 +87,20 @@ class Agreement:
     """
 
     def __init__(self, engine: Engine) -> None:
-        self.line = RankLine()
+        self.line = Line()
         #: The signal that has ended the run on all ranks; 0 if none did.
         self.stop_signal = 0
         self._engine: Any = engine
         self._lock = threading.Lock()
-        self._failures: Failures | None = None
+        self._watch: Watch | None = None
         self._number = self.line.count(f"engines/{self.line.rank}")
         self._runs = 0
         self._begin_run()
         engine.add_event_handler(Events.STARTED, self._on_started)
+        # What the other handlers of these events ask for is known then.
+        engine.add_in_phase(Events.STARTED, self._after_started, Phase.LAST)
+        engine.add_in_phase(Events.ITERATION_COMPLETED, self._after_iteration, Phase.LAST)
+        engine.add_in_phase(Events.EPOCH_COMPLETED, self._after_epoch, Phase.LAST)
 
     def _begin_run(self) -> None:
         # Boundaries are counted in halves of an iteration: 2 i is the end of iteration i; 2 i + 1,
@@ -98,9 +109,9 @@ class Agreement:
         # How many calls this rank has answered, and how many of them it knows the decision of.
         self._answered = self._decided = 0
         self._decision: _Decision | None = None
-        # What this rank wants and what is not decided: bits of Engine._asked, and a signal.
+        # What this rank wants and what is not decided: bits of Engine.asked, and a signal.
         self._wish = self._signal = 0
-        # Which of the ends that the engine is asked for are those of all: bits of Engine._asked.
+        # Which of the ends that the engine is asked for are those of all: bits of Engine.asked.
         self._granted = 0
         self._base = f"run/{self._number}/{self._runs}"
 
@@ -113,19 +124,9 @@ class Agreement:
         signal = self._signal
         self._begin_run()
         self._signal, self.stop_signal = signal, 0
-        self._failures = Failures(self.line, self._base, engine, self._answer)
-        self.line.while_waiting = self._failures.check
-        self._failures.compare_start()
-        # Last of their events: what the other handlers ask for is known then. What is attached
-        # after them at STARTED, as resume_or_start's saving is, comes after the agreement.
-        for event, handler in (
-            (Events.STARTED, self._after_started),
-            (Events.ITERATION_COMPLETED, self._after_iteration),
-            (Events.EPOCH_COMPLETED, self._after_epoch),
-        ):
-            if engine.has_event_handler(handler, event):
-                engine.remove_event_handler(handler, event)
-            engine.add_event_handler(event, handler)
+        self._watch = Watch(self.line, self._base, engine.state, self._answer)
+        self.line.while_waiting = self._watch.check
+        self._watch.compare_start()
 
     def _after_started(self) -> None:
         self._at_boundary(2 * self._engine.state.iteration + 1)
@@ -134,11 +135,11 @@ class Agreement:
         self._at_boundary(2 * self._engine.state.iteration)
 
     def _after_epoch(self) -> None:
-        assert self._failures is not None
-        self._failures.compare_lengths()
+        assert self._watch is not None
+        self._watch.compare_lengths()
         # It has ended: nobody needs to be asked any more.
-        self._engine._asked &= ~(END_EPOCH | QUIET_EPOCH)
-        self._wish &= ~(END_EPOCH | QUIET_EPOCH)
+        self._engine.asked &= ~EPOCH_ENDS
+        self._wish &= ~EPOCH_ENDS
         self._at_boundary(2 * self._engine.state.iteration + 1)
 
     @property
@@ -150,37 +151,38 @@ class Agreement:
         """Has all ranks end because of a signal that this one has got; called in its handler."""
         self._signal = self._signal or signal
 
-    def review(self) -> None:
+    def review(self, asked: int) -> int:
         """Takes back what a handler has asked of this rank alone, until all are asked."""
-        engine, granted = self._engine, self._granted
+        granted = self._granted
         if granted & END_RUN:
-            return
+            return asked
         if granted & END_EPOCH:
             # It is done now.
             self._granted = 0
-        elif engine._asked & _ENDS:
-            self._wish |= engine._asked & ~PAUSE
-            engine._asked &= PAUSE
+        elif asked & _ENDS:
+            self._wish |= asked & ~PAUSE
+            return asked & PAUSE
+        return asked
 
     # ---------------------------------------------------------------- boundaries
 
     def _at_boundary(self, boundary: int) -> None:
         """Passes a boundary, or does there what all have agreed upon."""
-        if not (self._wish or self._signal or self._decision or self._engine._asked & _ENDS):
+        if not (self._wish or self._signal or self._decision or self._engine.asked & _ENDS):
             # The thread that answers for this rank must not read it in between.
             with self._lock:
                 if self._answered == self._decided:
                     self._passed = boundary
-                    if self._failures is None or self._failures.told is None:
+                    if self._watch is None or self._watch.told is None:
                         return
         self._settle(boundary)
 
     def _settle(self, boundary: int) -> None:
-        assert self._failures is not None
-        self._failures.check()
+        assert self._watch is not None
+        self._watch.check()
         if self._granted & END_RUN:
             return
-        self.review()
+        self._engine.asked = self.review(self._engine.asked)
         while True:
             called = self._wish or self._signal or self._answered > self._decided
             if self._decision is None and called:
@@ -205,13 +207,13 @@ class Agreement:
             self.stop_signal, self._signal, self._wish = decision.signal, 0, 0
             self._granted = END_RUN
         elif decision.wish & END_RUN:
-            engine._asked |= decision.wish & (END_RUN | QUIET_RUN)
+            engine.asked |= decision.wish & RUN_ENDS
             self._granted = END_RUN
         elif boundary % 2 == 0:
             # At an epoch's end there is none left to end.
-            engine._asked |= decision.wish & (END_EPOCH | QUIET_EPOCH)
+            engine.asked |= decision.wish & EPOCH_ENDS
             self._granted = END_EPOCH
-            self._wish &= ~(END_EPOCH | QUIET_EPOCH)
+            self._wish &= ~EPOCH_ENDS
 
     # ---------------------------------------------------------------- calls and answers
 
@@ -222,19 +224,19 @@ class Agreement:
                 return
             self._answered = number + 1
             mine = {"passed": self._passed, "wish": wish, "signal": self._signal}
-        assert self._failures is not None
-        self._failures.ears_or_line().set(
+        assert self._watch is not None
+        self._watch.ears_or_line().set(
             f"crosstrain/{self._base}/call/{number}/{self.line.rank}", json.dumps(mine)
         )
 
     def _decide(self) -> _Decision:
         line, number = self.line, self._decided
         base = f"{self._base}/call/{number}"
-        assert self._failures is not None
+        assert self._watch is not None
         wish, self._wish = self._wish, 0
         self._answer(number, wish)
         if line.first(f"{base}/caller", str(line.rank)) == str(line.rank):
-            self._failures.tell({"call": number})
+            self._watch.tell({"call": number})
             line.set(f"{base}/decision", json.dumps(self._collect(base)))
         elif not line.awaits(f"{base}/decision", 2 * _ANSWER, lambda: [self._caller(base)]):
             raise RankFailed(f"Rank {self._caller(base)} asked to end the run and then fell silent")
@@ -279,7 +281,7 @@ class Agreement:
 
     def first_cause(self, error: BaseException) -> BaseException:
         """Returns what another rank's failure makes of an error of this one; else the error."""
-        return error if self._failures is None else self._failures.first_cause(error)
+        return error if self._watch is None else self._watch.first_cause(error)
 
     def leave(self, failure: BaseException | None) -> BaseException | None:
         """Tells the others that this rank's run has ended, and how.
@@ -290,11 +292,11 @@ class Agreement:
         Returns:
             What it is to raise: something else where the ranks have ended at other iterations.
         """
-        failures = self._failures
-        if failures is None:
+        watch = self._watch
+        if watch is None:
             return failure
         try:
-            return failures.leave(failure)
+            return watch.leave(failure)
         except distributed.DistError as error:
             # Without the store nobody can be told; they notice, as this rank has.
             if failure is not None:
@@ -305,7 +307,7 @@ class Agreement:
 
     def close(self) -> None:
         """Stops listening."""
-        failures, self._failures = self._failures, None
+        watch, self._watch = self._watch, None
         self.line.while_waiting = None
-        if failures is not None:
-            failures.close()
+        if watch is not None:
+            watch.close()

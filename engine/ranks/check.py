@@ -13,6 +13,7 @@ from crosstrain.engine.errors import RankFailed, warn_user
 from crosstrain.engine.events import Events
 from crosstrain.engine.guards import is_exact_list, is_exact_tuple, is_mapping
 from crosstrain.engine.progress import check_count
+from crosstrain.engine.splitmix import FACTORS, GOLDEN
 from crosstrain.engine.spread import is_spread
 
 from .agreement import agree
@@ -21,7 +22,7 @@ from .world import unshared
 if TYPE_CHECKING:
     from crosstrain.engine.engine import Engine
 
-    from .line import RankLine
+    from .line import Line
 
 __all__ = ["RankCheck", "digests"]
 
@@ -30,9 +31,7 @@ _BLOCK: Final = 1 << 22
 _CPU_BLOCK: Final = 1 << 14
 # Odd, so that nothing is lost in the multiplications: the constants of splitmix64 (Steele et al.,
 # OOPSLA 2014), as signed integers.
-_STEP, _MIX, _MIX2 = (
-    value - 2**64 for value in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-)
+_STEP, _MIX, _MIX2 = (value - 2**64 for value in (GOLDEN, *FACTORS))
 
 
 class RankCheck:
@@ -123,7 +122,7 @@ class RankCheck:
             line.drop(self._told.popleft())
 
 
-def _of(line: RankLine, keys: str, rank: int, iteration: int) -> list[int]:
+def _of(line: Line, keys: str, rank: int, iteration: int) -> list[int]:
     key = f"{keys}/{rank}/{iteration}"
     if not line.awaits(key, line.timeout, lambda: [rank]):
         raise RankFailed(

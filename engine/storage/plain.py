@@ -17,13 +17,13 @@ from .errors import CheckpointContentError
 __all__ = ["to_plain"]
 
 _AS_THEY_ARE: Final = frozenset(
-    {type(None), bool, float, complex, str, bytes, bytearray, torch.Size, torch.dtype, torch.device}
+    {type(None), bool, float, complex, str, bytes, torch.Size, torch.dtype, torch.device}
 )
 # The pickle instruction for integers that weights_only allows counts its bytes in one byte.
 _MAX_INTEGER_BITS: Final = 8 * 255 - 1
 _MAX_DEPTH: Final = 150
 
-OnTensor = Callable[[torch.Tensor], torch.Tensor]
+OnTensor = Callable[[torch.Tensor, bool], torch.Tensor]
 
 
 def to_plain(state: Any, on_tensor: OnTensor) -> Any:
@@ -35,7 +35,8 @@ def to_plain(state: Any, on_tensor: OnTensor) -> Any:
 
     Args:
         state: any nest of these, of tensors and of plain types.
-        on_tensor: called with each tensor once, detached; what it returns takes the tensor's place.
+        on_tensor: called with each tensor once, detached, and with whether its memory is new (an
+            array's copy) and so nobody else's; what it returns takes the tensor's place.
 
     Returns:
         The new nest; none of its containers is one of `state`.
@@ -76,9 +77,12 @@ class _Converter:
 
     def _convert(self, value: Any, path: tuple[Any, ...]) -> Any:
         if isinstance(value, torch.Tensor):
-            return self._on_tensor(_dense(value, path))
+            return self._on_tensor(_dense(value, path), False)
         if is_array(value):
-            return self._on_tensor(_array(value, path))
+            return self._on_tensor(_array(value, path), True)
+        if _type_of(value) is bytearray:
+            # A copy: it may be changed while a thread writes.
+            return bytearray(value)
         if _is_numpy_scalar(value):
             return self._numpy_scalar(value, path)
         if is_mapping(value):

@@ -19,6 +19,9 @@ from .plain import to_plain
 
 __all__ = ["HostBuffers", "Snapshot", "host_state", "state_bytes"]
 
+# Device, address and length of a storage: two that begin at one address may end elsewhere.
+Storage = tuple[str, int, int]
+
 _ARENA = 64 << 20
 _ALIGN = 64
 
@@ -33,7 +36,7 @@ def host_state(state: Any) -> Any:
         CheckpointContentError: if something has no plain form.
     """
 
-    def place(tensor: torch.Tensor) -> torch.Tensor:
+    def place(tensor: torch.Tensor, _: bool) -> torch.Tensor:
         if tensor.device.type != "cpu":
             return tensor.cpu()
         # torch.save writes a tensor's whole storage: a slice must not drag along what it is cut of.
@@ -46,7 +49,7 @@ def state_bytes(state: Any) -> int:
     """Returns the bytes of all tensors of a plain state, each storage counted once."""
     sizes: dict[int, int] = {}
 
-    def count(tensor: torch.Tensor) -> torch.Tensor:
+    def count(tensor: torch.Tensor, _: bool) -> torch.Tensor:
         storage = tensor.untyped_storage()
         sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
@@ -128,7 +131,10 @@ class Snapshot:
         optimizers = list(stepped)
         self._buffers = buffers
         self._late = _storages_of(optimizers)
-        self._copies: dict[tuple[str, int], torch.UntypedStorage] = {}
+        # A copy is found by its storage's address, which stays that storage's own as long as the
+        # second entry lives: what state_dict() makes anew is freed at once otherwise, and the next
+        # tensor gets the same address.
+        self._copies: dict[Storage, tuple[torch.UntypedStorage, torch.Tensor]] = {}
         self._todo: list[_Copy] = []
         self._remote: list[_Copy] = []
         self._held_back: list[_SideCopies] = []
@@ -137,6 +143,7 @@ class Snapshot:
         self._changed: _Copy | None = None
         buffers.begin()
         self.state = to_plain(state, self._stage)
+        self._copies.clear()
         self._start_remote()
         self._hooks = [optimizer.register_step_pre_hook(self._wait) for optimizer in optimizers]
         if not self._todo:
@@ -194,25 +201,26 @@ class Snapshot:
                 if not late:
                     side.hold_back()
 
-    def _stage(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _stage(self, tensor: torch.Tensor, own: bool) -> torch.Tensor:
         """Returns the tensor's copy, whose contents may come later."""
         device = tensor.device
         on_accelerator = _is_accelerator(device)
+        if own:
+            return tensor
         if device.type != "cpu" and not on_accelerator:
             return tensor.cpu()
         if _is_slice(tensor):
             tensor = _compact(tensor)
             if not on_accelerator:
                 return tensor
-        storage = tensor.untyped_storage()
-        key = (str(device), storage.data_ptr())
-        copy = self._copies.get(key)
-        if copy is None:
-            copy = self._copies[key] = self._copy(tensor, key, on_accelerator)
-        return _view_like(tensor, copy)
+        key = _storage_of(tensor)
+        known = self._copies.get(key)
+        if known is None:
+            known = self._copies[key] = (self._copy(tensor, key, on_accelerator), tensor)
+        return _view_like(tensor, known[0])
 
     def _copy(
-        self, tensor: torch.Tensor, key: tuple[str, int], on_accelerator: bool
+        self, tensor: torch.Tensor, key: Storage, on_accelerator: bool
     ) -> torch.UntypedStorage:
         storage = tensor.untyped_storage()
         copy = self._buffers.take(storage.nbytes(), on_accelerator)
@@ -262,12 +270,18 @@ def _is_accelerator(device: torch.device) -> bool:
     return current is not None and current.type == device.type
 
 
-def _storages_of(optimizers: Iterable[torch.optim.Optimizer]) -> frozenset[tuple[str, int]]:
+def _storage_of(tensor: torch.Tensor) -> Storage:
+    """Returns what tells a tensor's storage from all others that live."""
+    storage = tensor.untyped_storage()
+    return str(tensor.device), storage.data_ptr(), storage.nbytes()
+
+
+def _storages_of(optimizers: Iterable[torch.optim.Optimizer]) -> frozenset[Storage]:
     """Returns the storages that only these optimizers' steps change.
 
     A tensor that shares its storage with others is left out: it is copied at once.
     """
-    found: set[tuple[str, int]] = set()
+    found: set[Storage] = set()
     for optimizer in optimizers:
         tensors = [tensor for group in optimizer.param_groups for tensor in group["params"]]
         for values in optimizer.state.values():
@@ -277,7 +291,7 @@ def _storages_of(optimizers: Iterable[torch.optim.Optimizer]) -> frozenset[tuple
                 continue  # It may have no storage to point to, and is copied at once.
             storage = tensor.untyped_storage()
             if storage.nbytes() == tensor.numel() * tensor.element_size():
-                found.add((str(tensor.device), storage.data_ptr()))
+                found.add(_storage_of(tensor))
     return frozenset(found)
 
 

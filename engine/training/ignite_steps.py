@@ -1,6 +1,6 @@
-"""Doors: the step functions by which pytorch-ignite's users know training and evaluation steps.
+"""The step functions by which users of pytorch-ignite know training and evaluation steps.
 
-Each leads to the one `TrainingStep` or `EvaluationStep`, on the backend that its name stands for.
+Each makes the one `TrainingStep` or `EvaluationStep`, on the backend that its name stands for.
 The names and arguments are those of `ignite.engine`.
 """
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from crosstrain.backends.legacy import for_step
 
-from .assembly import Device, LossFunction, prepare, step_options
+from .arguments import Device, LossFunction, prepare, step_options
 from .evaluation import EvaluationStep, prediction
 from .step import TrainingStep
 
@@ -65,7 +65,7 @@ _EVALUATION = """Makes an evaluation step {where}, to give to an `Engine` of you
     """
 
 
-class _TrainingDoor(Protocol):
+class _MakesTrainingStep(Protocol):
     def __call__(
         self,
         model: Any,
@@ -81,7 +81,7 @@ class _TrainingDoor(Protocol):
     ) -> TrainingStep: ...
 
 
-class _EvaluationDoor(Protocol):
+class _MakesEvaluationStep(Protocol):
     def __call__(
         self,
         model: Any,
@@ -109,7 +109,7 @@ def _training_step(
     return TrainingStep(model, optimizer, loss_fn, backend, options)
 
 
-def _training_door(name: str, where: str) -> _TrainingDoor:
+def _step_maker(name: str, where: str) -> _MakesTrainingStep:
     def step(
         model: Any,
         optimizer: Any,
@@ -142,11 +142,11 @@ def _training_door(name: str, where: str) -> _TrainingDoor:
     return step
 
 
-supervised_training_step = _training_door("supervised_training_step", "in full precision")
-supervised_training_step_apex = _training_door(
+supervised_training_step = _step_maker("supervised_training_step", "in full precision")
+supervised_training_step_apex = _step_maker(
     "supervised_training_step_apex", "with NVIDIA's legacy mixed precision"
 )
-supervised_training_step_tpu = _training_door(
+supervised_training_step_tpu = _step_maker(
     "supervised_training_step_tpu", "on the device that its name says"
 )
 
@@ -203,7 +203,7 @@ def supervised_training_step_amp(
     )
 
 
-def _evaluation_door(name: str, where: str) -> _EvaluationDoor:
+def _evaluation_maker(name: str, where: str) -> _MakesEvaluationStep:
     def step(
         model: Any,
         device: Device = None,
@@ -228,7 +228,7 @@ def _evaluation_door(name: str, where: str) -> _EvaluationDoor:
     return step
 
 
-supervised_evaluation_step = _evaluation_door("supervised_evaluation_step", "in full precision")
-supervised_evaluation_step_amp = _evaluation_door(
+supervised_evaluation_step = _evaluation_maker("supervised_evaluation_step", "in full precision")
+supervised_evaluation_step_amp = _evaluation_maker(
     "supervised_evaluation_step_amp", "with autocast to fp16"
 )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from crosstrain.engine.data.own_data import check_own
 from crosstrain.engine.data.shares import deals_out, share_of
+from crosstrain.engine.dispatch import Phase
 from crosstrain.engine.engine import Engine
 from crosstrain.engine.events import EventEnum, Events
 from crosstrain.engine.progress import is_done
@@ -19,13 +21,11 @@ from crosstrain.engine.ranks.world import unshared
 
 from . import gradients
 from .options import StepOptions, several
-from .step_checks import check_trainable, refuse_loss
-from .step_counts import StepCounts
-from .weighting import average, weighted
 
 if TYPE_CHECKING:
     from crosstrain.backends import Backend, StepResult
-    from crosstrain.engine.handlers import Slot
+    from crosstrain.engine.dispatch import Slot
+    from crosstrain.engine.state import State
 
 __all__ = ["StepEvents", "StepOptions", "TrainingStep"]
 
@@ -81,6 +81,76 @@ def _no_engine() -> Engine | None:
     return None
 
 
+class StepCounts:
+    """Counts steps without waiting for a device that has not said yet whether it skipped one.
+
+    A fused optimizer with a loss scale skips on the device itself. What became of its steps is
+    added up there, and read when somebody asks.
+
+    Args:
+        optim_steps: how often the optimizers were stepped.
+        applied_steps: how often that was applied.
+    """
+
+    def __init__(self, optim_steps: int = 0, applied_steps: int = 0) -> None:
+        #: How often the optimizers were stepped.
+        self.optim_steps = optim_steps
+        #: How many of these were skipped, as far as the host knows.
+        self.skipped = optim_steps - applied_steps
+        #: How many were skipped besides, int64 of shape (), on the device; None: none is unread.
+        self.unread: torch.Tensor | None = None
+
+    @property
+    def skipped_steps(self) -> int:
+        """How often one of the optimizers was skipped; may wait for the device."""
+        if self.unread is not None:
+            self.skipped += int(self.unread)
+            self.unread = None
+        return self.skipped
+
+    @property
+    def applied_steps(self) -> int:
+        """How often every optimizer changed its weights; may wait for the device."""
+        return self.optim_steps - self.skipped_steps
+
+    def add(self, results: list[StepResult]) -> None:
+        """Counts a step: as skipped, if one of the optimizers was.
+
+        Args:
+            results: what became of each optimizer.
+        """
+        self.optim_steps += 1
+        waiting: list[torch.Tensor] = []
+        for result in results:
+            outcome = result.outcome
+            if outcome is False:
+                self.skipped += 1
+                return
+            if outcome is not True:
+                waiting.append(outcome)
+        if waiting:
+            self._add_unread(waiting)
+
+    def _add_unread(self, applied: list[torch.Tensor]) -> None:
+        device = applied[0].device
+        total = torch.zeros((), dtype=torch.bool, device=device)
+        for one in applied:
+            total |= one.reshape(()).logical_not().to(device, non_blocking=True)
+        before = 0 if self.unread is None else self.unread.to(device, non_blocking=True)
+        self.unread = before + total.to(torch.int64)
+
+    def tell(self, state: State) -> None:
+        """Sets a state's `optim_steps`, `applied_steps` and `skipped_steps`, and reads nothing."""
+        told: Any = state
+        told.optim_steps = self.optim_steps
+        if self.unread is None:
+            told.applied_steps = self.optim_steps - self.skipped
+            told.skipped_steps = self.skipped
+        else:
+            state.defer("applied_steps", lambda: self.applied_steps)
+            state.defer("skipped_steps", lambda: self.skipped_steps)
+
+
 class TrainingStep:
     """Runs one iteration of supervised training on a backend; give it to an `Engine`.
 
@@ -122,7 +192,7 @@ class TrainingStep:
         self.loss_fn = loss_fn
         self.backend = backend
         self.options = options or StepOptions()
-        check_trainable(self.models, self.optimizers, loss_fn)
+        _check_trainable(self.models, self.optimizers, loss_fn)
         self._split, self._forward = self.options.splitter(), self.options.forward(model)
         self._output = self.options.output_transform
         # The window: how many iterations are in it, and how many shall be (0 once it was stepped).
@@ -170,10 +240,8 @@ class TrainingStep:
                 (Events.TERMINATE, self._on_end),
                 (Events.COMPLETED, self._on_end),
             ):
-                engine.add_event_handler(event, handler)
-                # First in its place: the other handlers evaluate and save the weights.
-                slot = engine.slot(event)
-                slot.handlers = [slot.handlers[-1], *slot.handlers[:-1]]
+                # The other handlers evaluate and save the weights.
+                engine.add_in_phase(event, handler, Phase.FIRST)
         self._listeners = _Listeners(*(engine.slot(event) for event in StepEvents))
         self._counts.tell(engine.state)
 
@@ -202,7 +270,7 @@ class TrainingStep:
         # The window is shorter than was planned: each loss was divided by too much.
         gradients.rescale(self.optimizers, self._planned / self._filled)
         if self._many:
-            average(several(self.model), self.optimizers)
+            gradients.average(several(self.model), self.optimizers)
         self._filled = 0
         self._step(engine)
         self.backend.sync()
@@ -245,12 +313,12 @@ class TrainingStep:
             y_pred = self._forward(x)
             loss: Any = self.loss_fn(y_pred, y)
         if not (isinstance(loss, Tensor) and loss.requires_grad and loss.numel() == 1):
-            refuse_loss(loss)
+            _refuse_loss(loss)
         # Nothing is in the window until the iteration is whole: what raises from here on drops it.
         self._filled = 0
         try:
             if self._many:
-                with weighted(loss, share_of(engine), self.models, y_pred) as part:
+                with gradients.weighted(loss, share_of(engine), self.models, y_pred) as part:
                     self._backward(engine, part)
             else:
                 self._backward(engine, loss)
@@ -375,3 +443,76 @@ def _iterations_left(engine: Engine, wanted: int) -> int:
     else:
         return wanted
     return max(1, total - state.iteration + 1)
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def _check_trainable(
+    models: Sequence[torch.nn.Module],
+    optimizers: Sequence[torch.optim.Optimizer],
+    loss_fn: Any,
+) -> None:
+    """Checks that a training step can train these models with these optimizers.
+
+    Raises:
+        TypeError: if the loss function cannot be called.
+        ValueError: if there is no model or no optimizer, an optimizer holds no parameter of the
+            models, shares one with another, or cannot be stepped without a closure.
+    """
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn should be a function of (y_pred, y), got {loss_fn!r}.")
+    for things, name in ((models, "model"), (optimizers, "optimizer")):
+        if not things:
+            raise ValueError(f"{name} is an empty list. Pass one {name}, or a list of several.")
+    known = {id(parameter) for model in models for parameter in model.parameters()}
+    holders: dict[int, int] = {}
+    for index, optimizer in enumerate(optimizers):
+        _check_takes_no_closure(index, optimizer)
+        parameters = gradients.parameters_of(optimizer)
+        if not any(id(parameter) in known for parameter in parameters):
+            raise ValueError(
+                f"Optimizer {index} ({type(optimizer).__name__}) holds no parameter of the model: "
+                "it would never get a gradient. Make it with model.parameters() of the model that "
+                "is trained, not of a copy."
+            )
+        for parameter in parameters:
+            other = holders.setdefault(id(parameter), index)
+            if other != index:
+                raise ValueError(
+                    f"Optimizers {other} and {index} hold the same parameter, of shape "
+                    f"{tuple(parameter.shape)}: both would clip, unscale and apply its gradient. "
+                    "Give each parameter to one optimizer."
+                )
+
+
+def _check_takes_no_closure(index: int, optimizer: torch.optim.Optimizer) -> None:
+    # The class's method: a scheduler puts a wrapper on the object, with another signature.
+    _, *others = inspect.signature(type(optimizer).step).parameters.values()
+    for parameter in others:
+        named = parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        if named and parameter.default is parameter.empty:
+            raise ValueError(
+                f"Optimizer {index} ({type(optimizer).__name__}) computes the loss several times "
+                f"a step: its step() requires '{parameter.name}'. A training step computes it "
+                "once a batch. Use an optimizer such as SGD or AdamW, or give an Engine a process "
+                "function of your own."
+            )
+
+
+def _refuse_loss(loss: Any) -> None:
+    """Says what is wrong with a loss that is no tensor of one element that requires grad.
+
+    Raises:
+        ValueError: always.
+    """
+    if not isinstance(loss, torch.Tensor):
+        what = f"is {type(loss).__name__}, not a tensor"
+    elif loss.numel() != 1:
+        what = f"has shape {tuple(loss.shape)}: reduce it, with mean() or sum()"
+    else:
+        what = (
+            "does not depend on a parameter that requires grad: was it detached, made under "
+            "torch.no_grad(), or is the whole model frozen?"
+        )
+    raise ValueError(f"loss_fn must return a tensor of one element to train on; its result {what}.")

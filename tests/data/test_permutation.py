@@ -16,8 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 
-from crosstrain.engine.data.bijection import FeistelNetwork
-from crosstrain.engine.data.permutation import PermutationSampler, order_key, permute, unpermute
+from crosstrain.engine.data.permutation import (
+    FeistelNetwork,
+    PermutationSampler,
+    order_key,
+    permute,
+    unpermute,
+)
 
 LARGEST = 2**48
 # Primes, squares and powers of two with their neighbours, and sizes with many spare cells.

@@ -17,8 +17,13 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from crosstrain.engine.data.bijection import ROUNDS, FeistelNetwork
-from crosstrain.engine.data.permutation import PermutationSampler, order_key, permute
+from crosstrain.engine.data.permutation import (
+    ROUNDS,
+    FeistelNetwork,
+    PermutationSampler,
+    order_key,
+    permute,
+)
 
 Orders = npt.NDArray[np.int64]
 """Shape (keys, n): each row an order of range(n)."""

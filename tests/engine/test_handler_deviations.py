@@ -60,6 +60,28 @@ def test_requests_are_booleans() -> None:
     assert fired == ["TERMINATE"]
 
 
+@pytest.mark.parametrize(("value", "last"), [(True, "COMPLETED"), ("skip_completed", "TERMINATE")])
+def test_a_request_can_be_made_by_assignment_and_taken_back(value: Any, last: str) -> None:
+    for library in (OURS, IGNITE):
+        engine: Any = library.Engine(nothing)
+        fired = names(engine, library.Events.TERMINATE, library.Events.COMPLETED)
+
+        completed = library.Events.ITERATION_COMPLETED
+
+        def at(
+            iteration: int, name: str, value: Any, engine: Any = engine, completed: Any = completed
+        ) -> None:
+            event = completed(once=iteration)
+            engine.add_event_handler(event, lambda: setattr(engine, name, value))
+
+        at(1, "should_terminate", True)
+        at(1, "should_terminate", False)
+        at(3, "should_terminate_single_epoch", True)
+        at(4, "should_terminate", value)
+        engine.run([1, 2, 3, 4], max_epochs=3)
+        assert (engine.state.epoch, engine.state.iteration, fired[-1]) == (2, 4, last)
+
+
 def test_a_method_of_the_engine_as_a_handler_is_not_given_the_engine_again() -> None:
     # On pytorch-ignite the engine becomes `skip_completed`, and COMPLETED does not fire.
     for library, expected in ((OURS, [2, 2]), (IGNITE, [2])):

@@ -33,11 +33,6 @@ def package_files(repo_root: Path, package: str) -> list[str]:
 KNOWN_ARROWS = frozenset(
     {
         ("engine/checkpoints/save_request.py", "crosstrain.engine.exact.snapshot"),
-        ("engine/data/cursor.py", "crosstrain.engine.exact.snapshot"),
-        ("engine/data/flows.py", "crosstrain.engine.exact.snapshot"),
-        ("engine/data/mapflow.py", "crosstrain.engine.exact.snapshot"),
-        ("engine/events.py", "crosstrain.engine.dispatch"),
-        ("engine/requests.py", "crosstrain.engine.ranks.agreement"),
         ("engine/spread.py", "crosstrain.engine.checkpoints.objects"),
     }
 )
@@ -125,8 +120,8 @@ def test_engine_names_no_device(repo_root: Path) -> None:
         ("engine/state.py", "if TYPE_CHECKING:\n    from crosstrain.ci import cli"),
         ("engine/state.py", "import_module('crosstrain.ci.cli')"),
         ("engine/loop.py", "from crosstrain.engine.state import State"),
-        ("engine/loop.py", "from .ranks.line import RankLine"),
-        ("engine/loop.py", "from crosstrain.engine.ranks.line import RankLine"),
+        ("engine/loop.py", "from .ranks.line import Line"),
+        ("engine/loop.py", "from crosstrain.engine.ranks.line import Line"),
         ("engine/events.py", "from .dispatch import Dispatcher"),
         ("engine/storage/atomic.py", "from crosstrain.engine.engine import Engine"),
         ("engine/checkpoints/resume.py", "from crosstrain.engine.data.cursor import Cursor"),

@@ -64,8 +64,20 @@ FOLDERS = {
     "ci": ("conformance", "demo", "matrix", "plugin", "traces", "trials", "verification"),
 }
 LEVELS = {
-    **dict.fromkeys(("state", "progress", "guards", "errors", "proof", "spread"), "base"),
-    "handlers": "dispatch",
+    **dict.fromkeys(
+        (
+            "digest",
+            "errors",
+            "guards",
+            "progress",
+            "proof",
+            "random_states",
+            "splitmix",
+            "spread",
+            "state",
+        ),
+        "base",
+    ),
     "loop": "engine",
     "requests": "engine",
 }

@@ -1,4 +1,4 @@
-"""Assembly: puts options, backend, models and optimizers together for the factories of steps."""
+"""What a factory makes of its arguments: options, an opened backend, prepared models."""
 
 from __future__ import annotations
 

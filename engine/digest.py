@@ -1,0 +1,227 @@
+"""One digest for any nest of tensors, arrays and plain values, with the path of each part.
+
+Two nests are equal where their leaves are: the same paths, each with the same dtype and shape (or
+type) and the same SHA-256 of its bytes. What differs can so be named: `['image'][0]`. The bytes of
+a tensor on the host are hashed where they lie; one of a device is copied to the host first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from types import ModuleType
+from typing import Any, Final, NamedTuple, cast
+
+import numpy
+import torch
+
+from .guards import is_array, is_collection, is_mapping, is_sequence
+
+__all__ = ["Attributes", "Leaf", "differences", "digest", "leaf_of", "leaves", "parts"]
+
+_PLAIN: Final = (bool, int, float, complex, str, bytes, type(None))
+_DEPTH: Final = 16
+
+
+class Attributes(dict[str, Any]):
+    """The attributes of an object, by name: a mapping whose paths are written with a dot.
+
+    Args:
+        kind: the name of the object's type.
+        values: the attributes.
+    """
+
+    def __init__(self, kind: str, values: Mapping[str, Any]) -> None:
+        super().__init__(values)
+        self.kind = kind
+
+
+class Leaf(NamedTuple):
+    """A part of a nest that has no parts: a tensor, an array, a plain value, a list of them.
+
+    Args:
+        path: where it is, as Python writes it: `[0]`, `['image']`, `.x`; empty for the nest itself.
+        kind: dtype and shape, or the type.
+        digest: of its bytes, in hexadecimal digits.
+    """
+
+    path: str
+    kind: str
+    digest: str
+
+
+def digest(value: Any) -> str:
+    """Returns one digest of a nest: of the paths, types, shapes and bytes of its leaves.
+
+    Args:
+        value: mappings, sequences, dataclasses, tensors, arrays, plain values; of other objects,
+            the attributes.
+    """
+    total = hashlib.sha256()
+    for leaf in leaves(value):
+        total.update("\0".join(leaf).encode())
+        total.update(b"\n")
+    return total.hexdigest()
+
+
+def leaves(value: Any) -> Iterator[Leaf]:
+    """Yields the leaves of a nest; what a mapping holds in the order of its keys as text."""
+    for path, part in parts(value):
+        yield leaf_of(path, part)
+
+
+def parts(value: Any) -> Iterator[tuple[str, Any]]:
+    """Yields what a nest's leaves are made from: the paths and the values.
+
+    Args:
+        value: the nest. What it holds a second time, and what is deeper than sixteen levels down,
+            counts by its type.
+    """
+    return _parts(value, "", _DEPTH, set())
+
+
+def _parts(value: Any, path: str, depth: int, seen: set[int]) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, (torch.Tensor, *_PLAIN)) or _is_flat(value):
+        yield path, value
+        return
+    inner = _inner(value, path)
+    if not inner or depth == 0 or id(value) in seen:
+        yield path, _Opaque(type(value).__name__)
+        return
+    seen.add(id(value))
+    for where, part in inner:
+        yield from _parts(part, where, depth - 1, seen)
+
+
+def _is_flat(value: Any) -> bool:
+    """Tells whether a value is one leaf: an array, or a collection of plain values alone."""
+    if is_array(value):
+        return not value.dtype.hasobject
+    if is_collection(value, (list, tuple, set, frozenset)):
+        return all(isinstance(item, _PLAIN) for item in value)
+    return hasattr(type(value), "__array_interface__")
+
+
+def _inner(value: Any, path: str) -> list[tuple[str, Any]]:
+    """Returns what a value holds, with the paths."""
+    if is_mapping(value):
+        dotted = isinstance(value, Attributes)
+        return [
+            (f"{path}.{key}" if dotted else f"{path}[{key!r}]", value[key])
+            for key in sorted(value, key=str)
+        ]
+    if is_array(value):
+        value = value.tolist()
+    if is_sequence(value):
+        return [(f"{path}[{index}]", item) for index, item in enumerate(value)]
+    if isinstance(value, (type, ModuleType)):
+        return []
+    return [(f"{path}.{name}", part) for name, part in attributes_of(value).items()]
+
+
+class _Opaque(NamedTuple):
+    """Stands for a value that nothing is known of but its type."""
+
+    kind: str
+
+
+def attributes_of(value: Any) -> dict[str, Any]:
+    """Returns the attributes of an object that hold its contents, by name."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    found = dict(cast("dict[str, Any]", getattr(value, "__dict__", {})))
+    for kind in type(value).__mro__:
+        slots = kind.__dict__.get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if hasattr(value, name) and not name.startswith("__"):
+                found[name] = getattr(value, name)
+    return found
+
+
+def leaf_of(path: str, value: Any) -> Leaf:
+    """Returns the leaf that one of `parts` is.
+
+    Args:
+        path: where it is.
+        value: what it is.
+    """
+    total = hashlib.sha256()
+    if isinstance(value, torch.Tensor):
+        for part in _dense(value.detach()):
+            total.update(_tensor_bytes(part))
+        shape = "nested" if value.is_nested else tuple(value.shape)
+        kind = f"{str(value.dtype).removeprefix('torch.')} {shape}"
+    elif is_array(value):
+        total.update(_array_bytes(value))
+        kind = f"{value.dtype} {value.shape} array"
+    elif isinstance(value, _PLAIN):
+        total.update(repr(value).encode())
+        kind = type(value).__name__
+    elif isinstance(value, _Opaque):
+        kind = value.kind
+    elif is_collection(value, (list, tuple, set, frozenset)):
+        items = list(value)
+        unordered = isinstance(value, (set, frozenset))
+        total.update(repr(sorted(items, key=repr) if unordered else items).encode())
+        # A list and a tuple are one: on its way a batch may become the other.
+        kind = f"set of {len(items)}" if unordered else f"{len(items)} values"
+    else:
+        found = numpy.asarray(value)
+        total.update(_array_bytes(found))
+        kind = f"{type(value).__name__} of {found.dtype} {found.shape}"
+    return Leaf(path, kind, total.hexdigest()[:32])
+
+
+def _dense(tensor: torch.Tensor) -> Iterable[torch.Tensor]:
+    """Returns the tensors of contiguous numbers that a tensor of any layout is made of."""
+    local: Any = getattr(tensor, "to_local", None)
+    if callable(local):
+        # A distributed one: the part that lies here.
+        tensor = cast("torch.Tensor", local())
+    if tensor.is_meta:
+        return ()
+    if tensor.is_nested:
+        return [part for item in tensor.unbind() for part in _dense(item)]
+    if tensor.is_quantized:
+        return (tensor.int_repr(),)
+    if tensor.layout is torch.strided:
+        return (tensor,)
+    sparse: Any = tensor
+    whole = sparse.to_sparse_coo().coalesce()
+    return (whole.indices(), whole.values())
+
+
+def _tensor_bytes(tensor: torch.Tensor) -> Any:
+    tensor = tensor.cpu().resolve_conj().resolve_neg().contiguous()
+    if tensor.numel() == 0:
+        return b""
+    content: Any = tensor.as_subclass(torch.Tensor).reshape(-1).view(torch.uint8)
+    return content.numpy()
+
+
+def _array_bytes(array: numpy.ndarray[Any, Any]) -> Any:
+    if array.nbytes == 0:
+        return b""
+    return numpy.ascontiguousarray(array).reshape(-1).view(numpy.uint8)
+
+
+def differences(then: Iterable[Leaf], now: Iterable[Leaf]) -> Iterator[str]:
+    """Yields what tells two nests apart, one phrase a leaf, in their order.
+
+    Args:
+        then: the leaves of the one, which the phrases call what it was.
+        now: those of the other.
+    """
+    known = {leaf.path: leaf for leaf in then}
+    for leaf in now:
+        was = known.pop(leaf.path, None)
+        name = leaf.path or "it"
+        if was is None:
+            yield f"{name} was not there"
+        elif was.kind != leaf.kind:
+            yield f"{name} was {was.kind} and is {leaf.kind}"
+        elif was.digest != leaf.digest:
+            yield f"{name} ({leaf.kind}) has other contents"
+    for path in known:
+        yield f"{path or 'it'} is not there any more"
