@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crosstrain.backends import add_backend_argument, get
+from crosstrain.ci.options import UsageError, at_least, folder, require_extra
 from crosstrain.ci.trials.course import first_difference
 from crosstrain.ci.trials.order import Order
 from crosstrain.ci.trials.processes import Life, TrainingFailed
@@ -28,23 +29,16 @@ _EVERY = 10
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments of the subcommand."""
     add_backend_argument(parser)
-    parser.add_argument("--epochs", type=_positive, default=5, help="epochs (default: 5)")
+    parser.add_argument("--epochs", type=at_least(1), default=5, help="epochs (default: 5)")
     parser.add_argument(
-        "--workers", type=int, default=2, help="worker processes of the loader (default: 2)"
+        "--workers", type=at_least(0), default=2, help="worker processes of the loader (default: 2)"
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=folder,
         default=Path("crosstrain-demo"),
         help="folder for checkpoints and the picture (default: %(default)s)",
     )
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a number of at least 1")
-    return value
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,16 +50,12 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         BackendError: if the backend is unknown or cannot run here.
+        UsageError: if the extra `demo` is not installed, or the folder holds other files.
     """
     from rich.console import Console
 
     console = Console()
-    missing = [name for name in ("sklearn", "matplotlib") if not importlib.util.find_spec(name)]
-    if missing:
-        console.print(
-            f"The demo needs {' and '.join(missing)}: pip install 'crosstrain\\[demo]'", style="red"
-        )
-        return 2
+    require_extra("demo", "sklearn", "matplotlib")
     get(args.backend)
     folders = _fresh_folders(args.out)
     console.print(
@@ -75,28 +65,27 @@ def run(args: argparse.Namespace) -> int:
     try:
         straight, killed = _train_both(args, folders, console)
     except TrainingFailed as error:
-        console.print(str(error), style="red", markup=False)
+        print(f"crosstrain demo: {error}", file=sys.stderr)
         return 1
     difference = first_difference(straight.course, killed.course)
     print_table(console, straight, killed, difference)
     picture = draw(args.out / "demo.png", straight, killed)
-    console.print(f"Loss curves and deviation: {picture}")
+    console.print(f"Loss curves and deviation: {picture}", soft_wrap=True)
     return 1 if difference else 0
 
 
 def _fresh_folders(out: Path) -> tuple[Path, Path]:
     """Returns empty folders for the two runs, in place of those that an earlier demo left."""
     folders = (out / "straight", out / "killed")
-    for folder in folders:
-        marker = folder / ".crosstrain-demo"
+    for place in folders:
+        marker = place / ".crosstrain-demo"
         if marker.exists():
-            shutil.rmtree(folder)
-        elif folder.exists() and any(folder.iterdir()):
-            raise SystemExit(
-                f"crosstrain demo: {folder} holds files that no demo wrote. Name another folder "
-                "with --out."
+            shutil.rmtree(place)
+        elif place.exists() and any(place.iterdir()):
+            raise UsageError(
+                f"{place} holds files that no demo wrote. Name another folder with --out."
             )
-        folder.mkdir(parents=True, exist_ok=True)
+        place.mkdir(parents=True, exist_ok=True)
         marker.touch()
     return folders
 
@@ -142,7 +131,7 @@ def _shown(progress: Any, bar: Any) -> Callable[[dict[str, Any]], None]:
 
 def _follow(
     args: argparse.Namespace,
-    folder: Path,
+    place: Path,
     run: DemoRun,
     show: Callable[[dict[str, Any]], None],
     kill_at: int | None,
@@ -155,14 +144,14 @@ def _follow(
     started = time.perf_counter()
     order = Order(
         args.backend,
-        str(folder),
+        str(place),
         "digits",
         {"epochs": args.epochs},
         seed=2026,
         workers=args.workers,
         every=_EVERY,
     )
-    with Life(folder / "stderr.txt") as life:
+    with Life(place / "stderr.txt") as life:
         for line in life.train(order):
             run.course.take(line)
             show(line)

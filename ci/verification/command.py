@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
 from crosstrain.backends import add_backend_argument
+from crosstrain.ci.options import UsageError, above_zero, at_least, file_to_write, folder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_backend_argument(parser)
     parser.add_argument(
         "--nproc-per-node",
-        type=int,
+        type=at_least(1),
         default=1,
         metavar="N",
         help="train in N processes, which torchrun starts on this machine: all are stopped "
@@ -45,21 +44,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--at",
-        type=_numbers,
+        type=_numbers(1),
         metavar="K,K,...",
         help="stop after these iterations and resume in a fresh process with another seed "
         "(default: in the middle of an epoch, and at the end of one)",
     )
     parser.add_argument(
         "--kills",
-        type=int,
+        type=at_least(0),
         default=2,
         metavar="N",
         help="kill a run N times with SIGKILL at random moments (default: %(default)s)",
     )
     parser.add_argument(
         "--workers",
-        type=_numbers,
+        type=_numbers(0),
         default=[0],
         metavar="N,N,...",
         help="worker processes of the loader: the first for the straight run, and on in turn with "
@@ -67,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--every",
-        type=int,
+        type=at_least(1),
         metavar="N",
         help="iterations between two checkpoints of the killed run",
     )
@@ -76,24 +75,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--time-limit",
-        type=float,
+        type=above_zero,
         default=900.0,
         metavar="SECONDS",
         help="for all of it (default: %(default)g)",
     )
     parser.add_argument(
-        "--keep", type=Path, metavar="DIR", help="leave traces and checkpoints in this empty folder"
+        "--keep",
+        type=folder,
+        metavar="DIR",
+        help="leave traces and checkpoints in this empty folder",
     )
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the verdict to this file")
+    parser.add_argument(
+        "--json", type=file_to_write, metavar="PATH", help="write the verdict to this file"
+    )
 
 
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(word) for word in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a list of numbers, such as 3,10,20"
-        ) from None
+def _numbers(least: int) -> Callable[[str], list[int]]:
+    """Returns the type of a list of whole numbers of at least so much."""
+    number = at_least(least)
+
+    def numbers(text: str) -> list[int]:
+        try:
+            return [number(word) for word in text.split(",")]
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentTypeError(f"{error}; write a list such as 3,10,20") from None
+
+    return numbers
 
 
 def run(args: argparse.Namespace) -> int:
@@ -103,10 +111,11 @@ def run(args: argparse.Namespace) -> int:
         args: the namespace of :func:`add_arguments`.
 
     Returns:
-        0 if it resumes exactly, 1 if it does not, 2 if that cannot be told.
+        0 if it resumes exactly, 1 if it does not.
 
     Raises:
         BackendError: if the backend is unknown or cannot run here.
+        UsageError: if it cannot be told.
     """
     from rich.console import Console
 
@@ -131,8 +140,7 @@ def run(args: argparse.Namespace) -> int:
                 progress=progress,
             )
     except (TargetError, VerifyError) as error:
-        print(f"crosstrain verify: error: {error}", file=sys.stderr)
-        return 2
+        raise UsageError(str(error)) from error
     if args.json is not None:
         args.json.write_text(json.dumps(verdict.as_json(), indent=1) + "\n")
     print_verdict(console, verdict)
@@ -141,11 +149,11 @@ def run(args: argparse.Namespace) -> int:
 
 @contextmanager
 def _progress(console: Console) -> Generator[Callable[[str, int, int], None]]:
-    """Shows a line for each run while it goes on, where somebody looks at a terminal."""
+    """Shows each run while it goes on: a bar on a terminal, a line when it begins elsewhere."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (
-        TextColumn("{task.description:<20}"),
+        TextColumn("{task.description:<24}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -157,7 +165,10 @@ def _progress(console: Console) -> Generator[Callable[[str, int, int], None]]:
             if name not in bars:
                 for task in bars.values():
                     display.stop_task(task)
-                bars[name] = display.add_task(name, total=total or None)
+                title = f"run {len(bars) + 1}: {name}"
+                bars[name] = display.add_task(title, total=total or None)
+                if not console.is_terminal:
+                    console.print(title)
             display.update(bars[name], completed=iteration)
 
         yield show

@@ -263,6 +263,8 @@ class _Verification:
         return Order(self._backend, target=str(self._target), trace=trace, seed=self._seed, **more)
 
     def _run(self, name: str, order: Order, kill: Any = None) -> End:
+        # At once: a process that imports torch says nothing for a while.
+        self._progress(name, 0, self._total)
         end = self._processes.run(
             order, kill, lambda iteration: self._progress(name, iteration, self._total)
         )

@@ -43,16 +43,18 @@ ROOMS = {
     "checkpoints": RANKS | STORAGE,
 }
 # The rooms of `ci`, in the same way. Its command line names the others by strings.
-COMMON: frozenset[str] = frozenset()
+COMMON = frozenset({"options"})
 TRACES = COMMON | {"traces"}
 TRIALS = TRACES | {"trials"}
 CI_ROOMS = {
+    "__main__": COMMON | {"cli"},
     "cli": COMMON,
     "conformance": COMMON,
     "demo": TRIALS,
     "doctor": COMMON,
     "inspect_checkpoint": COMMON,
     "matrix": TRIALS,
+    "options": frozenset(),
     # The same backends as the matrix's columns.
     "plugin": TRIALS | {"matrix"},
     "traces": COMMON,
