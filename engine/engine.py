@@ -49,6 +49,8 @@ class Engine(Loop):
         self._user_keys: list[str] = []
         #: What this engine trains, by name: a checkpoint without one of them is not complete.
         self.objects: dict[str, Any] = {}
+        #: What a checkpoint saves beside this engine, by name: its structure is recorded as well.
+        self.saved_beside: dict[str, Any] = {}
         #: How strict a resume of this engine is about each thing that it measures.
         self.checks = Checks()
         #: What the last resume of this engine was found to be; empty where a run began anew.

@@ -46,7 +46,9 @@ KEYS: Final = frozenset(
 )
 #: What newer versions write besides, which a state need not have, with what is not checked of a
 #: resume from a state that does not have it.
-OPTIONAL_KEYS: Final[Mapping[str, str]] = {}
+OPTIONAL_KEYS: Final[Mapping[str, str]] = {
+    "structure": "the structure of what is trained: what wants gradients, parameter groups",
+}
 
 
 def spec_of(backend: Backend | None) -> str | None:

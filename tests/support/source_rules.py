@@ -77,6 +77,7 @@ LEVELS = {
             "splitmix",
             "spread",
             "state",
+            "structure",
         ),
         "base",
     ),
