@@ -124,6 +124,12 @@ def run(args: argparse.Namespace) -> int:
     from .run import VerifyError, verify
 
     console = Console(highlight=False)
+    # Before torch is imported, which takes a while.
+    console.print(
+        f"Verifying {args.target} on {args.backend}, each run in fresh processes.",
+        markup=False,
+        soft_wrap=True,
+    )
     try:
         with _progress(console) as progress:
             verdict = verify(
