@@ -16,8 +16,8 @@ import numpy
 import torch
 
 from crosstrain.engine import Engine, Events, StepEvents
-from crosstrain.engine.checkpoints.objects import unwrap, walk_objects
 from crosstrain.engine.exact import environment
+from crosstrain.engine.nests import unwrap, walk_objects
 from crosstrain.engine.state import Unread
 
 from .digest import Digester, tensors_of, text_digest

@@ -1,5 +1,5 @@
 """What makes a resumed run the same run: the snapshot of all that decides its bits."""
 
-from .snapshot import environment, spec_of
+from .snapshot import environment
 
-__all__ = ["environment", "spec_of"]
+__all__ = ["environment"]

@@ -71,6 +71,7 @@ LEVELS = {
             "digest",
             "errors",
             "guards",
+            "nests",
             "progress",
             "proof",
             "random_states",
