@@ -71,6 +71,7 @@ LEVELS = {
             "digest",
             "errors",
             "guards",
+            "loader_workers",
             "nests",
             "progress",
             "proof",
