@@ -13,6 +13,7 @@ from itertools import chain, islice, repeat
 from typing import Any, ClassVar
 
 from crosstrain.engine.errors import ResumeWarning, warn_user
+from crosstrain.engine.loader_workers import workers_left_alone
 from crosstrain.engine.progress import data_length
 
 from .batch_before import Held, Noted
@@ -163,7 +164,9 @@ class ReplayedFlow(Dataflow):
         if state is not None:
             self._own.give(state)
         self._at_opening = self._own.take()
-        iterator: Iterator[Any] = iter(self.data if self._loader is None else self._loader)
+        source = self.data if self._loader is None else self._loader
+        with workers_left_alone(source):
+            iterator: Iterator[Any] = iter(source)
         continues = iterator is self.data and self._opened
         self._opened = True
         self.held = deque()
@@ -232,10 +235,12 @@ class StatefulFlow(Dataflow):
             if is_loader(self._owner):
                 # torchdata's loader takes its state when it is first iterated over, which draws
                 # random numbers: here, and not when the next pass is opened.
-                iter(self._source)
+                with workers_left_alone(self._source):
+                    iter(self._source)
             self._iterator, self._ended = iter(()), True
             return iter(())
-        self._iterator = iter(self._source)
+        with workers_left_alone(self._source):
+            self._iterator = iter(self._source)
         return self._watched(self._iterator)
 
     def _watched(self, iterator: Iterator[Any]) -> Iterator[Any]:

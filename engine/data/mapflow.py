@@ -16,6 +16,7 @@ from torch.utils.data import (
 
 from crosstrain.backends import World, random_state
 from crosstrain.engine.errors import ResumeWarning, warn_user
+from crosstrain.engine.loader_workers import workers_left_alone
 from crosstrain.engine.progress import data_length
 
 from .batch_before import Noted, hold
@@ -183,7 +184,8 @@ def _iterator_of(loader: Any, sampler: KeyedSampler) -> Iterator[Any]:
     Raises:
         RuntimeError: with that batch, if it has not.
     """
-    iterator = iter(loader)
+    with workers_left_alone(loader):
+        iterator = iter(loader)
     return iterator if sampler.asked else _checked(iterator, sampler, type(loader).__name__)
 
 
