@@ -412,6 +412,8 @@ def _on_epoch_started(engine: Any) -> None:
     engine._epoch_began = engine.state.iteration - (engine._epoch_offset or 0)
     snapshot = engine._snapshot
     if snapshot is not None and "format" in snapshot and _at_beginning(snapshot):
+        if snapshot["position"] is not None:
+            engine._cursor.prepare(snapshot["position"], engine.state.dataloader)
         restore_random_states(snapshot["rng_states"], engine.backend)
 
 

@@ -79,6 +79,13 @@ class Dataflow:
         """Returns the names of generators that the data holds and that no key reaches."""
         return []
 
+    def prepare(self, state: Mapping[str, Any]) -> None:
+        """Sets what handlers see of the data to what it was when a state was written.
+
+        Args:
+            state: what `state` returned; `open` is given it next.
+        """
+
     def end(self, batches: int, ended: bool) -> None:
         """Leaves the pass, after which another is opened.
 
