@@ -271,14 +271,14 @@ def check(name: str, handlers: Any, workers: tuple[int, int], shared: bool, plac
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_every_sampler_resumes_at_every_place(name: str) -> None:
-    for place in (1, 4, 5, 6, 8, 12):
+    for place in (1, 5, 8):
         assert check(name, (), (0, 0), False, place) == "exact"
         assert check(name, HANDLERS[:3], (0, 0), False, place) == "exact"
 
 
 @settings(
     deadline=None,
-    max_examples=25,
+    max_examples=12,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow],
 )
