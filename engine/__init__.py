@@ -45,6 +45,7 @@ from crosstrain.engine.training.ignite_steps import (
     supervised_training_step_apex,
     supervised_training_step_tpu,
 )
+from crosstrain.engine.training.shards import LogicalShards
 from crosstrain.engine.training.step import StepEvents, StepOptions, TrainingStep
 
 from .deterministic import (
@@ -95,6 +96,7 @@ __all__ = [
     "Events",
     "EventsList",
     "Latest",
+    "LogicalShards",
     "Manifest",
     "ModelCheckpoint",
     "PerRank",
