@@ -26,7 +26,7 @@ from . import gradients
 from .arguments import prepare
 from .options import StepOptions, several
 from .step import StepEvents, TrainingStep, refuse_loss
-from .tree_sum import Exchange, Leaf, PartialSums, gather_into
+from .tree_sum import Exchange, Leaf, PartialSums, foreach, gather_into
 
 if TYPE_CHECKING:
     from crosstrain.backends import Backend
@@ -248,7 +248,7 @@ class LogicalShards:
         loss, counted, *buffers = values
         assert loss is not None, "some shard of a batch has a sample"
         if counted is not None:
-            torch._foreach_div_([one for one in grads if one is not None], counted)
+            foreach._foreach_div_([one for one in grads if one is not None], counted)
             loss = loss / counted
         lent = self.backend.world.size > 1
         for place, (parameter, one, before) in enumerate(
@@ -308,7 +308,7 @@ class _Buffers:
                 setattr(module, name, now)
         if self._now:
             with torch.no_grad():
-                torch._foreach_copy_(self._now, self._start)
+                foreach._foreach_copy_(self._now, self._start)
 
     def leaf(self, samples: int, total: int, first: bool) -> Leaf:
         """Returns a shard's part of the buffers.
@@ -393,8 +393,11 @@ def _averages(buffer: Tensor) -> bool:
     return buffer.is_floating_point() or buffer.is_complex()
 
 
-def _to_bytes(buffer: Tensor) -> Tensor:
-    return buffer.detach().contiguous().reshape(-1).view(torch.uint8)
+def _to_bytes(tensor: Tensor) -> Tensor:
+    """Returns a copy of a tensor as flat bytes, whatever its strides."""
+    flat = torch.empty(tensor.numel(), dtype=tensor.dtype, device=tensor.device)
+    flat.copy_(tensor.detach().reshape(-1))
+    return flat.view(torch.uint8)
 
 
 # ---------------------------------------------------------------- what is refused
@@ -457,9 +460,9 @@ def _take_those_of_rank_0(models: Sequence[torch.nn.Module], backend: Backend) -
         )
     with torch.no_grad():
         for _, tensor in named:
-            whole = tensor.detach().contiguous()
-            group.broadcast(whole.reshape(-1).view(torch.uint8), 0)
-            tensor.detach().copy_(whole)
+            sent = _to_bytes(tensor)
+            group.broadcast(sent, 0)
+            tensor.detach().copy_(sent.view(tensor.dtype).view(tensor.shape))
 
 
 def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:

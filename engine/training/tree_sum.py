@@ -20,10 +20,13 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-__all__ = ["Exchange", "Leaf", "PartialSums", "gather_into"]
+__all__ = ["Exchange", "Leaf", "PartialSums", "foreach", "gather_into"]
 
 #: The values of one shard, or the sum of several: one for each slot, None where there is none.
 Leaf = list[Tensor | None]
+
+# torch's operations on lists of tensors, which its own optimizers use: one kernel for many.
+foreach: Any = torch
 
 # How many bytes are sent at once: while one bucket is added up, the next is on its way.
 _BUCKET: Final = 25 * 2**20
@@ -70,7 +73,7 @@ class PartialSums:
 def _added(left: Leaf, right: Leaf) -> Leaf:
     both = [(a, b) for a, b in zip(left, right, strict=True) if a is not None and b is not None]
     if both:
-        torch._foreach_add_([a for a, _ in both], [b for _, b in both])
+        foreach._foreach_add_([a for a, _ in both], [b for _, b in both])
     return [b if a is None else a for a, b in zip(left, right, strict=True)]
 
 
@@ -196,7 +199,7 @@ def _fill(bucket: _Bucket, leaf: Leaf) -> None:
         views.append(bucket.views[slot])
         values.append(torch.view_as_real(value) if value.is_complex() else value)
     if views:
-        torch._foreach_copy_(views, values)
+        foreach._foreach_copy_(views, values)
 
 
 def gather_into(whole: Tensor, own: Tensor, async_op: bool = False) -> Any:
