@@ -13,7 +13,7 @@ from .errors import BackendError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Availability", "Backend", "StepResult", "World"]
+__all__ = ["Availability", "Backend", "StepResult", "World", "spec_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +70,16 @@ def _number(name: str, text: str) -> int:
     return int(text)
 
 
+def _plain(word: object) -> str:
+    if not isinstance(word, str):
+        raise TypeError(
+            f"versions and devices of an Availability are words; got {word!r}, a "
+            f"{type(word).__name__}. Write str(...)."
+        )
+    # Of a subclass, whatever its __str__ says.
+    return str.__str__(word)
+
+
 @dataclass(frozen=True, slots=True)
 class Availability:
     """What a probe found: whether a backend can run here, and if not, why and what to do.
@@ -87,6 +97,16 @@ class Availability:
     remedy: str = ""
     versions: dict[str, str] = field(default_factory=dict[str, str])
     devices: list[str] = field(default_factory=list[str])
+
+    def __post_init__(self) -> None:
+        """Makes plain words of what is a kind of str, such as `torch.__version__`.
+
+        Versions and devices are written into every checkpoint, which is loaded safely: a class of
+        another package in it would be refused there.
+        """
+        versions = {_plain(name): _plain(number) for name, number in self.versions.items()}
+        object.__setattr__(self, "versions", versions)
+        object.__setattr__(self, "devices", [_plain(device) for device in self.devices])
 
 
 class StepResult:
@@ -242,3 +262,8 @@ class Backend(Protocol):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what `state_dict` returned."""
         ...
+
+
+def spec_of(backend: Backend | None) -> str | None:
+    """Returns the spec of a backend, such as `cpu:bf16`; None where there is none."""
+    return None if backend is None else f"{backend.name}:{backend.option}"

@@ -113,6 +113,8 @@ class DeterministicEngine(Engine):
             processes does not divide that of shards.
     """
 
+    resumes_data = True
+
     def __init__(
         self,
         process_function: Callable[[Any, Any], Any],

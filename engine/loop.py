@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import DataUsedUp, EmptyData, RankFailed
 from .events import Events
+from .loader_workers import workers_left_alone
 from .progress import is_done
 from .requests import END_EPOCH, END_RUN, QUIET_EPOCH, QUIET_RUN, EndEpoch, EndRun, Requests
 from .state import State
@@ -60,6 +61,8 @@ class Loop(Requests):
         self._failed = self._step_failed = False
         self._failure: BaseException | None = None
         self._at_end: list[Callable[[], None]] = []
+        #: Asked about an error before EXCEPTION_RAISED fires: whether it is dealt with already.
+        self.deals_with: Callable[[BaseException], bool] | None = None
 
     def call_at_end(self, function: Callable[[], None]) -> None:
         """Has a function called, without arguments, whenever `run` is about to return or to raise.
@@ -172,6 +175,8 @@ class Loop(Requests):
         """
         if self.ranks is not None:
             error = self.ranks.first_cause(error)
+        if self.deals_with is not None and self.deals_with(error):
+            return
         # As text: a record that is kept must not keep the frames of the run, and their batches.
         self.logger.error("Exception at iteration %s: %s", self.state.iteration, repr(error))
         slot = self._handlers.require(Events.EXCEPTION_RAISED)
@@ -315,7 +320,10 @@ class Loop(Requests):
     def _open_data(self) -> Iterator[Any]:
         """Returns an iterator over the data from its beginning."""
         data = self.state.dataloader
-        return repeat(None) if data is None else iter(data)
+        if data is None:
+            return repeat(None)
+        with workers_left_alone(data):
+            return iter(data)
 
     def _reopen_data(self) -> Iterator[Any]:
         """Returns an iterator over the data from its beginning, for another pass of this run."""
