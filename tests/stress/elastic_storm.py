@@ -1,8 +1,8 @@
-"""Kills a training in logical shards again and again, and goes on with another number of processes.
+"""Kills a training in logical shards, and goes on with another number of processes, many times.
 
-Run ``python tests/stress/elastic_storm.py --kills 50``. Each training is killed at random iterations
-until it is through, each time with a random number of processes, and has to end with the bits of
-the same training in one process that nobody stopped.
+Run ``python tests/stress/elastic_storm.py --kills 50``. Each training is killed at random
+iterations until it is through, each time with a random number of processes, and has to end with the
+bits of the same training in one process that nobody stopped.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def results(folder: Path, size: int, kind: str) -> list[dict[str, Any]]:
 def storm(
     kind: str, pick: random.Random, left: int, straight: dict[str, Any]
 ) -> tuple[int, list[int]]:
-    """Trains to the end through kills; returns how many there were, and the numbers of processes."""
+    """Trains to the end through kills; returns their number, and how many processes there were."""
     folder = Path(tempfile.mkdtemp(prefix="elastic-"))
     done, sizes = 0, list[int]()
     kills = sorted(pick.sample(range(1, ITERATIONS), min(left, pick.randrange(3, 7))))
