@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 
 from crosstrain.backends import Availability, get, names, probe
-from crosstrain.ci.options import words
+
+from .options import words
 
 __all__ = ["Diagnosis", "add_arguments", "diagnose", "run"]
 
