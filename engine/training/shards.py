@@ -412,9 +412,8 @@ def _refuse(backend: Backend, models: Sequence[Any]) -> None:
     if "logical_shards" not in backend.capabilities:
         raise BackendError(
             f"Logical shards do not go with the backend '{backend.name}:{backend.option}': it adds "
-            "gradients up in an order of its own, which follows from the number of processes or is "
-            "the device's (FSDP, XLA), or keeps gradients to itself (apex). Use one of the options "
-            "fp32, bf16 and fp16 of cpu, cuda or cuda-amp."
+            "gradients up in an order of its own, or keeps them to itself. docs/distributed.md "
+            "says which backends can: those whose capabilities have 'logical_shards'."
         )
     for model in models:
         if not isinstance(model, torch.nn.Module):
