@@ -1,4 +1,4 @@
-"""What logical shards cost: a step beside DistributedDataParallel, and beside micro-batches by hand.
+"""What logical shards cost, beside DistributedDataParallel and beside micro-batches by hand.
 
 Run ``python benchmarks/elastic.py``. For each case it starts torchrun with itself; there both take
 turns, round by round, in the same processes, with the same model, optimizer and data:
@@ -8,9 +8,9 @@ turns, round by round, in the same processes, with the same model, optimizer and
   DistributedDataParallel shares once, after the last.
 
 Ratios are medians over the rounds, each a turn of ours over the turn by hand next to it, of the
-wall's clock; the bounds hold the true median with 95 % probability. Then each of the programs trains
-a large model in processes of its own, and the most memory that one held is told, in sizes of the
-model's parameters, above what it held before the first step.
+wall's clock; the bounds hold the true median with 95 % probability. Then each of the programs
+trains a large model in processes of its own, and the most memory that one held is told, in sizes of
+the model's parameters, above what it held before the first step.
 """
 
 from __future__ import annotations
