@@ -249,18 +249,18 @@ def differing(one: Raw, other: Raw) -> set[tuple[str, str]]:
 def _samplers_in(owners: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the samplers among some objects, and those that they hold, each once."""
     found: dict[str, Any] = {}
-
-    def look(name: str, thing: Any, depth: int) -> None:
-        known = any(thing is one for one in found.values())
-        if known or depth == 0 or not _is_sampler(thing) or not hasattr(thing, "__dict__"):
-            return
-        found[name] = thing
-        for attribute, value in vars(thing).items():
-            look(f"{name}.{attribute}", value, depth - 1)
-
     for name, owner in owners.items():
-        look(name, owner, _DEPTH)
+        _look_for_samplers(name, owner, _DEPTH, found)
     return found
+
+
+def _look_for_samplers(name: str, thing: Any, depth: int, found: dict[str, Any]) -> None:
+    known = any(thing is one for one in found.values())
+    if known or depth == 0 or not _is_sampler(thing) or not hasattr(thing, "__dict__"):
+        return
+    found[name] = thing
+    for attribute, value in vars(thing).items():
+        _look_for_samplers(f"{name}.{attribute}", value, depth - 1, found)
 
 
 def _stays(sampler: Any) -> bool:
