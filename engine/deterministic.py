@@ -248,6 +248,7 @@ class DeterministicEngine(Engine):
 
     def _begin_anew(self) -> None:
         self._cursor.reset()
+        self._structure.begin(named(self.objects, self.saved_beside))
         self._completed = self._epoch_began = self._last_ended_epoch = 0
         self._snapshot, self._owes_epoch_end, self._owed = None, False, 0
         self.state.seed = self._given_seed
