@@ -109,6 +109,8 @@ class DeterministicEngine(Engine):
         ValueError: if `streams` names another generator, or the seed is out of range.
     """
 
+    resumes_data = True
+
     def __init__(
         self,
         process_function: Callable[[Any, Any], Any],
@@ -352,7 +354,9 @@ class DeterministicEngine(Engine):
             # count.
             beginning = _at_beginning(snapshot)
             with random_states_kept(self.backend) if beginning else nullcontext():
-                self._cursor.go_to(snapshot["position"], data, self._key)
+                self._cursor.go_to(
+                    snapshot["position"], data, self._key, self.proof, self.checks.batch_before
+                )
             if not beginning:
                 restore_random_states(snapshot["rng_states"], self.backend)
             if self._reseeds:

@@ -52,6 +52,7 @@ LEVELS = {
             "digest",
             "errors",
             "guards",
+            "nests",
             "progress",
             "proof",
             "random_states",
