@@ -71,6 +71,10 @@ class Cursor:
             self.share = counted(self._shares, self._flow.data)
         return item
 
+    def step_done(self) -> None:
+        """Says that the step of the batch that was given last is done."""
+        self.consumed = self.fetched
+
     @property
     def between_batches(self) -> bool:
         """Whether the step of every batch that was given is done."""

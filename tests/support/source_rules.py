@@ -52,6 +52,7 @@ LEVELS = {
             "digest",
             "errors",
             "guards",
+            "place",
             "progress",
             "proof",
             "random_states",
