@@ -176,6 +176,14 @@ class ApexBackend(CudaBackend):
             return 1.0
         return float(self._opened_amp().state_dict()[f"loss_scaler{number}"]["loss_scale"])
 
+    def unscale(self, optimizer: Any) -> None:
+        """Does nothing to the gradients: apex has unscaled them at the end of the backward pass.
+
+        Raises:
+            BackendError: if no parameter of the optimizer has a gradient.
+        """
+        require_gradient(optimizer)
+
     def step(self, optimizer: Any, max_norm: float | None = None) -> StepResult:
         """Clips the fp32 gradients and steps; apex skips the step after an overflow.
 

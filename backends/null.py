@@ -89,6 +89,10 @@ class NullBackend:
         """Records the call."""
         self.calls.append("backward")
 
+    def unscale(self, optimizer: Any) -> None:
+        """Records the call."""
+        self.calls.append("unscale")
+
     def step(self, optimizer: Any, max_norm: float | None = None) -> StepResult:
         """Records the call."""
         self.calls.append("step" if max_norm is None else f"step max_norm={max_norm}")

@@ -34,6 +34,7 @@ class _Record:
 
     called: bool = False  # its step ran
     found_inf: torch.Tensor | None = None  # the flag that told a fused step to skip
+    unscaled: bool = False  # its gradients carry the scale no more, and were not stepped yet
     waiting: bool = False  # it has scaled gradients that were not stepped yet
     stepped: bool = False  # it was stepped, or skipped
 
@@ -100,9 +101,31 @@ class Precision:
         records = [self._watch(one) for one in as_optimizers(optimizer)]
         if not records or any(record.stepped for record in records):
             self.settle()
+        if any(record.unscaled for record in records):
+            # Those of a step that was given up: new ones are scaled again.
+            self._forget_steps()
         for record in records:
             record.waiting = True
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+
+    def unscale(self, optimizer: torch.optim.Optimizer) -> None:
+        """Takes the loss scale out of an optimizer's gradients, for what comes before its step.
+
+        Whether one of them is not finite is found out here: changing that one later, by clipping
+        values, say, does not keep the step from being skipped.
+
+        Raises:
+            BackendError: if no parameter of the optimizer has a gradient.
+        """
+        require_gradient(optimizer)
+        if self.scaler is None or not self.scaler.is_enabled():
+            return
+        record = self._watch(optimizer)
+        if not record.unscaled:
+            # It may have been loaded, and have scaled nothing yet.
+            self._present_scale(optimizer)
+            self.scaler.unscale_(optimizer)
+            record.unscaled = True
 
     def step(self, optimizer: torch.optim.Optimizer, max_norm: float | None) -> StepResult:
         """Unscales, clips and steps; skips the step where a scaled gradient is not finite.
@@ -128,13 +151,14 @@ class Precision:
         norm, scale = None, self._present_scale(optimizer)
         try:
             if max_norm is not None:
-                scaler.unscale_(optimizer)
+                if not record.unscaled:
+                    scaler.unscale_(optimizer)
                 norm = clip(optimizer, max_norm)
             scaler.step(optimizer)
         except BaseException:
             self._forget_steps()
             raise
-        record.waiting, record.stepped = False, True
+        record.waiting, record.stepped, record.unscaled = False, True, False
         skip, record.found_inf = record.found_inf, None
         return StepResult(record.called if skip is None else skip == 0, norm, scale)
 
@@ -144,7 +168,7 @@ class Precision:
         # To the scale that it has: torch forgets who was unscaled, and adapts nothing.
         self.scaler.update(self.scaler.get_scale())
         for record in self._records.values():
-            record.stepped = record.waiting = False
+            record.stepped = record.waiting = record.unscaled = False
 
     def settle(self) -> None:
         """Adapts the loss scale to the steps since the last time, if there were any.
@@ -197,7 +221,7 @@ class Precision:
             raise BackendError(f"The state of the loss scale lacks {sorted(missing)}.")
         self.scaler.load_state_dict(dict(state))
         for record in self._records.values():
-            record.stepped = record.waiting = False
+            record.stepped = record.waiting = record.unscaled = False
 
     def _present_scale(self, optimizer: torch.optim.Optimizer) -> float | torch.Tensor:
         """Returns the scale that the gradients carry, without waiting for the device."""

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .errors import BackendError
 from .protocol import World
 
-__all__ = ["join", "join_alone", "replicate", "timeout", "without_reduction"]
+__all__ = ["group_store", "join", "join_alone", "replicate", "timeout", "without_reduction"]
 
 _PAUSE: Final = 0.05  # seconds
 # torchrun sets these beside RANK, LOCAL_RANK and WORLD_SIZE.
@@ -87,6 +87,22 @@ def _store(world: World, limit: timedelta) -> Any:
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     started = module.PrefixStore(f"start_{start}", store)
     return module.PrefixStore(f"group_{started.add(f'groups_of_{world.rank}', 1)}", started)
+
+
+def group_store() -> Any:
+    """Returns the store that the process group came together by, whoever has joined it.
+
+    Raises:
+        ValueError: if there is no process group.
+    """
+    group: Any = distributed.group.WORLD
+    if group is None:
+        raise ValueError(
+            "This process has joined no process group. Open a backend under torchrun first, or "
+            "call init_process_group()."
+        )
+    # The group keeps it, so this works for one that the script has joined, too.
+    return group.get_group_store()
 
 
 def join_alone(transport: str, stack: ExitStack) -> None:

@@ -204,6 +204,13 @@ class Backend(Protocol):
         """
         ...
 
+    def unscale(self, optimizer: Any) -> None:
+        """Makes the gradients those that `step` clips and applies: of all processes, unscaled.
+
+        `step` does it where it was not called; between the two they can be read and changed.
+        """
+        ...
+
     def step(self, optimizer: Any, max_norm: float | None = None) -> StepResult:
         """Steps the optimizer: unscales, clips to `max_norm`, steps or skips, adapts the scale."""
         ...

@@ -204,6 +204,14 @@ class TorchBackend:
         """
         self.precision.backward(loss, optimizer)
 
+    def unscale(self, optimizer: Any) -> None:
+        """Takes the loss scale out of the gradients before `step`, to read or change them.
+
+        Raises:
+            BackendError: if no parameter of the optimizer has a gradient.
+        """
+        self.precision.unscale(optimizer)
+
     def step(self, optimizer: Any, max_norm: float | None = None) -> StepResult:
         """Unscales, clips to a total norm of `max_norm`, and steps or skips.
 

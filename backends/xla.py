@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import logging
 import os
+import weakref
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from importlib.util import find_spec
@@ -65,6 +66,8 @@ class XlaBackend(TorchBackend):
         self._xla: Any = None
         self._model: Any = None
         self._boundary_state = 0
+        # Optimizers whose gradients are the mean of all processes already.
+        self._reduced: weakref.WeakSet[Any] = weakref.WeakSet()
 
     @classmethod
     def probe(cls, option: str | None = None) -> Availability:
@@ -117,14 +120,22 @@ class XlaBackend(TorchBackend):
             self._write_state(state)
         return objects
 
+    def unscale(self, optimizer: Any) -> None:
+        """Reduces the gradients of all processes to their mean, which `step` then does not."""
+        super().unscale(optimizer)
+        if self.world.size > 1 and optimizer not in self._reduced:
+            self._model.reduce_gradients(optimizer)
+            self._reduced.add(optimizer)
+
     def step(self, optimizer: Any, max_norm: float | None = None) -> StepResult:
         """Reduces the gradients of all processes to their mean, clips, and steps.
 
         Raises:
             BackendError: if no parameter of the optimizer has a gradient.
         """
-        if self.world.size > 1:
+        if self.world.size > 1 and optimizer not in self._reduced:
             self._model.reduce_gradients(optimizer)
+        self._reduced.discard(optimizer)
         return super().step(optimizer, max_norm)
 
     def batches(self, data: Iterable[Any]) -> Iterator[Any]:

@@ -29,6 +29,7 @@ from crosstrain.engine.exact.snapshot import (
     step_state,
 )
 from crosstrain.engine.ranks.agreed_seed import agreed_seed
+from crosstrain.engine.training.own_step import OwnStep
 
 from .engine import Engine
 from .errors import ResumeWarning, warn_user
@@ -38,6 +39,7 @@ from .proof import Checks
 from .random_states import random_states, random_states_kept, restore_random_states
 from .requests import END_EPOCH, NO_BATCHES, QUIET_EPOCH, RUN_ENDS
 from .state import State
+from .structure import Restored, Structure, named
 
 if TYPE_CHECKING:
     from crosstrain.backends import Backend
@@ -92,7 +94,9 @@ class DeterministicEngine(Engine):
 
     Args:
         process_function: as of `Engine`. If it has `state_dict` and `load_state_dict`, as a
-            factory's training step does, its state rides along.
+            factory's training step does, its state rides along. If not, the gradients that wait
+            for their optimizer's step do: of the models and optimizers in `objects`, and of those
+            that the function refers to.
         backend: as of `Engine`; its arithmetic is deterministic while a run goes on.
         seed: the seed of each run that begins anew, from 0 to 2**63 - 1. None: drawn from torch's
             global generator when a run starts, as pytorch-ignite does, so that `manual_seed`
@@ -118,12 +122,14 @@ class DeterministicEngine(Engine):
     ) -> None:
         super().__init__(process_function, backend)
         self.checks = checks or Checks()
+        self._structure = Structure()
         self._streams = tuple(streams)
         if unknown := sorted(set(self._streams) - set(ALL_STREAMS)):
             raise ValueError(f"streams has {unknown}; legal values: {', '.join(ALL_STREAMS)}.")
         if seed is not None and not 0 <= seed < 2**63:
             raise ValueError(f"seed is an integer from 0 to 2**63 - 1, got {seed}.")
-        self._step = process_function
+        has_state = hasattr(process_function, "state_dict")
+        self._step: Any = process_function if has_state else OwnStep(process_function, self)
         self._cursor = Cursor(backend)
         self._step_done = self._cursor.step_done
         self._given_seed = seed
@@ -136,6 +142,7 @@ class DeterministicEngine(Engine):
         # What was loaded beside it, to be laid over what handlers change before the data is opened.
         self._laid_over: LaidOver | None = None
         self._defers = False
+        self._put_back: list[str] = []
         self._conditions: dict[str, Any] | None = None
 
     @property
@@ -186,6 +193,7 @@ class DeterministicEngine(Engine):
         values["epoch_rng_states"] = None if values["progress"]["ended"] else self._epoch_states
         values["backend"] = None if self.backend is None else self.backend.state_dict()
         values["step"] = step_state(self._step)
+        values["structure"] = self._structure.record(named(self.objects, self.saved_beside))
         values["environment"] = self._environment()
         values["exact"] = exact
         return values
@@ -246,6 +254,8 @@ class DeterministicEngine(Engine):
         if self._session is None:
             # Data that was set before the run: it is opened when the run has come to it.
             self._data_iter = None
+            if isinstance(self._step, OwnStep):
+                self._step.watch()
             if self._snapshot is not None:
                 self._take_up(self._snapshot)
         arithmetic = (
@@ -286,6 +296,7 @@ class DeterministicEngine(Engine):
         self._laid_over = None
         if any(map(self.has_users_handler, (Events.STARTED, Events.EPOCH_STARTED))):
             self._laid_over = LaidOver(self.loaded_with)
+        self._put_back = self._restore_structure(snapshot).put_back
         now = self._environment()
         if snapshot["environment"]["backend"] != now["backend"]:
             # From here on it is one of this backend, should it be asked for or taken up again.
@@ -295,6 +306,13 @@ class DeterministicEngine(Engine):
         load_step(self._step, snapshot["step"])
         if self.backend is not None:
             self.backend.load_state_dict(snapshot["backend"])
+
+    def _restore_structure(self, snapshot: Mapping[str, Any]) -> Restored:
+        """Puts back what no state_dict holds; tells nothing yet."""
+        if self.checks.structure == "off" or "structure" not in snapshot:
+            return Restored()
+        objects = named(self.objects, self.saved_beside)
+        return self._structure.restore(snapshot["structure"], objects)
 
     def set_data(self, data: Iterable[Any]) -> None:
         """Takes the next batch, and all after it, from other data, as another pass of the run.
@@ -325,6 +343,11 @@ class DeterministicEngine(Engine):
             return iter(()) if self._session is None else None
         self._lay_over()
         data, snapshot = self.state.dataloader, self._snapshot
+        if snapshot is not None:
+            # Once more: handlers of the run's and the epoch's beginning have fired again.
+            found = self._restore_structure(snapshot)
+            found.put_back = list(dict.fromkeys(self._put_back + found.put_back))
+            found.tell(self.proof, self.checks.structure)
         if snapshot is None:
             self._cursor.open(data, self._key)
         elif "format" not in snapshot:

@@ -52,6 +52,8 @@ class Engine(Loop):
         self.objects: dict[str, Any] = {}
         #: What was loaded together with this engine's state, by name, until its run goes on.
         self.loaded_with: dict[str, Any] = {}
+        #: What a checkpoint saves beside this engine, by name: its structure is recorded as well.
+        self.saved_beside: dict[str, Any] = {}
         #: How strict a resume of this engine is about each thing that it measures.
         self.checks = Checks()
         #: What the last resume of this engine was found to be; empty where a run began anew.

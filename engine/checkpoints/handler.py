@@ -12,7 +12,7 @@ from typing import Any, ClassVar, cast
 from crosstrain.engine.events import EventEnum, Events
 
 from .loading import OWN_NAME, Latest, find_latest, load_objects
-from .objects import check_objects, gather_states
+from .objects import check_objects, gather_states, introduce
 from .retention import Item, Retention, format_score, setup_filename_pattern
 from .save_handler import BaseSaveHandler, FolderSaver
 from .save_request import (
@@ -151,6 +151,7 @@ class Checkpoint:
 
     def _save(self, engine: Any, step: int | None, priority: int | float) -> None:
         warn_of_unsaved(self.to_save, self._warned_of)
+        introduce(self.to_save)
         checkpoint: Any = gather_states(self.to_save, self.save_on_rank)
         name = next(iter(checkpoint)) if len(checkpoint) == 1 else "checkpoint"
         score = format_score(priority) if self.score_function is not None else None

@@ -27,7 +27,7 @@ from crosstrain.engine.storage.errors import (
 from crosstrain.engine.storage.manifest import Manifest
 from crosstrain.engine.storage.safe_load import LoadedFile, load_file, verify_file
 
-from .objects import check_objects, restore_states, unwrap, walk_objects
+from .objects import check_objects, introduce, restore_states, unwrap, walk_objects
 
 __all__ = ["Latest", "PassedOver", "candidates", "find_latest", "load_latest", "load_objects"]
 
@@ -87,18 +87,24 @@ def restore(
         )
     if kwargs.get("strict", True):
         _check_nothing_left(to_load, state, source)
+    rebuilt = introduce(to_load, state)
     last: list[tuple[str, Any, Any]] = []
     done: list[str] = []
+    beside: dict[str, Any] = {}
 
     def load(name: str, value: Any, its_state: Any) -> None:
         if isinstance(value, Engine):
             last.append((name, value, its_state))
         else:
             _load_one(name, value, its_state, source, kwargs, done)
+            beside[name] = unwrap(value)
 
     restore_states(to_load, state, source, load)
     for name, value, its_state in last:
         _load_one(name, value, its_state, source, kwargs, done)
+        value.loaded_with = beside
+    for engine, what in rebuilt:
+        engine.proof.checked.append(f"put back: {what}")
 
 
 def _holds(state: Any, name: str) -> bool:

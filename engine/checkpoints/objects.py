@@ -8,11 +8,20 @@ from typing import Any, cast
 
 import torch
 
+from crosstrain.engine.engine import Engine
 from crosstrain.engine.guards import is_collection, is_mapping, is_sequence
 from crosstrain.engine.ranks.world import this_rank
 from crosstrain.engine.storage.errors import CheckpointMismatch
+from crosstrain.engine.structure import named, rebuild_groups, recordable
 
-__all__ = ["check_objects", "gather_states", "restore_states", "unsaved_objects", "walk_objects"]
+__all__ = [
+    "check_objects",
+    "gather_states",
+    "introduce",
+    "restore_states",
+    "unsaved_objects",
+    "walk_objects",
+]
 
 # Objects by name, each a nest of mappings and sequences whose leaves are the objects.
 Visit = Callable[[Any, tuple[Any, ...]], Any]
@@ -86,6 +95,31 @@ def gather_states(objects: Mapping[str, Any], rank: int) -> dict[str, Any]:
         rank: the process that saves; an optimizer that is spread over processes is gathered there.
     """
     return cast("dict[str, Any]", _map(lambda value, _: _state_of(unwrap(value), rank), objects))
+
+
+def introduce(
+    objects: Mapping[str, Any], states: Mapping[str, Any] | None = None
+) -> list[tuple[Engine, str]]:
+    """Tells each engine among objects what is saved beside it, or loaded.
+
+    Args:
+        objects: the objects by name.
+        states: those that are about to be loaded: optimizers get the parameter groups that were
+            added during the training.
+
+    Returns:
+        Each group that was added, as a phrase, with the engine that it was recorded with.
+    """
+    added: list[tuple[Engine, str]] = []
+    for name, engine in objects.items():
+        if not isinstance(engine, Engine):
+            continue
+        engine.saved_beside = recordable(dict(objects))
+        state = None if states is None else states.get(name)
+        if is_mapping(state) and engine.checks.structure != "off":
+            known = named(engine.objects, engine.saved_beside)
+            added += [(engine, what) for what in rebuild_groups(state.get("structure"), known)]
+    return added
 
 
 def _state_of(value: Any, rank: int) -> Any:

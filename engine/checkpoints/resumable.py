@@ -81,6 +81,8 @@ class ResumableRun:
         Args:
             event: when a checkpoint is due.
         """
+        # A training may be several runs: those that the checkpoint has behind it are passed by.
+        self._trainer.has_phases = True
         self._trainer.add_event_handler(event, self._mark)
         self._trainer.add_event_handler(Events.STARTED, self._begin)
         # Whatever else happens after an iteration, such as a scheduler's step, must have happened

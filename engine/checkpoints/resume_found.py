@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from crosstrain.engine.errors import RankFailed
 from crosstrain.engine.ranks.agreement import Agreement
-from crosstrain.engine.ranks.line import RankLine
+from crosstrain.engine.ranks.line import Line
 from crosstrain.engine.storage.errors import CheckpointNotFound
 from crosstrain.engine.storage.manifest import Manifest
 from crosstrain.engine.storage.safe_load import load_file
@@ -34,7 +32,6 @@ __all__ = [
     "open_checkpoint",
     "own_files",
     "restore_found",
-    "together",
 ]
 
 
@@ -160,7 +157,7 @@ def restore_found(objects: Mapping[str, Any], found: Found, ranks: Agreement | N
     if path is None:
         return
     # Its name only: rank 0 has the folder's path as it was given, which may be relative.
-    with nullcontext() if ranks is None else together(ranks.line, f"restoring {path.name}"):
+    with nullcontext() if ranks is None else ranks.line.together(f"restoring {path.name}"):
         if found.state is None:
             load_sharded(objects, path)
         else:
@@ -187,7 +184,7 @@ def own_files(folder: Path, base: str, iteration: int) -> list[Item]:
 
 
 def find_together(
-    line: RankLine, open_and_find: Callable[[], tuple[DiskSaver, Found]]
+    line: Line, open_and_find: Callable[[], tuple[DiskSaver, Found]]
 ) -> tuple[DiskSaver, Found]:
     """Has rank 0 find the checkpoint, and each other rank read the same file.
 
@@ -214,12 +211,12 @@ def find_together(
             "path": None if latest.path is None else str(latest.path.absolute()),
             "manifest": None if latest.manifest is None else latest.manifest.encode().decode(),
         }
-        line.meet(what, json.dumps(told))
-        with together(line, _READING):
+        line.meet(what, told)
+        with line.together(_READING):
             pass
         return saver, found
-    told = json.loads(line.meet(what))
-    with together(line, _READING):
+    (told,) = line.meet(what, of=(0,))
+    with line.together(_READING):
         found = _read(told)
         # It does not write here, and so takes no folder.
         saver = DiskSaver(found.latest.folder, require_empty=False)
@@ -238,24 +235,3 @@ def _read(told: Mapping[str, Any]) -> Found:
             "save into a folder of a file system that they share"
         )
     return found
-
-
-@contextmanager
-def together(line: RankLine, what: str) -> Generator[None, None, None]:
-    """Ends a block on all ranks where it raises on one.
-
-    Args:
-        line: to the other ranks.
-        what: what is done there, the same on all.
-
-    Raises:
-        RankFailed: if it failed on another rank: names it, and says why.
-    """
-    failed: Exception | None = None
-    try:
-        yield
-    except RankFailed:
-        raise
-    except Exception as error:  # noqa: BLE001  raised again when the others know of it
-        failed = error
-    line.meet(what, error=failed)

@@ -9,6 +9,7 @@ from crosstrain.backends import porting
 from crosstrain.engine.data.streams import SampleStreams
 from crosstrain.engine.errors import ResumeWarning, warn_user
 from crosstrain.engine.guards import is_mapping
+from crosstrain.engine.training.gradients import scaled
 
 from .snapshot import differences, load_step, step_state
 
@@ -66,19 +67,19 @@ def _load_window(state: Any, ratio: float, step: Any, taken: porting.TakenOver) 
     if not is_mapping(gradients) or not gradients:
         load_step(step, state)
         return
-    scaled = {name: gradient * ratio for name, gradient in gradients.items()}
+    ours = {name: scaled(gradient, ratio) for name, gradient in gradients.items()}
     reason = "which had overflowed"
-    if all(bool(gradient.isfinite().all()) for gradient in scaled.values()):
+    if all(gradient is not None for gradient in ours.values()):
         try:
-            load_step(step, {**state, "gradients": scaled})
+            load_step(step, {**state, "gradients": ours})
         except (RuntimeError, ValueError) as error:
             # A backend may keep gradients of other parameters than the models', or of another type.
             reason = f"which do not fit ({error})"
         else:
             return
     load_step(step, {**state, "filled": 0, "planned": 0, "gradients": {}})
-    many = state["filled"]
-    taken.lost.append(f"the gradients of the accumulation window's {many} iterations, {reason}")
+    many = f"{state['filled']} iterations" if "filled" in state else "iterations so far"
+    taken.lost.append(f"the gradients of the accumulation window's {many}, {reason}")
     taken.begun.append("the window")
 
 

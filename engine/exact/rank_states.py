@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from torch import distributed
 
 from crosstrain.backends import World
 from crosstrain.engine.errors import ResumeWarning, warn_user
 from crosstrain.engine.guards import is_mapping, is_sequence
 from crosstrain.engine.ranks.agreement import agreement_of
-from crosstrain.engine.ranks.line import RankLine
+from crosstrain.engine.ranks.line import Line, has_ranks
 from crosstrain.engine.training.gradients import combined
 
 if TYPE_CHECKING:
@@ -38,19 +38,20 @@ def gathered(values: Mapping[str, Any], engine: Engine, destination: int) -> dic
         RankFailed: if not all ranks do this at the same iteration, within CROSSTRAIN_TIMEOUT.
     """
     size = 1 if engine.backend is None else engine.backend.world.size
-    if size == 1 or not distributed.is_initialized():
+    if size == 1 or not has_ranks():
         return dict(values)
+    what = f"taking the engine's state at iteration {values['iteration']}"
+    own = {name: values[name] for name in _PARTS if name in values}
     agreement = agreement_of(engine)
-    line = RankLine() if agreement is None else agreement.line
-    line.meet(f"taking the engine's state at iteration {values['iteration']}")
-    found = line.gather({name: values[name] for name in _PARTS if name in values}, destination)
+    with Line() if agreement is None else nullcontext(agreement.line) as line:
+        found, rank = line.gather(what, own, destination), line.rank
     others = None
     if found is not None:
         others = [
             {name: part for name, part in theirs.items() if not _same(part, values[name])}
             for theirs in found
         ]
-    return {**values, RANKS: {"size": size, "rank": line.rank, "others": others}}
+    return {**values, RANKS: {"size": size, "rank": rank, "others": others}}
 
 
 def own_part(state: Mapping[str, Any], backend: Backend | None) -> dict[str, Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
+
+from .line import Line, has_ranks
 
 if TYPE_CHECKING:
     from crosstrain.backends import Backend
@@ -24,13 +26,13 @@ def agreed_seed(given: int | None, backend: Backend | None) -> int:
 
     Raises:
         ValueError: if the processes were given different ones.
+        RankFailed: if one of them does not start the run, within CROSSTRAIN_TIMEOUT.
     """
     seed = int(torch.randint(0, int(1e9), (1,)).item()) if given is None else given
-    if backend is None or backend.world.size == 1 or not torch.distributed.is_initialized():
+    if backend is None or backend.world.size == 1 or not has_ranks():
         return seed
-    found: list[Any] = [None] * backend.world.size
-    group: Any = torch.distributed
-    group.all_gather_object(found, (given, seed))
+    with Line() as line:
+        found = line.meet("agreeing on the run's seed", (given, seed), of=line.everyone)
     for rank, (other, _) in enumerate(found):
         if other != found[0][0]:
             raise ValueError(

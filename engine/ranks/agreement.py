@@ -21,8 +21,8 @@ from crosstrain.engine.errors import RankFailed
 from crosstrain.engine.events import Events
 from crosstrain.engine.requests import END_EPOCH, END_RUN, EPOCH_ENDS, PAUSE, RUN_ENDS
 
-from .line import RankLine
-from .watch import Failures, describe
+from .line import Line
+from .watch import Watch, describe
 
 if TYPE_CHECKING:
     from crosstrain.engine.engine import Engine
@@ -87,12 +87,12 @@ class Agreement:
     """
 
     def __init__(self, engine: Engine) -> None:
-        self.line = RankLine()
+        self.line = Line()
         #: The signal that has ended the run on all ranks; 0 if none did.
         self.stop_signal = 0
         self._engine: Any = engine
         self._lock = threading.Lock()
-        self._failures: Failures | None = None
+        self._watch: Watch | None = None
         self._number = self.line.count(f"engines/{self.line.rank}")
         self._runs = 0
         self._begin_run()
@@ -124,9 +124,9 @@ class Agreement:
         signal = self._signal
         self._begin_run()
         self._signal, self.stop_signal = signal, 0
-        self._failures = Failures(self.line, self._base, engine, self._answer)
-        self.line.while_waiting = self._failures.check
-        self._failures.compare_start()
+        self._watch = Watch(self.line, self._base, engine.state, self._answer)
+        self.line.while_waiting = self._watch.check
+        self._watch.compare_start()
 
     def _after_started(self) -> None:
         self._at_boundary(2 * self._engine.state.iteration + 1)
@@ -135,8 +135,8 @@ class Agreement:
         self._at_boundary(2 * self._engine.state.iteration)
 
     def _after_epoch(self) -> None:
-        assert self._failures is not None
-        self._failures.compare_lengths()
+        assert self._watch is not None
+        self._watch.compare_lengths()
         # It has ended: nobody needs to be asked any more.
         self._engine.asked &= ~EPOCH_ENDS
         self._wish &= ~EPOCH_ENDS
@@ -173,13 +173,13 @@ class Agreement:
             with self._lock:
                 if self._answered == self._decided:
                     self._passed = boundary
-                    if self._failures is None or self._failures.told is None:
+                    if self._watch is None or self._watch.told is None:
                         return
         self._settle(boundary)
 
     def _settle(self, boundary: int) -> None:
-        assert self._failures is not None
-        self._failures.check()
+        assert self._watch is not None
+        self._watch.check()
         if self._granted & END_RUN:
             return
         self._engine.asked = self.review(self._engine.asked)
@@ -224,19 +224,19 @@ class Agreement:
                 return
             self._answered = number + 1
             mine = {"passed": self._passed, "wish": wish, "signal": self._signal}
-        assert self._failures is not None
-        self._failures.ears_or_line().set(
+        assert self._watch is not None
+        self._watch.ears_or_line().set(
             f"crosstrain/{self._base}/call/{number}/{self.line.rank}", json.dumps(mine)
         )
 
     def _decide(self) -> _Decision:
         line, number = self.line, self._decided
         base = f"{self._base}/call/{number}"
-        assert self._failures is not None
+        assert self._watch is not None
         wish, self._wish = self._wish, 0
         self._answer(number, wish)
         if line.first(f"{base}/caller", str(line.rank)) == str(line.rank):
-            self._failures.tell({"call": number})
+            self._watch.tell({"call": number})
             line.set(f"{base}/decision", json.dumps(self._collect(base)))
         elif not line.awaits(f"{base}/decision", 2 * _ANSWER, lambda: [self._caller(base)]):
             raise RankFailed(f"Rank {self._caller(base)} asked to end the run and then fell silent")
@@ -281,7 +281,7 @@ class Agreement:
 
     def first_cause(self, error: BaseException) -> BaseException:
         """Returns what another rank's failure makes of an error of this one; else the error."""
-        return error if self._failures is None else self._failures.first_cause(error)
+        return error if self._watch is None else self._watch.first_cause(error)
 
     def leave(self, failure: BaseException | None) -> BaseException | None:
         """Tells the others that this rank's run has ended, and how.
@@ -292,11 +292,11 @@ class Agreement:
         Returns:
             What it is to raise: something else where the ranks have ended at other iterations.
         """
-        failures = self._failures
-        if failures is None:
+        watch = self._watch
+        if watch is None:
             return failure
         try:
-            return failures.leave(failure)
+            return watch.leave(failure)
         except distributed.DistError as error:
             # Without the store nobody can be told; they notice, as this rank has.
             if failure is not None:
@@ -307,7 +307,7 @@ class Agreement:
 
     def close(self) -> None:
         """Stops listening."""
-        failures, self._failures = self._failures, None
+        watch, self._watch = self._watch, None
         self.line.while_waiting = None
-        if failures is not None:
-            failures.close()
+        if watch is not None:
+            watch.close()

@@ -22,7 +22,7 @@ from .world import unshared
 if TYPE_CHECKING:
     from crosstrain.engine.engine import Engine
 
-    from .line import RankLine
+    from .line import Line
 
 __all__ = ["RankCheck", "digests"]
 
@@ -122,7 +122,7 @@ class RankCheck:
             line.drop(self._told.popleft())
 
 
-def _of(line: RankLine, keys: str, rank: int, iteration: int) -> list[int]:
+def _of(line: Line, keys: str, rank: int, iteration: int) -> list[int]:
     key = f"{keys}/{rank}/{iteration}"
     if not line.awaits(key, line.timeout, lambda: [rank]):
         raise RankFailed(

@@ -1,24 +1,25 @@
-"""RankLine: small texts between the ranks of a world, and meetings that all of them come to."""
+"""The line between the ranks of a world: short messages, and meetings that all of them come to."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self, TypeVar
 
 from torch import distributed
 
-from crosstrain.backends.process_group import timeout
+from crosstrain.backends.process_group import group_store, timeout
 from crosstrain.engine.errors import RankFailed
 
-from .patient_store import PatientStore
+from .store import AskedStore
 
-__all__ = ["RankLine"]
+__all__ = ["Line", "has_ranks", "said_of"]
 
 # Seconds between two looks at the store: the first, and the most. A wait of the store's own that
 # runs out writes lines of warnings.
@@ -26,25 +27,38 @@ _LOOKS: Final = (0.001, 0.05)
 # Looks after which it is seen to whether the wait is in vain.
 _CARE: Final = 16
 _HERE: Final = "CROSSTRAIN_TIMEOUT"
+# What is larger than this goes over a process group: the store is one process's.
+_LARGE: Final = 1 << 20
+T = TypeVar("T")
 
 
-class RankLine:
+def has_ranks() -> bool:
+    """Tells whether this process has joined a process group of several."""
+    ready = distributed.is_available() and distributed.is_initialized()
+    return ready and distributed.get_world_size() > 1
+
+
+class Line:
     """Talks to the other ranks through the store of the process group, in texts of a few bytes.
 
     A store has no collective operations: a rank that is missing or gone blocks nobody for longer
-    than it takes to find that out, and it can be named.
+    than it takes to find that out, and it can be named. Each wait ends after `timeout` seconds.
+
+    Args:
+        name: of a line for a thread of its own: what meets on it does not meet on others. All ranks
+            make it.
 
     Raises:
         ValueError: if there is no process group.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "") -> None:
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
+        #: Seconds that a meeting waits for the others: CROSSTRAIN_TIMEOUT.
         self.timeout = timeout()
-        module: Any = distributed.distributed_c10d
-        # torch offers no other way to the store that the group came together by. A connection of
-        # our own: a wait on torch's would hold up whoever else uses it.
-        self.store = PatientStore(module._get_default_store().clone(), self.timeout)
+        # A connection of our own: a wait on the group's would hold up whoever else uses it.
+        self.store = AskedStore(group_store().clone(), self.timeout)
+        self._name = f"{name}/" if name else ""
         self._group: Any = None
         #: Called while this rank waits; raises if the wait is in vain.
         self.while_waiting: Callable[[], None] | None = None
@@ -54,27 +68,45 @@ class RankLine:
         """Returns another connection to the store, for another thread."""
         return self.store.clone()
 
+    def close(self) -> None:
+        """Gives back the connection."""
+        self.store.close()
+        group, self._group = self._group, None
+        if group is not None and distributed.is_initialized():
+            distributed.destroy_process_group(group)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    @property
+    def everyone(self) -> range:
+        """All ranks."""
+        return range(self.size)
+
     # ---------------------------------------------------------------- texts
 
-    def set(self, key: str, text: str) -> None:
+    def set(self, key: str, text: str | bytes) -> None:
         """Sets a key, without waiting."""
         self.store.set(_key(key), text)
 
     def get(self, key: str) -> str:
         """Returns a key's text; it has been set."""
-        return str(self.store.get(_key(key)).decode())
+        return self.store.get(_key(key)).decode()
 
     def has(self, key: str) -> bool:
         """Tells whether a key has been set."""
-        return bool(self.store.check([_key(key)]))
+        return self.store.check([_key(key)])
 
     def first(self, key: str, text: str) -> str:
         """Sets a key unless it has been set; returns what it is then."""
-        return str(self.store.compare_set(_key(key), "", text).decode())
+        return self.store.compare_set(_key(key), "", text).decode()
 
     def count(self, key: str, step: int = 1) -> int:
         """Adds to a number and returns it."""
-        return int(self.store.add(_key(key), step))
+        return self.store.add(_key(key), step)
 
     def drop(self, key: str) -> None:
         """Forgets a key."""
@@ -107,17 +139,24 @@ class RankLine:
             if self.while_waiting is not None:
                 self.while_waiting()
             if looks % _CARE == 0:
-                for rank in missing():
-                    if self.is_dead(rank):
-                        raise RankFailed(f"The process of rank {rank} has ended.", rank)
+                dead = self.dead(missing())
+                if dead:
+                    raise RankFailed(f"{ended(dead)}.", dead[0])
             if time.monotonic() > deadline:
                 return False
             time.sleep(pause)
             pause = min(2 * pause, longest)
 
-    def is_dead(self, rank: int) -> bool:
-        """Tells whether a rank's process, on this machine, is known to have ended."""
-        if not self.has(f"process/{rank}"):
+    def dead(self, ranks: Iterable[int] | None = None) -> list[int]:
+        """Returns the ranks whose process, on this machine, is known to have ended.
+
+        Args:
+            ranks: those to look at; None: all.
+        """
+        return [rank for rank in (self.everyone if ranks is None else ranks) if self._is_dead(rank)]
+
+    def _is_dead(self, rank: int) -> bool:
+        if rank == self.rank or not self.has(f"process/{rank}"):
             return False
         here, process = self.get(f"process/{rank}").rsplit(" ", 1)
         if here != _process().rsplit(" ", 1)[0]:
@@ -131,68 +170,91 @@ class RankLine:
 
     # ---------------------------------------------------------------- meetings
 
-    def meet(self, what: str, told: str = "", error: BaseException | None = None) -> str:
-        """Waits until all ranks do the same thing; returns what rank 0 tells.
+    def meet(
+        self,
+        what: str,
+        value: Any = None,
+        *,
+        error: BaseException | None = None,
+        of: Iterable[int] = (),
+    ) -> list[Any]:
+        """Waits until all ranks do the same thing; returns what some of them say.
+
+        It is the one way for ranks to agree on something: each says what it is about to do, whether
+        it can, and a value.
 
         Args:
             what: what this rank is about to do, the same on all; a part of a sentence.
-            told: what rank 0 tells the others.
-            error: why this rank cannot do it; then all raise.
+            value: what this rank says; anything that can be pickled, of a few bytes.
+            error: why this rank cannot do it; then all raise, this one its error.
+            of: the ranks whose values this one wants.
+
+        Returns:
+            The values of these ranks, in their order.
 
         Raises:
             RankFailed: if a rank does something else, cannot do it, has ended, or does not come
                 within CROSSTRAIN_TIMEOUT seconds.
         """
-        rank, size = self.rank, self.size
-        number = self.count(f"meetings/{rank}")
-        base = f"meeting/{number}"
-        if rank == 0:
-            self.set(f"{base}/told", told)
+        rank, counter = self.rank, f"{self._name}meetings/{self.rank}"
+        number = self.count(counter)
+        base = f"{self._name}meeting/{number}"
         if error is not None:
             self.first(f"{base}/error", f"{rank} {type(error).__name__}: {error}")
         first = self.first(f"{base}/what", what)
         if first != what:
             self.first(f"{base}/differs", f"Rank {rank} was {what}, and another rank {first}.")
-        self.set(f"{base}/{rank}", "here")
-        if self.count(f"{base}/came") == size:
+        self.set(f"{base}/{rank}", pickle.dumps(value))
+        if self.count(f"{base}/came") == self.size:
             self.set(f"{base}/all", "yes")
-        here = (
-            f"Rank {rank} was {what}, which all {size} ranks do together, in the same order. "
-            "Call it on every rank, not under `if rank == 0`."
-        )
         try:
-            if not self.awaits(f"{base}/all", self.timeout, lambda: self._absent(base)):
-                absent = self._absent(base)
-                raise RankFailed(
-                    f"{here} {_ranks(absent)} did not come within {self.timeout:g} s ({_HERE}).",
-                    absent[0] if len(absent) == 1 else None,
-                )
+            self._wait_for_all(base, what)
         except RankFailed as failed:
             # Who comes later must not find this rank here; without the store nobody will.
             with contextlib.suppress(distributed.DistNetworkError):
-                self.count(f"meetings/{rank}", -1)
+                self.count(counter, -1)
                 self.count(f"{base}/came", -1)
                 self.drop(f"{base}/{rank}")
                 self.drop(f"{base}/what")
-                if failed.rank is not None and self.is_dead(failed.rank):
+                if failed.rank is not None and self.dead([failed.rank]):
                     raise RankFailed(f"Rank {rank} was {what}. {failed}", failed.rank) from None
             raise
         self._check_met(base, error, what)
-        answer = self.get(f"{base}/told")
+        # Read by us and pickled by a process of our own run, as by torch's collectives of objects.
+        answers = [pickle.loads(text) for text in self._texts([f"{base}/{r}" for r in of])]
         if number > 2:
             # All have left the meeting before the last: they have come to the last.
-            for name in (rank, *(("told", "came", "all", "what") if rank == 0 else ())):
-                self.drop(f"meeting/{number - 2}/{name}")
-        return answer
+            for name in (rank, *(("came", "all", "what") if rank == 0 else ())):
+                self.drop(f"{self._name}meeting/{number - 2}/{name}")
+        return answers
+
+    def _texts(self, keys: list[str]) -> list[bytes]:
+        names = [_key(key) for key in keys]
+        if not names:
+            return []
+        if self.store.has_extended_api():
+            return self.store.multi_get(names)
+        return [self.store.get(name) for name in names]
+
+    def _wait_for_all(self, base: str, what: str) -> None:
+        if self.awaits(f"{base}/all", self.timeout, lambda: self._absent(base)):
+            return
+        absent = self._absent(base)
+        raise RankFailed(
+            f"Rank {self.rank} was {what}, which all {self.size} ranks do together, in the same "
+            f"order. Call it on every rank, not under `if rank == 0`. {said_of(absent)} did not "
+            f"come within {self.timeout:g} s ({_HERE}).",
+            absent[0] if len(absent) == 1 else None,
+        )
 
     def _absent(self, base: str) -> list[int]:
-        return [rank for rank in range(self.size) if not self.has(f"{base}/{rank}")]
+        return [rank for rank in self.everyone if not self.has(f"{base}/{rank}")]
 
     def _check_met(self, base: str, error: BaseException | None, what: str) -> None:
+        if error is not None:
+            raise error
         if self.has(f"{base}/error"):
             rank, _, reason = self.get(f"{base}/error").partition(" ")
-            if error is not None and int(rank) == self.rank:
-                raise error
             raise RankFailed(f"Rank {rank} failed while {what}: {reason}", int(rank))
         if self.has(f"{base}/differs"):
             raise RankFailed(
@@ -200,21 +262,94 @@ class RankLine:
                 "the same order."
             )
 
-    # ---------------------------------------------------------------- objects
-
-    def gather(self, value: Any, destination: int) -> list[Any] | None:
-        """Returns the values of all ranks, in their order, on one rank; None on the others.
-
-        Call it after `meet`. It is a collective operation, on the host: over the process group
-        itself if that works on CPU tensors, else over a group that is made for it.
+    @contextlib.contextmanager
+    def together(self, what: str) -> Generator[None, None, None]:
+        """Ends a block on all ranks where it raises on one.
 
         Args:
+            what: what is done there, the same on all; a part of a sentence.
+
+        Raises:
+            RankFailed: if it failed on another rank: names it, and says why.
+        """
+        failed: Exception | None = None
+        try:
+            yield
+        except RankFailed:
+            raise
+        except Exception as error:  # noqa: BLE001  raised again when the others know of it
+            failed = error
+        self.meet(what, error=failed)
+
+    def from_first(self, what: str, ask: Callable[[], T]) -> T:
+        """Returns, on all ranks, what a function returns on rank 0.
+
+        Args:
+            what: what it does; a part of a sentence.
+            ask: the function; called on rank 0 only.
+
+        Raises:
+            RankFailed: on the other ranks, if it raises there.
+        """
+        answer: Any = None
+        failed: Exception | None = None
+        if self.rank == 0:
+            try:
+                answer = ask()
+            except Exception as error:  # noqa: BLE001  raised again when the others know of it
+                failed = error
+        told = self.meet(what, answer, error=failed, of=(0,))
+        return told[0]  # type: ignore[no-any-return]
+
+    def begin_vote(self, yes: bool) -> Callable[[], bool]:
+        """Begins to ask whether all ranks say yes; returns what waits for the answer.
+
+        All ranks begin each vote, and ask for its answer, in the same order.
+
+        Args:
+            yes: what this rank says.
+        """
+        number = self.count(f"{self._name}votes/{self.rank}")
+        base = f"{self._name}vote/{number}"
+        if not yes:
+            self.set(f"{base}/no", "no")
+        self.set(f"{base}/{self.rank}", "came")
+        if self.count(f"{base}/came") == self.size:
+            self.set(f"{base}/all", "yes")
+
+        def answer() -> bool:
+            self._wait_for_all(base, "asking whether all ranks are done")
+            agreed = not self.has(f"{base}/no")
+            if number > 2:
+                for name in (self.rank, *(("came", "all", "no") if self.rank == 0 else ())):
+                    self.drop(f"{self._name}vote/{number - 2}/{name}")
+            return agreed
+
+        return answer
+
+    # ---------------------------------------------------------------- objects
+
+    def gather(self, what: str, value: Any, destination: int) -> list[Any] | None:
+        """Returns the values of all ranks, in their order, on one rank; None on the others.
+
+        Large ones go over the process group if that works on CPU tensors, else over a group that
+        is made for it.
+
+        Args:
+            what: why, the same on all; a part of a sentence.
             value: tensors on the CPU and plain types, in any nest.
             destination: the rank.
+
+        Raises:
+            RankFailed: as of `meet`.
         """
-        group = self._on_host()
+        packed = pickle.dumps(value)
+        large = len(packed) > _LARGE
+        told = self.meet(what, None if large else packed, of=self.everyone)
+        if None not in told:
+            return [pickle.loads(one) for one in told] if self.rank == destination else None
         values: list[Any] | None = [None] * self.size if self.rank == destination else None
-        distributed.gather_object(value, values, destination, group)
+        distributed.gather_object(value, values, destination, self._on_host())
         return values
 
     def _on_host(self) -> Any:
@@ -231,9 +366,17 @@ def _key(name: str) -> str:
     return f"crosstrain/{name}"
 
 
-def _ranks(ranks: list[int]) -> str:
+def said_of(ranks: list[int]) -> str:
+    """Names some ranks, as the subject of a sentence."""
     named = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
     return f"Rank{'s' if len(ranks) > 1 else ''} {named}"
+
+
+def ended(ranks: list[int]) -> str:
+    """Says of some ranks that their processes have ended."""
+    if len(ranks) == 1:
+        return f"The process of rank {ranks[0]} has ended"
+    return f"The processes of {said_of(ranks).lower()} have ended"
 
 
 def _process() -> str:

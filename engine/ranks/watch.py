@@ -1,12 +1,10 @@
-"""Failures: what one rank tells the others of its run's begin and end, and who listens for it."""
+"""What one rank tells the others of its run's begin and end, and the thread that listens for it."""
 
 from __future__ import annotations
 
 import atexit
 import json
 import logging
-import os
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -17,12 +15,13 @@ from torch import distributed
 
 from crosstrain.engine.errors import RankFailed
 
-from .line import RankLine
+from .line import Line, ended
+from .stuck import end_if_stuck, patience
 
 if TYPE_CHECKING:
-    from crosstrain.engine.engine import Engine
+    from crosstrain.engine.state import State
 
-__all__ = ["Failures", "describe"]
+__all__ = ["Watch", "describe"]
 
 _logger = logging.getLogger(__name__)
 
@@ -30,10 +29,13 @@ _logger = logging.getLogger(__name__)
 _LONG: Final = timedelta(days=20)
 # Seconds between two looks, once another rank's run has ended.
 _LOOK: Final = 0.25
-# A rank that does nothing in Python for this long after another has failed waits for it in vain.
-_STUCK: Final = 15.0
-# For how many seconds the store is asked, once the run has failed on this rank.
+# For how many seconds the store is asked, once the run has failed on this rank, and the other ranks
+# whether they live.
 _HURRY: Final = 5.0
+# Seconds within which the thread that listens ends.
+_END: Final = 5.0
+# What errors of collective operations have in them that another process's end has caused.
+_CUT: Final = ("onnection", "gloo", "NCCL", "peer")
 
 
 def describe(error: BaseException) -> str:
@@ -42,23 +44,22 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-class Failures:
+class Watch:
     """Listens, in a thread, for what the other ranks tell during one run, and tells them.
 
     Args:
         line: to the other ranks.
         base: what the run's keys begin with.
-        engine: whose run it is.
+        state: of the engine whose run it is.
         answer: called, in the thread, with the number of a call to end the run.
     """
 
-    def __init__(
-        self, line: RankLine, base: str, engine: Engine, answer: Callable[[int], None]
-    ) -> None:
+    def __init__(self, line: Line, base: str, state: State, answer: Callable[[int], None]) -> None:
         #: Why the run has failed on another rank, and which; None as long as it has not.
         self.told: tuple[int, str] | None = None
-        self._line, self._base, self._engine, self._answer = line, base, engine, answer
-        self._length = engine.state.epoch_length
+        self._line, self._base, self._state, self._answer = line, base, state, answer
+        self._length = state.epoch_length
+        self._patience = patience()
         self._closed = threading.Event()
         self._heard = 0
         # Where another rank's run has ended already, after which iteration, and which rank.
@@ -84,7 +85,7 @@ class Failures:
         Raises:
             RankFailed: if there is a difference, or rank 0 does not begin.
         """
-        line, state = self._line, self._engine.state
+        line, state = self._line, self._state
         names = ("iteration", "epoch_length", "max_epochs", "max_iters")
         mine: dict[str, Any] = {name: getattr(state, name) for name in names}
         line.set(f"{self._base}/start/{line.rank}", json.dumps(mine))
@@ -111,7 +112,7 @@ class Failures:
         Raises:
             RankFailed: if another rank has learned another one.
         """
-        length = self._engine.state.epoch_length
+        length = self._state.epoch_length
         if length == self._length:
             return
         self._length = length
@@ -166,20 +167,58 @@ class Failures:
                 f"The store of the process group is gone, so other ranks have ended or are cut "
                 f"off: {describe(gone)}"
             )
+        if self.told is None and self._is_cut(error):
+            fallen = self._fallen()
+            if fallen and self.told is None:
+                self.told = fallen[0], self._killed(fallen, error)
         if self.told is None or self.told[0] == line.rank:
-            if isinstance(error, RuntimeError) and "onnection" in str(error):
-                error.add_note(
-                    "Another rank's process has ended, or cannot be reached. What it wrote last "
-                    "says why; torchrun's report has its exit code."
-                )
             return error
         failed = RankFailed(self.told[1], self.told[0])
         failed.__cause__ = error
         return failed
 
+    def _is_cut(self, error: BaseException) -> bool:
+        text = str(error)
+        return isinstance(error, RuntimeError) and any(word in text for word in _CUT)
+
+    def _fallen(self) -> list[int]:
+        """Calls the roll; returns the ranks that do not answer: their processes have ended.
+
+        The rank whose connection breaks first is seldom the one that was killed.
+        """
+        line, base = self._line, self._base
+        try:
+            number = line.count(f"{base}/rolls")
+            self.tell({"roll": number})
+            waiting = [rank for rank in line.everyone if rank != line.rank]
+            deadline = time.monotonic() + _HURRY
+            while waiting and self.told is None and time.monotonic() < deadline:
+                time.sleep(0.02)
+                waiting = [rank for rank in waiting if not self._has_answered(number, rank)]
+                dead = line.dead(waiting)
+                if dead:
+                    return dead
+        except distributed.DistError:
+            # Without the store nobody can be asked.
+            return []
+        return waiting
+
+    def _has_answered(self, number: int, rank: int) -> bool:
+        base = self._base
+        return self._line.has(f"{base}/roll/{number}/{rank}") or self._line.has(
+            f"{base}/left/{rank}"
+        )
+
+    def _killed(self, fallen: list[int], error: BaseException) -> str:
+        return (
+            f"{ended(fallen)}, which rank {self._line.rank} noticed at iteration "
+            f"{self._state.iteration} ({describe(error)}). What it wrote last says why; torchrun's "
+            "report has its exit code."
+        )
+
     def leave(self, failure: BaseException | None) -> BaseException | None:
         """Tells the others how this rank's run has ended; returns what it is to raise."""
-        line, base, iteration = self._line, self._base, self._engine.state.iteration
+        line, base, iteration = self._line, self._base, self._state.iteration
         if failure is None:
             mine = json.dumps([line.rank, iteration])
             rank, end = json.loads(line.first(f"{base}/ended", mine))
@@ -192,9 +231,10 @@ class Failures:
             reason = str(failure)
             if not isinstance(failure, RankFailed):
                 reason = f"Rank {line.rank} failed at iteration {iteration}: {describe(failure)}"
-            text = json.dumps([line.rank, reason])
+            blamed = failure.rank if isinstance(failure, RankFailed) else line.rank
+            text = json.dumps([line.rank if blamed is None else blamed, reason])
             if line.first(f"{base}/failure", text) == text:
-                self.tell({"failure": [line.rank, reason]})
+                self.tell({"failure": json.loads(text), "from": line.rank})
         left = {"passed": 2 * iteration + 1, "wish": 0, "signal": 0}
         line.set(f"{base}/left/{line.rank}", json.dumps(left))
         return failure
@@ -238,51 +278,33 @@ class Failures:
                 self._answer(message["call"])
             if "ended" in message:
                 self._ended = tuple(message["ended"])
+            if "roll" in message:
+                answer = f"crosstrain/{self._base}/roll/{message['roll']}/{line.rank}"
+                self._ears.set(answer, "here")
             if "failure" in message:
-                self._take(*message["failure"])
+                rank, reason = message["failure"]
+                self._take(rank, reason, message["from"])
                 return
             if self._ended is not None and self._compare_end():
                 assert self.told is not None
-                self.tell({"failure": self.told}, ears=True)
+                self.tell({"failure": self.told, "from": -1}, ears=True)
 
     def _compare_end(self) -> bool:
         """Tells whether this rank has come to an iteration that another one ended before."""
         assert self._ended is not None
         rank, end = self._ended
-        iteration = self._engine.state.iteration
+        iteration = self._state.iteration
         if iteration <= end or self.told is not None:
             return False
         self.told = rank, self._parted(rank, end, iteration)
         return True
 
-    def _take(self, rank: int, reason: str) -> None:
-        """Keeps why another rank has failed, and ends this process if it cannot take note of it."""
+    def _take(self, rank: int, reason: str, teller: int = -1) -> None:
+        """Keeps why the run has failed, and ends this process if it cannot take note of it."""
         self.told = self.told or (rank, reason)
-        if rank == self._line.rank or self._is_moving():
-            return
-        # Its main thread is in an operation, such as a collective one, that will not end: gloo has
-        # no means to end it from here, and the watchdog of the other transports does the same.
-        sys.stderr.write(f"{reason} Rank {self._line.rank} waits in vain and is ended.\n")
-        sys.stderr.flush()
-        os._exit(1)
-
-    def _is_moving(self) -> bool:
-        """Watches the main thread until it has left the run (true) or is stuck (false)."""
-        place, since = None, time.monotonic()
-        while not self._closed.wait(0.1):
-            frames: Any = sys
-            frame = frames._current_frames().get(self._main)
-            now = None if frame is None else (id(frame), frame.f_lasti)
-            del frame
-            busy = any(
-                not thread.daemon and thread.is_alive() and thread.ident != self._main
-                for thread in threading.enumerate()
-            )
-            if now != place or busy:
-                place, since = now, time.monotonic()
-            elif time.monotonic() - since > _STUCK:
-                return False
-        return True
+        if teller != self._line.rank:
+            mine, longest = self._line.rank, self._line.timeout
+            end_if_stuck(self._patience, self._main, self._closed, reason, mine, longest)
 
     def close(self) -> None:
         """Ends the thread."""
@@ -291,7 +313,8 @@ class Failures:
         if threading.current_thread() is self._thread:
             return
         # Over a connection that was cut the thread waits until the kernel gives it up.
-        while self._thread.is_alive() and not self._line.store.lost:
+        deadline = time.monotonic() + _END
+        while self._thread.is_alive() and not self._line.store.lost and time.monotonic() < deadline:
             try:
                 key = f"crosstrain/{self._base}/for/{self._line.rank}/{self._heard}"
                 self._line.store.set(key, "{}")

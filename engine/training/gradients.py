@@ -16,19 +16,25 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from crosstrain.backends.placement import map_tensors
+from crosstrain.engine.guards import is_mapping
 from crosstrain.engine.spread import is_spread, spread_like
 
 if TYPE_CHECKING:
     from crosstrain.engine.data.shares import BatchShare
 
 __all__ = [
+    "as_tensor",
     "average",
     "capture",
+    "capture_named",
     "clear",
     "combined",
+    "named",
     "parameters_of",
     "rescale",
     "restore",
+    "restore_named",
+    "scaled",
     "weighted",
 ]
 
@@ -55,22 +61,34 @@ def clear(optimizer: torch.optim.Optimizer) -> None:
             parameter.grad = None
 
 
+def named(
+    models: Iterable[tuple[str, torch.nn.Module]],
+    optimizers: Iterable[tuple[str, torch.optim.Optimizer]],
+) -> dict[str, torch.Tensor]:
+    """Names each parameter once: by its model, or, in none, by its place in an optimizer.
+
+    Args:
+        models: the models, each with its name.
+        optimizers: the optimizers, each with its name.
+    """
+    found: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for label, model in models:
+        for name, parameter in model.named_parameters():
+            # A compiled model and the bare one name the same parameter alike.
+            found[f"{label}.{name.replace('_orig_mod.', '')}"] = parameter
+            seen.add(id(parameter))
+    for label, optimizer in optimizers:
+        for position, other in enumerate(parameters_of(optimizer)):
+            if id(other) not in seen:
+                found[f"{label}.{position}"] = other
+    return found
+
+
 def _named(
     models: Sequence[torch.nn.Module], optimizers: Sequence[torch.optim.Optimizer]
 ) -> dict[str, torch.Tensor]:
-    """Names each parameter once: by its model, or, in none, by its place in an optimizer."""
-    named: dict[str, torch.Tensor] = {}
-    seen: set[int] = set()
-    for label, model in _labelled("model", models):
-        for name, parameter in model.named_parameters():
-            # A compiled model and the bare one name the same parameter alike.
-            named[f"{label}.{name.replace('_orig_mod.', '')}"] = parameter
-            seen.add(id(parameter))
-    for label, optimizer in _labelled("optimizer", optimizers):
-        for position, parameter in enumerate(parameters_of(optimizer)):
-            if id(parameter) not in seen:
-                named[f"{label}.{position}"] = parameter
-    return named
+    return named(_labelled("model", models), _labelled("optimizer", optimizers))
 
 
 def _labelled(kind: str, things: Sequence[Any]) -> Iterable[tuple[str, Any]]:
@@ -81,22 +99,20 @@ def _labelled(kind: str, things: Sequence[Any]) -> Iterable[tuple[str, Any]]:
 
 def capture(
     models: Sequence[torch.nn.Module], optimizers: Sequence[torch.optim.Optimizer]
-) -> dict[str, torch.Tensor]:
+) -> dict[str, Any]:
     """Returns copies of all gradients that there are, by name, on the CPU.
 
-    Gradients whose parts lie in several processes are gathered: all of these call it together.
+    A sparse gradient, of an embedding with `sparse=True`, is a mapping of plain values and
+    tensors: the same entries in the same order, so that later sums have the same bits. Gradients
+    whose parts lie in several processes are gathered: all of these call it together.
 
     Raises:
         ValueError: if there is none, but the parameters are sharded: then torch keeps them whole,
             where nobody else can reach them.
     """
-    named = _named(models, optimizers)
-    found = {
-        name: _whole(parameter.grad.detach()).to("cpu", copy=True)
-        for name, parameter in named.items()
-        if parameter.grad is not None
-    }
-    if not found and any(is_spread(p) and p.requires_grad for p in named.values()):
+    parameters = _named(models, optimizers)
+    found = capture_named(parameters)
+    if not found and any(is_spread(p) and p.requires_grad for p in parameters.values()):
         raise ValueError(
             "The gradients of this accumulation window cannot be saved: with "
             "Sharding(no_sync=True) FSDP keeps them to itself until the window ends. Save at the "
@@ -105,12 +121,55 @@ def capture(
     return found
 
 
+def capture_named(parameters: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Does what `capture` does, for parameters that are named."""
+    return {
+        name: _plain(_whole(parameter.grad.detach()))
+        for name, parameter in parameters.items()
+        if parameter.grad is not None
+    }
+
+
 def _whole(gradient: Any) -> Any:
     return gradient.full_tensor() if is_spread(gradient) else gradient
 
 
+def _plain(gradient: Any) -> Any:
+    if gradient.layout != torch.sparse_coo:
+        return gradient.to("cpu", copy=True)
+    return {
+        "indices": gradient._indices().to("cpu", copy=True),
+        "values": gradient._values().to("cpu", copy=True),
+        "size": list(gradient.shape),
+        "coalesced": gradient.is_coalesced(),
+    }
+
+
+def as_tensor(gradient: Any) -> Tensor:
+    """Returns the tensor that a gradient of `capture` stands for, on the CPU."""
+    if not is_mapping(gradient):
+        tensor: Tensor = gradient
+        return tensor
+    return torch.sparse_coo_tensor(
+        gradient["indices"],
+        gradient["values"],
+        gradient["size"],
+        is_coalesced=gradient["coalesced"],
+        check_invariants=True,
+    )
+
+
+def scaled(gradient: Any, ratio: float) -> Any:
+    """Returns a gradient of `capture`, multiplied by a number; None if it is not finite then."""
+    if is_mapping(gradient):
+        values = scaled(gradient["values"], ratio)
+        return None if values is None else {**gradient, "values": values}
+    product = gradient * ratio
+    return product if bool(product.isfinite().all()) else None
+
+
 def restore(
-    gradients: Mapping[str, torch.Tensor],
+    gradients: Mapping[str, Any],
     models: Sequence[torch.nn.Module],
     optimizers: Sequence[torch.optim.Optimizer],
 ) -> None:
@@ -120,21 +179,30 @@ def restore(
         ValueError: if a gradient belongs to no parameter, or to one of another shape; then nothing
             is changed.
     """
-    named = _named(models, optimizers)
-    for name, gradient in gradients.items():
-        if name not in named or named[name].shape != gradient.shape:
-            found = f"has shape {tuple(named[name].shape)}" if name in named else "does not exist"
+    restore_named(gradients, _named(models, optimizers))
+
+
+def restore_named(gradients: Mapping[str, Any], parameters: Mapping[str, torch.Tensor]) -> None:
+    """Does what `restore` does, for parameters that are named."""
+    saved = {name: as_tensor(gradient) for name, gradient in gradients.items()}
+    for name, gradient in saved.items():
+        if name not in parameters or parameters[name].shape != gradient.shape:
+            there = (
+                f"has shape {tuple(parameters[name].shape)}"
+                if name in parameters
+                else "does not exist"
+            )
             raise ValueError(
                 f"The state holds a gradient of '{name}' of shape {tuple(gradient.shape)}, and "
-                f"that parameter {found} here. Load the state with models and optimizers like "
+                f"that parameter {there} here. Load the state with models and optimizers like "
                 "those that wrote it."
             )
-    for name, parameter in named.items():
-        saved = gradients.get(name)
-        if saved is None:
+    for name, parameter in parameters.items():
+        found = saved.get(name)
+        if found is None:
             parameter.grad = None
         else:
-            whole = saved.to(parameter.device, copy=True)
+            whole = found.to(parameter.device, copy=True)
             parameter.grad = spread_like(whole, parameter)
 
 
@@ -245,12 +313,10 @@ def combined(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {**places[0], "gradients": {name: _mean(name, states) for name in names}}
 
 
-def _mean(name: str, states: Sequence[Mapping[str, Any]]) -> Tensor:
-    found: list[Tensor] = [
-        state["gradients"][name] for state in states if name in state["gradients"]
-    ]
+def _mean(name: str, states: Sequence[Mapping[str, Any]]) -> Any:
+    found = [as_tensor(state["gradients"][name]) for state in states if name in state["gradients"]]
     total = found[0].clone()
     for gradient in found[1:]:
         total += gradient
     # One that is missing counts as zero, as it does where they are shared.
-    return total if len(states) == 1 else total / len(states)
+    return _plain(total if len(states) == 1 else total / len(states))

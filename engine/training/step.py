@@ -34,9 +34,12 @@ class StepEvents(EventEnum):
     """The events of a training step, which a factory's trainer fires beside the engine's own.
 
     BACKWARD_* fire each iteration. OPTIM_STEP_* fire where the optimizers are stepped: each
-    iteration, or at the end of each accumulation window. OPTIM_STEP_APPLIED and OPTIM_STEP_SKIPPED
-    follow OPTIM_STEP_COMPLETED: the first if every optimizer changed its weights, the second if
-    the loss scaler skipped one. Step a scheduler or an EMA at OPTIM_STEP_APPLIED.
+    iteration, or at the end of each accumulation window. GRADIENTS_READY follows OPTIM_STEP_STARTED
+    and is the place to read or change gradients: on every backend they are those of the global
+    batch there, without loss scale, not clipped to `max_norm` yet, and not applied.
+    OPTIM_STEP_APPLIED and OPTIM_STEP_SKIPPED follow OPTIM_STEP_COMPLETED: the first if every
+    optimizer changed its weights, the second if the loss scaler skipped one. Step a scheduler or an
+    EMA at OPTIM_STEP_APPLIED.
 
     Filters such as `every` compare with `state.iteration` for BACKWARD_*, and for the others with
     how often a run's optimizers were stepped (`state.optim_steps`, for STARTED and COMPLETED), how
@@ -46,6 +49,7 @@ class StepEvents(EventEnum):
     BACKWARD_STARTED = "backward_started"
     BACKWARD_COMPLETED = "backward_completed"
     OPTIM_STEP_STARTED = "optim_step_started"
+    GRADIENTS_READY = "gradients_ready"
     OPTIM_STEP_COMPLETED = "optim_step_completed"
     OPTIM_STEP_APPLIED = "optim_step_applied"
     OPTIM_STEP_SKIPPED = "optim_step_skipped"
@@ -55,6 +59,7 @@ _COUNTERS: dict[Any, str] = {
     StepEvents.BACKWARD_STARTED: "iteration",
     StepEvents.BACKWARD_COMPLETED: "iteration",
     StepEvents.OPTIM_STEP_STARTED: "optim_steps",
+    StepEvents.GRADIENTS_READY: "optim_steps",
     StepEvents.OPTIM_STEP_COMPLETED: "optim_steps",
     StepEvents.OPTIM_STEP_APPLIED: "applied_steps",
     StepEvents.OPTIM_STEP_SKIPPED: "skipped_steps",
@@ -67,6 +72,7 @@ class _Listeners(NamedTuple):
     backward_started: Slot
     backward_completed: Slot
     optim_step_started: Slot
+    gradients_ready: Slot
     optim_step_completed: Slot
     optim_step_applied: Slot
     optim_step_skipped: Slot
@@ -371,6 +377,10 @@ class TrainingStep:
         told.optim_steps = counts.optim_steps + 1
         if listeners.optim_step_started.handlers:
             engine.fire_event(StepEvents.OPTIM_STEP_STARTED)
+        if listeners.gradients_ready.handlers:
+            for optimizer in self.optimizers:
+                self.backend.unscale(optimizer)
+            engine.fire_event(StepEvents.GRADIENTS_READY)
         results: list[StepResult] = []
         plain = counts.unread is None
         for optimizer in self.optimizers:

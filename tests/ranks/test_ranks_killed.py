@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,13 +25,15 @@ from crosstrain.engine import Checkpoint
 EXAMPLE = SUPPORT.parent.parent / "examples" / "digits.py"
 
 
-def start(restarts: int, *arguments: str, cwd: Path | None = None) -> subprocess.Popen[str]:
-    """Starts a script in two processes under torchrun, in a session of its own."""
+def start(
+    restarts: int, *arguments: str, cwd: Path | None = None, **variables: str
+) -> subprocess.Popen[str]:
+    """Starts a script in several processes under torchrun, in a session of its own."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", "--max-restarts", str(restarts), *arguments]
     return subprocess.Popen(
         command,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
         cwd=cwd,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -38,10 +42,10 @@ def start(restarts: int, *arguments: str, cwd: Path | None = None) -> subprocess
     )
 
 
-def finish(process: subprocess.Popen[str], seconds: float = 150) -> str:
-    """Waits for the end; returns what was printed."""
+def finish(process: subprocess.Popen[str], seconds: float = 150, errors: bool = False) -> str:
+    """Waits for the end; returns what was printed, or what was printed as errors."""
     try:
-        return process.communicate(timeout=seconds)[0]
+        return process.communicate(timeout=seconds)[int(errors)]
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -157,12 +161,43 @@ def test_exception_on_one_rank_frees_the_others(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_rank_that_waits_in_vain_is_ended(tmp_path: Path) -> None:
-    """One whose run has ended lives on, and the other waits for its gradients."""
-    process = start(0, str(SUPPORT / "ranks_fail_program.py"), "stay")
+    """One whose run has ended lives on, and the other waits for its gradients.
+
+    Both have a thread that is no daemon and does nothing. What was waited in is shown.
+    """
+    program = str(SUPPORT / "ranks_fail_program.py")
+    process = start(0, program, "stay", CROSSTRAIN_END_STUCK="3")
     printed = finish(process, 120)
     assert process.returncode == 1
     assert "The run has ended on rank 1 after 3 iterations" in printed
-    assert "Rank 0 waits in vain and is ended." in printed
+    assert "Rank 0 waits in vain and is ended" in printed
+    assert "most recent call first" in printed
+    assert "in backward" in printed
+
+
+@pytest.mark.slow
+def test_rank_that_was_killed_is_the_one_that_is_named(tmp_path: Path) -> None:
+    """Not the one whose connection breaks first: of four, three live and say the same."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    # Without torchrun, which would end the other three before they could say anything.
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(SUPPORT / "ranks_fail_program.py"), "killed"],
+            env={**os.environ, **place, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        for rank in "0123"
+    ]
+    printed = [finish(process, 120, errors=True) for process in processes]
+    assert [process.returncode for process in processes] == [1, -signal.SIGKILL, 1, 1]
+    for rank in (0, 2, 3):
+        (failure,) = re.findall(r"RankFailed: .*", printed[rank])
+        assert failure.startswith("RankFailed: The process of rank 1 has ended"), printed
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import pytest
 import two_machines
 from torch import distributed
 
-from crosstrain.engine.ranks.patient_store import PatientStore
+from crosstrain.engine.ranks.store import AskedStore
 
 # Holds a store until its input ends; prints the port.
 HOST = """
@@ -34,7 +34,7 @@ def test_silent_store_is_given_up() -> None:
             assert host.stdout is not None
             port = int(host.stdout.readline())
             module: Any = distributed
-            store = PatientStore(module.TCPStore("127.0.0.1", port), 60)
+            store = AskedStore(module.TCPStore("127.0.0.1", port), 60)
             store.set("key", "text")
             assert store.get("key") == b"text"
             os.kill(host.pid, signal.SIGSTOP)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 
@@ -14,16 +17,18 @@ from crosstrain.engine.ranks.world import this_rank
 
 
 class Batches:
-    """Batches of which rank 1 has three; then it raises, or has no more."""
+    """Batches of which rank 1 has three; then it raises, is killed, or has no more."""
 
-    def __init__(self, raises: bool) -> None:
-        self.raises = raises
+    def __init__(self, how: str) -> None:
+        self.how = how
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for number in range(200):
             if number == 3 and this_rank() == 1:
-                if self.raises:
+                if self.how == "raise":
                     raise ValueError("no such batch")
+                if self.how == "killed":
+                    os.kill(os.getpid(), signal.SIGKILL)
                 return
             yield torch.ones(4, 3), torch.zeros(4, 2)
 
@@ -34,7 +39,10 @@ def main(how: str) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     loss = torch.nn.functional.mse_loss
     trainer = create_supervised_trainer(model, optimizer, loss, backend="cpu", deterministic=True)
-    trainer.run(PerRank(Batches(how == "raise")), max_epochs=1)
+    if how == "stay":
+        # A pool of threads that idles on both ranks; it keeps their processes alive.
+        threading.Thread(target=time.sleep, args=(100,), name="idle pool").start()
+    trainer.run(PerRank(Batches(how)), max_epochs=1)
     # Its connections stay open, so the other rank does not notice by itself.
     time.sleep(100)
 

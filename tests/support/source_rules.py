@@ -59,6 +59,7 @@ LEVELS = {
             "splitmix",
             "spread",
             "state",
+            "structure",
         ),
         "base",
     ),

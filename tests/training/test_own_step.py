@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch.amp.grad_scaler import GradScaler
 from training_runs import DTYPES, assert_same, batches, state_of
 
 from crosstrain import backends
-from crosstrain.engine import Engine
+from crosstrain.engine import DeterministicEngine, Engine, Events
 
 judge = nn.functional.binary_cross_entropy_with_logits
 
@@ -67,3 +68,79 @@ def test_two_optimizers_stepped_in_turns_equal_the_same_by_hand(spec: str) -> No
     Engine(step, backend).run(batches(8))
     assert_same(state_of(*ours, *steppers), state_of(*models, *optimizers))
     assert backend.state_dict() == scaler.state_dict()
+
+
+class Holder:
+    """A process function that is a method, and finds what it trains in its object."""
+
+    def __init__(self, backend: Any, model: nn.Module, optimizer: Any, clears: str) -> None:
+        self.backend, self.model, self.optimizer, self.clears = backend, model, optimizer, clears
+
+    def step(self, engine: Engine, batch: Any) -> None:
+        x, y = batch
+        iteration, optimizer = engine.state.iteration, self.optimizer
+        if self.clears == "steps first" and iteration % 4 == 0:
+            # The gradients that are left after the iteration are the next window's.
+            self.backend.step(optimizer)
+            optimizer.zero_grad()
+        if self.clears == "before" and iteration % 4 == 1:
+            optimizer.zero_grad()
+        with self.backend.autocast():
+            loss = nn.functional.cross_entropy(self.model(x), y)
+        self.backend.backward(loss / 4, optimizer)
+        if self.clears != "steps first" and iteration % 4 == 0:
+            self.backend.step(optimizer)
+            if self.clears == "after":
+                optimizer.zero_grad(set_to_none=iteration < 9)
+
+
+def accumulating(spec: str, how: str) -> tuple[DeterministicEngine, nn.Module, Any]:
+    settings = {"scaler": small_scaler()} if spec == "cpu:fp16" else {}
+    backend = backends.get(spec, **settings).open()
+    torch.manual_seed(3)
+    model = nn.Linear(64, 10)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    model, optimizer = backend.prepare(model, optimizer)
+    holder = Holder(backend, model, optimizer, how)
+    if how == "closure":
+        own = holder.step.__func__
+
+        def step(engine: Engine, batch: Any) -> None:
+            own(Holder(backend, model, optimizer, "before"), engine, batch)
+
+        return DeterministicEngine(step, backend, seed=1), model, optimizer
+    if how == "objects":
+        holder.clears = "after"
+        hidden = [lambda: holder]
+        engine = DeterministicEngine(lambda e, b: hidden[0]().step(e, b), backend, seed=1)
+        engine.objects = {"nets": [model], "optimizer": optimizer}
+        return engine, model, optimizer
+    return DeterministicEngine(holder.step, backend, seed=1), model, optimizer
+
+
+@pytest.mark.parametrize("how", ["before", "after", "never", "steps first", "closure", "objects"])
+@pytest.mark.parametrize("spec", ["cpu", "cpu:fp16"])
+def test_gradients_of_an_own_window_are_part_of_the_state(spec: str, how: str) -> None:
+    data = batches(13)
+    whole, *trained = accumulating(spec, how)
+    saved: list[bytes] = []
+
+    @whole.on(Events.ITERATION_COMPLETED)
+    def save() -> None:
+        file = io.BytesIO()
+        torch.save([whole.state_dict(), *(thing.state_dict() for thing in trained)], file)
+        saved.append(file.getvalue())
+
+    whole.run(data)
+    kept = []
+    for state in saved[:-1]:
+        resumed, *objects = accumulating(spec, how)
+        states = torch.load(io.BytesIO(state), weights_only=True)
+        kept.append(states[0]["step"] is not None)
+        for thing, its in zip([resumed, *objects], states, strict=True):
+            thing.load_state_dict(its)
+        resumed.run(data)
+        assert_same(state_of(*objects), state_of(*trained))
+    # Gradients that a step has used are left out where the function is seen to clear them.
+    spent = {"before": {7, 11}, "closure": {7, 11}, "after": {3, 7}, "objects": {3, 7}}
+    assert {place for place, window in enumerate(kept) if not window} == spent.get(how, set())

@@ -23,7 +23,7 @@ from crosstrain.engine import (
 
 AROUND = (Events.ITERATION_STARTED, *StepEvents, Events.ITERATION_COMPLETED)
 BEGIN = ["ITERATION_STARTED", "BACKWARD_STARTED", "BACKWARD_COMPLETED"]
-STEP = ["OPTIM_STEP_STARTED", "OPTIM_STEP_COMPLETED", "OPTIM_STEP_APPLIED"]
+STEP = ["OPTIM_STEP_STARTED", "GRADIENTS_READY", "OPTIM_STEP_COMPLETED", "OPTIM_STEP_APPLIED"]
 END = ["ITERATION_COMPLETED"]
 
 
@@ -95,6 +95,7 @@ def test_what_handlers_see_of_gradients_and_weights() -> None:
         "BACKWARD_STARTED": (False, False),
         "BACKWARD_COMPLETED": (True, False),
         "OPTIM_STEP_STARTED": (True, False),
+        "GRADIENTS_READY": (True, False),
         "OPTIM_STEP_COMPLETED": (True, True),
         "OPTIM_STEP_APPLIED": (True, True),
     }
@@ -320,3 +321,57 @@ def test_an_engine_of_another_library_is_refused() -> None:
     step = supervised_training_step(model, sgd(model), loss_fn)
     with pytest.raises(TypeError, match=r"got ignite\.engine\.engine\.Engine"):
         ignite.engine.Engine(step).run(batches(1))
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw-fused"])
+@pytest.mark.parametrize("spec", ["cpu", "cpu:bf16", "cpu:fp16"])
+def test_gradients_are_changed_where_they_are_ready_as_by_hand(spec: str, kind: str) -> None:
+    model, dtype = no_norm(), {"cpu:bf16": torch.bfloat16, "cpu:fp16": torch.float16}.get(spec)
+    data = [overflowing(b) if i in (1, 4) else b for i, b in enumerate(batches(6))]
+    scaler = small_scaler(enabled=spec == "cpu:fp16")
+    optimizer = OPTIMIZERS[kind](model.parameters())
+    for x, y in data:
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            loss = loss_fn(model(x), y)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_value_(model.parameters(), 0.01)
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        scaler.step(optimizer)
+        scaler.update()
+
+    ours = no_norm()
+    stepper = OPTIMIZERS[kind](ours.parameters())
+    settings = {"scaler": small_scaler()} if spec == "cpu:fp16" else {}
+    trainer = create_supervised_trainer(
+        ours, stepper, loss_fn, backend=backends.get(spec, **settings), max_norm=0.1
+    )
+    trainer.add_event_handler(
+        StepEvents.GRADIENTS_READY, lambda: nn.utils.clip_grad_value_(ours.parameters(), 0.01)
+    )
+    trainer.run(data)
+    told: Any = trainer.state
+    assert (told.skipped_steps > 0) == (spec == "cpu:fp16")
+    assert_same(state_of(ours, stepper), state_of(model, optimizer))
+
+
+def test_gradients_are_scaled_anew_after_a_handler_of_theirs_has_failed() -> None:
+    model = no_norm()
+    trainer = create_supervised_trainer(
+        model, sgd(model), loss_fn, backend=backends.get("cpu:fp16", scaler=small_scaler())
+    )
+    largest: list[float] = []
+
+    @trainer.on(StepEvents.GRADIENTS_READY)
+    def look() -> None:
+        largest.append(
+            max(float(p.grad.abs().max()) for p in model.parameters() if p.grad is not None)
+        )
+        if len(largest) == 1:
+            raise RuntimeError("once")
+
+    with pytest.raises(RuntimeError, match="once"):
+        trainer.run(batches(1))
+    trainer.run(batches(1))
+    assert largest[1] == pytest.approx(largest[0], rel=1e-3)

@@ -1,0 +1,359 @@
+"""Structure: what a training changes of its modules and optimizers that no `state_dict` holds.
+
+Which parameters want gradients, which modules are in training mode, which parameters are in which
+group of an optimizer, and buffers that are not saved: handlers change them in the middle of a run
+(a backbone is unfrozen, a group is added), and a script that is started again sets up the
+beginning's. So they are recorded with a run's state, and a resume puts back what can be put back
+and tells what cannot.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from .digest import digest
+from .proof import Proof, Strictness
+
+__all__ = ["Restored", "Structure", "named", "rebuild_groups", "recordable"]
+
+# Larger buffers are recorded by their digest: they are tables that a module computes once.
+_LARGEST_BUFFER: Final = 2**20
+# What wrappers put into the names of the modules inside them.
+_WRAPPERS: Final = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+_SHOWN: Final = 5
+
+
+def recordable(objects: Any, name: str = "") -> dict[str, Any]:
+    """Returns the modules and optimizers in a nest of objects, by name, without wrappers.
+
+    Args:
+        objects: mappings and lists of objects; anything else in it is left out.
+        name: of the nest itself.
+    """
+    if isinstance(objects, (Module, Optimizer)):
+        return {name: _unwrapped(objects)}
+    items: Any = ()
+    if type(objects) in (dict, list, tuple):
+        items = objects.items() if type(objects) is dict else enumerate(objects)
+    found: dict[str, Any] = {}
+    for key, value in items:
+        found.update(recordable(value, f"{name}[{key!r}]" if name else str(key)))
+    return found
+
+
+def named(objects: Any, beside: Any) -> dict[str, Any]:
+    """Returns what is recorded of an engine: what it trains, and what is saved beside it.
+
+    Args:
+        objects: what it trains; its names come first.
+        beside: a nest that may hold the same objects under other names.
+    """
+    found = recordable(objects)
+    known = {id(value) for value in found.values()}
+    for name, value in recordable(beside).items():
+        if id(value) not in known:
+            found[name if name not in found else f"{name} (saved beside)"] = value
+    return found
+
+
+def _unwrapped(value: Any) -> Any:
+    parallel = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
+    while isinstance(value, Module):
+        name = "module" if isinstance(value, parallel) else "_orig_mod"
+        inner = dict(value.named_children()).get(name)
+        if inner is None:
+            break
+        value = inner
+    return value
+
+
+def _plain_name(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def _parameters(module: Module) -> dict[str, torch.nn.Parameter]:
+    return {_plain_name(name): parameter for name, parameter in module.named_parameters()}
+
+
+def _modules(module: Module) -> dict[str, Module]:
+    # The one inside a wrapper comes after it and takes its place.
+    return {_plain_name(name): one for name, one in module.named_modules()}
+
+
+def _unsaved_buffers(module: Module) -> Iterator[tuple[str, Module, str]]:
+    """Yields name, owner and the owner's name of each buffer that a state_dict leaves out."""
+    for prefix, owner in module.named_modules():
+        for name in sorted(owner._non_persistent_buffers_set):
+            if name in owner._buffers:
+                yield _plain_name(f"{prefix}.{name}" if prefix else name), owner, name
+
+
+@dataclass
+class Restored:
+    """What became of a structure that was put back into objects.
+
+    Args:
+        compared: how many objects were compared with it.
+        put_back: what was other than recorded, and is as recorded again.
+        different: what is other than recorded, each as a phrase.
+        missing: objects of the record that are not there.
+    """
+
+    compared: int = 0
+    put_back: list[str] = field(default_factory=list[str])
+    different: list[str] = field(default_factory=list[str])
+    missing: list[str] = field(default_factory=list[str])
+
+    def tell(self, proof: Proof, strictness: Strictness) -> None:
+        """Notes this in a proof.
+
+        Args:
+            proof: takes what was found.
+            strictness: about what could not be put back.
+
+        Raises:
+            ResumeError: if there is such, and strictness is `error`.
+        """
+        if self.missing:
+            proof.unchecked.append(
+                f"the structure of {', '.join(self.missing)}, which this run does not name"
+            )
+        if self.different:
+            proof.differs(
+                "The state was written when what is trained was set up differently, and no "
+                f"state_dict holds that: {'; '.join(self.different)}. {_REMEDY}",
+                strictness,
+            )
+        elif self.compared:
+            changed = f" (put back: {_few(self.put_back)})" if self.put_back else ""
+            proof.checked.append(f"the structure of {self.compared} trained objects{changed}")
+
+
+@dataclass
+class Structure:
+    """Records the structure of objects, and puts it back.
+
+    Digests of large buffers are kept as long as the buffer is the same, so that one that never
+    changes is read once.
+    """
+
+    _digests: dict[str, tuple[weakref.ref[torch.Tensor], int, str]] = field(
+        default_factory=dict[str, tuple["weakref.ref[torch.Tensor]", int, str]]
+    )
+
+    def record(self, objects: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the structure of objects, as plain types and tensors.
+
+        Args:
+            objects: as of `recordable`.
+        """
+        names = _names(objects)
+        return {
+            "modules": {
+                name: self._record_module(name, value)
+                for name, value in objects.items()
+                if isinstance(value, Module)
+            },
+            "optimizers": {
+                name: [[names.get(id(p), "") for p in g["params"]] for g in value.param_groups]
+                for name, value in objects.items()
+                if isinstance(value, Optimizer)
+            },
+        }
+
+    def _record_module(self, name: str, module: Module) -> dict[str, Any]:
+        mode = module.training
+        return {
+            "frozen": [n for n, p in _parameters(module).items() if not p.requires_grad],
+            "training": mode,
+            "other mode": [n for n, one in _modules(module).items() if one.training != mode],
+            "buffers": {
+                own: self._record_buffer(f"{name}.{own}", owner._buffers[key])
+                for own, owner, key in _unsaved_buffers(module)
+            },
+        }
+
+    def _record_buffer(self, name: str, buffer: torch.Tensor | None) -> torch.Tensor | str | None:
+        """Returns a small buffer's copy, and a large one's digest."""
+        if buffer is None:
+            return None
+        if buffer.nbytes <= _LARGEST_BUFFER:
+            return buffer.detach().clone()
+        known = self._digests.get(name)
+        version = -1 if buffer.is_inference() else buffer._version
+        if known is not None and known[0]() is buffer and known[1] == version >= 0:
+            return known[2]
+        made = digest(buffer)
+        self._digests[name] = (weakref.ref(buffer), version, made)
+        return made
+
+    def restore(self, record: Mapping[str, Any], objects: Mapping[str, Any]) -> Restored:
+        """Puts back what can be put back of a structure; compares the rest.
+
+        Args:
+            record: what `record` returned.
+            objects: those that it is put back into, as of `recordable`.
+        """
+        found = Restored()
+        for name, then in record["modules"].items():
+            if isinstance(objects.get(name), Module):
+                found.compared += 1
+                self._restore_module(name, objects[name], then, found)
+            else:
+                found.missing.append(name)
+        names = _names(objects)
+        for name, groups in record["optimizers"].items():
+            if isinstance(objects.get(name), Optimizer):
+                found.compared += 1
+                found.different += _other_groups(name, objects[name], groups, names)
+            else:
+                found.missing.append(name)
+        return found
+
+    def _restore_module(
+        self, name: str, module: Module, then: Mapping[str, Any], found: Restored
+    ) -> None:
+        parameters, frozen = _parameters(module), set(then["frozen"])
+        for own, parameter in parameters.items():
+            if parameter.requires_grad == (own in frozen):
+                parameter.requires_grad_(own not in frozen)
+                found.put_back.append(f"requires_grad of {name}.{own}")
+        if gone := [f"{name}.{own}" for own in frozen if own not in parameters]:
+            found.different.append(f"{_few(gone)} wanted no gradients then, and is not there now")
+        others = set(then["other mode"])
+        for own, one in _modules(module).items():
+            mode = then["training"] != (own in others)
+            if one.training != mode:
+                # Not train(): it changes all modules inside.
+                one.training = mode
+                found.put_back.append(f"training mode of {name}{'.' if own else ''}{own}")
+        self._restore_buffers(name, module, then["buffers"], found)
+
+    def _restore_buffers(
+        self, name: str, module: Module, then: Mapping[str, Any], found: Restored
+    ) -> None:
+        present = {own: (owner, key) for own, owner, key in _unsaved_buffers(module)}
+        for own, saved in then.items():
+            full = f"{name}.{own}"
+            if own not in present:
+                found.different.append(f"{full} was a buffer with persistent=False, is none now")
+                continue
+            owner, key = present[own]
+            now = owner._buffers[key]
+            if isinstance(saved, str):
+                if now is None or self._record_buffer(full, now) != saved:
+                    found.different.append(
+                        f"{full}, a buffer with persistent=False of more than "
+                        f"{_LARGEST_BUFFER} bytes, had other contents"
+                    )
+            elif not _same_buffer(now, saved):
+                _put_buffer(owner, key, now, saved)
+                found.put_back.append(f"buffer {full}")
+
+
+_REMEDY: Final = (
+    "Make the same change before the state is loaded (the script that starts again sets up the "
+    "beginning's), let the modules save it (persistent=True), or pass "
+    'checks=Checks(structure="warn") to go on all the same.'
+)
+
+
+def rebuild_groups(record: Mapping[str, Any] | None, objects: Mapping[str, Any]) -> list[str]:
+    """Adds to optimizers the parameter groups that a training had added when it was recorded.
+
+    Call it before the optimizers load their states, which hold the new groups' options.
+
+    Args:
+        record: what `Structure.record` returned; None if there is none.
+        objects: as of `recordable`.
+
+    Returns:
+        What was added, each as a phrase. Groups are added only where those that there are equal
+        the first of the record's, and the parameters of the others are known by name.
+    """
+    if record is None:
+        return []
+    names = _names(objects)
+    known = {name: value for value, name in _named_parameters(objects)}
+    added: list[str] = []
+    for name, groups in record["optimizers"].items():
+        optimizer = objects.get(name)
+        if not isinstance(optimizer, Optimizer):
+            continue
+        now = [[names.get(id(p), "") for p in g["params"]] for g in optimizer.param_groups]
+        more = groups[len(now) :]
+        if now != groups[: len(now)] or not all(n in known for group in more for n in group):
+            continue
+        for group in more:
+            optimizer.add_param_group({"params": [known[n] for n in group]})
+            added.append(f"a parameter group of {name} with {_few(group)}")
+    return added
+
+
+def _named_parameters(objects: Mapping[str, Any]) -> Iterator[tuple[torch.Tensor, str]]:
+    for name, value in objects.items():
+        if isinstance(value, Module):
+            for own, parameter in _parameters(value).items():
+                yield parameter, f"{name}.{own}"
+
+
+def _names(objects: Mapping[str, Any]) -> dict[int, str]:
+    found: dict[int, str] = {}
+    for parameter, name in _named_parameters(objects):
+        found.setdefault(id(parameter), name)
+    return found
+
+
+def _other_groups(
+    name: str, optimizer: Optimizer, then: Sequence[Sequence[str]], names: Mapping[int, str]
+) -> list[str]:
+    """Returns how an optimizer's groups differ from those of a record, as phrases."""
+    now = [[names.get(id(p), "") for p in g["params"]] for g in optimizer.param_groups]
+    if len(now) != len(then):
+        return [f"{name} had {len(then)} parameter groups, and has {len(now)}"]
+    found: list[str] = []
+    for index, (old, new) in enumerate(zip(then, now, strict=True)):
+        where = f"group {index} of {name}"
+        if len(old) != len(new):
+            found.append(f"{where} had {len(old)} parameters, and has {len(new)}")
+            continue
+        # One without a name belongs to no module that is named, such as a backend's own copy.
+        pairs = zip(old, new, strict=True)
+        other = [f"{a} then, {b} now" for a, b in pairs if a != b and a and b]
+        if other:
+            found.append(f"{where} has other parameters ({_few(other)})")
+    return found
+
+
+def _same_buffer(now: torch.Tensor | None, saved: torch.Tensor | None) -> bool:
+    if now is None or saved is None:
+        return now is saved
+    return digest(now) == digest(saved)
+
+
+def _put_buffer(
+    owner: Module, key: str, now: torch.Tensor | None, saved: torch.Tensor | None
+) -> None:
+    if (
+        now is not None
+        and saved is not None
+        and (now.shape, now.dtype, now.is_inference()) == (saved.shape, saved.dtype, False)
+    ):
+        with torch.no_grad():
+            now.copy_(saved)
+        return
+    place = next(owner.parameters(), now)
+    device = torch.device("cpu") if place is None else place.device
+    owner._buffers[key] = None if saved is None else saved.detach().clone().to(device)
+
+
+def _few(items: Sequence[str]) -> str:
+    more = len(items) - _SHOWN
+    return ", ".join(items[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,151 @@
+"""What is saved of a process function that has no state of its own: the gradients of its windows.
+
+A process function that steps its optimizer every few iterations has gradients between them that no
+`state_dict` of a model or an optimizer holds. They belong to the models and optimizers that the
+engine knows: those in `engine.objects`, and those that the function refers to.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from crosstrain.engine.ranks.world import unshared
+
+from . import gradients
+
+if TYPE_CHECKING:
+    from crosstrain.engine.engine import Engine
+
+__all__ = ["OwnStep"]
+
+
+class OwnStep:
+    """The state of a process function that offers none.
+
+    Args:
+        function: the process function.
+        engine: the engine that runs it.
+    """
+
+    def __init__(self, function: Callable[..., Any], engine: Engine) -> None:
+        self._function = function
+        self._engine = weakref.ref(engine)
+        self._uses: weakref.WeakKeyDictionary[Any, _Use] = weakref.WeakKeyDictionary()
+
+    def watch(self) -> None:
+        """Notes from here on which gradients the optimizers have stepped with."""
+        for optimizer in self._optimizers().values():
+            if optimizer not in self._uses:
+                use = self._uses[optimizer] = _Use()
+                # No method of this object: it refers to the function, and that to the optimizer.
+                optimizer.register_step_post_hook(use.note)
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """Returns the gradients that the next step may use; None where there are none."""
+        spent = {id(gradient) for use in self._uses.values() for gradient in use.spent()}
+        found = gradients.capture_named(
+            {
+                name: parameter
+                for name, parameter in self._named().items()
+                if parameter.grad is not None and id(parameter.grad) not in spent
+            }
+        )
+        return {"gradients": found} if found else None
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what `state_dict` returned.
+
+        Raises:
+            ValueError: if it is the state of another kind of step, or a gradient belongs to no
+                parameter that is known here.
+        """
+        if set(state) != {"gradients"}:
+            raise ValueError(
+                f"The state holds a state of the process function ({sorted(state)}), and "
+                f"{self._function} has no load_state_dict. Use the factory that made the trainer "
+                "which wrote it."
+            )
+        gradients.restore_named(state["gradients"], self._named())
+
+    def _named(self) -> dict[str, torch.Tensor]:
+        found = self._found()
+        models = [(n, unshared(thing)) for n, thing in found if isinstance(thing, torch.nn.Module)]
+        return gradients.named(models, list(self._optimizers().items()))
+
+    def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        return {
+            name: thing for name, thing in self._found() if isinstance(thing, torch.optim.Optimizer)
+        }
+
+    def _found(self) -> list[tuple[str, Any]]:
+        """Returns the models and optimizers that are known, by name, each once."""
+        engine = self._engine()
+        told = {} if engine is None else engine.objects
+        found: list[tuple[str, Any]] = []
+        seen: set[int] = set()
+        for name, thing in [*_flat(told), *_flat(_referred_to(self._function))]:
+            if id(thing) not in seen:
+                seen.add(id(thing))
+                found.append((name, thing))
+        return found
+
+
+class _Use:
+    """Which gradients an optimizer has stepped with, and whether it is seen to begin with others.
+
+    A function that clears its gradients before the next backward pass needs those of the last step
+    no more. One that is not known to clear them may add to them.
+    """
+
+    def __init__(self) -> None:
+        self._noted: list[tuple[Any, int]] = []
+        self._cleared: bool | None = None
+
+    def note(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Takes note of a step."""
+        now = [p.grad for p in gradients.parameters_of(optimizer) if p.grad is not None]
+        if self._noted and self._cleared is not False:
+            present = {id(gradient) for gradient in now}
+            self._cleared = not any(id(reference()) in present for reference, _ in self._noted)
+        self._noted = [(weakref.ref(gradient), gradient._version) for gradient in now]
+
+    def spent(self) -> list[torch.Tensor]:
+        """Returns the gradients that will be cleared before anything is added to them."""
+        if not self._cleared:
+            return []
+        return [
+            gradient
+            for reference, version in self._noted
+            if (gradient := reference()) is not None and gradient._version == version
+        ]
+
+
+def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yields models and optimizers, those in lists, tuples and dicts as well."""
+    for name, value in values.items():
+        if isinstance(value, (torch.nn.Module, torch.optim.Optimizer)):
+            yield name, value
+        elif type(value) is dict:
+            nested: dict[Any, Any] = value
+            yield from _flat({f"{name}.{key}": item for key, item in nested.items()})
+        elif type(value) in (list, tuple):
+            items: Any = value
+            yield from _flat({f"{name}.{place}": item for place, item in enumerate(items)})
+
+
+def _referred_to(function: Any) -> dict[str, Any]:
+    """Returns what a function's names stand for: closure, globals, and its object's attributes."""
+    owner = getattr(function, "__self__", None)
+    if owner is None and not inspect.isfunction(function):
+        owner = function
+    found: dict[str, Any] = dict(sorted(getattr(owner, "__dict__", {}).items()))
+    function = getattr(function, "__func__", function)
+    if inspect.isfunction(function):
+        names = inspect.getclosurevars(function)
+        found |= {**names.globals, **names.nonlocals}
+    return found

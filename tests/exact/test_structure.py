@@ -1,0 +1,253 @@
+"""What training changes and no state_dict holds goes on as it was, or the resume says so."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from crosstrain.engine import (
+    Checkpoint,
+    Checks,
+    Engine,
+    Events,
+    ResumeError,
+    ResumeWarning,
+    create_supervised_trainer,
+    manual_seed,
+)
+
+EPOCHS, LENGTH = 3, 4
+
+
+class Net(nn.Module):
+    """A network with whatever a training can change without a state_dict telling it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Linear(8, 16)
+        self.norm = nn.BatchNorm1d(16)
+        self.drop = nn.Dropout(0.25)
+        self.head = nn.Linear(16, 3)
+        self.scale: torch.Tensor
+        self.table: torch.Tensor
+        self.register_buffer("scale", torch.ones(16), persistent=False)
+        self.register_buffer("cache", None, persistent=False)
+        self.register_buffer("table", torch.zeros(3 * 2**17), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        shift = 0 if self.cache is None else self.cache.mean()
+        return self.head(self.drop(self.norm(self.backbone(x) * self.scale + shift)))
+
+
+class Setup:
+    """A training as a script sets it up at each start."""
+
+    def __init__(self, wrap: Callable[[nn.Module], nn.Module], checks: Checks | None) -> None:
+        manual_seed(3)
+        self.net = Net()
+        self.net.backbone.requires_grad_(False)
+        self.others = [*self.net.norm.parameters(), *self.net.head.parameters()]
+        self.optimizer = torch.optim.AdamW(self.others, 1e-2)
+        self.model = wrap(self.net)
+        self.trainer = create_supervised_trainer(
+            self.model,
+            self.optimizer,
+            nn.functional.cross_entropy,
+            backend="cpu",
+            deterministic=True,
+            checks=checks,
+        )
+        self.to_save = {"model": self.model, "optimizer": self.optimizer, "trainer": self.trainer}
+        data = TensorDataset(torch.randn(32, 8), torch.randint(0, 3, (32,)))
+        self.data = DataLoader(data, batch_size=8, shuffle=True)
+
+    def add_group(self) -> None:
+        self.net.backbone.requires_grad_(True)
+        self.optimizer.add_param_group({"params": self.net.backbone.parameters(), "lr": 1e-3})
+
+    def scale(self) -> None:
+        self.net.scale.mul_(1.5)
+
+    def grow_cache(self) -> None:
+        self.net.cache = torch.arange(5.0)
+
+    def evaluation_mode(self) -> None:
+        self.net.norm.eval()
+
+    def freeze_head(self) -> None:
+        self.net.head.weight.requires_grad_(False)
+
+    def all_weights(self) -> dict[str, torch.Tensor]:
+        return {name: value.clone() for name, value in self.net.state_dict().items()}
+
+
+CHANGES = ["add_group", "scale", "grow_cache", "evaluation_mode", "freeze_head"]
+
+
+def compiled(net: nn.Module) -> nn.Module:
+    """Wraps as torch.compile does, without a compiler."""
+    return torch.compile(net, backend="eager")
+
+
+def start(
+    folder: Path,
+    changes: dict[str, int],
+    *,
+    stop: int = 0,
+    resume: bool = False,
+    wrap: Callable[[nn.Module], nn.Module] = lambda net: net,
+    checks: Checks | None = None,
+) -> Setup:
+    """Trains, with changes after given iterations; saves after `stop` and ends."""
+    one = Setup(wrap, checks)
+    for name, iteration in changes.items():
+        change = getattr(one, name)
+        one.trainer.add_event_handler(Events.ITERATION_COMPLETED(once=iteration), change)
+    if resume:
+        (file,) = folder.glob("*.pt")
+        Checkpoint.load_objects(one.to_save, file)
+    if stop:
+        checkpoint = Checkpoint(one.to_save, str(folder))
+        one.trainer.add_event_handler(Events.ITERATION_COMPLETED(once=stop), checkpoint)
+        one.trainer.add_event_handler(
+            Events.ITERATION_COMPLETED(once=stop), lambda engine: engine.terminate()
+        )
+    one.trainer.run(one.data, max_epochs=EPOCHS)
+    return one
+
+
+def assert_same(one: Setup, other: Setup) -> None:
+    weights = other.all_weights()
+    for name, value in one.all_weights().items():
+        assert torch.equal(value, weights[name]), name
+
+
+@pytest.mark.parametrize("case", range(6))
+def test_changes_of_a_run_are_there_after_a_resume(case: int, tmp_path: Path) -> None:
+    choose = random.Random(case)
+    total = EPOCHS * LENGTH
+    chosen = choose.sample(CHANGES, choose.randint(1, 4))
+    changes = {name: choose.randint(1, total - 2) for name in chosen}
+    stop = choose.randint(min(changes.values()), total - 1)
+    wraps = [compiled, lambda net: net]
+    straight = start(tmp_path, changes)
+    start(tmp_path, changes, stop=stop, wrap=wraps[case % 2])
+    resumed = start(tmp_path, changes, resume=True, wrap=wraps[case // 2 % 2])
+    assert_same(straight, resumed)
+    said = str(resumed.trainer.proof)
+    assert "the structure of 2 trained objects" in said
+    if any(changes.get(name, total) <= stop for name in ("scale", "grow_cache", "freeze_head")):
+        assert "put back" in said
+
+
+def test_what_a_handler_of_the_beginning_does_again_is_put_right(tmp_path: Path) -> None:
+    def run(**arguments: Any) -> Setup:
+        one = Setup(lambda net: net, None)
+        one.trainer.add_event_handler(
+            Events.STARTED, lambda: one.net.head.weight.requires_grad_(False)
+        )
+        one.trainer.add_event_handler(
+            Events.ITERATION_COMPLETED(once=3), lambda: one.net.head.weight.requires_grad_(True)
+        )
+        if arguments:
+            one.trainer.load_state_dict(arguments["trainer"])
+            one.net.load_state_dict(arguments["net"])
+            one.optimizer.load_state_dict(arguments["optimizer"])
+        else:
+
+            @one.trainer.on(Events.ITERATION_COMPLETED(once=6))
+            def keep() -> None:
+                states["trainer"] = one.trainer.state_dict()
+                states["net"] = one.all_weights()
+                states["optimizer"] = torch.utils._pytree.tree_map(
+                    lambda v: v.clone() if isinstance(v, torch.Tensor) else v,
+                    one.optimizer.state_dict(),
+                )
+
+        one.trainer.run(one.data, max_epochs=EPOCHS)
+        return one
+
+    states: dict[str, Any] = {}
+    assert_same(run(), run(**states))
+
+
+@pytest.mark.parametrize("strictness", ["error", "warn", "off"])
+def test_groups_that_cannot_be_rebuilt_are_told(strictness: Any, tmp_path: Path) -> None:
+    def start(names: list[str]) -> Setup:
+        one = Setup(lambda net: net, Checks(structure=strictness))
+        one.optimizer = torch.optim.SGD([getattr(one.net.head, name) for name in names], 0.1)
+        engine = create_supervised_trainer(
+            one.net,
+            one.optimizer,
+            nn.functional.cross_entropy,
+            backend="cpu",
+            deterministic=True,
+            checks=Checks(structure=strictness),
+        )
+        one.trainer = engine
+        return one
+
+    first = start(["weight", "bias"])
+    first.trainer.run(first.data, max_epochs=1)
+    second = start(["bias", "weight"])
+    second.trainer.load_state_dict(first.trainer.state_dict())
+    second.trainer.state.max_epochs = 2
+    if strictness == "error":
+        with pytest.raises(ResumeError, match=r"model\.head\.weight then, model\.head"):
+            second.trainer.run(second.data)
+    elif strictness == "warn":
+        with pytest.warns(ResumeWarning, match="group 0 of optimizer has other parameters"):
+            second.trainer.run(second.data)
+        assert "DIFFERS" in str(second.trainer.proof)
+    else:
+        second.trainer.run(second.data)
+        assert not second.trainer.proof.differences
+
+
+def test_a_large_buffer_with_other_contents_is_told(tmp_path: Path) -> None:
+    first = start(tmp_path, {}, stop=2)
+    second = Setup(lambda net: net, None)
+    second.net.table[7] = 1.0
+    (file,) = tmp_path.glob("*.pt")
+    Checkpoint.load_objects(second.to_save, file)
+    with pytest.raises(ResumeError, match=re.escape("model.table, a buffer with persistent=False")):
+        second.trainer.run(second.data)
+    assert first.trainer.state.iteration == 2
+
+
+def test_a_state_without_a_structure_says_so(tmp_path: Path) -> None:
+    first = start(tmp_path, {})
+    state = first.trainer.state_dict()
+    del state["structure"]
+    second = Setup(lambda net: net, None)
+    second.trainer.load_state_dict(state)
+    assert "not checked: the structure" in str(second.trainer.proof)
+
+
+def test_objects_that_only_a_checkpoint_names_are_recorded(tmp_path: Path) -> None:
+    def build() -> tuple[Engine, dict[str, Any], nn.Module]:
+        one = Setup(lambda net: net, None)
+        teacher = nn.Linear(2, 2)
+        return one.trainer, {**one.to_save, "teacher": teacher}, teacher
+
+    trainer, to_save, teacher = build()
+    teacher.requires_grad_(False)
+    checkpoint = Checkpoint(to_save, str(tmp_path))
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=3), checkpoint)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=3), trainer.terminate)
+    data = [(torch.randn(4, 8), torch.randint(0, 3, (4,)))] * 5
+    trainer.run(data)
+    (file,) = tmp_path.glob("*.pt")
+    trainer, to_save, teacher = build()
+    Checkpoint.load_objects(to_save, file)
+    trainer.run(data)
+    assert not teacher.weight.requires_grad
+    assert "requires_grad of teacher.weight" in str(trainer.proof)
