@@ -34,7 +34,7 @@ class LaidOver:
     def lay(self) -> list[str]:
         """Gives each object that has changed the state that was kept; returns their names."""
         changed: list[str] = []
-        for name, (value, kept) in self._kept.items():
+        for name, (_, kept) in self._kept.items():
             if not kept.holds():
                 changed.append(name)
                 kept.lay()
