@@ -7,7 +7,7 @@ if __name__ != "crosstrain.backends":
     )
 
 from .errors import BackendError, BackendUnavailable, UnknownBackend
-from .protocol import Availability, Backend, StepResult, World
+from .protocol import Availability, Backend, StepResult, World, spec_of
 from .registry import add_backend_argument, default_spec, get, names, probe
 
 __all__ = [
@@ -23,4 +23,5 @@ __all__ = [
     "get",
     "names",
     "probe",
+    "spec_of",
 ]

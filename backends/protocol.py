@@ -13,7 +13,7 @@ from .errors import BackendError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Availability", "Backend", "StepResult", "World"]
+__all__ = ["Availability", "Backend", "StepResult", "World", "spec_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,3 +242,8 @@ class Backend(Protocol):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what `state_dict` returned."""
         ...
+
+
+def spec_of(backend: Backend | None) -> str | None:
+    """Returns the spec of a backend, such as `cpu:bf16`; None where there is none."""
+    return None if backend is None else f"{backend.name}:{backend.option}"

@@ -10,6 +10,7 @@ from crosstrain.engine.checkpoints.global_step import global_step_from_engine
 from crosstrain.engine.checkpoints.handler import Checkpoint, CheckpointEvents
 from crosstrain.engine.checkpoints.loading import Latest
 from crosstrain.engine.checkpoints.model_checkpoint import ModelCheckpoint
+from crosstrain.engine.checkpoints.model_part import ModelPart
 from crosstrain.engine.checkpoints.resumable import ResumableRun
 from crosstrain.engine.checkpoints.resume import resume_or_start
 from crosstrain.engine.checkpoints.save_handler import BaseSaveHandler
@@ -97,6 +98,7 @@ __all__ = [
     "Latest",
     "Manifest",
     "ModelCheckpoint",
+    "ModelPart",
     "PerRank",
     "PermutationSampler",
     "Proof",

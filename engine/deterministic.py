@@ -110,6 +110,8 @@ class DeterministicEngine(Engine):
         ValueError: if `streams` names another generator, or the seed is out of range.
     """
 
+    resumes_data = True
+
     def __init__(
         self,
         process_function: Callable[[Any, Any], Any],
@@ -139,6 +141,8 @@ class DeterministicEngine(Engine):
         # The state that was loaded, until the data is opened.
         self._snapshot: dict[str, Any] | None = None
         self._reseeds = False  # It has no random states of this rank.
+        # A run of the training was passed by since: all of it was done when the state was written.
+        self._passed_by = False
         # What was loaded beside it, to be laid over what handlers change before the data is opened.
         self._laid_over: LaidOver | None = None
         self._defers = False
@@ -229,6 +233,7 @@ class DeterministicEngine(Engine):
             super().load_state_dict(state_dict)
         self._cursor.reset()
         self._snapshot = own_part(state_dict, self.backend) if full else dict(state_dict)
+        self._passed_by = False
         self._reseeds = full and self._snapshot["rng_states"] is None
         if self._reseeds:
             self._snapshot["rng_states"] = random_states(self.backend)
@@ -281,6 +286,7 @@ class DeterministicEngine(Engine):
             "step": step_state(self._step),
             "backend": None if self.backend is None else self.backend.state_dict(),
         }
+        self._passed_by = self.has_phases
 
     def _take_up(self, snapshot: Mapping[str, Any]) -> None:
         """Restores what comes before the data: the step's and the backend's state, the place."""
@@ -356,21 +362,32 @@ class DeterministicEngine(Engine):
             # It was written before the run had come to its data.
             self._cursor.open(data, self._key)
         else:
-            # At an epoch's beginning they were restored before its EPOCH_STARTED, whose handlers
-            # may have drawn; within an epoch that event fired once more, and its draws do not
-            # count.
-            beginning = _at_beginning(snapshot)
-            with random_states_kept(self.backend) if beginning else nullcontext():
-                self._cursor.go_to(snapshot["position"], data, self._key)
-            if not beginning:
-                restore_random_states(snapshot["rng_states"], self.backend)
-            if self._reseeds:
-                self._cursor.seed_anew(self._key)
+            self._go_on_in(data, snapshot)
         # Not before: if this was the wrong data, the next run still goes on from the state.
         self._snapshot, self.loaded_with = None, {}
         if snapshot is not None:
             self.logger.info("Resumed at iteration %s. %s.", self.state.iteration, self.proof)
         return self._cursor
+
+    def _go_on_in(self, data: Any, snapshot: Mapping[str, Any]) -> None:
+        """Opens data where a state says, and restores the random states there."""
+        # At an epoch's beginning they were restored before its EPOCH_STARTED, whose handlers may
+        # have drawn; within an epoch that event fired once more, and its draws do not count.
+        beginning = _at_beginning(snapshot)
+        another = self._passed_by and beginning
+        cursor, position, strictness = self._cursor, snapshot["position"], self.checks.batch_before
+        with random_states_kept(self.backend) if beginning else nullcontext():
+            if another and not cursor.fits(position, data):
+                cursor.go_on_with(position, data, self._key)
+            else:
+                if another:
+                    self.proof.unchecked.append("the batch before: it was another run's")
+                    strictness = "off"
+                cursor.go_to(position, data, self._key, self.proof, strictness)
+        if not beginning:
+            restore_random_states(snapshot["rng_states"], self.backend)
+        if self._reseeds:
+            cursor.seed_anew(self._key)
 
     def _reopen_data(self) -> Iterator[Any]:
         self._cursor.open_next_pass(self.state.dataloader, self._key)

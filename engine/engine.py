@@ -37,6 +37,9 @@ class Engine(Loop):
         ValueError: if `process_function` is None or cannot be called with (engine, batch).
     """
 
+    #: Whether a run that goes on inside an epoch goes on with the data that it has not seen.
+    resumes_data = False
+
     def __init__(
         self, process_function: Callable[[Any, Any], Any], backend: Backend | None = None
     ) -> None:
@@ -48,6 +51,8 @@ class Engine(Loop):
         check_signature(process_function, "process_function", self, None)
         super().__init__(process_function, backend)
         self._user_keys: list[str] = []
+        #: Whether the user was told of what `resumes_data` means where it is false.
+        self.warned_of_data = False
         #: What this engine trains, by name: a checkpoint without one of them is not complete.
         self.objects: dict[str, Any] = {}
         #: What was loaded together with this engine's state, by name, until its run goes on.

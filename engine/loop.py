@@ -64,6 +64,8 @@ class Loop(Requests):
         # What is to propagate out of `run`.
         self._failure: BaseException | None = None
         self._at_end: list[Callable[[], None]] = []
+        #: Asked about an error before EXCEPTION_RAISED fires: whether it is dealt with already.
+        self.deals_with: Callable[[BaseException], bool] | None = None
 
     def call_at_end(self, function: Callable[[], None]) -> None:
         """Has a function called, without arguments, whenever `run` is about to return or to raise.
@@ -198,6 +200,8 @@ class Loop(Requests):
         """
         if self.ranks is not None:
             error = self.ranks.first_cause(error)
+        if self.deals_with is not None and self.deals_with(error):
+            return
         # As text: a record that is kept must not keep the frames of the run, and their batches.
         self.logger.error("Exception at iteration %s: %s", self.state.iteration, repr(error))
         slot = self._handlers.require(Events.EXCEPTION_RAISED)

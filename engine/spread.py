@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 
-from crosstrain.engine.checkpoints.objects import unwrap, walk_objects
-
-from .guards import is_collection, is_exact_list, is_exact_tuple, is_mapping
+from .guards import is_exact_list, is_exact_tuple, is_mapping
+from .nests import Path, has, is_branch, unwrap, walk_objects
 
 __all__ = [
     "Split",
@@ -29,8 +28,6 @@ __all__ = [
     "spread",
     "spread_like",
 ]
-
-Path = tuple[Any, ...]
 
 
 @dataclass
@@ -123,7 +120,7 @@ def parameter_names(objects: Mapping[str, Any]) -> dict[Path, list[str]]:
 
 
 def _leaves(value: Any, path: Path) -> Iterator[tuple[Path, Any]]:
-    if hasattr(value, "state_dict") or not is_collection(value, (Mapping, list, tuple)):
+    if not is_branch(value):
         yield path, value
         return
     items: Any = value.items() if is_mapping(value) else enumerate(value)
@@ -143,7 +140,7 @@ def object_at(objects: Mapping[str, Any], path: Path) -> tuple[Any, Path]:
     """
     value: Any = objects
     for at, key in enumerate(path):
-        if value is not objects and hasattr(value, "state_dict"):
+        if value is not objects and has(value, "state_dict"):
             return unwrap(value), path[at:]
         try:
             value = value[key]

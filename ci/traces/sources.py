@@ -11,7 +11,7 @@ import numpy
 import torch
 
 from crosstrain.engine import Engine, StepEvents
-from crosstrain.engine.checkpoints.objects import unwrap, walk_objects
+from crosstrain.engine.nests import unwrap, walk_objects
 
 from .digest import tensors_of, text_digest
 from .file import Thing

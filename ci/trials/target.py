@@ -209,8 +209,7 @@ class Target:
             )
 
     def _check_backend(self, trainer: DeterministicEngine, backend: str) -> None:
-        from crosstrain.backends import get
-        from crosstrain.engine.exact.snapshot import spec_of
+        from crosstrain.backends import get, spec_of
 
         if backend == "auto":
             return

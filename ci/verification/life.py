@@ -16,13 +16,14 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from crosstrain.backends import BackendError, World
 from crosstrain.ci.traces.recorder import TraceRecorder
 from crosstrain.ci.trials.target import Target, TargetError, Training
-from crosstrain.engine import Events, Manifest, ResumeWarning, manual_seed, resume_or_start
+from crosstrain.engine import Checks, Events, Manifest, ResumeWarning, manual_seed, resume_or_start
 from crosstrain.engine.checkpoints.loading import candidates
 from crosstrain.engine.checkpoints.sharded_latest import sharded_folders
 from crosstrain.engine.storage.sharded_manifest import ShardedManifest
@@ -43,6 +44,12 @@ def _train(order: Order, emit: Emit) -> int:
         emit({"error": str(error)})
         return UNUSABLE
     trainer = training.trainer
+    # The traces show how far a difference goes: what a resume finds itself is told beside them.
+    found = {item.name: getattr(trainer.checks, item.name) for item in fields(Checks)}
+    warned: dict[str, Any] = {
+        name: "warn" if how == "error" else how for name, how in found.items()
+    }
+    trainer.checks = Checks(**warned)
     # Every iteration is written at once, so that a kill leaves no gap.
     TraceRecorder(order.trace, 1).attach(trainer, training.to_save)
 

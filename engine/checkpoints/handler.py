@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 from crosstrain.engine.events import EventEnum, Events
+from crosstrain.engine.proof import Checks, Proof
 
-from .loading import OWN_NAME, Latest, find_latest, load_objects
-from .objects import check_objects, gather_states, introduce
+from .loading import Latest, find_latest, load_objects
+from .objects import OWN_NAME, check_objects, gather_states, introduce
 from .retention import Item, Retention, format_score, setup_filename_pattern
 from .save_handler import BaseSaveHandler, FolderSaver
 from .save_request import (
@@ -279,8 +280,10 @@ class Checkpoint:
     def load_objects(
         to_load: Mapping[str, Any],
         checkpoint: str | os.PathLike[str] | Mapping[str, Any],
+        *,
+        checks: Checks | None = None,
         **kwargs: Any,
-    ) -> None:
+    ) -> Proof:
         """Gives objects their states from a checkpoint; an engine among them last.
 
         A file is verified first, and loaded with `weights_only=True` onto the CPU; what
@@ -290,8 +293,15 @@ class Checkpoint:
             to_load: the objects by name, or nests of them; with a single one, the checkpoint may be
                 its state itself.
             checkpoint: a path, what `Checkpoint.latest` returned, or what `torch.load` returned.
-            **kwargs: arguments for the `load_state_dict` of modules. `strict=False` also allows an
-                engine to be loaded without all that was saved with it.
+            checks: how strict it is about what it measures; by default, that of an engine in
+                `to_load`, or `Checks()`. Without an engine, weights that are cast to a model's
+                own dtype are a warning only.
+            **kwargs: arguments for the `load_state_dict` of modules. `strict=False` warns of what
+                is missing and unexpected in place of raising, unless nothing fits at all; it also
+                allows an engine to be loaded without all that was saved with it.
+
+        Returns:
+            What was checked; with an engine in `to_load` it is `engine.proof`.
 
         Raises:
             TypeError: if an argument is of the wrong type.
@@ -299,8 +309,9 @@ class Checkpoint:
             CheckpointCorrupt: if the file is damaged.
             CheckpointUnsafe: if it cannot be loaded without running code.
             CheckpointMismatch: if a name or a part of a state is missing or too many.
+            ResumeError: if an object, read back, does not hold what it was given.
         """
-        load_objects(to_load, checkpoint, **kwargs)
+        return load_objects(to_load, checkpoint, checks, **kwargs)
 
     @staticmethod
     def latest(dirname: str | os.PathLike[str], objects: Collection[str] = ()) -> Latest:

@@ -10,31 +10,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from crosstrain.engine.engine import Engine
 from crosstrain.engine.errors import warn_user
-from crosstrain.engine.guards import is_mapping
-from crosstrain.engine.spread import spread
+from crosstrain.engine.proof import Checks, Proof
 from crosstrain.engine.storage.archive import read_archive
 from crosstrain.engine.storage.errors import (
     CheckpointCorrupt,
     CheckpointError,
-    CheckpointMismatch,
     CheckpointNotFound,
     CheckpointWarning,
 )
 from crosstrain.engine.storage.manifest import Manifest
 from crosstrain.engine.storage.safe_load import LoadedFile, load_file, verify_file
 
-from .objects import check_objects, introduce, restore_states, unwrap, walk_objects
+from .objects import check_objects, restore
 
 __all__ = ["Latest", "PassedOver", "candidates", "find_latest", "load_latest", "load_objects"]
 
 _logger = logging.getLogger(__name__)
-
-# The name under which a Checkpoint saves its own state (include_self).
-OWN_NAME = "checkpointer"
 
 _ANY_NAME = re.compile(r"[^.].*\.pt")
 
@@ -42,8 +34,9 @@ _ANY_NAME = re.compile(r"[^.].*\.pt")
 def load_objects(
     to_load: Mapping[str, Any],
     checkpoint: str | os.PathLike[str] | Mapping[str, Any],
+    checks: Checks | None = None,
     **kwargs: Any,
-) -> None:
+) -> Proof:
     """Does what `Checkpoint.load_objects` documents."""
     if not isinstance(checkpoint, (str, os.PathLike, Mapping)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(
@@ -52,111 +45,15 @@ def load_objects(
         )
     check_objects(to_load, "load_state_dict", "to_load")
     if isinstance(checkpoint, Mapping):
-        restore(to_load, checkpoint, None, kwargs)
-        return
+        return restore(to_load, checkpoint, None, kwargs, checks)
     if os.path.isdir(os.path.expanduser(checkpoint)):
         from .sharded_load import load_sharded
 
-        load_sharded(to_load, checkpoint, **kwargs)
-        return
+        return load_sharded(to_load, checkpoint, checks, **kwargs)
     loaded = load_file(Path(os.fspath(checkpoint)).expanduser())
     _tell_doubts(loaded)
-    restore(to_load, loaded.state, loaded.path, kwargs)
-
-
-def restore(
-    to_load: Mapping[str, Any], state: Any, path: Path | None, kwargs: Mapping[str, Any]
-) -> None:
-    """Gives objects their states: the engines last, since they go on from what all others are.
-
-    Args:
-        to_load: the objects.
-        state: the states by name, or the state of the only object itself.
-        path: the file that they come from, for messages.
-        kwargs: arguments for the `load_state_dict` of modules.
-
-    Raises:
-        CheckpointMismatch: if names are missing or too many, or an object refuses its state.
-    """
-    source = "the checkpoint" if path is None else str(path)
-    if len(to_load) == 1 and not _holds(state, next(iter(to_load))):
-        state = {next(iter(to_load)): state}
-    if not is_mapping(state):
-        raise CheckpointMismatch(
-            f"{source} holds a {type(state).__name__}, not objects by name. Nothing was loaded"
-        )
-    if kwargs.get("strict", True):
-        _check_nothing_left(to_load, state, source)
-    rebuilt = introduce(to_load, state)
-    last: list[tuple[str, Any, Any]] = []
-    done: list[str] = []
-    beside: dict[str, Any] = {}
-
-    def load(name: str, value: Any, its_state: Any) -> None:
-        if isinstance(value, Engine):
-            last.append((name, value, its_state))
-        else:
-            _load_one(name, value, its_state, source, kwargs, done)
-            beside[name] = unwrap(value)
-
-    restore_states(to_load, state, source, load)
-    for name, value, its_state in last:
-        _load_one(name, value, its_state, source, kwargs, done)
-        value.loaded_with = beside
-    for engine, what in rebuilt:
-        engine.proof.checked.append(f"put back: {what}")
-
-
-def _holds(state: Any, name: str) -> bool:
-    return is_mapping(state) and name in state
-
-
-def _check_nothing_left(to_load: Mapping[str, Any], states: Mapping[str, Any], source: str) -> None:
-    """Raises if a run is to go on, and a part of what was saved with it would be left out."""
-    if not any(isinstance(value, Engine) for _, value in walk_objects(to_load)):
-        return
-    left = [name for name in states if name not in to_load and name != OWN_NAME]
-    if left:
-        raise CheckpointMismatch(
-            f"{source} also holds {', '.join(map(repr, left))}, which to_load leaves out; with an "
-            "engine in to_load the run is to go on exactly. Nothing was loaded. Name them in "
-            "to_load, or pass strict=False to go on without them"
-        )
-
-
-def _load_one(
-    name: str,
-    value: Any,
-    state: Any,
-    source: str,
-    kwargs: Mapping[str, Any],
-    done: list[str],
-) -> None:
-    target = unwrap(value)
-    state = spread(target, state)
-    try:
-        if isinstance(target, torch.nn.Module):
-            target.load_state_dict(_without_compile_prefix(state), **kwargs)
-        else:
-            target.load_state_dict(state)
-    except Exception as error:
-        # An object of the user's may raise anything; the message must say which one it was.
-        reason = " ".join(str(error).split()).rstrip(". ")
-        raise CheckpointMismatch(
-            f"{name!r} ({type(target).__name__}) does not take its state from {source}: {reason}. "
-            f"Loaded before it: {', '.join(map(repr, done)) or 'nothing'}; it may be loaded in part"
-        ) from error
-    done.append(name)
-
-
-def _without_compile_prefix(state: Any) -> Any:
-    """Takes off the prefix that torch.compile puts before each key, if they all have it."""
-    prefix = "_orig_mod."
-    if not is_mapping(state) or not state:
-        return state
-    if not all(isinstance(key, str) and key.startswith(prefix) for key in state):
-        return state
-    return {key.removeprefix(prefix): value for key, value in state.items()}
+    bare = None if loaded.manifest is None else loaded.manifest.bare
+    return restore(to_load, loaded.state, loaded.path, kwargs, checks, bare)
 
 
 def _tell_doubts(loaded: LoadedFile) -> None:

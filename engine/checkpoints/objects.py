@@ -1,54 +1,48 @@
-"""Nests of named objects: how their states are taken and given back, each by its name."""
+"""How objects give their states, take them back, and are found to hold what they were given."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 
 from crosstrain.engine.engine import Engine
-from crosstrain.engine.guards import is_collection, is_mapping, is_sequence
+from crosstrain.engine.errors import warn_user
+from crosstrain.engine.guards import is_mapping, is_sequence
+from crosstrain.engine.nests import (
+    has,
+    is_branch,
+    is_module,
+    map_objects,
+    name_of,
+    unwrap,
+    walk_objects,
+)
+from crosstrain.engine.proof import Checks, Proof
 from crosstrain.engine.ranks.world import this_rank
-from crosstrain.engine.storage.errors import CheckpointMismatch
+from crosstrain.engine.spread import spread
+from crosstrain.engine.storage.errors import (
+    CheckpointContentError,
+    CheckpointMismatch,
+    CheckpointWarning,
+)
 from crosstrain.engine.structure import named, rebuild_groups, recordable
 
-__all__ = [
-    "check_objects",
-    "gather_states",
-    "introduce",
-    "restore_states",
-    "unsaved_objects",
-    "walk_objects",
-]
+from .model_part import ModelPart
+from .read_back import Difference, differences
 
-# Objects by name, each a nest of mappings and sequences whose leaves are the objects.
-Visit = Callable[[Any, tuple[Any, ...]], Any]
+__all__ = ["OWN_NAME", "check_objects", "gather_states", "introduce", "restore", "unsaved_objects"]
+
+# The name under which a Checkpoint saves its own state (include_self).
+OWN_NAME = "checkpointer"
+_COMPILED = "_orig_mod"
 
 
-def _is_branch(value: Any) -> bool:
-    # A module list has both: it is an object with a state, not a list of objects.
-    return is_collection(value, (Mapping, list, tuple)) and not hasattr(value, "state_dict")
-
-
-def _map(visit: Visit, value: Any, path: tuple[Any, ...] = ()) -> Any:
-    if not _is_branch(value):
-        return visit(value, path)
-    if is_mapping(value):
-        return {key: _map(visit, item, (*path, key)) for key, item in value.items()}
-    return [_map(visit, item, (*path, index)) for index, item in enumerate(value)]
-
-
-def walk_objects(objects: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yields every object of a nest with its name, such as `models[0]`."""
-    found: list[tuple[str, Any]] = []
-    _map(lambda value, path: found.append((_name(path), value)), objects)
-    yield from found
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    return str(path[0]) + "".join(f"[{key!r}]" for key in path[1:]) if path else "itself"
+# ------------------------------------------------------------------ what is saved
 
 
 def check_objects(objects: Any, method: str, argument: str) -> None:
@@ -65,26 +59,12 @@ def check_objects(objects: Any, method: str, argument: str) -> None:
     if not is_mapping(objects):
         raise TypeError(f"Argument `{argument}` should be a dictionary, but given {type(objects)}")
     for name, value in walk_objects(objects):
+        # Asked of the object: a proxy has it too.
         if not hasattr(value, method):
             raise TypeError(
                 f"Object {type(value)} should have `{method}` method: it is {name!r} in "
                 f"`{argument}`"
             )
-
-
-def unwrap(value: Any) -> Any:
-    """Returns the module inside what `DistributedDataParallel` or `torch.compile` made of it."""
-    inner = _inside(value)
-    return value if inner is None else unwrap(inner)
-
-
-def _inside(value: object) -> Any:
-    if not isinstance(value, torch.nn.Module):
-        return None
-    wrappers = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
-    # torch.compile's wrapper names the module that it holds so, and torch itself relies on it.
-    name = "module" if isinstance(value, wrappers) else "_orig_mod"
-    return dict(value.named_children()).get(name)
 
 
 def gather_states(objects: Mapping[str, Any], rank: int) -> dict[str, Any]:
@@ -94,7 +74,8 @@ def gather_states(objects: Mapping[str, Any], rank: int) -> dict[str, Any]:
         objects: the nest.
         rank: the process that saves; an optimizer that is spread over processes is gathered there.
     """
-    return cast("dict[str, Any]", _map(lambda value, _: _state_of(unwrap(value), rank), objects))
+    states = map_objects(lambda value, _: _state_of(unwrap(value), rank), objects)
+    return cast("dict[str, Any]", states)
 
 
 def introduce(
@@ -125,76 +106,13 @@ def introduce(
 def _state_of(value: Any, rank: int) -> Any:
     # Only where somebody has imported it can there be one; importing it here would take a while.
     optim = sys.modules.get("torch.distributed.optim")
-    spread = getattr(optim, "ZeroRedundancyOptimizer", None)
-    if spread is not None and isinstance(value, spread):
+    zero = getattr(optim, "ZeroRedundancyOptimizer", None)
+    if zero is not None and isinstance(value, zero):
         value.consolidate_state_dict(to=rank)
         if this_rank() != rank:
             return {}
     # An engine whose state is gathered from all ranks: on that which saves.
-    state_on = getattr(value, "state_on", None)
-    return value.state_dict() if state_on is None else state_on(rank)
-
-
-def restore_states(
-    objects: Mapping[str, Any],
-    states: Mapping[str, Any],
-    source: str,
-    load: Callable[[str, Any, Any], None],
-) -> None:
-    """Gives each object of a nest its state; first makes sure that there is one for each.
-
-    Args:
-        objects: the nest.
-        states: a nest of states, of the same form or with more in it.
-        source: where the states come from, for messages.
-        load: called with name, object and state.
-
-    Raises:
-        CheckpointMismatch: if an object has no state, or a list of them another length.
-    """
-    found: list[tuple[str, Any, Any]] = []
-    try:
-        _pair(objects, states, (), found)
-    except CheckpointMismatch as error:
-        raise CheckpointMismatch(f"{source}: {error}. Nothing was loaded") from None
-    for name, value, state in found:
-        load(name, value, state)
-
-
-def _pair(value: Any, state: Any, path: tuple[Any, ...], found: list[tuple[str, Any, Any]]) -> None:
-    if not _is_branch(value):
-        found.append((_name(path), value, state))
-        return
-    if is_mapping(value):
-        if not is_mapping(state):
-            raise CheckpointMismatch(_other_form(path, "objects by name", state))
-        missing = [key for key in value if key not in state]
-        if missing:
-            where = f" of {_name(path)!r}" if path else ""
-            raise CheckpointMismatch(
-                f"Key {', '.join(map(repr, missing))}{where} from to_load is not found in the "
-                f"checkpoint, which holds {list(state)}. Leave it out of to_load, or load a "
-                "checkpoint that was saved with it"
-            )
-        for key, item in value.items():
-            _pair(item, state[key], (*path, key), found)
-        return
-    if not is_sequence(state):
-        raise CheckpointMismatch(_other_form(path, "a list of objects", state))
-    if len(state) != len(value):
-        raise CheckpointMismatch(
-            f"{_name(path)!r} is a list of {len(value)} objects and the checkpoint holds "
-            f"{len(state)}"
-        )
-    for index, item in enumerate(value):
-        _pair(item, state[index], (*path, index), found)
-
-
-def _other_form(path: tuple[Any, ...], expected: str, state: Any) -> str:
-    return (
-        f"{_name(path)!r} should be {expected} and the checkpoint holds a {type(state).__name__} "
-        "there"
-    )
+    return value.state_on(rank) if has(value, "state_on") else value.state_dict()
 
 
 def unsaved_objects(trainer: Any, objects: Mapping[str, Any]) -> list[str]:
@@ -208,5 +126,319 @@ def unsaved_objects(trainer: Any, objects: Mapping[str, Any]) -> list[str]:
         The names, as the trainer has them; empty if the trainer does not tell.
     """
     trained: Mapping[str, Any] = getattr(trainer, "objects", None) or {}
-    known = {id(unwrap(value)) for _, value in walk_objects(objects)}
+    values = (value for _, value in walk_objects(objects))
+    known = {id(unwrap(v.model if isinstance(v, ModelPart) else v)) for v in values}
     return [name for name, value in trained.items() if id(unwrap(value)) not in known]
+
+
+# ------------------------------------------------------------------ what is loaded
+
+
+def restore(
+    to_load: Mapping[str, Any],
+    state: Any,
+    path: Path | None,
+    kwargs: Mapping[str, Any],
+    checks: Checks | None = None,
+    bare: bool | None = None,
+) -> Proof:
+    """Gives objects their states: the engines last, since they go on from what all others are.
+
+    Args:
+        to_load: the objects.
+        state: the states by name, or the state of the only object itself.
+        path: the file that they come from, for messages.
+        kwargs: arguments for the `load_state_dict` of modules.
+        checks: how strict it is; None: as strict as an engine among the objects is.
+        bare: whether the state is that of one object itself, where the file says so.
+
+    Returns:
+        What was checked; the proof of the first engine, if there is one.
+
+    Raises:
+        CheckpointMismatch: if names are missing or too many, or an object refuses its state.
+        ResumeError: if an object does not hold what it was given.
+    """
+    source = "the checkpoint" if path is None else str(path)
+    engines = [value for _, value in walk_objects(to_load) if isinstance(value, Engine)]
+    if len(to_load) == 1 and not bare:
+        name = next(iter(to_load))
+        if not (is_mapping(state) and name in state) and bare is None:
+            state = {name: state}
+    elif len(to_load) == 1:
+        state = {next(iter(to_load)): state}
+    if not is_mapping(state):
+        raise CheckpointMismatch(
+            f"{source} holds a {type(state).__name__}, not objects by name. Nothing was loaded"
+        )
+    if kwargs.get("strict", True) and engines:
+        _check_nothing_left(to_load, state, source)
+    pairs: list[tuple[str, Any, Any]] = []
+    try:
+        _pair(to_load, state, (), pairs)
+    except CheckpointMismatch as error:
+        raise CheckpointMismatch(f"{source}: {error}. Nothing was loaded") from None
+    for engine in engines:
+        engine.proof = Proof()
+        engine.checks = engine.checks if checks is None else checks
+    rebuilt = introduce(to_load, state)
+    strict = engines[0].checks if engines else checks or Checks()
+    proof = engines[0].proof if engines else Proof()
+    load = _Load(source, kwargs, strict, proof, goes_on=bool(engines))
+    for name, value, its_state in sorted(pairs, key=lambda pair: isinstance(pair[1], Engine)):
+        load.one(name, value, its_state)
+    load.tell()
+    beside = {name: unwrap(one) for name, one, _ in pairs if not isinstance(one, Engine)}
+    for engine in engines:
+        engine.loaded_with = beside
+    for engine, what in rebuilt:
+        engine.proof.checked.append(f"put back: {what}")
+    return proof
+
+
+def _check_nothing_left(to_load: Mapping[str, Any], states: Mapping[str, Any], source: str) -> None:
+    """Raises if a run is to go on, and a part of what was saved with it would be left out."""
+    left = [name for name in states if name not in to_load and name != OWN_NAME]
+    if left:
+        raise CheckpointMismatch(
+            f"{source} also holds {', '.join(map(repr, left))}, which to_load leaves out; with an "
+            "engine in to_load the run is to go on exactly. Nothing was loaded. Name them in "
+            "to_load, or pass strict=False to go on without them"
+        )
+
+
+def _pair(value: Any, state: Any, path: tuple[Any, ...], found: list[tuple[str, Any, Any]]) -> None:
+    """Finds the state of each object of a nest, before any is loaded."""
+    if not is_branch(value):
+        found.append((name_of(path), value, state))
+        return
+    if is_mapping(value):
+        if not is_mapping(state):
+            raise CheckpointMismatch(_other_form(path, "objects by name", state))
+        missing = [key for key in value if key not in state]
+        if missing:
+            where = f" of {name_of(path)!r}" if path else ""
+            raise CheckpointMismatch(
+                f"Key {', '.join(map(repr, missing))}{where} from to_load is not found in the "
+                f"checkpoint, which holds {list(state)}. Leave it out of to_load, or load a "
+                "checkpoint that was saved with it"
+            )
+        for key, item in value.items():
+            _pair(item, state[key], (*path, key), found)
+        return
+    if not is_sequence(state):
+        raise CheckpointMismatch(_other_form(path, "a list of objects", state))
+    if len(state) != len(value):
+        raise CheckpointMismatch(
+            f"{name_of(path)!r} is a list of {len(value)} objects and the checkpoint holds "
+            f"{len(state)}"
+        )
+    for index, item in enumerate(value):
+        _pair(item, state[index], (*path, index), found)
+
+
+def _other_form(path: tuple[Any, ...], expected: str, state: Any) -> str:
+    return (
+        f"{name_of(path)!r} should be {expected} and the checkpoint holds a "
+        f"{type(state).__name__} there"
+    )
+
+
+@dataclass
+class _Load:
+    """Loads one object after the other, and reads back from each what it was given.
+
+    Args:
+        source: where the states come from, for messages.
+        kwargs: arguments for the `load_state_dict` of modules.
+        checks: how strict it is.
+        proof: takes what was found.
+        goes_on: whether a run goes on from what is loaded.
+    """
+
+    source: str
+    kwargs: Mapping[str, Any]
+    checks: Checks
+    proof: Proof
+    goes_on: bool
+    done: list[str] = field(default_factory=list[str])
+    read: list[str] = field(default_factory=list[str])
+
+    def one(self, name: str, value: Any, state: Any) -> None:
+        """Loads one object.
+
+        Raises:
+            CheckpointMismatch: if it does not take its state.
+            ResumeError: if it does not hold it then.
+        """
+        target = unwrap(value)
+        try:
+            state = self._load(name, target, spread(target, state))
+        except CheckpointMismatch:
+            raise
+        except Exception as error:
+            # An object of the user's may raise anything; the message must say which one it was.
+            reason = " ".join(str(error).split()).rstrip(". ")
+            raise CheckpointMismatch(
+                f"{name!r} ({type(target).__name__}) does not take its state from {self.source}: "
+                f"{reason}. Loaded before it: {', '.join(map(repr, self.done)) or 'nothing'}; it "
+                "may be loaded in part"
+            ) from error
+        self.done.append(name)
+        if is_mapping(state) and not state and not is_module(target):
+            self.proof.unchecked.append(
+                f"{name!r} was saved with an empty state: nothing of it could be restored"
+            )
+        elif not isinstance(target, Engine) and self.checks.read_back != "off":
+            self._read_back(name, target, state)
+
+    def _load(self, name: str, target: Any, state: Any) -> Any:
+        """Loads an object, and returns the state by the object's own names."""
+        if is_module(target):
+            own = target.state_dict()
+            state = _by_own_names(target, state, own)
+            if not self.kwargs.get("strict", True):
+                self._tell_partial(name, state, own)
+            target.load_state_dict(state, **self.kwargs)
+            if not self.kwargs.get("strict", True):
+                # What is left out has been told.
+                return {key: value for key, value in state.items() if key in own}
+            return state
+        if isinstance(target, torch.optim.Optimizer):
+            _check_groups(target, state)
+            target.load_state_dict(state)
+            _put_back(target, state)
+            return state
+        target.load_state_dict(state)
+        return state
+
+    def _tell_partial(self, name: str, state: Any, own: Mapping[str, Any]) -> None:
+        """Tells what a load that is not strict leaves out; raises if that is everything."""
+        if not is_mapping(state) or not own:
+            return
+        missing = [key for key in own if key not in state]
+        unexpected = [key for key in state if key not in own]
+        if len(missing) == len(own):
+            raise CheckpointMismatch(
+                f"Nothing of {self.source} fits {name!r}: it holds {_listed(unexpected)}, and the "
+                f"object has {_listed(missing)}. Nothing was loaded into it. If the object was "
+                "saved under another name, give it this name in to_load"
+            )
+        if missing or unexpected:
+            text = f"{name!r} was loaded in part from {self.source} (strict=False)"
+            if missing:
+                text += f". Not in the checkpoint, and as before: {_listed(missing)}"
+            if unexpected:
+                text += f". In the checkpoint, and left out: {_listed(unexpected)}"
+            self.proof.unchecked.append(text)
+            warn_user(text, CheckpointWarning)
+
+    def _read_back(self, name: str, target: Any, state: Any) -> None:
+        try:
+            found, extra = differences(state, target.state_dict())
+        except CheckpointContentError as error:
+            self.proof.unchecked.append(f"{name!r} could not be read back: {error}")
+            return
+        if found:
+            self._differs(name, target, found)
+            return
+        self.read.append(name)
+        if extra and not (is_module(target) or isinstance(target, ModelPart)):
+            self.proof.unchecked.append(
+                f"{name!r} also has {_listed(extra)}, of which the checkpoint holds nothing"
+            )
+
+    def _differs(self, name: str, target: Any, found: list[Difference]) -> None:
+        told = "; ".join(each.text for each in found)
+        message = (
+            f"{name!r} ({type(target).__name__}) does not hold what was loaded into it from "
+            f"{self.source}: {told}. Usual causes: its load_state_dict casts, leaves out or "
+            "computes anew what it is given, or the object was made in another way than then"
+        )
+        if not self.goes_on and all(each.is_cast for each in found):
+            # To load weights into a model of another precision is what some want, and see by this.
+            self.proof.differences.append(message)
+            warn_user(message, CheckpointWarning)
+            return
+        advice = ". To go on all the same: checks=Checks(read_back='warn')"
+        self.proof.differs(message + advice, self.checks.read_back)
+
+    def tell(self) -> None:
+        """Notes what was read back."""
+        if self.read:
+            self.proof.checked.append(f"read back bit by bit: {', '.join(self.read)}")
+
+
+def _listed(names: list[Any]) -> str:
+    shown = ", ".join(map(str, names[:6]))
+    return f"{shown} and {len(names) - 6} more" if len(names) > 6 else shown or "nothing"
+
+
+def _by_own_names(module: torch.nn.Module, state: Any, own: Mapping[str, Any]) -> Any:
+    """Names a state's entries as the module does, where torch.compile has changed a name."""
+    if not is_mapping(state) or not all(isinstance(key, str) for key in state):
+        return state
+    if not any(_COMPILED in key for key in (*state, *own)):
+        return state
+    names = {_uncompiled(key): key for key in own}
+    renamed = {names.get(_uncompiled(key), key): value for key, value in state.items()}
+    if len(renamed) != len(state):
+        return state
+    made: Any = type(state)() if isinstance(state, dict) else {}
+    made.update(renamed)
+    metadata = getattr(state, "_metadata", None)
+    if metadata is not None:
+        parts = {_uncompiled(key): key for key, _ in module.named_modules()}
+        made._metadata = {parts.get(_uncompiled(key), key): v for key, v in metadata.items()}
+    return made
+
+
+def _uncompiled(key: str) -> str:
+    return ".".join(part for part in key.split(".") if part != _COMPILED)
+
+
+def _check_groups(optimizer: torch.optim.Optimizer, state: Any) -> None:
+    """Says what is to be done where the optimizer lacks groups that training has added.
+
+    Raises:
+        ValueError: if the groups are others than those that were saved.
+    """
+    groups = state.get("param_groups") if is_mapping(state) else None
+    if not is_sequence(groups) or not all(is_mapping(group) for group in groups):
+        return
+    saved = [len(group.get("params", ())) for group in groups]
+    own = [len(group["params"]) for group in optimizer.param_groups]
+    if saved == own or type(optimizer).load_state_dict is not torch.optim.Optimizer.load_state_dict:
+        return
+    advice = "make it with the parameters that it had when it was saved"
+    if len(saved) > len(own) and saved[: len(own)] == own:
+        advice = (
+            "groups were added during training: call optimizer.add_param_group() for "
+            f"{len(saved) - len(own)} more before loading, in the order of then"
+        )
+    raise ValueError(
+        f"it has {len(own)} parameter group(s) of {own} parameters, and in the checkpoint "
+        f"{len(saved)} of {saved}; {advice}"
+    )
+
+
+def _put_back(optimizer: torch.optim.Optimizer, state: Any) -> None:
+    """Gives an optimizer's state the dtypes that were saved: torch casts it to the parameters'."""
+    saved = state.get("state") if is_mapping(state) else None
+    if is_mapping(saved):
+        # A fresh state_dict refers to the optimizer's own values.
+        _put_back_values(optimizer.state_dict()["state"], saved)
+
+
+def _put_back_values(own: Any, saved: Mapping[Any, Any]) -> None:
+    for key, value in saved.items():
+        mine = own.get(key) if is_mapping(own) else None
+        if is_mapping(value):
+            _put_back_values(mine, value)
+        elif (
+            isinstance(value, torch.Tensor)
+            and isinstance(mine, torch.Tensor)
+            and value.dtype != mine.dtype
+            and value.shape == mine.shape
+        ):
+            cast("dict[Any, Any]", own)[key] = value.to(mine.device)

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Mapping, Sequence
+import sys
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from crosstrain.engine.dispatch import Phase
 from crosstrain.engine.engine import Engine
 from crosstrain.engine.events import Events, is_event, is_events_list
+from crosstrain.engine.nests import walk_objects
 from crosstrain.engine.progress import is_done
+from crosstrain.engine.proof import Proof
 from crosstrain.engine.ranks.agreement import agreement_of
+from crosstrain.engine.ranks.world import this_rank
 
 from .handler import Checkpoint
 from .loading import Latest, PassedOver
-from .objects import check_objects, unsaved_objects, walk_objects
+from .objects import check_objects, unsaved_objects
+from .save_request import warn_of_repeated_data
 from .stop_signals import StopSignals
 
-__all__ = ["ResumableRun", "begin", "event_of", "with_trainer"]
+__all__ = ["ResumableRun", "begin", "event_of", "say", "with_trainer"]
 
 _logger = logging.getLogger(__name__)
 
@@ -28,7 +34,7 @@ class ResumableRun:
     """What `resume_or_start` has set up, and what has become of it.
 
     Args:
-        trainer: the engine.
+        trainer: the engine. It keeps this, and is not kept by it.
         checkpoint: the handler that saves.
         latest: the checkpoint that was restored, and those passed over.
         signals: what ends the run in order.
@@ -42,12 +48,16 @@ class ResumableRun:
         signals: Sequence[signal.Signals],
     ) -> None:
         self.checkpoint = checkpoint
-        self._trainer = trainer
+        self._engine = weakref.ref(trainer)
         self._latest = latest
-        self._signals = StopSignals(signals, self._notice)
+        self._proof = trainer.proof
         # In one process nobody has to be asked.
         self._ranks = agreement_of(trainer)
+        asks = None if self._ranks is None else self._ranks.ask_to_stop
+        self._signals = StopSignals(signals, asks)
         self._due = False
+        self._told_of_stop = False
+        self._proof_is_due = bool(latest)
         self._boundary = self._saved = trainer.state.iteration if latest else -1
         finished = bool(latest) and is_done(trainer.state)
         self._finished = (trainer.state.iteration, trainer.state.epoch) if finished else None
@@ -63,6 +73,11 @@ class ResumableRun:
         return self._latest.passed_over
 
     @property
+    def proof(self) -> Proof:
+        """What the resume has checked of itself; complete after the first iteration."""
+        return self._proof
+
+    @property
     def stop_signal(self) -> signal.Signals | None:
         """The signal that ended the run, on whichever rank it arrived; None if none did."""
         if self._ranks is None:
@@ -75,16 +90,23 @@ class ResumableRun:
         """What to exit with: 0, or 128 and the number of the signal that ended the run."""
         return 0 if self.stop_signal is None else 128 + self.stop_signal
 
+    @property
+    def _trainer(self) -> Engine:
+        trainer = self._engine()
+        assert trainer is not None, "who calls this is a handler of it"
+        return trainer
+
     def attach(self, event: Any) -> None:
         """Attaches the saving to the engine.
 
         Args:
             event: when a checkpoint is due.
         """
+        trainer = self._trainer
         # A training may be several runs: those that the checkpoint has behind it are passed by.
-        self._trainer.has_phases = True
-        self._trainer.add_event_handler(event, self._mark)
-        self._trainer.add_event_handler(Events.STARTED, self._begin)
+        trainer.has_phases = True
+        trainer.add_event_handler(event, self._mark)
+        trainer.add_event_handler(Events.STARTED, self._begin)
         # Whatever else happens after an iteration, such as a scheduler's step, must have happened
         # before it is saved.
         for saved, handler in (
@@ -92,8 +114,9 @@ class ResumableRun:
             (Events.EPOCH_COMPLETED, self._after_epoch),
             (Events.TERMINATE, self._after_terminate),
         ):
-            self._trainer.add_in_phase(saved, handler, Phase.SAVE)
-        self._trainer.call_at_end(self._end)
+            trainer.add_in_phase(saved, handler, Phase.SAVE)
+        trainer.call_at_end(self._end)
+        trainer.deals_with = self._deals_with
 
     def _mark(self) -> None:
         self._due = True
@@ -104,73 +127,98 @@ class ResumableRun:
         if self._finished is not None and trainer.state.iteration == 0:
             # run() takes a state at its limit for a reason to train anew, from trained weights.
             trainer.state.iteration, trainer.state.epoch = self._finished
-            _logger.info(
-                "The run is complete already, at iteration %d: nothing is trained. To train on, "
-                "raise max_epochs or max_iters; to train anew, use another folder.",
-                self._finished[0],
+            say(
+                f"The run is complete already, at iteration {self._finished[0]}: nothing is "
+                "trained. To train on, raise max_epochs or max_iters; to train anew, use another "
+                "folder."
             )
+        elif trainer.should_terminate:
+            say(
+                f"The run was ended on purpose, by terminate(), at iteration {self._boundary}: "
+                "nothing is trained. To train on, set trainer.should_terminate = False before "
+                "run(); to train anew, use another folder."
+            )
+        elif self._latest and trainer.state.iteration == self._boundary:
+            warn_of_repeated_data(trainer, "goes on")
         self._finished = None
 
     def _end(self) -> None:
         self._signals.restore()
-        trainer = self._trainer
-        if trainer.has_event_handler(self._on_exception, Events.EXCEPTION_RAISED):
-            trainer.remove_event_handler(self._on_exception, Events.EXCEPTION_RAISED)
+        self._tell_proof()
         self.checkpoint.wait()
+        stop, iteration = self.stop_signal, self._trainer.state.iteration
+        if stop is not None and iteration == self._saved:
+            _logger.warning("%s: saved at iteration %d; the run has ended.", stop.name, iteration)
+
+    def _tell_proof(self) -> None:
+        if self._proof_is_due:
+            self._proof_is_due = False
+            if this_rank() == 0:
+                _logger.info("The resume was proven: %s.", self._proof)
 
     def _after_iteration(self) -> None:
-        state = self._trainer.state
+        trainer = self._trainer
+        state = trainer.state
         self._boundary = state.iteration
+        if self._proof_is_due:
+            self._tell_proof()
         ends_epoch = state.epoch_length is not None and state.iteration % state.epoch_length == 0
-        if ends_epoch and not self._trainer.should_terminate:
+        if ends_epoch and not trainer.should_terminate:
             # The epoch ends here, and what its handlers do belongs to this iteration. They are not
             # called where the run ends first.
             return
-        self._save_if_due(state.iteration == state.max_iters)
+        self._save_if_due(trainer, state.iteration == state.max_iters)
 
     def _after_epoch(self) -> None:
+        trainer = self._trainer
         # The epoch that has just ended is counted already, so this is not true one epoch early.
-        self._save_if_due(is_done(self._trainer.state))
+        self._save_if_due(trainer, is_done(trainer.state))
 
     def _after_terminate(self) -> None:
-        # In the middle of an iteration there is no state that a run could go on from.
-        if self._trainer.state.iteration == self._boundary:
-            self._save_if_due(done=True)
-
-    def _save_if_due(self, done: bool) -> None:
         trainer = self._trainer
+        # In the middle of an iteration there is no state that a run could go on from.
+        if trainer.state.iteration == self._boundary:
+            self._save_if_due(trainer, done=True)
+
+    def _save_if_due(self, trainer: Engine, done: bool) -> None:
         stop = self.stop_signal
         if not (self._due or done or stop is not None or trainer.should_terminate):
             return
         self._due = False
+        if stop is not None and not self._told_of_stop:
+            self._told_of_stop = True
+            _logger.warning(
+                "%s: the run is saved and ends at iteration %d.%s",
+                stop.name,
+                trainer.state.iteration,
+                " Ctrl-C once more ends it at once." if stop == signal.SIGINT else "",
+            )
         if trainer.state.iteration != self._saved:
             self.checkpoint(trainer)
             self._saved = trainer.state.iteration
         if stop is not None and not trainer.should_terminate:
-            _logger.warning(
-                "%s: saved at iteration %d; the run ends.", stop.name, trainer.state.iteration
-            )
             trainer.terminate(goes_on=True)
 
-    def _notice(self) -> None:
-        if self._ranks is not None:
-            received = self._signals.received
-            self._ranks.ask_to_stop(0 if received is None else int(received))
-            return
-        self._trainer.add_event_handler(Events.EXCEPTION_RAISED, self._on_exception)
+    def _deals_with(self, error: BaseException) -> bool:
+        """Ends the run in order where it is to end, and the next batch cannot be fetched any more.
 
-    def _on_exception(self, error: BaseException) -> None:
-        """Ends the run in order where a signal has killed the loader's workers, not this process.
-
-        Ctrl-C reaches all processes of a terminal, and workers that were spawned die of it.
+        A signal that reaches a group of processes kills the loader's workers too, or a process that
+        a transform asks; the iterations before are complete, and an error must not cost their save.
         """
         trainer = self._trainer
+        pending = self._ranks is None and self._signals.received is not None
         at_boundary = trainer.state.iteration == self._boundary
-        loader_died = isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
-        if not (at_boundary and loader_died):
-            raise error
+        if not (pending and at_boundary and isinstance(error, Exception)):
+            return False
+        _logger.warning(
+            "The next batch could not be fetched (%s: %s), while the run was about to end: it ends "
+            "with the iterations that are complete.",
+            type(error).__name__,
+            error,
+        )
         trainer.terminate_epoch(skip_epoch_completed=True)
-        self._save_if_due(done=False)
+        self._save_if_due(trainer, done=False)
+        return True
 
 
 def begin(
@@ -180,7 +228,7 @@ def begin(
     signals: Sequence[signal.Signals],
     event: Any,
 ) -> ResumableRun:
-    """Returns a run whose objects have been restored, attached to its engine, and logs from what.
+    """Returns a run whose objects have been restored, attached to its engine, and says from what.
 
     Args:
         trainer: see `ResumableRun`, as for the next three.
@@ -191,17 +239,25 @@ def begin(
     """
     manifest = latest.manifest
     if not latest:
-        _logger.info("No checkpoint in %s: the run starts from the beginning.", latest.folder)
+        say(f"No checkpoint in {latest.folder}: the run starts from the beginning.")
     else:
-        _logger.info(
-            "Resumed from %s: iteration %s, epoch %s.",
-            latest.path,
-            "unknown" if manifest is None else manifest.iteration,
-            "unknown" if manifest is None else manifest.epoch,
+        iteration, epoch = (
+            ("unknown", "unknown") if manifest is None else (manifest.iteration, manifest.epoch)
         )
+        say(f"Resumed from {latest.path}: iteration {iteration}, epoch {epoch}.")
     run = ResumableRun(trainer, checkpoint, latest, signals)
     run.attach(event)
     return run
+
+
+def say(message: str) -> None:
+    """Tells the user something once, on rank 0: in the log, or, where there is none, on stderr."""
+    if this_rank() != 0:
+        return
+    if _logger.hasHandlers():
+        _logger.info(message)
+    else:
+        print(message, file=sys.stderr, flush=True)
 
 
 def event_of(every: Any) -> Any:
@@ -220,7 +276,32 @@ def event_of(every: Any) -> Any:
     )
 
 
-def with_trainer(trainer: Engine, to_save: Mapping[str, Any]) -> dict[str, Any]:
+class Objects(Mapping[str, Any]):
+    """The objects of a run by name, of which the trainer itself is not kept: it keeps this.
+
+    Args:
+        objects: the objects.
+        trainer: the trainer, which may be one of them.
+    """
+
+    def __init__(self, objects: Mapping[str, Any], trainer: Engine) -> None:
+        self._engine = weakref.ref(trainer)
+        self._objects = {
+            name: None if value is trainer else value for name, value in objects.items()
+        }
+        self._own = frozenset(name for name, value in objects.items() if value is trainer)
+
+    def __getitem__(self, name: str) -> Any:
+        return self._engine() if name in self._own else self._objects[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._objects)
+
+    def __len__(self) -> int:
+        return len(self._objects)
+
+
+def with_trainer(trainer: Engine, to_save: Mapping[str, Any]) -> Objects:
     """Returns the objects with the trainer among them.
 
     Raises:
@@ -243,4 +324,4 @@ def with_trainer(trainer: Engine, to_save: Mapping[str, Any]) -> dict[str, Any]:
             f"to_save leaves out {', '.join(map(repr, missing))}, which the trainer trains: the "
             "run could not go on exactly. Name it in to_save"
         )
-    return objects
+    return Objects(objects, trainer)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from crosstrain.engine.engine import Engine
+from crosstrain.engine.proof import Checks
 from crosstrain.engine.ranks.agreement import agree
 from crosstrain.engine.ranks.world import this_rank
 from crosstrain.engine.spread import is_sharded
@@ -17,6 +18,7 @@ from .resumable import ResumableRun, begin, event_of, with_trainer
 from .resume_found import Found, base_name, find, find_together, own_files, restore_found
 from .saver import DiskSaver
 from .sharded_resume import resume_or_start_sharded
+from .stop_signals import STOP_SIGNALS
 
 __all__ = ["resume_or_start"]
 
@@ -32,7 +34,8 @@ def resume_or_start(
     background: bool = True,
     overlap: bool = False,
     resume_from: str | os.PathLike[str] | None = None,
-    signals: Sequence[signal.Signals] = (signal.SIGTERM, signal.SIGINT),
+    signals: Sequence[signal.Signals] = STOP_SIGNALS,
+    checks: Checks | None = None,
 ) -> ResumableRun:
     """Restores a run from the newest good checkpoint of a folder, if any, and saves it there.
 
@@ -56,7 +59,9 @@ def resume_or_start(
         background: see `DiskSaver`; takes memory for a second copy of the state.
         overlap: see `DiskSaver`.
         resume_from: a checkpoint to restore instead of the newest one.
-        signals: which signals end the run in order. The second Ctrl-C ends it at once.
+        signals: which signals end the run in order. The second Ctrl-C ends it at once. SIGHUP is
+            left alone where the program, or `nohup`, has set it.
+        checks: how strict the resume is about what it measures of itself, see `Checks`.
 
     Returns:
         What was restored and, later, what ended the run: `sys.exit(run.exit_code)` tells a
@@ -67,8 +72,10 @@ def resume_or_start(
         ValueError: if `to_save` leaves out what the trainer trains, or `every` is below 1.
         CheckpointBusy: if another process saves into the folder.
         CheckpointError: if there are checkpoints and none is good, or it does not fit the objects.
+        ResumeError: if the run would not go on as the one that was saved.
     """
     event = event_of(every)
+    trainer.checks = trainer.checks if checks is None else checks
     objects = with_trainer(trainer, to_save)
     if is_sharded(objects):
         if overlap:
@@ -86,6 +93,7 @@ def resume_or_start(
             background=background,
             resume_from=resume_from,
             signals=signals,
+            checks=checks,
         )
     ranks = agree(trainer)
     base = base_name(objects, filename_prefix)
@@ -103,7 +111,7 @@ def resume_or_start(
     else:
         saver, found = find_together(ranks.line, open_and_find)
     try:
-        restore_found(objects, found, ranks)
+        restore_found(objects, found, ranks, trainer.checks)
     except BaseException:
         saver.close()
         raise

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from crosstrain.engine.proof import Checks
 from crosstrain.engine.ranks.agreement import Agreement
 from crosstrain.engine.ranks.line import Line
 from crosstrain.engine.storage.errors import CheckpointNotFound
@@ -17,7 +18,8 @@ from crosstrain.engine.storage.manifest import Manifest
 from crosstrain.engine.storage.safe_load import load_file
 from crosstrain.engine.storage.sharded_manifest import ShardedManifest
 
-from .loading import Latest, candidates, load_latest, restore
+from .loading import Latest, candidates, load_latest
+from .objects import restore
 from .retention import Item
 from .saver import DiskSaver
 from .sharded_latest import sharded_folders
@@ -141,13 +143,16 @@ def open_checkpoint(folder: Path, path: Path) -> Found:
     return Found(Latest(folder, loaded.path, loaded.manifest, ()), loaded.state)
 
 
-def restore_found(objects: Mapping[str, Any], found: Found, ranks: Agreement | None) -> None:
+def restore_found(
+    objects: Mapping[str, Any], found: Found, ranks: Agreement | None, checks: Checks
+) -> None:
     """Restores objects from what was found; in a world, on all ranks or on none.
 
     Args:
         objects: the objects by name.
         found: what was found, the same on all ranks.
         ranks: the ranks; None if there is one process.
+        checks: how strict it is.
 
     Raises:
         CheckpointError: if it is damaged, or does not fit the objects.
@@ -156,12 +161,14 @@ def restore_found(objects: Mapping[str, Any], found: Found, ranks: Agreement | N
     path = found.latest.path
     if path is None:
         return
+    manifest = found.latest.manifest
+    bare = None if manifest is None else manifest.bare
     # Its name only: rank 0 has the folder's path as it was given, which may be relative.
     with nullcontext() if ranks is None else ranks.line.together(f"restoring {path.name}"):
         if found.state is None:
-            load_sharded(objects, path)
+            load_sharded(objects, path, checks)
         else:
-            restore(objects, found.state, path, {})
+            restore(objects, found.state, path, {}, checks, bare)
 
 
 def own_files(folder: Path, base: str, iteration: int) -> list[Item]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import distributed
 
+from crosstrain.engine.proof import Checks, Proof
 from crosstrain.engine.ranks.world import this_rank, world_size
 from crosstrain.engine.spread import at_path, is_spread, object_at, parameter_names
 from crosstrain.engine.storage.errors import (
@@ -30,8 +31,7 @@ from crosstrain.engine.storage.sharded_manifest import (
     rank_file,
 )
 
-from .loading import restore
-from .objects import check_objects
+from .objects import check_objects, restore
 
 __all__ = [
     "SUFFIX",
@@ -181,7 +181,12 @@ def read_sharded(path: str | os.PathLike[str]) -> dict[str, Any]:
     return dict(states)
 
 
-def load_sharded(to_load: Mapping[str, Any], path: str | os.PathLike[str], **kwargs: Any) -> None:
+def load_sharded(
+    to_load: Mapping[str, Any],
+    path: str | os.PathLike[str],
+    checks: Checks | None = None,
+    **kwargs: Any,
+) -> Proof:
     """Gives objects their states from a sharded checkpoint; all processes call it together.
 
     The objects may lie in any number of processes, sharded or not. Models are filled in place.
@@ -191,6 +196,7 @@ def load_sharded(to_load: Mapping[str, Any], path: str | os.PathLike[str], **kwa
     Args:
         to_load: the objects by name, or nests of them.
         path: the checkpoint's folder.
+        checks: as of `Checkpoint.load_objects`.
         **kwargs: as of `Checkpoint.load_objects`.
 
     Raises:
@@ -209,7 +215,7 @@ def load_sharded(to_load: Mapping[str, Any], path: str | os.PathLike[str], **kwa
         if now is not None and now != then and sorted(now) == sorted(then):
             places = _reordered(states, places, where, then, now)
     _fill(found, states, places, to_load)
-    restore(to_load, states, found.path, kwargs)
+    return restore(to_load, states, found.path, kwargs, checks, bare=False)
 
 
 def verified(path: str | os.PathLike[str]) -> ShardedCheckpoint:

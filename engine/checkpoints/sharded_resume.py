@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from crosstrain.engine.engine import Engine
+from crosstrain.engine.proof import Checks
 from crosstrain.engine.ranks.agreement import agree
 from crosstrain.engine.storage.errors import CheckpointNotFound
 from crosstrain.engine.storage.sharded_manifest import ShardedManifest
@@ -19,6 +20,7 @@ from .resume_found import Found, base_name, newer_file, open_checkpoint, restore
 from .retention import Item
 from .sharded_latest import folders_together, from_first, latest_sharded
 from .sharded_saver import ShardedSaver
+from .stop_signals import STOP_SIGNALS
 
 __all__ = ["resume_or_start_sharded"]
 
@@ -33,7 +35,8 @@ def resume_or_start_sharded(
     filename_prefix: str = "",
     background: bool = True,
     resume_from: str | os.PathLike[str] | None = None,
-    signals: Sequence[signal.Signals] = (signal.SIGTERM, signal.SIGINT),
+    signals: Sequence[signal.Signals] = STOP_SIGNALS,
+    checks: Checks | None = None,
 ) -> ResumableRun:
     """Does what `resume_or_start` does, with a `ShardedSaver`; all processes call it together.
 
@@ -47,6 +50,7 @@ def resume_or_start_sharded(
         background: see `ShardedSaver`.
         resume_from: a checkpoint of either kind to restore instead of the newest one.
         signals: likewise.
+        checks: likewise.
 
     Returns:
         As of `resume_or_start`.
@@ -56,15 +60,17 @@ def resume_or_start_sharded(
         ValueError: likewise.
         CheckpointBusy: if another run saves into the folder.
         CheckpointError: if there are checkpoints and none is good, or it does not fit the objects.
+        ResumeError: if the run would not go on as the one that was saved.
     """
     event = event_of(every)
+    trainer.checks = trainer.checks if checks is None else checks
     objects = with_trainer(trainer, to_save)
     ranks = agree(trainer)
     saver = ShardedSaver(dirname, require_empty=False, background=background)
     base = base_name(objects, filename_prefix)
     try:
         found = _find(objects, saver.dirname, base, resume_from)
-        restore_found(objects, found, ranks)
+        restore_found(objects, found, ranks, trainer.checks)
     except BaseException:
         saver.close()
         raise

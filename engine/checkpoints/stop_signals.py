@@ -1,4 +1,8 @@
-"""Signals that ask a run to end: noticed at once, acted upon where the run's state is complete."""
+"""Signals that ask a run to end: noticed at once, acted upon where the run's state is complete.
+
+A signal handler of Python's runs between any two instructions, in the midst of a write to the log
+too. So here it sets a flag and does nothing else; who has asked for the signals looks at it.
+"""
 
 from __future__ import annotations
 
@@ -10,23 +14,28 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
-__all__ = ["StopSignals"]
+__all__ = ["STOP_SIGNALS", "StopSignals"]
 
 _logger = logging.getLogger(__name__)
+
+#: Schedulers send the first, a terminal the second, and when it closes the third.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class StopSignals:
     """Remembers the first of some signals; a second Ctrl-C interrupts at once, as Python does.
 
+    SIGHUP is left as it is where somebody has set it already, as `nohup` does.
+
     Args:
         signals: which signals.
-        noticed: called in the signal handler when the first one arrives.
+        noticed: called in the signal handler with the first one that arrives; sets flags only.
     """
 
     def __init__(
         self,
-        signals: Sequence[signal.Signals] = (signal.SIGTERM, signal.SIGINT),
-        noticed: Callable[[], None] | None = None,
+        signals: Sequence[signal.Signals] = STOP_SIGNALS,
+        noticed: Callable[[int], None] | None = None,
     ) -> None:
         self._signals = tuple(signals)
         self._noticed = noticed
@@ -48,6 +57,8 @@ class StopSignals:
             return
         self._process = os.getpid()
         for each in self._signals:
+            if each is signal.SIGHUP and signal.getsignal(each) is not signal.SIG_DFL:
+                continue
             self._previous[each] = signal.signal(each, self._handle)
 
     def restore(self) -> None:
@@ -63,16 +74,10 @@ class StopSignals:
         received = signal.Signals(number)
         if os.getpid() != self._process:
             self._handle_in_child(received)
-            return
-        if self.received is None:
+        elif self.received is None:
             self.received = received
-            _logger.warning(
-                "%s: the run will be saved and ended at the next iteration boundary.%s",
-                received.name,
-                " Ctrl-C once more ends it at once." if received == signal.SIGINT else "",
-            )
             if self._noticed is not None:
-                self._noticed()
+                self._noticed(number)
         elif received == signal.SIGINT:
             self.restore()
             raise KeyboardInterrupt

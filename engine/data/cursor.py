@@ -4,26 +4,31 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy
 import torch
 
 from crosstrain.backends import World, random_state
+from crosstrain.engine.errors import ResumeError
+from crosstrain.engine.proof import Proof, Strictness
 from crosstrain.engine.random_states import random_states_kept
 
+from .batch_before import Held, compare, is_comparable, record
 from .flows import Dataflow, Iterate, NoData, ReplayedFlow, SequenceFlow, StatefulFlow
 from .generators import is_stateful
 from .mapflow import MapFlow
 from .own_data import is_map_style, is_own, not_dealt_out, own_data
 from .sampling import is_loader
 from .shares import ALONE, BatchShare, counted, world_of
-from .streams import StreamKey, rank_seed, seed_host
+from .streams import StreamKey, plain_indices, rank_seed, seed_host
 
 if TYPE_CHECKING:
     from crosstrain.backends import Backend
 
 __all__ = ["Cursor", "dataflow_of"]
+
+_NONE: Final = object()
 
 
 class Cursor:
@@ -54,6 +59,11 @@ class Cursor:
         #: What this process has of the last batch; None where batches are not dealt out.
         self.share: BatchShare | None = None
         self._shares: deque[BatchShare] | None = None
+        # The batch that was given last, with its indices, as far as they are known.
+        self._last: Held | None = None
+        self._last_indices: Any = None
+        self._held: deque[Held] = deque()
+        self._indices: deque[Any] | None = None
         self._pass = self._exchanges = 0
         self._ended = False
 
@@ -67,6 +77,10 @@ class Cursor:
             self._ended = True
             raise
         self.fetched += 1
+        if self._held:
+            self._last = self._held.popleft()
+        if self._indices:
+            self._last_indices = self._indices.popleft()
         if self._shares is not None and self._flow is not None:
             self.share = counted(self._shares, self._flow.data)
         return item
@@ -90,27 +104,94 @@ class Cursor:
             "exchanges": self._exchanges,
             "data": self._flow.fingerprint(),
             "flow": self._flow.state(),
+            "before": self._before(),
         }
 
-    def go_to(self, position: Mapping[str, Any], data: Any, key: StreamKey) -> None:
+    def _before(self) -> dict[str, Any]:
+        """Returns what a state keeps of the batch that was consumed last."""
+        flow, last = self._flow, self._last
+        assert flow is not None
+        if flow.unrepeatable is not None:
+            return {"reason": flow.unrepeatable}
+        if self.consumed == 0:
+            return {"reason": "the state was written before the first batch of a pass"}
+        if not self.between_batches:
+            return {"reason": "the state was written in the middle of an iteration"}
+        if last is None:
+            return {"reason": "the state was written before the run had fetched a batch"}
+        return record(last, plain_indices(self._last_indices), world_of(self._backend))
+
+    def go_to(
+        self,
+        position: Mapping[str, Any],
+        data: Any,
+        key: StreamKey,
+        proof: Proof,
+        strictness: Strictness = "error",
+    ) -> None:
         """Opens data at a position; leaves the global generators in any state.
 
-        A process that has no random states to restore then calls `seed_anew`.
+        The batch before the position is fetched once more, and compared with what the state keeps
+        of it. A process that has no random states to restore then calls `seed_anew`.
 
         Args:
             position: what `position` returned.
             data: the data.
             key: the run's seed and streams.
+            proof: takes down what the comparison found.
+            strictness: how strict the comparison is.
 
         Raises:
             ValueError: if it is not the data that the position is in.
+            ResumeError: if the batch before is another, and that is an error.
         """
         flow = self._flow_of(data)
         _check_data(position, flow.fingerprint())
         self._flow = flow
         self._pass, self._exchanges = position["pass"], position["exchanges"]
         self.consumed = position["batch"]
-        self._open_flow(key, position["flow"])
+        before: Any = position.get("before")
+        again = 0
+        if strictness != "off":
+            reason = is_comparable(before, world_of(self._backend))
+            again = int(reason is None)
+            if reason is not None:
+                proof.unchecked.append(f"the batch before: {reason}")
+        self._open_flow(key, position["flow"], again)
+        if again:
+            self._compare(before, proof, strictness)
+
+    def fits(self, position: Mapping[str, Any], data: Any) -> bool:
+        """Tells whether data is of the kind and the lengths of that which a position is in."""
+        then: Mapping[str, Any] = position["data"]
+        return then == self._flow_of(data).fingerprint()
+
+    def go_on_with(self, position: Mapping[str, Any], data: Any, key: StreamKey) -> None:
+        """Opens other data where a run has ended: that of the next run, in this process or another.
+
+        Args:
+            position: where the run that has ended was.
+            data: the data of the next one.
+            key: the run's seed and streams.
+        """
+        self._pass, self._exchanges = position["pass"], position["exchanges"]
+        self.consumed, self.opened = position["batch"], True
+        self.open(data, key)
+
+    def _compare(self, before: Mapping[str, Any], proof: Proof, strictness: Strictness) -> None:
+        flow = self._flow
+        assert flow is not None
+        place = f"batch {self.consumed} of pass {self._pass + 1}"
+        found = next(self, _NONE) is not _NONE
+        # However many there are, the run is after this batch.
+        self.fetched, self._ended, self.share = self.consumed, not found, None
+        last, indices = (self._last, plain_indices(self._last_indices)) if found else (None, None)
+        try:
+            compare(before, last, indices, place, flow.suspects(), proof, strictness)
+        except ResumeError:
+            # The right data may be given to the next run.
+            flow.close()
+            raise
 
     def go_to_pass(self, number: int, batch: int, data: Any, key: StreamKey) -> None:
         """Opens data at a batch of a pass, as if this run had not had it before."""
@@ -200,14 +281,17 @@ class Cursor:
         if self._backend is not None:
             self._backend.seed(seed)
 
-    def _open_flow(self, key: StreamKey, state: Mapping[str, Any] | None) -> None:
+    def _open_flow(self, key: StreamKey, state: Mapping[str, Any] | None, again: int = 0) -> None:
         flow = self._flow
         assert flow is not None
         rank = world_of(self._backend).rank if flow.owners else 0
         key = key._replace(epoch=self._pass, rank=rank)
         seed_host(key.host_seed)
-        self._iterator = flow.open(key, self.consumed, state)
+        self._iterator = flow.open(key, self.consumed, state, again)
         self._shares, self.share = flow.shares, None
+        self._held, self._indices = flow.held, flow.indices
+        if not self.consumed or again:
+            self._last = self._last_indices = None
         self.fetched, self.opened, self._ended = self.consumed, True, False
 
     def _flow_of(self, data: Any) -> Dataflow:

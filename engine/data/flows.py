@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from itertools import islice, repeat
+from itertools import chain, islice, repeat
 from typing import Any, ClassVar
 
 from crosstrain.engine.errors import ResumeWarning, warn_user
 from crosstrain.engine.progress import data_length
 
+from .batch_before import Held, Noted
 from .generators import OwnStates
 from .sampling import is_loader, rebuilt
 from .shares import BatchShare
@@ -35,17 +36,24 @@ class Dataflow:
     kind: ClassVar[str] = ""
     #: Among how many processes this is the data of one only; 0 where all have the same.
     owners = 0
+    #: Why a batch of it cannot be fetched once more; None where it can.
+    unrepeatable: ClassVar[str | None] = None
 
     def __init__(self, data: Any) -> None:
         self.data = data
+        #: The batches that were fetched and not given yet, held; a backend may fetch ahead.
+        self.held: deque[Held] = deque()
 
-    def open(self, key: StreamKey, batch: int, state: Mapping[str, Any] | None) -> Iterator[Any]:
+    def open(
+        self, key: StreamKey, batch: int, state: Mapping[str, Any] | None, again: int = 0
+    ) -> Iterator[Any]:
         """Returns an iterator over a pass from a batch on.
 
         Args:
             key: which pass of which run.
             batch: how many of its batches to leave out.
             state: what `state` returned at that batch; None where a new pass is opened.
+            again: how many of those left out, 0 or 1, are to be fetched once more.
         """
         raise NotImplementedError
 
@@ -57,6 +65,15 @@ class Dataflow:
     def shares(self) -> deque[BatchShare] | None:
         """What is this process's of each batch that is to be given; None: all of it."""
         return None
+
+    @property
+    def indices(self) -> deque[Any] | None:
+        """The indices of each batch that is to be given; None where there are none."""
+        return None
+
+    def suspects(self) -> list[str]:
+        """Returns the names of generators that the data holds and that no key reaches."""
+        return []
 
     def end(self, batches: int, ended: bool) -> None:
         """Leaves the pass, after which another is opened.
@@ -86,8 +103,11 @@ class NoData(Dataflow):
     """The data of a run without data: an endless pass of None."""
 
     kind = "no data"
+    unrepeatable = "a run without data has none"
 
-    def open(self, key: StreamKey, batch: int, state: Mapping[str, Any] | None) -> Iterator[Any]:
+    def open(
+        self, key: StreamKey, batch: int, state: Mapping[str, Any] | None, again: int = 0
+    ) -> Iterator[Any]:
         """Returns an iterator over None."""
         return repeat(None)
 
@@ -106,10 +126,14 @@ class SequenceFlow(Dataflow):
         super().__init__(data)
         self._iterate = iterate
 
-    def open(self, key: StreamKey, batch: int, state: Mapping[str, Any] | None) -> Iterator[Any]:
+    def open(
+        self, key: StreamKey, batch: int, state: Mapping[str, Any] | None, again: int = 0
+    ) -> Iterator[Any]:
         """Returns an iterator over a pass from a batch on."""
         data = self.data
-        return self._iterate(data[index] for index in range(batch, len(data)))
+        self.held = deque()
+        batches = (data[index] for index in range(batch - again, len(data)))
+        return self._iterate(Noted(batches, self.held.append))
 
 
 class ReplayedFlow(Dataflow):
@@ -128,7 +152,9 @@ class ReplayedFlow(Dataflow):
         self._at_opening: dict[str, Any] = {}
         self._opened = False
 
-    def open(self, key: StreamKey, batch: int, state: Mapping[str, Any] | None) -> Iterator[Any]:
+    def open(
+        self, key: StreamKey, batch: int, state: Mapping[str, Any] | None, again: int = 0
+    ) -> Iterator[Any]:
         """Returns an iterator over a pass from a batch on; warns if that takes fetching.
 
         Raises:
@@ -140,8 +166,9 @@ class ReplayedFlow(Dataflow):
         iterator: Iterator[Any] = iter(self.data if self._loader is None else self._loader)
         continues = iterator is self.data and self._opened
         self._opened = True
+        self.held = deque()
         if batch == 0 or continues:
-            return iterator
+            return Noted(iterator, self.held.append)
         name = type(self.data).__name__
         warn_user(
             f"{name} offers no state_dict/load_state_dict, so its first {batch} batches are "
@@ -149,14 +176,16 @@ class ReplayedFlow(Dataflow):
             "use a DataLoader over a map-style dataset.",
             ResumeWarning,
         )
-        skipped = sum(1 for _ in islice(iterator, batch))
+        skipped = sum(1 for _ in islice(iterator, batch - again))
+        first = list(islice(iterator, again))
+        skipped += len(first)
         if skipped < batch:
             raise RuntimeError(
                 f"The data ({name}) gave {skipped} batches, but the run to go on with had taken "
                 f"{batch} of this pass. Give run() the data that it had; an iterator must be a new "
                 "one, at its beginning."
             )
-        return iterator
+        return Noted(chain(first, iterator), self.held.append)
 
     def state(self) -> dict[str, Any]:
         """Returns the states that the data's own generators had when this pass was opened."""
@@ -179,6 +208,7 @@ class StatefulFlow(Dataflow):
     """
 
     kind = "iterable data with a state"
+    unrepeatable = "data with a state of its own goes on behind it"
 
     def __init__(self, data: Any, owner: Any) -> None:
         super().__init__(data)
@@ -190,7 +220,9 @@ class StatefulFlow(Dataflow):
         self._ended = False
         self._closed_state: dict[str, Any] | None = None
 
-    def open(self, key: StreamKey, batch: int, state: Mapping[str, Any] | None) -> Iterator[Any]:
+    def open(
+        self, key: StreamKey, batch: int, state: Mapping[str, Any] | None, again: int = 0
+    ) -> Iterator[Any]:
         """Returns an iterator over a pass from a batch on, by the data's own state."""
         self._closed_state, self._ended = None, False
         if state is not None:

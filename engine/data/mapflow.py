@@ -18,6 +18,7 @@ from crosstrain.backends import World, random_state
 from crosstrain.engine.errors import ResumeWarning, warn_user
 from crosstrain.engine.progress import data_length
 
+from .batch_before import Noted, hold
 from .flows import Dataflow, Iterate
 from .generators import OwnStates, generators_in
 from .sampling import KeyedSampler, rebuilt
@@ -73,9 +74,12 @@ class MapFlow(Dataflow):
         )
         self._at_opening = self._own.take()
         self._drawn = False
-        _warn_of_generators(data.dataset)
+        self._suspects = sorted(generators_in(data.dataset, "dataset"))
+        _warn_of_generators(self._suspects)
 
-    def open(self, key: StreamKey, batch: int, state: Mapping[str, Any] | None) -> Iterator[Any]:
+    def open(
+        self, key: StreamKey, batch: int, state: Mapping[str, Any] | None, again: int = 0
+    ) -> Iterator[Any]:
         """Returns an iterator over a pass from a batch on; fetches nothing before it.
 
         Raises:
@@ -85,6 +89,7 @@ class MapFlow(Dataflow):
         if state is not None:
             self._own.give(state)
         self._at_opening = self._own.take()
+        batch -= again
         self._drawn = batch == 0 or batch != data_length(self.data)
         if self._drawn:
             self._draw_base_seed()
@@ -95,8 +100,12 @@ class MapFlow(Dataflow):
             # The pass is over: no workers need to be started to learn that.
             return iter(())
         self._base.manual_seed(rank_seed(key.host_seed, self._world.rank))
-        iterator = self._checked(self._iterate(self._loader))
-        return _Secluded(iterator, key.streams) if self._loader.num_workers == 0 else iterator
+        self.held = deque()
+        # What is held is what lies on the host: before the backend has moved it.
+        batches = _iterator_of(self._loader, self._sampler)
+        if self._loader.num_workers == 0:
+            return self._iterate(_Secluded(batches, self.held.append, key.streams))
+        return self._iterate(Noted(batches, self.held.append))
 
     @property
     def shares(self) -> deque[BatchShare] | None:
@@ -107,17 +116,14 @@ class MapFlow(Dataflow):
         # torch draws it first, whatever the number of workers, then the sampler's.
         _ = torch.empty((), dtype=torch.int64).random_(generator=self.data.generator)
 
-    def _checked(self, iterator: Iterator[Any]) -> Iterator[Any]:
-        for batch in iterator:
-            if not self._sampler.asked:
-                raise RuntimeError(
-                    f"{type(self.data).__name__} does not take its batches from its batch_sampler "
-                    "when it is iterated over, so its order can be neither known nor entered in "
-                    "the middle. Give DeterministicEngine.run() a torch.utils.data.DataLoader."
-                )
-            yield batch
-            break
-        yield from iterator
+    @property
+    def indices(self) -> deque[Any] | None:
+        """The indices of each batch that is to be given."""
+        return self._sampler.given
+
+    def suspects(self) -> list[str]:
+        """Returns the names of generators that the dataset and what fetches from it hold."""
+        return self._suspects
 
     def state(self) -> dict[str, Any]:
         """Returns the states that generators and samplers had when this pass was opened."""
@@ -158,8 +164,7 @@ def _keyed(dataset: Any, batched: bool) -> Any:
     return KeyedBatchDataset(dataset) if getattr(dataset, "__getitems__", None) else dataset
 
 
-def _warn_of_generators(dataset: Any) -> None:
-    found = sorted(generators_in(dataset, "dataset"))
+def _warn_of_generators(found: list[str]) -> None:
     if found:
         warn_user(
             f"The dataset holds random generators of its own: {', '.join(found)}. What is drawn "
@@ -170,11 +175,37 @@ def _warn_of_generators(dataset: Any) -> None:
         )
 
 
+def _iterator_of(loader: Any, sampler: KeyedSampler) -> Iterator[Any]:
+    """Returns an iterator over a loader that is known to ask its sampler.
+
+    torch's loaders ask when they are iterated over, those of others with their first batch.
+
+    Raises:
+        RuntimeError: with that batch, if it has not.
+    """
+    iterator = iter(loader)
+    return iterator if sampler.asked else _checked(iterator, sampler, type(loader).__name__)
+
+
+def _checked(iterator: Iterator[Any], sampler: KeyedSampler, name: str) -> Iterator[Any]:
+    for batch in iterator:
+        if not sampler.asked:
+            raise RuntimeError(
+                f"{name} does not take its batches from its batch_sampler when it is iterated "
+                "over, so its order can be neither known nor entered in the middle. Give "
+                "DeterministicEngine.run() a torch.utils.data.DataLoader."
+            )
+        yield batch
+        break
+    yield from iterator
+
+
 class _Secluded:
     """Fetches in the main process, and leaves that process's own random streams as they were."""
 
-    def __init__(self, iterator: Iterator[Any], streams: tuple[str, ...]) -> None:
+    def __init__(self, iterator: Iterator[Any], append: Any, streams: tuple[str, ...]) -> None:
         self._iterator = iterator
+        self._append = append
         self._python = "python" in streams
         self._torch = "torch" in streams
         self._numpy = _NumpyAside() if "numpy" in streams else None
@@ -189,7 +220,7 @@ class _Secluded:
         if aside is not None:
             aside.begin()
         try:
-            return next(self._iterator)
+            item = next(self._iterator)
         finally:
             leave()
             if python is not None:
@@ -198,6 +229,8 @@ class _Secluded:
                 torch.default_generator.set_state(state)
             if aside is not None:
                 aside.end()
+        self._append(hold(item))
+        return item
 
 
 class _Gauss:

@@ -89,6 +89,8 @@ class KeyedSampler:
         self.inner: Any = getattr(sampler, "sampler", None) if batched else sampler
         #: Whether a loader has asked for the order of this pass.
         self.asked = False
+        #: The indices of the batches that were asked for and not given yet.
+        self.given: deque[Any] = deque()
         self._batched = batched
         self._collates = collates
         self._seekable = is_seekable(self.inner) and (not batched or type(sampler) is BatchSampler)
@@ -105,32 +107,29 @@ class KeyedSampler:
             # An order that is computed from its epoch; it has no random state to tell passes apart.
             self.inner.set_epoch(key.epoch)
         keys = key.base, key.streams, self._collates
+        # A new one: an iterator of an earlier pass may still have the old.
+        self.given = deque()
         if self.shares is not None:
             self._items = self._dealt_out(start, keys)
-            self.asked = False
-            return
-        base, streams, collates = keys
-        order = self._opened(start)
-        if self._batched:
-            self._items = (
-                KeyedIndices(b.indices, base, streams, b.number, b.first, collates) for b in order
-            )
+        elif self._batched:
+            self._items = _batches(self._opened(start), self.given, keys)
         else:
-            self._items = (KeyedIndex(b.indices, base, streams, b.first) for b in order)
+            self._items = _items(self._opened(start), self.given, keys)
         self.asked = False
 
     def _opened(self, start: int) -> Iterator[Batch]:
         order = self.order(start)
         return _primed(order) if self._seekable else _secluded(order)
 
-    def _dealt_out(self, start: int, keys: tuple[int, tuple[str, ...], bool]) -> Iterator[Any]:
+    def _dealt_out(self, start: int, keys: _Keys) -> Iterator[Any]:
         # A new one: an iterator of an earlier pass may still have the old.
         self.shares = deque()
         if not self._batched:
-            return _noted(deal(_lists(self._opened(start)), self._world), self.shares, keys, False)
+            parts = deal(_lists(self._opened(start)), self._world)
+            return _noted(parts, self.shares, self.given, keys, False)
         spans = deal_spans(self.sampler, start, self._world)
         parts = deal(self._opened(start), self._world) if spans is None else _primed(spans)
-        return _noted(parts, self.shares, keys, True)
+        return _noted(parts, self.shares, self.given, keys, True)
 
     def order(self, start: int) -> Iterator[Batch]:
         """Returns the order from a batch on; drawn when it is asked for, as torch draws it."""
@@ -146,16 +145,36 @@ class KeyedSampler:
         return len(self.sampler)
 
 
+_Keys = tuple[int, tuple[str, ...], bool]
+
+
+def _batches(order: Iterator[Batch], given: deque[Any], keys: _Keys) -> Iterator[Any]:
+    base, streams, collates = keys
+    for number, first, indices in order:
+        keyed = KeyedIndices(indices, base, streams, number, first, collates)
+        given.append(keyed)
+        yield keyed
+
+
+def _items(order: Iterator[Batch], given: deque[Any], keys: _Keys) -> Iterator[Any]:
+    base, streams, _ = keys
+    for _number, first, index in order:
+        given.append(index)
+        yield KeyedIndex(index, base, streams, first)
+
+
 def _noted(
     parts: Iterator[Dealt],
     shares: deque[BatchShare],
-    keys: tuple[int, tuple[str, ...], bool],
+    given: deque[Any],
+    keys: _Keys,
     batched: bool,
 ) -> Iterator[Any]:
     """Yields keyed parts of batches, and notes what is in each."""
     base, streams, collates = keys
     for part in parts:
         shares.append(part.share)
+        given.append(part.indices)
         if batched:
             place = (part.number, part.first, collates, part.offset)
             yield KeyedIndices(part.indices, base, streams, *place)

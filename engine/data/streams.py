@@ -29,6 +29,7 @@ __all__ = [
     "StreamKey",
     "current_sample",
     "leave",
+    "plain_indices",
     "rank_seed",
     "seed_host",
 ]
@@ -210,6 +211,11 @@ class KeyedIndices(list[Any]):
         """What the batch sampler gave, where that is no list: an array, a tuple; else this."""
         return self if self._given is None else self._given
 
+    @property
+    def values(self) -> Any:
+        """What the batch sampler gave; nothing is seeded by it."""
+        return list(super().__iter__()) if self._given is None else self._given
+
     def _next_base(self) -> int:
         lap, self._lap = self._lap, self._lap + 1
         return self._base if lap == 0 else mix(self._base, lap)
@@ -247,6 +253,11 @@ class KeyedIndices(list[Any]):
         plain = list(super().__iter__()) if self._given is None else self._given
         place = (self._base, self._streams, self._batch, self._first, self._collates, self._offset)
         return KeyedIndices, (plain, *place)
+
+
+def plain_indices(indices: Any) -> Any:
+    """Returns the indices of a batch as its sampler gave them; seeds nothing."""
+    return indices.values if isinstance(indices, KeyedIndices) else indices
 
 
 class KeyedIndex(NamedTuple):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy
 import torch
 
+from crosstrain.backends import spec_of
 from crosstrain.engine.errors import ResumeWarning, warn_user
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ __all__ = [
     "environment",
     "load_step",
     "report_differences",
-    "spec_of",
     "step_state",
 ]
 
@@ -50,11 +50,6 @@ OPTIONAL_KEYS: Final[Mapping[str, str]] = {
     "epoch_rng_states": "the random states of the epoch's beginning, for handlers of EPOCH_STARTED",
     "structure": "the structure of what is trained: what wants gradients, parameter groups",
 }
-
-
-def spec_of(backend: Backend | None) -> str | None:
-    """Returns the spec of a backend, such as `cpu:bf16`; None where there is none."""
-    return None if backend is None else f"{backend.name}:{backend.option}"
 
 
 def environment(backend: Backend | None) -> dict[str, Any]:

@@ -52,6 +52,7 @@ LEVELS = {
             "digest",
             "errors",
             "guards",
+            "nests",
             "place",
             "progress",
             "proof",

@@ -1,0 +1,143 @@
+"""Compares what an object says of its state with what was loaded into it, bit by bit."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from crosstrain.engine.guards import is_mapping
+from crosstrain.engine.spread import is_spread
+from crosstrain.engine.storage.plain import to_plain
+
+__all__ = ["Difference", "differences"]
+
+_SHOWN = 3
+
+
+class Difference(NamedTuple):
+    """One thing that differs: in words, and whether the value is the saved one in another dtype."""
+
+    text: str
+    is_cast: bool
+
+
+def differences(saved: Any, own: Any) -> tuple[list[Difference], list[str]]:
+    """Compares a state that was loaded with the one that the object has then.
+
+    Args:
+        saved: what was loaded.
+        own: what the object's `state_dict` returns.
+
+    Returns:
+        The first things that differ, those first that are no casts; and what the object has and
+        the checkpoint has not.
+
+    Raises:
+        CheckpointContentError: if the object's state holds what no checkpoint can carry.
+    """
+    extra: list[str] = []
+    found: list[Difference] = []
+    for each in _walk(_plain(saved), _plain(own), "", extra):
+        found.append(each)
+        if sum(not one.is_cast for one in found) >= _SHOWN:
+            break
+    found.sort(key=lambda each: each.is_cast)
+    return found[:_SHOWN], extra
+
+
+def _plain(state: Any) -> Any:
+    """Returns a state as a checkpoint holds it: NumPy's arrays as tensors, deques as lists."""
+    return to_plain(state, lambda tensor, _: tensor)
+
+
+def _walk(saved: Any, own: Any, where: str, extra: list[str]) -> Iterator[Difference]:
+    if isinstance(saved, torch.Tensor):
+        if (found := _tensors_differ(saved, own, where or "the state")) is not None:
+            yield found
+    elif is_mapping(saved):
+        yield from _mappings(saved, own, where, extra)
+    elif isinstance(saved, (list, tuple)):
+        if not isinstance(own, (list, tuple)) or len(own) != len(saved):
+            yield Difference(f"{where or 'the state'} has another length or form", False)
+            return
+        for index, (one, other) in enumerate(zip(saved, own, strict=True)):
+            yield from _walk(one, other, f"{where}[{index}]", extra)
+    elif not _same(saved, own):
+        text = f"{where or 'the state'} was saved as {_short(saved)} and is {_short(own)}"
+        yield Difference(text, False)
+
+
+def _mappings(
+    saved: Mapping[Any, Any], own: Any, where: str, extra: list[str]
+) -> Iterator[Difference]:
+    if not is_mapping(own):
+        yield Difference(f"{where or 'the state'} is a {type(own).__name__}, no mapping", False)
+        return
+    for key, value in saved.items():
+        place = f"{where}[{key!r}]"
+        if key in own:
+            yield from _walk(value, own[key], place, extra)
+        else:
+            yield Difference(f"{place} was saved and is not there", False)
+    extra += [f"{where}[{key!r}]" for key in own if key not in saved]
+
+
+def _same(saved: Any, own: Any) -> bool:
+    if type(saved) is not type(own):
+        return False
+    if isinstance(saved, float):
+        return struct.pack("<d", saved) == struct.pack("<d", own)
+    return bool(saved == own)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 60 else text[:57] + "..."
+
+
+def _tensors_differ(saved: torch.Tensor, own: Any, where: str) -> Difference | None:
+    if not isinstance(own, torch.Tensor):
+        return Difference(f"{where} was saved as a tensor and is {_short(own)}", False)
+    one, other = _local(saved), _local(own)
+    if one.is_meta or other.is_meta:
+        return None
+    if one.shape != other.shape:
+        shapes = f"{tuple(one.shape)} and has shape {tuple(other.shape)}"
+        return Difference(f"{where} was saved with shape {shapes}", False)
+    if one.dtype != other.dtype:
+        cast = _equal_bits(one.to(other.dtype), other)
+        return Difference(f"{where} was saved as {one.dtype} and is {other.dtype}", cast)
+    if not _equal_bits(one, other):
+        return Difference(f"{where} has other values than were saved", False)
+    return None
+
+
+def _local(tensor: Any) -> torch.Tensor:
+    local: torch.Tensor = tensor.to_local() if is_spread(tensor) else tensor
+    return local.detach()
+
+
+def _equal_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if one.data_ptr() == other.data_ptr() != 0 and one.stride() == other.stride():
+        # An optimizer takes the loaded tensors themselves.
+        return one.device == other.device
+    return torch.equal(*_as_integers(_on_host(one), _on_host(other)))
+
+
+def _on_host(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+
+
+def _as_integers(one: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    # Eight bytes at a time: seven times as fast as one.
+    for dtype in (torch.int64, torch.int32, torch.int16):
+        wide = dtype.itemsize
+        if all(t.nbytes % wide == 0 and t.data_ptr() % wide == 0 for t in (one, other)):
+            try:
+                return one.view(dtype), other.view(dtype)
+            except RuntimeError:
+                continue
+    return one.view(torch.uint8), other.view(torch.uint8)
