@@ -388,6 +388,14 @@ class Dispatcher:
         """Tells whether a handler is attached to an event, or to any where none is named."""
         return self._handlers.has(handler, event_name)
 
+    def has_users_handler(self, event: Any) -> bool:
+        """Tells whether a handler that is not this library's own is attached to an event."""
+        ours = __package__
+        return any(
+            not str(getattr(handler, "__module__", "")).startswith(ours)
+            for handler in self._handlers.require(event).bound()
+        )
+
     def remove_event_handler(self, handler: Callable[..., Any], event_name: Any) -> None:
         """Takes a handler off an event.
 

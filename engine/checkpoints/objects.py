@@ -188,6 +188,9 @@ def restore(
     for name, value, its_state in sorted(pairs, key=lambda pair: isinstance(pair[1], Engine)):
         load.one(name, value, its_state)
     load.tell()
+    beside = {name: unwrap(one) for name, one, _ in pairs if not isinstance(one, Engine)}
+    for engine in engines:
+        engine.loaded_with = beside
     for engine, what in rebuilt:
         engine.proof.checked.append(f"put back: {what}")
     return proof

@@ -53,6 +53,7 @@ LEVELS = {
             "errors",
             "guards",
             "nests",
+            "place",
             "progress",
             "proof",
             "random_states",
