@@ -197,6 +197,12 @@ class HandlerTable:
             )
         return slot
 
+    def all_bound(self) -> Iterator[tuple[str, Callable[..., Any]]]:
+        """Yields the functions that are attached to any event, with the event's name."""
+        for name, slot in self._slots.items():
+            for function in slot.bound():
+                yield name, function
+
     def bind(
         self,
         engine: Any,

@@ -14,6 +14,7 @@ import random
 import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import Any, Final
 
@@ -75,19 +76,14 @@ _MANY: Final = 64
 _SEEN: Final = 2000
 
 
-def unnamed_sources(
-    functions: Mapping[str, Any], known: Iterable[Any], beside: Iterable[Any]
-) -> list[str]:
+def unnamed_sources(functions: Mapping[str, Any], known: Iterable[int]) -> list[str]:
     """Returns what functions draw from, by where it was found, each once.
 
     Args:
         functions: the step and the handlers, by what to call them.
-        known: objects that a state takes care of, such as the run's data; not looked into.
-        beside: objects that are saved; what they hold, and what they are, is named.
+        known: what a checkpoint takes care of, by `id`; it is not looked into.
     """
-    walk = _Walk({id(thing) for thing in known})
-    for thing in beside:
-        walk.name(thing)
+    walk = _Walk(set(known))
     for name, function in functions.items():
         walk.function(function, name, _DEPTH)
     return list(walk.found.values())
@@ -99,12 +95,6 @@ class _Walk:
     def __init__(self, known: set[int]) -> None:
         self._seen = known
         self.found: dict[int, str] = {}
-
-    def name(self, thing: Any) -> None:
-        """Takes an object, and what it holds, for named."""
-        self._seen.add(id(thing))
-        for value in _attributes(thing).values():
-            self._seen.add(id(value))
 
     def function(self, function: Any, name: str, depth: int) -> None:
         """Looks into what a function refers to: all of it, if it is the user's."""
@@ -118,8 +108,14 @@ class _Walk:
             self.value(owner, name, depth)
         plain = inspect.unwrap(getattr(function, "__func__", function))
         if not inspect.isfunction(plain):
-            if owner is None:
-                self.attributes(plain, name, depth)
+            if owner is None and type(plain).__module__.startswith("crosstrain."):
+                # A step of ours, with the user's functions in it.
+                for own, value in _functions_in(plain):
+                    self.function(value, f"{name}, its {own}", depth - 1)
+            elif owner is None:
+                self.value(plain, name, depth)
+            return
+        if _is_others(plain):
             return
         for value in (*(plain.__defaults__ or ()), *(plain.__kwdefaults__ or {}).values()):
             self.value(value, f"{name}, a default", depth - 1)
@@ -156,11 +152,19 @@ class _Walk:
             self.value(item, f"{name}, .{own}", depth - 1)
 
 
+def _functions_in(step: Any) -> Iterator[tuple[str, Any]]:
+    """Yields the functions among the attributes of a step of ours, and among its options."""
+    for name, value in _attributes(step).items():
+        if inspect.isroutine(value) or isinstance(value, partial):
+            yield name, value
+        elif is_dataclass(value) and not isinstance(value, type):
+            for item in fields(value):
+                option = getattr(value, item.name)
+                if inspect.isroutine(option) or isinstance(option, partial):
+                    yield item.name, option
+
+
 def _attributes(value: Any) -> dict[str, Any]:
-    if isinstance(value, tuple):
-        # A named one, such as a step's options.
-        made: Any = value
-        return dict(zip(getattr(made, "_fields", ()), made, strict=False))
     try:
         return dict(vars(value))
     except TypeError:
@@ -169,8 +173,8 @@ def _attributes(value: Any) -> dict[str, Any]:
         return {name: getattr(value, name) for name in names if hasattr(value, name)}
 
 
-def _is_others(kind: type) -> bool:
-    root = kind.__module__.partition(".")[0]
+def _is_others(thing: Any) -> bool:
+    root = (thing.__module__ or "").partition(".")[0]
     return root in _OTHERS or root in sys.stdlib_module_names
 
 
