@@ -309,7 +309,7 @@ class DeterministicEngine(Engine):
             "step": step_state(self._step),
             "backend": None if self.backend is None else self.backend.state_dict(),
         }
-        self._passed_by = self.has_phases
+        self._passed_by = self.restartable
 
     def _take_up(self, snapshot: Mapping[str, Any]) -> None:
         """Restores what comes before the data: the step's and the backend's state, the place."""
@@ -406,14 +406,23 @@ class DeterministicEngine(Engine):
             if another and not cursor.fits(position, data):
                 cursor.go_on_with(position, data, self._key)
             else:
-                if another:
-                    self.proof.unchecked.append("the batch before: it was another run's")
+                reason = self._other_beginning(another) if beginning else None
+                if reason is not None and strictness != "off":
+                    self.proof.unchecked.append(f"the batch before: {reason}")
                     strictness = "off"
                 cursor.go_to(position, data, self._key, self.proof, strictness)
         if not beginning:
             restore_random_states(snapshot["rng_states"], self.backend)
         if self._reseeds:
             cursor.seed_anew(self._key)
+
+    def _other_beginning(self, another: bool) -> str | None:
+        """Returns why the last batch of an epoch that has ended may differ now, if it may."""
+        if another:
+            return "it was another run's"
+        if self.has_users_handler(Events.EPOCH_STARTED):
+            return "it is of the epoch before, and handlers of EPOCH_STARTED may change the data"
+        return None
 
     def _reopen_data(self) -> Iterator[Any]:
         self._cursor.open_next_pass(self.state.dataloader, self._key)
@@ -428,7 +437,7 @@ class DeterministicEngine(Engine):
     def _begins(self) -> None:
         self.state.seed = agreed_seed(self.state.seed, self.backend)
         snapshot = self._full_snapshot()
-        if snapshot is not None and self._place.owed & RUN_ENDS:
+        if snapshot is not None and self.restartable and self._place.owed & RUN_ENDS:
             # It ends as it had ended: another run, of this process, would begin another epoch.
             self.state.epoch = snapshot["progress"]["epoch"]
             left = {**snapshot["progress"], "ended": True, "ends": False, "quiet": False}

@@ -93,7 +93,7 @@ class Engine(Loop):
         Args:
             state_dict: `epoch_length`, one of `iteration` and `epoch` (how many are completed), one
                 of `max_epochs` and `max_iters`, and each of `state_dict_user_keys`. If it has
-                `terminated`, the run was ended on purpose, and the next one trains nothing.
+                `terminated`, the run was ended on purpose; see `terminate`.
 
         Raises:
             TypeError: if it is not a mapping.
@@ -161,7 +161,7 @@ class Engine(Loop):
             )
         if self._session is None:
             self._recover()
-        passed_by = self.has_phases and self._place.loaded
+        passed_by = self.restartable and self._place.loaded
         check_limits(self.state, max_epochs, max_iters, passed_by)
         unlimited = self.state.max_epochs is None and self.state.max_iters is None
         if unlimited or (is_done(self.state) and self._session is None and not self._place.loaded):

@@ -48,10 +48,6 @@ class Loop(Requests):
         backend: its `sync()` is called after each step; None where the step needs none.
     """
 
-    #: Whether a training is made of several runs, each with a limit of its own, of which those that
-    #: a loaded state has behind it are passed by. `resume_or_start` says so.
-    has_phases = False
-
     def __init__(
         self, process_function: Callable[[Any, Any], Any], backend: Backend | None = None
     ) -> None:
@@ -96,7 +92,7 @@ class Loop(Requests):
             if place.within is None:
                 place.within = state.iteration % (state.epoch_length or 1)
             place.stepped = state.iteration
-            place.loaded = place.loaded and self.has_phases
+            place.loaded = place.loaded and self.restartable
             self.asked = 0
             self._session = self._run()
         self._logs_events = self.logger.isEnabledFor(logging.DEBUG)
@@ -143,8 +139,9 @@ class Loop(Requests):
             try:
                 self._begins()
                 self._emit(Events.STARTED)
-                if self._place.owed & RUN_ENDS:
+                if self.restartable and self._place.owed & RUN_ENDS:
                     self._end_as_loaded()
+                self._place.owed &= ~RUN_ENDS
                 if self.asked:
                     yield from self._obey()
                 while self._has_epochs() and not self.should_terminate:
@@ -227,7 +224,9 @@ class Loop(Requests):
             yield from self._obey()
         if self._data_iter is None:
             self._data_iter = self._open_data()
-        yield from self._run_iterations()
+        if not place.owed & NO_BATCHES:
+            yield from self._run_batches(place)
+        place.owed = 0
         place.end_epoch()
         times, key = self.state.times, Events.EPOCH_COMPLETED.name
         times[key] = time.perf_counter() - started
@@ -240,31 +239,7 @@ class Loop(Requests):
             yield from self._obey()
         self.logger.info("Epoch %s ends after %.3f s.", self.state.epoch, times[key])
 
-    def _run_iterations(self) -> Generator[None, None, None]:
-        """Runs what is left of an epoch's iterations, and deals with what ends them early."""
-        state, place = self.state, self._place
-        owed, place.owed = place.owed, 0
-        if owed & NO_BATCHES:
-            return
-        place.stepped = state.iteration
-        try:
-            if owed:
-                self.asked |= owed
-                yield from self._obey()
-            yield from self._run_batches(place, place.within or 0)
-        except EndEpoch:
-            place.open = False
-            slot = self._handlers.require(Events.TERMINATE_SINGLE_EPOCH)
-            self._fire_with(slot, iter_counter=state.iteration - place.began)
-            self._data_iter = self._reopen_data()
-        except (EndRun, GeneratorExit):
-            raise
-        except BaseException as error:
-            place.broken = state.iteration > place.stepped
-            if not self._goes_on(error, place.stepped - place.began):
-                raise
-
-    def _run_batches(self, place: Place, count: int) -> Generator[None, None, None]:
+    def _run_batches(self, place: Place) -> Generator[None, None, None]:
         """The loop over one epoch's batches: the hot path, whose every line is paid each time."""
         slot = self._handlers.require
         asking, got = slot(Events.GET_BATCH_STARTED), slot(Events.GET_BATCH_COMPLETED)
@@ -276,56 +251,74 @@ class Loop(Requests):
         # Events that nobody listens to are passed by, unless they are logged, or a pause has been:
         # something may have been asked for meanwhile.
         alert = self._logs_events or self.asked != 0
+        count = place.within or 0
+        place.stepped = self.state.iteration
         renewed = False
-        while True:
-            state = self.state
-            state.batch = None
-            if (asking.handlers or alert) and not renewed and state.dataloader is not None:
-                fire(asking)
+        try:
+            if place.owed:
+                self.asked |= place.owed
+                place.owed = 0
+                yield from self._obey()
+            while True:
+                state = self.state
+                state.batch = None
+                if (asking.handlers or alert) and not renewed and state.dataloader is not None:
+                    fire(asking)
+                    if self.asked:
+                        yield from self._obey()
+                        alert = True
+                try:
+                    state.batch = next(self._data_iter)
+                except StopIteration:
+                    if state.epoch_length is None:
+                        self._learn_epoch_length(count)
+                        return
+                    yield from self._renew_data(renewed)
+                    renewed = True
+                    continue
+                renewed = False
+                state.raw_output = None
+                if (got.handlers or alert) and state.dataloader is not None:
+                    fire(got)
+                if self.asked and state.dataloader is not None:
+                    yield from self._obey()
+                    alert = True
+                count += 1
+                state.iteration += 1
+                if starting.handlers or alert:
+                    fire(starting)
+                    if self.asked:
+                        yield from self._obey()
+                        alert = True
+                else:
+                    self.last_event_name = started
+                state.raw_output = process(self, state.batch)
+                if step_done is not None:
+                    step_done()
+                if sync is not None:
+                    sync()
+                place.stepped = state.iteration
+                if completing.handlers or alert:
+                    fire(completing)
                 if self.asked:
                     yield from self._obey()
                     alert = True
-            try:
-                state.batch = next(self._data_iter)
-            except StopIteration:
-                if state.epoch_length is None:
-                    self._learn_epoch_length(count)
+                if count == state.epoch_length:
                     return
-                yield from self._renew_data(renewed)
-                renewed = True
-                continue
-            renewed = False
-            state.raw_output = None
-            if (got.handlers or alert) and state.dataloader is not None:
-                fire(got)
-            if self.asked and state.dataloader is not None:
-                yield from self._obey()
-                alert = True
-            count += 1
-            state.iteration += 1
-            if starting.handlers or alert:
-                fire(starting)
-                if self.asked:
-                    yield from self._obey()
-                    alert = True
-            else:
-                self.last_event_name = started
-            state.raw_output = process(self, state.batch)
-            if step_done is not None:
-                step_done()
-            if sync is not None:
-                sync()
-            place.stepped = state.iteration
-            if completing.handlers or alert:
-                fire(completing)
-            if self.asked:
-                yield from self._obey()
-                alert = True
-            if count == state.epoch_length:
-                return
-            if place.stepped == state.max_iters:
-                self.asked |= END_RUN
-                raise EndRun
+                if place.stepped == state.max_iters:
+                    self.asked |= END_RUN
+                    raise EndRun
+        except EndEpoch:
+            place.open = False
+            iterations = self.state.iteration - place.began
+            self._fire_with(slot(Events.TERMINATE_SINGLE_EPOCH), iter_counter=iterations)
+            self._data_iter = self._reopen_data()
+        except (EndRun, GeneratorExit):
+            raise
+        except BaseException as error:
+            place.broken = self.state.iteration > place.stepped
+            if not self._goes_on(error, place.stepped - place.began):
+                raise
 
     def _goes_on(self, error: BaseException, done: int) -> bool:
         """Keeps where an error left the epoch; tells whether its handlers dealt with it here.

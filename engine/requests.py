@@ -77,6 +77,10 @@ class Requests(Dispatcher):
     """
 
     interrupt_resume_enabled = True
+    #: Whether the program is one that its scheduler starts again, as `resume_or_start` says: a run
+    #: that a loaded state was ended on purpose in trains nothing more, and of several runs with a
+    #: limit each, those that the state has behind it are passed by.
+    restartable = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,10 +94,12 @@ class Requests(Dispatcher):
     def should_terminate(self) -> bool:
         """Whether the run ends, or the last one was ended, by `terminate` or by `max_iters`.
 
-        Also after the state of a run was loaded that `terminate` had ended. Setting it to True does
-        what `terminate()` does. Setting it to False takes that back: the next `run` goes on.
+        Also after `resume_or_start` has loaded the state of a run that `terminate` had ended.
+        Setting it to True does what `terminate()` does. Setting it to False takes that back: the
+        next `run` goes on.
         """
-        return bool((self.asked | self._place.owed) & END_RUN)
+        owed = self._place.owed if self.restartable else 0
+        return bool((self.asked | owed) & END_RUN)
 
     @should_terminate.setter
     def should_terminate(self, value: bool | str) -> None:
@@ -145,7 +151,7 @@ class Requests(Dispatcher):
         """Ends the run after the current event: TERMINATE fires, then COMPLETED.
 
         This is an end on purpose, such as early stopping's: a state that is saved from here on says
-        so, and a run that is started again from it trains nothing more. Where only this process has
+        so, and `resume_or_start`, started again, trains nothing more. Where only this process has
         to end, because its time is up or a signal has come, say so by `goes_on`.
 
         Args:

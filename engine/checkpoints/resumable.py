@@ -103,8 +103,7 @@ class ResumableRun:
             event: when a checkpoint is due.
         """
         trainer = self._trainer
-        # A training may be several runs: those that the checkpoint has behind it are passed by.
-        trainer.has_phases = True
+        trainer.restartable = True
         trainer.add_event_handler(event, self._mark)
         trainer.add_event_handler(Events.STARTED, self._begin)
         # Whatever else happens after an iteration, such as a scheduler's step, must have happened
