@@ -28,6 +28,7 @@ from crosstrain.engine.dispatch import Dispatcher
 
 __all__ = ["unnamed_sources"]
 
+_EXAMPLES: Final[tuple[Iterable[Any], ...]] = ([], (), range(0), {}, set(), "")
 _SOURCES: Final[tuple[type, ...]] = (
     torch.Generator,
     random.Random,
@@ -43,7 +44,7 @@ _SOURCES: Final[tuple[type, ...]] = (
     filter,
     map,
     zip,
-    *(type(iter(example)) for example in ([], (), range(0), {}, set[int](), "")),
+    *(type(iter(example)) for example in _EXAMPLES),
 )
 # They are part of every state.
 _GLOBAL: Final = frozenset(
