@@ -396,7 +396,7 @@ class Dispatcher:
 
     def has_users_handler(self, event: Any) -> bool:
         """Tells whether a handler that is not this library's own is attached to an event."""
-        ours = __package__
+        ours = "crosstrain.engine"
         return any(
             not str(getattr(handler, "__module__", "")).startswith(ours)
             for handler in self._handlers.require(event).bound()
