@@ -173,6 +173,7 @@ class Checkpoint:
             "run": facts,
             "optimizers": optimizers_in(self.to_save),
             "objects": self.to_save,
+            "checks": getattr(engine, "checks", Checks()),
         }
         if self._takes_metadata:
             self.save_handler(checkpoint, filename, metadata)
