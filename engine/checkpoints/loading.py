@@ -13,6 +13,7 @@ from typing import Any
 from crosstrain.engine.errors import warn_user
 from crosstrain.engine.proof import Checks, Proof
 from crosstrain.engine.storage.archive import read_archive
+from crosstrain.engine.storage.atomic import open_regular
 from crosstrain.engine.storage.errors import (
     CheckpointCorrupt,
     CheckpointError,
@@ -199,7 +200,7 @@ def _age(item: tuple[Path, Manifest | CheckpointError]) -> tuple[bool, int, str]
 
 def _manifest_of(path: Path) -> Manifest | CheckpointError:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             comment = read_archive(file.fileno()).comment
         if comment:
             return Manifest.decode(comment)

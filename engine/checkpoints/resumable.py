@@ -144,7 +144,13 @@ class ResumableRun:
     def _end(self) -> None:
         self._signals.restore()
         self._tell_proof()
-        self.checkpoint.wait()
+        try:
+            self.checkpoint.wait()
+        except RuntimeError as error:
+            # torch raises it wherever this thread is when a worker dies: the save is not to blame.
+            if "DataLoader worker" not in str(error):
+                raise
+            self.checkpoint.wait()
         stop, iteration = self.stop_signal, self._trainer.state.iteration
         if stop is not None and iteration == self._saved:
             _logger.warning("%s: saved at iteration %d; the run has ended.", stop.name, iteration)
@@ -206,7 +212,11 @@ class ResumableRun:
         """
         trainer = self._trainer
         pending = self._ranks is None and self._signals.received is not None
-        at_boundary = trainer.state.iteration == self._boundary
+        # What the handlers between two epochs had left to do is in no checkpoint.
+        between = (Events.EPOCH_STARTED, Events.EPOCH_COMPLETED)
+        at_boundary = (
+            trainer.state.iteration == self._boundary and trainer.last_event_name not in between
+        )
         if not (pending and at_boundary and isinstance(error, Exception)):
             return False
         _logger.warning(

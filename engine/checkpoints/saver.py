@@ -18,6 +18,7 @@ from crosstrain.engine.storage.atomic import (
     HashingFile,
     check_free_space,
     make_folder,
+    open_regular,
     remove_leftovers,
     write_file,
 )
@@ -207,7 +208,7 @@ def _names_of(checkpoint: Any) -> tuple[str, ...]:
 def _saved_at(path: Path) -> int:
     """Returns when a checkpoint was saved, as its manifest says; 0 if it says nothing."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             comment = read_archive(file.fileno()).comment
         return Manifest.decode(comment).saved_at_ns if comment else 0
     except (OSError, CheckpointError):
