@@ -46,6 +46,7 @@ from crosstrain.engine.training.ignite_steps import (
     supervised_training_step_apex,
     supervised_training_step_tpu,
 )
+from crosstrain.engine.training.shards import LogicalShards
 from crosstrain.engine.training.step import StepEvents, StepOptions, TrainingStep
 
 from .deterministic import (
@@ -96,6 +97,7 @@ __all__ = [
     "Events",
     "EventsList",
     "Latest",
+    "LogicalShards",
     "Manifest",
     "ModelCheckpoint",
     "ModelPart",
