@@ -28,6 +28,7 @@ from crosstrain.engine.exact.snapshot import (
     report_differences,
     step_state,
 )
+from crosstrain.engine.exact.unnamed import unnamed_sources
 from crosstrain.engine.ranks.agreed_seed import agreed_seed
 from crosstrain.engine.training.own_step import OwnStep
 
@@ -35,7 +36,7 @@ from .engine import Engine
 from .errors import ResumeWarning, warn_user
 from .events import Events
 from .progress import data_length
-from .proof import Checks
+from .proof import Checks, Proof
 from .random_states import random_states, random_states_kept, restore_random_states
 from .requests import END_EPOCH, NO_BATCHES, QUIET_EPOCH, RUN_ENDS
 from .state import State
@@ -155,6 +156,7 @@ class DeterministicEngine(Engine):
         self._laid_over: LaidOver | None = None
         self._defers = False
         self._put_back: list[str] = []
+        self._told_unnamed = False
         self._conditions: dict[str, Any] | None = None
 
     @property
@@ -205,10 +207,30 @@ class DeterministicEngine(Engine):
         values["epoch_rng_states"] = None if values["progress"]["ended"] else self._epoch_states
         values["backend"] = None if self.backend is None else self.backend.state_dict()
         values["step"] = step_state(self._step)
+        self._tell_unnamed()
         values["structure"] = self._structure.record(named(self.objects, self.saved_beside))
         values["environment"] = self._environment()
         values["exact"] = exact
         return values
+
+    def _tell_unnamed(self) -> None:
+        """Says once what the step and handlers draw from that no checkpoint holds."""
+        if self._told_unnamed or self.checks.unnamed == "off":
+            return
+        self._told_unnamed = True
+        functions = {"the step": self._process_function}
+        for event, function in self._handlers.all_bound():
+            name = getattr(function, "__qualname__", type(function).__qualname__)
+            functions[f"{name} (a handler of {event})"] = function
+        found = unnamed_sources(functions, {*self.named_beside, id(self.state.dataloader)})
+        if found:
+            Proof().differs(
+                f"A resumed run will draw other values from {'; '.join(found)}: that has a "
+                "position or random states of its own, and no checkpoint holds them. Name it in "
+                "to_save (docs/exact_resume.md), or draw from the global generators. If what it "
+                "gives is not used in training: checks=Checks(unnamed='off').",
+                self.checks.unnamed,
+            )
 
     def _environment(self) -> dict[str, Any]:
         if self._conditions is None:
@@ -263,6 +285,7 @@ class DeterministicEngine(Engine):
 
     def _begin_anew(self) -> None:
         self._cursor.reset()
+        self._structure.begin(named(self.objects, self.saved_beside))
         self._snapshot = self._laid_over = None
         self.state.seed = self._given_seed
 
@@ -331,6 +354,12 @@ class DeterministicEngine(Engine):
         objects = named(self.objects, self.saved_beside)
         return self._structure.restore(snapshot["structure"], objects)
 
+    def _settle_structure(self, snapshot: Mapping[str, Any]) -> None:
+        """Puts it back over what handlers that fired again have changed, and tells."""
+        found = self._restore_structure(snapshot)
+        found.put_back = list(dict.fromkeys(self._put_back + found.put_back))
+        found.tell(self.proof, self.checks.structure)
+
     def set_data(self, data: Iterable[Any]) -> None:
         """Takes the next batch, and all after it, from other data, as another pass of the run.
 
@@ -360,11 +389,8 @@ class DeterministicEngine(Engine):
             return iter(()) if self._session is None else None
         self._lay_over()
         data, snapshot = self.state.dataloader, self._snapshot
-        if snapshot is not None:
-            # Once more: handlers of the run's and the epoch's beginning have fired again.
-            found = self._restore_structure(snapshot)
-            found.put_back = list(dict.fromkeys(self._put_back + found.put_back))
-            found.tell(self.proof, self.checks.structure)
+        if snapshot is not None and "format" in snapshot and not _at_beginning(snapshot):
+            self._settle_structure(snapshot)
         if snapshot is None:
             self._cursor.open(data, self._key)
         elif "format" not in snapshot:
@@ -434,6 +460,7 @@ class DeterministicEngine(Engine):
         if snapshot is not None:
             if _at_beginning(snapshot):
                 self._lay_over()
+                self._settle_structure(snapshot)
                 restore_random_states(snapshot["rng_states"], self.backend)
             else:
                 self._repeat_beginning(snapshot)

@@ -197,6 +197,12 @@ class HandlerTable:
             )
         return slot
 
+    def all_bound(self) -> Iterator[tuple[str, Callable[..., Any]]]:
+        """Yields the functions that are attached to any event, with the event's name."""
+        for name, slot in self._slots.items():
+            for function in slot.bound():
+                yield name, function
+
     def bind(
         self,
         engine: Any,
@@ -390,7 +396,7 @@ class Dispatcher:
 
     def has_users_handler(self, event: Any) -> bool:
         """Tells whether a handler that is not this library's own is attached to an event."""
-        ours = __package__
+        ours = "crosstrain.engine"
         return any(
             not str(getattr(handler, "__module__", "")).startswith(ours)
             for handler in self._handlers.require(event).bound()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -96,11 +96,18 @@ def introduce(
         if not isinstance(engine, Engine):
             continue
         engine.saved_beside = recordable(dict(objects))
+        engine.named_beside = frozenset(_identities(objects))
         state = None if states is None else states.get(name)
         if is_mapping(state) and engine.checks.structure != "off":
             known = named(engine.objects, engine.saved_beside)
             added += [(engine, what) for what in rebuild_groups(state.get("structure"), known)]
     return added
+
+
+def _identities(objects: Mapping[str, Any]) -> Iterator[int]:
+    for _, value in walk_objects(objects):
+        yield id(value)
+        yield from map(id, getattr(value, "__dict__", {}).values())
 
 
 def _state_of(value: Any, rank: int) -> Any:
