@@ -161,6 +161,10 @@ def scheduled(backend: str, saved: bool) -> Training:
     return Training(training.trainer, training.data, 2, {**training.to_save, "s": scheduler})
 
 
+def shards(backend: str) -> Training:
+    return build(backend, shards=2)
+
+
 def exact(backend: str, workers: int = 0) -> Training:
     print("A line of the training's own, which is nobody else's business.", flush=True)
     training = build(backend, workers)
