@@ -40,6 +40,7 @@ class CudaBackend(AcceleratorBackend):
     name = kind = "cuda"
     device = torch.device("cuda")
     transport = "nccl"
+    adds_up = True
 
     @classmethod
     def probe(cls, option: str | None = None) -> Availability:

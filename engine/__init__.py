@@ -21,7 +21,7 @@ from crosstrain.engine.checkpoints.sharded_resume import resume_or_start_sharded
 from crosstrain.engine.checkpoints.sharded_saver import ShardedSaver
 from crosstrain.engine.data.own_data import PerRank
 from crosstrain.engine.data.permutation import PermutationSampler
-from crosstrain.engine.data.shares import BatchShare, mean_over_ranks
+from crosstrain.engine.data.shares import BatchShare, ShardedBatch, mean_over_ranks
 from crosstrain.engine.data.streams import SampleStreams, current_sample
 from crosstrain.engine.ranks.agreement import agree
 from crosstrain.engine.ranks.check import RankCheck
@@ -46,6 +46,7 @@ from crosstrain.engine.training.ignite_steps import (
     supervised_training_step_apex,
     supervised_training_step_tpu,
 )
+from crosstrain.engine.training.shards import LogicalShards
 from crosstrain.engine.training.step import StepEvents, StepOptions, TrainingStep
 
 from .deterministic import (
@@ -96,6 +97,7 @@ __all__ = [
     "Events",
     "EventsList",
     "Latest",
+    "LogicalShards",
     "Manifest",
     "ModelCheckpoint",
     "ModelPart",
@@ -110,6 +112,7 @@ __all__ = [
     "ResumeError",
     "ResumeWarning",
     "SampleStreams",
+    "ShardedBatch",
     "ShardedCheckpoint",
     "ShardedSaver",
     "State",

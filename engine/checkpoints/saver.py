@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from crosstrain.engine.guards import is_mapping
+from crosstrain.engine.proof import Checks, Strictness
 from crosstrain.engine.ranks.world import this_rank, world_size
 from crosstrain.engine.storage.archive import read_archive
 from crosstrain.engine.storage.atomic import (
@@ -25,7 +26,8 @@ from crosstrain.engine.storage.atomic import (
 from crosstrain.engine.storage.errors import CheckpointError, CheckpointWriteError
 from crosstrain.engine.storage.lock import FolderLock
 from crosstrain.engine.storage.manifest import Manifest
-from crosstrain.engine.storage.staging import Snapshot, host_state, state_bytes
+from crosstrain.engine.storage.safe_load import check_written
+from crosstrain.engine.storage.staging import HostState, Snapshot, on_host
 
 from .save_handler import FolderSaver, SaveJob
 
@@ -136,7 +138,7 @@ class DiskSaver(FolderSaver):
             checkpoint: states by name, or the state of one object itself.
             filename: the file's name in the folder.
             metadata: see `BaseSaveHandler`; further, `optimizers`: those whose step `overlap` may
-                rely on.
+                rely on, and `checks`: how strict to be about what could not be loaded again.
 
         Raises:
             CheckpointContentError: if a state holds what cannot be loaded safely.
@@ -148,12 +150,14 @@ class DiskSaver(FolderSaver):
         self.wait()
         told = metadata or {}
         describe = self._describe(checkpoint, filename, told)
+        strictness = told.get("checks", Checks()).writer
         if not self._background:
-            self._write(filename, describe, host_state(checkpoint))
+            self._write(filename, describe, on_host(checkpoint), strictness)
             return
         optimizers: Iterable[torch.optim.Optimizer] = told.get("optimizers", ())
         snapshot = Snapshot(checkpoint, self._buffers, optimizers if self._overlap else ())
-        write = partial(self._write, filename, describe, snapshot.state)
+        host = HostState(snapshot.state, snapshot.nbytes)
+        write = partial(self._write, filename, describe, host, strictness)
         path = self.dirname / filename
         self._job = SaveJob(filename, snapshot, write, self._remove_now, path)
 
@@ -184,21 +188,31 @@ class DiskSaver(FolderSaver):
                 path,
             ) from error
 
-    def _write(self, filename: str, describe: Callable[[int, str], Manifest], state: Any) -> None:
+    def _write(
+        self,
+        filename: str,
+        describe: Callable[[int, str], Manifest],
+        host: HostState,
+        strictness: Strictness,
+    ) -> None:
         """Writes a plain state; in whichever thread."""
         path = self.dirname / filename
-        check_free_space(path, state_bytes(state) + _SPARE_BYTES)
+        check_free_space(path, host.nbytes + _SPARE_BYTES)
 
         def produce(file: HashingFile) -> None:
             # torch asks only for write and flush.
-            torch.save(state, file, **self.kwargs)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+            torch.save(host.state, file, **self.kwargs)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
         def trailer(size: int, digest: str) -> tuple[bytes, int]:
             encoded = describe(size, digest).encode()
             return encoded, len(encoded)
 
+        def check(descriptor: int) -> None:
+            check_written(descriptor, host.state, path, strictness)
+
         # Beside training, the thread makes do with one core.
-        write_file(path, produce, trailer, atomic=self._atomic, parallel=not self._background)
+        parallel = not self._background
+        write_file(path, produce, trailer, check=check, atomic=self._atomic, parallel=parallel)
 
 
 def _names_of(checkpoint: Any) -> tuple[str, ...]:

@@ -21,13 +21,14 @@ import torch
 
 from crosstrain.engine.guards import is_exact_dict
 
-from .errors import CheckpointCorrupt
+from .errors import CheckpointContentError, CheckpointCorrupt
 
 __all__ = ["MAX_MANIFEST_BYTES", "Manifest", "software_versions"]
 
 MAX_MANIFEST_BYTES = 65_535
 _FORMAT = "crosstrain checkpoint"
 _SCHEMA = 1
+_END_OF_TIME = 2**63
 _DIGEST_MARK = b"\nsha256:"
 
 
@@ -68,13 +69,14 @@ class Manifest:
         """Returns the manifest as text in ASCII, closed by its own hash.
 
         Raises:
-            ValueError: if the names of the objects make it longer than a zip comment may be.
+            CheckpointContentError: if the names of the objects make it longer than a zip comment
+                may be.
         """
         values = {"format": _FORMAT, "schema": _SCHEMA, **asdict(self)}
         text = json.dumps(values, indent=1).encode("ascii")
         encoded = text + _DIGEST_MARK + hashlib.sha256(text).hexdigest().encode("ascii") + b"\n"
         if len(encoded) > MAX_MANIFEST_BYTES:
-            raise ValueError(
+            raise CheckpointContentError(
                 f"The names of {len(self.objects)} objects make a manifest of {len(encoded)} bytes;"
                 f" {MAX_MANIFEST_BYTES} is the most. Save fewer objects, each holding several."
             )
@@ -133,7 +135,7 @@ def _checked(decoded: Any) -> dict[str, Any]:
     if not all(isinstance(text, str) for text in texts):
         raise CheckpointCorrupt("its manifest's names and versions are not all text")
     for name in ("size", "saved_at_ns", "iteration", "epoch", "world_size", "rank"):
-        if not 0 <= (values[name] or 0) < 2**63:
+        if not 0 <= (values[name] or 0) < _END_OF_TIME:
             raise CheckpointCorrupt(f"its manifest's {name!r} is {values[name]}, which cannot be")
     if values["rank"] >= values["world_size"]:
         raise CheckpointCorrupt(
@@ -156,5 +158,15 @@ def software_versions() -> dict[str, str]:
 
 
 def later_than(earlier_ns: int) -> int:
-    """Returns the time in nanoseconds, or the next one where the clock has been set back."""
+    """Returns the time in nanoseconds, or the next one where the clock has been set back.
+
+    Raises:
+        CheckpointContentError: if no manifest may tell a later time than the earlier one.
+    """
+    if earlier_ns + 1 >= _END_OF_TIME:
+        raise CheckpointContentError(
+            f"A checkpoint in the folder says that it was saved at {earlier_ns} ns, the end of "
+            "all time: nothing can be newer. Nothing was written. Find it with `crosstrain "
+            "inspect` and move it elsewhere"
+        )
     return max(time.time_ns(), earlier_ns + 1)

@@ -33,7 +33,7 @@ FAULTS: Mapping[str, tuple[int, str, str, str, int, str]] = {
     "ends_itself": (4, "not exact", "", "", 11, "early stopping"),
     # Programs that users wrote; the advice that is right is the first.
     "negatives": (8, "not exact", "batch", "", 9, "Here: Negatives.draw_negatives"),
-    "counting_sampler": (4, "not exact", "batch", "", 7, "Here: CountingSampler"),
+    "counting_sampler": (8, "not exact", "batch", "", 9, "Here: CountingSampler"),
     "normalizer": (8, "not exact", "loss", "", 9, "what prepare_batch or a handler"),
     "second_loader": (8, "not exact", "loss", "", 9, "draws from a second loader"),
     "unfreezes_once": (
