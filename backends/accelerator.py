@@ -17,6 +17,7 @@ from .errors import BackendError, BackendUnavailable, Missing
 from .fsdp import Sharding, arithmetic_of, is_sharded
 from .placement import map_tensors
 from .precision import DTYPES
+from .preparation import sort_objects
 from .process_group import join
 from .protocol import Availability
 from .torch_backend import TorchBackend
@@ -152,17 +153,17 @@ class AcceleratorBackend(TorchBackend):
             on_device = None if transport == "gloo" else self.device
             join(self.world, transport, stack, on_device)
 
-    def prepare(self, *objects: Any) -> tuple[Any, ...]:
+    def prepare(self, *objects: Any, replicated: bool = True) -> tuple[Any, ...]:
         """Does what `TorchBackend.prepare` does.
 
         Raises:
             BackendError: further, if the device cannot hold one of the types.
         """
+        # Its own TypeError, for objects of another kind, is told as it is.
+        sort_objects(objects)
         try:
-            return super().prepare(*objects)
+            return super().prepare(*objects, replicated=replicated)
         except TypeError as error:
-            if "prepare() takes" in str(error):
-                raise
             raise self._cannot_hold(error) from error
 
     def _cannot_hold(self, error: TypeError) -> BackendError:
