@@ -39,6 +39,7 @@ from crosstrain.engine.storage.errors import (
 from crosstrain.engine.storage.manifest import Manifest
 from crosstrain.engine.training.evaluation import EvaluationStep
 from crosstrain.engine.training.ignite_steps import (
+    convert_tensor,
     supervised_evaluation_step,
     supervised_evaluation_step_amp,
     supervised_training_step,
@@ -69,9 +70,11 @@ from .events import (
 )
 from .proof import Checks, Proof
 from .supervised import create_supervised_evaluator, create_supervised_trainer
+from .time_profilers import BasicTimeProfiler, HandlersTimeProfiler
 
 __all__ = [
     "BaseSaveHandler",
+    "BasicTimeProfiler",
     "BatchShare",
     "CallableEventWithFilter",
     "Checkpoint",
@@ -96,6 +99,7 @@ __all__ = [
     "EventEnum",
     "Events",
     "EventsList",
+    "HandlersTimeProfiler",
     "Latest",
     "LogicalShards",
     "Manifest",
@@ -120,6 +124,7 @@ __all__ = [
     "StepOptions",
     "TrainingStep",
     "agree",
+    "convert_tensor",
     "create_supervised_evaluator",
     "create_supervised_trainer",
     "current_sample",
