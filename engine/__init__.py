@@ -22,6 +22,7 @@ from crosstrain.engine.checkpoints.sharded_saver import ShardedSaver
 from crosstrain.engine.data.own_data import PerRank
 from crosstrain.engine.data.permutation import PermutationSampler
 from crosstrain.engine.data.shares import BatchShare, ShardedBatch, mean_over_ranks
+from crosstrain.engine.data.source import ResumableSource
 from crosstrain.engine.data.streams import SampleStreams, current_sample
 from crosstrain.engine.ranks.agreement import agree
 from crosstrain.engine.ranks.check import RankCheck
@@ -113,6 +114,7 @@ __all__ = [
     "RemovableEventHandle",
     "ReproducibleBatchSampler",
     "ResumableRun",
+    "ResumableSource",
     "ResumeError",
     "ResumeWarning",
     "SampleStreams",
