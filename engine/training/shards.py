@@ -9,7 +9,9 @@ order (`tree_sum`). A process computes S/W shards, one after the other.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -57,7 +59,8 @@ class LogicalShards:
         optimizer: its optimizer, or several.
         reduction: what the loss is: `mean` over a shard's samples, `sum` over them, or a function
             that is called with a shard's part of the batch and returns, as a number or a tensor of
-            one element, what the loss is a mean over, such as how many tokens.
+            one element on the host, what the loss is a mean over, such as how many tokens. A shard
+            in which it counts 0 has no part in the loss.
 
     Raises:
         ValueError: if the number of processes does not divide `count`, or `reduction` is none.
@@ -89,6 +92,8 @@ class LogicalShards:
         self._buffers = _Buffers(self.models)
         self._parameters: list[Tensor] = []
         self._exchange: Exchange | None = None
+        # Whether each gradient is whole when a backward pass has come to it once; None: not known.
+        self._hands_over: bool | None = None
         # The gradients that lie in the exchange's buffers, which the next one overwrites.
         self._lent: list[Tensor | None] = []
         if backend.world.size > 1:
@@ -114,7 +119,8 @@ class LogicalShards:
             The global batch's loss, detached, unread, not multiplied by `scale`.
 
         Raises:
-            ValueError: if the batch was not dealt out to as many shards.
+            ValueError: if the batch was not dealt out to as many shards, or `reduction` counts
+                nothing in any of them.
         """
         if not isinstance(batch, ShardedBatch) or batch.shards != self.count:
             found = f"{batch.shards}" if isinstance(batch, ShardedBatch) else type(batch).__name__
@@ -131,10 +137,24 @@ class LogicalShards:
                 gradient = gradient.clone()
             window.append(gradient)
         self._buffers.begin(keep=self.count > 1)
-        grads, values = self._own_shards(engine, batch, loss_of, scale)
-        if self.backend.world.size > 1:
-            grads, values = self._of_all(grads, values)
+        if self.backend.world.size > 1 and self._exchange is None:
+            self._exchange = self._make_exchange()
+        try:
+            grads, values = self._own_shards(engine, batch, loss_of, scale)
+            if self._exchange is not None:
+                grads, values = self._of_all(self._exchange, grads, values)
+        except BaseException:
+            # Some of it may have been sent.
+            self._exchange = None
+            raise
         return self._take_over(grads, values, window, batch.total)
+
+    def _make_exchange(self) -> Exchange:
+        number = torch.zeros((), dtype=self._precise, device=self._parameters[0].device)
+        buffers = self._buffers.like()
+        told = torch.zeros(len(self._parameters) + 2 + len(buffers), device=number.device)
+        like = [*self._parameters, number, number, *buffers, told]
+        return Exchange(like, self.backend.world.size)
 
     def _look_for_parameters(self) -> None:
         """Finds what is trained now: parts of a model may have been frozen or unfrozen."""
@@ -143,10 +163,11 @@ class LogicalShards:
             found |= {id(p): p for p in model.parameters() if p.requires_grad}
         for optimizer in self.optimizers:
             found |= {id(p): p for p in gradients.parameters_of(optimizer) if p.requires_grad}
-        trained = list(found.values())
+        # In the order in which backward passes come to them, about: the last layers first.
+        trained = list(found.values())[::-1]
         if list(map(id, trained)) != list(map(id, self._parameters)):
             self._parameters, self._lent = trained, [None] * len(trained)
-            self._exchange = None
+            self._exchange, self._hands_over = None, None
 
     # ---------------------------------------------------------------- this process's shards
 
@@ -155,7 +176,7 @@ class LogicalShards:
     ) -> tuple[Leaf, Leaf]:
         """Returns the sums over this process's shards: of gradients, and of loss and buffers."""
         grads, values = PartialSums(), PartialSums()
-        alone = len(batch) == 1
+        alone, last = len(batch) == 1, len(batch) - 1
         with random_states_kept(self.backend):
             for place, (part, samples) in enumerate(zip(batch, batch.samples, strict=True)):
                 shard = batch.first + place
@@ -164,7 +185,8 @@ class LogicalShards:
                 told: Leaf = [None, None]
                 if samples:
                     self._seed(engine, shard)
-                    told = self._pass(part, samples, batch.total, loss_of, scale)
+                    with self._handing_over(grads) if place == last else nullcontext():
+                        told = self._pass(part, samples, batch.total, loss_of, scale)
                 if alone:
                     grads.add(self._taken())
                 elif place % 2:
@@ -172,6 +194,49 @@ class LogicalShards:
                     grads.add(self._taken(), 1)
                 values.add([*told, *self._buffers.leaf(samples, batch.total, shard == 0)])
         return grads.total(), values.total()
+
+    @contextmanager
+    def _handing_over(self, sums: PartialSums) -> Generator[None, None, None]:
+        """Has the process's last backward pass hand gradients over, to be sent while it goes on.
+
+        The first time it only looks whether it may: a pass that comes to a parameter twice, as with
+        reentrant checkpoints, has its gradient only when it ends.
+
+        Args:
+            sums: the gradients of this process's other shards.
+        """
+        exchange = self._exchange
+        if exchange is None or self._hands_over is False:
+            yield
+            return
+        looks, seen = self._hands_over is None, [0] * len(self._parameters)
+
+        def take(slot: int, parameter: Tensor) -> None:
+            seen[slot] += 1
+            gradient = parameter.grad
+            if looks or gradient is None or gradient.layout != torch.strided:
+                return
+            if seen[slot] > 1:
+                raise BackendError(
+                    f"A backward pass came twice to a parameter of shape {tuple(parameter.shape)}, "
+                    "whose gradient was sent to the other processes by then, and earlier passes "
+                    "did not. Checkpoint layers with use_reentrant=False."
+                )
+            parameter.grad = None
+            exchange.put(slot, sums.with_last(slot, gradient))
+
+        parameters: list[Any] = self._parameters
+        handles = [
+            parameter.register_post_accumulate_grad_hook(partial(take, slot))
+            for slot, parameter in enumerate(parameters)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        if looks:
+            self._hands_over = max(seen) <= 1
 
     def _seed(self, engine: Any, shard: int) -> None:
         key = StreamKey(engine.state.seed, engine.state.iteration).seed_at(_SHARDS + shard)
@@ -183,16 +248,18 @@ class LogicalShards:
     ) -> Leaf:
         """Runs a shard's passes; returns its part of the loss, and of what it is a mean over."""
         loss = loss_of(part)
-        shown = loss.detach().reshape(()).to(self._precise)
+        weight, counted = (1.0 if self.reduction == "sum" else samples / total), None
         if callable(self.reduction):
+            count = float(self.reduction(part))
+            if not count > 0:
+                # Nothing to take a mean over: the loss is no number, and nothing of it gets out.
+                return [None, None]
             # Divided by what is the same everywhere, so that fp16 gradients stay where they are.
-            count = torch.as_tensor(self.reduction(part), device=loss.device)
-            counted = count.detach().reshape(()).to(self._precise) / total
-            self.backend.backward(loss * (counted * scale).to(loss.dtype), self.optimizers)
-            return [shown * counted, counted]
-        weight = 1.0 if self.reduction == "sum" else samples / total
+            weight = count / total
+            counted = torch.full((), weight, dtype=self._precise, device=loss.device)
+        shown = loss.detach().reshape(()).to(self._precise) * weight
         self.backend.backward(loss * (weight * scale), self.optimizers)
-        return [shown * weight, None]
+        return [shown, counted]
 
     @property
     def _precise(self) -> torch.dtype:
@@ -214,22 +281,20 @@ class LogicalShards:
 
     # ---------------------------------------------------------------- all shards
 
-    def _of_all(self, grads: Leaf, values: Leaf) -> tuple[Leaf, Leaf]:
+    def _of_all(self, exchange: Exchange, grads: Leaf, values: Leaf) -> tuple[Leaf, Leaf]:
         """Returns the sums over the shards of all processes."""
         leaf = [*grads, *values]
         device = self._parameters[0].device
         first = len(grads) + 2
-        told = torch.tensor([float(one is not None) for one in leaf[:first]]).to(device)
+        own = [one is not None or exchange.has(slot) for slot, one in enumerate(leaf[:first])]
+        told = torch.tensor(own, dtype=torch.float32).to(device)
         changed = [torch.as_tensor(one, device=device) for one in self._buffers.changed]
         told = torch.cat([told, *(one.reshape(1).to(torch.float32) for one in changed)])
-        if self._exchange is None:
-            number = torch.zeros((), dtype=self._precise, device=device)
-            like = [*self._parameters, number, number, *self._buffers.like(), told]
-            self._exchange = Exchange(like, self.backend.world.size)
-        found: Leaf = list(self._exchange.sum([*leaf, told]))
+        found: Leaf = list(exchange.sum([*leaf, told]))
         counts = found.pop()
         assert counts is not None
-        if device.type == "cpu" or any(one is None for one in leaf[:first]):
+        counts_too = callable(self.reduction)
+        if device.type == "cpu" or not all(own[: first - (not counts_too)]):
             # What this process lacks others may have: they tell. Elsewhere nobody has to wait.
             known: list[float] = counts.tolist()
             found = [
@@ -239,6 +304,8 @@ class LogicalShards:
             self._buffers.found(known[first:])
         else:
             self._buffers.found(list(counts[first:].unbind(0)))
+            if not counts_too:
+                found[first - 1] = None
         return found[: len(grads)], found[len(grads) :]
 
     def _take_over(
@@ -246,7 +313,11 @@ class LogicalShards:
     ) -> Tensor:
         """Gives the parameters their gradients and the buffers their values; returns the loss."""
         loss, counted, *buffers = values
-        assert loss is not None, "some shard of a batch has a sample"
+        if loss is None:
+            raise ValueError(
+                "The loss of this batch is a mean over nothing: loss_reduction counts 0 in each "
+                "part of it. Leave such batches out."
+            )
         if counted is not None:
             foreach._foreach_div_([one for one in grads if one is not None], counted)
             loss = loss / counted
