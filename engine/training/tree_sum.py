@@ -204,8 +204,7 @@ class Exchange:
             low, high, slots = flat.cuts[number]
             piece = buffers[flat][low:high]
             small = piece.numel() * piece.element_size() * self._processes <= _SMALL
-            # Of two processes, either way each sends and gets as much.
-            bucket = _Bucket(piece, slots, at_once=small or self._processes == 2)
+            bucket = _Bucket(piece, slots, at_once=small and self._processes > 2)
             self._buckets.append(bucket)
             for slot in slots:
                 self._of_slot[slot].append(bucket)
@@ -281,6 +280,10 @@ class Exchange:
             whole, own = _bytes(received), _bytes(bucket.flat)
             if bucket.at_once:
                 work = gather_into(whole, own, async_op=True)
+            elif self._processes == 2:
+                # All of it to the other one: as much to send as by slices, in one round.
+                other = [own.numel(), 0] if group.get_rank() else [0, own.numel()]
+                work = group.all_to_all_single(whole, own, other, other, async_op=True)
             else:
                 work = group.all_to_all_single(whole, own, async_op=True)
             self._asked.append((bucket, received, work))
@@ -289,9 +292,15 @@ class Exchange:
     def _add_up(self, bucket: _Bucket, received: Tensor, work: Any) -> None:
         """Adds up a bucket, or this process's slice of it and starts to gather those of all."""
         work.wait()
-        parts = received.view(self._processes, -1)
+        group: Any = torch.distributed
+        size = self._processes
+        if size == 2:
+            both = [received, bucket.flat] if group.get_rank() else [bucket.flat, received]
+            torch.add(*both, out=bucket.flat)
+            return
+        parts = received.view(size, -1)
         step = 1
-        while 2 * step < self._processes:
+        while 2 * step < size:
             parts[:: 2 * step] += parts[step :: 2 * step]
             step *= 2
         if bucket.at_once:
@@ -299,7 +308,13 @@ class Exchange:
             return
         # Not in place: the buffer is filled again while this is still on its way.
         own = parts[0] + parts[step]
-        self._gathering.append(gather_into(_bytes(bucket.flat), _bytes(own), async_op=True))
+        whole = _bytes(bucket.flat)
+        if own.device.type == "cpu":
+            # Gloo gathers through buffers of its own, which take as much memory and two copies.
+            work = group.all_to_all_single(whole, _bytes(own).repeat(size), async_op=True)
+        else:
+            work = gather_into(whole, _bytes(own), async_op=True)
+        self._gathering.append(work)
 
 
 class _Received:
