@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -92,8 +92,8 @@ class LogicalShards:
         self._buffers = _Buffers(self.models)
         self._parameters: list[Tensor] = []
         self._exchange: Exchange | None = None
-        # Whether each gradient is whole when a backward pass has come to it once; None: not known.
-        self._hands_over: bool | None = None
+        # Whether a backward pass comes to each parameter once at most; None: not known yet.
+        self._once: bool | None = None
         # The gradients that lie in the exchange's buffers, which the next one overwrites.
         self._lent: list[Tensor | None] = []
         if backend.world.size > 1:
@@ -167,7 +167,7 @@ class LogicalShards:
         trained = list(found.values())[::-1]
         if list(map(id, trained)) != list(map(id, self._parameters)):
             self._parameters, self._lent = trained, [None] * len(trained)
-            self._exchange, self._hands_over = None, None
+            self._exchange, self._once = None, None
 
     # ---------------------------------------------------------------- this process's shards
 
@@ -176,8 +176,8 @@ class LogicalShards:
     ) -> tuple[Leaf, Leaf]:
         """Returns the sums over this process's shards: of gradients, and of loss and buffers."""
         grads, values = PartialSums(), PartialSums()
-        alone, last = len(batch) == 1, len(batch) - 1
-        with random_states_kept(self.backend):
+        alone, last, paired = len(batch) == 1, len(batch) - 1, False
+        with random_states_kept(self.backend), self._watched(grads) as arrivals:
             for place, (part, samples) in enumerate(zip(batch, batch.samples, strict=True)):
                 shard = batch.first + place
                 if place:
@@ -185,58 +185,42 @@ class LogicalShards:
                 told: Leaf = [None, None]
                 if samples:
                     self._seed(engine, shard)
-                    with self._handing_over(grads) if place == last else nullcontext():
-                        told = self._pass(part, samples, batch.total, loss_of, scale)
-                if alone:
+                    arrivals.begin(self._once is True, hands_over=place == last)
+                    told = self._pass(part, samples, batch.total, loss_of, scale)
+                    if self._once is None and any(arrivals.seen):
+                        self._once = max(arrivals.seen) == 1
+                if place % 2 == 0:
+                    # The backward pass of the second of two neighbours adds up both, if it comes to
+                    # each parameter once: (a + b) + c is not a + (b + c).
+                    paired = self._once is True and not alone
+                if not paired:
                     grads.add(self._taken())
                 elif place % 2:
-                    # The backward pass of the second of two neighbours has added up both.
                     grads.add(self._taken(), 1)
                 values.add([*told, *self._buffers.leaf(samples, batch.total, shard == 0)])
         return grads.total(), values.total()
 
     @contextmanager
-    def _handing_over(self, sums: PartialSums) -> Generator[None, None, None]:
-        """Has the process's last backward pass hand gradients over, to be sent while it goes on.
+    def _watched(self, sums: PartialSums) -> Generator[_Arrivals, None, None]:
+        """Watches gradients come, and has those of the last pass sent while it goes on.
 
-        The first time it only looks whether it may: a pass that comes to a parameter twice, as with
-        reentrant checkpoints, has its gradient only when it ends.
+        Where backward passes come to a parameter twice, as with reentrant checkpoints, nothing is
+        watched: gradients are taken when a pass has ended.
 
         Args:
-            sums: the gradients of this process's other shards.
+            sums: the gradients of this process's shards so far.
         """
-        exchange = self._exchange
-        if exchange is None or self._hands_over is False:
-            yield
-            return
-        looks, seen = self._hands_over is None, [0] * len(self._parameters)
-
-        def take(slot: int, parameter: Tensor) -> None:
-            seen[slot] += 1
-            gradient = parameter.grad
-            if looks or gradient is None or gradient.layout != torch.strided:
-                return
-            if seen[slot] > 1:
-                raise BackendError(
-                    f"A backward pass came twice to a parameter of shape {tuple(parameter.shape)}, "
-                    "whose gradient was sent to the other processes by then, and earlier passes "
-                    "did not. Checkpoint layers with use_reentrant=False."
-                )
-            parameter.grad = None
-            exchange.put(slot, sums.with_last(slot, gradient))
-
-        parameters: list[Any] = self._parameters
-        handles = [
-            parameter.register_post_accumulate_grad_hook(partial(take, slot))
-            for slot, parameter in enumerate(parameters)
-        ]
+        arrivals = _Arrivals(len(self._parameters), self._exchange, sums)
+        handles: list[Any] = []
+        parameters: list[Any] = [] if self._once is False else self._parameters
         try:
-            yield
+            for slot, parameter in enumerate(parameters):
+                hook = partial(arrivals.take, slot)
+                handles.append(parameter.register_post_accumulate_grad_hook(hook))
+            yield arrivals
         finally:
             for handle in handles:
                 handle.remove()
-        if looks:
-            self._hands_over = max(seen) <= 1
 
     def _seed(self, engine: Any, shard: int) -> None:
         key = StreamKey(engine.state.seed, engine.state.iteration).seed_at(_SHARDS + shard)
@@ -335,6 +319,53 @@ class LogicalShards:
                     self._lent[place] = parameter.grad
         self._buffers.take_over(buffers, total)
         return loss.clone() if lent else loss
+
+
+class _Arrivals:
+    """What the backward passes of an iteration have come to.
+
+    Args:
+        count: of how many parameters.
+        exchange: takes the gradients of the last pass; None with one process.
+        sums: those of the passes before.
+    """
+
+    def __init__(self, count: int, exchange: Exchange | None, sums: PartialSums) -> None:
+        self._exchange, self._sums = exchange, sums
+        self._once = self._hands_over = False
+        #: How often the pass has come to each parameter.
+        self.seen = [0] * count
+
+    def begin(self, once: bool, hands_over: bool) -> None:
+        """Begins a pass.
+
+        Args:
+            once: whether the passes so far came to each parameter once at most.
+            hands_over: whether gradients are to be sent, if they are whole when it comes to them.
+        """
+        self._once = once
+        self._hands_over = once and hands_over and self._exchange is not None
+        self.seen = [0] * len(self.seen)
+
+    def take(self, slot: int, parameter: Tensor) -> None:
+        """Is called where a pass has added to a parameter's gradient.
+
+        Raises:
+            BackendError: if it does so a second time, and passes before did not.
+        """
+        self.seen[slot] += 1
+        if self.seen[slot] > 1 and self._once:
+            raise BackendError(
+                f"A backward pass came twice to a parameter of shape {tuple(parameter.shape)}, "
+                "and the passes before came to each once, so that its gradient was taken as "
+                "whole. Checkpoint layers with use_reentrant=False, or in all batches."
+            )
+        gradient = parameter.grad
+        if not self._hands_over or gradient is None or gradient.layout != torch.strided:
+            return
+        assert self._exchange is not None
+        parameter.grad = None
+        self._exchange.put(slot, self._sums.with_last(slot, gradient))
 
 
 class _Buffers:
