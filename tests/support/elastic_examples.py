@@ -47,8 +47,8 @@ class Workers:
             server.start(work, name, rank, size, port)
         for name in names:
             # Each waits for the other side to be opened.
-            asked = self._opened.enter_context(Path(f"{name}.asked").open("w"))
-            answered = self._opened.enter_context(Path(f"{name}.answered").open())
+            asked = self._opened.enter_context(open(f"{name}.asked", "w"))
+            answered = self._opened.enter_context(open(f"{name}.answered"))
             self._pipes.append((asked, answered))
 
     def ask(self, training: dict[str, Any]) -> None:
