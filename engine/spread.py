@@ -20,6 +20,7 @@ from .nests import Path, has, is_branch, unwrap, walk_objects
 __all__ = [
     "Split",
     "at_path",
+    "has_spread",
     "is_sharded",
     "is_spread",
     "object_at",
@@ -50,6 +51,17 @@ def is_spread(value: Any) -> bool:
     # Only where somebody has imported it can there be one; importing it here would take a while.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(value, module.DTensor)
+
+
+def has_spread(states: Any) -> bool:
+    """Tells whether there is a spread tensor in a nest of states."""
+    if "torch.distributed.tensor" not in sys.modules:
+        return False
+    if is_mapping(states):
+        return any(map(has_spread, states.values()))
+    if isinstance(states, (list, tuple)):
+        return any(map(has_spread, states))
+    return is_spread(states)
 
 
 def split(states: Any, names: Mapping[Path, Sequence[str]]) -> Split:

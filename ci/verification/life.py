@@ -24,9 +24,7 @@ from crosstrain.backends import BackendError, World
 from crosstrain.ci.traces.recorder import TraceRecorder
 from crosstrain.ci.trials.target import Target, TargetError, Training
 from crosstrain.engine import Checks, Events, Manifest, ResumeWarning, manual_seed, resume_or_start
-from crosstrain.engine.checkpoints.loading import candidates
-from crosstrain.engine.checkpoints.sharded_latest import sharded_folders
-from crosstrain.engine.storage.sharded_manifest import ShardedManifest
+from crosstrain.engine.checkpoints.layouts import list_checkpoints
 
 from .order import FAILED, UNUSABLE, Order
 
@@ -78,8 +76,7 @@ def _goes_on(order: Order) -> bool:
     folder = None if order.folder is None else Path(order.folder)
     if folder is None or not folder.is_dir():
         return False
-    found = [*candidates(folder), *sharded_folders(folder)]
-    return any(isinstance(told, (Manifest, ShardedManifest)) for _, told in found)
+    return any(isinstance(told.manifest, Manifest) for told in list_checkpoints(folder))
 
 
 def _train_in(folder: str, order: Order, training: Training, emit: Emit) -> int:

@@ -75,7 +75,8 @@ class ResumableRun:
     @property
     def proof(self) -> Proof:
         """What the resume has checked of itself; complete after the first iteration."""
-        return self._proof
+        trainer = self._engine()
+        return self._proof if trainer is None else trainer.proof
 
     @property
     def stop_signal(self) -> signal.Signals | None:
@@ -144,9 +145,11 @@ class ResumableRun:
 
     def _tell_proof(self) -> None:
         if self._proof_is_due:
-            self._proof_is_due = False
-            if this_rank() == 0:
-                _logger.info("The resume was proven: %s.", self._proof)
+            self._proof_is_due, trainer = False, self._trainer
+            self._proof = trainer.proof
+            # An engine that resumes exactly says it itself.
+            if this_rank() == 0 and not trainer.resumes_data:
+                _logger.info("Resumed at iteration %d. %s.", self._saved, self._proof)
 
     def _after_iteration(self) -> None:
         trainer = self._trainer

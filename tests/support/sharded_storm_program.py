@@ -13,9 +13,7 @@ from typing import Any
 import torch
 
 from crosstrain.backends import get
-from crosstrain.engine.checkpoints.sharded_latest import latest_sharded
-from crosstrain.engine.checkpoints.sharded_load import load_sharded
-from crosstrain.engine.checkpoints.sharded_saver import ShardedSaver
+from crosstrain.engine import Checkpoint, DiskSaver
 
 
 def main(folder: Path, background: bool) -> None:
@@ -26,13 +24,13 @@ def main(folder: Path, background: bool) -> None:
         model, optimizer = backend.prepare(model, optimizer)
         backend.backward(model(torch.ones(2, 64)).sum(), optimizer)
         backend.step(optimizer)
-        saver = ShardedSaver(folder, require_empty=False, background=background)
-        latest = latest_sharded(folder)
+        saver = DiskSaver(folder, require_empty=False, background=background, parts=True)
+        latest = Checkpoint.latest(folder)
         count = 0
         if latest.path is not None:
             assert latest.manifest is not None
             count = latest.manifest.iteration or 0
-            load_sharded({"model": model, "optimizer": optimizer}, latest)
+            Checkpoint.load_objects({"model": model, "optimizer": optimizer}, latest)
             for value in [*model.state_dict().values(), *momenta(optimizer)]:
                 assert bool((value.to_local() == count).all()), f"{latest.path} is not {count}"
         (folder / f"pid-{backend.world.rank}").write_text(str(os.getpid()))
