@@ -70,6 +70,16 @@ def _number(name: str, text: str) -> int:
     return int(text)
 
 
+def _plain(word: object) -> str:
+    if not isinstance(word, str):
+        raise TypeError(
+            f"versions and devices of an Availability are words; got {word!r}, a "
+            f"{type(word).__name__}. Write str(...)."
+        )
+    # Of a subclass, whatever its __str__ says.
+    return str.__str__(word)
+
+
 @dataclass(frozen=True, slots=True)
 class Availability:
     """What a probe found: whether a backend can run here, and if not, why and what to do.
@@ -87,6 +97,16 @@ class Availability:
     remedy: str = ""
     versions: dict[str, str] = field(default_factory=dict[str, str])
     devices: list[str] = field(default_factory=list[str])
+
+    def __post_init__(self) -> None:
+        """Makes plain words of what is a kind of str, such as `torch.__version__`.
+
+        Versions and devices are written into every checkpoint, which is loaded safely: a class of
+        another package in it would be refused there.
+        """
+        versions = {_plain(name): _plain(number) for name, number in self.versions.items()}
+        object.__setattr__(self, "versions", versions)
+        object.__setattr__(self, "devices", [_plain(device) for device in self.devices])
 
 
 class StepResult:

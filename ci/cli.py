@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -127,8 +129,9 @@ def main(argv: Sequence[str] | None = None, commands: Mapping[str, Command] = CO
         commands: every subcommand by name.
 
     Returns:
-        The exit code: the subcommand's own; 2 if a backend is unknown or unavailable, which is
-        reported in one line on stderr; 130 after Ctrl-C.
+        The exit code: the subcommand's own; 2 if a backend is unknown or unavailable, a file cannot
+        be read or written, or something is not installed, which is reported in one line on stderr;
+        130 after Ctrl-C; 141 if whoever reads what is printed has gone, as a shell has it.
 
     Raises:
         SystemExit: from argparse, after ``--help``, ``--version`` or a wrong argument.
@@ -140,13 +143,28 @@ def main(argv: Sequence[str] | None = None, commands: Mapping[str, Command] = CO
 
     from crosstrain.backends.errors import BackendError
 
+    from .options import UsageError
+
     try:
-        args = build_parser(commands, chosen).parse_args(arguments)
-        command: str = args.command
-        return commands[command].load().run(args)
-    except BackendError as error:
+        try:
+            args = build_parser(commands, chosen).parse_args(arguments)
+            command: str = args.command
+            return commands[command].load().run(args)
+        finally:
+            # Here, and not when Python ends, where nobody can deal with a pipe that is closed.
+            sys.stdout.flush()
+    except (BackendError, UsageError) as error:
         one_line = " ".join(str(error).split())
         print(f"{PROGRAM} {chosen}: error: {one_line}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # Python flushes once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"{PROGRAM} {chosen}: error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{PROGRAM} {chosen}: interrupted", file=sys.stderr)

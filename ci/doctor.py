@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import platform
 import sys
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 
-from crosstrain.backends import Availability, names, probe
+from crosstrain.backends import Availability, get, names, probe
 
 __all__ = ["Diagnosis", "add_arguments", "diagnose", "run"]
 
@@ -53,9 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: the parser of this subcommand.
     """
-    parser.add_argument(
-        "--json", action="store_true", help="print JSON on stdout in place of the table"
-    )
+    parser.add_argument("--json", action="store_true", help="print JSON on stdout in place of text")
     parser.add_argument(
         "--require",
         metavar="SPEC[,SPEC...]",
@@ -89,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(_as_json(diagnoses))
     else:
-        _print_table(diagnoses)
+        _print_list(diagnoses)
     missing = [diagnosis for diagnosis in diagnoses if diagnosis.missing]
     for diagnosis in missing:
         found = diagnosis.availability
@@ -113,24 +112,38 @@ def _as_json(diagnoses: list[Diagnosis]) -> str:
     return json.dumps(report, indent=2)
 
 
-def _print_table(diagnoses: list[Diagnosis]) -> None:
+def _print_list(diagnoses: list[Diagnosis]) -> None:
+    """Prints the backends, and what to copy on lines of their own, which nothing wraps."""
     from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=f"crosstrain {version('crosstrain')} on Python {platform.python_version()}")
-    table.add_column("Backend", no_wrap=True)
-    table.add_column("Available", no_wrap=True)
-    # One column for all that is long: three of them would each be a few letters wide.
-    table.add_column("What was found, and what to do", overflow="fold")
+    console = Console(highlight=False)
+    versions: dict[str, str] = {}
+    for diagnosis in diagnoses:
+        versions |= diagnosis.availability.versions
+    about = "".join(f", {name} {number}" for name, number in versions.items())
+    console.print(
+        f"crosstrain {version('crosstrain')}, Python {platform.python_version()}{about}",
+        style="bold",
+        markup=False,
+        soft_wrap=True,
+    )
+    width = max(len(diagnosis.spec) for diagnosis in diagnoses)
     for diagnosis in diagnoses:
         found = diagnosis.availability
-        versions = ", ".join(f"{name} {number}" for name, number in found.versions.items())
-        lines = [found.reason, found.remedy, versions, *found.devices]
-        table.add_row(
-            escape(diagnosis.spec),
-            "[green]yes[/green]" if found.ok else "[red]no[/red]",
-            escape("\n".join(line for line in lines if line)),
-            end_section=True,
-        )
-    Console().print(table)
+        head = Text(f"{diagnosis.spec:<{width}}  ", "bold")
+        head.append("yes" if found.ok else "no ", "green" if found.ok else "red")
+        console.print(head, "" if found.ok else found.reason, markup=False, soft_wrap=True)
+        lines = [found.remedy] if not found.ok else [*found.devices, _options(diagnosis.spec)]
+        for line in "\n".join(line for line in lines if line).splitlines():
+            console.print(f"{'':<{width}}      {line}", markup=False, soft_wrap=True)
+
+
+def _options(spec: str) -> str:
+    """Returns the options of a backend that has several, the default first."""
+    # A third party's may raise anything, and an option that was asked for has none of its own.
+    with contextlib.suppress(Exception):
+        options = () if spec == "auto" or ":" in spec else get(spec).options
+        if len(options) > 1:
+            return f"options: {', '.join(options)}"
+    return ""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import DataUsedUp, EmptyData, RankFailed
 from .events import Events
+from .loader_workers import workers_left_alone
 from .progress import is_done
 from .requests import END_EPOCH, END_RUN, QUIET_EPOCH, QUIET_RUN, EndEpoch, EndRun, Requests
 from .state import State
@@ -319,7 +320,10 @@ class Loop(Requests):
     def _open_data(self) -> Iterator[Any]:
         """Returns an iterator over the data from its beginning."""
         data = self.state.dataloader
-        return repeat(None) if data is None else iter(data)
+        if data is None:
+            return repeat(None)
+        with workers_left_alone(data):
+            return iter(data)
 
     def _reopen_data(self) -> Iterator[Any]:
         """Returns an iterator over the data from its beginning, for another pass of this run."""

@@ -16,6 +16,7 @@ from crosstrain.backends import Availability, Backend, UnknownBackend, World
 from .case import Case, NonConformance, expect, flags
 from .data import check_batches, check_put, check_put_is_exact
 from .state import (
+    check_checkpoint,
     check_deterministic_flags,
     check_deterministic_results,
     check_host_streams,
@@ -200,6 +201,7 @@ def _checks() -> Iterator[tuple[str, Check]]:
     yield "host_streams", Check(check_host_streams)
     yield "portable_state", Check(check_state_is_portable)
     yield "resume", Check(check_resume, computes=True)
+    yield "checkpoint", Check(check_checkpoint, computes=True)
     yield "scale_is_not_dropped", Check(check_scale_is_not_dropped, computes=True, scales=True)
 
 

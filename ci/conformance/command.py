@@ -24,6 +24,9 @@ from crosstrain.backends import BackendError
 from .case import NOTHING, SCALING, Case, NonConformance, TargetBackend
 from .checks import CHECKS
 
+# By how much, as a share, results may differ from those of fp32 on the CPU: enough for bf16.
+_TOLERANCE = 0.05
+
 __all__ = ["CHECKS", "Finding", "NonConformance", "applicable", "check_backend", "main"]
 
 
@@ -60,7 +63,23 @@ def applicable(target: TargetBackend, option: str | None = None) -> list[str]:
         UnknownBackend: if there is no such spec.
         BackendUnavailable: if the backend cannot run here.
     """
-    return _applicable(Case(target, option))
+    case = _made(target, option, _TOLERANCE)
+    return [case.check] if isinstance(case, Finding) else _applicable(case)
+
+
+def _made(target: TargetBackend, option: str | None, tolerance: float) -> Case | Finding:
+    """Returns the case, or what is wrong with a backend that cannot be looked at."""
+    try:
+        return Case(target, option, tolerance)
+    except (BackendError, ValueError):
+        raise
+    # The backend under test may raise anything, anywhere: that is what is to be found.
+    except Exception as error:  # noqa: BLE001
+        return Finding(
+            "probe",
+            f"It raised {type(error).__name__} when it was probed and made: {error}. A probe must "
+            "not raise: it returns Availability(False, reason, remedy).",
+        )
 
 
 def _applicable(case: Case) -> list[str]:
@@ -81,7 +100,7 @@ def check_backend(
     option: str | None = None,
     *,
     checks: Iterable[str] | None = None,
-    tolerance: float = 0.05,
+    tolerance: float = _TOLERANCE,
 ) -> list[Finding]:
     """Put a backend through the checks and return what it does not keep.
 
@@ -100,7 +119,9 @@ def check_backend(
         BackendUnavailable: if the backend cannot run here, which is no finding about it.
         ValueError: if there is no check of a name.
     """
-    case = Case(target, option, tolerance)
+    case = _made(target, option, tolerance)
+    if isinstance(case, Finding):
+        return [case]
     names = _applicable(case) if checks is None else list(checks)
     unknown = [name for name in names if name not in CHECKS]
     if unknown:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import io
+import tempfile
+from pathlib import Path
 
 import torch
 
 from crosstrain.backends import Backend, random_state
+from crosstrain.engine import Events, create_supervised_trainer, resume_or_start
 
 from .case import (
+    LEARNING_RATE,
     SCALING,
     Case,
     NonConformance,
@@ -17,11 +21,13 @@ from .case import (
     batch_of,
     expect,
     flags,
+    loss_of,
     small_model,
     through_a_file,
 )
 
 __all__ = [
+    "check_checkpoint",
     "check_deterministic_flags",
     "check_deterministic_results",
     "check_host_streams",
@@ -192,6 +198,36 @@ def check_resume(case: Case) -> None:
             expect(
                 torch.equal(resumed.weights(), weights), "The resumed run ends with other weights."
             )
+
+
+def check_checkpoint(case: Case) -> None:
+    """A run writes a checkpoint file that loads safely, and another goes on from it."""
+    with tempfile.TemporaryDirectory(prefix="conformance-") as folder:
+        straight = _run(case, Path(folder, "straight"), 2)
+        _run(case, Path(folder, "run"), 1)
+        found = _run(case, Path(folder, "run"), 2)
+    expect(
+        found == straight[2:],
+        f"Resumed from a file after 2 of 4 steps, its losses are {found}, and not {straight[2:]}.",
+    )
+
+
+def _run(case: Case, folder: Path, epochs: int) -> list[float]:
+    """Trains two steps an epoch, from the folder's checkpoint if there is one; returns losses."""
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+    losses: list[float] = []
+    with case.opened() as backend, random_state.preserved():
+        trainer = create_supervised_trainer(
+            model, optimizer, loss_of, backend=backend, deterministic=True
+        )
+        trainer.add_event_handler(
+            Events.ITERATION_COMPLETED, lambda: losses.append(float(trainer.state.output))
+        )
+        objects = {"model": model, "optimizer": optimizer}
+        resume_or_start(trainer, objects, folder, every=1, background=False)
+        trainer.run([batch_of(0), batch_of(1)], max_epochs=epochs)
+    return losses
 
 
 def check_scale_is_not_dropped(case: Case) -> None:

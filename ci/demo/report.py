@@ -2,59 +2,104 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from crosstrain.ci.trials.course import Course, losses_of
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from .command import Course
+__all__ = ["DemoRun", "draw", "print_table"]
 
-__all__ = ["draw", "print_table"]
+_Row = tuple[str, list[str], bool | None]
+
+# The digests of the last iteration, by what the table calls them.
+_ENDS = ("weights", "optimizer", "random states")
+# A narrower terminal has a list in place of the table, which would cut its words.
+_TABLE = 80
 
 
-def print_table(console: Console, straight: Course, killed: Course, differences: list[str]) -> None:
+@dataclass
+class DemoRun:
+    """One of the two runs, over all its processes.
+
+    Args:
+        course: what it did.
+        killed_at: the iteration after which its process was killed.
+        seconds: how long it took, starting of processes included.
+    """
+
+    course: Course = field(default_factory=Course)
+    killed_at: int | None = None
+    seconds: float = 0.0
+
+
+def print_table(console: Console, straight: DemoRun, killed: DemoRun, difference: str) -> None:
     """Prints the two runs side by side, and whether batches, losses and weights are the same bits.
 
     Args:
         console: where to.
         straight: the run straight through.
         killed: the run that was killed and resumed.
-        differences: what differs, as sentences.
+        difference: the first thing that differs, as a sentence; empty if nothing does.
     """
-    from rich.table import Table
-
-    table = Table(title="One training, two courses")
-    table.add_column("")
-    table.add_column("straight through", justify="right")
-    table.add_column("killed and resumed", justify="right")
-    table.add_column("same bits?", justify="center")
-
-    def row(name: str, values: list[str], same: bool | None = None) -> None:
-        verdict = "" if same is None else ("[green]identical[/]" if same else "[red]different[/]")
-        table.add_row(name, *values, verdict)
-
-    runs = (straight, killed)
-    row("test accuracy", [f"{run.result['accuracy']:.2%}" for run in runs])
-    row("iterations", [str(run.result["iterations"]) for run in runs])
-    row("killed after iteration", ["-", str(killed.killed_at)])
-    row("resumed from iteration", ["-", str(killed.result["resumed_from"])])
-    row("seconds", [f"{run.seconds:.1f}" for run in runs])
-    for title, name in (("batches", "batch"), ("losses", "loss")):
-        columns = [[line[name] for _, line in sorted(run.lines.items())] for run in runs]
-        same = columns[0] == columns[1] and not killed.repeated
-        row(title, [str(len(column)) for column in columns], same)
-    for name in straight.result["digests"]:
-        values = [str(run.result["digests"][name]) for run in runs]
-        row(name, values, values[0] == values[1])
-    console.print(table)
-    if differences:
-        console.print(f"Not bit-identical: {'; '.join(differences)}.", style="bold red")
+    rows = _rows(straight, killed)
+    title, heads = "One training, two courses", ("straight through", "killed and resumed")
+    if console.width < _TABLE:
+        console.print(title, style="bold")
+        for name, values, same in rows:
+            console.print(f"{name}: {_verdict(same)}", highlight=False)
+            for head, value in zip(heads, values, strict=True):
+                console.print(f"  {head:<18} {value}", highlight=False, soft_wrap=True)
+    else:
+        _print_wide(console, title, heads, rows)
+    if difference:
+        console.print(f"Not bit-identical. {difference}", style="bold red", markup=False)
     else:
         console.print("Bit-identical: batches, losses, weights, random states.", style="bold green")
 
 
-def draw(path: Path, straight: Course, killed: Course) -> Path:
+def _print_wide(console: Console, title: str, heads: tuple[str, str], rows: list[_Row]) -> None:
+    from rich.table import Table
+
+    table = Table(title=title)
+    table.add_column("", no_wrap=True)
+    for head in heads:
+        table.add_column(head, justify="right", no_wrap=True)
+    table.add_column("same bits?", justify="center", no_wrap=True)
+    for name, values, same in rows:
+        table.add_row(name, *values, _verdict(same))
+    console.print(table)
+
+
+def _verdict(same: bool | None) -> str:
+    return "" if same is None else ("[green]identical[/]" if same else "[red]different[/]")
+
+
+def _rows(straight: DemoRun, killed: DemoRun) -> list[_Row]:
+    """Returns the name of each row, the values of both runs, and whether they have to be equal."""
+    runs = (straight, killed)
+    courses = [run.course for run in runs]
+    found: list[_Row] = [
+        ("test accuracy", [f"{course.metrics['accuracy']:.2%}" for course in courses], None),
+        ("iterations", [str(course.total) for course in courses], None),
+        ("killed after iteration", ["-", str(killed.killed_at)], None),
+        ("resumed from iteration", ["-", str(killed.course.resumed_from[-1])], None),
+        ("seconds", [f"{run.seconds:.1f}" for run in runs], None),
+    ]
+    for title, name in (("batches", "batch"), ("losses", "loss")):
+        columns = [[row[name] for _, row in sorted(course.rows.items())] for course in courses]
+        same = columns[0] == columns[1] and not killed.course.repeated
+        found.append((title, [str(len(column)) for column in columns], same))
+    for name in _ENDS:
+        values = [str(course.rows[course.total][name]) for course in courses]
+        found.append((name, values, values[0] == values[1]))
+    return found
+
+
+def draw(path: Path, straight: DemoRun, killed: DemoRun) -> Path:
     """Draws both loss curves and the deviation between them.
 
     Args:
@@ -68,9 +113,8 @@ def draw(path: Path, straight: Course, killed: Course) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    def losses(run: Course) -> tuple[list[int], list[float]]:
-        iterations = sorted(run.lines)
-        return iterations, [float.fromhex(run.lines[k]["loss"]) for k in iterations]
+    def losses(run: DemoRun) -> tuple[list[int], list[float]]:
+        return sorted(run.course.rows), list(losses_of(run.course))
 
     figure: Any = Figure(figsize=(9, 5.5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -85,7 +129,7 @@ def draw(path: Path, straight: Course, killed: Course) -> Path:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     upper.annotate(
-        f"SIGKILL after {killed.killed_at},\nresumed from {killed.result['resumed_from']}",
+        f"SIGKILL after {killed.killed_at},\nresumed from {killed.course.resumed_from[-1]}",
         (killed.killed_at, max(y)),
         xytext=(6, -24),
         textcoords="offset points",

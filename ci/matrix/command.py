@@ -1,6 +1,6 @@
 """``crosstrain matrix``: every scenario on every backend, and the reports of it.
 
-Each cell runs in a process of its own (see `crosstrain.ci.matrix.cells`). With ``--merge``, the
+Each cell runs in a process of its own (see `crosstrain.ci.matrix.run_all`). With ``--merge``, the
 reports of several machines become one.
 """
 
@@ -21,19 +21,21 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from crosstrain.ci.options import UsageError, above_zero, at_least, folder, require_extra
+
 from .report import InvalidReport, Report, Run, merged
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from .cells import CellPlan
     from .outcome import Outcome
+    from .run_all import CellPlan
     from .selection import Selection
 
 __all__ = ["add_arguments", "run", "write_reports"]
 
 # Exit codes; the last two are those of a shell for a process that a signal ended.
-OK, BROKEN, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
+OK, BROKEN, INTERRUPTED, TERMINATED = 0, 1, 130, 143
 
 _TIMEOUT = 600.0
 _MOST_JOBS = 4
@@ -79,13 +81,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--jobs",
         metavar="N",
-        type=_count,
+        type=at_least(1),
         help=f"cells at a time (default: one for two cores, at most {_MOST_JOBS})",
     )
     how.add_argument(
         "--timeout",
         metavar="SECONDS",
-        type=_seconds,
+        type=above_zero,
         default=_TIMEOUT,
         help="how long a cell may take (default: %(default)g)",
     )
@@ -93,7 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     reports.add_argument(
         "--report",
         metavar="DIR",
-        type=Path,
+        type=folder,
         help="write index.html, matrix.json, junit.xml and the logs of cells that did not pass",
     )
     reports.add_argument(
@@ -117,22 +119,6 @@ def _words(text: str) -> list[str]:
     return words
 
 
-def _count(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
-    return seconds
-
-
 def run(args: argparse.Namespace) -> int:
     """Run the matrix, or merge reports.
 
@@ -141,30 +127,31 @@ def run(args: argparse.Namespace) -> int:
 
     Returns:
         0 if every cell passed or was skipped; 1 if one did not, or a required backend is missing;
-        2 if an argument is wrong; 130 after Ctrl-C and 143 after SIGTERM, with the report of what
+        130 after Ctrl-C and 143 after SIGTERM, with the report of what
         had ended until then.
 
     Raises:
         BackendError: if a spec does not exist, or was asked for and cannot run here.
+        UsageError: if an argument is wrong, a report cannot be read, or something is not installed.
     """
     from rich.console import Console
-
-    from .selection import UsageError
 
     try:
         if args.merge:
             return _merge(args)
+        if args.target is None:
+            # The scenarios' own trainings are on its digits.
+            require_extra("demo", "sklearn")
         return _run(args, Console(highlight=False))
-    except (UsageError, InvalidReport) as error:
-        print(f"crosstrain matrix: error: {error}", file=sys.stderr)
-        return USAGE
+    except InvalidReport as error:
+        raise UsageError(str(error)) from error
 
 
 def _run(args: argparse.Namespace, console: Console) -> int:
     from crosstrain.ci.trials.scenarios import SCENARIOS
 
-    from .cells import Cell, CellPlan
     from .progress import print_summary
+    from .run_all import Cell, CellPlan
     from .selection import (
         check_target,
         chosen_scenarios,
@@ -180,7 +167,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         if not selection.found[spec].ok:
             console.print(f"{spec} is required and missing: {_why(selection, spec)}", markup=False)
     with contextlib.ExitStack() as stack:
-        folder = args.report or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        place = args.report or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         plan = CellPlan(
             # Scenario by scenario, so that a broken one shows before all of a backend has run.
             cells=tuple(
@@ -189,7 +176,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
                 for spec in selection.backends
                 if selection.found[spec].ok
             ),
-            folder=folder.resolve(),
+            folder=place.resolve(),
             timeout=args.timeout,
             jobs=args.jobs or max(1, min(_MOST_JOBS, _cores() // 2)),
             exclusive=exclusive_specs(selection.backends),
@@ -231,8 +218,8 @@ def _outcomes(
     plan: CellPlan, selection: Selection, scenarios: Sequence[str], console: Console
 ) -> tuple[list[Outcome], signal.Signals | None]:
     """Runs the cells; gives the outcomes, and the signal that stopped it, if one did."""
-    from .cells import run_cells
     from .progress import progress_on
+    from .run_all import run_cells
 
     outcomes = _unavailable(selection, scenarios)
     try:
@@ -315,8 +302,6 @@ def _versions(selection: Selection, outcomes: Sequence[Outcome]) -> dict[str, st
 
 
 def _merge(args: argparse.Namespace) -> int:
-    from .selection import UsageError
-
     if not args.report:
         raise UsageError("--merge needs --report DIR, where the one report is written.")
     if args.backends or args.scenarios or args.target or args.name:

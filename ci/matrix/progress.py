@@ -14,9 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from .cells import Cell
     from .outcome import Outcome, Status
     from .report import Run
+    from .run_all import Cell
 
 __all__ = ["MARKS", "LiveProgress", "PlainProgress", "duration", "print_summary", "progress_on"]
 

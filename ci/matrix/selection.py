@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from crosstrain.backends import Availability, BackendUnavailable, get, names, probe
 from crosstrain.backends.errors import UnknownBackend
 from crosstrain.backends.registry import short
+from crosstrain.ci.options import UsageError
 from crosstrain.ci.trials.target import Target, TargetError
 
 __all__ = [
     "Selection",
-    "UsageError",
     "available_specs",
     "check_target",
     "chosen_scenarios",
@@ -27,10 +27,6 @@ _NO_COLUMN = frozenset({"auto", "null"})
 
 # What the options begin with that share a model out over several processes.
 _SHARDED = "fsdp"
-
-
-class UsageError(Exception):
-    """An argument names what does not exist: it says which, what does, and what was meant."""
 
 
 @dataclass(frozen=True)

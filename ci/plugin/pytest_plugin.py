@@ -26,6 +26,8 @@ _SELECTION = pytest.StashKey[Selection]()
 # may have a fixture `backend` or a mark `needs` of its own.
 _ROW = "_crosstrain_row"
 
+_OUR_MARKS = frozenset({"backends", "needs", "world"})
+
 # What `--require-backends` stands for without a value.
 _EVERYTHING = "<all>"
 
@@ -118,13 +120,22 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(_ROW, rows, ids=ids, indirect=True, scope="module")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves the fixtures of tests in several processes to these processes.
 
     Raises:
-        pytest.UsageError: if a mark `world` has no number of processes.
+        pytest.UsageError: if a mark `world` has no number of processes, or one of our marks is on a
+            test that uses none of our fixtures, and so would do nothing.
     """
+    ours = _OUR_MARKS - _marks_of_the_project(config)
     for item in items:
+        names = ours & {mark.name for mark in item.iter_markers()}
+        if names and _ROW not in getattr(item, "fixturenames", ()):
+            raise pytest.UsageError(
+                f"{item.nodeid}: the mark {sorted(names)[0]} does nothing without a fixture of "
+                "crosstrain. Give the test the argument backend or backend_spec; a mark of your "
+                "own with this name is registered under `markers` in pytest's configuration."
+            )
         if isinstance(item, pytest.Function) and _is_started_here(item):
             item.fixturenames = [_ROW]
 
@@ -138,6 +149,13 @@ def pytest_runtestloop(session: pytest.Session) -> None:
     """
     if not session.config.option.collectonly and "WORLD_SIZE" not in os.environ:
         session.config.stash[_SELECTION].start()
+
+
+def _marks_of_the_project(config: pytest.Config) -> set[str]:
+    """Returns the names of ours that the project has registered as its own."""
+    lines: list[str] = config.getini("markers")
+    own = [line for line in lines if not line.endswith("(crosstrain)")]
+    return {line.partition(":")[0].partition("(")[0].strip() for line in own}
 
 
 def _is_started_here(item: pytest.Function) -> bool:

@@ -6,17 +6,15 @@ are made in the ranks only. What each rank says comes back in a file.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import signal
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from crosstrain.ci.trials.processes import Child, torchrun
 
 __all__ = ["FOLDER", "RankReports", "folder_of_rank", "run_in_world", "world_size"]
 
@@ -57,9 +55,13 @@ def run_in_world(item: pytest.Item, spec: str, size: int) -> None:
         size: how many processes.
     """
     with tempfile.TemporaryDirectory(prefix="crosstrain-world-") as folder:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes", "1"]
-        command += ["--nproc-per-node", str(size), "-m", "pytest", *_arguments(item, spec)]
-        code, text = _run(command, item.config.rootpath, {FOLDER: folder})
+        command = [*torchrun(size), "-m", "pytest", *_arguments(item, spec)]
+        child = Child(command, folder=item.config.rootpath, variables={FOLDER: folder})
+        try:
+            text = child.text()
+        finally:
+            # Left early, by a time limit or Ctrl-C, or at its end.
+            code = child.end()
         reports = [_read(Path(folder), rank) for rank in range(size)]
     failures = [
         f"Rank {rank} of {size}:\n{report['text']}"
@@ -89,33 +91,6 @@ def _arguments(item: pytest.Item, spec: str) -> list[str]:
     if config.pluginmanager.hasplugin("xdist"):
         arguments += ["-n0"]
     return arguments
-
-
-def _run(command: list[str], cwd: Path, variables: dict[str, str]) -> tuple[int, str]:
-    """Runs a command in a group of its own, which ends with it, however this ends."""
-    process = subprocess.Popen(
-        command,
-        cwd=cwd,
-        env={**os.environ, **variables},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
-    try:
-        text, _ = process.communicate()
-    finally:
-        # Left early, by a time limit or Ctrl-C. torchrun's workers have sessions of their own, and
-        # are ended by it when it gets SIGTERM.
-        if process.poll() is None:
-            process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(10)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    return process.returncode, text
 
 
 def _read(folder: Path, rank: int) -> dict[str, Any] | None:

@@ -10,6 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from crosstrain.ci.options import above_zero
+
 from .diff import Comparison, Difference, compare
 from .file import Trace, TraceError
 
@@ -26,19 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("right", type=Path, help="another")
     parser.add_argument(
         "--tolerance",
-        type=_positive,
+        type=above_zero,
         help="compare the loss and the norms with this relative tolerance (default: bit by bit on "
         "one kind of device; across kinds 1e-3, and 2e-2 in bf16 and fp16)",
     )
     parser.add_argument("--exact", action="store_true", help="compare bit by bit across kinds too")
     parser.add_argument("--json", action="store_true", help="print JSON in place of text")
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-    return value
 
 
 def run(args: argparse.Namespace) -> int:

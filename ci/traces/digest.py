@@ -6,6 +6,9 @@ universal string hashing is fast", 2014): the bits of each element, as an intege
 their order, so every device gives the same digest for the same bits. A change of one element always
 changes it; a change of several goes unseen with a chance of about 2**-63, and of 2**-32 where
 nothing but the highest bits of 32-bit elements changes. It is no protection against an adversary.
+
+`crosstrain.engine.digest` is another idea: SHA-256, which a device cannot compute without copying
+every tensor to the host. A trace takes a digest of everything in each iteration.
 """
 
 from __future__ import annotations
@@ -19,11 +22,10 @@ import numpy
 import torch
 
 from crosstrain.engine.guards import is_array, is_mapping, is_sequence
+from crosstrain.engine.splitmix import mix_into, word
 
 __all__ = ["Digester", "salt", "tensors_of", "text_digest"]
 
-_MASK: Final = (1 << 64) - 1
-_GOLDEN: Final = 0x9E3779B97F4A7C15
 # Elements that are multiplied at once: the table of constants and the products take 8 MiB each.
 _CHUNK: Final = 1 << 20
 _SMALLEST: Final = 1 << 12
@@ -33,14 +35,9 @@ _PLAIN: Final = (bool, int, float, complex, str, bytes, type(None))
 
 
 def _constants(first: int, count: int) -> list[int]:
-    """Returns the splitmix64 numbers (Steele, Lea and Flood 2014) of positions, made odd."""
+    """Returns the splitmix64 numbers of positions, made odd, as signed integers."""
     words = numpy.arange(first + 1, first + count + 1, dtype=numpy.uint64)
-    words *= numpy.uint64(_GOLDEN)
-    words ^= words >> numpy.uint64(30)
-    words *= numpy.uint64(0xBF58476D1CE4E5B9)
-    words ^= words >> numpy.uint64(27)
-    words *= numpy.uint64(0x94D049BB133111EB)
-    words ^= words >> numpy.uint64(31)
+    mix_into(words, numpy.empty_like(words), word(0), words)
     words |= numpy.uint64(1)
     found: list[int] = words.view(numpy.int64).tolist()
     return found

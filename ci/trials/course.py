@@ -31,6 +31,7 @@ class Course:
         end: the digest of each part of the state that the run has come to, by name.
         length: the iterations of an epoch.
         environment: the conditions that the trainer's state names.
+        metrics: the numbers in the trainer's `state.metrics` at the end.
         resumed_from: from which iteration each process but the first went on; None: from none.
         kills: how many processes were killed with SIGKILL.
         stops: how many saved and ended upon SIGTERM.
@@ -41,6 +42,7 @@ class Course:
     end: dict[str, str] = field(default_factory=dict[str, str])
     length: int = 0
     environment: dict[str, Any] = field(default_factory=dict[str, Any])
+    metrics: dict[str, float] = field(default_factory=dict[str, float])
     resumed_from: list[int | None] = field(default_factory=list[int | None])
     kills: int = 0
     stops: int = 0
@@ -64,9 +66,11 @@ class Course:
                     f"{_differs(thing)}: {_shown(thing, before)}, then {_shown(thing, row)}."
                 )
             self.rows[iteration] = row
+        elif "begun" in line:
+            self.resumed_from.append(line["resumed_from"])
         elif "end" in line:
             self.end, self.length = dict(line["end"]), line["length"] or 0
-            self.environment = dict(line["environment"])
+            self.environment, self.metrics = dict(line["environment"]), dict(line["metrics"])
 
 
 def _differing(

@@ -1,8 +1,9 @@
-"""One process of a scenario: it imports torch, waits for an order, and trains as it says.
+"""The child that trains: it imports torch, waits for an order, and trains as it says.
 
 It is started before it is needed, because importing torch takes longer than training. It reads
-orders as lines of JSON from stdin, and answers with lines of JSON on stdout. When stdin ends, its
-starter has gone, and so does it, with its workers.
+orders as lines of JSON from stdin, and answers with lines of JSON on what was its stdout; what the
+training itself prints goes to stderr. torchrun's processes, which share a stdin, get their order as
+an argument. When stdin ends, its starter has gone, and so does it, with its workers.
 """
 
 from __future__ import annotations
@@ -11,23 +12,32 @@ import importlib
 import json
 import os
 import queue
+import select
 import signal
 import sys
 import threading
 import time
+import traceback
+import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from crosstrain.backends import BackendError, UnknownBackend, get, probe, random_state
-from crosstrain.engine import Events, manual_seed, resume_or_start
+from crosstrain.backends import BackendError, UnknownBackend, World, get, probe, random_state
+from crosstrain.ci.traces.recorder import TraceRecorder
+from crosstrain.engine import Events, Manifest, ResumeWarning, manual_seed, resume_or_start
+from crosstrain.engine.checkpoints.layouts import list_checkpoints
+from crosstrain.engine.proof import Checks, Strictness
 from crosstrain.engine.spread import is_sharded
 
 from .digests import digest, leaf_digests
-from .order import Order
+from .order import FAILED, UNUSABLE, Order
 from .target import Target, TargetError, Training
 from .trainings import TRAININGS
+from .traits import traits_of
 
 __all__ = ["main"]
 
@@ -37,14 +47,20 @@ Emit = Callable[[Mapping[str, Any]], None]
 _NEVER = 10**9
 
 
-class _Recorder:
-    """Writes down each iteration, and stops or holds the process where it was told to."""
+class _Reporter:
+    """Tells each iteration, and stops or holds the process where it was told to.
+
+    With a trace, all that an iteration did is in there; without one its digests are told.
+    """
 
     def __init__(self, training: Training, order: Order, emit: Emit) -> None:
         self._training = training
         self._order = order
         self._emit = emit
         trainer = training.trainer
+        if order.trace is not None:
+            # Every iteration is written at once, so that a kill leaves no gap.
+            TraceRecorder(order.trace, 1).attach(trainer, training.to_save)
         trainer.add_event_handler(Events.ITERATION_STARTED, self._hold)
         trainer.add_event_handler(Events.ITERATION_COMPLETED, self._take)
 
@@ -53,13 +69,22 @@ class _Recorder:
             time.sleep(0.01)
 
     def _take(self) -> None:
+        state = self._training.trainer.state
+        self._emit(
+            {"iteration": state.iteration, "epoch": state.epoch}
+            | ({} if self._order.trace is not None else self._digests())
+        )
+        if state.iteration == self._order.stop_at:
+            # As a scheduler does it, to all processes: the run saves after this iteration, and
+            # ends.
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def _digests(self) -> dict[str, Any]:
         trainer = self._training.trainer
         state = trainer.state
         output: Any = state.output
         loss = _number(output)
-        line: dict[str, Any] = {
-            "iteration": state.iteration,
-            "epoch": state.epoch,
+        found: dict[str, Any] = {
             "batch": digest(state.batch),
             "loss": digest(output) if loss is None else loss.hex(),
             "scalar": loss is not None,
@@ -68,11 +93,10 @@ class _Recorder:
             "optimizer": self._digest_of(False),
         }
         if trainer.backend is not None:
-            line["loss scale"] = digest(trainer.backend.state_dict())
-        line["random states"] = digest(_random_states(trainer))
-        self._emit(line)
-        if state.iteration == self._order.stop_at:
-            os.kill(os.getpid(), signal.SIGTERM)
+            found["loss scale"] = digest(trainer.backend.state_dict())
+        device: dict[str, Any] = {} if trainer.backend is None else trainer.backend.rng_state()
+        found["random states"] = digest([random_state.capture(), device])
+        return found
 
     def _digest_of(self, weights: bool) -> str:
         trainer = self._training.trainer
@@ -85,11 +109,6 @@ class _Recorder:
         )
 
 
-def _random_states(trainer: Any) -> Any:
-    device: dict[str, Any] = {} if trainer.backend is None else trainer.backend.rng_state()
-    return [random_state.capture(), device]
-
-
 def _number(output: Any) -> float | None:
     """Returns a loss as a number; None if the training's output is something else."""
     if isinstance(output, torch.Tensor) and output.numel() == 1:
@@ -99,12 +118,25 @@ def _number(output: Any) -> float | None:
 
 def _train(order: Order, emit: Emit) -> int:
     """Trains as an order says; returns the exit code of the process."""
-    manual_seed(order.seed)
-    training = _build(order)
-    trainer = training.trainer
-    _Recorder(training, order, emit)
+    resumed = order.resumed_seed is not None and _goes_on(order)
+    manual_seed(order.resumed_seed if resumed and order.resumed_seed is not None else order.seed)
+    try:
+        training = _build(order)
+    except (BackendError, TargetError) as error:
+        emit({"error": str(error)})
+        return UNUSABLE
+    _Reporter(training, order, emit)
+    begun = {"begun": True, "traits": traits_of(training)}
+    if order.trace is not None:
+        # What a resume measures of itself is told, and the trace shows where the run parts.
+        training.trainer.checks = _that_warn(training.trainer.checks)
+    if order.folder is None:
+        emit({**begun, "resumed_from": None})
+        training.run()
+        emit(_ending(training, order))
+        return 0
     run = resume_or_start(
-        trainer,
+        training.trainer,
         training.to_save,
         order.folder,
         every=order.every or _NEVER,
@@ -112,13 +144,32 @@ def _train(order: Order, emit: Emit) -> int:
         # The processes of a sharded model copy and write together, and can have background only.
         overlap=order.overlap and not is_sharded(training.to_save),
     )
-    resumed_from = trainer.state.iteration if run.resumed_from else None
-    passed_over = [f"{one.path.name}: {one.reason}" for one in run.passed_over]
-    emit({"begun": True, "resumed_from": resumed_from, "passed_over": passed_over})
+    resumed_from = training.trainer.state.iteration if run.resumed_from else None
+    emit({**begun, "resumed_from": resumed_from})
     training.run()
     if run.stop_signal is None:
-        emit(_ending(training))
+        emit(_ending(training, order))
     return run.exit_code
+
+
+def _that_warn(checks: Checks) -> Checks:
+    def softened(strictness: Strictness) -> Strictness:
+        return "warn" if strictness == "error" else strictness
+
+    return replace(
+        checks,
+        batch_before=softened(checks.batch_before),
+        read_back=softened(checks.read_back),
+        structure=softened(checks.structure),
+    )
+
+
+def _goes_on(order: Order) -> bool:
+    """Tells whether there is a checkpoint that the run will go on from."""
+    folder = None if order.folder is None else Path(order.folder)
+    if folder is None or not folder.is_dir():
+        return False
+    return any(isinstance(told.manifest, Manifest) for told in list_checkpoints(folder))
 
 
 def _build(order: Order) -> Training:
@@ -127,28 +178,33 @@ def _build(order: Order) -> Training:
     # The networks are too small for several threads, and their number would change their bits.
     torch.set_num_threads(1)
     backend = get(order.spec).open()
-    return TRAININGS[order.training](backend, order.workers or 0)
+    return TRAININGS[order.training](backend, order.workers or 0, **order.options)
 
 
-def _ending(training: Training) -> dict[str, Any]:
+def _ending(training: Training, order: Order) -> dict[str, Any]:
     """Returns what a run that is complete has come to."""
     trainer = training.trainer
-    found: dict[str, str] = {}
+    found: dict[str, Any] = {
+        "done": True,
+        "iterations": trainer.state.iteration,
+        "length": trainer.state.epoch_length,
+    }
+    if order.trace is not None:
+        return found
+    end: dict[str, str] = {}
     for name, thing in training.to_save.items():
         if thing is not trainer:
-            found |= leaf_digests(thing.state_dict(), name)
+            end |= leaf_digests(thing.state_dict(), name)
     state = trainer.state_dict()
     for key, name in (
         ("backend", "loss scale"),
         ("step", "window"),
         ("rng_states", "random states"),
     ):
-        found |= leaf_digests(state.get(key), name)
-    return {
-        "end": found,
-        "length": trainer.state.epoch_length,
-        "environment": state.get("environment", {}),
-    }
+        end |= leaf_digests(state.get(key), name)
+    metrics = {k: v for k, v in trainer.state.metrics.items() if isinstance(v, float)}
+    environment = state.get("environment", {})
+    return {**found, "end": end, "environment": environment, "metrics": metrics}
 
 
 def _probe(spec: str, target: str | None) -> dict[str, Any]:
@@ -180,6 +236,18 @@ def _probe(spec: str, target: str | None) -> dict[str, Any]:
     return answer
 
 
+def _tell_warnings(emit: Emit) -> None:
+    """Has the engine's warnings told, too, in this process, which is there for nothing else."""
+    usual: Callable[..., None] = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+        if issubclass(category, ResumeWarning):
+            emit({"warning": str(message)})
+        usual(message, category, *rest, **more)
+
+    warnings.showwarning = show
+
+
 def _watch(source: int, orders: queue.SimpleQueue[dict[str, Any]]) -> None:
     """Passes orders on, and ends the process and its workers when its starter has gone.
 
@@ -196,6 +264,23 @@ def _watch(source: int, orders: queue.SimpleQueue[dict[str, Any]]) -> None:
     os._exit(1)
 
 
+def _of_ranks(world: World, emit: Emit) -> Emit:
+    """Returns what a process of several answers with: its rank; progress is told by one of them."""
+
+    def tell(line: Mapping[str, Any]) -> None:
+        if world.rank and not line.keys().isdisjoint({"begun", "iteration", "done"}):
+            return
+        told = {**line, "rank": world.rank}
+        for kind in line.keys() & {"error", "warning"}:
+            text = f"Rank {world.rank}: {line[kind]}" if kind == "error" else line[kind]
+            # All write into one pipe: what is longer than this may be torn by what another says.
+            whole = len(json.dumps(text)) < select.PIPE_BUF - 100
+            told[kind] = text if whole else f"{text[:500]}..."
+        emit(told)
+
+    return tell
+
+
 def main() -> int:
     """Answers orders until one of them was a training; returns the exit code."""
     # What a user's training prints must not be taken for an answer, nor may it read our orders.
@@ -204,23 +289,34 @@ def main() -> int:
         os.dup2(nothing.fileno(), 0)
     os.dup2(2, 1)
 
-    def emit(line: Mapping[str, Any]) -> None:
+    def write(line: Mapping[str, Any]) -> None:
         print(json.dumps(line), file=answers, flush=True)
 
+    emit: Emit = write
     orders: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    if len(sys.argv) > 1:
+        emit = _of_ranks(World.from_environment(), write)
+        emit({"born": os.getpgrp()})
+        orders.put({"train": sys.argv[1]})
     # The first optimizer imports it, which takes as long as importing torch does.
     importlib.import_module("torch._dynamo")
     threading.Thread(target=_watch, args=(source, orders), daemon=True).start()
-    while True:
-        order = orders.get()
-        if "probe" in order:
-            emit(_probe(order["probe"], order["target"]))
-            continue
-        try:
-            return _train(Order(**order["train"]), emit)
-        except Exception as error:
-            emit({"error": f"{type(error).__name__}: {error}"})
-            raise
+    _tell_warnings(emit)
+    while "probe" in (order := orders.get()):
+        emit(_probe(order["probe"], order["target"]))
+    code = _carry_out(Order.from_json(order["train"]), emit)
+    emit({"left": code})
+    return code
+
+
+def _carry_out(order: Order, emit: Emit) -> int:
+    try:
+        return _train(order, emit)
+    # A user's code may raise anything; whoever gave the order is told.
+    except Exception as error:  # noqa: BLE001
+        traceback.print_exc()
+        emit({"error": f"{type(error).__name__}: {error}"})
+        return FAILED
 
 
 if __name__ == "__main__":

@@ -1,11 +1,18 @@
-"""What a scenario asks of one of its processes, and how the two talk. Imports no torch."""
+"""What one child process of ours is told to train, and how it ends. Imports no torch."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final, Self
 
-__all__ = ["Order"]
+__all__ = ["FAILED", "UNUSABLE", "Order"]
+
+#: The exit code of a process whose training raised an exception.
+FAILED: Final = 1
+#: The exit code of a process whose target or backend cannot be used.
+UNUSABLE: Final = 2
 
 
 @dataclass(frozen=True)
@@ -14,31 +21,43 @@ class Order:
 
     Args:
         spec: the backend.
-        folder: where checkpoints are kept.
+        folder: where checkpoints are kept; None: the run is not saved.
         training: which of our trainings it is; unused with a target.
+        options: what our training is made with, by name.
         target: a user's training, as `module:function`.
         seed: seeds the process's generators before the training is built. A resumed run must not
             depend on it.
+        resumed_seed: the same, if there is a checkpoint to go on from; None: as `seed`.
         workers: worker processes of the data loader; None: as the training has them.
         every: iterations between two checkpoints; 0: none but the last.
         background: whether checkpoints are written in the background.
         overlap: whether the training goes on while they are copied; never with a sharded model.
         stop_at: the iteration in which the process gets SIGTERM, upon which it saves and ends.
         hold_at: the iteration before which the process waits to be killed.
+        trace: the file of a trace, that of rank 0, beside which those of the others are; None: the
+            process tells the digests of each iteration itself.
     """
 
     spec: str
-    folder: str
+    folder: str | None
     training: str = "plain"
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     target: str | None = None
     seed: int = 0
+    resumed_seed: int | None = None
     workers: int | None = None
     every: int = 0
     background: bool = False
     overlap: bool = False
     stop_at: int | None = None
     hold_at: int | None = None
+    trace: str | None = None
 
-    def as_json(self) -> dict[str, Any]:
-        """Returns the arguments by name."""
-        return asdict(self)
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Reads what `as_json` wrote."""
+        return cls(**json.loads(text))
+
+    def as_json(self) -> str:
+        """Returns the order as a line."""
+        return json.dumps(asdict(self))

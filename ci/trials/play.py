@@ -217,10 +217,8 @@ class Play:
         life = self._lives[self._used]
         self._used += 1
         for line in life.train(order):
-            if "begun" in line and course is self.resumed:
-                course.resumed_from.append(line["resumed_from"])
             course.take(line)
             if kill_after is not None and line.get("iteration", 0) >= kill_after:
                 # Within this iteration's save or within the next two.
-                life.kill(self._chance.uniform(0.0, 0.05))
+                life.kill_after(self._chance.uniform(0.0, 0.05))
                 kill_after = None

@@ -1,4 +1,9 @@
-"""The processes of a scenario: started ahead, given orders, followed, killed; without torch."""
+"""Child processes: how each one that ci starts is started, followed and killed; without torch.
+
+`Child` is any command, alone or under torchrun. `Life` is a child that trains: it takes an `Order`
+and says what it does (`crosstrain.ci.trials.life` is its other end). Whatever happens to their
+starter, they end with it.
+"""
 
 from __future__ import annotations
 
@@ -8,109 +13,262 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from .order import Order
 
-__all__ = ["Life", "ScenarioFailed"]
+__all__ = ["STOPPED", "Child", "Life", "TrainingFailed", "ending", "torchrun"]
 
-_STOPPED = 128 + signal.SIGTERM
-_TAIL = 2000
+#: The exit code of a process that SIGTERM has stopped.
+STOPPED: Final = 128 + signal.SIGTERM
+_LIFE: Final = "crosstrain.ci.trials.life"
+# How much of what a process wrote to stderr is told.
+_TAIL: Final = 2000
+# What torchrun gets to end its processes, which are in sessions of their own.
+_GRACE: Final = 10.0
 
 
-class ScenarioFailed(Exception):
-    """A process of a scenario ended otherwise than it should; the message has its last words."""
+class TrainingFailed(Exception):
+    """A process ended otherwise than it should; the message has its last words."""
 
 
-class Life:
-    """One process: a fresh interpreter, which imports torch while nothing is asked of it yet.
+def torchrun(processes: int, *options: object) -> list[str]:
+    """Returns what follows `python` to start several processes on this machine.
 
     Args:
-        errors: the file for what it writes to stderr.
+        processes: how many.
+        *options: further ones of torchrun.
+    """
+    words = ["-m", "torch.distributed.run", "--standalone", "--nnodes", "1"]
+    return [*words, "--nproc-per-node", str(processes), *map(str, options)]
+
+
+def ending(code: int) -> str:
+    """Returns how a process ended, such as `exit code 3` or `signal SIGKILL`."""
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return f"signal {signal.Signals(-code).name}"
+    except ValueError:
+        return f"signal {-code}"
+
+
+class Child:
+    """A process in a group of its own: a kill takes its workers along, as a scheduler's does.
+
+    Use it as a context manager, or call `close`.
+
+    Args:
+        command: what follows `python`.
+        output: the file for what it writes to stdout; None: it is read by `lines` or `text`.
+        errors: the file for what it writes to stderr; None: that goes where stdout does.
+        variables: what is set in its environment besides ours.
+        folder: where it runs; None: here.
+        orders: whether it is written to. It is told by the end of its stdin that we have gone.
     """
 
-    def __init__(self, errors: Path) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        output: Path | None = None,
+        errors: Path | None = None,
+        variables: Mapping[str, str] | None = None,
+        folder: Path | None = None,
+        orders: bool = False,
+    ) -> None:
         self._errors = errors
-        self._killed = False
-        # A group of its own: a kill takes the loader's workers along, as a scheduler's does.
-        with errors.open("w") as stderr:
+        self._killer: threading.Timer | None = None
+        #: Whether we have killed it.
+        self.killed = False
+        with contextlib.ExitStack() as files:
+            out = subprocess.PIPE if output is None else files.enter_context(output.open("wb"))
+            err = subprocess.STDOUT if errors is None else files.enter_context(errors.open("wb"))
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "crosstrain.ci.trials.life"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
+                [sys.executable, *command],
+                stdin=subprocess.PIPE if orders else subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
                 text=True,
+                errors="replace",
+                cwd=folder,
+                env=None if variables is None else {**os.environ, **variables},
                 start_new_session=True,
             )
 
-    def probe(self, spec: str, target: str | None) -> dict[str, Any]:
-        """Returns what the probe of a backend says, its `capabilities`, and how a target looks.
-
-        Raises:
-            ScenarioFailed: if the process ends instead.
-        """
-        self._send({"probe": spec, "target": target})
-        assert self._process.stdout is not None
-        answer = self._process.stdout.readline()
-        if not answer:
-            self._process.wait()
-            raise self._failure("")
-        found: dict[str, Any] = json.loads(answer)
-        return found
-
-    def train(self, order: Order) -> Iterator[dict[str, Any]]:
-        """Has it train, and yields what it says, until it ends.
-
-        Raises:
-            ScenarioFailed: if it ends before its run does and was neither stopped nor killed.
-        """
-        self._send({"train": order.as_json()})
-        assert self._process.stdout is not None
-        error = ""
-        for text in self._process.stdout:
-            if not text.endswith("\n"):
-                break  # cut off by a kill
-            line = json.loads(text)
-            error = line.get("error", error)
-            if "error" not in line:
-                yield line
-        code = self._process.wait()
-        wanted = -signal.SIGKILL if self._killed else _STOPPED if order.stop_at else 0
-        if code != wanted:
-            raise self._failure(error)
-
-    def kill(self, delay: float) -> None:
-        """Kills it and its workers with SIGKILL, so many seconds from now."""
-        time.sleep(delay)
-        self._killed = True
-        # It may have ended meanwhile, which its exit code will tell.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-
-    def _send(self, order: dict[str, Any]) -> None:
+    def write(self, line: str) -> None:
+        """Writes a line to its stdin."""
         assert self._process.stdin is not None
         # If it has ended, reading its answer says so.
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(order) + "\n")
+            self._process.stdin.write(f"{line}\n")
             self._process.stdin.flush()
 
-    def _failure(self, error: str) -> ScenarioFailed:
-        text = self._errors.read_text(errors="replace").strip()
-        code = self._process.returncode
-        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        return ScenarioFailed(f"A process ended with {how}: {error or text[-_TAIL:] or 'no word'}")
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """Yields each line of JSON that it writes to stdout, until it has ended."""
+        assert self._process.stdout is not None
+        for text in self._process.stdout:
+            if text.endswith("\n"):  # it may be cut off by a kill
+                yield json.loads(text)
+
+    def text(self, timeout: float | None = None) -> str:
+        """Returns all that it writes to stdout, once it has ended.
+
+        Raises:
+            subprocess.TimeoutExpired: if it has not after so many seconds.
+        """
+        found: str = self._process.communicate(timeout=timeout)[0]
+        return found
+
+    def poll(self) -> int | None:
+        """Returns the exit code, or minus the signal; None while it runs."""
+        return self._process.poll()
+
+    def wait(self) -> int:
+        """Waits for its end; returns the exit code, or minus the signal."""
+        code = self._process.wait()
+        if self._killer is not None:
+            self._killer.cancel()
+        return code
+
+    def kill(self) -> None:
+        """Kills it and its workers with SIGKILL."""
+        self.killed = True
+        self._kill_group(self._process.pid)
+        # Those of torchrun are in sessions of their own, and end when their stdin does.
+        if self._process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
+
+    def kill_after(self, seconds: float) -> None:
+        """Kills it so many seconds from now, unless it has been closed until then."""
+        self._later(seconds, self.kill)
+
+    def _later(self, seconds: float, strike: Any, *arguments: Any) -> None:
+        self._killer = threading.Timer(seconds, strike, arguments)
+        self._killer.start()
+
+    def _kill_group(self, group: int) -> None:
+        # It may have ended by itself meanwhile.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(group, signal.SIGKILL)
+
+    def end(self) -> int:
+        """Ends it by SIGTERM, upon which torchrun ends its processes, then kills what is left."""
+        if self._process.poll() is None:
+            self._process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_GRACE)
+        self.close()
+        return self._process.returncode
+
+    def close(self) -> None:
+        """Kills what still runs of it, and takes the exit code."""
+        if self._killer is not None:
+            self._killer.cancel()
+        killed = self.killed
+        self.kill()
+        self.killed = killed
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+        self._process.wait()
+
+    def last_words(self, code: int, error: str = "") -> str:
+        """Returns a sentence about its end.
+
+        Args:
+            code: what `wait` returned.
+            error: what it said of it itself; empty: the end of what it wrote to stderr is told.
+        """
+        text = "" if self._errors is None else self._errors.read_text(errors="replace").strip()
+        return f"A process ended with {ending(code)}: {error or text[-_TAIL:] or 'it said nothing'}"
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None
-            with contextlib.suppress(BrokenPipeError):
-                pipe.close()
-        self._process.wait()
+        self.close()
+
+
+class Life(Child):
+    """A process that trains, or those of torchrun: each a fresh interpreter.
+
+    A single one imports torch while nothing is asked of it yet. Those of torchrun, which share a
+    stdin, get their order when they are started.
+
+    Args:
+        errors: the file for what it writes to stderr.
+        order: what it does; None: it waits until `give` says.
+        processes: how many torchrun starts; 1: it is started without torchrun.
+    """
+
+    def __init__(self, errors: Path, order: Order | None = None, processes: int = 1) -> None:
+        self.processes = processes
+        #: The process groups of torchrun's processes, by rank, as they tell them.
+        self.groups: dict[int, int] = {}
+        command = ["-m", _LIFE]
+        if processes > 1:
+            assert order is not None
+            # It makes folders of logs, of which there are none.
+            logs = str(errors.with_suffix(".torchrun"))
+            command = [*torchrun(processes, "--log-dir", logs), *command, order.as_json()]
+        super().__init__(command, errors=errors, orders=True)
+        if processes == 1 and order is not None:
+            self.give(order)
+
+    def give(self, order: Order) -> None:
+        """Tells the process that waits for it what to do."""
+        self.write(json.dumps({"train": order.as_json()}))
+
+    def probe(self, spec: str, target: str | None) -> dict[str, Any]:
+        """Returns what the probe of a backend says, its `capabilities`, and how a target looks.
+
+        Raises:
+            TrainingFailed: if the process ends instead.
+        """
+        self.write(json.dumps({"probe": spec, "target": target}))
+        answer = next(self.lines(), None)
+        if answer is None:
+            raise TrainingFailed(self.last_words(self.wait()))
+        return answer
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """Yields what the processes say, until they have ended."""
+        for line in super().lines():
+            if "born" in line:
+                self.groups[line["rank"]] = line["born"]
+            yield line
+
+    def train(self, order: Order | None = None) -> Iterator[dict[str, Any]]:
+        """Has it train, and yields what it says, until it ends.
+
+        Args:
+            order: what it does; None: it has been given its order.
+
+        Raises:
+            TrainingFailed: if it ends before its run does and was neither stopped nor killed.
+        """
+        if order is not None:
+            self.give(order)
+        error = ""
+        for line in self.lines():
+            error = line.get("error", error)
+            yield line
+        code = self.wait()
+        wanted = -signal.SIGKILL if self.killed else STOPPED if order and order.stop_at else 0
+        if code != wanted:
+            raise TrainingFailed(self.last_words(code, error))
+
+    def kill_rank_after(self, seconds: float, rank: int) -> None:
+        """Kills one process, with its loader's workers, and leaves the others to torchrun."""
+        self._later(seconds, self._kill_rank, rank)
+
+    def _kill_rank(self, rank: int) -> None:
+        if self.processes == 1:
+            self.kill()
+        else:
+            self.killed = True
+            self._kill_group(self.groups[rank])

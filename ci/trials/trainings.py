@@ -1,4 +1,4 @@
-"""The trainings of the scenarios: small real networks on handwritten digits, one for each trait."""
+"""Our own trainings, of the scenarios and the demo: small real networks on handwritten digits."""
 
 from __future__ import annotations
 
@@ -11,15 +11,21 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from crosstrain.backends import Backend
-from crosstrain.engine import DeterministicEngine, StepEvents, create_supervised_trainer
+from crosstrain.engine import (
+    DeterministicEngine,
+    Events,
+    StepEvents,
+    create_supervised_evaluator,
+    create_supervised_trainer,
+)
 
 from .digits import DigitsDataset, digits_network
 from .target import Training
 
 __all__ = ["OVERFLOWS", "TRAININGS", "Builder"]
 
-# Takes an opened backend and the number of the loader's workers.
-Builder = Callable[[Backend, int], Training]
+# Takes an opened backend and the number of the loader's workers, and options of its own.
+Builder = Callable[..., Training]
 
 _EPOCHS = 2
 # Eight batches an epoch, of which the last is smaller.
@@ -119,6 +125,37 @@ def _scheduled(backend: Backend, workers: int) -> Training:
     return Training(training.trainer, training.data, _EPOCHS, to_save)
 
 
+def _digits(backend: Backend, workers: int, epochs: int) -> Training:
+    """All the digits, for a number of epochs that is asked for, and its accuracy: the demo's."""
+    loader = DataLoader(DigitsDataset(True), batch_size=48, shuffle=True, num_workers=workers)
+    model = digits_network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(loader))
+    trainer = _trainer(backend, model, optimizer)
+    trainer.add_event_handler(StepEvents.OPTIM_STEP_APPLIED, lambda: scheduler.step())
+
+    @trainer.on(Events.COMPLETED)
+    def measure() -> None:
+        trainer.state.metrics["accuracy"] = _accuracy(model, backend)
+
+    to_save = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    return Training(trainer, loader, epochs, to_save)
+
+
+def _accuracy(model: nn.Module, backend: Backend) -> float:
+    evaluator = create_supervised_evaluator(model, backend=backend)
+    right = [0]
+
+    @evaluator.on(Events.ITERATION_COMPLETED)
+    def count() -> None:
+        predicted, wanted = evaluator.state.output
+        right[0] += int((predicted.argmax(1) == wanted).sum())
+
+    test = DigitsDataset(False)
+    evaluator.run(DataLoader(test, batch_size=120))
+    return right[0] / len(test)
+
+
 #: By name, as orders give it.
 TRAININGS: Mapping[str, Builder] = MappingProxyType(
     {
@@ -128,5 +165,6 @@ TRAININGS: Mapping[str, Builder] = MappingProxyType(
         "two_optimizers": _two_optimizers,
         "random_layers": _random_layers,
         "scheduled": _scheduled,
+        "digits": _digits,
     }
 )

@@ -1,7 +1,8 @@
-"""What usually makes a training part from itself, by the first thing that differs."""
+"""What usually makes a training part from itself, by the first thing that differs, and where."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Final, Literal
 
@@ -28,9 +29,24 @@ _RANDOM_ANEW: Final = (
     ),
 )
 
+_EPOCH_HANDLER: Final = (
+    "A handler of EPOCH_STARTED makes what the epoch's data is drawn from, such as negatives or a "
+    "subset, and does so otherwise in a process that goes on within the epoch. Make it from "
+    "trainer.state.epoch alone, or give it state_dict and load_state_dict and name it in to_save."
+)
+_SAMPLER: Final = (
+    "A sampler counts its own epochs, or goes on from where its last pass ended, and begins anew "
+    "in a new process. Give it set_epoch(epoch), or state_dict and load_state_dict."
+)
+_ELSEWHERE: Final = (
+    "The loader, or its generator, is used outside the training as well, such as for an evaluation "
+    "at the epoch's end. Make a loader of its own for that, with another generator."
+)
+
 _RESUMED: Final = MappingProxyType(
     {
         "batch": (
+            _EPOCH_HANDLER,
             (
                 "The dataset, a transform or a collate_fn keeps a generator or a counter of its "
                 "own, which begins anew in a new process. Draw from the global generators, or from "
@@ -40,6 +56,18 @@ _RESUMED: Final = MappingProxyType(
                 "The data itself is drawn from the global generators when the training is built, "
                 "so another seed makes other data. Draw it from a generator with a fixed seed."
             ),
+            _SAMPLER,
+            _ELSEWHERE,
+        ),
+        "batch of a later epoch": (
+            _SAMPLER,
+            _ELSEWHERE,
+            (
+                "The dataset keeps a generator or a counter of its own, which begins anew in a new "
+                "process. Draw from the global generators, or from "
+                "crosstrain.engine.current_sample()."
+            ),
+            _EPOCH_HANDLER,
         ),
         "random": _RANDOM_RESUMED,
         "random after": _RANDOM_RESUMED,
@@ -55,7 +83,11 @@ _RESUMED: Final = MappingProxyType(
                 "The model, or the loss function, has state outside its state_dict: a plain "
                 "attribute, a buffer with persistent=False, a counter, a generator. Register it as "
                 "a buffer, or give the object state_dict and load_state_dict and name it in "
-                "to_save."
+                "to_save. So it is with what prepare_batch or a handler of EPOCH_STARTED keeps."
+            ),
+            (
+                "The step draws from a second loader, or from an iterator, which begins anew in a "
+                "new process. Wrap it as docs/exact_resume.md says, and name it in to_save."
             ),
             (
                 "The model draws random numbers from a generator of its own. Use the global one, "
@@ -64,12 +96,13 @@ _RESUMED: Final = MappingProxyType(
         ),
         "gradient": (
             (
-                "A backward hook, or the backward pass of a function of your own, has state that "
-                "is not saved. Put it into a buffer of the model."
+                "What is trained or frozen was changed by a handler that the resumed run does not "
+                "call again, such as one with once=2. Do it in a handler of EPOCH_STARTED, by "
+                "trainer.state.epoch."
             ),
             (
-                "What is trained or frozen was changed by a handler that the resumed run does not "
-                "call again. Do it in a handler of EPOCH_STARTED, by trainer.state.epoch."
+                "A backward hook, or the backward pass of a function of your own, has state that "
+                "is not saved. Put it into a buffer of the model."
             ),
         ),
         "parameter": (
@@ -140,14 +173,45 @@ _ANEW: Final = MappingProxyType(
 )
 
 
-def causes(status: Status, kind: str | None) -> tuple[str, ...]:
+def causes(
+    status: Status,
+    kind: str | None,
+    *,
+    epoch_began: bool = False,
+    traits: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> tuple[str, ...]:
     """Returns what usually causes a difference, and what to do about it, the likeliest first.
 
     Args:
         status: `not repeatable` where two straight runs differ, `not exact` where only a resumed
             one does.
         kind: the kind of the first thing that differs (see `Thing`); None for a missing iteration.
+        epoch_began: whether an epoch has begun between the resume and the difference.
+        traits: what the training has of its own that may hold state, by kind (see `traits_of`).
     """
     if status == "exact":
         return ()
-    return (_ANEW if status == "not repeatable" else _RESUMED)[kind or "missing"]
+    if status == "not repeatable":
+        return _ANEW[kind or "missing"]
+    if kind == "batch" and epoch_began:
+        kind = "batch of a later epoch"
+    known = _RESUMED[kind or "missing"]
+    if not kind or not kind.startswith("batch"):
+        names = traits.get("attributes", ())
+        return _naming(known, known[0], names) if kind == "loss" else known
+    handlers, samplers = traits.get("epoch handlers", ()), traits.get("samplers", ())
+    if not handlers:
+        # None is there that could.
+        known = tuple(one for one in known if one != _EPOCH_HANDLER)
+    if not samplers:
+        known = (*(one for one in known if one != _SAMPLER), _SAMPLER)
+    known = _naming(known, _EPOCH_HANDLER, handlers)
+    return _naming(known, _SAMPLER, samplers)
+
+
+def _naming(known: tuple[str, ...], cause: str, names: Sequence[str]) -> tuple[str, ...]:
+    """Adds to a cause the names of what this training has of its kind."""
+    if not names or cause not in known:
+        return known
+    words = f"{cause} Here: {', '.join(names)}."
+    return tuple(words if one == cause else one for one in known)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.markup import escape
+
 from crosstrain.backends import add_backend_argument
+from crosstrain.ci.options import UsageError, above_zero, at_least, file_to_write, folder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_backend_argument(parser)
     parser.add_argument(
         "--nproc-per-node",
-        type=int,
+        type=at_least(1),
         default=1,
         metavar="N",
         help="train in N processes, which torchrun starts on this machine: all are stopped "
@@ -43,21 +44,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--at",
-        type=_numbers,
+        type=_numbers(1),
         metavar="K,K,...",
         help="stop after these iterations and resume in a fresh process with another seed "
         "(default: in the middle of an epoch, and at the end of one)",
     )
     parser.add_argument(
         "--kills",
-        type=int,
+        type=at_least(0),
         default=2,
         metavar="N",
         help="kill a run N times with SIGKILL at random moments (default: %(default)s)",
     )
     parser.add_argument(
         "--workers",
-        type=_numbers,
+        type=_numbers(0),
         default=[0],
         metavar="N,N,...",
         help="worker processes of the loader: the first for the straight run, and on in turn with "
@@ -65,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--every",
-        type=int,
+        type=at_least(1),
         metavar="N",
         help="iterations between two checkpoints of the killed run",
     )
@@ -74,24 +75,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--time-limit",
-        type=float,
+        type=above_zero,
         default=900.0,
         metavar="SECONDS",
         help="for all of it (default: %(default)g)",
     )
     parser.add_argument(
-        "--keep", type=Path, metavar="DIR", help="leave traces and checkpoints in this empty folder"
+        "--keep",
+        type=folder,
+        metavar="DIR",
+        help="leave traces and checkpoints in this empty folder",
     )
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the verdict to this file")
+    parser.add_argument(
+        "--json", type=file_to_write, metavar="PATH", help="write the verdict to this file"
+    )
 
 
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(word) for word in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a list of numbers, such as 3,10,20"
-        ) from None
+def _numbers(least: int) -> Callable[[str], list[int]]:
+    """Returns the type of a list of whole numbers of at least so much."""
+    number = at_least(least)
+
+    def numbers(text: str) -> list[int]:
+        try:
+            return [number(word) for word in text.split(",")]
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentTypeError(f"{error}; write a list such as 3,10,20") from None
+
+    return numbers
 
 
 def run(args: argparse.Namespace) -> int:
@@ -101,10 +111,11 @@ def run(args: argparse.Namespace) -> int:
         args: the namespace of :func:`add_arguments`.
 
     Returns:
-        0 if it resumes exactly, 1 if it does not, 2 if that cannot be told.
+        0 if it resumes exactly, 1 if it does not.
 
     Raises:
         BackendError: if the backend is unknown or cannot run here.
+        UsageError: if it cannot be told.
     """
     from rich.console import Console
 
@@ -113,6 +124,12 @@ def run(args: argparse.Namespace) -> int:
     from .run import VerifyError, verify
 
     console = Console(highlight=False)
+    # Before torch is imported, which takes a while.
+    console.print(
+        f"Verifying {args.target} on {args.backend}, each run in fresh processes.",
+        markup=False,
+        soft_wrap=True,
+    )
     try:
         with _progress(console) as progress:
             verdict = verify(
@@ -129,8 +146,7 @@ def run(args: argparse.Namespace) -> int:
                 progress=progress,
             )
     except (TargetError, VerifyError) as error:
-        print(f"crosstrain verify: error: {error}", file=sys.stderr)
-        return 2
+        raise UsageError(str(error)) from error
     if args.json is not None:
         args.json.write_text(json.dumps(verdict.as_json(), indent=1) + "\n")
     print_verdict(console, verdict)
@@ -139,11 +155,11 @@ def run(args: argparse.Namespace) -> int:
 
 @contextmanager
 def _progress(console: Console) -> Generator[Callable[[str, int, int], None]]:
-    """Shows a line for each run while it goes on, where somebody looks at a terminal."""
+    """Shows each run while it goes on: a bar on a terminal, a line when it begins elsewhere."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (
-        TextColumn("{task.description:<20}"),
+        TextColumn("{task.description:<24}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -155,7 +171,10 @@ def _progress(console: Console) -> Generator[Callable[[str, int, int], None]]:
             if name not in bars:
                 for task in bars.values():
                     display.stop_task(task)
-                bars[name] = display.add_task(name, total=total or None)
+                title = f"run {len(bars) + 1}: {name}"
+                bars[name] = display.add_task(title, total=total or None)
+                if not console.is_terminal:
+                    console.print(title)
             display.update(bars[name], completed=iteration)
 
         yield show
@@ -182,7 +201,7 @@ def print_verdict(console: Console, verdict: Verdict) -> None:
             ", ".join(map(str, result.resumed_from)) or "-",
             ", ".join(map(str, dict.fromkeys(result.workers))),
             f"{result.seconds:.1f}",
-            "[green]identical[/]" if result.exact else f"[red]{_said(result)}[/]",
+            _said(result),
         )
     console.print(table)
     for warning in verdict.warnings:
@@ -200,7 +219,12 @@ def _short(result: RunResult) -> str:
 
 
 def _said(result: RunResult) -> str:
-    return str(result.difference) if result.difference is not None else "ended with an error"
+    if result.difference is not None:
+        return f"[red]{escape(str(result.difference))}[/]"
+    if result.problem:
+        return "[red]ended with an error[/]"
+    # It has the same bits, as two straight runs have.
+    return "[green]identical[/]" if result.resumed else "[yellow]never resumed before its end[/]"
 
 
 def _explain(console: Console, verdict: Verdict) -> None:

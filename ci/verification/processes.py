@@ -1,8 +1,7 @@
-"""The processes of a verification: started ahead, given an order, followed, killed; no torch."""
+"""The lives of a training that is verified: one after the other, followed, killed; no torch."""
 
 from __future__ import annotations
 
-import json
 import random
 import signal
 import threading
@@ -10,14 +9,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Self
 
-from .launch import Launch
-from .order import UNUSABLE, Order
+from crosstrain.ci.trials.order import UNUSABLE, Order
+from crosstrain.ci.trials.processes import STOPPED, Life
 
 __all__ = ["End", "Kill", "Processes", "VerifyError", "moments"]
-
-_STOPPED: Final = 128 + signal.SIGTERM
 
 
 class VerifyError(Exception):
@@ -51,6 +48,7 @@ class End:
         epoch_length: the iterations of an epoch; None where the process did not tell.
         error: what it raised; empty if nothing.
         warnings: the `ResumeWarning`s of the engine.
+        traits: what the training has of its own that may hold state, by kind.
         seconds: how long it took from its order on.
         codes: the exit codes that processes of torchrun's told, by rank.
     """
@@ -62,6 +60,7 @@ class End:
     epoch_length: int | None = None
     error: str = ""
     warnings: list[str] = field(default_factory=list[str])
+    traits: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
     seconds: float = 0.0
     codes: dict[int, int] = field(default_factory=dict[int, int])
 
@@ -77,8 +76,9 @@ class End:
         elif "begun" in line:
             self.resumed_from = line["resumed_from"]
             self.last = line["resumed_from"] or 0
+            self.traits = line["traits"]
         elif "done" in line:
-            self.iterations, self.epoch_length = line["iterations"], line["epoch_length"]
+            self.iterations, self.epoch_length = line["iterations"], line["length"]
         elif "error" in line:
             # What others raise because of it comes later.
             self.error = self.error or line["error"]
@@ -87,7 +87,7 @@ class End:
         elif "warning" in line and line["warning"] not in self.warnings:
             self.warnings.append(line["warning"])
 
-    def settle(self, processes: int, killed: bool) -> None:
+    def take_codes(self, processes: int, killed: bool) -> None:
         """Takes the exit code from what the processes told: torchrun's is 1 if one's is not 0.
 
         Args:
@@ -130,15 +130,15 @@ class Processes:
         self._count += 1
         return self._folder / f"process_{self._count}.txt"
 
-    def _start_ahead(self) -> Launch | None:
+    def _start_ahead(self) -> Life | None:
         # torchrun's processes get their order when they are started.
         ahead = self.size == 1 and self.expected > 0
-        return Launch(self._errors()) if ahead else None
+        return Life(self._errors()) if ahead else None
 
-    def _start(self, order: Order) -> Launch:
+    def _start(self, order: Order) -> Life:
         spare, self._spare = self._spare, None
         if spare is None:
-            return Launch(self._errors(), order, self.size)
+            return Life(self._errors(), order, self.size)
         spare.give(order)
         return spare
 
@@ -155,7 +155,7 @@ class Processes:
         Raises:
             VerifyError: if its target or its backend cannot be used, or the time is up.
         """
-        launch = self._start(order)
+        life = self._start(order)
         self.expected -= 1
         self._spare = self._start_ahead()
         started = time.monotonic()
@@ -163,15 +163,15 @@ class Processes:
 
         def stop() -> None:
             late.set()
-            launch.kill()
+            life.kill()
 
         watch = threading.Timer(max(0.0, self._deadline - started), stop)
         watch.start()
         try:
-            end = _follow(launch, kill, seen or (lambda _: None))
+            end = _follow(life, kill, seen or (lambda _: None))
         finally:
             watch.cancel()
-            launch.close()
+            life.close()
         end.seconds = time.monotonic() - started
         if late.is_set():
             raise VerifyError(
@@ -180,8 +180,8 @@ class Processes:
             )
         if end.code == UNUSABLE and end.error:
             raise VerifyError(end.error)
-        if end.code not in (0, _STOPPED, -signal.SIGKILL):
-            end.error = end.error or launch.last_words(end.code)
+        if end.code not in (0, STOPPED, -signal.SIGKILL):
+            end.error = end.error or life.last_words(end.code)
         return end
 
     def __enter__(self) -> Self:
@@ -192,38 +192,28 @@ class Processes:
             self._spare.close()
 
 
-def _follow(launch: Launch, kill: Kill | None, seen: Callable[[int], None]) -> End:
+def _follow(life: Life, kill: Kill | None, seen: Callable[[int], None]) -> End:
     """Reads what processes say until they have ended, and kills one of them when it is time."""
     end = End()
-    fired = threading.Event()
-
-    def strike(rank: int) -> None:
-        fired.set()
-        launch.kill_rank(rank)
-
-    killer = None if kill is None else threading.Timer(kill.delay, strike, (kill.rank,))
+    due = kill
 
     def arm() -> None:
+        nonlocal due
         # A process of torchrun's takes a while to be there.
-        there = launch.processes == 1 or (kill is not None and kill.rank in launch.groups)
-        due = kill is not None and there and end.last >= kill.at
-        if killer is not None and due and killer.ident is None:
-            killer.start()
+        there = life.processes == 1 or (due is not None and due.rank in life.groups)
+        if due is not None and there and end.last >= due.at:
+            life.kill_rank_after(due.delay, due.rank)
+            due = None
 
     arm()
-    for text in launch.lines():
-        line = json.loads(text)
-        if "born" in line:
-            launch.groups[line["rank"]] = line["born"]
+    for line in life.lines():
         end.take(line)
         if "iteration" in line:
             seen(end.last)
         arm()
-    end.code = launch.wait()
-    if killer is not None:
-        killer.cancel()
-    if launch.processes > 1:
-        end.settle(launch.processes, fired.is_set())
+    end.code = life.wait()
+    if life.processes > 1:
+        end.take_codes(life.processes, life.killed)
     return end
 
 

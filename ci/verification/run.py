@@ -13,10 +13,10 @@ from crosstrain.backends import World, get
 from crosstrain.ci.traces.command import as_json
 from crosstrain.ci.traces.diff import Difference, earliest, first_difference
 from crosstrain.ci.traces.file import Trace, TraceError, path_of_rank
+from crosstrain.ci.trials.order import Order
 from crosstrain.ci.trials.target import Target
 
 from .causes import Status, causes
-from .order import Order
 from .processes import End, Processes, VerifyError, moments
 
 __all__ = ["Progress", "RunResult", "Verdict", "VerifyError", "verify"]
@@ -36,6 +36,8 @@ class RunResult:
         resumed_from: the iterations that it went on from.
         killed: how often it was killed.
         seconds: how long its processes took.
+        resumed: whether it went on from a checkpoint before the training's end: a run that did not
+            says nothing.
         difference: where it parts from the straight run; None if it does not.
         problem: the error that it ended with; empty if none.
     """
@@ -45,6 +47,7 @@ class RunResult:
     resumed_from: tuple[int, ...]
     killed: int
     seconds: float
+    resumed: bool
     difference: Difference | None = None
     problem: str = ""
 
@@ -193,6 +196,7 @@ class _Verification:
         self._progress = progress
         self._total = 0
         self._warnings: list[str] = []
+        self._traits: dict[str, list[str]] = {}
 
     def verdict(
         self, at: Sequence[int] | None, kills: int, every: int | None, started: float
@@ -214,13 +218,18 @@ class _Verification:
         failed = next((run for run in runs if not run.exact), None)
         difference = None if failed is None else failed.difference
         problem = "" if failed is None else failed.problem
+        if failed is None and not any(run.resumed for run in runs):
+            raise VerifyError(
+                f"No run was resumed before its end: the training has {self._total} iterations, "
+                "and had ended, or not yet saved, when it was killed. Name iterations to stop "
+                "after by --at, save more often by --every, or make the training longer."
+            )
         if failed is not None:
             status = "not exact"
             self._straight("straight again")
             anew = self._compare("straight again")
             if anew is not None:
                 status, difference, problem = "not repeatable", anew, ""
-        thing = None if difference is None else difference.thing
         return Verdict(
             str(self._target),
             self._backend,
@@ -230,20 +239,36 @@ class _Verification:
             tuple(runs),
             difference,
             problem,
-            () if difference is None else causes(status, None if thing is None else thing.kind),
+            () if difference is None else self._causes(status, difference, failed, length),
             tuple(self._warnings),
             self._seed,
             time.monotonic() - started,
         )
 
+    def _causes(
+        self, status: Status, difference: Difference, run: RunResult | None, length: int | None
+    ) -> tuple[str, ...]:
+        before = (
+            [place for place in run.resumed_from if place < difference.iteration] if run else []
+        )
+        began = False
+        if before and length:
+            began = (difference.iteration - 1) // length > (before[-1] - 1) // length
+        kind = None if difference.thing is None else difference.thing.kind
+        return causes(status, kind, epoch_began=began, traits=self._traits)
+
     def _order(self, name: str, **more: Any) -> Order:
         trace = str(self._folder / f"{name}.trace")
-        return Order(str(self._target), self._backend, trace, self._seed, **more)
+        more = {"folder": None, "resumed_seed": self._seed, **more}
+        return Order(self._backend, target=str(self._target), trace=trace, seed=self._seed, **more)
 
     def _run(self, name: str, order: Order, kill: Any = None) -> End:
+        # At once: a process that imports torch says nothing for a while.
+        self._progress(name, 0, self._total)
         end = self._processes.run(
             order, kill, lambda iteration: self._progress(name, iteration, self._total)
         )
+        self._traits = end.traits or self._traits
         for warning in end.warnings:
             if warning not in self._warnings:
                 self._warnings.append(warning)
@@ -265,10 +290,9 @@ class _Verification:
         name = f"stopped after {place}"
         folder = str(self._folder / f"run {name}")
         # Nothing is saved before the run is stopped.
-        common: dict[str, Any] = {"folder": folder, "every": 10**9}
-        first = self._order(name, workers=self._workers[0], stop_at=place, **common)
+        first = self._order(name, workers=self._workers[0], stop_at=place, folder=folder)
         workers, seed = self._workers_of(number), self._seed + number
-        second = self._order(name, workers=workers, resumed_seed=seed, **common)
+        second = self._order(name, workers=workers, resumed_seed=seed, folder=folder)
         ends = [self._run(name, first)]
         if not ends[0].error:
             ends.append(self._run(name, second))
@@ -308,6 +332,7 @@ class _Verification:
             tuple(end.resumed_from for end in ends if end.resumed_from is not None),
             sum(end.killed for end in ends),
             sum(end.seconds for end in ends),
+            any(0 < (end.resumed_from or 0) < self._total for end in ends),
             difference,
             problem,
         )

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 from crosstrain.engine.errors import warn_user
 from crosstrain.engine.storage.archive import read_archive
+from crosstrain.engine.storage.atomic import open_regular
 from crosstrain.engine.storage.errors import (
     CheckpointCorrupt,
     CheckpointError,
@@ -101,7 +102,7 @@ class _File:
         return stat.S_ISREG(mode)
 
     def manifest(self, path: Path) -> Manifest:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             comment = read_archive(file.fileno()).comment
         if comment:
             return Manifest.decode(comment)

@@ -12,12 +12,14 @@ from typing import Any
 
 from crosstrain.engine.dispatch import Phase
 from crosstrain.engine.engine import Engine
+from crosstrain.engine.errors import RankFailed
 from crosstrain.engine.events import Events, is_event, is_events_list
 from crosstrain.engine.nests import walk_objects
 from crosstrain.engine.progress import is_done
 from crosstrain.engine.proof import Proof
 from crosstrain.engine.ranks.agreement import agreement_of
 from crosstrain.engine.ranks.world import this_rank
+from crosstrain.engine.storage.errors import CheckpointError
 
 from .handler import Checkpoint
 from .loading import Latest, PassedOver
@@ -138,7 +140,14 @@ class ResumableRun:
     def _end(self) -> None:
         self._signals.restore()
         self._tell_proof()
-        self.checkpoint.wait()
+        try:
+            self.checkpoint.wait()
+        except (CheckpointError, RankFailed):
+            raise
+        except RuntimeError:
+            # torch raises one wherever this thread is when a loader's worker dies: the save is not
+            # to blame, and goes on.
+            self.checkpoint.wait()
         stop, iteration = self.stop_signal, self._trainer.state.iteration
         if stop is not None and iteration == self._saved:
             _logger.warning("%s: saved at iteration %d; the run has ended.", stop.name, iteration)
@@ -202,7 +211,11 @@ class ResumableRun:
         """
         trainer = self._trainer
         pending = self._ranks is None and self._signals.received is not None
-        at_boundary = trainer.state.iteration == self._boundary
+        # What the handlers between two epochs had left to do is in no checkpoint.
+        between = (Events.EPOCH_STARTED, Events.EPOCH_COMPLETED)
+        at_boundary = (
+            trainer.state.iteration == self._boundary and trainer.last_event_name not in between
+        )
         if not (pending and at_boundary and isinstance(error, Exception)):
             return False
         _logger.warning(

@@ -64,6 +64,11 @@ class SaveJob:
             return True
 
     @property
+    def writing(self) -> bool:
+        """Whether this process is still writing."""
+        return self._thread.running
+
+    @property
     def running(self) -> bool:
         """Whether a process is still writing; all that write ask together, and get the same answer.
 

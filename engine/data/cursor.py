@@ -21,7 +21,7 @@ from .mapflow import MapFlow
 from .own_data import is_map_style, is_own, not_dealt_out, own_data
 from .sampling import is_loader
 from .shares import ALONE, BatchShare, counted, world_of
-from .streams import StreamKey, plain_indices, rank_seed, seed_host
+from .streams import StreamKey, plain_indices, rank_seed, seed_host, step_seed
 
 if TYPE_CHECKING:
     from crosstrain.backends import Backend
@@ -242,7 +242,10 @@ class Cursor:
         self._open_flow(key, state)
         assert self._flow is not None
         rank = world_of(self._backend).rank
-        if rank and not self._flow.owners:
+        if self._flow.apart:
+            # The data goes on drawing from that seed.
+            self._seed(rank_seed(step_seed(seed), rank))
+        elif rank and not self._flow.owners:
             # The order was drawn alike everywhere; what the training draws is to differ.
             self._seed(rank_seed(seed, rank))
 

@@ -13,8 +13,10 @@ from itertools import chain, islice, repeat
 from typing import Any, ClassVar
 
 from crosstrain.engine.errors import ResumeWarning, warn_user
+from crosstrain.engine.loader_workers import workers_left_alone
 from crosstrain.engine.progress import data_length
 
+from .apart import Apart
 from .batch_before import Held, Noted
 from .generators import OwnStates
 from .sampling import is_loader, rebuilt
@@ -36,8 +38,10 @@ class Dataflow:
     kind: ClassVar[str] = ""
     #: Among how many processes this is the data of one only; 0 where all have the same.
     owners = 0
+    #: Whether it draws from random streams of its own, and the step's are to be others.
+    apart = False
     #: Why a batch of it cannot be fetched once more; None where it can.
-    unrepeatable: ClassVar[str | None] = None
+    unrepeatable: str | None = None
 
     def __init__(self, data: Any) -> None:
         self.data = data
@@ -139,7 +143,8 @@ class SequenceFlow(Dataflow):
 class ReplayedFlow(Dataflow):
     """Iterable data without a state: batches before the wanted one are fetched and thrown away.
 
-    It is not fetched ahead: what it draws from the global generators must stay where it is.
+    It is not fetched ahead. What it draws from the global generators are random streams of its own,
+    unless it is its own iterator: a generator draws where the step does, too.
     """
 
     kind = "iterable data"
@@ -151,6 +156,13 @@ class ReplayedFlow(Dataflow):
         self._own = OwnStates(data=data)
         self._at_opening: dict[str, Any] = {}
         self._opened = False
+        if isinstance(data, Iterator):
+            self.unrepeatable = (
+                "an iterator is not iterated over anew, and draws from the generators that the "
+                "step draws from"
+            )
+        elif not getattr(self._loader, "num_workers", 0):
+            self.apart = True
 
     def open(
         self, key: StreamKey, batch: int, state: Mapping[str, Any] | None, again: int = 0
@@ -163,7 +175,11 @@ class ReplayedFlow(Dataflow):
         if state is not None:
             self._own.give(state)
         self._at_opening = self._own.take()
-        iterator: Iterator[Any] = iter(self.data if self._loader is None else self._loader)
+        source = self.data if self._loader is None else self._loader
+        with workers_left_alone(source):
+            iterator: Iterator[Any] = iter(source)
+        if self.apart:
+            iterator = Apart(iterator)
         continues = iterator is self.data and self._opened
         self._opened = True
         self.held = deque()
@@ -219,12 +235,15 @@ class StatefulFlow(Dataflow):
         self._iterator: Any = iter(())
         self._ended = False
         self._closed_state: dict[str, Any] | None = None
+        # With workers of its own it draws in them.
+        self.apart = not getattr(data, "num_workers", 0)
+        self._apart: Apart | None = None
 
     def open(
         self, key: StreamKey, batch: int, state: Mapping[str, Any] | None, again: int = 0
     ) -> Iterator[Any]:
         """Returns an iterator over a pass from a batch on, by the data's own state."""
-        self._closed_state, self._ended = None, False
+        self._closed_state, self._ended, self._apart = None, False, None
         if state is not None:
             self._owner.load_state_dict(state["data"])
         if state is not None and state["ended"]:
@@ -232,11 +251,16 @@ class StatefulFlow(Dataflow):
             if is_loader(self._owner):
                 # torchdata's loader takes its state when it is first iterated over, which draws
                 # random numbers: here, and not when the next pass is opened.
-                iter(self._source)
+                with workers_left_alone(self._source):
+                    iter(self._source)
             self._iterator, self._ended = iter(()), True
             return iter(())
-        self._iterator = iter(self._source)
-        return self._watched(self._iterator)
+        with workers_left_alone(self._source):
+            self._iterator = iter(self._source)
+        if not self.apart:
+            return self._watched(self._iterator)
+        self._apart = Apart(self._iterator, None if state is None else state.get("random"))
+        return self._watched(self._apart)
 
     def _watched(self, iterator: Iterator[Any]) -> Iterator[Any]:
         yield from iterator
@@ -249,7 +273,8 @@ class StatefulFlow(Dataflow):
         # torch's loader has found the end of its dataset already when a last batch is not full.
         fetcher = getattr(self._iterator, "_dataset_fetcher", None)
         found = self._owner is not self._source and getattr(fetcher, "ended", False)
-        return {"data": self._owner.state_dict(), "ended": self._ended or found}
+        random = None if self._apart is None else self._apart.states()
+        return {"data": self._owner.state_dict(), "ended": self._ended or found, "random": random}
 
     def close(self) -> None:
         """Keeps the data's state: asked without an iterator, some loaders would make a new one."""

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import random
 from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy
 import torch
 from torch.utils.data import (
     Sampler,
@@ -16,14 +14,16 @@ from torch.utils.data import (
 
 from crosstrain.backends import World, random_state
 from crosstrain.engine.errors import ResumeWarning, warn_user
+from crosstrain.engine.loader_workers import workers_left_alone
 from crosstrain.engine.progress import data_length
 
-from .batch_before import Noted, hold
+from .apart import Secluded
+from .batch_before import Noted
 from .flows import Dataflow, Iterate
 from .generators import OwnStates, generators_in
 from .sampling import KeyedSampler, rebuilt
 from .shares import ALONE, BatchShare, check_divisible
-from .streams import KeyedBatchDataset, KeyedDataset, StreamKey, leave, rank_seed
+from .streams import KeyedBatchDataset, KeyedDataset, StreamKey, rank_seed
 
 __all__ = ["MapFlow"]
 
@@ -104,7 +104,7 @@ class MapFlow(Dataflow):
         # What is held is what lies on the host: before the backend has moved it.
         batches = _iterator_of(self._loader, self._sampler)
         if self._loader.num_workers == 0:
-            return self._iterate(_Secluded(batches, self.held.append, key.streams))
+            return self._iterate(Secluded(batches, self.held.append, key.streams))
         return self._iterate(Noted(batches, self.held.append))
 
     @property
@@ -183,7 +183,8 @@ def _iterator_of(loader: Any, sampler: KeyedSampler) -> Iterator[Any]:
     Raises:
         RuntimeError: with that batch, if it has not.
     """
-    iterator = iter(loader)
+    with workers_left_alone(loader):
+        iterator = iter(loader)
     return iterator if sampler.asked else _checked(iterator, sampler, type(loader).__name__)
 
 
@@ -198,80 +199,3 @@ def _checked(iterator: Iterator[Any], sampler: KeyedSampler, name: str) -> Itera
         yield batch
         break
     yield from iterator
-
-
-class _Secluded:
-    """Fetches in the main process, and leaves that process's own random streams as they were."""
-
-    def __init__(self, iterator: Iterator[Any], append: Any, streams: tuple[str, ...]) -> None:
-        self._iterator = iterator
-        self._append = append
-        self._python = "python" in streams
-        self._torch = "torch" in streams
-        self._numpy = _NumpyAside() if "numpy" in streams else None
-
-    def __iter__(self) -> Iterator[Any]:
-        return self
-
-    def __next__(self) -> Any:
-        python = random.getstate() if self._python else None
-        state = torch.default_generator.get_state() if self._torch else None
-        aside = self._numpy
-        if aside is not None:
-            aside.begin()
-        try:
-            item = next(self._iterator)
-        finally:
-            leave()
-            if python is not None:
-                random.setstate(python)
-            if state is not None:
-                torch.default_generator.set_state(state)
-            if aside is not None:
-                aside.end()
-        self._append(hold(item))
-        return item
-
-
-class _Gauss:
-    """Stands in for a bit generator, whose state is 2.5 KB, where only the rest is wanted."""
-
-    state: Any = {"bit_generator": "MT19937"}  # noqa: RUF012  read as NumPy reads it
-
-
-class _NumpyAside:
-    """Puts NumPy's global generator aside, and back as it was.
-
-    Taking its state and setting it copies 2.5 KB element by element; exchanging the bit generator
-    behind it copies nothing, but drops the second of a pair of normal variates that it may hold.
-    """
-
-    def __init__(self) -> None:
-        self._own = numpy.random.MT19937(0)
-        self._module: Any = numpy.random
-        self._global: Any = getattr(numpy.random.mtrand, "_rand", None)
-        self._kept: Any = None
-        self._state: Any = None
-
-    def begin(self) -> None:
-        """Puts it aside: what is drawn from now on comes from another."""
-        self._kept = self._module.get_bit_generator()
-        self._state = self._module.get_state(legacy=False) if self._holds_variate() else None
-        self._module.set_bit_generator(self._own)
-
-    def end(self) -> None:
-        """Puts it back."""
-        self._module.set_bit_generator(self._kept)
-        if self._state is not None:
-            self._module.set_state(self._state)
-
-    def _holds_variate(self) -> bool:
-        """Tells whether there is a second variate, or there might be."""
-        held = getattr(self._global, "_bit_generator", None)
-        if held is None:
-            return True
-        self._global._bit_generator = _Gauss
-        try:
-            return bool(self._global.get_state(legacy=False)["has_gauss"])
-        finally:
-            self._global._bit_generator = held

@@ -32,6 +32,7 @@ __all__ = [
     "plain_indices",
     "rank_seed",
     "seed_host",
+    "step_seed",
 ]
 
 ALL_STREAMS: Final = ("python", "numpy", "torch")
@@ -42,6 +43,7 @@ _BATCH: Final = 1 << 61
 _COLLATE: Final = 1 << 62
 _RANK: Final = 1 << 60
 _ANEW: Final = 1 << 59
+_STEP: Final = 1 << 58
 
 _SEEDERS: Final[dict[str, Callable[[int], Any]]] = {
     "python": random.seed,
@@ -81,6 +83,15 @@ def rank_seed(seed: int, rank: int) -> int:
         rank: which process it is.
     """
     return mix(mix(seed), _RANK + rank) >> 1 if rank else seed
+
+
+def step_seed(seed: int) -> int:
+    """Returns another seed, for a step whose data draws from streams that begin with this one.
+
+    Args:
+        seed: from 0 to 2**63 - 1.
+    """
+    return mix(mix(seed), _STEP) >> 1
 
 
 def leave() -> None:

@@ -1,8 +1,10 @@
 """A strict reader of the zip archives that `torch.save` writes; what it never writes is refused.
 
 torch's own reader trusts the archive: it inflates compressed records, follows overlapping ones, and
-hands out memory beyond a record's end where a pickle asks for it. What passes here has stored
-records only, each in its own place, so that reading takes no more memory than the file is long.
+reads nothing of a record that the directory marks as a folder, whose tensors then hold what the
+memory held before. (Before torch 2.13 it also handed out memory beyond a record's end.) What passes
+here has stored records only, each in its own place, so that reading takes no more memory than the
+file is long, and every byte of a tensor is one of the file.
 """
 
 from __future__ import annotations
@@ -13,15 +15,42 @@ from dataclasses import dataclass
 
 from .errors import CheckpointCorrupt, CheckpointUnsafe
 
-__all__ = ["Archive", "Record", "read_archive"]
+__all__ = ["Archive", "Record", "Window", "read_archive"]
 
 _END = struct.Struct("<4s4H2LH")
 _END64 = struct.Struct("<4sQ2H2L4Q")
 _LOCATOR64 = struct.Struct("<4sLQL")
 _ENTRY = struct.Struct("<4s6H3L5H2L")
 _LOCAL = struct.Struct("<4s5H3L2H")
-_MAX_RECORDS = 500_000
 _FULL = 0xFFFFFFFF
+# The directory's mark of a folder, as MS-DOS has it.
+_IS_FOLDER = 0x10
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A part of an open file, that is an archive of its own.
+
+    Args:
+        descriptor: the open file; its position is not used.
+        begin: where in it the archive begins.
+        length: how many bytes it has.
+    """
+
+    descriptor: int
+    begin: int
+    length: int
+
+    @classmethod
+    def whole(cls, descriptor: int) -> Window:
+        """Returns all of a file."""
+        return cls(descriptor, 0, os.fstat(descriptor).st_size)
+
+    def read(self, count: int, at: int) -> bytes:
+        """Reads bytes at a position in the archive: fewer where it ends, none outside of it."""
+        if not 0 <= at <= self.length:
+            return b""
+        return os.pread(self.descriptor, min(count, self.length - at), self.begin + at)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,30 +74,30 @@ class Archive:
     comment: bytes
 
 
-def read_archive(descriptor: int) -> Archive:
+def read_archive(source: int | Window) -> Archive:
     """Reads the directory of an archive and checks each entry.
 
     Args:
-        descriptor: the open file; its position is not used.
+        source: the descriptor of an open file, or the part of it that is the archive.
 
     Raises:
         CheckpointCorrupt: if this is no whole archive as `torch.save` writes them.
         CheckpointUnsafe: if records are compressed or overlap.
         OSError: if the file cannot be read.
     """
-    length = os.fstat(descriptor).st_size
-    head = os.pread(descriptor, 4, 0)
+    window = Window.whole(source) if isinstance(source, int) else source
+    head = window.read(4, 0)
     if head != b"PK\x03\x04":
-        raise CheckpointCorrupt(_no_archive(head, length))
-    end_at, comment = _find_end(descriptor, length)
-    directory_at, directory_size, count = _locate_directory(descriptor, end_at)
-    if count > _MAX_RECORDS:
-        raise CheckpointUnsafe(f"its archive has {count:,} records; {_MAX_RECORDS:,} is the most")
-    directory = os.pread(descriptor, directory_size, directory_at)
+        raise CheckpointCorrupt(_no_archive(head, window.length))
+    end_at, comment = _find_end(window)
+    directory_at, directory_size, count = _locate_directory(window, end_at)
+    if count * _ENTRY.size > directory_size:
+        raise CheckpointCorrupt("the archive's directory is shorter than it says")
+    directory = window.read(directory_size, directory_at)
     if len(directory) != directory_size:
         raise CheckpointCorrupt("the archive's directory is cut off")
     entries = _entries(directory, count)
-    records = _place(descriptor, entries, directory_at)
+    records = _place(window, entries, directory_at)
     return Archive(_without_folder(records), end_at + _END.size, comment)
 
 
@@ -83,9 +112,9 @@ def _no_archive(head: bytes, length: int) -> str:
     return "it is no archive of torch.save: it does not begin like one"
 
 
-def _find_end(descriptor: int, length: int) -> tuple[int, bytes]:
+def _find_end(window: Window) -> tuple[int, bytes]:
     """Finds the record at an archive's end: the last one of its kind, as torch's reader does."""
-    tail = os.pread(descriptor, _END.size + 0xFFFF, max(0, length - _END.size - 0xFFFF))
+    tail = window.read(_END.size + 0xFFFF, max(0, window.length - _END.size - 0xFFFF))
     at = tail.rfind(b"PK\x05\x06", 0, max(0, len(tail) - _END.size + 4))
     if at < 0:
         raise CheckpointCorrupt("it is cut off: the end of the archive is missing")
@@ -96,20 +125,20 @@ def _find_end(descriptor: int, length: int) -> tuple[int, bytes]:
             f"it is cut off, or something was appended: {comment_size} bytes should follow the "
             f"archive and {len(comment)} do"
         )
-    return length - len(tail) + at, comment
+    return window.length - len(tail) + at, comment
 
 
-def _locate_directory(descriptor: int, end_at: int) -> tuple[int, int, int]:
+def _locate_directory(window: Window, end_at: int) -> tuple[int, int, int]:
     """Returns position, size and number of entries of the directory."""
-    _, disk, start_disk, here, count, size, at, _ = _END.unpack(_read(descriptor, end_at, _END))
+    _, disk, start_disk, here, count, size, at, _ = _END.unpack(_read(window, end_at, _END))
     closes_at = end_at
     locator_at = end_at - _LOCATOR64.size
     if locator_at >= 0:
-        mark, _, end64_at, _ = _LOCATOR64.unpack(_read(descriptor, locator_at, _LOCATOR64))
+        mark, _, end64_at, _ = _LOCATOR64.unpack(_read(window, locator_at, _LOCATOR64))
         if mark == b"PK\x06\x07":
             if end64_at != locator_at - _END64.size:
                 raise CheckpointCorrupt("the archive's end is not where it should be")
-            fields = _END64.unpack(_read(descriptor, end64_at, _END64))
+            fields = _END64.unpack(_read(window, end64_at, _END64))
             if fields[0] != b"PK\x06\x06":
                 raise CheckpointCorrupt("the archive's end is damaged")
             disk, start_disk, here, count, size, at = fields[4:]
@@ -119,8 +148,8 @@ def _locate_directory(descriptor: int, end_at: int) -> tuple[int, int, int]:
     return at, size, count
 
 
-def _read(descriptor: int, at: int, shape: struct.Struct) -> bytes:
-    data = os.pread(descriptor, shape.size, at) if at >= 0 else b""
+def _read(window: Window, at: int, shape: struct.Struct) -> bytes:
+    data = window.read(shape.size, at)
     if len(data) != shape.size:
         raise CheckpointCorrupt("the archive is cut off")
     return data
@@ -136,7 +165,7 @@ def _entries(directory: bytes, count: int) -> list[tuple[str, int, int]]:
         values = _ENTRY.unpack_from(directory, at)
         mark, flags, method = values[0], values[3], values[4]
         packed, size, name_size, extra_size, remark_size = values[8:13]
-        local_at = values[16]
+        attributes, local_at = values[15], values[16]
         if mark != b"PK\x01\x02":
             raise CheckpointCorrupt("the archive's directory is damaged")
         at += _ENTRY.size
@@ -146,12 +175,17 @@ def _entries(directory: bytes, count: int) -> list[tuple[str, int, int]]:
         size, packed, local_at = _wide(extra, size, packed, local_at)
         if method != 0 or packed != size:
             raise CheckpointUnsafe(
-                f"its record {name!r} is compressed, {packed:,} bytes standing for {size:,}: "
+                f"its record {name[:200]!r} is compressed, {packed:,} bytes standing for {size:,}: "
                 "torch.save does not write such a record, and reading it may take any amount of "
                 "memory. Load it where it was written and save it again"
             )
+        if attributes & _IS_FOLDER or name.endswith("/"):
+            raise CheckpointUnsafe(
+                f"its record {name[:200]!r} is marked as a folder: torch would not read it, and "
+                "hand out whatever its memory held"
+            )
         if flags & 1:
-            raise CheckpointCorrupt(f"its record {name!r} is encrypted")
+            raise CheckpointCorrupt(f"its record {name[:200]!r} is encrypted")
         found.append((name, local_at, size))
     if at != len(directory):
         raise CheckpointCorrupt("the archive's directory is longer than it says")
@@ -176,24 +210,32 @@ def _wide(extra: bytes, size: int, packed: int, local_at: int) -> tuple[int, int
     return values[0], values[1], values[2]
 
 
-def _place(descriptor: int, entries: list[tuple[str, int, int]], directory_at: int) -> list[Record]:
+def _place(window: Window, entries: list[tuple[str, int, int]], directory_at: int) -> list[Record]:
     """Finds where the bytes of each entry begin, and makes sure that no two entries share any."""
     records: list[Record] = []
     free_from = 0
     for name, local_at, size in sorted(entries, key=lambda entry: entry[1]):
         if local_at < free_from:
             raise CheckpointUnsafe(
-                f"its record {name!r} overlaps another one: no program writes that by accident"
+                f"its record {name[:99]!r} overlaps another: no program writes that by accident"
             )
-        header = _LOCAL.unpack(_read(descriptor, local_at, _LOCAL))
+        encoded = name.encode("utf-8")
+        head = window.read(_LOCAL.size + len(encoded), local_at)
+        if len(head) < _LOCAL.size:
+            raise CheckpointCorrupt("the archive is cut off")
+        header = _LOCAL.unpack_from(head)
         method, name_size, extra_size = header[3], header[9], header[10]
-        stored = os.pread(descriptor, name_size, local_at + _LOCAL.size)
-        if header[0] != b"PK\x03\x04" or method != 0 or stored != name.encode("utf-8"):
-            raise CheckpointCorrupt(f"its record {name!r} does not fit the archive's directory")
+        same = name_size == len(encoded) and head[_LOCAL.size :] == encoded
+        if header[0] != b"PK\x03\x04" or method != 0 or not same:
+            raise CheckpointCorrupt(
+                f"its record {name[:200]!r} does not fit the archive's directory"
+            )
         begin = local_at + _LOCAL.size + name_size + extra_size
         free_from = begin + size
         if free_from > directory_at:
-            raise CheckpointCorrupt(f"its record {name!r} reaches beyond the archive's records")
+            raise CheckpointCorrupt(
+                f"its record {name[:200]!r} reaches beyond the archive's records"
+            )
         records.append(Record(name, begin, size))
     return records
 
@@ -208,7 +250,7 @@ def _without_folder(records: list[Record]) -> dict[str, Record]:
         name = record.name.partition("/")[2]
         # torch's reader does not tell upper and lower case apart.
         if name.lower() in folded:
-            raise CheckpointUnsafe(f"its archive holds two records of the name {name!r}")
+            raise CheckpointUnsafe(f"its archive holds two records of the name {name[:200]!r}")
         folded.add(name.lower())
         found[name] = record
     return found

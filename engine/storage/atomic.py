@@ -11,17 +11,20 @@ import errno
 import hashlib
 import os
 import secrets
+import stat
 from collections.abc import Callable, Generator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
+from typing import IO
 
-from .errors import CheckpointWriteError
+from .errors import CheckpointCorrupt, CheckpointWriteError
 
 __all__ = [
     "HashingFile",
     "check_free_space",
     "flush_folder",
     "make_folder",
+    "open_regular",
     "remove_leftovers",
     "write_file",
 ]
@@ -236,6 +239,32 @@ def check_free_space(path: Path, needed: int) -> None:
             "one is removed, so there must be room for one more than n_saved.",
             path=path,
         )
+
+
+@contextlib.contextmanager
+def open_regular(path: Path) -> Generator[IO[bytes]]:
+    """Opens a file for reading, if it is one: nothing that is only named like one is waited for.
+
+    A link is followed, since people link checkpoints into other folders; what it leads to must be a
+    regular file too.
+
+    Raises:
+        CheckpointCorrupt: if it is a FIFO, a socket, or a device.
+        IsADirectoryError: if it is a folder.
+        OSError: if it cannot be opened.
+    """
+    # Opening a FIFO without O_NONBLOCK waits until somebody writes into it.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(mode):
+            raise CheckpointCorrupt("it is no file, but a FIFO, a socket, or a device")
+        with open(descriptor, "rb", closefd=False) as file:
+            yield file
+    finally:
+        os.close(descriptor)
 
 
 def make_folder(folder: Path) -> None:

@@ -23,6 +23,7 @@ class BackgroundJob:
         self.name = name
         self._work = work
         self.error: BaseException | None = None
+        self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=False)
         self._thread.start()
 
@@ -33,12 +34,19 @@ class BackgroundJob:
             # Logged as well: nobody may ask before the program ends.
             _logger.error("%s failed: %s", self.name, error)
             self.error = error
+        finally:
+            self._done.set()
 
     @property
     def running(self) -> bool:
         """Whether the work is still going on."""
-        return self._thread.is_alive()
+        return not self._done.is_set()
 
     def join(self) -> None:
-        """Waits for the end of the work; `error` then holds what it raised, if it did."""
-        self._thread.join()
+        """Waits for the end of the work; `error` then holds what it raised, if it did.
+
+        Not by the thread's own `join`: where a signal's handler raises in that, as Ctrl-C does, and
+        torch where a loader's worker has died, Python takes the thread for ended. It then neither
+        waits for it at exit nor survives its end.
+        """
+        self._done.wait()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
+import io
 import threading
 import warnings
 from collections.abc import Generator, Iterator
@@ -14,7 +14,8 @@ from typing import IO, Any
 
 import torch
 
-from .archive import Archive, read_archive
+from .archive import Archive, Window, read_archive
+from .atomic import open_regular
 from .errors import (
     CheckpointCorrupt,
     CheckpointError,
@@ -22,9 +23,9 @@ from .errors import (
     CheckpointUnsafe,
 )
 from .manifest import Manifest
-from .pickle_scan import PickleScan
+from .stand_ins import PickleCheck, check_pickle
 
-__all__ = ["LoadedFile", "load_file", "verify_file"]
+__all__ = ["LoadedFile", "check_written", "load_file", "load_part", "verify_file"]
 
 _BLOCK = 1 << 20
 # torch keeps the allowed globals in one place for the whole process.
@@ -85,18 +86,66 @@ def load_file(path: Path) -> LoadedFile:
     """
     with _opened(path) as file:
         archive, manifest = _verify(file)
-        scan = _scan(file, archive)
-        if scan.refused:
-            raise CheckpointUnsafe(_refusal(list(scan.refused)))
-        return LoadedFile(path, manifest, _load(file, scan.names))
+        check = _scan(Window.whole(file.fileno()), archive)
+        file.seek(0)
+        return LoadedFile(path, manifest, _load(file, check.names))
+
+
+def load_part(file: IO[bytes], at: int, length: int, path: Path) -> Any:
+    """Reads what `torch.save` has written into a part of a file: through the same door as a file.
+
+    This is how parts of sharded checkpoints (`.distcp`) are read: each of their tensors is an
+    archive of its own. What is checked is what `load_file` checks, but for the manifest; the part
+    is in memory while it is read.
+
+    Args:
+        file: the open file; its position is not used.
+        at: where in it the part begins.
+        length: how many bytes it has.
+        path: of the file, for messages.
+
+    Returns:
+        What `torch.save` was given, on the CPU.
+
+    Raises:
+        CheckpointCorrupt: if the part is damaged.
+        CheckpointUnsafe: if it needs classes that are neither tensors nor plain types, or would
+            take more memory than its size explains.
+    """
+    with _named(path):
+        window = Window(file.fileno(), at, length)
+        check = _scan(window, read_archive(window))
+        data = window.read(length, 0)
+        if len(data) != length:
+            raise CheckpointCorrupt(f"it is cut off: a part of it should end at {at + length:,}")
+        return _load(io.BytesIO(data), check.names)
+
+
+def check_written(descriptor: int) -> None:
+    """Holds a file that was just written to what a load of it accepts, but for its hash.
+
+    Args:
+        descriptor: the file, open for reading too.
+
+    Raises:
+        CheckpointCorrupt: if it would not be loaded.
+        CheckpointUnsafe: if it would be refused.
+    """
+    window = Window.whole(descriptor)
+    _scan(window, read_archive(window))
 
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Generator[IO[bytes]]:
     """Opens a file, and puts its name in front of what is raised about it."""
+    with _named(path), open_regular(path) as file:
+        yield file
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Generator[None]:
     try:
-        with path.open("rb") as file:
-            yield file
+        yield
     except FileNotFoundError:
         raise CheckpointNotFound(
             f"There is no checkpoint {path}. Files in {path.parent}: "
@@ -156,7 +205,7 @@ def _hash(file: IO[bytes], size: int) -> str:
     return digest.hexdigest()
 
 
-def _scan(file: IO[bytes], archive: Archive) -> PickleScan:
+def _scan(window: Window, archive: Archive) -> PickleCheck:
     records = archive.records
     if "constants.pkl" in records:
         raise CheckpointUnsafe(
@@ -168,14 +217,14 @@ def _scan(file: IO[bytes], archive: Archive) -> PickleScan:
         raise CheckpointCorrupt("it is a zip archive without the pickle of torch.save (data.pkl)")
     order = records.get("byteorder")
     if order is not None:
-        told = os.pread(file.fileno(), order.size, order.offset) if order.size < 16 else b""
+        told = window.read(order.size, order.offset) if order.size < 16 else b""
         if told not in (b"little", b"big"):
             raise CheckpointCorrupt("it does not tell in which order its bytes are")
-    file_size = os.fstat(file.fileno()).st_size
-    data = os.pread(file.fileno(), pickled.size, pickled.offset)
-    scan = PickleScan(data, records, file_size, frozenset(_user_allowed()))
-    scan.run()
-    return scan
+    data = window.read(pickled.size, pickled.offset)
+    check = check_pickle(data, records, window.length, frozenset(_user_allowed()))
+    if check.refused:
+        raise CheckpointUnsafe(_refusal([path[:200] for path in check.refused]))
+    return check
 
 
 def _user_allowed() -> Iterator[str]:
@@ -203,7 +252,6 @@ def _refusal(refused: list[str]) -> str:
 
 
 def _load(file: IO[bytes], names: set[str]) -> Any:
-    file.seek(0)
     try:
         with _allowing, warnings.catch_warnings(), _numpy_allowed(names):
             # torch warns of what the scan has already decided.

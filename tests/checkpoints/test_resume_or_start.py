@@ -146,13 +146,21 @@ def test_a_second_sigterm_changes_nothing(program: Program) -> None:
     assert stopped["iteration"] == 5
 
 
-@pytest.mark.parametrize("context", ["fork", "forkserver"])
-def test_an_interrupt_of_the_whole_terminal(
-    program: Program, uninterrupted: dict[str, Any], context: str
+@pytest.mark.parametrize(
+    ("context", "name"),
+    [("fork", "SIGINT"), ("fork", "SIGTERM"), ("forkserver", "SIGTERM"), ("spawn", "SIGTERM")],
+)
+def test_a_signal_to_the_whole_group(
+    program: Program, uninterrupted: dict[str, Any], context: str, name: str
 ) -> None:
-    stopped = program.run(signals={6: ["SIGINT"]}, workers=2, context=context, group=True)
+    """As terminals and schedulers send it: the loader's workers leave it to the trainer.
+
+    It comes in an evaluation, which goes to its end; the user's `worker_init_fn` runs in each.
+    """
+    stopped = program.run(signals={6: [name]}, workers=2, context=context, group=True)
     assert isinstance(stopped, dict)
-    assert stopped["iteration"] == 6
+    assert (stopped["iteration"], stopped["evaluated"]) == (6, 12)
+    assert stopped["workers"] == ["worker0", "worker1"]
     resumed = program.run()
     assert isinstance(resumed, dict)
     same_end(resumed, uninterrupted)

@@ -96,6 +96,21 @@ def test_findings_name_the_check_and_the_problem() -> None:
     assert "in fp32 on the CPU it is" in finding.problem
 
 
+def test_a_probe_that_raises_is_explained(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def raising(option: str | None = None) -> Availability:
+        raise RuntimeError("no driver")
+
+    monkeypatch.setattr(NullBackend, "probe", raising)
+    (finding,) = check_backend("null")
+    assert (finding.check, "RuntimeError" in finding.problem) == ("probe", True)
+    assert main(["null"]) == 1
+    said = capsys.readouterr().out
+    assert "FAIL null probe" in said
+    assert "no driver. A probe must not raise: it returns Availability(" in said
+
+
 def test_checks_leave_variables_and_generators_as_they_were() -> None:
     variables, generator = dict(os.environ), torch.get_rng_state()
     assert check_backend(ProbeSetsVariable)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import signal
 import subprocess
@@ -13,7 +12,6 @@ import on_xla
 import pytest
 import torch
 
-from crosstrain.ci.demo.command import Course, compare
 from crosstrain.engine import Checkpoint
 
 ARGUMENTS = ["--epochs", "2", "--backend"]
@@ -81,27 +79,6 @@ def test_demo_runs_again_in_its_folder_but_not_in_another(
     assert process.returncode != 0
     assert "holds files that no demo wrote" in process.stderr
     assert mine.read_text() == "precious"
-
-
-@pytest.mark.parametrize("what", ["batch", "loss", "weights", "repeated"])
-def test_a_difference_is_found(what: str) -> None:
-    straight = Course()
-    for iteration in (1, 2, 3):
-        straight.take({"iteration": iteration, "loss": "0x1p0", "batch": "aa"})
-    straight.take({"result": {"digests": {"weights": "cc", "optimizer": "dd"}}})
-    killed = copy.deepcopy(straight)
-    assert compare(straight, killed) == []
-    if what in ("batch", "loss"):
-        killed.lines[2] = {**killed.lines[2], what: "0x1p1"}
-        expected = f"{what} differs first at iteration 2"
-    elif what == "weights":
-        killed.result["digests"]["weights"] = "ee"
-        expected = "weights differ at the end"
-    else:
-        killed.take({**killed.lines[3], "loss": "0x1p1"})
-        killed.lines[3] = straight.lines[3]
-        expected = "iteration 3 was repeated otherwise after the kill"
-    assert compare(straight, killed) == [expected]
 
 
 def test_example_is_the_same_training_and_survives_a_kill(

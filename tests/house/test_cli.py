@@ -117,9 +117,83 @@ def test_an_unknown_backend_in_the_environment_is_one_line(console_script: Path)
     assert "cpuu" in result.stderr
 
 
-def test_the_module_runs_as_a_script(console_script: Path) -> None:
+@pytest.mark.parametrize("module", ["crosstrain.ci", "crosstrain.ci.cli"])
+def test_the_module_runs_as_a_script(console_script: Path, module: str) -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "crosstrain.ci.cli", "--version"],
+        [sys.executable, "-m", module, "--version"],
         cwd="/", capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert result.stdout == run(console_script, "--version").stdout
+
+
+MISTAKES = {
+    ("demo", "--workers", "-1"): "argument --workers: '-1' is not a whole number of at least 0",
+    ("demo", "--epochs", "none"): "argument --epochs: 'none' is not a whole number",
+    ("demo", "--out", "FILE"): "argument --out: 'FILE' is a file; name a folder",
+    ("demo", "--out", "FILE/below"): "argument --out: 'FILE' is a file; name a folder",
+    ("matrix", "--report", "FILE"): "argument --report: 'FILE' is a file; name a folder",
+    ("verify", "x:y", "--kills", "-1"): "argument --kills: '-1' is not",
+    ("verify", "x:y", "--workers", "0,-1"): "argument --workers: '-1' is not",
+    ("verify", "x:y", "--at", "five"): "argument --at: 'five' is not a whole number",
+    ("verify", "x:y", "--time-limit", "nan"): "argument --time-limit: 'nan' is not a number",
+    ("verify", "x:y", "--json", "nowhere/x.json"): "argument --json: there is no folder 'nowhere'",
+    ("verify", "x:y", "--keep", "FILE"): "argument --keep: 'FILE' is a file; name a folder",
+    ("diff", "FILE", "FILE", "--tolerance", "-1"): "argument --tolerance: '-1' is not",
+    ("diff", "nowhere", "nowhere"): "nowhere cannot be read",
+}
+
+
+@pytest.mark.parametrize("arguments", MISTAKES, ids=" ".join)
+def test_a_mistake_is_told_in_words_that_name_the_option(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("FILE").write_text("mine")
+    try:
+        code = cli.main(arguments)
+    except SystemExit as stop:
+        code = stop.code
+    said = capsys.readouterr().err
+    assert code in (1, 2)
+    assert MISTAKES[arguments] in said
+    assert "Traceback" not in said
+    assert Path("FILE").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["demo", "matrix"])
+def test_a_command_without_its_extra_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert cli.main([name]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"crosstrain {name}: error: sklearn ")
+    assert said.endswith("not installed: pip install 'crosstrain[demo]'\n")
+    assert said.count("\n") == 1
+
+
+def test_a_file_that_cannot_be_written_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = "def add_arguments(parser): pass\ndef run(args): open('/proc/no/such', 'w')\n"
+    assert cli.main(["work"], command(tmp_path, monkeypatch, source)) == 2
+    said = capsys.readouterr().err
+    assert said == "crosstrain work: error: /proc/no/such: No such file or directory\n"
+
+
+@pytest.mark.parametrize("arguments", [("doctor",), ("doctor", "--json"), ("--help",)])
+def test_a_reader_that_has_gone_is_no_traceback(
+    console_script: Path, arguments: tuple[str, ...]
+) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    result = subprocess.run(
+        [console_script, *arguments], stdout=writing, stderr=subprocess.PIPE, text=True, cwd="/",
+        check=False,
+    )  # fmt: skip
+    os.close(writing)
+    assert result.returncode != 0
+    assert result.stderr == ""

@@ -53,13 +53,29 @@ def test_json_names_every_backend(console_script: Path, registered: set[str]) ->
         assert entry["ok"] or (entry["reason"] and entry["remedy"]), entry
 
 
-def test_table_names_every_backend(console_script: Path, registered: set[str]) -> None:
+def test_the_list_names_every_backend(console_script: Path, registered: set[str]) -> None:
     result = doctor(console_script)
     assert result.returncode == 0, result.stderr
     rows = [line.split() for line in result.stdout.splitlines()]
-    first_cells = {row[1]: row[3] for row in rows if len(row) > 3}
-    assert registered <= first_cells.keys()
-    assert first_cells["cpu"] == "yes"
+    first_words = {row[0]: row[1] for row in rows if row[1:2] in (["yes"], ["no"])}
+    assert registered <= first_words.keys()
+    assert first_words["cpu"] == "yes"
+
+
+@pytest.mark.parametrize("columns", ["30", "200"])
+def test_what_is_to_be_copied_is_one_line_and_versions_stand_once(
+    console_script: Path, columns: str
+) -> None:
+    environment = {**os.environ, "COLUMNS": columns}
+    command = [console_script, "doctor"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    report = json.loads(doctor(console_script, "--json").stdout)
+    lines = [line.strip() for line in result.stdout.splitlines()]
+    for entry in report["backends"]:
+        assert entry["ok"] or " ".join(entry["remedy"].split()) in lines
+    assert f", torch {torch.__version__}" in lines[0]
+    assert sum(line.startswith("options: ") for line in lines) >= 1
+    assert "options: fp32, bf16, fp16" in result.stdout
 
 
 @pytest.mark.parametrize("required", [("cpu",), ("cpu,null",), ("cpu:bf16", "cpu")])

@@ -14,8 +14,8 @@ from xml.etree import ElementTree
 import pytest
 from report_samples import sample_run
 
-from crosstrain.ci.matrix.cells import MARK
 from crosstrain.ci.matrix.report import Report
+from crosstrain.ci.matrix.run_all import MARK
 
 Result = subprocess.CompletedProcess[str]
 
@@ -125,8 +125,8 @@ def test_a_terminal_shows_the_matrix_while_it_fills(console_script: Path, tmp_pa
         (("--scenarios", "midle"), "Did you mean 'middle'?"),
         (("--target", "training.py"), "'training.py' is no target"),
         (("--target", "nowhere.py:build"), "There is no file 'nowhere.py'"),
-        (("--jobs", "0"), "'0' is not a whole number above 0"),
-        (("--timeout", "nan"), "'nan' is not a number of seconds"),
+        (("--jobs", "0"), "'0' is not a whole number of at least 1"),
+        (("--timeout", "nan"), "'nan' is not a number above 0"),
         (("--merge", "nowhere", "--report", "out"), "nowhere"),
         (("--merge", "nowhere"), "--merge needs --report DIR"),
         (("--merge", "nowhere", "--report", "out", "--backends", "cpu"), "--merge runs nothing"),

@@ -176,6 +176,15 @@ def test_a_wrong_spec_in_a_mark_is_an_error(pytester: pytest.Pytester) -> None:
     assert "There is no backend 'cqu' (of spec 'cqu'). Did you mean 'cpu'?" in result.stdout.str()
 
 
+@pytest.mark.parametrize("mark", ["world(2)", "needs('loss_scaling')", "backends('cuda')"])
+def test_a_mark_without_the_fixture_is_an_error(pytester: pytest.Pytester, mark: str) -> None:
+    pytester.makepyfile(f"import pytest\n@pytest.mark.{mark}\ndef test_it(): pass")
+    result = run(pytester)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    words = f"test_it: the mark {mark.partition('(')[0]} does nothing without a fixture"
+    assert words in result.stderr.str()
+
+
 # Marks
 
 MARKED = """

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from crosstrain.backends import add_backend_argument
+from crosstrain.ci.trials.processes import Child, ending, torchrun
 
 __all__ = ["kill_storm", "losses_of", "main", "signal_storm"]
 
@@ -32,15 +31,17 @@ def _launch(folder: Path, backend: str, size: int, restarts: int, *arguments: ob
         RuntimeError: if it fails, or takes longer than an hour.
     """
     folder.mkdir(parents=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(size), "--max-restarts", str(restarts)]
+    command = torchrun(size, "--max-restarts", restarts)
     command += [str(Path(__file__).with_name("rank_training.py")), "--backend", backend]
     command += ["--folder", str(folder), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3600)
-    if done.returncode:
-        raise RuntimeError(f"torchrun ended with {done.returncode}:\n{done.stderr[-6000:]}")
-    return done.stderr
+    child = Child(command, variables={"OMP_NUM_THREADS": "1"})
+    try:
+        text = child.text(timeout=3600)
+    finally:
+        code = child.end()
+    if code:
+        raise RuntimeError(f"torchrun ended with {ending(code)}:\n{text[-6000:]}")
+    return text
 
 
 def _read(folder: Path, size: int) -> list[Any]:

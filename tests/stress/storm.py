@@ -8,20 +8,17 @@ losses, weights and random states are compared with those of a run that nobody k
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
-import os
 import random
-import signal
-import subprocess
 import sys
 import tempfile
-import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from crosstrain.backends import BackendError, add_backend_argument, get
-from crosstrain.ci.demo.command import Course, DemoFailed, compare, launch
+from crosstrain.ci.trials.course import Course, first_difference
+from crosstrain.ci.trials.order import Order
+from crosstrain.ci.trials.processes import Life, TrainingFailed
 
 __all__ = ["main", "storm"]
 
@@ -30,7 +27,7 @@ _EVERY = 2
 _EPOCH, _LIFE = 30, 6
 
 
-def storm(backend: str, kills: int, workers: int, folder: Path, seed: int) -> list[str]:
+def storm(backend: str, kills: int, workers: int, folder: Path, seed: int) -> str:
     """Runs a training straight through, and once more under kills.
 
     Args:
@@ -41,66 +38,51 @@ def storm(backend: str, kills: int, workers: int, folder: Path, seed: int) -> li
         seed: of the moments of the kills.
 
     Returns:
-        What differs, as sentences; empty where no bit does.
+        The first thing that differs, as a sentence; empty where no bit does.
 
     Raises:
-        DemoFailed: if a training fails, or ends before it has been killed often enough.
+        TrainingFailed: if a training fails, or ends before it has been killed often enough.
     """
-    epochs = kills * _LIFE // _EPOCH + 2
+    options = {"epochs": kills * _LIFE // _EPOCH + 2}
     for name in ("straight", "stormy"):
         (folder / name).mkdir(parents=True)
     straight, stormy = Course(), Course()
-    _live(straight, launch(backend, epochs, 0, 1000, folder / "straight"), None, 0.0)
+    order = Order(backend, str(folder / "straight"), "digits", options, seed=2026)
+    _live(straight, order, None, 0.0)
+    order = replace(order, folder=str(folder / "stormy"), every=_EVERY)
     moments = random.Random(seed)
     for kill in range(kills):
-        process = launch(backend, epochs, workers * (kill % 2), _EVERY, folder / "stormy")
         # One in ten while it starts; the others some iterations on, anywhere within one.
         starting = moments.random() < 0.1
         after = 0 if starting else moments.randint(1, 2 * _LIFE - 1)
         delay = moments.uniform(0, 3) if starting else moments.uniform(0, 0.03)
-        done = _live(stormy, process, after, delay)
+        done = _live(stormy, replace(order, workers=workers * (kill % 2)), after, delay)
         if done:
-            raise DemoFailed(f"The training ended after {kill} kills of {kills}.")
-        print(f"\rkill {kill + 1} of {kills}, iteration {max(stormy.lines, default=0)}", end="")
+            raise TrainingFailed(f"The training ended after {kill} kills of {kills}.")
+        print(f"\rkill {kill + 1} of {kills}, iteration {stormy.total}", end="")
         sys.stdout.flush()
     print()
-    _live(stormy, launch(backend, epochs, 0, _EVERY, folder / "stormy"), None, 0.0)
-    return compare(straight, stormy)
+    _live(stormy, order, None, 0.0)
+    return first_difference(straight, stormy)
 
 
-def _live(
-    course: Course, started: tuple[subprocess.Popen[str], Path], after: int | None, delay: float
-) -> bool:
+def _live(course: Course, order: Order, after: int | None, delay: float) -> bool:
     """Follows one process to its end, and kills it some iterations on; tells if it ended itself."""
-    process, errors = started
-    assert process.stdout is not None
-    killer = threading.Timer(delay, _kill, (process.pid,))
-    if after == 0:
-        killer.start()
-    seen = 0
-    for text in process.stdout:
-        if not text.endswith("\n"):
-            break  # cut off by the kill
-        line = json.loads(text)
-        course.take(line)
-        seen += "iteration" in line
-        if after and seen == after:
-            killer.start()
-            after = None
-        elif after == 0 and seen == 2 * _LIFE:
-            # It started faster than was thought, and would train to its end.
-            _kill(process.pid)
-    process.wait()
-    killer.cancel()
-    if process.returncode not in (0, -signal.SIGKILL):
-        raise DemoFailed(f"A training ended with {process.returncode}:\n{errors.read_text()}")
-    return process.returncode == 0
-
-
-def _kill(group: int) -> None:
-    # It may have ended by itself meanwhile.
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(group, signal.SIGKILL)
+    assert order.folder is not None
+    with Life(Path(order.folder) / "stderr.txt", order) as life:
+        if after == 0:
+            life.kill_after(delay)
+        seen = 0
+        for line in life.train():
+            course.take(line)
+            seen += "iteration" in line
+            if after and seen == after:
+                life.kill_after(delay)
+                after = None
+            elif after == 0 and seen == 2 * _LIFE:
+                # It started faster than was thought, and would train to its end.
+                life.kill()
+        return not life.killed
 
 
 def main() -> int:
@@ -115,13 +97,13 @@ def main() -> int:
     try:
         get(args.backend)
         with tempfile.TemporaryDirectory() as folder:
-            differences = storm(args.backend, args.kills, args.workers, Path(folder), args.seed)
-    except (BackendError, DemoFailed) as error:
+            difference = storm(args.backend, args.kills, args.workers, Path(folder), args.seed)
+    except (BackendError, TrainingFailed) as error:
         print(f"storm: {error}", file=sys.stderr)
         return 2
     seconds = time.perf_counter() - started
-    if differences:
-        print(f"Not bit-identical after {args.kills} kills: {'; '.join(differences)}.")
+    if difference:
+        print(f"Not bit-identical after {args.kills} kills. {difference}")
         return 1
     print(f"Bit-identical after {args.kills} kills, in {seconds:.0f} s.")
     return 0

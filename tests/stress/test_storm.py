@@ -8,7 +8,7 @@ import on_xla
 import pytest
 from storm import storm
 
-from crosstrain.ci.demo.command import DemoFailed
+from crosstrain.ci.trials.processes import TrainingFailed
 
 
 @pytest.mark.slow
@@ -21,9 +21,9 @@ from crosstrain.ci.demo.command import DemoFailed
     ],
 )
 def test_a_short_storm(tmp_path: Path, spec: str, kills: int) -> None:
-    assert storm(spec, kills=kills, workers=1, folder=tmp_path, seed=3) == []
+    assert storm(spec, kills=kills, workers=1, folder=tmp_path, seed=3) == ""
 
 
 def test_a_training_that_fails_is_told(tmp_path: Path) -> None:
-    with pytest.raises(DemoFailed, match="There is no backend 'cqu'"):
+    with pytest.raises(TrainingFailed, match="There is no backend 'cqu'"):
         storm("cqu", kills=1, workers=0, folder=tmp_path, seed=0)

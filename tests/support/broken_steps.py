@@ -201,6 +201,18 @@ class StateIsNotLoaded(CpuBackend):
         return {**super().state_dict(), "at": id(self)}
 
 
+@broken("checkpoint")
+class StateIsNoFile(CpuBackend):
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "lock": object()}
+
+
+@broken("checkpoint")
+class StateIsNotTakenUp(OwnStream):
+    def set_rng_state(self, state: Any) -> None:
+        pass
+
+
 @broken("resume", "fp16")
 class ForgetsTheScale(CpuBackend):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -167,6 +167,94 @@ def bombs() -> Iterator[Entry]:
     yield "one name twice", zipped(twice)
     yield "many records", zipped([("data.pkl", good), *((f"data/{n}", b"") for n in range(40_000))])
 
+    yield from _forged_numbers()
+    yield from _endless_keys()
+    marked = bytearray(with_pickle(good, {"0": b"x" * 16}))
+    at = marked.rindex(b"PK\1\2")
+    struct.pack_into("<L", marked, at + 38, 0x10)
+    yield "a record marked as a folder", bytes(marked)
+
+
+def _endless_keys() -> Iterator[Entry]:
+    """Yields keys that are never hashed, compared or printed to an end."""
+    doubled = b")q\0" + b"".join(b"h%ch%c\x86q%c" % (n, n, n + 1) for n in range(60))
+    yield "a key of doubled tuples", with_pickle(_pickled(doubled + b"}h\x3cNs"))
+    yield "a deep key", with_pickle(_pickled(b"})" + b"\x85" * 900_000 + b"Ns"))
+    yield "a deep key of many", with_pickle(_pickled(b"}()" + b"\x85" * 900_000 + b"Nu"))
+    in_set = b"](h\x3ce"
+    yield "a set of doubled tuples", with_pickle(_pickled(doubled + call("builtins.set", in_set)))
+    numbers = b"(" + b"".join(map(integer, range(9000))) + b"tq\0"
+    yield (
+        "a long key again and again",
+        with_pickle(_pickled(numbers + b"}(" + b"h\0N" * 10**5 + b"u")),
+    )
+    sizes = b"(" + b"".join(map(integer, range(3000))) + b"tq\0"
+    many = b"".join(b"h\1h\0\x85R" for _ in range(200_000))
+    yield "many sizes", with_pickle(_pickled(sizes + b"ctorch\nSize\nq\1" + many))
+    collided = b"".join(b"G" + struct.pack(">d", n * float(2**61 - 1)) for n in range(1, 9))
+    keys = b"".join(integer(n * (2**61 - 1)) + b"N" for n in range(1, 5000))
+    yield "colliding numbers", with_pickle(_pickled(collided + b"}(" + keys + b"u"))
+    tuples = b"".join(integer(n * (2**61 - 1)) + b"\x85N" for n in range(1, 5000))
+    yield "colliding tuples", with_pickle(_pickled(b"}(" + tuples + b"u"))
+
+
+def _forged_numbers() -> Iterator[Entry]:
+    """Yields numbers of thousands of bits, and nests, where a small number or a name should be."""
+    huge = integer(2**2030)
+    nest = b")" + b"\x85" * 100_000
+    shape = b"(" + huge * 60 + b"t"
+    for name, size, stride in (
+        ("size", shape, shape),
+        ("stride", b"(" + b"K\1" * 60 + b"t", shape),
+        ("long size", b"(" + b"K\1" * 10**5 + b"t", b"(" + b"K\0" * 10**5 + b"t"),
+        ("nested size", nest, nest),
+    ):
+        hooks = call("collections.OrderedDict")
+        body = call(
+            "torch._utils._rebuild_tensor_v2", storage(), b"K\0", size, stride, b"\x89", hooks
+        )
+        yield f"tensor of huge {name}", with_pickle(_pickled(body), {"0": b"x" * 16})
+    kind = b"ctorch\nFloatStorage\n"
+    for name, key, numel in (
+        ("elements", text("0"), huge),
+        ("name", huge, b"K\4"),
+        ("nested name", nest, b"K\4"),
+        ("nested number", text("0"), nest),
+    ):
+        body = b"(" + text("storage") + kind + key + text("cpu") + numel + b"tQ"
+        yield f"storage of huge {name}", with_pickle(_pickled(body), {"0": b"x" * 16})
+    yield (
+        "nested kind",
+        with_pickle(
+            _pickled(b"(" + text("storage") + nest + text("0") + text("cpu") + b"K\4tQ"),
+            {"0": b"x" * 16},
+        ),
+    )
+    yield "nested identity", with_pickle(_pickled(b"(" + nest * 5 + b"tQ"))
+    for path in ("torch.Size", "builtins.set", "_codecs.encode", "numpy.dtype", "torch.device"):
+        yield f"{path} of a nest", with_pickle(_pickled(call(path, nest)))
+        yield f"{path} of nests", with_pickle(_pickled(call(path, nest, nest)))
+    yield "a far memo", with_pickle(_pickled(b"]r\xff\xff\xff\xff"))
+    yield "a far memo at the end", with_pickle(_pickled(b"]r\0\0\xff\0"))
+    yield "state of a function", with_pickle(_pickled(b"ctorch\nSize\n}" + text("a") + b"K\1sb"))
+    yield (
+        "slots of a function",
+        with_pickle(_pickled(b"ctorch\nSize\nN}" + text("a") + b"K\1s\x86b")),
+    )
+    yield (
+        "two types of one storage",
+        with_pickle(
+            _pickled(
+                b"]("
+                + storage()
+                + storage(kind="IntStorage")
+                + storage("0", "ByteStorage", 16)
+                + b"e"
+            ),
+            {"0": b"x" * 16},
+        ),
+    )
+
 
 def _array() -> bytes:
     dtype = call("numpy.dtype", text("u1"), b"\x89", b"\x88")

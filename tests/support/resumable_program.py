@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -12,9 +13,14 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from crosstrain.engine import Events, create_supervised_trainer, resume_or_start
+from crosstrain.engine import Engine, Events, create_supervised_trainer, resume_or_start
 
 ITERATIONS = 24
+
+
+def note_worker(result: str, worker: int) -> None:
+    """The user's `worker_init_fn`: leaves a file for each worker."""
+    (Path(result).parent / f"worker{worker}").touch()
 
 
 def train(folder: str, result: str, options: dict[str, Any]) -> None:
@@ -65,19 +71,28 @@ def train(folder: str, result: str, options: dict[str, Any]) -> None:
         for name in wanted.get(engine.state.iteration, ()):
             number = getattr(signal, name)
             if options.get("group"):
-                os.killpg(0, number)
+                evaluate(number)
             else:
                 os.kill(os.getpid(), number)
         if engine.state.iteration == options.get("slow"):
             time.sleep(30)
 
-    loader = DataLoader(
-        TensorDataset(data, target),
-        batch_size=4,
-        shuffle=True,
-        num_workers=options.get("workers", 0),
-        multiprocessing_context=options.get("context"),
-    )
+    how: dict[str, Any] = {
+        "batch_size": 4,
+        "num_workers": options.get("workers", 0),
+        "multiprocessing_context": options.get("context"),
+        "worker_init_fn": functools.partial(note_worker, result),
+    }
+    loader = DataLoader(TensorDataset(data, target), shuffle=True, **how)
+    evaluator = Engine(lambda engine, batch: None)
+
+    def evaluate(number: int) -> None:
+        """All processes get a signal in an evaluation, which takes more batches than are ready."""
+        signalled = Events.ITERATION_STARTED(once=1)
+        evaluator.add_event_handler(signalled, lambda: os.killpg(0, number))
+        # With a generator of its own: it takes nothing of the training's random numbers.
+        evaluator.run(DataLoader(TensorDataset(data), generator=torch.Generator(), **how))
+
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     trainer.run(loader, max_epochs=2)
     after = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
@@ -90,5 +105,7 @@ def train(folder: str, result: str, options: dict[str, Any]) -> None:
         "weights": [parameter.tolist() for parameter in model.parameters()],
         "rate": scheduler.get_last_lr(),
         "signals restored": before == after,
+        "evaluated": evaluator.state.iteration,
+        "workers": sorted(path.name for path in Path(result).parent.glob("worker*")),
     }
     Path(result).write_text(json.dumps(outcome))

@@ -1,18 +1,20 @@
 """Trainings for `crosstrain verify`: one that resumes exactly, and some with a planted fault each.
 
-Each has 12 iterations in 2 epochs.
+Each has 12 iterations in 2 epochs, unless it says otherwise.
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from crosstrain.backends import World
 from crosstrain.ci import Training
@@ -77,8 +79,51 @@ class Dithered(nn.Module):
         return _Dithered.apply(x)
 
 
+class Negatives(Numbers):
+    """Points of which a handler replaces some at random, anew for each epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.draws = itertools.count()
+
+    def draw_negatives(self) -> None:
+        self.y = torch.from_numpy(np.random.default_rng([7, next(self.draws)]).permutation(self.y))
+
+
+class CountingSampler(Sampler[int]):
+    """Shuffles by the number of its pass, which it counts."""
+
+    def __init__(self) -> None:
+        self.passes = itertools.count()
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(next(self.passes))
+        return iter(torch.randperm(SAMPLES, generator=generator).tolist())
+
+
+class Normalizer:
+    """Normalizes by running statistics that are in no state_dict."""
+
+    def __init__(self) -> None:
+        self.mean, self.count = torch.zeros(FEATURES), 0
+
+    def __call__(self, batch: Any, **_: Any) -> Any:
+        self.count += 1
+        self.mean = self.mean + (batch[0].mean(0) - self.mean) / self.count
+        return batch[0] - self.mean, batch[1]
+
+
 def build(
-    backend: str, workers: int = 0, *, data: Numbers | None = None, middle: nn.Module | None = None
+    backend: str,
+    workers: int = 0,
+    *,
+    data: Numbers | None = None,
+    middle: nn.Module | None = None,
+    sampler: Sampler[int] | None = None,
+    **options: Any,
 ) -> Training:
     model = nn.Sequential(
         nn.Linear(FEATURES, 8),
@@ -89,10 +134,19 @@ def build(
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     trainer = create_supervised_trainer(
-        model, optimizer, nn.functional.cross_entropy, backend=backend, deterministic=True
+        model,
+        optimizer,
+        nn.functional.cross_entropy,
+        backend=backend,
+        deterministic=True,
+        **options,
     )
     loader = DataLoader(
-        Numbers() if data is None else data, BATCH, shuffle=True, num_workers=workers
+        Numbers() if data is None else data,
+        BATCH,
+        shuffle=sampler is None,
+        sampler=sampler,
+        num_workers=workers,
     )
     return Training(trainer, loader, 2, {"model": model, "optimizer": optimizer})
 
@@ -160,6 +214,39 @@ def unsaved_stream(backend: str) -> Training:
             weight.add_(1e-4 * torch.randn(weight.shape, generator=source))
 
     return training
+
+
+def negatives(backend: str) -> Training:
+    data = Negatives()
+    training = build(backend, data=data)
+    training.trainer.add_event_handler(Events.EPOCH_STARTED, data.draw_negatives)
+    return training
+
+
+def counting_sampler(backend: str) -> Training:
+    return build(backend, sampler=CountingSampler())
+
+
+def normalizer(backend: str) -> Training:
+    return build(backend, prepare_batch=Normalizer())
+
+
+def second_loader(backend: str) -> Training:
+    """Unlabelled points from a loader that the step, and not the engine, draws from."""
+    others = itertools.cycle(DataLoader(Numbers(), BATCH, sampler=CountingSampler()))
+
+    def mixed(batch: Any, **_: Any) -> Any:
+        return batch[0] + 0.1 * next(others)[0], batch[1]
+
+    return build(backend, prepare_batch=mixed)
+
+
+def unfreezes_once(backend: str) -> Training:
+    """Three epochs, the first layer frozen by a hook that is taken away when the second begins."""
+    training = build(backend)
+    hook = training.to_save["model"][0].weight.register_hook(torch.zeros_like)
+    training.trainer.add_event_handler(Events.EPOCH_STARTED(once=2), hook.remove)
+    return Training(training.trainer, training.data, 3, training.to_save)
 
 
 def nondeterministic(backend: str) -> Training:

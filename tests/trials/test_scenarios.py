@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from processes import SUPPORT
 
-from crosstrain.ci.matrix.cell import main, play_cell
 from crosstrain.ci.matrix.outcome import Outcome
+from crosstrain.ci.matrix.run_one import main, play_cell
 from crosstrain.ci.trials.course import Course, deviation, first_difference, first_distance
 from crosstrain.ci.trials.scenarios import LOSS_TOLERANCE, SCENARIOS
 
@@ -107,7 +107,7 @@ def test_a_sharded_model_passes(spec: str, name: str, tmp_path: Path) -> None:
 
 
 def test_the_cell_on_the_command_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "crosstrain.ci.matrix.cell", "null", "middle"]
+    command = [sys.executable, "-m", "crosstrain.ci.matrix.run_one", "null", "middle"]
     result = subprocess.run([*command, "--folder", str(tmp_path / "new")], check=False)
     assert result.returncode == 0
     outcome = Outcome.read(tmp_path / "new" / "outcome.json")
@@ -121,7 +121,7 @@ def test_the_cell_on_the_command_line(tmp_path: Path) -> None:
 
 
 def test_the_command_line_loads_no_torch() -> None:
-    code = "import sys, crosstrain.ci.matrix.cell; assert 'torch' not in sys.modules"
+    code = "import sys, crosstrain.ci.matrix.run_one; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -213,7 +213,9 @@ def course(*losses: float) -> Course:
         row |= {"loss": loss.hex(), "scalar": True, "skipped steps": 0, "weights": "w"}
         row |= {"optimizer": "o", "loss scale": "s", "random states": "r"}
         found.take(row)
-    found.take({"end": {"model.0.weight": "x", "step": "y"}, "length": 4, "environment": {}})
+    found.take(
+        {"end": {"model.0.weight": "x", "step": "y"}, "length": 4, "environment": {}, "metrics": {}}
+    )
     return found
 
 
@@ -281,7 +283,7 @@ def test_processes_do_not_outlive_a_cell_that_is_killed(tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",
-        "crosstrain.ci.matrix.cell",
+        "crosstrain.ci.matrix.run_one",
         "cpu",
         "workers",
         "--folder",

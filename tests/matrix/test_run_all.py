@@ -1,21 +1,20 @@
 """Cells of the matrix: each in a process of its own, which is found dead, late or lying.
 
-The command is a stand-in for `crosstrain.ci.matrix.cell`, which plays what real cells must not: it
-hangs, crashes and leaves processes behind.
+The command is a stand-in for `crosstrain.ci.matrix.run_one`, which plays what real cells must not:
+it hangs, crashes and leaves processes behind.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from crosstrain.ci.matrix.cells import MARK, Cell, CellPlan, run_cells
 from crosstrain.ci.matrix.outcome import Outcome
+from crosstrain.ci.matrix.run_all import MARK, Cell, CellPlan, run_cells
 
 # Plays the part that the scenario's name says.
 STAND_IN = """
@@ -103,7 +102,7 @@ def plan(tmp_path: Path) -> Callable[..., CellPlan]:
             cells=tuple(Cell(spec, scenario) for scenario in scenarios),
             folder=tmp_path,
             timeout=timeout,
-            command=(sys.executable, str(script)),
+            command=(str(script),),
             **more,
         )
 

@@ -1,7 +1,8 @@
-"""One cell of the hardware matrix: a scenario on a backend, in a process of its own.
+"""Plays one scenario on one backend: a cell of the matrix, in a process of its own.
 
-`python -m crosstrain.ci.matrix.cell SPEC SCENARIO --folder DIR` plays it and writes `outcome.json`
-into the folder. It exits with 0 if an outcome was written, whatever it says. Imports no torch.
+`python -m crosstrain.ci.matrix.run_one SPEC SCENARIO --folder DIR` plays it and writes
+`outcome.json` into the folder. It exits with 0 if an outcome was written, whatever it says. Imports
+no torch.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 
 from crosstrain.ci.trials.course import Course, losses_of
 from crosstrain.ci.trials.play import Play
-from crosstrain.ci.trials.processes import ScenarioFailed
+from crosstrain.ci.trials.processes import TrainingFailed
 from crosstrain.ci.trials.scenarios import (
     COMPUTES_NOTHING,
     SCENARIOS,
@@ -84,7 +85,7 @@ def play_cell(
                 verdict = scenario.run(play)
             except NotApplicable as reason:
                 return outcome("skipped", str(reason), found)
-            except ScenarioFailed as error:
+            except TrainingFailed as error:
                 return outcome("error", str(error), found, **_losses(play.straight, play.resumed))
     found["versions"] = {**found["versions"], **_versions(verdict)}
     return outcome(
@@ -128,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0 if an outcome was written, 2 if the arguments are wrong.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m crosstrain.ci.matrix.cell", description=__doc__
+        prog="python -m crosstrain.ci.matrix.run_one", description=__doc__
     )
     parser.add_argument("spec", help="NAME or NAME:OPTION, such as cpu:bf16")
     parser.add_argument(

@@ -1,8 +1,9 @@
-"""The cells of the matrix: each in a process of its own, several at a time, with a time limit.
+"""Runs every scenario on every backend: each in a process of its own, several at a time.
 
-A cell is ``python -m crosstrain.ci.matrix.cell SPEC SCENARIO --folder DIR [--target M:F]``, which
-writes ``DIR/outcome.json``. Whatever it starts carries a mark in its environment, by which it is
-found and killed at the limit, whichever session or process group it moved to. Imports no torch.
+A cell of the matrix is ``python -m crosstrain.ci.matrix.run_one SPEC SCENARIO --folder DIR``, which
+writes ``DIR/outcome.json``, within a time limit. Whatever it starts carries a mark in its
+environment, by which it is found and killed at the limit, whichever session or process group it
+moved to. Imports no torch.
 """
 
 from __future__ import annotations
@@ -12,8 +13,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import uuid
 from collections import deque
@@ -22,11 +21,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from crosstrain.ci.trials.processes import Child, ending
+
 from .outcome import InvalidOutcome, Outcome, Status
 
 __all__ = ["MARK", "Cell", "CellPlan", "CellWatcher", "run_cells"]
 
-COMMAND = (sys.executable, "-m", "crosstrain.ci.matrix.cell")
+COMMAND = ("-m", "crosstrain.ci.matrix.run_one")
 
 # Set in the environment of each cell, and so of all that it starts.
 MARK = "CROSSTRAIN_CELL"
@@ -84,7 +85,7 @@ class CellPlan:
         jobs: how many may run at a time.
         exclusive: specs whose device belongs to one process at a time.
         target: the user's training, `module:function`; None for the scenarios' own.
-        command: what a cell's arguments are appended to.
+        command: what follows `python`, and is followed by the cell's arguments.
     """
 
     cells: tuple[Cell, ...]
@@ -155,17 +156,16 @@ class _Process:
             command += ["--target", plan.target]
         # As many threads in all as there are cores: more would wait for each other.
         threads = max(1, len(os.sched_getaffinity(0)) // plan.jobs)
-        environment = {"OMP_NUM_THREADS": str(threads), **os.environ, MARK: self._mark}
+        variables = {MARK: self._mark}
+        if "OMP_NUM_THREADS" not in os.environ:
+            variables["OMP_NUM_THREADS"] = str(threads)
         self._began = time.monotonic()
-        with self._log("stdout").open("wb") as out, self._log("stderr").open("wb") as err:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=err,
-                env=environment,
-                start_new_session=True,
-            )
+        self._process = Child(
+            command,
+            output=self._log("stdout"),
+            errors=self._log("stderr"),
+            variables=variables,
+        )
 
     def _log(self, name: str) -> Path:
         return self._folder / f"{name}.txt"
@@ -179,9 +179,7 @@ class _Process:
 
     def kill(self) -> None:
         """Kills it and whatever it started, and waits for it."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        self._process.close()
         _kill_marked(self._mark)
 
     def finish(self) -> Outcome:
@@ -207,7 +205,9 @@ class _Process:
         try:
             outcome = Outcome.read(file)
         except FileNotFoundError:
-            return self._lost("error", f"It {_ending(code)} before it wrote an outcome.", seconds)
+            return self._lost(
+                "error", f"It ended with {ending(code)} before it wrote an outcome.", seconds
+            )
         except (InvalidOutcome, OSError) as error:
             return self._lost("error", f"Its outcome cannot be read: {error}.", seconds)
         if Cell(outcome.spec, outcome.scenario) != self.cell:
@@ -226,15 +226,6 @@ class _Process:
             reason=f"{what}\n{said}",
             seconds=seconds,
         )
-
-
-def _ending(code: int) -> str:
-    if code >= 0:
-        return f"ended with exit code {code}"
-    try:
-        return f"was ended by {signal.Signals(-code).name}"
-    except ValueError:
-        return f"was ended by signal {-code}"
 
 
 def _kill_marked(mark: str) -> None:

@@ -1,0 +1,116 @@
+"""A DataLoader's workers leave the signals that end a run to the process that trains.
+
+Schedulers and terminals send SIGTERM, SIGINT or SIGHUP to the whole process group. The process that
+trains saves and ends in order; its loader's workers would die at once, and the batch that it waits
+for would never come.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import signal
+import weakref
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing import resource_tracker
+from types import FrameType
+from typing import Any, Final
+
+import torch
+from torch.utils.data import DataLoader
+
+__all__ = ["workers_left_alone"]
+
+# Windows has no SIGHUP.
+_SIGNALS: Final = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
+)
+
+
+@contextmanager
+def workers_left_alone(data: Any) -> Generator[None, None, None]:
+    """Has the workers that a DataLoader starts inside leave the ending signals to this process.
+
+    Only the signals that this process listens to; the others end a worker as they end the process.
+    It works for workers that are forked, spawned, or started by a fork server, and runs the user's
+    `worker_init_fn` in them.
+
+    Args:
+        data: what is about to be iterated over; anything but a DataLoader with workers is left as
+            it is.
+    """
+    if not isinstance(data, DataLoader) or data.num_workers == 0:
+        yield
+        return
+    listened = {number for number in _SIGNALS if callable(signal.getsignal(number))}
+    if not listened or not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    loader: Any = data
+    own = loader.worker_init_fn
+    loader.worker_init_fn = _WorkerStart(own, tuple(sorted(listened)))
+    context: Any = loader.multiprocessing_context or multiprocessing
+    if context.get_start_method() != "fork":
+        # Python unblocks signals where it starts this one.
+        resource_tracker.ensure_running()
+    # A worker inherits this, and so cannot be ended before it has begun to leave them alone; a
+    # server that forks off workers keeps it.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, listened)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        loader.worker_init_fn = own
+
+
+class _WorkerStart:
+    """Runs first in a worker: sets what the signals do there, and then runs the user's function.
+
+    Args:
+        own: the user's `worker_init_fn`.
+        signals: the numbers of the signals that the process which trains listens to.
+    """
+
+    def __init__(self, own: Callable[[int], None] | None, signals: tuple[int, ...]) -> None:
+        self._own, self._signals = own, signals
+        # Set when the process that trains ends in order: then it ends its workers by SIGTERM.
+        shared: Any = torch.zeros(1, dtype=torch.uint8)
+        self._over: torch.Tensor = shared.share_memory_()
+        over = partial(self._over.fill_, 1)
+        atexit.register(over)
+        # When the loader's iterator is gone, its workers have nobody left to work for either.
+        weakref.finalize(self, _finish, over).atexit = False
+
+    def __call__(self, worker: int) -> None:
+        handle = _Ignored(os.getppid(), self._over)
+        for number in self._signals:
+            signal.signal(number, handle)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._signals)
+        if self._own is not None:
+            self._own(worker)
+
+
+def _finish(over: Callable[[], Any]) -> None:
+    over()
+    atexit.unregister(over)
+
+
+class _Ignored:
+    """Handles a signal in a worker: does nothing as long as the process that trains goes on.
+
+    Args:
+        parent: the process that has started the worker.
+        over: set when the process that trains ends.
+    """
+
+    def __init__(self, parent: int, over: torch.Tensor) -> None:
+        self._parent, self._over = parent, over
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Ends the worker as the signal would have, if there is nobody left to work for."""
+        if bool(self._over) or os.getppid() != self._parent:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)

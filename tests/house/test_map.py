@@ -1,0 +1,32 @@
+"""The map of the rooms in engine/README.md and in CONTRIBUTING.md names what is there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import source_rules
+
+
+def named(text: str) -> list[str]:
+    """The files and folders that a text names in code's quotes."""
+    return re.findall(r"`([\w/]+(?:\.py|/))`", text)
+
+
+def test_the_files_of_the_map_exist(repo_root: Path) -> None:
+    engine = repo_root / "engine"
+    names = named((engine / "README.md").read_text())
+    missing = [name for name in names if not any((p / name).exists() for p in (engine, repo_root))]
+    assert len(names) > 40
+    assert not missing, missing
+
+
+def test_each_room_has_a_line(repo_root: Path) -> None:
+    names = named((repo_root / "engine" / "README.md").read_text())
+    assert {f"{room}/" for room in source_rules.FOLDERS["engine"]} <= set(names)
+    table = named((repo_root / "CONTRIBUTING.md").read_text())
+    assert {f"ci/{room}/" for room in source_rules.FOLDERS["ci"]} <= set(table)
+
+
+def test_a_file_that_is_gone_would_be_found() -> None:
+    assert named("`data/order.py`, `Checkpoint` and `ranks/`") == ["data/order.py", "ranks/"]
