@@ -12,11 +12,9 @@ from typing import Any
 
 import torch
 
-from crosstrain.engine.checkpoints.layouts import PARTS, layout_of, list_checkpoints
+from crosstrain.engine import CheckpointError, Manifest
+from crosstrain.engine.checkpoints import PARTS, layout_of, list_checkpoints
 from crosstrain.engine.guards import is_collection, is_mapping
-from crosstrain.engine.storage.errors import CheckpointError
-from crosstrain.engine.storage.manifest import Manifest
-from crosstrain.engine.storage.safe_load import LoadedFile
 
 __all__ = ["Finding", "Part", "add_arguments", "examine", "run"]
 
@@ -74,12 +72,12 @@ def examine(path: Path) -> Finding:
     except CheckpointError as error:
         return Finding(path, good=False, problem=str(error))
     files = 0 if loaded.manifest is None else len(loaded.manifest.files)
-    return Finding(path, True, None, loaded.manifest, tuple(_parts(loaded)), files)
+    return Finding(
+        path, True, None, loaded.manifest, tuple(_parts(loaded.state, loaded.manifest)), files
+    )
 
 
-def _parts(loaded: LoadedFile) -> Iterator[Part]:
-    state = loaded.state
-    manifest = loaded.manifest
+def _parts(state: Any, manifest: Manifest | None) -> Iterator[Part]:
     if manifest is not None and manifest.bare and len(manifest.objects) == 1:
         state = {manifest.objects[0]: state}
     if not is_mapping(state):

@@ -29,7 +29,7 @@ import torch
 from crosstrain.backends import BackendError, UnknownBackend, World, get, probe, random_state
 from crosstrain.ci.traces.recorder import TraceRecorder
 from crosstrain.engine import Events, Manifest, ResumeWarning, manual_seed, resume_or_start
-from crosstrain.engine.checkpoints.layouts import list_checkpoints
+from crosstrain.engine.checkpoints import list_checkpoints
 from crosstrain.engine.proof import Checks, Strictness
 from crosstrain.engine.spread import is_sharded
 

@@ -188,14 +188,17 @@ class Checkpoint:
         Raises:
             CheckpointError: if it could not be saved.
         """
-        pending, self._pending = self._pending, None
+        pending = self._pending
         if pending is None:
             return
         try:
             pending.job.finish()
         except BaseException:
-            self._saved = pending.saved_before
+            # A wait that was interrupted, as by Ctrl-C, goes on with the next one.
+            if not pending.job.writing:
+                self._pending, self._saved = None, pending.saved_before
             raise
+        self._pending = None
         pending.engine.fire_event(self.SAVED_CHECKPOINT)
 
     def _filename(self, name: str, step: Any, score: Any) -> str:
