@@ -30,6 +30,7 @@ from crosstrain.engine import (
     Manifest,
     read_checkpoint,
 )
+from crosstrain.engine.checkpoints.save_handler import RunFacts
 
 PROGRAM = "sharded_program.py"
 
@@ -335,7 +336,8 @@ def test_folder_is_kept_in_order(tmp_path: Path) -> None:
     with DiskSaver(run, require_empty=False, parts=True) as saver:
         assert sorted(p.name for p in run.iterdir() if "lock" not in p.name) == names
         torch.nn.init.ones_(model.weight)
-        saver({"model": model.state_dict()}, "checkpoint_5.pt", {"run": {"iteration": 5}})
+        saver.prepare(RunFacts(iteration=5))
+        saver({"model": model.state_dict()}, "checkpoint_5.pt")
     assert sorted(p.name for p in run.iterdir() if "lock" not in p.name) == names
     assert Checkpoint.latest(run).path == run / "checkpoint_5.sharded"
     assert bool((read_checkpoint(run / "checkpoint_5.sharded")["model"]["weight"] == 1).all())
