@@ -7,6 +7,7 @@ import signal
 import sys
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from .stop_signals import StopSignals
 __all__ = ["ResumableRun", "begin", "event_of", "say", "with_trainer"]
 
 _logger = logging.getLogger(__name__)
+
+_LAST_SAVE = "waiting until the last checkpoint is on the disk"
 
 
 class ResumableRun:
@@ -140,6 +143,16 @@ class ResumableRun:
     def _end(self) -> None:
         self._signals.restore()
         self._tell_proof()
+        trainer, ranks = self._trainer, self._ranks
+        alone = ranks is None or not trainer.ended_in_order
+        # One rank may be writing for all: none says that the run is saved if it cannot.
+        with nullcontext() if ranks is None or alone else ranks.line.together(_LAST_SAVE):
+            self._wait_for_save()
+        stop, iteration = self.stop_signal, trainer.state.iteration
+        if stop is not None and iteration == self._saved:
+            _logger.warning("%s: saved at iteration %d; the run has ended.", stop.name, iteration)
+
+    def _wait_for_save(self) -> None:
         try:
             self.checkpoint.wait()
         except (CheckpointError, RankFailed):
@@ -148,9 +161,6 @@ class ResumableRun:
             # torch raises one wherever this thread is when a loader's worker dies: the save is not
             # to blame, and goes on.
             self.checkpoint.wait()
-        stop, iteration = self.stop_signal, self._trainer.state.iteration
-        if stop is not None and iteration == self._saved:
-            _logger.warning("%s: saved at iteration %d; the run has ended.", stop.name, iteration)
 
     def _tell_proof(self) -> None:
         if self._proof_is_due:
