@@ -6,19 +6,27 @@ import importlib
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from .apex_package import amp_absence, package_versions
 from .cuda import CudaBackend
-from .errors import BackendError
+from .errors import BackendError, Missing
 from .porting import TakenOver, name_parts
 from .precision import as_optimizers, require_gradient
 from .preparation import place, sort_objects
 from .protocol import Availability, StepResult
 
-__all__ = ["ApexBackend"]
+__all__ = ["LAST_WITH_AMP", "ApexBackend", "amp_absence", "package_versions"]
+
+# The last commit of NVIDIA's apex that has `apex.amp`.
+LAST_WITH_AMP = "e13873debc4699d39c6861074b9a3b2a02327f92"
+
+_SOURCE = f"git+https://github.com/NVIDIA/apex@{LAST_WITH_AMP}"
+_INSTALL = f"pip install --no-build-isolation {_SOURCE}"
 
 
 class ApexBackend(CudaBackend):
@@ -308,3 +316,50 @@ class ApexBackend(CudaBackend):
 
 def _saved(value: torch.Tensor | None) -> torch.Tensor | None:
     return None if value is None else value.detach().cpu().clone()
+
+
+def amp_absence() -> Missing | None:
+    """Returns why there is no `apex.amp` here, and what to do; None if there is.
+
+    It looks at the files of the package: to import it runs code, and patches nothing that it could
+    undo.
+    """
+    folders = _folders()
+    if not folders:
+        return Missing("apex is not installed.", f"Install the last one with amp: {_INSTALL}")
+    if _has(folders, "amp") and _has(folders, "multi_tensor_apply"):
+        return None
+    if _has(folders, "multi_tensor_apply"):
+        return Missing(
+            f"The apex in {folders[0]} is one whose amp was removed, in May 2025.",
+            f"Install the last commit that has it: {_INSTALL}; or use cuda-amp, which needs none.",
+        )
+    return Missing(
+        f"The package in {folders[0]} is called apex, but is not NVIDIA's: PyPI has another.",
+        f"Run pip uninstall apex, then {_INSTALL}",
+    )
+
+
+def package_versions() -> dict[str, str]:
+    """Returns the version of the installed apex, if it tells one."""
+    try:
+        return {"apex": version("apex")}
+    except PackageNotFoundError:
+        return {}
+
+
+def _folders() -> list[Path]:
+    try:
+        spec = find_spec("apex")
+    except (ImportError, ValueError):
+        # A module in sys.modules that has no spec: something made by hand, and not a package.
+        return []
+    if spec is None:
+        return []
+    if spec.submodule_search_locations:
+        return [Path(place) for place in spec.submodule_search_locations]
+    return [Path(spec.origin)] if spec.origin else []
+
+
+def _has(folders: list[Path], name: str) -> bool:
+    return any((folder / name / "__init__.py").is_file() for folder in folders)

@@ -19,6 +19,7 @@ from .protocol import World
 __all__ = ["group_store", "join", "join_alone", "replicate", "timeout", "without_reduction"]
 
 _PAUSE: Final = 0.05  # seconds
+_TESTED: Final = "2.9 and 2.13"
 # torchrun sets these beside RANK, LOCAL_RANK and WORLD_SIZE.
 _ADDRESS: Final = ("MASTER_ADDR", "MASTER_PORT")
 
@@ -177,9 +178,11 @@ class _Layout(torch.nn.Module):
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.passes = 0
 
     def forward(self) -> torch.Tensor:
         """Returns zero, made from all parameters."""
+        self.passes += 1
         parts = [p.sum().real.float() * 0.0 for p in self.model.parameters() if p.requires_grad]
         return torch.stack(parts).sum()
 
@@ -215,13 +218,33 @@ def replicate(
             "Build the same model in every process."
         ) from error
     if not fixed:
-        for _ in range(2):
-            # The second finds them laid out anew, and is the last that does.
-            wrapped().backward()
-        for parameter in model.parameters():
-            parameter.grad = None
-        wrapped.module = model
+        _lay_out(wrapped, model)
     return wrapped
+
+
+def _lay_out(wrapped: DistributedDataParallel, model: torch.nn.Module) -> None:
+    """Has the buckets laid out, and the model take the place of what stood in for it.
+
+    Raises:
+        BackendError: if this torch does not do what is relied on.
+    """
+    # Another in its place for the second pass: so it is seen that it is the one that is called.
+    other = _Layout(model)
+    rebuild: Any = getattr(getattr(wrapped, "reducer", None), "_rebuild_buckets", None)
+    wrapped().backward()
+    wrapped.module = other
+    # This pass lays them out anew, and is the last that does: there is nothing left to rebuild.
+    wrapped().backward()
+    if other.passes != 1 or rebuild is None or rebuild():
+        raise BackendError(
+            "DistributedDataParallel of torch "
+            f"{torch.__version__} does not lay out its buckets, or call its `module`, as that of "
+            f"the versions that this was tested with does ({_TESTED}): a resumed run would differ "
+            "from one that never stopped. Install one of these, or wrap the model yourself."
+        )
+    for parameter in model.parameters():
+        parameter.grad = None
+    wrapped.module = model
 
 
 def _has_sparse_gradients(model: torch.nn.Module) -> bool:

@@ -19,8 +19,7 @@ from .errors import BackendError, BackendUnavailable, Missing
 from .protocol import Availability, StepResult
 from .torch_backend import TorchBackend
 from .tpu_host import hardware_absence, installed_version, tpu_chips
-from .xla_randperm import refuse_randperm
-from .xla_world import join_on_tpu, refuse_processes
+from .xla_world import join_on_tpu, refuse_processes, refuse_randperm
 
 __all__ = ["XlaBackend"]
 

@@ -1,17 +1,25 @@
-"""Several processes on TPUs: joins torch_xla's process group, and refuses what would do nothing."""
+"""What torch_xla does wrong without a word: worlds of one process, draws nobody can repeat."""
 
 from __future__ import annotations
 
 import importlib
-from contextlib import ExitStack
+import warnings
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import distributed
 
 from .errors import BackendError
 from .protocol import World
 
-__all__ = ["join_on_tpu", "refuse_processes"]
+__all__ = ["join_on_tpu", "refuse_processes", "refuse_randperm"]
+
+_WHY = (
+    "torch.randperm on an XLA device draws from a state of the process that can be neither read "
+    "nor set, so it cannot be repeated"
+)
 
 
 def refuse_processes(world: World) -> None:
@@ -72,3 +80,34 @@ def _leave() -> None:
     # The script may have left it already.
     if distributed.is_initialized():
         distributed.destroy_process_group()
+
+
+@contextmanager
+def refuse_randperm(warn_only: bool) -> Generator[None, None, None]:
+    """Makes `torch.randperm` on an XLA device an error, inside.
+
+    Args:
+        warn_only: it warns instead, and is drawn from the CPU's generator, which can be repeated.
+    """
+    library: Any = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
+    with warnings.catch_warnings():
+        # torch warns that the operation has a kernel already: that is the point.
+        warnings.filterwarnings("ignore", message="Warning only once for all operators")
+        library.impl("randperm", _warn if warn_only else _refuse, "XLA")
+    try:
+        yield
+    finally:
+        # Brings back the kernel that was there before.
+        library._destroy()
+
+
+def _refuse(*_: Any, **__: Any) -> torch.Tensor:
+    raise BackendError(
+        f"{_WHY}. In deterministic mode draw it on the CPU: torch.randperm(n).to(device)."
+    )
+
+
+def _warn(size: int, *, device: torch.device, **options: Any) -> torch.Tensor:
+    warnings.warn(f"{_WHY}: it is drawn on the CPU.", stacklevel=2)
+    options.pop("pin_memory", None)
+    return torch.randperm(size, **options).to(device)

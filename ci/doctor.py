@@ -12,6 +12,8 @@ from importlib.metadata import version
 
 from crosstrain.backends import Availability, get, names, probe
 
+from .options import words
+
 __all__ = ["Diagnosis", "add_arguments", "diagnose", "run"]
 
 
@@ -58,21 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--require",
         metavar="SPEC[,SPEC...]",
-        type=_specs,
+        type=words,
         action="extend",
         default=[],
         help="exit with 1 unless each of these is available, such as cpu:bf16; may be repeated",
     )
-
-
-def _specs(text: str) -> list[str]:
-    specs = [spec.strip() for spec in text.split(",")]
-    if not all(specs):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} has an empty entry; write names of backends with a comma between them, "
-            "such as cpu,cpu:bf16"
-        )
-    return specs
 
 
 def run(args: argparse.Namespace) -> int:
@@ -92,8 +84,8 @@ def run(args: argparse.Namespace) -> int:
     missing = [diagnosis for diagnosis in diagnoses if diagnosis.missing]
     for diagnosis in missing:
         found = diagnosis.availability
-        words = f"required but not available: {diagnosis.spec}: {found.reason} {found.remedy}"
-        print(" ".join(words.split()), file=sys.stderr)
+        text = f"required but not available: {diagnosis.spec}: {found.reason} {found.remedy}"
+        print(" ".join(text.split()), file=sys.stderr)
     return 1 if missing else 0
 
 

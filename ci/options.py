@@ -11,7 +11,15 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["UsageError", "above_zero", "at_least", "file_to_write", "folder", "require_extra"]
+__all__ = [
+    "UsageError",
+    "above_zero",
+    "at_least",
+    "file_to_write",
+    "folder",
+    "require_extra",
+    "words",
+]
 
 
 class UsageError(Exception):
@@ -38,6 +46,17 @@ def above_zero(text: str) -> float:
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return number
+
+
+def words(text: str) -> list[str]:
+    """Reads words with commas between them, such as `cpu,cpu:bf16`."""
+    found = [word.strip() for word in text.split(",")]
+    if not all(found):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} has an empty entry; write words with a comma between them, such as "
+            "cpu,cpu:bf16"
+        )
+    return found
 
 
 def folder(text: str) -> Path:

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from crosstrain.ci.options import UsageError, above_zero, at_least, folder, require_extra
+from crosstrain.ci.options import UsageError, above_zero, at_least, folder, require_extra, words
 
 from .report import InvalidReport, Report, Run, merged
 
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--backends",
         metavar="SPEC[,SPEC...]",
-        type=_words,
+        type=words,
         action="extend",
         default=[],
         help="the columns, such as cpu,cpu:bf16 (default: all that can run here)",
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--require",
         metavar="SPEC[,SPEC...]",
-        type=_words,
+        type=words,
         action="extend",
         default=[],
         help="columns that make the matrix fail where they cannot run",
@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--scenarios",
         metavar="NAME[,NAME...]",
-        type=_words,
+        type=words,
         action="extend",
         default=[],
         help="the rows (default: all)",
@@ -110,13 +110,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         help="run nothing; put these reports, folders or matrix.json files, into one in --report",
     )
-
-
-def _words(text: str) -> list[str]:
-    words = [word.strip() for word in text.split(",")]
-    if not all(words):
-        raise argparse.ArgumentTypeError(f"{text!r} has an empty entry between its commas")
-    return words
 
 
 def run(args: argparse.Namespace) -> int:
@@ -312,8 +305,8 @@ def _merge(args: argparse.Namespace) -> int:
     page = write_reports(report, args.report)
     broken = report.broken()
     for one, outcome in broken:
-        words = f"{one.name}: {outcome.scenario} on {outcome.spec}: {outcome.status}"
-        print(f"{words}: {outcome.reason}")
+        name = f"{one.name}: {outcome.scenario} on {outcome.spec}: {outcome.status}"
+        print(f"{name}: {outcome.reason}")
     ran = {outcome.spec for one in report.runs for outcome in one.outcomes if _has_run(outcome)}
     missing = [spec for spec in args.require if spec not in ran]
     for spec in missing:

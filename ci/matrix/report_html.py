@@ -61,6 +61,18 @@ class _CellView:
         return self.outcome.reason
 
     @property
+    def shown(self) -> str:
+        """What was proven, or why nothing was: what stands under the status."""
+        if self.status != "passed" or self.outcome is None or self.resumed is None:
+            return self.headline
+        places = self.outcome.figures.get("resumed_from")
+        where = f", resumed after {places}" if places else ""
+        same = (
+            "the same losses" if not self.resumed.largest else f"{self.resumed.largest:.2g} apart"
+        )
+        return f"{same} in {len(self.outcome.losses)} iterations{where}"
+
+    @property
     def headline(self) -> str:
         return next((line for line in self.reason.splitlines() if line.strip()), "")
 

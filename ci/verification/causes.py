@@ -203,8 +203,9 @@ def causes(
     if not handlers:
         # None is there that could.
         known = tuple(one for one in known if one != _EPOCH_HANDLER)
-    if not samplers:
-        known = (*(one for one in known if one != _SAMPLER), _SAMPLER)
+    # What the training has comes before what it may have.
+    held = [one for one, names in ((_EPOCH_HANDLER, handlers), (_SAMPLER, samplers)) if names]
+    known = tuple(sorted(known, key=lambda one: one not in held))
     known = _naming(known, _EPOCH_HANDLER, handlers)
     return _naming(known, _SAMPLER, samplers)
 

@@ -8,6 +8,7 @@ iterated over.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from typing import Any, Final, NamedTuple
@@ -22,7 +23,12 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
+from crosstrain.backends import random_state
+
 __all__ = ["Batch", "batches_from", "computes_its_order", "is_seekable", "pinned", "samples_from"]
+
+# The versions of torch whose samplers draw as it is done here.
+_TESTED: Final = "2.9 and 2.13"
 
 # How many indices are made Python integers at once: few at first, so that the first batch is there
 # soon.
@@ -107,9 +113,53 @@ def samples_from(sampler: Any, start: int) -> Iterator[Any]:
     return islice(iter(sampler), start, None)
 
 
+@functools.cache
+def _check_copies() -> None:
+    """Compares small orders that are drawn here with those that this torch's own samplers draw.
+
+    Raises:
+        RuntimeError: if they differ: a later torch may draw in another way.
+    """
+    data, weights = range(5), [0.1, 0.4, 0.2, 0.3, 0.5]
+    tried: list[Any] = [
+        RandomSampler(data),
+        RandomSampler(data, generator=torch.Generator()),
+        RandomSampler(data, replacement=True, num_samples=40),
+        RandomSampler(data, num_samples=12),
+        SubsetRandomSampler([3, 1, 4, 0]),
+        WeightedRandomSampler(weights, 7),
+        DistributedSampler(data, num_replicas=2, rank=1, seed=3),  # type: ignore[arg-type]
+        DistributedSampler(data, num_replicas=2, rank=1, shuffle=False),  # type: ignore[arg-type]
+    ]
+    with random_state.preserved():
+        for sampler in tried:
+            drawn: list[list[Any]] = []
+            for order in (iter(sampler), _drawn(sampler)):
+                # Not torch.manual_seed, which seeds every device, too.
+                torch.default_generator.manual_seed(11)
+                if getattr(sampler, "generator", None) is not None:
+                    sampler.generator.manual_seed(11)
+                drawn.append([*order, int(torch.randint(1 << 30, ()))])
+            if drawn[0] != drawn[1]:
+                raise RuntimeError(
+                    f"torch {torch.__version__} draws the order of a {type(sampler).__name__} in "
+                    f"another way than the versions that this was tested with ({_TESTED}): "
+                    f"{drawn[0]} instead of {drawn[1]}. Install one of these, or give the loader a "
+                    "sampler of your own, such as PermutationSampler."
+                )
+
+
+def _drawn(sampler: Any) -> Iterator[Any]:
+    for chunk in _CHUNKS[_kind(sampler)](sampler):
+        places: list[int] = chunk.tolist()
+        yield from _looked_up(sampler, places) if type(sampler) is SubsetRandomSampler else places
+
+
 def _blocks_from(sampler: Any, start: int) -> Iterator[list[Any]]:
     """Yields the samples of a seekable sampler in lists, each drawn when it is asked for."""
     kind = _kind(sampler)
+    if kind in _CHUNKS:
+        _check_copies()
     if kind is SequentialSampler:
         for low, high in _spans(start, len(sampler.data_source)):
             yield list(range(low, high))

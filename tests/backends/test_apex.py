@@ -13,8 +13,7 @@ import torch
 from step_runs import digits
 
 from crosstrain.backends import Availability, BackendError
-from crosstrain.backends.apex import ApexBackend
-from crosstrain.backends.apex_package import amp_absence
+from crosstrain.backends.apex import ApexBackend, amp_absence
 from crosstrain.backends.torch_backend import TorchBackend
 from crosstrain.ci.conformance import check_backend
 

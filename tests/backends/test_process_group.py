@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+import torch
 from processes import SUPPORT, results, torchrun
+from torch.nn.parallel import DistributedDataParallel
 
 from crosstrain.backends import BackendError, get
+from crosstrain.backends.process_group import join_alone, replicate
 
 
 def test_processes_train_as_one(tmp_path: Path) -> None:
@@ -53,3 +57,20 @@ def test_rank_that_never_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CROSSTRAIN_TIMEOUT", "soon")
     with pytest.raises(BackendError, match=r"CROSSTRAIN_TIMEOUT='soon' is no number"):
         get("cpu").open()
+
+
+def test_a_torch_that_lays_out_buckets_in_another_way_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A resumed run would differ from one that never stopped: the versions tested are named."""
+
+    def forward(self: DistributedDataParallel) -> torch.Tensor:
+        """One that keeps the module that it was made with."""
+        self.__dict__.setdefault("kept", [self.module])
+        return self.__dict__["kept"][0]()
+
+    monkeypatch.setattr(DistributedDataParallel, "forward", forward)
+    with ExitStack() as stack:
+        join_alone("gloo", stack)
+        with pytest.raises(BackendError, match=r"does not lay out its buckets.*2\.9 and 2\.13"):
+            replicate(torch.nn.Linear(2, 2), torch.device("cpu"))

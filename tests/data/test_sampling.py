@@ -26,6 +26,7 @@ from crosstrain.engine import (
     manual_seed,
     update_dataloader,
 )
+from crosstrain.engine.data import order
 
 SIZE = 23
 SAMPLERS: dict[str, Callable[[], Any]] = {
@@ -130,3 +131,17 @@ def test_computed_order_of_each_pass() -> None:
     for epoch in range(passes):
         sampler.set_epoch(epoch)
         assert given[epoch * size : (epoch + 1) * size] == sampler.indices(0, size).tolist()
+
+
+def test_a_torch_whose_samplers_draw_in_another_way_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its orders are drawn here, so that they can be entered anywhere: that has to be the same."""
+    plain = RandomSampler.__iter__
+    monkeypatch.setattr(RandomSampler, "__iter__", lambda self: reversed(list(plain(self))))
+    order._check_copies.cache_clear()
+    try:
+        with pytest.raises(RuntimeError, match="the order of a RandomSampler in another way"):
+            list(ReproducibleBatchSampler(BatchSampler(RandomSampler(range(9)), 2, False)))
+    finally:
+        order._check_copies.cache_clear()

@@ -98,6 +98,25 @@ def test_every_cell_is_there_in_words_and_opens(full: Report) -> None:
         assert phrase in words, phrase
 
 
+def test_a_cell_says_what_was_proven_or_why_nothing_was() -> None:
+    run = sample_run("one", ["cpu", "tpu"], unavailable={"tpu": "No TPU here.\nInvent one."})
+    port = run.outcomes[-2]
+    assert port.spec == "cpu"
+    apart = replace(port, resumed_losses=tuple(loss + 0.03 for loss in port.losses))
+    first = replace(run.outcomes[0], figures={"resumed_from": "5, 11"})
+    outcomes = (first, *run.outcomes[1:-2], apart, run.outcomes[-1])
+    text = page(Report((replace(run, outcomes=outcomes),)))
+    shown = re.findall(r'<button[^>]*class="cell.*?<small>(.*?)</small></button>', text)
+    assert shown == [
+        "the same losses in 8 iterations, resumed after 5, 11",
+        "No TPU here.",
+        "the same losses in 8 iterations",
+        "No TPU here.",
+        "0.03 apart in 8 iterations",
+        "No TPU here.",
+    ]
+
+
 def test_versions_that_contradict_each_other_are_marked(full: Report) -> None:
     found = Page(page(full))
     assert len(found.all("tr", "differs")) == 1

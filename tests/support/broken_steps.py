@@ -207,12 +207,6 @@ class StateIsNoFile(CpuBackend):
         return {**super().state_dict(), "lock": object()}
 
 
-@broken("checkpoint")
-class StateIsNotTakenUp(OwnStream):
-    def set_rng_state(self, state: Any) -> None:
-        pass
-
-
 @broken("resume", "fp16")
 class ForgetsTheScale(CpuBackend):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

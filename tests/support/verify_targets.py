@@ -91,16 +91,15 @@ class Negatives(Numbers):
 
 
 class CountingSampler(Sampler[int]):
-    """Shuffles by the number of its pass, which it counts."""
+    """Shuffles by the number of its pass, which a server counts for all samplers, as it were."""
 
-    def __init__(self) -> None:
-        self.passes = itertools.count()
+    passes = itertools.count()
 
     def __len__(self) -> int:
         return SAMPLES
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(next(self.passes))
+        generator = torch.Generator().manual_seed(next(CountingSampler.passes))
         return iter(torch.randperm(SAMPLES, generator=generator).tolist())
 
 
