@@ -28,6 +28,8 @@ from crosstrain.engine.storage.parts_read import ENDING, Parts, is_in_parts, own
 from crosstrain.engine.storage.parts_write import ASIDE, LEFTOVER
 from crosstrain.engine.storage.safe_load import LoadedFile, load_file, verify_file
 
+from .parts import filled
+
 __all__ = [
     "FILE",
     "PARTS",
@@ -152,8 +154,6 @@ class _Parts:
         return found.manifest
 
     def read(self, path: Path) -> LoadedFile:
-        from .loading import filled
-
         found = Parts.open(path)
         found.verify()
         states, places, _ = own_states(found, 0)
