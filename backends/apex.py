@@ -95,7 +95,7 @@ class ApexBackend(CudaBackend):
         if self.option == "O1" and undo is not None:
             undo()
 
-    def prepare(self, *objects: Any) -> tuple[Any, ...]:
+    def prepare(self, *objects: Any, replicated: bool = True) -> tuple[Any, ...]:
         """Places models on the GPU and has `amp.initialize` cast and patch all of them.
 
         A model that is prepared already, as for its evaluation, comes back as it is.
@@ -131,7 +131,8 @@ class ApexBackend(CudaBackend):
             self._adopt(optimizer)
         made: list[Any] = [*models, *optimizers]
         new = {id(old): initialised for old, initialised in zip(given, made, strict=True)}
-        return self._shared(tuple(new[id(thing)] for thing in objects))
+        made_of = tuple(new[id(thing)] for thing in objects)
+        return self._shared(made_of) if replicated else made_of
 
     def _is_known(
         self, models: Sequence[torch.nn.Module], optimizers: Sequence[torch.optim.Optimizer]

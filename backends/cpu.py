@@ -24,6 +24,7 @@ class CpuBackend(TorchBackend):
     options = ("fp32", "bf16", "fp16", "fsdp", "fsdp-bf16", "fsdp-fp16")
     name = "cpu"
     device = torch.device("cpu")
+    adds_up = True
 
     @classmethod
     def probe(cls, option: str | None = None) -> Availability:

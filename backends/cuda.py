@@ -45,6 +45,7 @@ class CudaBackend(TorchBackend):
     name = "cuda"
     device = torch.device("cuda")
     transport = "nccl"
+    adds_up = True
 
     def __init__(
         self,

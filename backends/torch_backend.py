@@ -43,6 +43,8 @@ class TorchBackend:
     device = torch.device("cpu")
     #: What the processes of a world talk over, as torch names it.
     transport: ClassVar[str] = "gloo"
+    #: Whether `prepare` can leave it to its caller to add up gradients over processes.
+    adds_up: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -75,7 +77,9 @@ class TorchBackend:
                 scaler = GradScaler(self.device.type)
             dtype = None
         self.precision = Precision(self.device.type, dtype, scaler)
-        self.capabilities = frozenset({"loss_scaling"} if self.precision.scales else set[str]())
+        scales, shards = self.precision.scales, self.adds_up and self._sharding is None
+        words = {"loss_scaling": scales, "logical_shards": shards}
+        self.capabilities = frozenset(word for word, applies in words.items() if applies)
 
     def _checked_sharding(self, sharding: Sharding | None) -> Sharding | None:
         if fsdp.is_sharded(self.option):
@@ -130,12 +134,17 @@ class TorchBackend:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def prepare(self, *objects: Any) -> tuple[Any, ...]:
+    def prepare(self, *objects: Any, replicated: bool = True) -> tuple[Any, ...]:
         """Places models on the device, in place, and has optimizers follow their parameters.
 
         In a world of several processes, models that come with optimizers are returned wrapped in
         DistributedDataParallel, if they have anything to train. The options `fsdp` and `fsdp-...`
         shard them in place instead, also where there is one process.
+
+        Args:
+            *objects: models and optimizers.
+            replicated: False leaves the models as they are in several processes, for somebody who
+                adds their gradients up (the capability `logical_shards`).
 
         Raises:
             TypeError: if an object is neither a model nor an optimizer.
@@ -149,7 +158,7 @@ class TorchBackend:
         if not optimizers:
             return objects
         if self._sharding is None:
-            return self._shared(objects)
+            return self._shared(objects) if replicated else objects
         if self._mesh is None:
             raise BackendError(
                 f"'{self.name}:{self.option}' has to be opened before it shards a model: use `with "

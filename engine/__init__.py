@@ -42,6 +42,7 @@ from crosstrain.engine.training.ignite_steps import (
     supervised_training_step_apex,
     supervised_training_step_tpu,
 )
+from crosstrain.engine.training.shards import LogicalShards
 from crosstrain.engine.training.step import StepEvents, StepOptions, TrainingStep
 
 from .deterministic import (
@@ -92,6 +93,7 @@ __all__ = [
     "Events",
     "EventsList",
     "Latest",
+    "LogicalShards",
     "Manifest",
     "ModelCheckpoint",
     "ModelPart",

@@ -13,10 +13,10 @@ import torch
 from crosstrain.backends import random_state
 from crosstrain.engine.data.cursor import Cursor
 from crosstrain.engine.data.sampling import ReproducibleBatchSampler, update_dataloader
-from crosstrain.engine.data.shares import BatchShare
+from crosstrain.engine.data.shares import BatchShare, Shards, check_shards, world_of
 from crosstrain.engine.data.streams import ALL_STREAMS, StreamKey
 from crosstrain.engine.exact.porting import port
-from crosstrain.engine.exact.rank_states import RANKS, gathered, own_part
+from crosstrain.engine.exact.rank_states import RANKS, SHARDS, check_same_shards, gathered, own_part
 from crosstrain.engine.exact.snapshot import (
     FORMAT,
     KEYS,
@@ -105,8 +105,12 @@ class DeterministicEngine(Engine):
         checks: how strict a resume is about each thing that it measures; by default, all of it is
             an error. What it finds stands in `proof` afterwards, and in one line of the log.
 
+        shards: to how many logical shards each batch is dealt out, for a process function that
+            computes it by `LogicalShards`; a power of two that the number of processes divides.
+
     Raises:
-        ValueError: if `streams` names another generator, or the seed is out of range.
+        ValueError: if `streams` names another generator, the seed is out of range, or the number of
+            processes does not divide that of shards.
     """
 
     resumes_data = True
@@ -120,8 +124,12 @@ class DeterministicEngine(Engine):
         streams: Iterable[str] = ALL_STREAMS,
         warn_only: bool = False,
         checks: Checks | None = None,
+        shards: int | None = None,
     ) -> None:
         super().__init__(process_function, backend)
+        world = world_of(backend)
+        #: The number of logical shards, whatever the number of processes; None without any.
+        self.shards = None if shards is None else check_shards(shards, world)
         self.checks = checks or Checks()
         self._structure = Structure()
         self._streams = tuple(streams)
@@ -131,7 +139,7 @@ class DeterministicEngine(Engine):
             raise ValueError(f"seed is an integer from 0 to 2**63 - 1, got {seed}.")
         has_state = hasattr(process_function, "state_dict")
         self._step: Any = process_function if has_state else OwnStep(process_function, self)
-        self._cursor = Cursor(backend)
+        self._cursor = Cursor(backend, None if shards is None else Shards.of(shards, world))
         self._process_function = _tracked(process_function, self._cursor)
         self._given_seed = seed
         self._warn_only = warn_only
@@ -204,7 +212,8 @@ class DeterministicEngine(Engine):
         if self._conditions is None:
             # Once: some backends' probes take long.
             self._conditions = environment(self.backend)
-        return {**self._conditions, "threads": torch.get_num_threads()}
+        now = {**self._conditions, "threads": torch.get_num_threads()}
+        return now if self.shards is None else {**now, SHARDS: self.shards}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Sets the engine to go on from a state; the next `run` restores all of it, in order.
@@ -230,6 +239,8 @@ class DeterministicEngine(Engine):
         else:
             super().load_state_dict(state_dict)
         self._cursor.reset()
+        if full:
+            check_same_shards(state_dict, self.shards)
         self._snapshot = own_part(state_dict, self.backend) if full else dict(state_dict)
         self._reseeds = full and self._snapshot["rng_states"] is None
         if self._reseeds:

@@ -19,6 +19,7 @@ from crosstrain.engine.training.arguments import (
 )
 from crosstrain.engine.training.evaluation import EvaluationStep, prediction
 from crosstrain.engine.training.options import is_many
+from crosstrain.engine.training.shards import LogicalShards, Reduction, ShardedStep
 from crosstrain.engine.training.step import TrainingStep
 
 from .deterministic import DeterministicEngine
@@ -51,6 +52,8 @@ def create_supervised_trainer(
     backend: str | Backend | None = None,
     max_norm: float | None = None,
     checks: Checks | None = None,
+    shards: int | None = None,
+    loss_reduction: Reduction = "mean",
 ) -> Engine:
     """Makes a trainer: an `Engine` whose step trains the model on a backend.
 
@@ -75,6 +78,12 @@ def create_supervised_trainer(
             and where they say nothing, `$CROSSTRAIN_BACKEND` or `cpu`.
         max_norm: each optimizer's gradients are clipped to this total norm.
         checks: how strict a resume is about each thing that it measures; see `Checks`.
+        shards: trains with the same bits on any number of processes that divides this power of
+            two: each batch is dealt out to so many logical shards, each with passes of its own.
+            It takes `deterministic=True`. None: one pass for each process.
+        loss_reduction: with `shards`, what `loss_fn` returns: the `mean` over a shard's samples,
+            the `sum` over them, or a mean over what this function of a shard's batch counts, such
+            as its tokens.
 
     Returns:
         The trainer. `trainer.objects` names what it trains; `StepEvents` are registered.
@@ -95,9 +104,20 @@ def create_supervised_trainer(
         max_norm=max_norm,
     )
     chosen = open_backend(backend, device, amp_mode, scaler)
-    model, optimizer = prepare(chosen, model, optimizer)
-    step = TrainingStep(model, optimizer, loss_fn, chosen, options)
-    trainer = (DeterministicEngine if deterministic else Engine)(step, chosen)
+    if shards is not None:
+        if not deterministic:
+            raise ValueError(
+                f"shards={shards} is for the same bits on any number of processes, which takes "
+                "deterministic=True."
+            )
+        logical = LogicalShards(shards, chosen, model, optimizer, loss_reduction)
+        model, optimizer = logical.model, logical.optimizer
+        step: TrainingStep = ShardedStep(logical, loss_fn, options)
+        trainer: Engine = DeterministicEngine(step, chosen, shards=shards)
+    else:
+        model, optimizer = prepare(chosen, model, optimizer)
+        step = TrainingStep(model, optimizer, loss_fn, chosen, options)
+        trainer = (DeterministicEngine if deterministic else Engine)(step, chosen)
     trainer.checks = checks or Checks()
     trainer.objects = {**_named("model", model), **_named("optimizer", optimizer)}
     step.attach(trainer)

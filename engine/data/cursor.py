@@ -20,7 +20,7 @@ from .generators import is_stateful
 from .mapflow import MapFlow
 from .own_data import is_map_style, is_own, not_dealt_out, own_data
 from .sampling import is_loader
-from .shares import ALONE, BatchShare, counted, world_of
+from .shares import ALONE, BatchShare, ShardedBatch, Shards, counted, world_of
 from .streams import StreamKey, plain_indices, rank_seed, seed_host, step_seed
 
 if TYPE_CHECKING:
@@ -36,10 +36,12 @@ class Cursor:
 
     Args:
         backend: iterates over the data, with prefetching where the device gains by it.
+        shards: the logical shards that each batch is dealt out to; None: to the processes.
     """
 
-    def __init__(self, backend: Backend | None) -> None:
+    def __init__(self, backend: Backend | None, shards: Shards | None = None) -> None:
         self._backend = backend
+        self._logical = shards
         # Not a method of this object: a cycle around a loader would keep its workers.
         self._iterate: Iterate = iter if backend is None else backend.batches
         self._iterator: Iterator[Any] = iter(())
@@ -71,12 +73,38 @@ class Cursor:
         return self
 
     def __next__(self) -> Any:
+        logical = self._logical
+        if logical is None or self._shares is None:
+            item = self._fetch()
+            self.fetched += 1
+            return item
+        parts: list[Any] = []
+        shares: list[BatchShare] = []
+        held: list[Held] = []
+        indices: list[Any] = []
+        for _ in logical.own:
+            parts.append(self._fetch())
+            assert self.share is not None
+            shares.append(self.share)
+            if self._last is not None:
+                held.append(self._last)
+            indices.append(plain_indices(self._last_indices))
+        self.fetched += 1
+        self._last = [item for item, _ in held], [one for _, many in held for one in many]
+        self._last_indices = indices
+        self.share = BatchShare(
+            sum(share.samples for share in shares),
+            shares[0].total,
+            world_of(self._backend).size,
+        )
+        return ShardedBatch(parts, shares, logical.own.start)
+
+    def _fetch(self) -> Any:
         try:
             item = next(self._iterator)
         except StopIteration:
             self._ended = True
             raise
-        self.fetched += 1
         if self._held:
             self._last = self._held.popleft()
         if self._indices:
@@ -245,7 +273,7 @@ class Cursor:
         if self._flow.apart:
             # The data goes on drawing from that seed.
             self._seed(rank_seed(step_seed(seed), rank))
-        elif rank and not self._flow.owners:
+        elif rank and not self._flow.owners and self._logical is None:
             # The order was drawn alike everywhere; what the training draws is to differ.
             self._seed(rank_seed(seed, rank))
 
@@ -277,7 +305,16 @@ class Cursor:
         self.fetched, self.opened, self._ended = self.consumed, True, False
 
     def _flow_of(self, data: Any) -> Dataflow:
-        return dataflow_of(data, self._iterate, world_of(self._backend))
+        world = world_of(self._backend)
+        if self._logical is None or data is None:
+            return dataflow_of(data, self._iterate, world)
+        if is_own(data, world) or not is_map_style(data):
+            raise ValueError(
+                f"Data of type {type(data).__name__} cannot be dealt out to logical shards, which "
+                "takes positions. Give run() a DataLoader over a map-style dataset, without a "
+                "DistributedSampler."
+            )
+        return dataflow_of(data, self._iterate, self._logical)
 
 
 def dataflow_of(data: Any, iterate: Iterate, world: World = ALONE) -> Dataflow:

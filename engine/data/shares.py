@@ -8,7 +8,8 @@ their samples, do not depend on the number of processes.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
@@ -26,7 +27,10 @@ __all__ = [
     "ALONE",
     "BatchShare",
     "Dealt",
+    "ShardedBatch",
+    "Shards",
     "check_divisible",
+    "check_shards",
     "counted",
     "deal",
     "deal_spans",
@@ -61,6 +65,46 @@ class BatchShare(NamedTuple):
         """
         own = self.samples * self.processes
         return 1.0 if own == self.total else own / self.total
+
+
+class ShardedBatch(list[Any]):
+    """A process's part of a global batch that was dealt out to logical shards.
+
+    A list of the parts of this process's shards, as the loader collated them, in their order. A
+    shard without a sample has a placeholder, which is to count for nothing.
+
+    Args:
+        parts: the parts.
+        shares: what is in each.
+        first: the first of this process's shards.
+    """
+
+    def __init__(self, parts: Iterable[Any], shares: Sequence[BatchShare], first: int) -> None:
+        super().__init__(parts)
+        #: How many samples each part has.
+        self.samples = [share.samples for share in shares]
+        #: How many the global batch has.
+        self.total = shares[0].total
+        #: The number of shards of the run, and the first of this process's.
+        self.shards, self.first = shares[0].processes, first
+
+
+@dataclass(frozen=True, slots=True)
+class Shards(World):
+    """The logical shards that a process computes, for which batches are dealt out as for processes.
+
+    Args:
+        size: how many shards the run has.
+        own: those of this process.
+    """
+
+    own: range = range(1)
+
+    @classmethod
+    def of(cls, count: int, world: World) -> Shards:
+        """Returns the shards of a process: as many as of every other, in the order of ranks."""
+        each = count // world.size
+        return cls(0, 0, count, range(world.rank * each, (world.rank + 1) * each))
 
 
 class Dealt(NamedTuple):
@@ -110,19 +154,32 @@ def deal(order: Iterable[Batch], world: World) -> Iterator[Dealt]:
     first sample as a placeholder, of weight 0: all processes have to take part in what they do
     together.
     """
+    places = _places(world)
     for batch in order:
         indices = batch.indices
         total = len(indices)
-        low, high = span(total, world)
-        share = BatchShare(high - low, total, world.size)
-        if low == high:
-            low, high = 0, 1
-        try:
-            part = indices[low:high]
-        except TypeError:
-            # Some other collection, such as a set.
-            part = list(indices)[low:high]
-        yield Dealt(batch.number, batch.first + low, low, part, share)
+        for place in places:
+            low, high, share = _part(total, place)
+            try:
+                part = indices[low:high]
+            except TypeError:
+                # Some other collection, such as a set.
+                part = list(indices)[low:high]
+            yield Dealt(batch.number, batch.first + low, low, part, share)
+
+
+def _places(world: World) -> list[World]:
+    """Returns for whom a process takes parts: for itself, or for each of its logical shards."""
+    if not isinstance(world, Shards):
+        return [world]
+    return [World(shard, shard, world.size) for shard in world.own]
+
+
+def _part(total: int, place: World) -> tuple[int, int, BatchShare]:
+    """Returns from where to where a part of a batch goes, and what is in it."""
+    low, high = span(total, place)
+    share = BatchShare(high - low, total, place.size)
+    return (0, 1, share) if low == high else (low, high, share)
 
 
 def deal_spans(batch_sampler: Any, start: int, world: World) -> Iterator[Dealt] | None:
@@ -145,16 +202,14 @@ def deal_spans(batch_sampler: Any, start: int, world: World) -> Iterator[Dealt] 
 
 def _spans(batch_sampler: Any, start: int, world: World) -> Iterator[Dealt]:
     sampler, size = pinned(batch_sampler.sampler), batch_sampler.batch_size
-    count = len(sampler)
+    count, places = len(sampler), _places(world)
     for number in range(start, count // size if batch_sampler.drop_last else -(-count // size)):
         first = number * size
         total = min(size, count - first)
-        low, high = span(total, world)
-        share = BatchShare(high - low, total, world.size)
-        if low == high:
-            low, high = 0, 1
-        part = sampler.indices(first + low, first + high).tolist()
-        yield Dealt(number, first + low, low, part, share)
+        for place in places:
+            low, high, share = _part(total, place)
+            part = sampler.indices(first + low, first + high).tolist()
+            yield Dealt(number, first + low, low, part, share)
 
 
 def check_divisible(batch_size: Any, world: World) -> None:
@@ -167,6 +222,9 @@ def check_divisible(batch_size: Any, world: World) -> None:
     Raises:
         ValueError: if the batch has fewer samples than there are processes.
     """
+    if isinstance(world, Shards):
+        # Those without a sample count for nothing.
+        return
     if isinstance(batch_size, int) and batch_size < world.size:
         counts = "1 process" if batch_size == 1 else f"1 to {batch_size} processes"
         raise ValueError(
@@ -175,6 +233,26 @@ def check_divisible(batch_size: Any, world: World) -> None:
             f"Start {counts}, or, for a new run, give the loader a batch_size of at least "
             f"{world.size}."
         )
+
+
+def check_shards(count: Any, world: World) -> int:
+    """Returns a number of logical shards, if a world of processes can compute them.
+
+    Raises:
+        ValueError: if it is no power of two, or the number of processes does not divide it.
+    """
+    if not isinstance(count, int) or count < 1 or count & (count - 1):
+        raise ValueError(
+            f"The number of logical shards is a power of two (1, 2, 4, 8, ...), got {count!r}. "
+            "Choose at least the largest number of processes that the run will have."
+        )
+    if count % world.size:
+        works = ", ".join(str(1 << level) for level in range(count.bit_length()))
+        raise ValueError(
+            f"{count} logical shards cannot be dealt out evenly to {world.size} processes. Start "
+            f"as many as one of {works}: the number of shards is the run's, and stays."
+        )
+    return count
 
 
 def deals_out(engine: Any) -> bool:
@@ -234,7 +312,8 @@ def mean_over_ranks(trainer: Any, value: Any = None) -> torch.Tensor:
         )
     mean = found.detach().clone()
     world = world_of(trainer.backend)
-    if world.size == 1:
+    if world.size == 1 or (value is None and getattr(trainer, "shards", None) is not None):
+        # With logical shards the output of a factory's trainer is the global batch's.
         return mean
     share = share_of(trainer)
     weight = 1.0 if share is None else share.weight

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Final
@@ -19,10 +20,13 @@ if TYPE_CHECKING:
     from crosstrain.backends import Backend
     from crosstrain.engine.engine import Engine
 
-__all__ = ["RANKS", "gathered", "own_part"]
+__all__ = ["RANKS", "SHARDS", "check_same_shards", "gathered", "own_part"]
 
 #: The key of a state that holds what differs between the ranks.
 RANKS: Final = "ranks"
+#: What the number of logical shards is called among the conditions of a run.
+SHARDS: Final = "logical shards"
+_logger = logging.getLogger(__name__)
 _PARTS: Final = ("rng_states", "position", "backend", "step")
 
 
@@ -54,6 +58,26 @@ def gathered(values: Mapping[str, Any], engine: Engine, destination: int) -> dic
     return {**values, RANKS: {"size": size, "rank": rank, "others": others}}
 
 
+def check_same_shards(state: Mapping[str, Any], shards: int | None) -> None:
+    """Checks that a state was written with as many logical shards as there are here.
+
+    Raises:
+        ValueError: if not; it has both numbers.
+    """
+    then = state["environment"].get(SHARDS)
+    if then == shards:
+        return
+    raise ValueError(
+        f"The state was written {_with(then)}, and this run is {_with(shards)}. Their number "
+        "decides the order of additions and stays that of the run: make the trainer "
+        + ("without shards=." if then is None else f"with shards={then}.")
+    )
+
+
+def _with(shards: int | None) -> str:
+    return "without logical shards" if shards is None else f"with {shards} logical shards"
+
+
 def own_part(state: Mapping[str, Any], backend: Backend | None) -> dict[str, Any]:
     """Returns a rank's own state of one that `gathered` returned, or that one process wrote.
 
@@ -69,6 +93,17 @@ def own_part(state: Mapping[str, Any], backend: Backend | None) -> dict[str, Any
     own = {name: value for name, value in state.items() if name != RANKS}
     ranks = state.get(RANKS)
     size = state["environment"]["world size"] if ranks is None else ranks["size"]
+    shards = state["environment"].get(SHARDS)
+    if shards is not None and size != world.size:
+        # What the training computes is the same in all processes, and so are their streams.
+        _logger.info(
+            "The state was written by %s processes and goes on in %s: %s logical shards, the same "
+            "bits.",
+            size,
+            world.size,
+            shards,
+        )
+        return {**own, "environment": {**own["environment"], "world size": world.size}}
     if ranks is None and size == world.size:
         return own
     if ranks is not None and ranks["others"] is None:

@@ -51,8 +51,17 @@ def open_backend(
     return (get(backend) if isinstance(backend, str) else backend).open()
 
 
-def prepare(backend: Backend, model: Any, optimizer: Any) -> tuple[Any, Any]:
+def prepare(
+    backend: Backend, model: Any, optimizer: Any, replicated: bool = True
+) -> tuple[Any, Any]:
     """Has the backend prepare models and optimizers; one stays one, several stay several.
+
+    Args:
+        backend: the backend.
+        model: a model, or several.
+        optimizer: an optimizer, or several.
+        replicated: whether several processes share gradients by the backend's own means. False:
+            for a backend with the capability `logical_shards`.
 
     Raises:
         ValueError: if a model lies on another device, and not on the host from where the backend
@@ -61,7 +70,11 @@ def prepare(backend: Backend, model: Any, optimizer: Any) -> tuple[Any, Any]:
     models, optimizers = several(model), several(optimizer)
     for one in models:
         _check_placed(one, backend)
-    prepared = backend.prepare(*models, *optimizers)
+    if replicated:
+        prepared = backend.prepare(*models, *optimizers)
+    else:
+        able: Any = backend
+        prepared = able.prepare(*models, *optimizers, replicated=False)
     ready, steppers = list(prepared[: len(models)]), list(prepared[len(models) :])
     return (
         ready if is_many(model) else ready[0],

@@ -89,6 +89,11 @@ class StepOptions:
             if not (callable(function) or (name == "prepare_batch" and function is None)):
                 raise TypeError(f"{name} should be a function, got {function!r}.")
 
+    @property
+    def keeps_loss(self) -> bool:
+        """Whether the iteration's output is the loss, and no function makes another of it."""
+        return self.output_transform is _unread_loss
+
     def splitter(self) -> Callable[[Any, Backend], tuple[Any, Any]]:
         """Returns the function from (batch, backend) to `(x, y)` on the backend's device.
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from crosstrain.engine.dispatch import Slot
     from crosstrain.engine.state import State
 
-__all__ = ["StepEvents", "StepOptions", "TrainingStep"]
+__all__ = ["StepEvents", "StepOptions", "TrainingStep", "refuse_loss"]
 
 
 class StepEvents(EventEnum):
@@ -295,10 +295,7 @@ class TrainingStep:
             self.attach(engine)
         if self._many and self._own_data is not engine.state.dataloader:
             self._check_data(engine)
-        for module in self._training:
-            if not module.training:
-                self._train()
-                break
+        self._into_training_mode()
         filled = self._filled + 1
         if filled == 1:
             self._open_window(engine)
@@ -319,7 +316,7 @@ class TrainingStep:
             y_pred = self._forward(x)
             loss: Any = self.loss_fn(y_pred, y)
         if not (isinstance(loss, Tensor) and loss.requires_grad and loss.numel() == 1):
-            _refuse_loss(loss)
+            refuse_loss(loss)
         # Nothing is in the window until the iteration is whole: what raises from here on drops it.
         self._filled = 0
         try:
@@ -333,14 +330,23 @@ class TrainingStep:
                 filled = 0
             output = self._output(x, y, y_pred, loss)
         except BaseException as error:
-            if filled > 1 and self._planned:
-                error.add_note(
-                    f"The gradients of the {filled - 1} earlier iterations of this accumulation "
-                    "window are dropped: they cannot be told apart from this one's."
-                )
+            self._note_dropped(error, filled - 1)
             raise
         self._filled = filled
         return output
+
+    def _note_dropped(self, error: BaseException, earlier: int) -> None:
+        if earlier and self._planned:
+            error.add_note(
+                f"The gradients of the {earlier} earlier iterations of this accumulation window "
+                "are dropped: they cannot be told apart from this one's."
+            )
+
+    def _into_training_mode(self) -> None:
+        for module in self._training:
+            if not module.training:
+                self._train()
+                break
 
     def _train(self) -> None:
         for model in self.models:
@@ -510,7 +516,7 @@ def _check_takes_no_closure(index: int, optimizer: torch.optim.Optimizer) -> Non
             )
 
 
-def _refuse_loss(loss: Any) -> None:
+def refuse_loss(loss: Any) -> None:
     """Says what is wrong with a loss that is no tensor of one element that requires grad.
 
     Raises:

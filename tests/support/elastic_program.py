@@ -1,0 +1,303 @@
+"""A program for torchrun: a training in logical shards, on any number of processes.
+
+It goes on from the newest checkpoint of its folder, if there is one, kills itself after an
+iteration, if it is told one, and prints a digest of all that the training has come to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import json
+import logging
+import os
+import random
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.amp.grad_scaler import GradScaler
+from torch.utils.data import DataLoader, TensorDataset
+
+from crosstrain import backends
+from crosstrain.engine import (
+    DeterministicEngine,
+    Events,
+    LogicalShards,
+    StepEvents,
+    create_supervised_trainer,
+    manual_seed,
+    resume_or_start,
+)
+
+SAMPLES, BATCH, EPOCHS = 50, 16, 4
+# Batches of 16, 16, 16 and 2 samples: the last leaves shards without one.
+ITERATIONS = EPOCHS * 4
+
+
+def images() -> tuple[Any, list[Any], Any]:
+    model = nn.Sequential(
+        nn.Conv2d(1, 6, 3, padding=1),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Dropout(0.3),
+        nn.Flatten(),
+        nn.Linear(6 * 64, 10),
+    ).to(memory_format=torch.channels_last)
+    optimizers = [
+        torch.optim.AdamW(model[:4].parameters(), 1e-2),
+        torch.optim.SGD(model[4:].parameters(), 1e-2, momentum=0.9),
+    ]
+    draws = torch.Generator().manual_seed(1)
+    x = torch.randn(SAMPLES, 1, 8, 8, generator=draws)
+    y = torch.randint(0, 10, (SAMPLES,), generator=draws)
+    return model, optimizers, TensorDataset(x, y)
+
+
+class Words(nn.Module):
+    """A small transformer over words, one of whose layers is used in some batches only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(20, 16)
+        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.2, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.sometimes = nn.Linear(16, 16)
+        self.never = nn.Linear(4, 4)
+        self.head = nn.Linear(16, 20)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.encoder(self.embedding(x))
+        if int(x[0, 0]) % 2:
+            found = found + self.sometimes(found)
+        prediction: torch.Tensor = self.head(found).transpose(1, 2)
+        return prediction
+
+
+def words() -> tuple[Any, list[Any], Any]:
+    model = Words()
+    draws = torch.Generator().manual_seed(1)
+    x = torch.randint(1, 20, (SAMPLES, 7), generator=draws)
+    y = torch.where(torch.rand(x.shape, generator=draws) < 0.3, 0, x)
+    return model, [torch.optim.AdamW(model.parameters(), 1e-2)], TensorDataset(x, y)
+
+
+def random_one(seed: int) -> tuple[Any, list[Any], Any]:
+    """A model, optimizers and data of random shapes, types and layers."""
+    pick = random.Random(seed)
+    width, inputs = pick.choice([1, 3, 17, 64]), pick.choice([1, 5, 33])
+    dtype = pick.choice([torch.float32, torch.float64, torch.bfloat16])
+    layers: list[nn.Module] = [nn.Linear(inputs, width)]
+    for _ in range(pick.randrange(3)):
+        layers += [
+            pick.choice(
+                [
+                    nn.Dropout(0.5),
+                    nn.LayerNorm(width),
+                    Observed(width),
+                    nn.Linear(width, width, bias=False),
+                    nn.GELU(),
+                ]
+            )
+        ]
+    layers += [Spectrum(width), nn.Linear(width, 4)]
+    model = nn.Sequential(*layers).to(dtype)
+    for module in model:
+        if isinstance(module, Spectrum):
+            module.factors = nn.Parameter(torch.randn(width, dtype=torch.complex64))
+    kind: Any = pick.choice([torch.optim.SGD, torch.optim.AdamW, torch.optim.Adagrad])
+    samples = pick.randrange(5, 40)
+    draws = torch.Generator().manual_seed(seed)
+    x = torch.randn(samples, inputs, generator=draws).to(dtype)
+    y = torch.randint(0, 4, (samples,), generator=draws)
+    return model, [kind(model.parameters(), 1e-2)], TensorDataset(x, y)
+
+
+class Observed(nn.Module):
+    """Notes what it has seen in buffers of several types, one of which stays as it is."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("largest", torch.tensor(float("-inf")))
+        self.register_buffer("stays", torch.tensor([float("-inf"), 0.1, -0.0]))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("any", torch.zeros(3, dtype=torch.bool), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            # Anew in place of in place, and only now and then.
+            self.mean = 0.9 * self.mean + 0.1 * x.mean(0).to(self.mean.dtype)
+            if float(x.flatten()[0]) > 0:
+                self.largest.copy_(torch.maximum(self.largest, x.max().to(self.largest.dtype)))
+            self.seen += len(x)
+            self.any[len(x) % 3] = True
+        return x + torch.rand_like(x)
+
+
+class Spectrum(nn.Module):
+    """Has parameters that are complex."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.factors: Any = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = (x.to(torch.complex64) * self.factors).real.to(x.dtype)
+        return found
+
+
+def loss_of_words(y_pred: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(y_pred, y, ignore_index=0)
+
+
+def count_words(batch: Any) -> Any:
+    return (batch[1] != 0).sum()
+
+
+# What there is to train: model, optimizers and data; spec, shards, window, and the loss.
+KINDS: dict[str, Any] = {
+    "images": (images, "cpu", 4, 1),
+    "overflows": (images, "cpu:fp16", 4, 3),
+    "words": (words, "cpu:bf16", 4, 1),
+    "eight": (words, "cpu", 8, 3),
+    "own": (images, "cpu:fp16", 4, 1),
+    **{
+        f"random {n}": (functools.partial(random_one, n), "cpu", (4, 8)[n % 2], 1 + n % 3)
+        for n in range(12)
+    },
+}
+
+
+def own_step(make: Any, settings: dict[str, Any]) -> tuple[Any, Any, list[Any], Any]:
+    """A process function of the user's own, over `LogicalShards`."""
+    model, optimizers, data = make
+    backend = backends.get(settings["spec"], **settings["backend"]).open()
+    shards = LogicalShards(settings["shards"], backend, model, optimizers)
+
+    def loss_of(part: Any) -> torch.Tensor:
+        x, y = backend.put(part)
+        with backend.autocast():
+            return nn.functional.cross_entropy(model(x), y)
+
+    def step(engine: Any, batch: Any) -> torch.Tensor:
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss = shards.backward(engine, batch, loss_of)
+        for optimizer in optimizers:
+            backend.step(optimizer, 0.5)
+        return loss
+
+    trainer = DeterministicEngine(step, backend, shards=settings["shards"])
+    return trainer, model, optimizers, data
+
+
+def trainer_of(kind: str) -> tuple[Any, Any, list[Any], Any]:
+    torch.manual_seed(3)
+    make, spec, shards, window = KINDS[kind]
+    model, optimizers, data = make()
+    settings: dict[str, Any] = {}
+    if spec == "cpu:fp16":
+        settings["scaler"] = GradScaler("cpu", init_scale=2.0**18, growth_interval=4)
+    if kind == "own":
+        chosen = {"spec": spec, "shards": shards, "backend": settings}
+        return own_step((model, optimizers, data), chosen)
+    is_words = isinstance(model, Words)
+    trainer = create_supervised_trainer(
+        model,
+        optimizers,
+        loss_of_words if is_words else nn.functional.cross_entropy,
+        backend=backends.get(spec, **settings),
+        deterministic=True,
+        gradient_accumulation_steps=window,
+        max_norm=0.5 if "random" not in kind else None,
+        shards=shards,
+        loss_reduction=count_words if is_words else "mean",
+    )
+    schedule = torch.optim.lr_scheduler.StepLR(optimizers[0], 3, 0.7)
+    trainer.add_event_handler(StepEvents.OPTIM_STEP_APPLIED, lambda: schedule.step())
+    trainer.objects["schedule"] = schedule
+    return trainer, model, optimizers, data
+
+
+def train(kind: str, folder: Path | None, kill_after: int) -> dict[str, Any]:
+    """Trains to the end, or until it kills itself; returns what the training has come to."""
+    manual_seed(3)
+    trainer, model, optimizers, data = trainer_of(kind)
+    state: Any = trainer.state
+    state.drawn = []
+    trainer.state_dict_user_keys.append("drawn")
+    objects = {
+        "model": model,
+        **{f"optimizer {n}": one for n, one in enumerate(optimizers)},
+        **{name: one for name, one in trainer.objects.items() if name == "schedule"},
+    }
+    losses: list[str] = []
+
+    @trainer.on(Events.ITERATION_COMPLETED)
+    def note() -> None:
+        losses.append(float(state.output).hex())
+        # What handlers draw is the same, too.
+        state.drawn = [*state.drawn, torch.rand(()).item()]
+
+    if folder is not None:
+        run = resume_or_start(trainer, objects, folder, every=1)
+
+        @trainer.on(Events.ITERATION_STARTED)
+        def kill() -> None:
+            if kill_after and state.iteration > kill_after:
+                run.checkpoint.wait()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    trainer.run(DataLoader(data, BATCH, shuffle=True), max_epochs=EPOCHS)
+    whole = [thing.state_dict() for thing in objects.values()]
+    buffers = [buffer for _, buffer in model.named_buffers()]
+    found = digest([whole, buffers, state.drawn, trainer.backend.state_dict()])
+    return {"digest": found, "losses": losses, "skipped": getattr(state, "skipped_steps", None)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("kinds", nargs="+")
+    parser.add_argument("--save", action="store_true")
+    parser.add_argument("--kill-after", type=int, default=0)
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO)
+    torch.set_num_threads(1)
+    folder: Path = args.folder
+    told = {
+        kind: train(kind, folder / kind if args.save else None, args.kill_after)
+        for kind in args.kinds
+    }
+    rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    (folder / f"{rank}-of-{size}.json").write_text(json.dumps(told))
+
+
+def digest(value: Any) -> str:
+    """A digest of a nest of tensors and plain values, to the bit."""
+    found = hashlib.sha256()
+
+    def add(part: Any) -> None:
+        if isinstance(part, torch.Tensor):
+            found.update(f"{part.dtype} {tuple(part.shape)}".encode())
+            found.update(part.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        elif isinstance(part, dict):
+            for key, item in part.items():
+                found.update(repr(key).encode())
+                add(item)
+        elif isinstance(part, (list, tuple)):
+            for item in part:
+                add(item)
+        else:
+            found.update(repr(part).encode())
+
+    add(value)
+    return found.hexdigest()
+
+
+if __name__ == "__main__":
+    main()
