@@ -1,4 +1,4 @@
-"""The spread tensors of a checkpoint in parts, put where they belong in the states or the objects."""
+"""The spread tensors of a checkpoint in parts, put where they belong in states and objects."""
 
 from __future__ import annotations
 
