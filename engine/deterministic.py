@@ -15,6 +15,7 @@ from crosstrain.engine.data.cursor import Cursor
 from crosstrain.engine.data.sampling import ReproducibleBatchSampler, update_dataloader
 from crosstrain.engine.data.shares import BatchShare, Shards, check_shards, world_of
 from crosstrain.engine.data.streams import ALL_STREAMS, StreamKey
+from crosstrain.engine.exact.laid_over import LaidOver
 from crosstrain.engine.exact.porting import port
 from crosstrain.engine.exact.rank_states import RANKS, SHARDS, check_same_shards, gathered, own_part
 from crosstrain.engine.exact.snapshot import (
@@ -27,6 +28,7 @@ from crosstrain.engine.exact.snapshot import (
     report_differences,
     step_state,
 )
+from crosstrain.engine.exact.unnamed import unnamed_sources
 from crosstrain.engine.ranks.agreed_seed import agreed_seed
 from crosstrain.engine.training.own_step import OwnStep
 
@@ -34,9 +36,9 @@ from .engine import Engine
 from .errors import ResumeWarning, warn_user
 from .events import Events
 from .progress import data_length
-from .proof import Checks
+from .proof import Checks, Proof
 from .random_states import random_states, random_states_kept, restore_random_states
-from .requests import END_EPOCH, QUIET_EPOCH
+from .requests import END_EPOCH, NO_BATCHES, QUIET_EPOCH, RUN_ENDS
 from .state import State
 from .structure import Restored, Structure, named
 
@@ -140,21 +142,22 @@ class DeterministicEngine(Engine):
         has_state = hasattr(process_function, "state_dict")
         self._step: Any = process_function if has_state else OwnStep(process_function, self)
         self._cursor = Cursor(backend, None if shards is None else Shards.of(shards, world))
-        self._process_function = _tracked(process_function, self._cursor)
+        self._step_done = self._cursor.step_done
         self._given_seed = seed
         self._warn_only = warn_only
-        self._completed = self._epoch_began = self._last_ended_epoch = 0
+        # The random states that the epoch that was begun last began with.
+        self._epoch_states: dict[str, Any] | None = None
         # The state that was loaded, until the data is opened.
         self._snapshot: dict[str, Any] | None = None
         self._reseeds = False  # It has no random states of this rank.
+        # A run of the training was passed by since: all of it was done when the state was written.
+        self._passed_by = False
+        # What was loaded beside it, to be laid over what handlers change before the data is opened.
+        self._laid_over: LaidOver | None = None
         self._defers = False
         self._put_back: list[str] = []
+        self._told_unnamed = False
         self._conditions: dict[str, Any] | None = None
-        # Plain functions: a bound method here would keep the engine alive.
-        self.add_event_handler(Events.STARTED, _on_started)
-        self.add_event_handler(Events.EPOCH_STARTED, _on_epoch_started)
-        self.add_event_handler(Events.EPOCH_COMPLETED, _on_epoch_completed)
-        self.add_event_handler(Events.COMPLETED, _on_completed)
 
     @property
     def share(self) -> BatchShare | None:
@@ -187,26 +190,47 @@ class DeterministicEngine(Engine):
         exact = self._cursor.between_batches
         if not exact:
             _warn_inexact("state_dict() was called in the middle of an iteration")
-            values["iteration"] = self._completed
-        state = self.state
+            values["iteration"] = self._place.stepped
+        state, place = self.state, self._place
         values["format"] = FORMAT
         values["seed"] = state.seed
         values["streams"] = list(self._streams)
         values["progress"] = {
             "epoch": state.epoch,
-            "done": values["iteration"] - self._epoch_began,
-            "ended": state.epoch == self._last_ended_epoch,
+            "done": values["iteration"] - place.began,
+            "ended": place.ended or state.epoch == 0,
             "ends": self.asked & END_EPOCH > 0 and self.last_event_name == _ITERATION_ENDS,
             "quiet": bool(self.asked & QUIET_EPOCH),
         }
         values["position"] = self._cursor.position()
         values["rng_states"] = random_states(self.backend)
+        values["epoch_rng_states"] = None if values["progress"]["ended"] else self._epoch_states
         values["backend"] = None if self.backend is None else self.backend.state_dict()
         values["step"] = step_state(self._step)
+        self._tell_unnamed()
         values["structure"] = self._structure.record(named(self.objects, self.saved_beside))
         values["environment"] = self._environment()
         values["exact"] = exact
         return values
+
+    def _tell_unnamed(self) -> None:
+        """Says once what the step and handlers draw from that no checkpoint holds."""
+        if self._told_unnamed or self.checks.unnamed == "off":
+            return
+        self._told_unnamed = True
+        functions = {"the step": self._process_function}
+        for event, function in self._handlers.all_bound():
+            name = getattr(function, "__qualname__", type(function).__qualname__)
+            functions[f"{name} (a handler of {event})"] = function
+        found = unnamed_sources(functions, {*self.named_beside, id(self.state.dataloader)})
+        if found:
+            Proof().differs(
+                f"A resumed run will draw other values from {'; '.join(found)}: that has a "
+                "position or random states of its own, and no checkpoint holds them. Name it in "
+                "to_save (docs/exact_resume.md), or draw from the global generators. If what it "
+                "gives is not used in training: checks=Checks(unnamed='off').",
+                self.checks.unnamed,
+            )
 
     def _environment(self) -> dict[str, Any]:
         if self._conditions is None:
@@ -230,7 +254,7 @@ class DeterministicEngine(Engine):
             raise TypeError(
                 f"Argument state_dict should be a dictionary, but given {type(state_dict)}"
             )
-        own = {"epoch_length", "iteration", "epoch", "max_epochs", "max_iters"}
+        own = {"epoch_length", "iteration", "epoch", "max_epochs", "max_iters", "terminated"}
         full = check_keys(state_dict, {*own, RANKS, *self.state_dict_user_keys})
         if full and state_dict.get("epoch_length", 0) is None:
             # Within a first pass over data of unknown length, an iteration needs no epoch.
@@ -242,10 +266,10 @@ class DeterministicEngine(Engine):
         if full:
             check_same_shards(state_dict, self.shards)
         self._snapshot = own_part(state_dict, self.backend) if full else dict(state_dict)
+        self._passed_by = False
         self._reseeds = full and self._snapshot["rng_states"] is None
         if self._reseeds:
             self._snapshot["rng_states"] = random_states(self.backend)
-        self._completed = self.state.iteration
         self.state.seed = state_dict["seed"] if full else self._given_seed
         if full:
             self._streams = tuple(state_dict["streams"])
@@ -261,8 +285,8 @@ class DeterministicEngine(Engine):
 
     def _begin_anew(self) -> None:
         self._cursor.reset()
-        self._completed = self._epoch_began = self._last_ended_epoch = 0
-        self._snapshot, self._owes_epoch_end, self._owed = None, False, 0
+        self._structure.begin(named(self.objects, self.saved_beside))
+        self._snapshot = self._laid_over = None
         self.state.seed = self._given_seed
 
     def _continue(self) -> State:
@@ -283,23 +307,35 @@ class DeterministicEngine(Engine):
             if self._session is None:
                 # Workers stop with the run.
                 self._cursor.close()
-                snapshot = self._snapshot
-                if snapshot is not None and "format" in snapshot:
-                    # Nothing was left to do, but handlers may have drawn.
-                    self._snapshot = {**snapshot, "rng_states": random_states(self.backend)}
+                self._keep_for_another_run()
+
+    def _keep_for_another_run(self) -> None:
+        """Keeps what handlers have done in a run that had nothing left to do."""
+        snapshot = self._snapshot
+        if snapshot is None or "format" not in snapshot or self._place.open:
+            return
+        self._snapshot = {
+            **snapshot,
+            "rng_states": random_states(self.backend),
+            "step": step_state(self._step),
+            "backend": None if self.backend is None else self.backend.state_dict(),
+        }
+        self._passed_by = self.restartable
 
     def _take_up(self, snapshot: Mapping[str, Any]) -> None:
-        """Restores what comes before the data: the step's and the backend's state, the progress."""
+        """Restores what comes before the data: the step's and the backend's state, the place."""
         if "format" not in snapshot:
             return
-        progress = snapshot["progress"]
-        self._last_ended_epoch = progress["epoch"] if progress["ended"] else 0
-        self._epoch_offset = 0 if progress["ended"] else progress["done"]
-        length = self.state.epoch_length
-        self._owed = END_EPOCH * progress["ends"] | QUIET_EPOCH * progress["quiet"]
-        self._owes_epoch_end = (
-            not progress["ended"] and not progress["ends"] and progress["done"] == length
-        )
+        progress, place = snapshot["progress"], self._place
+        place.ended = progress["ended"]
+        place.within = 0 if progress["ended"] else progress["done"]
+        place.owed &= RUN_ENDS
+        place.owed |= END_EPOCH * progress["ends"] | QUIET_EPOCH * progress["quiet"]
+        if not (progress["ended"] or progress["ends"]):
+            place.owed |= NO_BATCHES * (progress["done"] == self.state.epoch_length)
+        self._laid_over = None
+        if any(map(self.has_users_handler, (Events.STARTED, Events.EPOCH_STARTED))):
+            self._laid_over = LaidOver(self.loaded_with)
         self._put_back = self._restore_structure(snapshot).put_back
         now = self._environment()
         if snapshot["environment"]["backend"] != now["backend"]:
@@ -318,6 +354,12 @@ class DeterministicEngine(Engine):
         objects = named(self.objects, self.saved_beside)
         return self._structure.restore(snapshot["structure"], objects)
 
+    def _settle_structure(self, snapshot: Mapping[str, Any]) -> None:
+        """Puts it back over what handlers that fired again have changed, and tells."""
+        found = self._restore_structure(snapshot)
+        found.put_back = list(dict.fromkeys(self._put_back + found.put_back))
+        found.tell(self.proof, self.checks.structure)
+
     def set_data(self, data: Iterable[Any]) -> None:
         """Takes the next batch, and all after it, from other data, as another pass of the run.
 
@@ -333,7 +375,7 @@ class DeterministicEngine(Engine):
         snapshot = self._snapshot
         if snapshot is None:
             self._cursor.exchange()
-        elif self._in_epoch and "format" in snapshot and snapshot["progress"]["ended"]:
+        elif self._place.open and "format" in snapshot and snapshot["progress"]["ended"]:
             # A handler of this epoch's beginning: the run that was saved did the same after it.
             self._cursor.exchange(snapshot["position"])
             self._snapshot = None
@@ -345,12 +387,10 @@ class DeterministicEngine(Engine):
             # set_data() before the run has come to its data: it is opened then.
             self._defers = False
             return iter(()) if self._session is None else None
+        self._lay_over()
         data, snapshot = self.state.dataloader, self._snapshot
-        if snapshot is not None:
-            # Once more: handlers of the run's and the epoch's beginning have fired again.
-            found = self._restore_structure(snapshot)
-            found.put_back = list(dict.fromkeys(self._put_back + found.put_back))
-            found.tell(self.proof, self.checks.structure)
+        if snapshot is not None and "format" in snapshot and not _at_beginning(snapshot):
+            self._settle_structure(snapshot)
         if snapshot is None:
             self._cursor.open(data, self._key)
         elif "format" not in snapshot:
@@ -359,23 +399,41 @@ class DeterministicEngine(Engine):
             # It was written before the run had come to its data.
             self._cursor.open(data, self._key)
         else:
-            # At an epoch's beginning they were restored before its EPOCH_STARTED, whose handlers
-            # may have drawn; within an epoch that event fired once more, and its draws do not
-            # count.
-            beginning = _at_beginning(snapshot)
-            with random_states_kept(self.backend) if beginning else nullcontext():
-                self._cursor.go_to(
-                    snapshot["position"], data, self._key, self.proof, self.checks.batch_before
-                )
-            if not beginning:
-                restore_random_states(snapshot["rng_states"], self.backend)
-            if self._reseeds:
-                self._cursor.seed_anew(self._key)
+            self._go_on_in(data, snapshot)
         # Not before: if this was the wrong data, the next run still goes on from the state.
-        self._snapshot = None
+        self._snapshot, self.loaded_with = None, {}
         if snapshot is not None:
             self.logger.info("Resumed at iteration %s. %s.", self.state.iteration, self.proof)
         return self._cursor
+
+    def _go_on_in(self, data: Any, snapshot: Mapping[str, Any]) -> None:
+        """Opens data where a state says, and restores the random states there."""
+        # At an epoch's beginning they were restored before its EPOCH_STARTED, whose handlers may
+        # have drawn; within an epoch that event fired once more, and its draws do not count.
+        beginning = _at_beginning(snapshot)
+        another = self._passed_by and beginning
+        cursor, position, strictness = self._cursor, snapshot["position"], self.checks.batch_before
+        with random_states_kept(self.backend) if beginning else nullcontext():
+            if another and not cursor.fits(position, data):
+                cursor.go_on_with(position, data, self._key)
+            else:
+                reason = self._other_beginning(another) if beginning else None
+                if reason is not None and strictness != "off":
+                    self.proof.unchecked.append(f"the batch before: {reason}")
+                    strictness = "off"
+                cursor.go_to(position, data, self._key, self.proof, strictness)
+        if not beginning:
+            restore_random_states(snapshot["rng_states"], self.backend)
+        if self._reseeds:
+            cursor.seed_anew(self._key)
+
+    def _other_beginning(self, another: bool) -> str | None:
+        """Returns why the last batch of an epoch that has ended may differ now, if it may."""
+        if another:
+            return "it was another run's"
+        if self.has_users_handler(Events.EPOCH_STARTED):
+            return "it is of the epoch before, and handlers of EPOCH_STARTED may change the data"
+        return None
 
     def _reopen_data(self) -> Iterator[Any]:
         self._cursor.open_next_pass(self.state.dataloader, self._key)
@@ -387,6 +445,59 @@ class DeterministicEngine(Engine):
         assert seed is not None, "the seed is drawn when a run starts"
         return StreamKey(seed, 0, self._streams)
 
+    def _begins(self) -> None:
+        self.state.seed = agreed_seed(self.state.seed, self.backend)
+        snapshot = self._full_snapshot()
+        if snapshot is not None and self.restartable and self._place.owed & RUN_ENDS:
+            # It ends as it had ended: another run, of this process, would begin another epoch.
+            self.state.epoch = snapshot["progress"]["epoch"]
+            left = {**snapshot["progress"], "ended": True, "ends": False, "quiet": False}
+            self._snapshot = {**snapshot, "progress": left}
+            restore_random_states(snapshot["rng_states"], self.backend)
+
+    def _epoch_begins(self) -> None:
+        snapshot = self._full_snapshot()
+        if snapshot is not None:
+            if _at_beginning(snapshot):
+                self._lay_over()
+                self._settle_structure(snapshot)
+                restore_random_states(snapshot["rng_states"], self.backend)
+            else:
+                self._repeat_beginning(snapshot)
+        self._epoch_states = random_states(self.backend)
+
+    def _ends(self) -> None:
+        snapshot = self._full_snapshot()
+        if snapshot is not None and not self.should_terminate:
+            # Nothing was left to do: the run ends as the one that was saved did.
+            restore_random_states(snapshot["rng_states"], self.backend)
+
+    def _full_snapshot(self) -> dict[str, Any] | None:
+        snapshot = self._snapshot
+        return None if snapshot is None or "format" not in snapshot else snapshot
+
+    def _repeat_beginning(self, snapshot: Mapping[str, Any]) -> None:
+        """Restores the random states that the epoch within which the run goes on began with."""
+        states = snapshot.get("epoch_rng_states")
+        if states is not None:
+            restore_random_states(states, self.backend)
+        elif self.has_users_handler(Events.EPOCH_STARTED):
+            warn_user(
+                "The run goes on within an epoch, and the state does not hold the random states "
+                "that the epoch began with on this rank: an older version wrote it, or another "
+                "number of processes. Handlers of EPOCH_STARTED that draw random numbers, such as "
+                "negatives for the epoch, draw others than before.",
+                ResumeWarning,
+            )
+
+    def _lay_over(self) -> None:
+        """Gives named objects back what the handlers of a resumed beginning have changed."""
+        laid_over, self._laid_over = self._laid_over, None
+        if laid_over is not None and (changed := laid_over.lay()):
+            self.proof.checked.append(
+                f"{', '.join(changed)}: put back after handlers of the beginning had changed it"
+            )
+
     def _open_foreign(self, snapshot: Mapping[str, Any]) -> None:
         """Opens the data where a state of pytorch-ignite's form says."""
         iteration = self.state.iteration
@@ -397,44 +508,9 @@ class DeterministicEngine(Engine):
             restore_random_states(snapshot["rng_states"], self.backend)
 
 
-def _tracked(
-    process_function: Callable[[Any, Any], Any], cursor: Cursor
-) -> Callable[[Any, Any], Any]:
-    @functools.wraps(process_function, updated=())
-    def step(engine: Any, batch: Any) -> Any:
-        output = process_function(engine, batch)
-        cursor.consumed = cursor.fetched
-        engine._completed = engine.state.iteration
-        return output
-
-    return step
-
-
 def _at_beginning(snapshot: Mapping[str, Any]) -> bool:
     progress = snapshot["progress"]
     return bool(progress["ended"]) or progress["done"] == 0
-
-
-def _on_started(engine: Any) -> None:
-    engine.state.seed = agreed_seed(engine.state.seed, engine.backend)
-
-
-def _on_epoch_started(engine: Any) -> None:
-    engine._epoch_began = engine.state.iteration - (engine._epoch_offset or 0)
-    snapshot = engine._snapshot
-    if snapshot is not None and "format" in snapshot and _at_beginning(snapshot):
-        restore_random_states(snapshot["rng_states"], engine.backend)
-
-
-def _on_epoch_completed(engine: Any) -> None:
-    engine._last_ended_epoch = engine.state.epoch
-
-
-def _on_completed(engine: Any) -> None:
-    snapshot = engine._snapshot
-    if snapshot is not None and "format" in snapshot:
-        # Nothing was left to do: the run ends as the one that was saved did.
-        restore_random_states(snapshot["rng_states"], engine.backend)
 
 
 def _warn_inexact(what: str) -> None:

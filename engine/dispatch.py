@@ -197,6 +197,12 @@ class HandlerTable:
             )
         return slot
 
+    def all_bound(self) -> Iterator[tuple[str, Callable[..., Any]]]:
+        """Yields the functions that are attached to any event, with the event's name."""
+        for name, slot in self._slots.items():
+            for function in slot.bound():
+                yield name, function
+
     def bind(
         self,
         engine: Any,
@@ -387,6 +393,14 @@ class Dispatcher:
     def has_event_handler(self, handler: Callable[..., Any], event_name: Any | None = None) -> bool:
         """Tells whether a handler is attached to an event, or to any where none is named."""
         return self._handlers.has(handler, event_name)
+
+    def has_users_handler(self, event: Any) -> bool:
+        """Tells whether a handler that is not this library's own is attached to an event."""
+        ours = "crosstrain.engine"
+        return any(
+            not str(getattr(handler, "__module__", "")).startswith(ours)
+            for handler in self._handlers.require(event).bound()
+        )
 
     def remove_event_handler(self, handler: Callable[..., Any], event_name: Any) -> None:
         """Takes a handler off an event.

@@ -12,6 +12,7 @@ from .events import Events
 from .loop import Loop
 from .progress import begin, check_limits, is_done, load_progress, resume
 from .proof import Checks, Proof
+from .requests import END_RUN, ON_PURPOSE, QUIET_RUN
 from .state import State
 
 if TYPE_CHECKING:
@@ -54,8 +55,12 @@ class Engine(Loop):
         self.warned_of_data = False
         #: What this engine trains, by name: a checkpoint without one of them is not complete.
         self.objects: dict[str, Any] = {}
+        #: What was loaded together with this engine's state, by name, until its run goes on.
+        self.loaded_with: dict[str, Any] = {}
         #: What a checkpoint saves beside this engine, by name: its structure is recorded as well.
         self.saved_beside: dict[str, Any] = {}
+        #: What a checkpoint saves beside it, and what that holds, by `id`: it has been named.
+        self.named_beside: frozenset[int] = frozenset()
         #: How strict a resume of this engine is about each thing that it measures.
         self.checks = Checks()
         #: What the last resume of this engine was found to be; empty where a run began anew.
@@ -67,12 +72,19 @@ class Engine(Loop):
         return self._user_keys
 
     def state_dict(self) -> OrderedDict[str, Any]:
-        """Returns epoch length, iteration, limit, and the attributes that you named."""
+        """Returns epoch length, iteration, limit, and the attributes that you named.
+
+        Of a run that was ended on purpose it says so, too: `terminated` is True, or
+        "skip_completed".
+        """
         limit = "max_epochs" if self.state.max_iters is None else "max_iters"
         keys = ("epoch_length", "iteration", limit, *self._user_keys)
         values = OrderedDict((key, getattr(self.state, key)) for key in keys)
         # An iteration whose step failed is not completed: it is to be done again.
-        values["iteration"] -= self._step_failed
+        values["iteration"] -= self._place.broken
+        asked = self.asked | self._place.owed
+        if asked & ON_PURPOSE:
+            values["terminated"] = "skip_completed" if asked & QUIET_RUN else True
         return values
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -80,7 +92,8 @@ class Engine(Loop):
 
         Args:
             state_dict: `epoch_length`, one of `iteration` and `epoch` (how many are completed), one
-                of `max_epochs` and `max_iters`, and each of `state_dict_user_keys`.
+                of `max_epochs` and `max_iters`, and each of `state_dict_user_keys`. If it has
+                `terminated`, the run was ended on purpose; see `terminate`.
 
         Raises:
             TypeError: if it is not a mapping.
@@ -90,7 +103,10 @@ class Engine(Loop):
         self.proof = Proof()
         if not self._is_running():
             self._drop_session()
-            self._loaded = True
+            self._place.loaded = True
+            if how := state_dict.get("terminated"):
+                quiet = QUIET_RUN if how == "skip_completed" else 0
+                self._place.owed = END_RUN | ON_PURPOSE | quiet
 
     def set_data(self, data: Iterable[Any]) -> None:
         """Takes the next batch, and all after it, from other data; the epoch's length stays.
@@ -143,11 +159,12 @@ class Engine(Loop):
                 "Engine.run() was called by a handler or a step of the same run. Use another "
                 "Engine for an inner loop, such as one for evaluation."
             )
-        if self._failed:
+        if self._session is None:
             self._recover()
-        check_limits(self.state, max_epochs, max_iters)
+        passed_by = self.restartable and self._place.loaded
+        check_limits(self.state, max_epochs, max_iters, passed_by)
         unlimited = self.state.max_epochs is None and self.state.max_iters is None
-        if unlimited or (is_done(self.state) and self._session is None and not self._loaded):
+        if unlimited or (is_done(self.state) and self._session is None and not self._place.loaded):
             begin(self.state, data, max_epochs, max_iters, epoch_length)
             self.proof = Proof()
             self._begin_anew()

@@ -13,8 +13,19 @@ from typing import TYPE_CHECKING, Any
 from .errors import DataUsedUp, EmptyData, RankFailed
 from .events import Events
 from .loader_workers import workers_left_alone
+from .place import Place
 from .progress import is_done
-from .requests import END_EPOCH, END_RUN, QUIET_EPOCH, QUIET_RUN, EndEpoch, EndRun, Requests
+from .requests import (
+    END_RUN,
+    EPOCH_ENDS,
+    NO_BATCHES,
+    QUIET_EPOCH,
+    QUIET_RUN,
+    RUN_ENDS,
+    EndEpoch,
+    EndRun,
+    Requests,
+)
 from .state import State
 
 if TYPE_CHECKING:
@@ -44,21 +55,10 @@ class Loop(Requests):
         self.backend = backend
         self._process_function = process_function
         self._data_iter: Any = None
+        # Called when the step of a batch is done, before anything else is.
+        self._step_done: Callable[[], None] | None = None
         self._session: Generator[None, None, None] | None = None
-        # A state was loaded: the next run goes on from it, even where nothing is left to do.
-        self._loaded = False
-        # The loaded state has an epoch whose iterations are done and whose end has not been fired.
-        self._owes_epoch_end = False
-        # What had been asked for when the loaded state was written, and was not done yet.
-        self._owed = 0
-        # How many iterations the epoch that a session begins in has behind it: none after a run
-        # that has ended; None: what the state says, as after it was loaded.
-        self._epoch_offset: int | None = None
-        # Whether an epoch has begun and not ended.
-        self._in_epoch = False
-        # Whether an exception ended the run; whether one left an iteration before its step's end;
-        # the one that is to propagate.
-        self._failed = self._step_failed = False
+        # What is to propagate out of `run`.
         self._failure: BaseException | None = None
         self._at_end: list[Callable[[], None]] = []
         #: Whether the run has come to its end, for what is called there: no pause, no exception.
@@ -75,25 +75,27 @@ class Loop(Requests):
         self._at_end.append(function)
 
     def _drop_session(self) -> None:
-        """Forgets a paused run and its data, what was asked of a run and what went wrong in it."""
+        """Forgets a paused run and its data, what was asked of a run and where it was."""
         if self._session is not None:
             self._session.close()
             self._session = self._data_iter = None
-        self.asked, self._epoch_offset = 0, None
-        self._failed = self._in_epoch = self._step_failed = False
+        self.asked, self._place = 0, Place()
 
     def _recover(self) -> None:
         """Sets the state of a failed run back to the last iteration whose step was completed."""
-        self.state.iteration -= self._step_failed
-        self.state.epoch -= self._in_epoch
-        self._failed = self._in_epoch = self._step_failed = False
+        place = self._place
+        self.state.iteration -= place.broken
+        self.state.epoch -= place.open
+        place.broken = place.open = False
 
     def _continue(self) -> State:
-        state = self.state
+        state, place = self.state, self._place
         if self._session is None:
-            if self._epoch_offset is None:
-                self._epoch_offset = state.iteration % (state.epoch_length or 1)
-            self.asked, self._loaded = 0, False
+            if place.within is None:
+                place.within = state.iteration % (state.epoch_length or 1)
+            place.stepped = state.iteration
+            place.loaded = place.loaded and self.restartable
+            self.asked = 0
             self._session = self._run()
         self._logs_events = self.logger.isEnabledFor(logging.DEBUG)
         session = self._session
@@ -138,15 +140,17 @@ class Loop(Requests):
         times[Events.EPOCH_COMPLETED.name] = times[Events.COMPLETED.name] = 0.0
         try:
             try:
+                self._begins()
                 self._emit(Events.STARTED)
+                if self.restartable and self._place.owed & RUN_ENDS:
+                    self._end_as_loaded()
+                self._place.owed &= ~RUN_ENDS
                 if self.asked:
                     yield from self._obey()
-                while (
-                    self._owes_epoch_end or not is_done(self.state)
-                ) and not self.should_terminate:
+                while self._has_epochs() and not self.should_terminate:
                     yield from self._run_epoch()
             except EndRun:
-                self._in_epoch, self._epoch_offset = False, 0
+                self._place.leave()
                 self._emit(Events.TERMINATE)
             except EndEpoch:
                 raise RuntimeError(
@@ -155,6 +159,7 @@ class Loop(Requests):
                     "GET_BATCH_STARTED or later, or terminate() to end the run."
                 ) from None
             times[Events.COMPLETED.name] = time.perf_counter() - started
+            self._ends()
             if not self.asked & QUIET_RUN:
                 self._emit(Events.COMPLETED)
                 times[Events.COMPLETED.name] = time.perf_counter() - started
@@ -163,12 +168,30 @@ class Loop(Requests):
             # A paused run that nobody went on with is being thrown away.
             raise
         except _Failed:
-            self._failed = True
+            pass
         except BaseException as error:  # noqa: BLE001  EXCEPTION_RAISED decides what it means
-            self._failed = True
             with contextlib.suppress(_Failed):
                 self._report(error)
         self._data_iter = None
+
+    def _has_epochs(self) -> bool:
+        return bool(self._place.owed & NO_BATCHES) or not is_done(self.state)
+
+    def _end_as_loaded(self) -> None:
+        """Ends the run as the one was ended whose state was loaded: on purpose, once and for all.
+
+        Raises:
+            EndRun: always.
+        """
+        place = self._place
+        self.asked |= place.owed & RUN_ENDS
+        place.owed &= ~RUN_ENDS
+        self.logger.info(
+            "The run was ended on purpose at iteration %s, by terminate(): nothing is trained. To "
+            "train on, set should_terminate = False before run().",
+            self.state.iteration,
+        )
+        raise EndRun
 
     def _report(self, error: BaseException) -> None:
         """Fires EXCEPTION_RAISED; returns if a handler dealt with the error.
@@ -194,48 +217,50 @@ class Loop(Requests):
     def _run_epoch(self) -> Generator[None, None, None]:
         started = time.perf_counter()
         self._logs_events = self.logger.isEnabledFor(logging.DEBUG)
-        self.state.epoch += 1
-        self._in_epoch = True
+        state, place = self.state, self._place
+        state.epoch += 1
+        place.open, place.ended, place.loaded = True, False, False
+        place.began = state.iteration - (place.within or 0)
+        self._epoch_begins()
         self._emit(Events.EPOCH_STARTED)
         if self.asked:
             yield from self._obey()
         if self._data_iter is None:
             self._data_iter = self._open_data()
-        yield from self._run_batches()
-        self._in_epoch, self._epoch_offset = False, 0
+        if not place.owed & NO_BATCHES:
+            yield from self._run_batches(place)
+        place.owed = 0
+        place.end_epoch()
         times, key = self.state.times, Events.EPOCH_COMPLETED.name
         times[key] = time.perf_counter() - started
         if not self.asked & QUIET_EPOCH:
             self._emit(Events.EPOCH_COMPLETED)
             times[key] = time.perf_counter() - started
         # There is no epoch left to end.
-        self.asked &= ~(END_EPOCH | QUIET_EPOCH)
+        self.asked &= ~EPOCH_ENDS
         if self.asked:
             yield from self._obey()
         self.logger.info("Epoch %s ends after %.3f s.", self.state.epoch, times[key])
 
-    def _run_batches(self) -> Generator[None, None, None]:
+    def _run_batches(self, place: Place) -> Generator[None, None, None]:
         """The loop over one epoch's batches: the hot path, whose every line is paid each time."""
         slot = self._handlers.require
         asking, got = slot(Events.GET_BATCH_STARTED), slot(Events.GET_BATCH_COMPLETED)
         starting, completing = slot(Events.ITERATION_STARTED), slot(Events.ITERATION_COMPLETED)
-        if self._owes_epoch_end:
-            self._owes_epoch_end = False
-            return
         started = starting.event
         fire = self._log_and_fire if self._logs_events else self._fire
-        process = self._process_function
+        process, step_done = self._process_function, self._step_done
         sync = None if self.backend is None else self.backend.sync
         # Events that nobody listens to are passed by, unless they are logged, or a pause has been:
         # something may have been asked for meanwhile.
         alert = self._logs_events or self.asked != 0
-        count = self._epoch_offset or 0
-        stepped = self.state.iteration
-        first = stepped - count
+        count = place.within or 0
+        place.stepped = self.state.iteration
         renewed = False
         try:
-            if self._owed:
-                self.asked, self._owed = self.asked | self._owed, 0
+            if place.owed:
+                self.asked |= place.owed
+                place.owed = 0
                 yield from self._obey()
             while True:
                 state = self.state
@@ -250,7 +275,7 @@ class Loop(Requests):
                 except StopIteration:
                     if state.epoch_length is None:
                         self._learn_epoch_length(count)
-                        break
+                        return
                     yield from self._renew_data(renewed)
                     renewed = True
                     continue
@@ -271,28 +296,31 @@ class Loop(Requests):
                 else:
                     self.last_event_name = started
                 state.raw_output = process(self, state.batch)
+                if step_done is not None:
+                    step_done()
                 if sync is not None:
                     sync()
-                stepped = state.iteration
+                place.stepped = state.iteration
                 if completing.handlers or alert:
                     fire(completing)
                 if self.asked:
                     yield from self._obey()
                     alert = True
                 if count == state.epoch_length:
-                    break
-                if stepped == state.max_iters:
+                    return
+                if place.stepped == state.max_iters:
                     self.asked |= END_RUN
                     raise EndRun
         except EndEpoch:
-            self._in_epoch = False
-            self._fire_with(slot(Events.TERMINATE_SINGLE_EPOCH), iter_counter=count)
+            place.open = False
+            iterations = self.state.iteration - place.began
+            self._fire_with(slot(Events.TERMINATE_SINGLE_EPOCH), iter_counter=iterations)
             self._data_iter = self._reopen_data()
         except (EndRun, GeneratorExit):
             raise
         except BaseException as error:
-            self._step_failed = self.state.iteration > stepped
-            if not self._goes_on(error, stepped - first):
+            place.broken = self.state.iteration > place.stepped
+            if not self._goes_on(error, place.stepped - place.began):
                 raise
 
     def _goes_on(self, error: BaseException, done: int) -> bool:
@@ -305,16 +333,16 @@ class Loop(Requests):
         Raises:
             _Failed: if they did not.
         """
-        length = self.state.epoch_length
-        self._in_epoch = done != length
+        length, place = self.state.epoch_length, self._place
+        place.open = done != length
         # Where the length is to be learned, the epoch that goes on must count from its beginning.
-        self._epoch_offset = done if self._in_epoch and length is not None else 0
+        place.within = done if place.open and length is not None else 0
         if not isinstance(error, Exception) or isinstance(error, _END_RUN_EITHER_WAY):
             return False
         if self.ranks is not None and isinstance(self.ranks.first_cause(error), RankFailed):
             return False
         self._report(error)
-        self._step_failed = False
+        place.broken = False
         if length is None:
             # What is left of this pass must not be taken for the length of an epoch.
             self._data_iter = self._reopen_data()
@@ -332,8 +360,19 @@ class Loop(Requests):
         """Returns an iterator over the data from its beginning, for another pass of this run."""
         return self._open_data()
 
+    # What a subclass adds to a run.
+
     def _begin_anew(self) -> None:
         """Forgets whatever a subclass keeps of the run before: a new one begins."""
+
+    def _begins(self) -> None:
+        """Is called before STARTED fires."""
+
+    def _epoch_begins(self) -> None:
+        """Is called before EPOCH_STARTED fires."""
+
+    def _ends(self) -> None:
+        """Is called before COMPLETED fires, whether it does or not."""
 
     def _learn_epoch_length(self, count: int) -> None:
         """Takes the length of the data's first pass for the epoch's.

@@ -41,8 +41,16 @@ def is_done(state: State) -> bool:
     return length is not None and state.iteration >= length * state.max_epochs
 
 
-def check_limits(state: State, max_epochs: int | None, max_iters: int | None) -> None:
+def check_limits(
+    state: State, max_epochs: int | None, max_iters: int | None, may_be_behind: bool = False
+) -> None:
     """Checks new limits against a state that may have made progress already, and takes them.
+
+    Args:
+        state: the state.
+        max_epochs: the new limit of epochs, if there is one.
+        max_iters: likewise, of iterations.
+        may_be_behind: allows limits below what is done: the run that they are of was before.
 
     Raises:
         ValueError: if both are given, one is below 1 or below what is done, or the state counts by
@@ -67,10 +75,12 @@ def check_limits(state: State, max_epochs: int | None, max_iters: int | None) ->
                 f"{getattr(state, other)}."
             )
     if max_epochs is not None and state.max_epochs is not None:
-        _check_not_behind("max_epochs", max_epochs, "epoch", state.epoch)
+        if not may_be_behind:
+            _check_not_behind("max_epochs", max_epochs, "epoch", state.epoch)
         state.max_epochs = max_epochs
     if max_iters is not None and state.max_iters is not None:
-        _check_not_behind("max_iters", max_iters, "iteration", state.iteration)
+        if not may_be_behind:
+            _check_not_behind("max_iters", max_iters, "iteration", state.iteration)
         state.max_iters = max_iters
 
 

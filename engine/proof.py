@@ -27,6 +27,8 @@ class Checks:
         structure: what no state_dict has is compared: which parameters want gradients, modes of
             modules, parameter groups, non-persistent buffers.
         writer: what a save writes is held to what a load accepts, while it is written.
+        unnamed: what the step and handlers refer to is looked through, when a state is first taken,
+            for loaders' iterators, other iterators and random generators that are not in `to_save`.
 
     Raises:
         ValueError: if one of them is none of the three words.
@@ -36,6 +38,7 @@ class Checks:
     read_back: Strictness = "error"
     structure: Strictness = "error"
     writer: Strictness = "error"
+    unnamed: Strictness = "warn"
 
     def __post_init__(self) -> None:
         legal = get_args(Strictness)

@@ -8,11 +8,13 @@ from typing import Final, Protocol
 
 from .dispatch import Dispatcher
 from .events import Events
+from .place import Place
 
 __all__ = [
     "END_EPOCH",
     "END_RUN",
     "EPOCH_ENDS",
+    "NO_BATCHES",
     "ON_PURPOSE",
     "PAUSE",
     "QUIET_EPOCH",
@@ -31,6 +33,7 @@ END_RUN: Final = 4
 QUIET_EPOCH: Final = 8  # without EPOCH_COMPLETED
 QUIET_RUN: Final = 16  # without COMPLETED
 ON_PURPOSE: Final = 32  # for good: started again from its state, the run trains nothing more
+NO_BATCHES: Final = 64  # the epoch's iterations are all done: only its end is to be fired
 # All that is asked of an epoch's end, and of the run's.
 EPOCH_ENDS: Final = END_EPOCH | QUIET_EPOCH
 RUN_ENDS: Final = END_RUN | QUIET_RUN | ON_PURPOSE
@@ -74,11 +77,16 @@ class Requests(Dispatcher):
     """
 
     interrupt_resume_enabled = True
+    #: Whether the program is one that its scheduler starts again, as `resume_or_start` says: a run
+    #: that a loaded state was ended on purpose in trains nothing more, and of several runs with a
+    #: limit each, those that the state has behind it are passed by.
+    restartable = False
 
     def __init__(self) -> None:
         super().__init__()
         #: What has been asked of the run and is not done yet, as bits such as END_RUN.
         self.asked = 0
+        self._place = Place()
         #: With whom it is agreed what is done of it, where several processes train as one.
         self.ranks: Ranks | None = None
 
@@ -86,9 +94,12 @@ class Requests(Dispatcher):
     def should_terminate(self) -> bool:
         """Whether the run ends, or the last one was ended, by `terminate` or by `max_iters`.
 
-        Setting it to True does what `terminate()` does, and to False takes that back.
+        Also after `resume_or_start` has loaded the state of a run that `terminate` had ended.
+        Setting it to True does what `terminate()` does. Setting it to False takes that back: the
+        next `run` goes on.
         """
-        return bool(self.asked & END_RUN)
+        owed = self._place.owed if self.restartable else 0
+        return bool((self.asked | owed) & END_RUN)
 
     @should_terminate.setter
     def should_terminate(self, value: bool | str) -> None:
@@ -96,6 +107,7 @@ class Requests(Dispatcher):
             self.terminate(skip_completed=value == "skip_completed")
         else:
             self.asked &= ~RUN_ENDS
+            self._place.owed &= ~RUN_ENDS
 
     @property
     def should_terminate_single_epoch(self) -> bool:
@@ -139,7 +151,7 @@ class Requests(Dispatcher):
         """Ends the run after the current event: TERMINATE fires, then COMPLETED.
 
         This is an end on purpose, such as early stopping's: a state that is saved from here on says
-        so, and a run that is started again from it trains nothing more. Where only this process has
+        so, and `resume_or_start`, started again, trains nothing more. Where only this process has
         to end, because its time is up or a signal has come, say so by `goes_on`.
 
         Args:

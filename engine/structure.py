@@ -28,6 +28,8 @@ _LARGEST_BUFFER: Final = 2**20
 # What wrappers put into the names of the modules inside them.
 _WRAPPERS: Final = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _SHOWN: Final = 5
+# Attributes that torch keeps for itself: `training` is recorded, a scheduler sets the last.
+_TORCHS_OWN: Final = frozenset({*vars(Module()), "_opt_called", "_step_count"})
 
 
 def recordable(objects: Any, name: str = "") -> dict[str, Any]:
@@ -144,9 +146,16 @@ class Structure:
     changes is read once.
     """
 
+    _begun: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
+    _changed: dict[str, set[str]] = field(default_factory=dict[str, set[str]])
     _digests: dict[str, tuple[weakref.ref[torch.Tensor], int, str]] = field(
         default_factory=dict[str, tuple["weakref.ref[torch.Tensor]", int, str]]
     )
+
+    def begin(self, objects: Mapping[str, Any]) -> None:
+        """Notes the attributes that objects begin a run with: those that change are recorded."""
+        self._changed = {}
+        self._begun = {name: _plain_attributes(value) for name, value in objects.items()}
 
     def record(self, objects: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the structure of objects, as plain types and tensors.
@@ -161,12 +170,21 @@ class Structure:
                 for name, value in objects.items()
                 if isinstance(value, Module)
             },
+            "attributes": {name: self._changed_attributes(name, v) for name, v in objects.items()},
             "optimizers": {
                 name: [[names.get(id(p), "") for p in g["params"]] for g in value.param_groups]
                 for name, value in objects.items()
                 if isinstance(value, Optimizer)
             },
         }
+
+    def _changed_attributes(self, name: str, value: Any) -> dict[str, Any]:
+        """Returns the plain attributes that are not what the run began with."""
+        now = _plain_attributes(value)
+        begun = self._begun.setdefault(name, now)
+        changed = self._changed.setdefault(name, set())
+        changed |= {path for path in now if path not in begun or begun[path] != now[path]}
+        return {path: now[path] for path in sorted(changed) if path in now}
 
     def _record_module(self, name: str, module: Module) -> dict[str, Any]:
         mode = module.training
@@ -208,6 +226,11 @@ class Structure:
                 self._restore_module(name, objects[name], then, found)
             else:
                 found.missing.append(name)
+        for name, then in record.get("attributes", {}).items():
+            if name in objects:
+                self._changed[name] = set(then)
+                found.put_back += _put_attributes(name, objects[name], then)
+                self._begun[name] = _plain_attributes(objects[name])
         names = _names(objects)
         for name, groups in record["optimizers"].items():
             if isinstance(objects.get(name), Optimizer):
@@ -309,6 +332,37 @@ def _names(objects: Mapping[str, Any]) -> dict[int, str]:
     for parameter, name in _named_parameters(objects):
         found.setdefault(id(parameter), name)
     return found
+
+
+def _holders(value: Any) -> dict[str, Any]:
+    """Returns what may have attributes of its own: an optimizer, or a module's modules, by path."""
+    if isinstance(value, Module):
+        return {f"{name}." if name else "": one for name, one in _modules(value).items()}
+    return {"": value}
+
+
+def _plain_attributes(value: Any) -> dict[str, Any]:
+    """Returns the numbers, words and truths among an object's attributes, by path."""
+    return {
+        f"{path}{name}": item
+        for path, holder in _holders(value).items()
+        for name, item in vars(holder).items()
+        if type(item) in (bool, int, float, str) and name not in _TORCHS_OWN
+    }
+
+
+def _put_attributes(name: str, value: Any, then: Mapping[str, Any]) -> list[str]:
+    """Sets attributes to what they were; returns which had another value."""
+    now = _plain_attributes(value)
+    changed: list[str] = []
+    holders = _holders(value)
+    for path, item in then.items():
+        head, dot, own = path.rpartition(".")
+        holder = holders.get(head + dot)
+        if holder is not None and (path not in now or now[path] != item):
+            setattr(holder, own, item)
+            changed.append(f"{name}.{path}")
+    return changed
 
 
 def _other_groups(

@@ -87,6 +87,7 @@ class Checkpoint:
             )
         if n_saved is not None and n_saved < 1:
             raise ValueError(f"n_saved must be a positive integer or None, got {n_saved}")
+        introduce(to_save)
         self.to_save = to_save
         self.filename_prefix = filename_prefix
         self.score_name = score_name

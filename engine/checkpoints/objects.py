@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -96,11 +96,18 @@ def introduce(
         if not isinstance(engine, Engine):
             continue
         engine.saved_beside = recordable(dict(objects))
+        engine.named_beside = frozenset(_identities(objects))
         state = None if states is None else states.get(name)
         if is_mapping(state) and engine.checks.structure != "off":
             known = named(engine.objects, engine.saved_beside)
             added += [(engine, what) for what in rebuild_groups(state.get("structure"), known)]
     return added
+
+
+def _identities(objects: Mapping[str, Any]) -> Iterator[int]:
+    for _, value in walk_objects(objects):
+        yield id(value)
+        yield from map(id, getattr(value, "__dict__", {}).values())
 
 
 def _state_of(value: Any, rank: int) -> Any:
@@ -194,6 +201,9 @@ def restore(
             for name in ("checked", "unchecked", "differences"):
                 getattr(engine.proof, name)[:0] = getattr(proof, name)
     proof = engines[0].proof if engines else proof
+    beside = {name: unwrap(one) for name, one, _ in pairs if not isinstance(one, Engine)}
+    for engine in engines:
+        engine.loaded_with = beside
     for engine, what in rebuilt:
         engine.proof.checked.append(f"put back: {what}")
     return proof

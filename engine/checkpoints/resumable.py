@@ -109,6 +109,7 @@ class ResumableRun:
             event: when a checkpoint is due.
         """
         trainer = self._trainer
+        trainer.restartable = True
         trainer.add_event_handler(event, self._mark)
         trainer.add_event_handler(Events.STARTED, self._begin)
         # Whatever else happens after an iteration, such as a scheduler's step, must have happened
@@ -135,6 +136,12 @@ class ResumableRun:
                 f"The run is complete already, at iteration {self._finished[0]}: nothing is "
                 "trained. To train on, raise max_epochs or max_iters; to train anew, use another "
                 "folder."
+            )
+        elif trainer.should_terminate:
+            say(
+                f"The run was ended on purpose, by terminate(), at iteration {self._boundary}: "
+                "nothing is trained. To train on, set trainer.should_terminate = False before "
+                "run(); to train anew, use another folder."
             )
         elif self._latest and trainer.state.iteration == self._boundary:
             warn_of_repeated_data(trainer, "goes on")

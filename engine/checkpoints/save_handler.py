@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from crosstrain.engine.nests import has
+from crosstrain.engine.proof import Checks
 
 from .save_job import SaveJob
 
@@ -28,6 +29,7 @@ class RunFacts:
         names: the names of the objects.
         bare: whether the checkpoint is the state of its one object itself.
         objects: the objects, by name.
+        checks: how strict to be about what could not be loaded again.
     """
 
     iteration: int | None = None
@@ -36,6 +38,7 @@ class RunFacts:
     names: tuple[str, ...] | None = None
     bare: bool = False
     objects: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    checks: Checks = field(default_factory=Checks)
 
 
 class BaseSaveHandler(metaclass=ABCMeta):

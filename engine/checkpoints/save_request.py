@@ -10,6 +10,7 @@ from crosstrain.engine.engine import Engine
 from crosstrain.engine.errors import ResumeWarning, warn_user
 from crosstrain.engine.guards import is_path
 from crosstrain.engine.nests import walk_objects
+from crosstrain.engine.proof import Checks
 from crosstrain.engine.storage.errors import CheckpointWarning
 
 from .objects import unsaved_objects
@@ -85,6 +86,7 @@ def facts_of(engine: Any, to_save: Mapping[str, Any], checkpoint: Mapping[str, A
         names=tuple(map(str, checkpoint)),
         bare=len(checkpoint) == 1,
         objects=to_save,
+        checks=getattr(trainer, "checks", Checks()),
     )
 
 

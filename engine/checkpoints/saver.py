@@ -14,6 +14,7 @@ import torch
 
 from crosstrain.engine.guards import is_mapping
 from crosstrain.engine.nests import walk_objects
+from crosstrain.engine.proof import Strictness
 from crosstrain.engine.ranks.line import Line, has_ranks
 from crosstrain.engine.ranks.world import this_rank, world_size
 from crosstrain.engine.spread import has_spread, parameter_names, split
@@ -28,7 +29,8 @@ from crosstrain.engine.storage.errors import CheckpointError, CheckpointWriteErr
 from crosstrain.engine.storage.lock import FolderLock
 from crosstrain.engine.storage.manifest import Manifest, later_than, software_versions
 from crosstrain.engine.storage.parts_write import Staged, Writers, write_in_parts
-from crosstrain.engine.storage.staging import HostBuffers, Snapshot, host_state, state_bytes
+from crosstrain.engine.storage.safe_load import check_written
+from crosstrain.engine.storage.staging import HostBuffers, HostState, Snapshot, host_state, on_host
 
 from .layouts import FILE, PARTS, list_checkpoints, names_in, newest_time
 from .save_handler import BaseSaveHandler, RunFacts
@@ -223,28 +225,33 @@ class DiskSaver(BaseSaveHandler):
         told = self._describe(checkpoint, filename, run)
         path = FILE.path_of(self.dirname, filename)
         if not self._background:
-            self._write(path, told, host_state(checkpoint))
+            self._write(path, told, on_host(checkpoint), run.checks.writer)
             return
         values = (value for _, value in walk_objects(run.objects))
         stepped = [value for value in values if isinstance(value, torch.optim.Optimizer)]
         snapshot = Snapshot(checkpoint, self._buffers, stepped if self._overlap else ())
-        write = partial(self._write, path, told, snapshot.state)
+        host = HostState(snapshot.state, snapshot.nbytes)
+        write = partial(self._write, path, told, host, run.checks.writer)
         self._job = SaveJob(filename, snapshot, write, self._remove_now, path)
 
-    def _write(self, path: Path, told: Manifest, state: Any) -> None:
+    def _write(self, path: Path, told: Manifest, host: HostState, strictness: Strictness) -> None:
         """Writes a plain state; in whichever thread."""
-        check_free_space(path, state_bytes(state) + _SPARE_BYTES)
+        check_free_space(path, host.nbytes + _SPARE_BYTES)
 
         def produce(file: HashingFile) -> None:
             # torch asks only for write and flush.
-            torch.save(state, file, **self.kwargs)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+            torch.save(host.state, file, **self.kwargs)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
         def trailer(size: int, digest: str) -> tuple[bytes, int]:
             encoded = replace(told, size=size, sha256=digest).encode()
             return encoded, len(encoded)
 
+        def check(descriptor: int) -> None:
+            check_written(descriptor, host.state, path, strictness)
+
         # Beside training, the thread makes do with one core.
-        write_file(path, produce, trailer, atomic=self._atomic, parallel=not self._background)
+        parallel = not self._background
+        write_file(path, produce, trailer, check=check, atomic=self._atomic, parallel=parallel)
 
     def _save_parts(self, checkpoint: Any, filename: str, run: RunFacts) -> None:
         if self._overlap:

@@ -113,6 +113,10 @@ class Cursor:
             self.share = counted(self._shares, self._flow.data)
         return item
 
+    def step_done(self) -> None:
+        """Says that the step of the batch that was given last is done."""
+        self.consumed = self.fetched
+
     @property
     def between_batches(self) -> bool:
         """Whether the step of every batch that was given is done."""
@@ -184,6 +188,23 @@ class Cursor:
         self._open_flow(key, position["flow"], again)
         if again:
             self._compare(before, proof, strictness)
+
+    def fits(self, position: Mapping[str, Any], data: Any) -> bool:
+        """Tells whether data is of the kind and the lengths of that which a position is in."""
+        then: Mapping[str, Any] = position["data"]
+        return then == self._flow_of(data).fingerprint()
+
+    def go_on_with(self, position: Mapping[str, Any], data: Any, key: StreamKey) -> None:
+        """Opens other data where a run has ended: that of the next run, in this process or another.
+
+        Args:
+            position: where the run that has ended was.
+            data: the data of the next one.
+            key: the run's seed and streams.
+        """
+        self._pass, self._exchanges = position["pass"], position["exchanges"]
+        self.consumed, self.opened = position["batch"], True
+        self.open(data, key)
 
     def _compare(self, before: Mapping[str, Any], proof: Proof, strictness: Strictness) -> None:
         flow = self._flow

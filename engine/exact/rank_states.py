@@ -27,7 +27,7 @@ RANKS: Final = "ranks"
 #: What the number of logical shards is called among the conditions of a run.
 SHARDS: Final = "logical shards"
 _logger = logging.getLogger(__name__)
-_PARTS: Final = ("rng_states", "position", "backend", "step")
+_PARTS: Final = ("rng_states", "epoch_rng_states", "position", "backend", "step")
 
 
 def gathered(values: Mapping[str, Any], engine: Engine, destination: int) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def own_part(state: Mapping[str, Any], backend: Backend | None) -> dict[str, Any
         return own
     if ranks is not None and ranks["others"] is None:
         if (ranks["rank"], size) != (world.rank, world.size):
-            own["rng_states"] = None
+            own["rng_states"] = own["epoch_rng_states"] = None
             warn_user(
                 f"The state is that of rank {ranks['rank']} of {size} alone, taken there while "
                 "another rank got those of all. Not carried over: the random states of rank "
@@ -125,7 +125,11 @@ def own_part(state: Mapping[str, Any], backend: Backend | None) -> dict[str, Any
     lost = [f"the main process's random streams of rank {r}" for r in range(world.size, size)]
     for rank in range(size, world.size):
         lost.append(f"the main process's random streams of rank {rank}, which there was none of")
-    went = parts[world.rank] if world.rank < size else {**parts[0], "rng_states": None}
+    went = (
+        parts[world.rank]
+        if world.rank < size
+        else {**parts[0], "rng_states": None, "epoch_rng_states": None}
+    )
     if own.get("step") is not None and _has_window(own["step"]):
         went["step"] = combined([part["step"] for part in parts])
     warn_user(

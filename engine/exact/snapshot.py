@@ -47,6 +47,7 @@ KEYS: Final = frozenset(
 #: What newer versions write besides, which a state need not have, with what is not checked of a
 #: resume from a state that does not have it.
 OPTIONAL_KEYS: Final[Mapping[str, str]] = {
+    "epoch_rng_states": "the random states of the epoch's beginning, for handlers of EPOCH_STARTED",
     "structure": "the structure of what is trained: what wants gradients, parameter groups",
 }
 

@@ -117,6 +117,7 @@ def write_file(
     produce: Callable[[HashingFile], None],
     trailer: Callable[[int, str], tuple[bytes, int]],
     *,
+    check: Callable[[int], None] = lambda _: None,
     atomic: bool = True,
     parallel: bool = True,
 ) -> None:
@@ -127,6 +128,8 @@ def write_file(
         produce: writes the contents into the file that it is given.
         trailer: called with the size and the sha256 of the contents; returns bytes to append, and
             the 16-bit number that replaces the last two bytes of the contents.
+        check: called with the descriptor of the whole file, before it gets its name; what it raises
+            ends the writing.
         atomic: if false, the file is written in place: for file systems without rename. A kill then
             leaves a part of a file, under its name.
         parallel: hashes in a thread beside the writing.
@@ -148,6 +151,8 @@ def write_file(
             file.write(appendix)
             file.finish()
             os.pwrite(descriptor, patch.to_bytes(2, "little"), file.size - len(appendix) - 2)
+            step = "reading back"
+            check(descriptor)
             step = "flushing"
             os.fsync(descriptor)
         step = "renaming"
@@ -172,7 +177,8 @@ def _temporary_name() -> str:
 @contextlib.contextmanager
 def _descriptor(path: Path, exclusive: bool) -> Generator[int]:
     fresh = os.O_EXCL if exclusive else os.O_TRUNC
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | fresh, 0o666)
+    # Readable, too: it is checked before it gets its name.
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | fresh, 0o666)
     try:
         yield descriptor
     except BaseException:

@@ -23,7 +23,7 @@ import torch
 
 from crosstrain.engine.guards import is_exact_dict, is_exact_list
 
-from .errors import CheckpointCorrupt
+from .errors import CheckpointContentError, CheckpointCorrupt
 
 __all__ = [
     "INDEX",
@@ -48,6 +48,7 @@ MAX_MANIFEST_BYTES = 65_535
 _FORMAT = "crosstrain checkpoint"
 _PARTS_FORMAT = "crosstrain sharded checkpoint"
 _SCHEMA = 1
+_END_OF_TIME = 2**63
 _DIGEST_MARK = b"\nsha256:"
 # No clock is wrong by more: what tells a later time was not saved then.
 _YEAR_NS = 366 * 24 * 3600 * 10**9
@@ -107,7 +108,8 @@ class Manifest:
         """Returns the manifest as text in ASCII, closed by its own hash.
 
         Raises:
-            ValueError: if the names of the objects make it longer than a zip comment may be.
+            CheckpointContentError: if the names of the objects make it longer than a zip comment
+                may be.
         """
         values = asdict(self)
         files = values.pop("files")
@@ -118,7 +120,7 @@ class Manifest:
             return _closed({**told, "files": files, **values})
         encoded = _closed({"format": _FORMAT, "schema": _SCHEMA, **values})
         if len(encoded) > MAX_MANIFEST_BYTES:
-            raise ValueError(
+            raise CheckpointContentError(
                 f"The names of {len(self.objects)} objects make a manifest of {len(encoded)} bytes;"
                 f" {MAX_MANIFEST_BYTES} is the most. Save fewer objects, each holding several."
             )
@@ -226,7 +228,7 @@ def _checked(decoded: dict[str, Any]) -> dict[str, Any]:
     if not all(isinstance(text, str) for text in texts):
         raise CheckpointCorrupt("its manifest's names and versions are not all text")
     for name in ("size", "saved_at_ns", "iteration", "epoch", "world_size", "rank"):
-        if not 0 <= (values[name] or 0) < 2**63:
+        if not 0 <= (values[name] or 0) < _END_OF_TIME:
             raise CheckpointCorrupt(f"its manifest's {name!r} is {values[name]}, which cannot be")
     if values["rank"] >= values["world_size"]:
         raise CheckpointCorrupt(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import PurePath
@@ -13,6 +14,7 @@ import torch
 from crosstrain.engine.guards import is_array, is_collection, is_mapping
 
 from .errors import CheckpointContentError
+from .stand_ins import MAX_KEY_DEPTH, MAX_KEY_ITEMS
 
 __all__ = ["to_plain"]
 
@@ -31,7 +33,8 @@ def to_plain(state: Any, on_tensor: OnTensor) -> Any:
 
     NumPy arrays become tensors and NumPy scalars numbers; named tuples become tuples; mappings of
     other types become dictionaries (OrderedDict and Counter stay); deques lists, frozen sets sets,
-    paths text, and empty bytes an empty bytearray. What is shared within the state stays shared.
+    paths text, and empty bytes an empty bytearray. Text, numbers and bytes of a subclass (StrEnum,
+    IntEnum) become what they are a subclass of. What is shared within the state stays shared.
 
     Args:
         state: any nest of these, of tensors and of plain types.
@@ -62,6 +65,8 @@ class _Converter:
             return bytearray() if kind is bytes and not value else value
         if kind is int:
             return self._integer(value, path)
+        if isinstance(value, _SIMPLE) and not _is_numpy_scalar(value):
+            return self.convert(_exact(value), path)
         known = self._made.get(id(value))
         if known is not None:
             return known[0]
@@ -105,7 +110,7 @@ class _Converter:
             return items
         ordered: OrderedDict[Any, Any] = OrderedDict(items)
         # A module's state keeps the versions of its layouts in this attribute.
-        metadata = getattr(value, "_metadata", None)
+        metadata = vars(value).get("_metadata")
         if metadata is not None:
             vars(ordered)["_metadata"] = self.convert(metadata, (*path, "_metadata"))
         return ordered
@@ -114,7 +119,7 @@ class _Converter:
         items = [self.convert(item, (*path, index)) for index, item in enumerate(value)]
         return tuple(items) if isinstance(value, tuple) else items
 
-    def _key(self, key: Any, path: tuple[Any, ...]) -> Any:
+    def _key(self, key: Any, path: tuple[Any, ...], depth: int = 0) -> Any:
         kind = _type_of(key)
         if kind in (str, bool, float, type(None)) or (kind is bytes and key):
             return key
@@ -122,8 +127,13 @@ class _Converter:
             return self._integer(key, path)
         if _is_numpy_scalar(key):
             return self._numpy_scalar(key, path)
+        if isinstance(key, _SIMPLE):
+            return self._key(_exact(key), path, depth)
         if kind is tuple:
-            return tuple(self._key(item, path) for item in key)
+            if depth == MAX_KEY_DEPTH or len(key) > MAX_KEY_ITEMS:
+                reason = f"tuples in it are nested over {MAX_KEY_DEPTH} deep, or have over"
+                raise _refusal(path, key, f"{reason} {MAX_KEY_ITEMS:,} items", "use a shorter key")
+            return tuple(self._key(item, path, depth + 1) for item in key)
         advice = "use text, numbers or tuples of them"
         raise _refusal(path, key, "it is a key of a dictionary, or in a set", advice)
 
@@ -144,8 +154,33 @@ class _Converter:
         return number
 
 
+# What the types above, and integers, may have subclasses of.
+_SIMPLE: Final = (str, int, float, complex, bytes)
+
+
 def _type_of(value: object) -> Any:
     return type(value)
+
+
+def _exact(value: Any) -> Any:
+    """Returns text, a number or bytes of a subclass as what it is a subclass of.
+
+    The methods of the plain type itself are asked: the subclass may answer anything.
+    """
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, bytes):
+        return bytes.__getitem__(value, slice(None))
+    if isinstance(value, int):
+        return int.__int__(value)
+    if isinstance(value, float):
+        return float.__float__(value)
+    return complex.__complex__(value)
+
+
+def _type_has(value: object, name: str) -> bool:
+    """Tells whether a value's type has an attribute; some objects themselves answer every name."""
+    return hasattr(type(value), name)
 
 
 def _is_numpy_scalar(value: object) -> bool:
@@ -154,7 +189,7 @@ def _is_numpy_scalar(value: object) -> bool:
 
 def _dense(tensor: torch.Tensor, path: tuple[Any, ...]) -> torch.Tensor:
     """Returns a plain, detached view of a tensor."""
-    if hasattr(tensor, "full_tensor"):
+    if _type_has(tensor, "full_tensor"):
         advice = (
             "give Checkpoint a DiskSaver, or gather it first: "
             "torch.distributed.checkpoint.state_dict.get_model_state_dict with "
@@ -169,7 +204,7 @@ def _dense(tensor: torch.Tensor, path: tuple[Any, ...]) -> torch.Tensor:
         raise _refusal(path, tensor, "it is sparse, quantized or nested", advice)
     detached = tensor.detach()
     if type(detached) is not torch.Tensor:
-        if hasattr(detached, "__tensor_flatten__"):
+        if _type_has(detached, "__tensor_flatten__"):
             advice = "store the plain tensors that it is made of"
             raise _refusal(path, tensor, "it is made of several tensors", advice)
         detached = detached.as_subclass(torch.Tensor)
@@ -186,15 +221,20 @@ def _array(array: np.ndarray[Any, Any], path: tuple[Any, ...]) -> torch.Tensor:
 
 
 def _reason(value: Any) -> tuple[str, str]:
-    if isinstance(value, torch.nn.Module) or hasattr(value, "state_dict"):
+    if isinstance(value, torch.nn.Module) or _type_has(value, "state_dict"):
         return "it is an object", "name it in to_save, or store what its state_dict() returns"
     if isinstance(value, torch.Generator):
         return "it is a generator", "store what its get_state() returns"
     if callable(value):
         return "it is code", "store what it is made from, and make it anew when loading"
-    if hasattr(value, "isoformat"):
+    if isinstance(value, enum.Enum):
+        return (
+            "it is a member of an enum",
+            "store its value or its name, and look it up in the enum",
+        )
+    if _type_has(value, "isoformat"):
         return "it is a date or a time", "store isoformat()"
-    if hasattr(value, "__dataclass_fields__"):
+    if _type_has(value, "__dataclass_fields__"):
         return "it is an object", "store dataclasses.asdict(...)"
     return "it is no tensor, number, text, bytes, list, tuple, set or dictionary", "store those"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import tempfile
 import threading
 import warnings
 from collections.abc import Generator, Iterator
@@ -14,15 +15,22 @@ from typing import IO, Any
 
 import torch
 
+from crosstrain.engine.errors import warn_user
+from crosstrain.engine.guards import is_mapping
+from crosstrain.engine.proof import Strictness
+
 from .archive import Archive, Window, read_archive
 from .atomic import open_regular
 from .errors import (
+    CheckpointContentError,
     CheckpointCorrupt,
     CheckpointError,
     CheckpointNotFound,
     CheckpointUnsafe,
+    CheckpointWarning,
 )
 from .manifest import Manifest
+from .plain import to_plain
 from .stand_ins import PickleCheck, check_pickle
 
 __all__ = ["LoadedFile", "check_written", "load_file", "load_part", "verify_file"]
@@ -121,18 +129,52 @@ def load_part(file: IO[bytes], at: int, length: int, path: Path) -> Any:
         return _load(io.BytesIO(data), check.names)
 
 
-def check_written(descriptor: int) -> None:
+def check_written(descriptor: int, state: Any, path: Path, strictness: Strictness) -> None:
     """Holds a file that was just written to what a load of it accepts, but for its hash.
 
     Args:
         descriptor: the file, open for reading too.
+        state: the plain state that was written: it is looked through for what is to blame.
+        path: what the file is to be called.
+        strictness: whether what could not be loaded is an error, a warning, or not looked for.
 
     Raises:
-        CheckpointCorrupt: if it would not be loaded.
-        CheckpointUnsafe: if it would be refused.
+        CheckpointContentError: if the file could not be loaded; names the objects to blame.
     """
+    if strictness == "off":
+        return
+    try:
+        _check(descriptor)
+    except CheckpointError as error:
+        blamed = _to_blame(state)
+        message = (
+            f"Checkpoint {path} could not be loaded again: {error}. "
+            + (f"It is in the state of {', '.join(blamed)}. " if blamed else "")
+            + "Keep it in a form of its own: as a tensor, or under fewer and shorter keys"
+        )
+        if strictness == "error":
+            raise CheckpointContentError(f"{message}. It was not saved") from error
+        warn_user(message, CheckpointWarning)
+
+
+def _check(descriptor: int) -> None:
     window = Window.whole(descriptor)
     _scan(window, read_archive(window))
+
+
+def _to_blame(state: Any) -> list[str]:
+    """Returns the names of the objects whose states could not be loaded if they stood alone."""
+    names: list[str] = []
+    for name, value in state.items() if is_mapping(state) else ():
+        with tempfile.TemporaryFile() as file:
+            # Without the data: the tensors' places are what is looked at.
+            torch.save(to_plain(value, lambda tensor, _: tensor.new_empty(0)), file)
+            file.flush()
+            try:
+                _check(file.fileno())
+            except CheckpointError:
+                names.append(repr(name))
+    return names
 
 
 @contextlib.contextmanager

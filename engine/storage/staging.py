@@ -17,17 +17,32 @@ import torch
 from .errors import CheckpointError
 from .plain import to_plain
 
-__all__ = ["HostBuffers", "Snapshot", "host_state", "state_bytes"]
+__all__ = ["HostBuffers", "HostState", "Snapshot", "host_state", "on_host", "state_bytes"]
 
-# Device, address and length of a storage: two that begin at one address may end elsewhere.
-Storage = tuple[str, int, int]
+# Device, address, length and type of a storage: two that begin at one address may end elsewhere,
+# and torch.save refuses one that is looked at as of two types.
+Storage = tuple[str, int, int, torch.dtype]
 
 _ARENA = 64 << 20
 _ALIGN = 64
 
 
-def host_state(state: Any) -> Any:
+class HostState(NamedTuple):
+    """A state of plain types and tensors on the CPU.
+
+    Args:
+        state: the nest.
+        nbytes: the bytes of all its tensors, each storage counted once.
+    """
+
+    state: Any
+    nbytes: int
+
+
+def on_host(state: Any) -> HostState:
     """Returns a state with plain types and tensors on the CPU; tensors there are not copied.
+
+    Tensors that share memory as of two types are copied, and share it no more.
 
     Args:
         state: what `to_plain` takes.
@@ -35,14 +50,34 @@ def host_state(state: Any) -> Any:
     Raises:
         CheckpointContentError: if something has no plain form.
     """
+    # The second entry keeps the address its own until the state is whole.
+    seen: dict[int, tuple[torch.dtype, torch.UntypedStorage]] = {}
+    nbytes = 0
 
     def place(tensor: torch.Tensor, _: bool) -> torch.Tensor:
+        nonlocal nbytes
         if tensor.device.type != "cpu":
-            return tensor.cpu()
-        # torch.save writes a tensor's whole storage: a slice must not drag along what it is cut of.
-        return _compact(tensor) if _is_slice(tensor) else tensor
+            tensor = tensor.cpu()
+        elif _is_slice(tensor):
+            # torch.save writes a whole storage: a slice must not drag along what it is cut of.
+            tensor = _compact(tensor)
+        storage = tensor.untyped_storage()
+        dtype, known = seen.get(storage.data_ptr(), (tensor.dtype, None))
+        if dtype != tensor.dtype:
+            tensor = _compact(tensor)
+            storage, known = tensor.untyped_storage(), None
+        if known is None or known.nbytes() != storage.nbytes():
+            nbytes += storage.nbytes()
+            seen[storage.data_ptr()] = (tensor.dtype, storage)
+        return tensor
 
-    return to_plain(state, place)
+    plain = to_plain(state, place)
+    return HostState(plain, nbytes)
+
+
+def host_state(state: Any) -> Any:
+    """Returns what `on_host` does, without the number of bytes."""
+    return on_host(state).state
 
 
 def state_bytes(state: Any) -> int:
@@ -142,6 +177,8 @@ class Snapshot:
         self._stepping = False
         self._changed: _Copy | None = None
         buffers.begin()
+        #: The bytes of all tensors of the state, each storage counted once.
+        self.nbytes = 0
         self.state = to_plain(state, self._stage)
         self._copies.clear()
         self._start_remote()
@@ -205,14 +242,13 @@ class Snapshot:
         """Returns the tensor's copy, whose contents may come later."""
         device = tensor.device
         on_accelerator = _is_accelerator(device)
-        if own:
-            return tensor
         if device.type != "cpu" and not on_accelerator:
-            return tensor.cpu()
+            tensor, own = tensor.cpu(), True
         if _is_slice(tensor):
-            tensor = _compact(tensor)
-            if not on_accelerator:
-                return tensor
+            tensor, own = _compact(tensor), not on_accelerator
+        if own:
+            self.nbytes += tensor.untyped_storage().nbytes()
+            return tensor
         key = _storage_of(tensor)
         known = self._copies.get(key)
         if known is None:
@@ -224,6 +260,7 @@ class Snapshot:
     ) -> torch.UntypedStorage:
         storage = tensor.untyped_storage()
         copy = self._buffers.take(storage.nbytes(), on_accelerator)
+        self.nbytes += storage.nbytes()
         late = key in self._late
         if on_accelerator or late:
             # `tensor` shares the version counter of what the optimizer changes.
@@ -273,7 +310,7 @@ def _is_accelerator(device: torch.device) -> bool:
 def _storage_of(tensor: torch.Tensor) -> Storage:
     """Returns what tells a tensor's storage from all others that live."""
     storage = tensor.untyped_storage()
-    return str(tensor.device), storage.data_ptr(), storage.nbytes()
+    return str(tensor.device), storage.data_ptr(), storage.nbytes(), tensor.dtype
 
 
 def _storages_of(optimizers: Iterable[torch.optim.Optimizer]) -> frozenset[Storage]:

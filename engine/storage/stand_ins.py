@@ -60,7 +60,7 @@ class PickleCheck:
         self.storages: dict[str, _Storage] = {}
         self.max_steps = 1_000_000 + 4 * file_size
         self._allowed = allowed
-        self._max_bytes = (64 << 20) + 32 * file_size
+        self._max_bytes = (8 << 20) + 32 * file_size
         self._spent = 0
 
     def spend(self, nbytes: int) -> None:
@@ -116,7 +116,7 @@ class PickleCheck:
                 todo.extend((part, depth + 1) for part in item)
             elif type(item) not in _KEYS:
                 raise CheckpointUnsafe(f"its pickle uses a {_kind(item)} as a dictionary's key")
-        self.spend(64 * (1 + MAX_KEY_ITEMS - left))
+        self.spend(16 * (1 + MAX_KEY_ITEMS - left))
         if type(key) is not bytes:
             # What text and bytes have for a hash differs from process to process.
             digest = hash(key)
@@ -183,7 +183,7 @@ _SHORT: Final = rb"""
   | [Jj]....                                 # BININT, LONG_BINGET
   | G.{8}                                    # BINFLOAT
 """
-# Each of these makes something that takes about 64 bytes: EMPTY_LIST, MARK, TUPLE1 to TUPLE3.
+# Each of these makes something that takes about 100 bytes: EMPTY_LIST, MARK, TUPLE1 to TUPLE3.
 _NO_CONTAINERS: Final = bytes(set(range(256)) - set(b"](\x85\x86\x87"))
 _OUR_TABLE: Final = ("crosstrain", "{}")
 _MAKE_TABLE: Final = b"ccrosstrain\n{}\n)R"
@@ -208,7 +208,7 @@ def _translated(data: bytes, check: PickleCheck) -> bytes:
         run = short.match(data, at)
         if run is not None:
             at = run.end()
-            check.spend(64 * len(run[0].translate(None, _NO_CONTAINERS)))
+            check.spend(100 * len(run[0].translate(None, _NO_CONTAINERS)))
         code = data[at : at + 1]
         if code == pickle.STOP:
             return b"".join([*parts, data[begin : at + 1]])
@@ -607,7 +607,7 @@ def _length(argument: Any) -> int:
     if type(argument) in (str, bytes):
         return len(argument)
     if is_exact_list(argument) or is_exact_tuple(argument):
-        return 64 * len(argument)
+        return 8 * len(argument)
     return 32 * len(argument.held) if type(argument) is _Table else 0
 
 

@@ -274,7 +274,9 @@ def test_a_plain_engine_says_that_it_repeats_data(tmp_path: Path, plain: bool) -
         kind = Engine if plain else DeterministicEngine
         trainer = kind(lambda engine, batch: None)
         if end:
-            trainer.add_event_handler(Events.ITERATION_COMPLETED(once=end), trainer.terminate)
+            trainer.add_event_handler(
+                Events.ITERATION_COMPLETED(once=end), trainer.terminate, goes_on=True
+            )
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             run = resume_or_start(trainer, {"model": nn.Linear(1, 1)}, tmp_path, every=2)

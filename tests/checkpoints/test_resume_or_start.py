@@ -214,7 +214,7 @@ def prepare(folder: Path, **options: Any) -> tuple[dict[str, Any], Any]:
 def run_to(folder: Path, end: int, **options: Any) -> tuple[dict[str, Any], Any]:
     objects, run = prepare(folder, **options)
     objects["trainer"].add_event_handler(
-        Events.ITERATION_COMPLETED(once=end), objects["trainer"].terminate
+        Events.ITERATION_COMPLETED(once=end), objects["trainer"].terminate, goes_on=True
     )
     objects["trainer"].run(BATCHES, max_epochs=2)
     run.checkpoint.save_handler.close()

@@ -118,6 +118,16 @@ def test_checks_leave_variables_and_generators_as_they_were() -> None:
     assert torch.equal(torch.get_rng_state(), generator)
 
 
+def test_a_probe_may_name_kinds_of_str_and_nothing_else() -> None:
+    # A class of torch's, which a safe load of a checkpoint would refuse.
+    assert type(torch.__version__) is not str
+    found = Availability(True, versions={"torch": torch.__version__}, devices=[torch.__version__])
+    assert [type(word) for word in (*found.versions.values(), *found.devices)] == [str, str]
+    assert found.versions["torch"] == torch.__version__
+    with pytest.raises(TypeError, match=r"are words; got 3, a int\. Write str"):
+        Availability(True, devices=[3])
+
+
 def gone(option: str | None = None) -> Availability:
     return Availability(False, "Gone.", "Find it.")
 

@@ -14,6 +14,7 @@ from typing import Any
 import ignite.engine
 import pytest
 from differential import IGNITE, OURS, Expected, Trace, Unsized, trace
+from ignite.handlers import TimeLimit
 
 from crosstrain.engine import DataUsedUp, EmptyData, Engine, Events
 
@@ -312,6 +313,55 @@ def test_a_loaded_state_with_nothing_left_to_do_is_not_run_anew() -> None:
     assert fired == ["STARTED", "COMPLETED"]
     # The run after that is a new one.
     assert engine.run(range(5)).iteration == 5
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+@pytest.mark.parametrize("iteration", [3, 4, 10])
+def test_a_run_that_was_ended_on_purpose_trains_nothing_from_its_state(
+    iteration: int, quiet: bool
+) -> None:
+    engine = Engine(nothing)
+    engine.add_event_handler(
+        Events.ITERATION_COMPLETED(once=iteration), lambda: engine.terminate(quiet)
+    )
+    engine.run(range(5), max_epochs=3)
+    again = Engine(nothing)
+    again.restartable = True
+    again.load_state_dict(engine.state_dict())
+    assert again.should_terminate
+    fired = names(again)
+    again.run(range(5))
+    assert fired == ["STARTED", "TERMINATE"] + ["COMPLETED"] * (not quiet)
+    assert again.state.iteration == iteration
+    assert again.state_dict()["terminated"] == engine.state_dict()["terminated"]
+    # It is another decision to train on.
+    for restartable in (True, False):
+        again = Engine(nothing)
+        again.restartable = restartable
+        again.load_state_dict(engine.state_dict())
+        if restartable:
+            again.should_terminate = False
+        assert again.run(range(5)).iteration == 15
+        assert "terminated" not in again.state_dict()
+
+
+@pytest.mark.parametrize("how", ["goes_on", "time limit"])
+def test_a_run_that_a_time_limit_has_ended_goes_on_from_its_state(how: str) -> None:
+    engine = Engine(nothing)
+    if how == "goes_on":
+        engine.add_event_handler(
+            Events.ITERATION_COMPLETED(once=7), lambda: engine.terminate(goes_on=True)
+        )
+    else:
+        limit = TimeLimit(1)
+        limit.start_time -= 10
+        engine.add_event_handler(Events.ITERATION_COMPLETED(once=7), limit)
+    engine.run(range(5), max_epochs=3)
+    assert engine.state.iteration == 7
+    again = Engine(nothing)
+    again.restartable = True
+    again.load_state_dict(engine.state_dict())
+    assert again.run(range(5)).iteration == 15
 
 
 def test_a_state_that_does_not_load_changes_nothing() -> None:

@@ -54,6 +54,7 @@ KEYS = {
     "progress",
     "position",
     "rng_states",
+    "epoch_rng_states",
     "backend",
     "step",
     "environment",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
@@ -85,6 +86,18 @@ def test_a_planted_circle_is_found(
     assert circle in [
         [file for file in found if file in circle] for found in source_rules.circles(planted)
     ]
+
+
+def test_one_file_of_ci_starts_processes(repo_root: Path) -> None:
+    starting = [
+        file
+        for file in package_files(repo_root, "ci")
+        if any(
+            item.module in ("subprocess", "multiprocessing", "pty")
+            for item in source_rules.imports("ci", ast.parse((repo_root / file).read_text()))
+        )
+    ]
+    assert starting == ["ci/trials/processes.py"]
 
 
 def test_engine_names_no_device(repo_root: Path) -> None:

@@ -27,4 +27,6 @@ def test_damaged_and_hostile_files(tmp_path: Path) -> None:
         "CheckpointCorrupt",
         "CheckpointUnsafe",
         "CheckpointMismatch",
+        # An object that, read back, holds something else than the file says.
+        "ResumeError",
     }

@@ -225,10 +225,6 @@ class Colour(enum.Enum):
     RED = 1
 
 
-class Whole(enum.IntEnum):
-    ONE = 1
-
-
 @dataclasses.dataclass
 class Settings:
     lr: float = 0.1
@@ -243,9 +239,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("lambda", lambda: 1, "it is code"),
     ("class", Settings, "it is code"),
     ("dataclass", Settings(), "asdict"),
-    ("enum", Colour.RED, "store those"),
-    ("integer enum", Whole.ONE, "store those"),
-    ("text of a subclass", type("Name", (str,), {})("x"), "store those"),
+    ("enum", Colour.RED, "its value or its name"),
     ("range", range(3), "store those"),
     ("date", datetime.date(2026, 1, 1), "isoformat"),
     ("huge integer", 2**3000, "3001 bits"),
@@ -288,8 +282,9 @@ def test_many_shared_containers_take_no_time(tmp_path: Path) -> None:
     laugh: list[Any] = []
     for _ in range(60):
         laugh = [laugh, laugh]
-    with DiskSaver(tmp_path) as saver:
+    # Converted in no time; refused, since whoever walks it would not come to an end.
+    with DiskSaver(tmp_path) as saver, pytest.raises(Exception, match="share each other"):
         saver({"laugh": laugh}, "x.pt")
-    # Written in no time; refused when read, since whoever walks it would not come to an end.
+    torch.save({"laugh": laugh}, tmp_path / "x.pt")
     with pytest.raises(Exception, match="share each other"):
         load_file(tmp_path / "x.pt")

@@ -131,6 +131,8 @@ class Runner:
                     return {name: value + 2}
         elif call == "fresh" and not is_done(engine.state):
             state = dict(engine.state_dict())
+            # Theirs does not remember that an end was on purpose.
+            state.pop("terminated", None)
             self.trace.note("state_dict", *sorted(state.items()))
             self.engine = self.make()
             self.trace.attempt(self.engine.load_state_dict, state)

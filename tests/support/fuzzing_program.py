@@ -28,6 +28,7 @@ from crosstrain.engine import (
     DiskSaver,
     Engine,
     Events,
+    ResumeError,
 )
 from crosstrain.engine.storage.manifest import Manifest
 
@@ -190,7 +191,7 @@ class Judge:
                 with warnings.catch_warnings(record=True) as told:
                     warnings.simplefilter("always")
                     outcome = self._load(way)
-            except CheckpointError as error:
+            except (CheckpointError, ResumeError) as error:
                 outcome = type(error).__name__
                 if str(self.path) not in str(error):
                     self.wrong.append(f"{name}: the error does not name the file: {error}")

@@ -27,7 +27,9 @@ def main(told: Path, folder: str, spec: str, until: int) -> None:
         warnings.simplefilter("ignore", ResumeWarning)
         run = resume_or_start(trainer, objects, folder, every=1, background=until % 2 == 1)
     if until:
-        trainer.add_event_handler(Events.ITERATION_COMPLETED(once=until), trainer.terminate)
+        trainer.add_event_handler(
+            Events.ITERATION_COMPLETED(once=until), trainer.terminate, goes_on=True
+        )
     training.run()
     found = None if run.resumed_from is None else run.resumed_from.name
     text = json.dumps({"from": found, **training.told()})

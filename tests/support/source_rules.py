@@ -73,6 +73,7 @@ LEVELS = {
             "guards",
             "loader_workers",
             "nests",
+            "place",
             "progress",
             "proof",
             "random_states",

@@ -1,0 +1,199 @@
+"""What a step or a handler draws from and nobody has named: found where their names lead.
+
+A second loader, a `torch.Generator`, an iterator: each has a position of its own. Where a function
+of the user's refers to one (by its closure, its globals, its object's attributes) and no checkpoint
+holds it, a resumed run draws other values from it than the run that was saved, though the loop's
+own batches are exact. That is said when the state is first taken.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import random
+import sys
+import types
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from functools import partial
+from typing import Any, Final
+
+import numpy
+import torch
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data.dataloader import _BaseDataLoaderIter
+
+from crosstrain.engine.dispatch import Dispatcher
+
+__all__ = ["unnamed_sources"]
+
+_EXAMPLES: Final[tuple[Iterable[Any], ...]] = ([], (), range(0), {}, set(), "")
+_SOURCES: Final[tuple[type, ...]] = (
+    torch.Generator,
+    random.Random,
+    numpy.random.Generator,
+    numpy.random.RandomState,
+    types.GeneratorType,
+    _BaseDataLoaderIter,
+    itertools.chain,
+    itertools.count,
+    itertools.cycle,
+    itertools.islice,
+    enumerate,
+    filter,
+    map,
+    zip,
+    *(type(iter(example)) for example in _EXAMPLES),
+)
+# They are part of every state.
+_GLOBAL: Final = frozenset(
+    map(
+        id,
+        (
+            torch.default_generator,
+            getattr(random.seed, "__self__", None),
+            getattr(numpy.random.mtrand, "_rand", None),
+        ),
+    )
+)
+# What holds draws of its own, which other checks are for, or none.
+_CLOSED: Final = (
+    torch.nn.Module,
+    Optimizer,
+    DataLoader,
+    Dataset,
+    Sampler,
+    Dispatcher,
+    types.ModuleType,
+    type,
+)
+# Objects of these packages are not looked into: what they keep is theirs.
+_OTHERS: Final = frozenset(
+    {"crosstrain", "ignite", "numpy", "rich", "tensorboard", "torch", "torchdata", "tqdm", "wandb"}
+)
+_DEPTH: Final = 6
+_MANY: Final = 64
+_SEEN: Final = 2000
+
+
+def unnamed_sources(functions: Mapping[str, Any], known: Iterable[int]) -> list[str]:
+    """Returns what functions draw from, by where it was found, each once.
+
+    Args:
+        functions: the step and the handlers, by what to call them.
+        known: what a checkpoint takes care of, by `id`; it is not looked into.
+    """
+    walk = _Walk(set(known))
+    for name, function in functions.items():
+        walk.function(function, name, _DEPTH)
+    return list(walk.found.values())
+
+
+class _Walk:
+    """Looks into functions and objects, each once."""
+
+    def __init__(self, known: set[int]) -> None:
+        self._seen = known
+        self.found: dict[int, str] = {}
+
+    def function(self, function: Any, name: str, depth: int) -> None:
+        """Looks into what a function refers to: all of it, if it is the user's."""
+        if isinstance(function, partial):
+            made: partial[Any] = function
+            for index, value in enumerate((*made.args, *made.keywords.values())):
+                self.value(value, f"{name}, its argument {index}", depth - 1)
+            function = made.func
+        owner = getattr(function, "__self__", None)
+        if owner is not None:
+            self.value(owner, name, depth)
+        plain = inspect.unwrap(getattr(function, "__func__", function))
+        if not inspect.isfunction(plain):
+            if owner is None and type(plain).__module__.startswith("crosstrain."):
+                # A step of ours, with the user's functions in it.
+                for own, value in _functions_in(plain):
+                    self.function(value, f"{name}, its {own}", depth - 1)
+            elif owner is None:
+                self.value(plain, name, depth)
+            return
+        if _is_others(plain):
+            return
+        for value in (*(plain.__defaults__ or ()), *(plain.__kwdefaults__ or {}).values()):
+            self.value(value, f"{name}, a default", depth - 1)
+        for variable, value in _variables(plain):
+            self.value(value, f"{name}, its {variable!r}", depth - 1)
+
+    def value(self, value: Any, name: str, depth: int) -> None:
+        """Looks at a value, and into it where it may hold more."""
+        if id(value) in self._seen or id(value) in _GLOBAL or len(self._seen) > _SEEN:
+            return
+        if isinstance(value, _SOURCES):
+            self._seen.add(id(value))
+            if inspect.isgenerator(value) and value.gi_frame is None:
+                return
+            self.found[id(value)] = f"{name} (a {type(value).__name__})"
+            return
+        if depth <= 0 or isinstance(value, _CLOSED):
+            return
+        if type(value) in (dict, list, tuple, set):
+            self._seen.add(id(value))
+            items = value.items() if type(value) is dict else enumerate(value)
+            for key, item in itertools.islice(items, _MANY):
+                self.value(item, f"{name}[{key!r}]", depth - 1)
+        elif callable(value) and (inspect.isroutine(value) or isinstance(value, partial)):
+            self._seen.add(id(value))
+            self.function(value, name, depth - 1)
+        elif not _is_others(type(value)):
+            self.attributes(value, name, depth)
+
+    def attributes(self, value: Any, name: str, depth: int) -> None:
+        """Looks into an object's attributes."""
+        self._seen.add(id(value))
+        for own, item in _attributes(value).items():
+            self.value(item, f"{name}, .{own}", depth - 1)
+
+
+def _functions_in(step: Any) -> Iterator[tuple[str, Any]]:
+    """Yields the functions among the attributes of a step of ours, and among its options."""
+    for name, value in _attributes(step).items():
+        if inspect.isroutine(value) or isinstance(value, partial):
+            yield name, value
+        elif is_dataclass(value) and not isinstance(value, type):
+            for item in fields(value):
+                option = getattr(value, item.name)
+                if inspect.isroutine(option) or isinstance(option, partial):
+                    yield item.name, option
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    try:
+        return dict(vars(value))
+    except TypeError:
+        names = getattr(type(value), "__slots__", ())
+        names = (names,) if isinstance(names, str) else names
+        return {name: getattr(value, name) for name in names if hasattr(value, name)}
+
+
+def _is_others(thing: Any) -> bool:
+    root = (thing.__module__ or "").partition(".")[0]
+    return root in _OTHERS or root in sys.stdlib_module_names
+
+
+def _variables(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    """Yields the closure's variables and the globals that the function's code names."""
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            yield name, cell.cell_contents
+        except ValueError:
+            continue  # It is not set yet.
+    for name in sorted(_names(function.__code__)):
+        if name in function.__globals__:
+            yield name, function.__globals__[name]
+
+
+def _names(code: types.CodeType) -> set[str]:
+    found = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            found |= _names(constant)
+    return found
