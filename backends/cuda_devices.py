@@ -80,9 +80,14 @@ def absence() -> Missing | None:
     """
     version = torch.__version__
     if torch.version.hip is not None:
+        # AMD's devices are `cuda` to torch.
+        if torch.cuda.device_count() > 0:
+            return None
         return Missing(
-            f"torch {version} is built for ROCm {torch.version.hip}, not for CUDA.",
-            "This backend is for NVIDIA devices: install a torch that is built with CUDA.",
+            f"torch {version} is built for ROCm {torch.version.hip}, so AMD GPUs are 'cuda' to it, "
+            "but it finds none.",
+            "Run on a machine with an AMD GPU and its driver; start a container with "
+            "--device=/dev/kfd --device=/dev/dri, and look at HIP_VISIBLE_DEVICES.",
         )
     if torch.version.cuda is None:
         return Missing(

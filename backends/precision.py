@@ -100,7 +100,7 @@ class Precision:
             return
         records = [self._watch(one) for one in as_optimizers(optimizer)]
         if not records or any(record.stepped for record in records):
-            self.settle()
+            self.adapt_scale()
         if any(record.unscaled for record in records):
             # Those of a step that was given up: new ones are scaled again.
             self._forget_steps()
@@ -170,7 +170,7 @@ class Precision:
         for record in self._records.values():
             record.stepped = record.waiting = record.unscaled = False
 
-    def settle(self) -> None:
+    def adapt_scale(self) -> None:
         """Adapts the loss scale to the steps since the last time, if there were any.
 
         Raises:
@@ -199,7 +199,7 @@ class Precision:
         """Returns the loss scale and its growth tracker; empty without loss scaling."""
         if self.scaler is None:
             return {}
-        self.settle()
+        self.adapt_scale()
         return dict(self.scaler.state_dict())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

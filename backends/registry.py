@@ -37,7 +37,21 @@ VARIABLE = "CROSSTRAIN_BACKEND"
 AUTO = "auto"
 
 # What people write for a backend whose name looks different.
-_MEANT = {"gpu": "cuda", "nvidia": "cuda", "amp": "cuda-amp", "torch_xla": "xla"}
+_MEANT = {
+    "gpu": "cuda",
+    "nvidia": "cuda",
+    "amp": "cuda-amp",
+    "torch_xla": "xla",
+    # AMD's GPUs are `cuda` to torch.
+    "rocm": "cuda",
+    "hip": "cuda",
+    "amd": "cuda",
+    "apple": "mps",
+    "metal": "mps",
+    "intel": "xpu",
+    "ascend": "npu",
+    "gaudi": "hpu",
+}
 
 
 def names() -> list[str]:

@@ -235,7 +235,7 @@ class TorchBackend:
         Raises:
             BackendError: if only some of the optimizers that share the loss scale were stepped.
         """
-        self.precision.settle()
+        self.precision.adapt_scale()
 
     @contextlib.contextmanager
     def deterministic(self, warn_only: bool = False) -> Generator[None, None, None]:

@@ -17,7 +17,7 @@ from crosstrain.engine.checkpoints.save_handler import BaseSaveHandler
 from crosstrain.engine.checkpoints.saver import DiskSaver
 from crosstrain.engine.data.own_data import PerRank
 from crosstrain.engine.data.permutation import PermutationSampler
-from crosstrain.engine.data.shares import BatchShare, mean_over_ranks
+from crosstrain.engine.data.shares import BatchShare, ShardedBatch, mean_over_ranks
 from crosstrain.engine.data.streams import SampleStreams, current_sample
 from crosstrain.engine.ranks.agreement import agree
 from crosstrain.engine.ranks.check import RankCheck
@@ -35,6 +35,7 @@ from crosstrain.engine.storage.errors import (
 from crosstrain.engine.storage.manifest import Manifest
 from crosstrain.engine.training.evaluation import EvaluationStep
 from crosstrain.engine.training.ignite_steps import (
+    convert_tensor,
     supervised_evaluation_step,
     supervised_evaluation_step_amp,
     supervised_training_step,
@@ -65,9 +66,11 @@ from .events import (
 )
 from .proof import Checks, Proof
 from .supervised import create_supervised_evaluator, create_supervised_trainer
+from .time_profilers import BasicTimeProfiler, HandlersTimeProfiler
 
 __all__ = [
     "BaseSaveHandler",
+    "BasicTimeProfiler",
     "BatchShare",
     "CallableEventWithFilter",
     "Checkpoint",
@@ -92,6 +95,7 @@ __all__ = [
     "EventEnum",
     "Events",
     "EventsList",
+    "HandlersTimeProfiler",
     "Latest",
     "LogicalShards",
     "Manifest",
@@ -108,11 +112,13 @@ __all__ = [
     "ResumeError",
     "ResumeWarning",
     "SampleStreams",
+    "ShardedBatch",
     "State",
     "StepEvents",
     "StepOptions",
     "TrainingStep",
     "agree",
+    "convert_tensor",
     "create_supervised_evaluator",
     "create_supervised_trainer",
     "current_sample",

@@ -461,6 +461,8 @@ class DeterministicEngine(Engine):
             if _at_beginning(snapshot):
                 self._lay_over()
                 self._settle_structure(snapshot)
+                if snapshot["position"] is not None:
+                    self._cursor.prepare(snapshot["position"], self.state.dataloader)
                 restore_random_states(snapshot["rng_states"], self.backend)
             else:
                 self._repeat_beginning(snapshot)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from enum import IntEnum
 from typing import Any, TypeVar
 
@@ -24,7 +25,15 @@ from .events import (
 )
 from .state import State
 
-__all__ = ["Binding", "Dispatcher", "HandlerTable", "Phase", "Slot", "check_signature"]
+__all__ = [
+    "Binding",
+    "Dispatcher",
+    "HandlerTable",
+    "HandlerTimer",
+    "Phase",
+    "Slot",
+    "check_signature",
+]
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 # The rest of a gate after `every` and `offset`.
@@ -36,6 +45,9 @@ Extra = tuple[int, int, Window | None, tuple[Any, ...], dict[str, Any]]
 # a plain handler. Plain tuples: unpacking named ones is slower, and the loop unpacks one for each
 # handler and event.
 Binding = tuple[Callable[..., Any], bool, Extra | None]
+# Is told of an event, a handler of it that has run (None: all of them have), and when this began
+# and ended, by time.perf_counter().
+HandlerTimer = Callable[[Any, Callable[..., Any] | None, float, float], None]
 
 
 OPEN: Window = Gate().after, Gate().before, None, None  # lets every count pass
@@ -121,6 +133,20 @@ class Slot:
         for _, binding in () if late is None else late.bindings:
             yield binding[0]
 
+    def each_to_run(self) -> Generator[Binding, None, None]:
+        """Yields the bindings as `handlers` has them, those of later phases one by one."""
+        late = self._late
+        for binding in self.handlers:
+            if late is None or binding[0] is not late:
+                yield binding
+                continue
+            late.running += 1
+            try:
+                for _, later in late.bindings:
+                    yield later
+            finally:
+                late.running -= 1
+
     def discard(self, handler: Callable[..., Any]) -> bool:
         """Takes a function off, as often as it is attached; tells whether it was."""
         before = len(tuple(self.bound()))
@@ -133,6 +159,39 @@ class Slot:
                 self._late = None
                 self.handlers = [binding for binding in self.handlers if binding[0] is not late]
         return len(tuple(self.bound())) < before
+
+
+class _TimedSlot:
+    """What fires in place of a slot while somebody times its handlers.
+
+    Args:
+        slot: the slot.
+        timers: who is told of each handler that has run.
+    """
+
+    def __init__(self, slot: Slot, timers: list[HandlerTimer]) -> None:
+        self.event, self.counter = slot.event, slot.counter
+        self._slot, self._timers = slot, timers
+
+    @property
+    def handlers(self) -> Iterator[Binding]:
+        """The slot's handlers, each in a function that times it."""
+        for handler, takes_engine, extra in self._slot.each_to_run():
+            yield self._timed(handler), takes_engine, extra
+
+    def _timed(self, handler: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> None:
+            began = time.perf_counter()
+            handler(*args, **kwargs)
+            self.tell(handler, began)
+
+        return run
+
+    def tell(self, handler: Callable[..., Any] | None, began: float) -> None:
+        """Tells who times that a handler, or with None all of them, has run."""
+        ended = time.perf_counter()
+        for timer in tuple(self._timers):
+            timer(self.event, handler, began, ended)
 
 
 def _phase_of(item: tuple[Phase, Binding]) -> Phase:
@@ -282,9 +341,11 @@ class Dispatcher:
         self.state = State()
         self.last_event_name: Any = None
         self._handlers = HandlerTable(type(self).__name__)
-        # Whether each event is logged; read when a run begins or goes on and when an epoch begins,
-        # not at each event.
-        self._logs_events = False
+        # Who times handlers.
+        self._timers: list[HandlerTimer] = []
+        # Whether each event is logged or timed; read when a run begins or goes on and when an epoch
+        # begins, not at each event.
+        self._observed = False
         self.register_events(*Events)
 
     def register_events(
@@ -334,6 +395,10 @@ class Dispatcher:
     @property
     def _allowed_events(self) -> list[Any]:
         # pytorch-ignite's ProgressBar looks here, and works with our engine because of it.
+        return self.registered_events()
+
+    def registered_events(self) -> list[Any]:
+        """Returns the events that this engine may fire, in the order in which they came."""
         return [slot.event for slot in self._handlers]
 
     def add_event_handler(
@@ -402,6 +467,38 @@ class Dispatcher:
             for handler in self._handlers.require(event).bound()
         )
 
+    def handlers_of(self, event: Any) -> list[Callable[..., Any]]:
+        """Returns the handlers of an event, in the order in which they run.
+
+        Raises:
+            ValueError: if the event is not registered.
+        """
+        return list(self._handlers.require(event).bound())
+
+    def time_handlers(self, timer: HandlerTimer) -> Callable[[], None]:
+        """Has somebody told how long each handler takes, and each event with all its handlers.
+
+        While a run goes on, its iterations are timed from the next epoch on. An event without
+        handlers counts as well. What a handler starts on a device is not waited for.
+
+        Args:
+            timer: called after each handler, and after the last of an event, with the event, the
+                handler (None after the last), and when it began and ended, as
+                `time.perf_counter()` says. A handler that raises is not told of.
+
+        Returns:
+            A function that ends this.
+        """
+        timers = self._timers
+        timers.append(timer)
+        self._observed = True
+
+        def end() -> None:
+            if timer in timers:
+                timers.remove(timer)
+
+        return end
+
     def remove_event_handler(self, handler: Callable[..., Any], event_name: Any) -> None:
         """Takes a handler off an event.
 
@@ -420,14 +517,23 @@ class Dispatcher:
 
     def _emit(self, event: Any) -> None:
         slot = self._handlers.require(event)
-        if self._logs_events:
-            self._log_and_fire(slot)
+        if self._observed:
+            self._fire_observed(slot)
         else:
             self._fire(slot)
 
-    def _log_and_fire(self, slot: Slot) -> None:
+    def _observe(self) -> None:
+        self._observed = bool(self._timers) or self.logger.isEnabledFor(logging.DEBUG)
+
+    def _fire_observed(self, slot: Slot) -> None:
         self._log(slot)
-        self._fire(slot)
+        if not self._timers:
+            self._fire(slot)
+            return
+        timed = _TimedSlot(slot, self._timers)
+        began = time.perf_counter()
+        self._fire(timed)
+        timed.tell(None, began)
 
     def _log(self, slot: Slot) -> None:
         state = self.state
@@ -435,7 +541,7 @@ class Dispatcher:
             "%s | %s, Firing handlers for event %s", state.epoch, state.iteration, slot.event
         )
 
-    def _fire(self, slot: Slot) -> None:
+    def _fire(self, slot: Slot | _TimedSlot) -> None:
         """Runs an event's handlers: the hot path, so what a filter asks is compared right here."""
         self.last_event_name = slot.event
         for handler, takes_engine, extra in slot.handlers:
@@ -469,11 +575,12 @@ class Dispatcher:
 
     def _fire_with(self, slot: Slot, *event_args: Any, **event_kwargs: Any) -> int:
         """Runs the handlers of an event that passes something to them; returns how many ran."""
-        if self._logs_events:
+        if self._observed:
             self._log(slot)
         self.last_event_name = slot.event
         ran = 0
-        for handler, takes_engine, extra in slot.handlers:
+        timed = _TimedSlot(slot, self._timers) if self._timers else slot
+        for handler, takes_engine, extra in timed.handlers:
             every, offset, window, args, kwargs = extra or (0, 0, OPEN, (), {})
             if every:
                 count = getattr(self.state, slot.counter)  # type: ignore[arg-type]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import logging
 import time
 from collections.abc import Callable, Generator, Iterator
 from itertools import repeat
@@ -97,7 +96,7 @@ class Loop(Requests):
             place.loaded = place.loaded and self.restartable
             self.asked = 0
             self._session = self._run()
-        self._logs_events = self.logger.isEnabledFor(logging.DEBUG)
+        self._observe()
         session = self._session
         try:
             # A generator, so that interrupt() leaves the loop wherever it is and run() re-enters
@@ -216,7 +215,7 @@ class Loop(Requests):
 
     def _run_epoch(self) -> Generator[None, None, None]:
         started = time.perf_counter()
-        self._logs_events = self.logger.isEnabledFor(logging.DEBUG)
+        self._observe()
         state, place = self.state, self._place
         state.epoch += 1
         place.open, place.ended, place.loaded = True, False, False
@@ -248,12 +247,12 @@ class Loop(Requests):
         asking, got = slot(Events.GET_BATCH_STARTED), slot(Events.GET_BATCH_COMPLETED)
         starting, completing = slot(Events.ITERATION_STARTED), slot(Events.ITERATION_COMPLETED)
         started = starting.event
-        fire = self._log_and_fire if self._logs_events else self._fire
+        fire = self._fire_observed if self._observed else self._fire
         process, step_done = self._process_function, self._step_done
         sync = None if self.backend is None else self.backend.sync
-        # Events that nobody listens to are passed by, unless they are logged, or a pause has been:
-        # something may have been asked for meanwhile.
-        alert = self._logs_events or self.asked != 0
+        # Events that nobody listens to are passed by, unless they are logged or timed, or a pause
+        # has been: something may have been asked for meanwhile.
+        alert = self._observed or self.asked != 0
         count = place.within or 0
         place.stepped = self.state.iteration
         renewed = False

@@ -173,7 +173,8 @@ def _check_values(trace: Trace, iteration: int) -> None:
 def _kind(environment: Mapping[str, Any]) -> str:
     backend = environment.get("backend") or "no backend"
     devices = environment.get("devices")
-    size = environment.get("world size", 1)
+    # In logical shards the number of processes decides no bit.
+    size = 1 if "logical shards" in environment else environment.get("world size", 1)
     return (
         f"{backend}{f' ({devices})' if devices else ''}"
         f"{f' in {size} processes' if size != 1 else ''}"

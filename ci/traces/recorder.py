@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy
 import torch
 
-from crosstrain.engine import Engine, Events, StepEvents
+from crosstrain.engine import Engine, Events, ShardedBatch, StepEvents
 from crosstrain.engine.exact import environment
 from crosstrain.engine.nests import unwrap, walk_objects
 from crosstrain.engine.state import Unread
@@ -41,7 +41,8 @@ class TraceRecorder:
     After a resume it goes on in the same file. If the process is killed, up to `every_sync`
     iterations are not in it. Name the recorder in what is saved (`to_save`), and the trace is
     written before each checkpoint, so that a resumed run leaves no gap. Of several processes, rank
-    r > 0 writes to `path.rank<r>`.
+    r > 0 writes to `path.rank<r>`. In logical shards the batch is that of the process's first
+    shard: rank 0's traces are the same on any number of processes.
 
     Args:
         path: the file; made if need be, with its folder.
@@ -102,12 +103,12 @@ class TraceRecorder:
     def _open(self, trainer: Engine) -> None:
         assert self._sources is not None
         self._current, self._pending = None, []
-        header = Header(
-            trainer.state.iteration,
-            tuple(self._sources.things),
-            environment(trainer.backend),
-            trainer.state.seed,
-        )
+        conditions = environment(trainer.backend)
+        shards = getattr(trainer, "shards", None)
+        if shards is not None:
+            conditions["logical shards"] = shards
+        things = tuple(self._sources.things)
+        header = Header(trainer.state.iteration, things, conditions, trainer.state.seed)
         world = None if trainer.backend is None else trainer.backend.world
         # Each process sees its own batches.
         self._writer = TraceWriter(path_of_rank(self.path, world.rank if world else 0), header)
@@ -119,7 +120,11 @@ class TraceRecorder:
         taken = self._current = _Iteration(
             self._digester, state.iteration, state.epoch, len(sources.things)
         )
-        taken.nest(0, state.batch)
+        batch = state.batch
+        if isinstance(batch, ShardedBatch):
+            # Rank 0's first shard is the same part of the batch whatever the number of processes.
+            batch = batch[0]
+        taken.nest(0, batch)
         for offset, stream in enumerate(sources.streams.values()):
             taken.digests[1 + offset] = stream()
         taken.settings(sources.place_of["setting"], sources.settings)

@@ -36,11 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_backend_argument(parser)
     parser.add_argument(
         "--nproc-per-node",
-        type=at_least(1),
-        default=1,
-        metavar="N",
+        type=_numbers(1),
+        default=[1],
+        metavar="N,N,...",
         help="train in N processes, which torchrun starts on this machine: all are stopped "
-        "together, one at random is killed, and the traces of all are compared (default: 1)",
+        "together, one at random is killed, and the traces of all are compared; several numbers: "
+        "each resumed start takes the next, for a training in logical shards (default: 1)",
     )
     parser.add_argument(
         "--at",
@@ -91,6 +92,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _one_or_several(numbers: list[int]) -> int | list[int]:
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
 def _numbers(least: int) -> Callable[[str], list[int]]:
     """Returns the type of a list of whole numbers of at least so much."""
     number = at_least(least)
@@ -135,7 +140,7 @@ def run(args: argparse.Namespace) -> int:
             verdict = verify(
                 args.target,
                 args.backend,
-                nproc_per_node=args.nproc_per_node,
+                nproc_per_node=_one_or_several(args.nproc_per_node),
                 at=args.at,
                 kills=args.kills,
                 workers=args.workers,
@@ -189,7 +194,9 @@ def print_verdict(console: Console, verdict: Verdict) -> None:
     """
     from rich.table import Table
 
-    many = f" in {verdict.nproc_per_node} processes" if verdict.nproc_per_node > 1 else ""
+    count = verdict.nproc_per_node
+    shown = ", ".join(map(str, count)) if isinstance(count, tuple) else str(count)
+    many = f" in {shown} processes" if count != 1 else ""
     table = Table(
         title=f"{verdict.target} on {verdict.backend}{many}, {verdict.iterations} iterations"
     )

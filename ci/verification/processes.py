@@ -112,14 +112,16 @@ class Processes:
     Args:
         folder: for what the processes write to stderr.
         time_limit: seconds after which whatever still runs is killed.
-        size: how many processes carry out an order together, under torchrun.
+        sizes: how many processes carry out an order together, under torchrun: one number, or
+            several, which orders name in turn.
     """
 
-    def __init__(self, folder: Path, time_limit: float, size: int = 1) -> None:
+    def __init__(self, folder: Path, time_limit: float, sizes: tuple[int, ...] = (1,)) -> None:
         self._folder = folder
         self._limit = time_limit
-        #: How many processes carry out an order together.
-        self.size = size
+        self.sizes = sizes
+        #: How many processes carry out the present order together.
+        self.size = sizes[0]
         self._deadline = time.monotonic() + time_limit
         self._count = 0
         #: How many more orders are sure to come: a process is started ahead for the next of them.
@@ -132,7 +134,7 @@ class Processes:
 
     def _start_ahead(self) -> Life | None:
         # torchrun's processes get their order when they are started.
-        ahead = self.size == 1 and self.expected > 0
+        ahead = self.sizes == (1,) and self.expected > 0
         return Life(self._errors()) if ahead else None
 
     def _start(self, order: Order) -> Life:
@@ -143,7 +145,11 @@ class Processes:
         return spare
 
     def run(
-        self, order: Order, kill: Kill | None = None, seen: Callable[[int], None] | None = None
+        self,
+        order: Order,
+        kill: Kill | None = None,
+        seen: Callable[[int], None] | None = None,
+        number: int = 0,
     ) -> End:
         """Has processes carry out an order, and follows them to their end.
 
@@ -151,10 +157,12 @@ class Processes:
             order: the order.
             kill: when to kill one of them.
             seen: called with each iteration that they have done.
+            number: which of the sizes, in turn.
 
         Raises:
             VerifyError: if its target or its backend cannot be used, or the time is up.
         """
+        self.size = self.sizes[number % len(self.sizes)]
         life = self._start(order)
         self.expected -= 1
         self._spare = self._start_ahead()

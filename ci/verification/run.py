@@ -64,7 +64,7 @@ class Verdict:
     Args:
         target: the training.
         backend: the spec.
-        nproc_per_node: how many processes trained together.
+        nproc_per_node: how many processes trained together; several where that changed.
         status: `exact`; `not exact`: only a resumed run differs; `not repeatable`: two runs that
             nobody interrupted differ, so that no resumed one could be exact.
         iterations: how many the training has.
@@ -79,7 +79,7 @@ class Verdict:
 
     target: str
     backend: str
-    nproc_per_node: int
+    nproc_per_node: int | tuple[int, ...]
     status: Status
     iterations: int
     runs: tuple[RunResult, ...]
@@ -105,7 +105,7 @@ def verify(
     target: str | Target,
     backend: str = "cpu",
     *,
-    nproc_per_node: int = 1,
+    nproc_per_node: int | Sequence[int] = 1,
     at: Sequence[int] | None = None,
     kills: int = 2,
     workers: Sequence[int] = (0,),
@@ -126,7 +126,9 @@ def verify(
         target: the training, `module:function` or `file.py:function`.
         backend: a spec.
         nproc_per_node: how many processes train together, under torchrun, on this machine. All are
-            stopped, one at random is killed, and the traces of all are compared.
+            stopped, one at random is killed, and the traces of all are compared. Several numbers:
+            the first for the straight run, and on in turn with each resumed start, for a training
+            in logical shards; then rank 0's traces are compared.
         at: the iterations to stop after; by default the middle, and an epoch's end.
         kills: how often a run is killed with SIGKILL; 0: never.
         workers: worker processes of the loader: the first for the straight run, and on in turn with
@@ -151,7 +153,8 @@ def verify(
             "This is one of several processes already, as torchrun starts them. verify starts its "
             "own: call it without torchrun, and say how many by --nproc-per-node."
         )
-    if nproc_per_node < 1:
+    sizes = (nproc_per_node,) if isinstance(nproc_per_node, int) else tuple(nproc_per_node)
+    if not sizes or min(sizes) < 1:
         raise VerifyError(f"nproc_per_node is at least 1; got {nproc_per_node}.")
     if kills < 0 or not workers or min(workers) < 0 or (every is not None and every < 1):
         raise VerifyError(
@@ -167,7 +170,7 @@ def verify(
         where.mkdir(parents=True, exist_ok=True)
         if folder is not None and any(where.iterdir()):
             raise VerifyError(f"The folder {folder} is not empty. Name another one.")
-        with Processes(where, time_limit, nproc_per_node) as processes:
+        with Processes(where, time_limit, sizes) as processes:
             work = _Verification(
                 parsed, backend, tuple(workers), seed, where, processes, progress or _quiet
             )
@@ -233,7 +236,7 @@ class _Verification:
         return Verdict(
             str(self._target),
             self._backend,
-            self._processes.size,
+            self._processes.sizes if len(self._processes.sizes) > 1 else self._processes.size,
             status,
             self._total,
             tuple(runs),
@@ -262,11 +265,11 @@ class _Verification:
         more = {"folder": None, "resumed_seed": self._seed, **more}
         return Order(self._backend, target=str(self._target), trace=trace, seed=self._seed, **more)
 
-    def _run(self, name: str, order: Order, kill: Any = None) -> End:
+    def _run(self, name: str, order: Order, kill: Any = None, number: int = 0) -> End:
         # At once: a process that imports torch says nothing for a while.
         self._progress(name, 0, self._total)
         end = self._processes.run(
-            order, kill, lambda iteration: self._progress(name, iteration, self._total)
+            order, kill, lambda iteration: self._progress(name, iteration, self._total), number
         )
         self._traits = end.traits or self._traits
         for warning in end.warnings:
@@ -295,7 +298,7 @@ class _Verification:
         second = self._order(name, workers=workers, resumed_seed=seed, folder=folder)
         ends = [self._run(name, first)]
         if not ends[0].error:
-            ends.append(self._run(name, second))
+            ends.append(self._run(name, second, number=number))
         return self._result(name, ends, (self._workers[0], workers))
 
     def _killed(self, kills: int, every: int) -> RunResult:
@@ -303,7 +306,7 @@ class _Verification:
         folder = str(self._folder / f"run {name}")
         ends: list[End] = []
         workers: list[int] = []
-        places = moments(kills, self._total, self._seed, self._processes.size)
+        places = moments(kills, self._total, self._seed, min(self._processes.sizes))
         for number, kill in enumerate((*places, None)):
             workers.append(self._workers_of(number))
             order = self._order(
@@ -313,7 +316,7 @@ class _Verification:
                 every=every,
                 resumed_seed=self._seed + 1000 + number,
             )
-            ends.append(self._run(name, order, kill))
+            ends.append(self._run(name, order, kill, number))
             if not ends[-1].killed:
                 break
         return self._result(name, ends, tuple(workers))
@@ -338,9 +341,9 @@ class _Verification:
         )
 
     def _traces(self, name: str) -> list[Path]:
-        """Returns the trace of each process of a run."""
-        trace = self._folder / f"{name}.trace"
-        return [path_of_rank(trace, rank) for rank in range(self._processes.size)]
+        """Returns the trace of each process of a run; rank 0's, where their number changed."""
+        trace, sizes = self._folder / f"{name}.trace", self._processes.sizes
+        return [path_of_rank(trace, rank) for rank in range(sizes[0] if len(sizes) == 1 else 1)]
 
     def _compare(self, name: str) -> Difference | None:
         """Returns the first difference from the straight run, of whichever process."""
@@ -353,7 +356,7 @@ class _Verification:
             except TraceError as error:
                 raise VerifyError(str(error)) from error
             if difference is not None:
-                several = self._processes.size > 1
+                several = self._processes.sizes != (1,)
                 found.append(replace(difference, rank=rank) if several else difference)
         return earliest(found)
 

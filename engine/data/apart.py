@@ -8,7 +8,7 @@ of a map-style dataset are keyed one by one, so that nothing is kept of what fet
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy
@@ -79,12 +79,16 @@ class Apart:
         return self
 
     def __next__(self) -> Any:
+        return self.call(self._iterator.__next__)
+
+    def call(self, function: Callable[[], Any]) -> Any:
+        """Calls a function that draws from these streams, and returns what it does."""
         python, state = random.getstate(), torch.default_generator.get_state()
         random.setstate(self._python)
         torch.default_generator.set_state(self._torch)
         self._numpy.begin()
         try:
-            return next(self._iterator)
+            return function()
         finally:
             self._numpy.end()
             self._python, self._torch = random.getstate(), torch.default_generator.get_state()

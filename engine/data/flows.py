@@ -79,6 +79,13 @@ class Dataflow:
         """Returns the names of generators that the data holds and that no key reaches."""
         return []
 
+    def prepare(self, state: Mapping[str, Any]) -> None:
+        """Sets what handlers see of the data to what it was when a state was written.
+
+        Args:
+            state: what `state` returned; `open` is given it next.
+        """
+
     def end(self, batches: int, ended: bool) -> None:
         """Leaves the pass, after which another is opened.
 
@@ -273,6 +280,10 @@ class StatefulFlow(Dataflow):
         # torch's loader has found the end of its dataset already when a last batch is not full.
         fetcher = getattr(self._iterator, "_dataset_fetcher", None)
         found = self._owner is not self._source and getattr(fetcher, "ended", False)
+        if not self._ended and hasattr(self._source, "restart_on_stop_iteration"):
+            # torchdata's pipelines: loaded at a pass's end, they begin the next one at once.
+            has_next: Any = getattr(self._iterator, "has_next", lambda: True)
+            found = not (has_next() if self._apart is None else self._apart.call(has_next))
         random = None if self._apart is None else self._apart.states()
         return {"data": self._owner.state_dict(), "ended": self._ended or found, "random": random}
 

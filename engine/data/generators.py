@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, Sampler
 from crosstrain.backends import random_state
 from crosstrain.engine.guards import is_collection
 
-__all__ = ["OwnStates", "generators_in", "is_stateful"]
+__all__ = ["OwnStates", "Raw", "differing", "generators_in", "is_stateful"]
 
 _KINDS: Final = (
     torch.Generator,
@@ -77,11 +77,16 @@ def _parts(thing: Any, through: tuple[type, ...]) -> Iterator[tuple[str, Any]]:
             yield f".{name}", value
 
 
+Raw = dict[tuple[str, str], Any]
+"""States as this process has them, by kind and name: to be compared and put back, not saved."""
+
+
 class OwnStates:
     """Takes and gives back what samplers, or iterable data, carry from pass to pass.
 
-    These are their generators; a sampler's epoch, as of torch's `DistributedSampler`; and what
-    they give by `state_dict`, if they take it back by `load_state_dict`.
+    These are their generators; a sampler's epoch, as of torch's `DistributedSampler`; the plain
+    attributes of samplers, such as a counter of passes, weights, a list that is shuffled in place;
+    and what they give by `state_dict`, if they take it back by `load_state_dict`.
 
     Args:
         through: as of `generators_in`.
@@ -101,24 +106,45 @@ class OwnStates:
             and isinstance(getattr(owner, "epoch", None), int)
         }
         # Iterable data that has one is asked for it at its position.
-        samplers = {name: owner for name, owner in owners.items() if _is_sampler(owner)}
+        samplers = _samplers_in(owners)
         self._stateful = {name: owner for name, owner in samplers.items() if is_stateful(owner)}
+        self._samplers = {name: one for name, one in samplers.items() if name not in self._stateful}
+        # What they were made with is not their state, until it changes.
+        self._made = self._attributes(True)
+        self._changed: set[tuple[str, str]] = set()
 
     @property
     def moves(self) -> bool:
         """Whether giving out an order changes one of the states."""
-        return bool(self.generators or self._stateful)
+        if self.generators or self._stateful:
+            return True
+        return not all(map(_stays, self._samplers.values()))
 
     def take(self) -> dict[str, Any]:
         """Returns the states, as tensors and plain types where they are ours to choose."""
+        attributes = self._attributes(False)
+        self._changed |= {
+            place
+            for place, value in attributes.items()
+            if place not in self._made or not _same(value, self._made[place])
+        }
         return {
             "generators": {name: _state_of(value) for name, value in self.generators.items()},
-            "epochs": self.epochs(),
+            "epochs": {name: owner.epoch for name, owner in self._epochs.items()},
             "states": {name: owner.state_dict() for name, owner in self._stateful.items()},
+            "attributes": {
+                name: _packed(value)
+                for (kind, name), value in attributes.items()
+                if (kind, name) in self._changed
+            },
         }
 
-    def give(self, states: Mapping[str, Any]) -> None:
+    def give(self, states: Mapping[str, Any], stateful: bool = True) -> None:
         """Sets what `take` returned.
+
+        Args:
+            states: the states.
+            stateful: whether samplers that have `load_state_dict` are given theirs.
 
         Raises:
             ValueError: if the objects that have such states are not those that had.
@@ -136,16 +162,200 @@ class OwnStates:
                     "samplers as in the run that wrote the state."
                 )
             for name, state in then.items():
-                _set_state(kind, owners[name], state)
+                if stateful or kind != "states":
+                    _set_state(kind, owners[name], state)
+        given = {
+            ("attribute", name): _unpacked(value)
+            for name, value in states.get("attributes", {}).items()
+        }
+        self._changed |= set(given)
+        self.put({**self._made, **given})
 
-    def epochs(self) -> dict[str, int]:
-        """Returns the samplers' epochs."""
-        return {name: owner.epoch for name, owner in self._epochs.items()}
+    def load_states(self, states: Mapping[str, Any]) -> None:
+        """Gives samplers that have `load_state_dict` what `take` returned for them."""
+        for name, owner in self._stateful.items():
+            owner.load_state_dict(states["states"][name])
 
-    def set_epochs(self, epochs: Mapping[str, int]) -> None:
-        """Sets what `epochs` returned."""
-        for name, epoch in epochs.items():
-            self._epochs[name].set_epoch(epoch)
+    def raw(self, copies: bool = True) -> Raw:
+        """Returns the states but those of samplers with a `state_dict`, to put them back here.
+
+        Args:
+            copies: whether what can be changed in place is copied.
+        """
+        return {
+            **{("generator", name): _raw_state(one) for name, one in self.generators.items()},
+            **{("epoch", name): owner.epoch for name, owner in self._epochs.items()},
+            **self._attributes(copies),
+        }
+
+    def put(self, raw: Raw, copies: bool = True) -> None:
+        """Sets what `raw` returned, and takes away plain attributes that there were none of.
+
+        Args:
+            raw: the states.
+            copies: whether what can be changed in place is copied.
+        """
+        for kind, name in self._attributes(False):
+            if (kind, name) not in raw:
+                self._set_attribute(name)
+        for (kind, name), value in raw.items():
+            self._put(kind, name, _copy(value) if copies else value)
+
+    def put_some(self, raw: Raw) -> None:
+        """Sets some of what `raw` returned."""
+        for (kind, name), value in raw.items():
+            self._put(kind, name, value)
+
+    def _put(self, kind: str, name: str, value: Any) -> None:
+        if kind == "generator":
+            _set_raw_state(self.generators[name], value)
+        elif kind == "epoch":
+            if self._epochs[name].epoch != value:
+                self._epochs[name].set_epoch(value)
+        else:
+            self._set_attribute(name, value)
+
+    def _set_attribute(self, name: str, *value: Any) -> None:
+        where, _, attribute = name.rpartition(".")
+        owner = self._samplers.get(where)
+        if owner is None:
+            # Of a sampler that this process does not have.
+            return
+        attributes: dict[str, Any] = vars(owner)
+        if value:
+            attributes[attribute] = value[0]
+        else:
+            attributes.pop(attribute, None)
+
+    def _attributes(self, copies: bool) -> Raw:
+        found: Raw = {}
+        for name, owner in self._samplers.items():
+            for attribute, value in vars(owner).items():
+                if attribute == "epoch" and name in self._epochs:
+                    continue
+                if _is_plain(value):
+                    place = ("attribute", f"{name}.{attribute}")
+                    found[place] = _copy(value) if copies else value
+        return found
+
+
+def differing(one: Raw, other: Raw) -> set[tuple[str, str]]:
+    """Returns the places at which two raw states differ."""
+    places = {*one, *other}
+    missing = {place for place in places if place not in one or place not in other}
+    return missing | {p for p in places - missing if not _same(one[p], other[p])}
+
+
+def _samplers_in(owners: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the samplers among some objects, and those that they hold, each once."""
+    found: dict[str, Any] = {}
+    for name, owner in owners.items():
+        _look_for_samplers(name, owner, _DEPTH, found)
+    return found
+
+
+def _look_for_samplers(name: str, thing: Any, depth: int, found: dict[str, Any]) -> None:
+    known = any(thing is one for one in found.values())
+    if known or depth == 0 or not _is_sampler(thing) or not hasattr(thing, "__dict__"):
+        return
+    found[name] = thing
+    for attribute, value in vars(thing).items():
+        _look_for_samplers(f"{name}.{attribute}", value, depth - 1, found)
+
+
+def _stays(sampler: Any) -> bool:
+    """Tells whether giving out an order leaves a sampler without generators as it was."""
+    torchs = type(sampler).__module__.startswith("torch.utils.data.")
+    return torchs or callable(getattr(sampler, "indices", None))
+
+
+_SCALARS: Final = (bool, int, float, str, type(None))
+# What is longer is taken for data, and not for a state.
+_LONGEST: Final = 1 << 20
+_LARGEST: Final = 1 << 23
+
+
+def _is_plain(value: Any, depth: int = 3) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.nbytes <= _LARGEST
+    if isinstance(value, numpy.ndarray):
+        return value.dtype.kind in "biuf" and value.nbytes <= _LARGEST
+    kind: Any = type(value)
+    if kind in _SCALARS:
+        return True
+    if depth == 0 or kind not in (list, tuple, dict) or len(value) > _LONGEST:
+        return False
+    if kind is dict:
+        return all(type(k) in _SCALARS and _is_plain(v, depth - 1) for k, v in value.items())
+    # A list of a million numbers is looked at by their types, which are few.
+    if {*map(type, value)} <= {*_SCALARS}:
+        return True
+    return len(value) <= _MANY and all(_is_plain(one, depth - 1) for one in value)
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, (list, tuple)):
+        many: Any = value
+        return type(many)(_copy(one) for one in many)
+    if isinstance(value, dict):
+        return {key: _copy(one) for key, one in value.items()}
+    return value.copy() if isinstance(value, numpy.ndarray) else value
+
+
+def _same(one: Any, other: Any) -> bool:
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, numpy.ndarray):
+        return one.dtype == other.dtype and numpy.array_equal(one, other)
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)) and one and not isinstance(one[0], _SCALARS):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return bool(one == other)
+
+
+def _packed(value: Any) -> dict[str, Any]:
+    """Returns a plain attribute as what loads without pickle, and in few words."""
+    if isinstance(value, numpy.ndarray):
+        found: Any = random_state.without_arrays({"values": value.view(f"u{value.itemsize}")})
+        return {"kind": "array", "dtype": str(value.dtype), **found}
+    if type(value) is list and len(value) > _MANY and {*map(type, value)} == {int}:
+        try:
+            return {"kind": "list", "values": torch.tensor(value, dtype=torch.int64)}
+        except (OverflowError, RuntimeError):
+            pass  # Numbers of more than 64 bits.
+    return {"kind": "plain", "values": _copy(value)}
+
+
+def _unpacked(packed: Mapping[str, Any]) -> Any:
+    values = packed["values"]
+    if packed["kind"] == "array":
+        dtype = numpy.dtype(packed["dtype"])
+        return values.cpu().numpy().astype(f"u{dtype.itemsize}").view(dtype)
+    return values.tolist() if packed["kind"] == "list" else values
+
+
+def _raw_state(generator: Any) -> Any:
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    if isinstance(generator, numpy.random.RandomState):
+        return generator.get_state(legacy=False)
+    return generator.bit_generator.state
+
+
+def _set_raw_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, random.Random):
+        generator.setstate(state)
+    elif isinstance(generator, (torch.Generator, numpy.random.RandomState)):
+        generator.set_state(state)
+    else:
+        generator.bit_generator.state = state
 
 
 def _is_sampler(thing: Any) -> bool:

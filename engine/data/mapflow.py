@@ -20,7 +20,7 @@ from crosstrain.engine.progress import data_length
 from .apart import Secluded
 from .batch_before import Noted
 from .flows import Dataflow, Iterate
-from .generators import OwnStates, generators_in
+from .generators import OwnStates, Raw, differing, generators_in
 from .sampling import KeyedSampler, rebuilt
 from .shares import ALONE, BatchShare, check_divisible
 from .streams import KeyedBatchDataset, KeyedDataset, StreamKey, rank_seed
@@ -54,7 +54,14 @@ class MapFlow(Dataflow):
             check_divisible(getattr(sampler, "batch_size", None), world)
         # torch's own draws nothing.
         collates = data.collate_fn is not default_collate
-        self._sampler = KeyedSampler(sampler, batched, collates, world)
+        # Not those of the dataset, to which samplers refer: another process fetches from that.
+        self._own = OwnStates(
+            (Sampler,),
+            generator=data.generator,
+            sampler=getattr(sampler, "sampler", None) if batched else sampler,
+            batch_sampler=sampler,
+        )
+        self._sampler = KeyedSampler(sampler, batched, collates, world, self._own)
         # The loader draws its workers' base seed from this one, and disturbs no other.
         self._base = torch.Generator()
         changes = {
@@ -65,15 +72,11 @@ class MapFlow(Dataflow):
         if "in_order" in vars(data):
             changes["in_order"] = True
         self._loader = rebuilt(data, **changes)
-        # Not those of the dataset, to which samplers refer: another process fetches from that.
-        self._own = OwnStates(
-            (Sampler,),
-            generator=data.generator,
-            sampler=self._sampler.inner,
-            batch_sampler=sampler,
-        )
         self._at_opening = self._own.take()
-        self._drawn = False
+        self._opening: Raw = {}
+        # Since the pass was left: what a state has of the samplers, and what they are.
+        self._left: tuple[dict[str, Any], Raw] | None = None
+        self._prepared = False
         self._suspects = sorted(generators_in(data.dataset, "dataset"))
         _warn_of_generators(self._suspects)
 
@@ -85,19 +88,20 @@ class MapFlow(Dataflow):
         Raises:
             ValueError: if the state has a generator that the loader lacks, or the other way round.
         """
-        epochs = self._own.epochs()
+        seen = self._own.raw()
         if state is not None:
             self._own.give(state)
-        self._at_opening = self._own.take()
-        batch -= again
-        self._drawn = batch == 0 or batch != data_length(self.data)
-        if self._drawn:
-            self._draw_base_seed()
-            self._sampler.begin(key, batch)
-        # A handler may have chosen the epoch of the next pass while this one went on.
-        self._own.set_epochs(epochs)
-        if not self._drawn:
-            # The pass is over: no workers need to be started to learn that.
+        self._at_opening, self._opening, self._left = self._own.take(), self._own.raw(), None
+        self._draw_base_seed()
+        self._sampler.begin(key, batch - again)
+        if state is not None and not self._prepared and "now" in state:
+            self._own.give(state["now"], False)
+        elif state is not None or not self._own.moves:
+            # What handlers have chosen, such as a sampler's epoch, holds for the next pass.
+            self._own.put_some(seen)
+        self._prepared = False
+        if self._sampler.is_over:
+            # No workers need to be started to learn that.
             return iter(())
         self._base.manual_seed(rank_seed(key.host_seed, self._world.rank))
         self.held = deque()
@@ -126,25 +130,41 @@ class MapFlow(Dataflow):
         return self._suspects
 
     def state(self) -> dict[str, Any]:
-        """Returns the states that generators and samplers had when this pass was opened."""
-        return self._at_opening
+        """Returns the samplers' states: as they were when this pass was opened, and as they are."""
+        now = None
+        if self._left is not None and not differing(self._own.raw(), self._left[1]):
+            now = self._left[0]
+        return {**self._at_opening, "now": self._own.take() if now is None else now}
+
+    def prepare(self, state: Mapping[str, Any]) -> None:
+        """Sets the samplers to what they were when a state was written, before handlers run.
+
+        Args:
+            state: what `state` returned; `open` is given it next.
+        """
+        if "now" in state:
+            self._own.give(state["now"], False)
+            self._prepared = True
 
     def end(self, batches: int, ended: bool) -> None:
-        """Sets the loader's own generators to where the batches taken leave them.
+        """Sets the loader's own samplers to where the batches taken leave them.
 
-        Workers have drawn ahead, by as much as there are of them.
+        Orders are drawn ahead. What somebody else has changed since the pass was opened stays.
         """
-        if not self._own.moves or (ended and self._drawn):
+        if not self._own.moves or self._left is not None:
             return
-        with random_state.preserved():
-            self._own.give(self._at_opening)
-            self._draw_base_seed()
-            order = self._sampler.order(max(0, batches - 1))
-            if batches:
-                next(order, None)
-            if ended or batches == data_length(self.data):
-                for _ in order:
-                    pass
+        now, taken = self._own.raw(), self._own.take()
+        changed = differing(now, self._sampler.visible)
+        if ended:
+            self._own.put(self._sampler.ahead[0])
+        else:
+            with random_state.preserved():
+                self._own.put(self._opening)
+                self._own.load_states(self._at_opening)
+                self._draw_base_seed()
+                self._sampler.walk(batches)
+        self._own.put_some({place: now[place] for place in changed if place in now})
+        self._left = taken, self._own.raw()
 
     def close(self) -> None:
         """Stops persistent workers."""
@@ -154,6 +174,9 @@ class MapFlow(Dataflow):
         """Returns the numbers of batches and samples, and what orders them."""
         sampler, inner = self._sampler.sampler, self._sampler.inner
         found = {**super().fingerprint(), "sampler": type(inner or sampler).__name__}
+        if self._own.moves and not self._sampler.is_finite:
+            # Its length is what it says now: it may be another in each pass, or none at all.
+            found.pop("batches", None)
         samples = data_length(self.data.dataset)
         return found if samples is None else {**found, "samples": samples}
 

@@ -14,6 +14,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from crosstrain.backends import World, random_state
 
+from .generators import OwnStates, Raw
 from .order import Batch, batches_from, computes_its_order, is_seekable, samples_from
 from .shares import ALONE, BatchShare, Dealt, deal, deal_spans
 from .streams import KeyedIndex, KeyedIndices, StreamKey
@@ -75,10 +76,18 @@ class KeyedSampler:
         batched: whether it gives batches.
         collates: whether collating them may draw random numbers.
         world: among which processes each batch is dealt out.
+        own: what the samplers carry from pass to pass. Their order is drawn some batches at a time
+            under states that nobody else sees: what handlers change, or draw from the same
+            generators, neither changes the pass nor depends on how far it was drawn ahead.
     """
 
     def __init__(
-        self, sampler: Any, batched: bool, collates: bool = True, world: World = ALONE
+        self,
+        sampler: Any,
+        batched: bool,
+        collates: bool = True,
+        world: World = ALONE,
+        own: OwnStates | None = None,
     ) -> None:
         self.sampler = sampler
         #: Of the batches that were asked for and not given yet: what is this process's; None where
@@ -95,6 +104,13 @@ class KeyedSampler:
         self._collates = collates
         self._seekable = is_seekable(self.inner) and (not batched or type(sampler) is BatchSampler)
         self._items: Iterator[Any] = iter(())
+        self._own = OwnStates() if own is None else own
+        #: The samplers' states as everybody sees them since the pass was opened, and, in a list of
+        #: one, as the order has them that far.
+        self.visible: Raw = {}
+        self.ahead: list[Raw] = [{}]
+        #: Whether the order has nothing from where it was opened.
+        self.is_over = False
 
     def begin(self, key: StreamKey, start: int) -> None:
         """Opens the order of a pass at a batch, drawing from the global generators as torch does.
@@ -118,8 +134,30 @@ class KeyedSampler:
         self.asked = False
 
     def _opened(self, start: int) -> Iterator[Batch]:
-        order = self.order(start)
-        return _primed(order) if self._seekable else _secluded(order)
+        own = self._own if self._own.moves else None
+        if self._seekable and own is None:
+            first, order = self._from(self.order(start), 1)
+            self.visible = self._own.raw()
+            return chain(first, order)
+        # What everybody sees is what the first batches leave, wherever the pass is entered.
+        many, entry = (1 if self._seekable else _AHEAD), self._own.raw()
+        first, order = self._from(self.order(0), many)
+        self.visible = self._own.raw()
+        if start and self._seekable:
+            self._own.put(entry)
+            first, order = self._from(self.order(start), many)
+        elif start:
+            first = first[start:] or list(islice(order, start - many, start)) if first else []
+            self.is_over = not first
+        self.ahead = [self._own.raw(False)]
+        self._own.put(self.visible)
+        return chain(first, _rest(order, random_state.capture(), own, self.ahead))
+
+    def _from(self, order: Iterator[Batch], many: int) -> tuple[list[Batch], Iterator[Batch]]:
+        # Drawn now, while the generators are as they were seeded for this pass.
+        first = list(islice(order, many))
+        self.is_over = not first
+        return first, order
 
     def _dealt_out(self, start: int, keys: _Keys) -> Iterator[Any]:
         # A new one: an iterator of an earlier pass may still have the old.
@@ -135,6 +173,20 @@ class KeyedSampler:
         """Returns the order from a batch on; drawn when it is asked for, as torch draws it."""
         # Not a generator of this object: that would be a cycle, which keeps the data.
         return (batches_from if self._batched else _singles)(self.sampler, start)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the order is known to end where its length says."""
+        return self._seekable
+
+    def walk(self, batches: int) -> None:
+        """Draws the order of a pass as far as giving some batches takes it, and gives nothing."""
+        order = self.order(max(0, batches - 1))
+        if batches:
+            next(order, None)
+        if self.is_finite and batches == len(self.sampler):
+            # torch draws once more to learn that there is nothing left.
+            next(order, None)
 
     def __iter__(self) -> Iterator[Any]:
         # The same iterator each time: torch's loaders ask twice and use the second.
@@ -204,22 +256,24 @@ def _primed(order: Iterator[T]) -> Iterator[T]:
     return chain(list(islice(order, 1)), order)
 
 
-def _secluded(order: Iterator[Batch]) -> Iterator[Batch]:
-    """Runs a sampler of unknown type under random states of its own, some batches at a time.
+def _rest(
+    order: Iterator[Batch], states: dict[str, Any], own: OwnStates | None, ahead: list[Raw]
+) -> Iterator[Batch]:
+    """Draws an order under random states and sampler states of its own, some batches at a time.
 
-    It may draw from the global generators at any batch, between draws of the training. Its first
-    draws are made in the open, as torch makes them: most samplers make no others.
+    It may draw from the global generators at any batch, between draws of the training.
     """
-    first = list(islice(order, _AHEAD))
-    return chain(first, _rest(order, random_state.capture()) if len(first) == _AHEAD else ())
-
-
-def _rest(order: Iterator[Batch], own: dict[str, Any]) -> Iterator[Batch]:
     while True:
         with random_state.preserved():
-            random_state.restore(own)
+            random_state.restore(states)
+            visible = {} if own is None else own.raw(False)
+            if own is not None:
+                own.put(ahead[0], False)
             drawn = list(islice(order, _AHEAD))
-            own = random_state.capture()
+            if own is not None:
+                ahead[0] = own.raw(False)
+                own.put(visible, False)
+            states = random_state.capture()
         yield from drawn
         if len(drawn) < _AHEAD:
             return

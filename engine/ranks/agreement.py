@@ -112,7 +112,7 @@ class Agreement:
         # What this rank wants and what is not decided: bits of Engine.asked, and a signal.
         self._wish = self._signal = 0
         # Which of the ends that the engine is asked for are those of all: bits of Engine.asked.
-        self._granted = 0
+        self._agreed = 0
         self._base = f"run/{self._number}/{self._runs}"
 
     # ---------------------------------------------------------------- the run's events
@@ -153,12 +153,12 @@ class Agreement:
 
     def review(self, asked: int) -> int:
         """Takes back what a handler has asked of this rank alone, until all are asked."""
-        granted = self._granted
-        if granted & END_RUN:
+        agreed = self._agreed
+        if agreed & END_RUN:
             return asked
-        if granted & END_EPOCH:
+        if agreed & END_EPOCH:
             # It is done now.
-            self._granted = 0
+            self._agreed = 0
         elif asked & _ENDS:
             self._wish |= asked & ~PAUSE
             return asked & PAUSE
@@ -175,12 +175,12 @@ class Agreement:
                     self._passed = boundary
                     if self._watch is None or self._watch.told is None:
                         return
-        self._settle(boundary)
+        self._do_what_is_agreed(boundary)
 
-    def _settle(self, boundary: int) -> None:
+    def _do_what_is_agreed(self, boundary: int) -> None:
         assert self._watch is not None
         self._watch.check()
-        if self._granted & END_RUN:
+        if self._agreed & END_RUN:
             return
         self._engine.asked = self.review(self._engine.asked)
         while True:
@@ -191,7 +191,7 @@ class Agreement:
             if decision is not None and boundary >= decision.boundary:
                 self._decision = None
                 self._do(decision, boundary)
-                if self._granted & END_RUN:
+                if self._agreed & END_RUN:
                     return
                 continue
             with self._lock:
@@ -205,14 +205,14 @@ class Agreement:
         if decision.signal:
             # The run is ended by who saves it.
             self.stop_signal, self._signal, self._wish = decision.signal, 0, 0
-            self._granted = END_RUN
+            self._agreed = END_RUN
         elif decision.wish & END_RUN:
             engine.asked |= decision.wish & RUN_ENDS
-            self._granted = END_RUN
+            self._agreed = END_RUN
         elif boundary % 2 == 0:
             # At an epoch's end there is none left to end.
             engine.asked |= decision.wish & EPOCH_ENDS
-            self._granted = END_EPOCH
+            self._agreed = END_EPOCH
             self._wish &= ~EPOCH_ENDS
 
     # ---------------------------------------------------------------- calls and answers
@@ -225,7 +225,7 @@ class Agreement:
             self._answered = number + 1
             mine = {"passed": self._passed, "wish": wish, "signal": self._signal}
         assert self._watch is not None
-        self._watch.ears_or_line().set(
+        self._watch.store_of_this_thread().set(
             f"crosstrain/{self._base}/call/{number}/{self.line.rank}", json.dumps(mine)
         )
 

@@ -65,17 +65,17 @@ class Watch:
         # Where another rank's run has ended already, after which iteration, and which rank.
         self._ended: tuple[int, int] | None = None
         line.store.limit = line.timeout
-        self._ears = line.clone()
+        self._thread_store = line.clone()
         self._main = threading.get_ident()
         self._thread = threading.Thread(target=self._listen, name="ranks", daemon=True)
         # A thread that still runs when the interpreter ends can take the process down.
         atexit.register(self.close)
         self._thread.start()
 
-    def ears_or_line(self) -> Any:
+    def store_of_this_thread(self) -> Any:
         """Returns the connection of the thread that asks: one must not wait for the other."""
         here = threading.current_thread() is self._thread
-        return self._ears if here else self._line.store
+        return self._thread_store if here else self._line.store
 
     # ---------------------------------------------------------------- comparisons
 
@@ -137,9 +137,9 @@ class Watch:
 
     # ---------------------------------------------------------------- telling
 
-    def tell(self, message: dict[str, Any], ears: bool = False) -> None:
+    def tell(self, message: dict[str, Any]) -> None:
         """Sends a message to all ranks' threads, this rank's among them."""
-        store = self._ears if ears else self._line.store
+        store = self.store_of_this_thread()
         number = store.add(f"crosstrain/{self._base}/told", 1) - 1
         keys = [f"crosstrain/{self._base}/for/{r}/{number}" for r in range(self._line.size)]
         text = json.dumps(message)
@@ -260,11 +260,11 @@ class Watch:
             try:
                 message: dict[str, Any] = {}
                 if self._ended is None:
-                    self._ears.wait([key], _LONG)
-                elif not self._ears.check([key]):
+                    self._thread_store.wait([key], _LONG)
+                elif not self._thread_store.check([key]):
                     self._closed.wait(_LOOK)
-                if self._ears.check([key]):
-                    message = json.loads(self._ears.get(key))
+                if self._thread_store.check([key]):
+                    message = json.loads(self._thread_store.get(key))
                     self._heard += 1
             except distributed.DistNetworkError as error:
                 if not self._closed.is_set():
@@ -280,14 +280,14 @@ class Watch:
                 self._ended = tuple(message["ended"])
             if "roll" in message:
                 answer = f"crosstrain/{self._base}/roll/{message['roll']}/{line.rank}"
-                self._ears.set(answer, "here")
+                self._thread_store.set(answer, "here")
             if "failure" in message:
                 rank, reason = message["failure"]
                 self._take(rank, reason, message["from"])
                 return
             if self._ended is not None and self._compare_end():
                 assert self.told is not None
-                self.tell({"failure": self.told, "from": -1}, ears=True)
+                self.tell({"failure": self.told, "from": -1})
 
     def _compare_end(self) -> bool:
         """Tells whether this rank has come to an iteration that another one ended before."""

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from crosstrain.backends.legacy import for_step
+from crosstrain.backends.placement import map_tensors
 
 from .arguments import Device, LossFunction, prepare, step_options
 from .evaluation import EvaluationStep, prediction
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from torch.amp.grad_scaler import GradScaler
 
 __all__ = [
+    "convert_tensor",
     "supervised_evaluation_step",
     "supervised_evaluation_step_amp",
     "supervised_training_step",
@@ -232,3 +234,16 @@ supervised_evaluation_step = _evaluation_maker("supervised_evaluation_step", "in
 supervised_evaluation_step_amp = _evaluation_maker(
     "supervised_evaluation_step_amp", "with autocast to fp16"
 )
+
+
+def convert_tensor(x: Any, device: Device | None = None, non_blocking: bool = False) -> Any:
+    """Returns a batch with its tensors on a device; for a `prepare_batch` written for ignite.
+
+    Args:
+        x: a tensor, or tensors in tuples, lists, mappings and dataclasses; the rest stays as it is.
+        device: the device; None leaves the tensors where they are.
+        non_blocking: whether a copy from pinned memory may go on while the program does.
+    """
+    if device is None:
+        return x
+    return map_tensors(x, lambda tensor: tensor.to(device=device, non_blocking=non_blocking))

@@ -23,9 +23,11 @@ from crosstrain.backends.cuda_flags import deterministic_kernels, tensor_float_3
 from crosstrain.backends.tpu_host import hardware_absence, import_risk, tpu_chips
 from crosstrain.ci.conformance.case import flags
 
-HARDWARE = ("apex", "cuda", "cuda-amp", "tpu", "xla", "xla-spmd")
+ACCELERATORS = ("accelerator", "hpu", "mps", "npu", "xpu")
+HARDWARE = (*ACCELERATORS, "apex", "cuda", "cuda-amp", "tpu", "xla", "xla-spmd")
 
 OPTIONS = {
+    **dict.fromkeys(ACCELERATORS, ("fp32", "bf16", "fp16", "fsdp", "fsdp-bf16", "fsdp-fp16")),
     "apex": ("O1", "O0", "O2", "O3"),
     "cuda": ("fp32", "tf32", "fsdp", "fsdp-tf32"),
     "cuda-amp": ("fp16", "bf16", "fsdp", "fsdp-bf16"),
@@ -75,6 +77,8 @@ def test_a_missing_backend_gives_its_own_reason(name: str) -> None:
 
 def test_each_missing_library_is_named() -> None:
     words = {"apex": "apex", "cuda": "CUDA", "cuda-amp": "CUDA", "tpu": "TPU", "xla": "XLA"}
+    words |= {"npu": "torch_npu", "hpu": "habana_frameworks", "mps": "Mac", "xpu": "'xpu'"}
+    words |= {"accelerator": "any accelerator"}
     for name, word in words.items():
         found = backends.probe(name)
         assert found.ok or word.lower() in found.reason.lower() or "PJRT_DEVICE" in found.reason
@@ -97,6 +101,8 @@ def test_an_unknown_option_is_told_from_missing_hardware(
         ("amp", "cuda-amp"),
         ("cuda_amp", "cuda-amp"),
         ("tpus", "tpu"),
+        ("rocm", "cuda"),
+        ("Metal", "mps"),
     ],
 )
 def test_what_people_write_leads_to_the_backend(wrong: str, right: str) -> None:

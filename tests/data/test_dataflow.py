@@ -248,7 +248,7 @@ def test_datasets_that_are_stacked_have_streams_of_their_own() -> None:
         assert not torch.equal(left, right)
 
 
-def test_nothing_is_fetched_before_the_batch_to_go_on_with_and_nothing_twice() -> None:
+def test_of_what_was_fetched_only_the_batch_before_is_fetched_once_more() -> None:
     fetched: list[int] = []
 
     class Noting(Images):
@@ -263,12 +263,12 @@ def test_nothing_is_fetched_before_the_batch_to_go_on_with_and_nothing_twice() -
     )
     engine.run(loader(Noting(), shuffle=True))
     whole = list(fetched)
-    for done, state in states.items():
+    for before, state in zip([0, *states], states.values(), strict=False):
         fetched.clear()
         resumed = DeterministicEngine(lambda engine, batch: None)
         resumed.load_state_dict(state)
         resumed.run(loader(Noting(), shuffle=True))
-        assert fetched == whole[done:]
+        assert fetched == whole[before:]
 
 
 # ---------------------------------------------------------------------- in one process

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import on_xla
 import pytest
 import torch
+from rich.console import Console
 
+from crosstrain.ci.demo.report import DemoRun, print_table
 from crosstrain.engine import Checkpoint
 
 ARGUMENTS = ["--epochs", "2", "--backend"]
@@ -79,6 +83,23 @@ def test_demo_runs_again_in_its_folder_but_not_in_another(
     assert process.returncode != 0
     assert "holds files that no demo wrote" in process.stderr
     assert mine.read_text() == "precious"
+
+
+@pytest.mark.parametrize("width", [30, 60, 120])
+def test_equal_digests_are_shown_whole_in_any_terminal(width: int) -> None:
+    runs = DemoRun(killed_at=2), DemoRun()
+    digest = "0123456789abcdef"
+    for run in runs:
+        row = {"iteration": 1, "batch": "b", "loss": (0.5).hex(), "scalar": True}
+        run.course.take({"begun": True, "resumed_from": None})
+        run.course.take({**row, "weights": digest, "optimizer": digest, "random states": digest})
+        end = {"end": {}, "length": 1, "environment": {}, "metrics": {"accuracy": 0.9}}
+        run.course.take(end)
+    console = Console(file=io.StringIO(), width=width)
+    print_table(console, *runs, "")
+    file: Any = console.file
+    assert file.getvalue().count(digest) == 6
+    assert file.getvalue().count("identical") == 6
 
 
 def test_example_is_the_same_training_and_survives_a_kill(

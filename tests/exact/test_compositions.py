@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import itertools
 
+import composition_parts as parts
 import pytest
-from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
-from tests.support import composition_parts as parts
-from tests.support.compositions import (
+from compositions import (
     CRASHED,
     EVENTS,
     FILTERS,
@@ -27,6 +25,8 @@ from tests.support.compositions import (
     compose,
     judge,
 )
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 _how = st.sampled_from(HOWS)
 _handler = st.tuples(

@@ -43,7 +43,7 @@ def trained(spec: str = "cpu", **limits: Any) -> tuple[DeterministicEngine, dict
 
 
 # What older states do not have.
-NEWER_KEYS = {"structure"}
+NEWER_KEYS = {"structure", "epoch_rng_states"}
 KEYS = {
     "epoch_length",
     "iteration",
@@ -54,7 +54,6 @@ KEYS = {
     "progress",
     "position",
     "rng_states",
-    "epoch_rng_states",
     "backend",
     "step",
     "environment",

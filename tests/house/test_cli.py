@@ -190,9 +190,11 @@ def test_a_reader_that_has_gone_is_no_traceback(
 ) -> None:
     reading, writing = os.pipe()
     os.close(reading)
+    # Unbuffered, --help is written by argparse, which takes no notice of a reader that has gone.
+    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
     result = subprocess.run(
         [console_script, *arguments], stdout=writing, stderr=subprocess.PIPE, text=True, cwd="/",
-        check=False,
+        check=False, env=buffered,
     )  # fmt: skip
     os.close(writing)
     assert result.returncode != 0

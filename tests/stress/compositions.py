@@ -15,9 +15,9 @@ import traceback
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
-from tests.support.compositions import CRASHED, SILENT, Verdict, compose, judge
+from compositions import CRASHED, SILENT, Verdict, compose, judge
 
 
 def main() -> int:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import composition_parts as parts
 import torch
 from torch import nn
 
@@ -41,8 +42,6 @@ from crosstrain.engine import (
     resume_or_start,
 )
 from crosstrain.engine.digest import digest
-
-from . import composition_parts as parts
 
 IDENTICAL, TOLD, REFUSED, SILENT, CRASHED = "identical", "told", "refused", "SILENT", "CRASHED"
 EPOCHS = 3

@@ -23,6 +23,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.utils.data import DataLoader, TensorDataset
 
 from crosstrain import backends
+from crosstrain.ci import TraceRecorder
 from crosstrain.engine import (
     DeterministicEngine,
     Events,
@@ -223,7 +224,9 @@ def trainer_of(kind: str) -> tuple[Any, Any, list[Any], Any]:
     return trainer, model, optimizers, data
 
 
-def train(kind: str, folder: Path | None, kill_after: int) -> dict[str, Any]:
+def train(
+    kind: str, folder: Path | None, kill_after: int, trace: Path | None = None
+) -> dict[str, Any]:
     """Trains to the end, or until it kills itself; returns what the training has come to."""
     manual_seed(3)
     trainer, model, optimizers, data = trainer_of(kind)
@@ -252,6 +255,8 @@ def train(kind: str, folder: Path | None, kill_after: int) -> dict[str, Any]:
                 run.checkpoint.wait()
                 os.kill(os.getpid(), signal.SIGKILL)
 
+    if trace is not None:
+        TraceRecorder(trace, every_sync=4).attach(trainer, objects)
     trainer.run(DataLoader(data, BATCH, shuffle=True), max_epochs=EPOCHS)
     whole = [thing.state_dict() for thing in objects.values()]
     buffers = [buffer for _, buffer in model.named_buffers()]
@@ -264,13 +269,14 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("kinds", nargs="+")
     parser.add_argument("--save", action="store_true")
+    parser.add_argument("--trace", type=Path)
     parser.add_argument("--kill-after", type=int, default=0)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
     torch.set_num_threads(1)
     folder: Path = args.folder
     told = {
-        kind: train(kind, folder / kind if args.save else None, args.kill_after)
+        kind: train(kind, folder / kind if args.save else None, args.kill_after, args.trace)
         for kind in args.kinds
     }
     rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")

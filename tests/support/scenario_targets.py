@@ -16,11 +16,11 @@ class Drifting(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.scale = 1.0
+        self.scales = [1.0]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.scale *= 0.99
-        return x * self.scale
+        self.scales[0] *= 0.99
+        return x * self.scales[0]
 
 
 def _training(

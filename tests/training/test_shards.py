@@ -23,6 +23,8 @@ from training_runs import assert_same, loss_fn, network, sgd, state_of
 
 from crosstrain import backends
 from crosstrain.backends import BackendError, World
+from crosstrain.ci.traces.diff import compare
+from crosstrain.ci.traces.file import Trace
 from crosstrain.engine import (
     DeterministicEngine,
     Events,
@@ -83,6 +85,18 @@ def test_a_run_that_is_killed_goes_on_with_any_number_of_processes(
     assert "written by 2 processes and goes on in 1: 4 logical shards, the same bits" in log
     assert "written by 1 processes and goes on in 4" in log
     assert "ResumeWarning" not in log
+
+
+def test_traces_of_any_number_of_processes_are_identical(tmp_path: Path) -> None:
+    traces: list[Trace] = []
+    for size in (1, 2):
+        path = tmp_path / f"{size}.trace"
+        told = ("words", "--trace", str(path))
+        torchrun(size, PROGRAM, str(tmp_path), *told, OMP_NUM_THREADS="1")
+        traces.append(Trace(path))
+    found = compare(*traces)
+    assert found.difference is None
+    assert found.tolerance is None
 
 
 @settings(max_examples=60, deadline=None)

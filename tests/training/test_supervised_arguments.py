@@ -36,7 +36,7 @@ from crosstrain.engine import (
     supervised_training_step_amp,
 )
 
-DOORS = [
+STEP_FUNCTIONS = [
     "supervised_training_step",
     "supervised_training_step_amp",
     "supervised_training_step_apex",
@@ -47,7 +47,7 @@ DOORS = [
 
 
 @pytest.mark.parametrize(
-    "name", ["create_supervised_trainer", "create_supervised_evaluator", *DOORS]
+    "name", ["create_supervised_trainer", "create_supervised_evaluator", *STEP_FUNCTIONS]
 )
 def test_names_and_order_of_arguments_are_those_of_ignite(name: str) -> None:
     ours = inspect.signature(getattr(crosstrain.engine, name)).parameters

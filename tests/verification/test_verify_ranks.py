@@ -127,5 +127,16 @@ def test_under_torchrun_it_is_refused(
 
 
 def test_no_process_is_too_few() -> None:
+    with pytest.raises(VerifyError, match=r"nproc_per_node is at least 1; got \[2, 0\]"):
+        verify(f"{TARGETS}:exact", nproc_per_node=[2, 0])
     with pytest.raises(VerifyError, match="nproc_per_node is at least 1; got 0"):
         verify(f"{TARGETS}:exact", nproc_per_node=0)
+
+
+@pytest.mark.slow
+def test_a_training_in_logical_shards_is_exact_on_any_number_of_processes() -> None:
+    verdict = verify(f"{TARGETS}:shards", nproc_per_node=[2, 1], at=[5], kills=0)
+    assert verdict.status == "exact"
+    assert verdict.nproc_per_node == (2, 1)
+    [run] = verdict.runs
+    assert run.resumed_from == (5,)
