@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,11 +57,18 @@ def has_spread(states: Any) -> bool:
     """Tells whether there is a spread tensor in a nest of states."""
     if "torch.distributed.tensor" not in sys.modules:
         return False
-    if is_mapping(states):
-        return any(map(has_spread, states.values()))
-    if isinstance(states, (list, tuple)):
-        return any(map(has_spread, states))
-    return is_spread(states)
+    # Without recursion, each container once: nests are deep and shared as users make them.
+    seen: dict[int, Any] = {}
+    waiting = [states]
+    while waiting:
+        value = waiting.pop()
+        if is_spread(value):
+            return True
+        items: Any = value.values() if is_mapping(value) else value
+        if (items is not value or isinstance(value, (list, tuple))) and id(value) not in seen:
+            seen[id(value)] = value
+            waiting.extend(items)
+    return False
 
 
 def split(states: Any, names: Mapping[Path, Sequence[str]]) -> Split:
@@ -72,11 +79,28 @@ def split(states: Any, names: Mapping[Path, Sequence[str]]) -> Split:
         names: as of `parameter_names`, to name the states of optimizers by.
     """
     found = Split(None)
-    found.tree = _take_out(states, (), names, found)
+    # Containers without spread tensors stay as they are; each is looked through once only.
+    plain: dict[int, Any] = {}
+
+    def take_out(value: Any, path: Path) -> Any:
+        if id(value) in plain:
+            return value
+        if not has_spread(value):
+            plain[id(value)] = value
+            return value
+        return _take_out(value, path, names, found, take_out)
+
+    found.tree = take_out(states, ())
     return found
 
 
-def _take_out(value: Any, path: Path, names: Mapping[Path, Sequence[str]], found: Split) -> Any:
+def _take_out(
+    value: Any,
+    path: Path,
+    names: Mapping[Path, Sequence[str]],
+    found: Split,
+    take_out: Callable[[Any, Path], Any],
+) -> Any:
     if is_spread(value):
         name = _key(path, names)
         if name in found.shards:
@@ -91,7 +115,7 @@ def _take_out(value: Any, path: Path, names: Mapping[Path, Sequence[str]], found
         items = enumerate(value)
     else:
         return value
-    taken = [(key, item, _take_out(item, (*path, key), names, found)) for key, item in items]
+    taken = [(key, item, take_out(item, (*path, key))) for key, item in items]
     changed = [(key, new) for key, old, new in taken if new is not old]
     if not changed:
         return value

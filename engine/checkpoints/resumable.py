@@ -156,7 +156,8 @@ class ResumableRun:
         with nullcontext() if ranks is None or alone else ranks.line.together(_LAST_SAVE):
             self._wait_for_save()
         stop, iteration = self.stop_signal, trainer.state.iteration
-        if stop is not None and iteration == self._saved:
+        # After an error it is not known whether the save was to blame.
+        if stop is not None and iteration == self._saved and trainer.ended_in_order:
             _logger.warning("%s: saved at iteration %d; the run has ended.", stop.name, iteration)
 
     def _wait_for_save(self) -> None:
@@ -233,7 +234,9 @@ class ResumableRun:
         at_boundary = (
             trainer.state.iteration == self._boundary and trainer.last_event_name not in between
         )
-        if not (pending and at_boundary and isinstance(error, Exception)):
+        # A save that failed is no matter of the data.
+        of_data = isinstance(error, Exception) and not isinstance(error, CheckpointError)
+        if not (pending and at_boundary and of_data):
             return False
         _logger.warning(
             "The next batch could not be fetched (%s: %s), while the run was about to end: it ends "

@@ -270,7 +270,7 @@ class DiskSaver(BaseSaveHandler):
         told: Manifest | None = None
         try:
             told = replace(self._describe(checkpoint, path.name, run), bare=False, rank=0)
-            staged, snapshot = self._stage(checkpoint, run.objects)
+            staged, snapshot = self._stage(checkpoint, run)
         except Exception as caught:  # noqa: BLE001 - raised again when the others know of it
             error = caught
         # A state that cannot be saved may be one process's only: all must know before they write.
@@ -293,15 +293,22 @@ class DiskSaver(BaseSaveHandler):
             self._lines = Line(f"saver/{number}/write"), Line(f"saver/{number}/vote")
         return self._lines
 
-    def _stage(self, checkpoint: Any, objects: Mapping[str, Any]) -> tuple[Staged, Snapshot | None]:
+    def _stage(self, checkpoint: Any, run: RunFacts) -> tuple[Staged, Snapshot | None]:
         """Returns this process's part of the states, and the snapshot that has yet to fill it."""
-        names = parameter_names(objects) if objects else {}
+        names = parameter_names(run.objects) if run.objects else {}
         taken = split(checkpoint, names)
         parts = {name: shard.to_local().detach() for name, shard in taken.shards.items()}  # type: ignore[attr-defined]
         nest: dict[str, Any] = {"states": taken.tree, "parts": parts}
         snapshot = Snapshot(nest, self._buffers) if self._background else None
         plain = host_state(nest) if snapshot is None else snapshot.state
-        staged = Staged(plain["states"], plain["parts"], taken.shards, taken.places, names)
+        staged = Staged(
+            plain["states"],
+            plain["parts"],
+            taken.shards,
+            taken.places,
+            names,
+            run.checks.writer,
+        )
         return staged, snapshot
 
     def remove(self, filename: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from crosstrain.engine.guards import is_exact_list, is_mapping
+from crosstrain.engine.proof import Strictness
 from crosstrain.engine.ranks.line import Line
 
 from .atomic import HashingFile, check_free_space, flush_folder, write_file
@@ -22,6 +23,7 @@ from .errors import CheckpointError, CheckpointWriteError
 from .manifest import INDEX, MANIFEST, Manifest, rank_file
 from .parts_index import Entry, encode_index
 from .parts_read import hash_file
+from .safe_load import check_written
 from .staging import state_bytes
 
 __all__ = ["ASIDE", "LEFTOVER", "Staged", "Writers", "write_in_parts"]
@@ -84,6 +86,8 @@ class Staged:
         shards: the spread tensors themselves; their values are not looked at.
         places: where they belong in the states.
         names: of the optimizers' parameters.
+        strictness: whether what could not be loaded again is an error, a warning, or not looked
+            for.
     """
 
     states: Any
@@ -91,6 +95,7 @@ class Staged:
     shards: Mapping[str, Any]
     places: list[tuple[tuple[Any, ...], str]]
     names: Mapping[tuple[Any, ...], list[str]]
+    strictness: Strictness = "error"
 
 
 def write_in_parts(folder: Path, staged: Staged, manifest: Manifest, writers: Writers) -> None:
@@ -173,7 +178,7 @@ def _write_own(
     }
     error: Exception | None = None
     try:
-        _write_rank_file(path, own, manifest, writers)
+        _write_rank_file(path, own, manifest, writers, staged.strictness)
         # It is small, as a rule, and a manifest of its own stands behind what was hashed.
         mine = {path.name: (path.stat().st_size, hash_file(path))}
     except (OSError, CheckpointError) as caught:
@@ -182,7 +187,9 @@ def _write_own(
     return mine
 
 
-def _write_rank_file(path: Path, own: Any, manifest: Manifest, writers: Writers) -> None:
+def _write_rank_file(
+    path: Path, own: Any, manifest: Manifest, writers: Writers, strictness: Strictness
+) -> None:
     """Writes a rank's file: itself an ordinary checkpoint, with a manifest of its own."""
 
     def produce(file: HashingFile) -> None:
@@ -204,7 +211,10 @@ def _write_rank_file(path: Path, own: Any, manifest: Manifest, writers: Writers)
         ).encode()
         return told, len(told)
 
-    write_file(path, produce, trailer, parallel=False)
+    def check(descriptor: int) -> None:
+        check_written(descriptor, own["states"], path, strictness)
+
+    write_file(path, produce, trailer, check=check, parallel=False)
 
 
 def _without_repeated(

@@ -78,13 +78,14 @@ def test_it_says_saved_when_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixtu
         folder = tmp_path / name
         trainer = DeterministicEngine(lambda engine, batch: None)
 
-        def stop(folder: Path = folder, broken: bool = broken) -> None:
+        def stop(engine: Engine, folder: Path, broken: bool) -> None:
             if broken:
                 (folder / ".crosstrain.lock").unlink()
                 folder.rmdir()
+                folder.touch()
             os.kill(os.getpid(), signal.SIGTERM)
 
-        trainer.add_event_handler(Events.ITERATION_STARTED(once=3), stop)
+        trainer.add_event_handler(Events.ITERATION_STARTED(once=3), stop, folder, broken)
         run = resume_or_start(trainer, {"model": torch.nn.Linear(1, 1)}, folder, every=100)
         if broken:
             with pytest.raises(OSError, match="was not saved"):

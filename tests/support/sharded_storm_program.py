@@ -14,6 +14,7 @@ import torch
 
 from crosstrain.backends import get
 from crosstrain.engine import Checkpoint, DiskSaver
+from crosstrain.engine.checkpoints.save_handler import RunFacts
 
 
 def main(folder: Path, background: bool) -> None:
@@ -39,9 +40,9 @@ def main(folder: Path, background: bool) -> None:
             for value in [*model.state_dict().values(), *momenta(optimizer)]:
                 value.to_local().fill_(count)
             states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            run = {"iteration": count, "objects": ("model", "optimizer")}
-            told = {"run": run, "objects": {"model": model, "optimizer": optimizer}}
-            saver(states, f"checkpoint_{count}.pt", told)
+            objects = {"model": model, "optimizer": optimizer}
+            saver.prepare(RunFacts(iteration=count, names=tuple(objects), objects=objects))
+            saver(states, f"checkpoint_{count}.pt")
             if count > 2:
                 saver.remove(f"checkpoint_{count - 2}.pt")
 
