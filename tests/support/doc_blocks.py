@@ -9,13 +9,16 @@ A page is played from top to bottom in an empty folder, in one Python namespace,
   and gains.
 
 What a page needs and need not show stands in ``<!-- invisible-code-block: python ... -->``. A block
-that cannot run here is a fragment: ``<!-- skip: next "why" -->`` stands before it.
+that cannot run here is a fragment: ``<!-- skip: next "why" -->`` stands before it, or
+``<!-- skip: next if(not installed("package"), "why") -->``.
 
 `python tests/support/doc_blocks.py` counts them.
 """
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import os
 import re
 import subprocess
@@ -147,7 +150,7 @@ def play(page: Path) -> Counter[str]:
     if not Path("examples").exists():
         Path("examples").symlink_to(ROOT / "examples")
     document = parse(page)
-    document.namespace["__name__"] = "__main__"
+    document.namespace.update(__name__="__main__", installed=installed)
     for example in document.examples():
         counted = is_code(example)
         counts["blocks"] += counted
@@ -159,6 +162,20 @@ def play(page: Path) -> Counter[str]:
     return counts
 
 
+def installed(name: str) -> bool:
+    """Whether a package is here that the manual shows and the tests do not need."""
+    return importlib.util.find_spec(name) is not None
+
+
+def is_skipped(action: str, reason: str) -> bool:
+    """Whether a skip says that it skips, here and now."""
+    if not reason.startswith("if("):
+        return action != "end"
+    condition = ast.parse(reason[2:], mode="eval").body
+    assert isinstance(condition, ast.Tuple)
+    return bool(eval(ast.unparse(condition.elts[0]), {"installed": installed}))
+
+
 def counted(page: Path) -> Counter[str]:
     """Counts as `play` would, without running anything."""
     document = parse(page)
@@ -166,7 +183,7 @@ def counted(page: Path) -> Counter[str]:
     skipped = False
     for example in document.examples():
         if isinstance(example.parsed, tuple):
-            skipped = example.parsed[0] in ("next", "start")
+            skipped = is_skipped(*example.parsed)
             continue
         counts["blocks"] += is_code(example)
         counts["run"] += is_code(example) and not skipped
