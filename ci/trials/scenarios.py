@@ -210,5 +210,5 @@ _ALL = (
     Scenario("port", "ported to another backend and back", _ANY, _port, 4),
 )
 
-#: Every scenario by its name, in the order of reports.
 SCENARIOS: Mapping[str, Scenario] = MappingProxyType({each.name: each for each in _ALL})
+"""Every scenario by its name, in the order of reports."""

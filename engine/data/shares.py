@@ -47,7 +47,7 @@ ALONE: Final = World()
 class BatchShare(NamedTuple):
     """What a process has of a global batch.
 
-    Args:
+    Attributes:
         samples: how many of its samples are this process's.
         total: how many it has.
         processes: among how many processes it was dealt out.

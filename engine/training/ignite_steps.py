@@ -145,12 +145,24 @@ def _step_maker(name: str, where: str) -> _MakesTrainingStep:
 
 
 supervised_training_step = _step_maker("supervised_training_step", "in full precision")
+"""Makes a training step in full precision, to give to an `Engine` of your own.
+
+Its arguments are those of `supervised_training_step_amp`, but for `scaler`.
+"""
 supervised_training_step_apex = _step_maker(
     "supervised_training_step_apex", "with NVIDIA's legacy mixed precision"
 )
+"""Makes a training step with NVIDIA's legacy mixed precision, to give to an `Engine` of your own.
+
+Its arguments are those of `supervised_training_step_amp`, but for `scaler`.
+"""
 supervised_training_step_tpu = _step_maker(
     "supervised_training_step_tpu", "on the device that its name says"
 )
+"""Makes a training step on a TPU, by XLA, to give to an `Engine` of your own.
+
+Its arguments are those of `supervised_training_step_amp`, but for `scaler`.
+"""
 
 
 def supervised_training_step_amp(
@@ -231,9 +243,19 @@ def _evaluation_maker(name: str, where: str) -> _MakesEvaluationStep:
 
 
 supervised_evaluation_step = _evaluation_maker("supervised_evaluation_step", "in full precision")
+"""Makes an evaluation step in full precision, to give to an `Engine` of your own.
+
+Its arguments are those of `create_supervised_evaluator`, but for `metrics`; it returns the step
+alone.
+"""
 supervised_evaluation_step_amp = _evaluation_maker(
     "supervised_evaluation_step_amp", "with autocast to fp16"
 )
+"""Makes an evaluation step with autocast to fp16, to give to an `Engine` of your own.
+
+Its arguments are those of `create_supervised_evaluator`, but for `metrics`; it returns the step
+alone.
+"""
 
 
 def convert_tensor(x: Any, device: Device | None = None, non_blocking: bool = False) -> Any:
