@@ -6,10 +6,10 @@ a digest of all that the training has come to.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import socket
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -38,7 +38,6 @@ class Workers:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        self._opened = ExitStack()
         self._pipes: list[tuple[TextIO, TextIO]] = []
         names = [str(folder / f"{rank}-of-{size}") for rank in range(size)]
         for rank, name in enumerate(names):
@@ -47,8 +46,8 @@ class Workers:
             server.start(work, name, rank, size, port)
         for name in names:
             # Each waits for the other side to be opened.
-            asked = self._opened.enter_context(open(f"{name}.asked", "w"))
-            answered = self._opened.enter_context(open(f"{name}.answered"))
+            asked = Path(f"{name}.asked").open("w")  # noqa: SIM115 - close() closes it
+            answered = Path(f"{name}.answered").open()  # noqa: SIM115
             self._pipes.append((asked, answered))
 
     def ask(self, training: dict[str, Any]) -> None:
@@ -63,7 +62,8 @@ class Workers:
 
     def close(self) -> None:
         """Lets the processes end."""
-        self._opened.close()
+        for pipe in itertools.chain.from_iterable(self._pipes):
+            pipe.close()
 
 
 def work(name: str, rank: int, size: int, port: int) -> None:
