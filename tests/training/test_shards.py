@@ -136,9 +136,18 @@ TRAININGS = st.fixed_dictionaries(
 
 
 SMALL: dict[str, Any] = {
-    **{"seed": 0, "arithmetic": ("cpu", "float32"), "inputs": 1, "width": 1},
-    **{"optimizer": "Adagrad", "max_norm": None, "samples": 5, "batch": 8},
-    **{"shards": 4, "window": 1, "reduction": "mean", "buckets": (1000, 1, 2**20)},
+    "seed": 0,
+    "arithmetic": ("cpu", "float32"),
+    "inputs": 1,
+    "width": 1,
+    "optimizer": "Adagrad",
+    "max_norm": None,
+    "samples": 5,
+    "batch": 8,
+    "shards": 4,
+    "window": 1,
+    "reduction": "mean",
+    "buckets": (1000, 1, 2**20),
 }
 
 
