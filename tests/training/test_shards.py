@@ -151,7 +151,7 @@ SMALL: dict[str, Any] = {
 }
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(training=TRAININGS)
 @example(training={**SMALL, "layers": ["again"]})
 @example(training={**SMALL, "layers": ["observed"]})
