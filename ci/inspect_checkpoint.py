@@ -5,25 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from crosstrain.engine.checkpoints.loading import candidates
-from crosstrain.engine.checkpoints.sharded_latest import sharded_folders
-from crosstrain.engine.checkpoints.sharded_load import (
-    SUFFIX,
-    ShardedCheckpoint,
-    is_sharded_checkpoint,
-    read_sharded,
-)
+from crosstrain.engine import CheckpointError, Manifest
+from crosstrain.engine.checkpoints import PARTS, layout_of, list_checkpoints
 from crosstrain.engine.guards import is_collection, is_mapping
-from crosstrain.engine.storage.errors import CheckpointError
-from crosstrain.engine.storage.manifest import Manifest
-from crosstrain.engine.storage.safe_load import LoadedFile, load_file
 
 __all__ = ["Finding", "Part", "add_arguments", "examine", "run"]
 
@@ -76,21 +67,17 @@ def examine(path: Path) -> Finding:
         What it holds, or why it cannot be loaded.
     """
     try:
-        if path.is_dir():
-            # All of a sharded checkpoint is read into memory, as one file's state would be.
-            state, sharded = read_sharded(path), ShardedCheckpoint.open(path).manifest
-            told = replace(sharded.summary(), bare=False)
-            loaded = LoadedFile(path, told, state)
-            return Finding(path, True, None, told, tuple(_parts(loaded)), len(sharded.files))
-        loaded = load_file(path)
+        # All of one in parts is read into memory, as one file's state would be.
+        loaded = layout_of(path).read(path)
     except CheckpointError as error:
         return Finding(path, good=False, problem=str(error))
-    return Finding(path, True, None, loaded.manifest, tuple(_parts(loaded)))
+    files = 0 if loaded.manifest is None else len(loaded.manifest.files)
+    return Finding(
+        path, True, None, loaded.manifest, tuple(_parts(loaded.state, loaded.manifest)), files
+    )
 
 
-def _parts(loaded: LoadedFile) -> Iterator[Part]:
-    state = loaded.state
-    manifest = loaded.manifest
+def _parts(state: Any, manifest: Manifest | None) -> Iterator[Part]:
     if manifest is not None and manifest.bare and len(manifest.objects) == 1:
         state = {manifest.objects[0]: state}
     if not is_mapping(state):
@@ -157,13 +144,13 @@ def run(args: argparse.Namespace) -> int:
         args: the namespace of :func:`add_arguments`.
 
     Returns:
-        0 if every file is good; 1 if one is not, or there is none.
+        0 if every file is good; 1 if one is not, or cannot be verified, or there is none.
     """
     path: Path = args.path
     try:
         files = _checkpoints(path)
     except CheckpointError as error:
-        print(error)
+        print(_printable(error))
         return 1
     findings = [examine(file) for file in files]
     if args.json:
@@ -171,16 +158,17 @@ def run(args: argparse.Namespace) -> int:
     elif findings:
         print("\n\n".join("\n".join(_lines(finding)) for finding in findings))
     else:
-        print(f"There is no checkpoint in {path}: no file there ends with .pt or {SUFFIX}")
-    return 0 if findings and all(finding.good for finding in findings) else 1
+        where = _printable(path)
+        print(f"There is no checkpoint in {where}: no file there ends with .pt or {PARTS.ending}")
+    verified = all(finding.good and finding.manifest is not None for finding in findings)
+    return 0 if findings and verified else 1
 
 
 def _checkpoints(path: Path) -> list[Path]:
     """Returns the checkpoints that a path names: itself, or those of a folder."""
-    if not path.is_dir() or path.name.endswith(SUFFIX) or is_sharded_checkpoint(path):
+    if not path.is_dir() or layout_of(path) is PARTS:
         return [path]
-    files = [found for found, _ in candidates(path)]
-    return [*files, *(found for found, _ in sharded_folders(path))]
+    return [told.path for told in list_checkpoints(path)]
 
 
 def _as_json(finding: Finding) -> dict[str, Any]:
@@ -191,14 +179,14 @@ def _as_json(finding: Finding) -> dict[str, Any]:
 def _lines(finding: Finding) -> Iterator[str]:
     manifest = finding.manifest
     if not finding.good:
-        yield f"{finding.path}: BAD"
+        yield f"{_printable(finding.path)}: BAD"
         yield f"  {_printable(finding.problem)}"
         return
     if manifest is None:
-        yield f"{finding.path}: loads, but cannot be verified"
+        yield f"{_printable(finding.path)}: loads, but cannot be verified"
         yield "  no manifest: another program wrote it, and damage in its tensors cannot be found"
     else:
-        yield f"{finding.path}: good"
+        yield f"{_printable(finding.path)}: good"
         yield from _told(manifest, finding.path, finding.files)
     yield from _table(finding.parts)
 

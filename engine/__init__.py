@@ -8,17 +8,13 @@ if __name__ != "crosstrain.engine":
 
 from crosstrain.engine.checkpoints.global_step import global_step_from_engine
 from crosstrain.engine.checkpoints.handler import Checkpoint, CheckpointEvents
-from crosstrain.engine.checkpoints.loading import Latest
+from crosstrain.engine.checkpoints.loading import Latest, read_checkpoint
 from crosstrain.engine.checkpoints.model_checkpoint import ModelCheckpoint
 from crosstrain.engine.checkpoints.model_part import ModelPart
 from crosstrain.engine.checkpoints.resumable import ResumableRun
 from crosstrain.engine.checkpoints.resume import resume_or_start
 from crosstrain.engine.checkpoints.save_handler import BaseSaveHandler
 from crosstrain.engine.checkpoints.saver import DiskSaver
-from crosstrain.engine.checkpoints.sharded_latest import latest_sharded
-from crosstrain.engine.checkpoints.sharded_load import ShardedCheckpoint, load_sharded, read_sharded
-from crosstrain.engine.checkpoints.sharded_resume import resume_or_start_sharded
-from crosstrain.engine.checkpoints.sharded_saver import ShardedSaver
 from crosstrain.engine.data.own_data import PerRank
 from crosstrain.engine.data.permutation import PermutationSampler
 from crosstrain.engine.data.shares import BatchShare, ShardedBatch, mean_over_ranks
@@ -119,8 +115,6 @@ __all__ = [
     "ResumeWarning",
     "SampleStreams",
     "ShardedBatch",
-    "ShardedCheckpoint",
-    "ShardedSaver",
     "State",
     "StepEvents",
     "StepOptions",
@@ -132,13 +126,10 @@ __all__ = [
     "current_sample",
     "global_step_from_engine",
     "keep_random_state",
-    "latest_sharded",
-    "load_sharded",
     "manual_seed",
     "mean_over_ranks",
-    "read_sharded",
+    "read_checkpoint",
     "resume_or_start",
-    "resume_or_start_sharded",
     "supervised_evaluation_step",
     "supervised_evaluation_step_amp",
     "supervised_training_step",

@@ -51,6 +51,7 @@ class Loop(Requests):
         self, process_function: Callable[[Any, Any], Any], backend: Backend | None = None
     ) -> None:
         super().__init__()
+        #: The backend, whose `sync()` is the boundary between two steps.
         self.backend = backend
         self._process_function = process_function
         self._data_iter: Any = None
@@ -60,6 +61,8 @@ class Loop(Requests):
         # What is to propagate out of `run`.
         self._failure: BaseException | None = None
         self._at_end: list[Callable[[], None]] = []
+        #: Whether the run has come to its end, for what is called there: no pause, no exception.
+        self.ended_in_order = False
         #: Asked about an error before EXCEPTION_RAISED fires: whether it is dealt with already.
         self.deals_with: Callable[[BaseException], bool] | None = None
 
@@ -116,6 +119,7 @@ class Loop(Requests):
         return state
 
     def _call_at_end(self, failure: BaseException | None) -> None:
+        self.ended_in_order = failure is None and self._session is None
         for function in self._at_end:
             try:
                 function()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from .nests import Path, has, is_branch, unwrap, walk_objects
 __all__ = [
     "Split",
     "at_path",
+    "has_spread",
     "is_sharded",
     "is_spread",
     "object_at",
@@ -52,6 +53,24 @@ def is_spread(value: Any) -> bool:
     return module is not None and isinstance(value, module.DTensor)
 
 
+def has_spread(states: Any) -> bool:
+    """Tells whether there is a spread tensor in a nest of states."""
+    if "torch.distributed.tensor" not in sys.modules:
+        return False
+    # Without recursion, each container once: nests are deep and shared as users make them.
+    seen: dict[int, Any] = {}
+    waiting = [states]
+    while waiting:
+        value = waiting.pop()
+        if is_spread(value):
+            return True
+        items: Any = value.values() if is_mapping(value) else value
+        if (items is not value or isinstance(value, (list, tuple))) and id(value) not in seen:
+            seen[id(value)] = value
+            waiting.extend(items)
+    return False
+
+
 def split(states: Any, names: Mapping[Path, Sequence[str]]) -> Split:
     """Takes the spread tensors out of a nest of states; the nest itself stays as it is.
 
@@ -60,11 +79,28 @@ def split(states: Any, names: Mapping[Path, Sequence[str]]) -> Split:
         names: as of `parameter_names`, to name the states of optimizers by.
     """
     found = Split(None)
-    found.tree = _take_out(states, (), names, found)
+    # Containers without spread tensors stay as they are; each is looked through once only.
+    plain: dict[int, Any] = {}
+
+    def take_out(value: Any, path: Path) -> Any:
+        if id(value) in plain:
+            return value
+        if not has_spread(value):
+            plain[id(value)] = value
+            return value
+        return _take_out(value, path, names, found, take_out)
+
+    found.tree = take_out(states, ())
     return found
 
 
-def _take_out(value: Any, path: Path, names: Mapping[Path, Sequence[str]], found: Split) -> Any:
+def _take_out(
+    value: Any,
+    path: Path,
+    names: Mapping[Path, Sequence[str]],
+    found: Split,
+    take_out: Callable[[Any, Path], Any],
+) -> Any:
     if is_spread(value):
         name = _key(path, names)
         if name in found.shards:
@@ -79,7 +115,7 @@ def _take_out(value: Any, path: Path, names: Mapping[Path, Sequence[str]], found
         items = enumerate(value)
     else:
         return value
-    taken = [(key, item, _take_out(item, (*path, key), names, found)) for key, item in items]
+    taken = [(key, item, take_out(item, (*path, key))) for key, item in items]
     changed = [(key, new) for key, old, new in taken if new is not old]
     if not changed:
         return value

@@ -28,12 +28,17 @@ import torch
 
 from crosstrain.backends import BackendError, UnknownBackend, World, get, probe, random_state
 from crosstrain.ci.traces.recorder import TraceRecorder
-from crosstrain.engine import Events, Manifest, ResumeWarning, manual_seed, resume_or_start
-from crosstrain.engine.checkpoints.loading import candidates
-from crosstrain.engine.checkpoints.sharded_latest import sharded_folders
+from crosstrain.engine import (
+    Events,
+    Manifest,
+    ResumeWarning,
+    ShardedBatch,
+    manual_seed,
+    resume_or_start,
+)
+from crosstrain.engine.checkpoints import list_checkpoints
 from crosstrain.engine.proof import Checks, Strictness
 from crosstrain.engine.spread import is_sharded
-from crosstrain.engine.storage.sharded_manifest import ShardedManifest
 
 from .digests import digest, leaf_digests
 from .order import FAILED, UNUSABLE, Order
@@ -86,8 +91,12 @@ class _Reporter:
         state = trainer.state
         output: Any = state.output
         loss = _number(output)
+        batch = state.batch
+        if isinstance(batch, ShardedBatch):
+            # The first shard's part is the same whatever the number of processes.
+            batch = batch[0]
         found: dict[str, Any] = {
-            "batch": digest(state.batch),
+            "batch": digest(batch),
             "loss": digest(output) if loss is None else loss.hex(),
             "scalar": loss is not None,
             "skipped steps": getattr(state, "skipped_steps", 0),
@@ -171,8 +180,7 @@ def _goes_on(order: Order) -> bool:
     folder = None if order.folder is None else Path(order.folder)
     if folder is None or not folder.is_dir():
         return False
-    found = [*candidates(folder), *sharded_folders(folder)]
-    return any(isinstance(told, (Manifest, ShardedManifest)) for _, told in found)
+    return any(isinstance(told.manifest, Manifest) for told in list_checkpoints(folder))
 
 
 def _build(order: Order) -> Training:

@@ -194,7 +194,7 @@ class Target:
         self._check_backend(trainer, backend)
 
     def _check_saved(self, trainer: DeterministicEngine, to_save: Mapping[str, Any]) -> None:
-        from crosstrain.engine.checkpoints.objects import check_objects, unsaved_objects
+        from crosstrain.engine.checkpoints import check_objects, unsaved_objects
 
         try:
             for method in ("state_dict", "load_state_dict"):

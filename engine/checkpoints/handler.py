@@ -15,19 +15,8 @@ from crosstrain.engine.proof import Checks, Proof
 from .loading import Latest, find_latest, load_objects
 from .objects import OWN_NAME, check_objects, gather_states, introduce
 from .retention import Item, Retention, format_score, setup_filename_pattern
-from .save_handler import BaseSaveHandler, FolderSaver
-from .save_request import (
-    Pending,
-    SaveHandler,
-    as_handler,
-    check_room_for,
-    facts_of,
-    optimizers_in,
-    takes_metadata,
-    warn_of_unsaved,
-)
-from .saver import DiskSaver
-from .sharded_saver import ShardedSaver
+from .save_handler import SaveHandler, adapted
+from .save_request import Pending, as_handler, check_room_for, facts_of, warn_of_unsaved
 
 __all__ = ["Checkpoint", "CheckpointEvents"]
 
@@ -116,7 +105,7 @@ class Checkpoint:
         self._pending: Pending | None = None
         self._warned_of: set[str] = set()
         self.save_handler: SaveHandler = as_handler(save_handler, save_on_rank)
-        self._takes_metadata = takes_metadata(self.save_handler)
+        self._saver = adapted(self.save_handler)
 
     def __call__(self, engine: Any, *args: Any, **kwargs: Any) -> None:
         """Saves the objects, if the score is high enough.
@@ -163,28 +152,20 @@ class Checkpoint:
         if self.include_self:
             checkpoint[OWN_NAME] = _own_state(saved)
         facts = facts_of(engine, self.to_save, checkpoint)
-        if facts["bare"]:
+        if facts.bare:
             checkpoint = checkpoint[name]
         prefix = f"{self.filename_prefix}_" if self.filename_prefix else ""
         metadata = {
             "basename": f"{prefix}{name}",
             "score_name": self.score_name,
             "priority": priority,
-            "run": facts,
-            "optimizers": optimizers_in(self.to_save),
-            "objects": self.to_save,
-            "checks": getattr(engine, "checks", Checks()),
         }
-        if self._takes_metadata:
-            self.save_handler(checkpoint, filename, metadata)
-        else:
-            self.save_handler(checkpoint, filename)
+        self._saver.prepare(facts)
+        self._saver(checkpoint, filename, metadata)
         before, self._saved = self._saved, saved
-        handler = self.save_handler
-        job = handler.job if isinstance(handler, FolderSaver) else None
-        if isinstance(self.save_handler, BaseSaveHandler):
-            for old in removed:
-                self.save_handler.remove(old)
+        job = self._saver.job
+        for old in removed:
+            self._saver.remove(old)
         if job is None:
             engine.fire_event(self.SAVED_CHECKPOINT)
         else:
@@ -208,14 +189,17 @@ class Checkpoint:
         Raises:
             CheckpointError: if it could not be saved.
         """
-        pending, self._pending = self._pending, None
+        pending = self._pending
         if pending is None:
             return
         try:
             pending.job.finish()
         except BaseException:
-            self._saved = pending.saved_before
+            # A wait that was interrupted, as by Ctrl-C, goes on with the next one.
+            if not pending.job.writing:
+                self._pending, self._saved = None, pending.saved_before
             raise
+        self._pending = None
         pending.engine.fire_event(self.SAVED_CHECKPOINT)
 
     def _filename(self, name: str, step: Any, score: Any) -> str:
@@ -243,10 +227,8 @@ class Checkpoint:
         names = [item.filename for item in self._saved if item.filename != pending]
         if not names:
             return None
-        handler = self.save_handler
-        if isinstance(handler, ShardedSaver):
-            return handler.path_of(names[-1])
-        return handler.dirname / names[-1] if isinstance(handler, DiskSaver) else names[-1]
+        path = self._saver.path_of(names[-1])
+        return path if isinstance(path, Path) else names[-1]
 
     def reset(self) -> None:
         """Forgets the saved files, so that none of them is removed; for engines that run anew."""
@@ -276,7 +258,14 @@ class Checkpoint:
                 "Required state attribute '_saved' is absent in provided state_dict "
                 f"'{list(state_dict)}'"
             )
-        self._saved = [Item(priority, filename) for priority, filename in state_dict["_saved"]]
+        # They may come from a file: what is no name in the handler's own folder is nobody's.
+        self._saved = [
+            Item(priority, filename)
+            for priority, filename in state_dict["_saved"]
+            if isinstance(filename, str)
+            and filename == os.path.basename(filename) != ""
+            and filename not in (".", "..")
+        ]
 
     @staticmethod
     def load_objects(
@@ -349,7 +338,7 @@ class Checkpoint:
             AttributeError: if the handler saves elsewhere than on a disk.
             CheckpointError: as in `load_objects`.
         """
-        if not isinstance(self.save_handler, DiskSaver):
+        if self._saver.path_of("name") is None:
             raise AttributeError(
                 "Checkpoint's `save_handler` should be of type `DiskSaver`, given "
                 f"{type(self.save_handler)}"
@@ -359,7 +348,9 @@ class Checkpoint:
         filename = self._filename(
             name or "checkpoint", parts.get("global_step"), parts.get("score")
         )
-        load_objects(to_load, self.save_handler.dirname / filename, **(load_kwargs or {}))
+        path = self._saver.path_of(filename)
+        assert path is not None
+        load_objects(to_load, path, **(load_kwargs or {}))
 
     @staticmethod
     def setup_filename_pattern(

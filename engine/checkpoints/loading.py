@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
-import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import distributed
+
 from crosstrain.engine.errors import warn_user
 from crosstrain.engine.proof import Checks, Proof
-from crosstrain.engine.storage.archive import read_archive
-from crosstrain.engine.storage.atomic import open_regular
+from crosstrain.engine.ranks.line import has_ranks
+from crosstrain.engine.ranks.world import this_rank, world_size
+from crosstrain.engine.spread import parameter_names
 from crosstrain.engine.storage.errors import (
     CheckpointCorrupt,
     CheckpointError,
@@ -21,15 +23,25 @@ from crosstrain.engine.storage.errors import (
     CheckpointWarning,
 )
 from crosstrain.engine.storage.manifest import Manifest
-from crosstrain.engine.storage.safe_load import LoadedFile, load_file, verify_file
+from crosstrain.engine.storage.parts_read import Parts, is_in_parts, own_states
+from crosstrain.engine.storage.safe_load import LoadedFile, load_file
 
+from .layouts import doubt_of, layout_of, list_checkpoints
 from .objects import check_objects, restore
+from .parts import filled, reordered
 
-__all__ = ["Latest", "PassedOver", "candidates", "find_latest", "load_latest", "load_objects"]
+__all__ = [
+    "Latest",
+    "PassedOver",
+    "find_latest",
+    "load_objects",
+    "load_parts",
+    "pass_over",
+    "read_checkpoint",
+    "verified_parts",
+]
 
 _logger = logging.getLogger(__name__)
-
-_ANY_NAME = re.compile(r"[^.].*\.pt")
 
 
 def load_objects(
@@ -47,14 +59,35 @@ def load_objects(
     check_objects(to_load, "load_state_dict", "to_load")
     if isinstance(checkpoint, Mapping):
         return restore(to_load, checkpoint, None, kwargs, checks)
-    if os.path.isdir(os.path.expanduser(checkpoint)):
-        from .sharded_load import load_sharded
-
-        return load_sharded(to_load, checkpoint, checks, **kwargs)
-    loaded = load_file(Path(os.fspath(checkpoint)).expanduser())
+    path = Path(os.fspath(checkpoint)).expanduser()
+    if is_in_parts(path):
+        return load_parts(to_load, verified_parts(path), checks, **kwargs)
+    loaded = load_file(path)
     _tell_doubts(loaded)
     bare = None if loaded.manifest is None else loaded.manifest.bare
     return restore(to_load, loaded.state, loaded.path, kwargs, checks, bare)
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> Any:
+    """Reads a checkpoint of either form as a whole: all states by name, on the CPU.
+
+    Needs no process group, and memory for all of it. Save the result of one in parts with
+    `torch.save` to turn it into an ordinary file.
+
+    Args:
+        path: the file, or the folder of parts.
+
+    Returns:
+        Plain types and tensors, as `torch.load` returns them; of parts, of what is each process's
+        own, rank 0's.
+
+    Raises:
+        CheckpointNotFound: if there is no such checkpoint.
+        CheckpointCorrupt: if it is damaged.
+        CheckpointUnsafe: if it cannot be loaded without running code.
+    """
+    where = Path(path).expanduser()
+    return layout_of(where).read(where).state
 
 
 def _tell_doubts(loaded: LoadedFile) -> None:
@@ -75,9 +108,12 @@ def _tell_doubts(loaded: LoadedFile) -> None:
     warn_user(doubt, CheckpointWarning)
 
 
+# ------------------------------------------------------------------ the newest one
+
+
 @dataclass(frozen=True)
 class PassedOver:
-    """A file that is not the newest good checkpoint, though it is newer or of unknown age."""
+    """A checkpoint that is not the newest good one, though it is newer or of unknown age."""
 
     path: Path
     reason: str
@@ -89,9 +125,9 @@ class Latest:
 
     Args:
         folder: where it was looked for.
-        path: the file; None if there is no good one.
+        path: the file, or the folder of parts; None if there is no good one.
         manifest: what it says of itself.
-        passed_over: the files before it, and why they are not it.
+        passed_over: those before it, and why they are not it.
     """
 
     folder: Path
@@ -122,114 +158,83 @@ class Latest:
 def find_latest(folder: Path, objects: Collection[str] = ()) -> Latest:
     """Does what `Checkpoint.latest` documents."""
     passed_over: list[PassedOver] = []
-    for path in _newest_first(folder, objects, passed_over):
-        try:
-            manifest = verify_file(path)
-        except CheckpointError as error:
-            _pass_over(path, str(error), passed_over)
-            continue
-        return Latest(folder, path, manifest, tuple(passed_over))
+    for told in list_checkpoints(folder):
+        reason = doubt_of(told, objects)
+        if reason is None:
+            try:
+                manifest = told.layout.verify(told.path)
+                return Latest(folder, told.path, manifest, tuple(passed_over))
+            except CheckpointError as error:
+                reason = str(error)
+        pass_over(told.path, reason, passed_over)
     return Latest(folder, None, None, tuple(passed_over))
 
 
-def load_latest(
-    folder: Path, objects: Collection[str], names: re.Pattern[str]
-) -> tuple[Latest, Any]:
-    """Finds the newest good checkpoint with these objects, and reads it at once.
-
-    Args:
-        folder: the folder.
-        objects: names that it must hold.
-        names: which file names are looked at.
-
-    Returns:
-        What was found, and its state; None if there is none.
-    """
-    passed_over: list[PassedOver] = []
-    for path in _newest_first(folder, objects, passed_over, names):
-        try:
-            loaded = load_file(path)
-        except CheckpointError as error:
-            _pass_over(path, str(error), passed_over)
-            continue
-        return Latest(folder, path, loaded.manifest, tuple(passed_over)), loaded.state
-    return Latest(folder, None, None, tuple(passed_over)), None
-
-
-def _pass_over(path: Path, reason: str, passed_over: list[PassedOver]) -> None:
+def pass_over(path: Path, reason: str, passed_over: list[PassedOver]) -> None:
+    """Notes, in the log too, why a checkpoint is not the one."""
     _logger.warning("Passed over %s: %s", path, reason)
     passed_over.append(PassedOver(path, reason))
 
 
-def candidates(
-    folder: Path, names: re.Pattern[str] = _ANY_NAME
-) -> list[tuple[Path, Manifest | CheckpointError]]:
-    """Lists the checkpoint files of a folder, newest first, with what each says of itself.
+# ------------------------------------------------------------------ a checkpoint in parts
 
-    Only the manifests are read. Files that do not tell their age, because theirs is missing or
-    damaged, come first, by their time on the disk: they may be the newest.
+
+def verified_parts(path: Path) -> Parts:
+    """Opens and verifies a checkpoint in parts; the processes share the work, all call it together.
 
     Args:
-        folder: the folder.
-        names: which file names are looked at.
+        path: its folder.
 
     Raises:
-        CheckpointNotFound: if there is no such folder.
+        CheckpointError: in all processes, what one of them finds.
     """
+    error: CheckpointError | None = None
+    found: Parts | None = None
     try:
-        paths = [path for path in folder.iterdir() if names.fullmatch(path.name)]
-    except FileNotFoundError:
-        raise CheckpointNotFound(f"There is no folder {folder}") from None
-    except OSError as error:
-        raise CheckpointNotFound(
-            f"{folder} cannot be read as a folder: {error.strerror or error}"
-        ) from error
-    found = [(path, _manifest_of(path)) for path in paths if path.is_file()]
-    return sorted(found, key=_age, reverse=True)
+        found = Parts.open(path)
+        found.verify((this_rank(), world_size()) if has_ranks() else (0, 1))
+        found.index()
+    except CheckpointError as caught:
+        error = caught
+    if has_ranks():
+        told: list[Any] = [None] * distributed.get_world_size()
+        gather: Any = distributed.all_gather_object
+        gather(told, None if error is None else str(error))
+        theirs = next(((r, text) for r, text in enumerate(told) if text is not None), None)
+        if error is None and theirs is not None:
+            error = CheckpointCorrupt(f"{theirs[1]} (found by rank {theirs[0]})")
+    if error is not None:
+        raise error
+    assert found is not None
+    return found
 
 
-def _age(item: tuple[Path, Manifest | CheckpointError]) -> tuple[bool, int, str]:
-    path, manifest = item
-    if isinstance(manifest, Manifest):
-        return False, manifest.saved_at_ns, path.name
-    try:
-        return True, path.stat().st_mtime_ns, path.name
-    except OSError:
-        return True, 0, path.name
+def load_parts(
+    to_load: Mapping[str, Any], found: Parts, checks: Checks | None = None, **kwargs: Any
+) -> Proof:
+    """Gives objects their states from a checkpoint in parts; all processes call it together.
 
+    The objects may lie in any number of processes, sharded or not. Models are filled in place.
+    What is each process's own, such as a random state, is restored where the number of processes
+    is the one that wrote it; with another number all of them get rank 0's.
 
-def _manifest_of(path: Path) -> Manifest | CheckpointError:
-    try:
-        with open_regular(path) as file:
-            comment = read_archive(file.fileno()).comment
-        if comment:
-            return Manifest.decode(comment)
-        return CheckpointCorrupt(
-            "it has no manifest, because another program wrote it; load it by its path if you "
-            "trust it to be whole"
-        )
-    except OSError as error:
-        return CheckpointCorrupt(f"it cannot be read: {error.strerror or error}")
-    except CheckpointError as error:
-        return error
+    Args:
+        to_load: the objects by name, or nests of them.
+        found: the checkpoint, verified.
+        checks: as of `Checkpoint.load_objects`.
+        **kwargs: likewise.
 
-
-def _newest_first(
-    folder: Path,
-    objects: Collection[str],
-    passed_over: list[PassedOver],
-    names: re.Pattern[str] = _ANY_NAME,
-) -> Iterator[Path]:
-    """Yields the files that may be it, newest first; tells why the others may not."""
-    for path, manifest in candidates(folder, names):
-        if not isinstance(manifest, Manifest):
-            _pass_over(path, str(manifest), passed_over)
-            continue
-        missing = [name for name in objects if name not in manifest.objects]
-        if manifest.file != path.name:
-            reason = f"it was saved as {manifest.file}: it was renamed, or two files were swapped"
-            _pass_over(path, reason, passed_over)
-        elif missing:
-            _pass_over(path, f"it does not hold {', '.join(missing)}", passed_over)
-        else:
-            yield path
+    Raises:
+        CheckpointError: if it is damaged, not safe, or does not fit the objects.
+        ResumeError: if an object does not hold what it was given.
+    """
+    same = found.manifest.world_size == world_size()
+    states, places, names = own_states(found, this_rank() if same else 0)
+    live = parameter_names(to_load)
+    for where, then in names.items():
+        now = live.get(where)
+        if now is not None and now != then and sorted(now) == sorted(then):
+            places = reordered(states, places, where, then, now)
+    return restore(
+        to_load, filled(found, states, places, to_load), found.path, kwargs, checks, bare=False
+    )

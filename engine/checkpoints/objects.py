@@ -195,6 +195,12 @@ def restore(
     for name, value, its_state in sorted(pairs, key=lambda pair: isinstance(pair[1], Engine)):
         load.one(name, value, its_state)
     load.tell()
+    for engine in engines:
+        if engine.proof is not proof:
+            # To load a state begins a proof of its own.
+            for name in ("checked", "unchecked", "differences"):
+                getattr(engine.proof, name)[:0] = getattr(proof, name)
+    proof = engines[0].proof if engines else proof
     beside = {name: unwrap(one) for name, one, _ in pairs if not isinstance(one, Engine)}
     for engine in engines:
         engine.loaded_with = beside

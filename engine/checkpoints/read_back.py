@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from crosstrain.engine.guards import is_mapping
-from crosstrain.engine.spread import is_spread
+from crosstrain.engine.spread import has_spread, is_spread
 from crosstrain.engine.storage.plain import to_plain
 
 __all__ = ["Difference", "differences"]
@@ -50,7 +50,18 @@ def differences(saved: Any, own: Any) -> tuple[list[Difference], list[str]]:
 
 def _plain(state: Any) -> Any:
     """Returns a state as a checkpoint holds it: NumPy's arrays as tensors, deques as lists."""
-    return to_plain(state, lambda tensor, _: tensor)
+    return to_plain(_local_nest(state) if has_spread(state) else state, lambda tensor, _: tensor)
+
+
+def _local_nest(state: Any) -> Any:
+    """Returns a nest with this process's part in the place of each spread tensor."""
+    if is_spread(state):
+        return _local(state)
+    if is_mapping(state):
+        return {key: _local_nest(value) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return [_local_nest(value) for value in state]
+    return state
 
 
 def _walk(saved: Any, own: Any, where: str, extra: list[str]) -> Iterator[Difference]:

@@ -7,17 +7,20 @@ import signal
 import sys
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from crosstrain.engine.dispatch import Phase
 from crosstrain.engine.engine import Engine
+from crosstrain.engine.errors import RankFailed
 from crosstrain.engine.events import Events, is_event, is_events_list
 from crosstrain.engine.nests import walk_objects
 from crosstrain.engine.progress import is_done
 from crosstrain.engine.proof import Proof
 from crosstrain.engine.ranks.agreement import agreement_of
 from crosstrain.engine.ranks.world import this_rank
+from crosstrain.engine.storage.errors import CheckpointError
 
 from .handler import Checkpoint
 from .loading import Latest, PassedOver
@@ -28,6 +31,8 @@ from .stop_signals import StopSignals
 __all__ = ["ResumableRun", "begin", "event_of", "say", "with_trainer"]
 
 _logger = logging.getLogger(__name__)
+
+_LAST_SAVE = "waiting until the last checkpoint is on the disk"
 
 
 class ResumableRun:
@@ -75,7 +80,8 @@ class ResumableRun:
     @property
     def proof(self) -> Proof:
         """What the resume has checked of itself; complete after the first iteration."""
-        return self._proof
+        trainer = self._engine()
+        return self._proof if trainer is None else trainer.proof
 
     @property
     def stop_signal(self) -> signal.Signals | None:
@@ -144,22 +150,33 @@ class ResumableRun:
     def _end(self) -> None:
         self._signals.restore()
         self._tell_proof()
+        trainer, ranks = self._trainer, self._ranks
+        alone = ranks is None or not trainer.ended_in_order
+        # One rank may be writing for all: none says that the run is saved if it cannot.
+        with nullcontext() if ranks is None or alone else ranks.line.together(_LAST_SAVE):
+            self._wait_for_save()
+        stop, iteration = self.stop_signal, trainer.state.iteration
+        # After an error it is not known whether the save was to blame.
+        if stop is not None and iteration == self._saved and trainer.ended_in_order:
+            _logger.warning("%s: saved at iteration %d; the run has ended.", stop.name, iteration)
+
+    def _wait_for_save(self) -> None:
         try:
             self.checkpoint.wait()
-        except RuntimeError as error:
-            # torch raises it wherever this thread is when a worker dies: the save is not to blame.
-            if "DataLoader worker" not in str(error):
-                raise
+        except (CheckpointError, RankFailed):
+            raise
+        except RuntimeError:
+            # torch raises one wherever this thread is when a loader's worker dies: the save is not
+            # to blame, and goes on.
             self.checkpoint.wait()
-        stop, iteration = self.stop_signal, self._trainer.state.iteration
-        if stop is not None and iteration == self._saved:
-            _logger.warning("%s: saved at iteration %d; the run has ended.", stop.name, iteration)
 
     def _tell_proof(self) -> None:
         if self._proof_is_due:
-            self._proof_is_due = False
-            if this_rank() == 0:
-                _logger.info("The resume was proven: %s.", self._proof)
+            self._proof_is_due, trainer = False, self._trainer
+            self._proof = trainer.proof
+            # An engine that resumes exactly says it itself.
+            if this_rank() == 0 and not trainer.resumes_data:
+                _logger.info("Resumed at iteration %d. %s.", self._saved, self._proof)
 
     def _after_iteration(self) -> None:
         trainer = self._trainer
@@ -217,7 +234,9 @@ class ResumableRun:
         at_boundary = (
             trainer.state.iteration == self._boundary and trainer.last_event_name not in between
         )
-        if not (pending and at_boundary and isinstance(error, Exception)):
+        # A save that failed is no matter of the data.
+        of_data = isinstance(error, Exception) and not isinstance(error, CheckpointError)
+        if not (pending and at_boundary and of_data):
             return False
         _logger.warning(
             "The next batch could not be fetched (%s: %s), while the run was about to end: it ends "

@@ -1,26 +1,47 @@
-"""resume_or_start: the one line that makes a run go on where it was stopped, however it was."""
+"""resume_or_start: the one line that makes a run go on where it was stopped, however it was.
+
+What the run goes on from is found by rank 0, and is the same on all ranks.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import signal
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from crosstrain.engine.engine import Engine
 from crosstrain.engine.proof import Checks
 from crosstrain.engine.ranks.agreement import agree
-from crosstrain.engine.ranks.world import this_rank
+from crosstrain.engine.ranks.line import Line, has_ranks
 from crosstrain.engine.spread import is_sharded
+from crosstrain.engine.storage.errors import (
+    CheckpointCorrupt,
+    CheckpointError,
+    CheckpointNotFound,
+)
+from crosstrain.engine.storage.manifest import Manifest
+from crosstrain.engine.storage.parts_read import Parts
+from crosstrain.engine.storage.safe_load import load_file
 
 from .handler import Checkpoint
+from .layouts import PARTS, Told, doubt_of, layout_of, list_checkpoints, newest_time
+from .loading import Latest, PassedOver, load_parts, pass_over
+from .objects import restore
 from .resumable import ResumableRun, begin, event_of, with_trainer
-from .resume_found import Found, base_name, find, find_together, own_files, restore_found
+from .retention import Item
 from .saver import DiskSaver
-from .sharded_resume import resume_or_start_sharded
 from .stop_signals import STOP_SIGNALS
 
 __all__ = ["resume_or_start"]
+
+_LOOKING = "looking for the newest good checkpoint"
+_READING = "reading the checkpoint that rank 0 has found"
 
 
 def resume_or_start(
@@ -39,8 +60,8 @@ def resume_or_start(
 ) -> ResumableRun:
     """Restores a run from the newest good checkpoint of a folder, if any, and saves it there.
 
-    Where FSDP has sharded a model, all processes save together: see `resume_or_start_sharded`. A
-    run goes on from either kind of checkpoint, so that the backend can be changed between starts.
+    Where FSDP has sharded a model, all processes save together, each its part (see `DiskSaver`). A
+    run goes on from either form of checkpoint, so that the backend can be changed between starts.
 
     Call it when all handlers are attached, and then `trainer.run(...)`, the same way at the first
     start and at every later one. A checkpoint is written after all other handlers of an iteration
@@ -77,48 +98,240 @@ def resume_or_start(
     event = event_of(every)
     trainer.checks = trainer.checks if checks is None else checks
     objects = with_trainer(trainer, to_save)
-    if is_sharded(objects):
-        if overlap:
-            raise ValueError(
-                "overlap=True copies in the thread that writes, which a sharded model cannot have: "
-                "its processes write together. Leave it out; background=True is the default"
-            )
-        return resume_or_start_sharded(
-            trainer,
-            to_save,
-            dirname,
-            every,
-            n_saved=n_saved,
-            filename_prefix=filename_prefix,
-            background=background,
-            resume_from=resume_from,
-            signals=signals,
-            checks=checks,
+    if overlap and is_sharded(objects):
+        raise ValueError(
+            "overlap=True copies in the thread that writes, which a sharded model cannot have: "
+            "its processes write together. Leave it out; background=True is the default"
         )
     ranks = agree(trainer)
-    base = base_name(objects, filename_prefix)
-
-    def open_and_find() -> tuple[DiskSaver, Found]:
-        saver = DiskSaver(dirname, require_empty=False, background=background, overlap=overlap)
-        try:
-            return saver, find(objects, saver.dirname, base, resume_from)
-        except BaseException:
-            saver.close()
-            raise
-
-    if ranks is None:
-        saver, found = open_and_find()
-    else:
-        saver, found = find_together(ranks.line, open_and_find)
+    line = None if ranks is None else ranks.line
+    # Processes that train a sharded model without agreeing on their runs still read together.
+    own = Line() if line is None and has_ranks() and is_sharded(objects) else None
+    look = _Look(objects, filename_prefix, resume_from, line or own)
+    saver: DiskSaver | None = None
     try:
-        restore_found(objects, found, ranks, trainer.checks)
+        saver = look.open(
+            lambda folder: DiskSaver(
+                dirname if folder is None else folder,
+                require_empty=False,
+                background=background,
+                overlap=overlap,
+            )
+        )
+        look.restore(trainer.checks)
     except BaseException:
-        saver.close()
+        if saver is not None:
+            saver.close()
         raise
-    latest = found.latest
-    saver.follow(latest)
+    finally:
+        if own is not None:
+            own.close()
+    latest = look.latest
+    assert latest is not None
     checkpoint = Checkpoint(objects, saver, filename_prefix, n_saved=n_saved)
-    if this_rank() == 0:
-        own = own_files(saver.dirname, base, trainer.state.iteration)
-        checkpoint.load_state_dict({"_saved": own})
+    checkpoint.load_state_dict({"_saved": look.own_files(trainer.state.iteration)})
     return begin(trainer, checkpoint, latest, signals, event)
+
+
+class _Answer(NamedTuple):
+    """What rank 0 has found: told to all ranks.
+
+    Args:
+        folder: where the run is saved.
+        path: the checkpoint; None if there is none.
+        manifest: what it says of itself.
+        passed_over: those before it, and why.
+        saved: the iterations and names of the run's own checkpoints.
+        newest_ns: when the newest of the folder was saved.
+    """
+
+    folder: Path
+    path: Path | None
+    manifest: Manifest | None
+    passed_over: tuple[PassedOver, ...]
+    saved: tuple[Item, ...]
+    newest_ns: int
+
+
+@dataclass
+class _Look:
+    """Looks for the checkpoint that a run goes on from, and restores it; on all ranks together.
+
+    Args:
+        objects: what it must hold.
+        filename_prefix: of the run's checkpoints.
+        resume_from: the one that is named, if one is.
+        line: to the other ranks; None if there is one process.
+    """
+
+    objects: Mapping[str, Any]
+    filename_prefix: str
+    resume_from: str | os.PathLike[str] | None
+    line: Line | None
+    latest: Latest | None = None
+    _state: Any = None
+    _parts: Parts | None = None
+    _saved: tuple[Item, ...] = ()
+    _left: Iterator[Told] = field(default_factory=lambda: iter(()))
+    _passed_over: list[PassedOver] = field(default_factory=list[PassedOver])
+
+    def open(self, make: Callable[[Path | None], DiskSaver]) -> DiskSaver:
+        """Opens the folder and finds the checkpoint.
+
+        Args:
+            make: makes what saves, into the folder that it is given, or else the user's.
+
+        Raises:
+            CheckpointError: if there are checkpoints and none is good, or the folder is busy.
+            RankFailed: if another rank cannot.
+        """
+        savers: list[DiskSaver] = []
+
+        def begin_here() -> _Answer:
+            savers.append(make(None))
+            return self._first(savers[0].dirname)
+
+        try:
+            answer = self._from_first(begin_here)
+            while answer.path is not None and layout_of(answer.path) is PARTS:
+                reason = self._bad_part(answer.path)
+                if reason is None:
+                    break
+                if self.resume_from is not None:
+                    raise CheckpointCorrupt(reason)
+                answer = self._from_first(partial(self._next, answer, reason))
+            with nullcontext() if self.line is None else self.line.together(_READING):
+                if not savers:
+                    self._read_too(answer)
+                    # It does not write files here, and so takes no folder.
+                    savers.append(make(answer.folder))
+        except BaseException:
+            for saver in savers:
+                saver.close()
+            raise
+        self.latest = Latest(answer.folder, answer.path, answer.manifest, answer.passed_over)
+        self._saved = answer.saved
+        savers[0].follow(answer.newest_ns)
+        return savers[0]
+
+    def _from_first(self, ask: Callable[[], _Answer]) -> _Answer:
+        return ask() if self.line is None else self.line.from_first(_LOOKING, ask)
+
+    def _first(self, folder: Path) -> _Answer:
+        """Lists the folder, once, and returns the first checkpoint that may be it."""
+        name = next(iter(self.objects)) if len(self.objects) == 1 else "checkpoint"
+        base = (f"{self.filename_prefix}_" if self.filename_prefix else "") + f"{name}_"
+        listed = list_checkpoints(folder, re.compile(rf"{re.escape(base)}\d+"))
+        saved = {
+            Item(told.manifest.iteration, told.path.with_suffix(".pt").name)
+            for told in listed
+            if isinstance(told.manifest, Manifest)
+            and told.manifest.iteration is not None
+            and told.manifest.file == told.path.name
+        }
+        answer = _Answer(
+            folder.absolute(), None, None, (), tuple(sorted(saved)), newest_time(listed)
+        )
+        if self.resume_from is None:
+            self._left = iter(listed)
+            return self._next(answer)
+        path = Path(self.resume_from).expanduser()
+        if layout_of(path) is PARTS:
+            manifest: Manifest | None = Parts.open(path).manifest
+        else:
+            loaded = load_file(path)
+            manifest, self._state = loaded.manifest, loaded.state
+        newest = 0 if manifest is None or not manifest.is_believable else manifest.saved_at_ns
+        newest = max(answer.newest_ns, newest)
+        return answer._replace(path=path.absolute(), manifest=manifest, newest_ns=newest)
+
+    def _next(self, answer: _Answer, bad: str | None = None) -> _Answer:
+        """Returns the next checkpoint that may be it: a file that was read, or parts."""
+        if bad is not None and answer.path is not None:
+            pass_over(answer.path, bad, self._passed_over)
+        found: Told | None = None
+        for told in self._left:
+            reason = doubt_of(told, self.objects)
+            if reason is None and told.layout is not PARTS:
+                try:
+                    self._state = load_file(told.path).state
+                except CheckpointError as error:
+                    reason = str(error)
+            if reason is None:
+                found = told
+                break
+            pass_over(told.path, reason, self._passed_over)
+        over = tuple(self._passed_over)
+        if found is None and over:
+            latest = Latest(answer.folder, None, None, over)
+            raise CheckpointNotFound(
+                f"{latest.describe()}. A new run in this folder would lose what may be rescued: "
+                "move these files away to start from the beginning, or name one by resume_from"
+            )
+        manifest = found.manifest if found and isinstance(found.manifest, Manifest) else None
+        path = None if found is None else found.path.absolute()
+        return answer._replace(path=path, manifest=manifest, passed_over=over)
+
+    def _bad_part(self, path: Path) -> str | None:
+        """Verifies a checkpoint in parts, each rank its share; returns what is wrong on one."""
+        line, mine = self.line, None
+        try:
+            self._parts = Parts.open(path)
+            self._parts.verify((0, 1) if line is None else (line.rank, line.size))
+            self._parts.index()
+        except CheckpointError as error:
+            mine = str(error)
+        told = (
+            [mine] if line is None else line.meet(f"verifying {path.name}", mine, of=line.everyone)
+        )
+        return next((text for text in told if text is not None), None)
+
+    def _read_too(self, answer: _Answer) -> None:
+        """Reads, on another rank, what rank 0 has read."""
+        if answer.path is None:
+            return
+        if self._parts is None or layout_of(answer.path) is not PARTS:
+            loaded = load_file(answer.path)
+            manifest, self._state = loaded.manifest, loaded.state
+        else:
+            manifest = self._parts.manifest
+        if manifest != answer.manifest:
+            raise CheckpointNotFound(
+                f"{answer.path} is another file here than on rank 0. All ranks resume from one "
+                "file: save into a folder of a file system that they share"
+            )
+
+    def restore(self, checks: Checks) -> None:
+        """Restores the objects from what was found; on all ranks or on none.
+
+        Args:
+            checks: how strict it is.
+
+        Raises:
+            CheckpointError: if it is damaged, or does not fit the objects.
+            RankFailed: if another rank cannot.
+        """
+        assert self.latest is not None
+        path, manifest = self.latest.path, self.latest.manifest
+        if path is None:
+            return
+        bare = None if manifest is None else manifest.bare
+        line = self.line
+        # Its name only: rank 0 has the folder's path as it was given, which may be relative.
+        with nullcontext() if line is None else line.together(f"restoring {path.name}"):
+            if layout_of(path) is PARTS:
+                assert self._parts is not None
+                load_parts(self.objects, self._parts, checks)
+            else:
+                restore(self.objects, self._state, path, {}, checks, bare)
+        self._state = self._parts = None
+
+    def own_files(self, iteration: int) -> list[Item]:
+        """Returns the checkpoints that a run has saved up to an iteration: those it may remove.
+
+        Later ones belong to a course of the run that was given up; it is not for us to remove them.
+
+        Args:
+            iteration: where the run is.
+        """
+        return [item for item in self._saved if item.priority <= iteration]

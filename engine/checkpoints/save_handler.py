@@ -1,29 +1,52 @@
-"""BaseSaveHandler, and FolderSaver: what all handlers that save into a folder have in common."""
+"""BaseSaveHandler: what stores a checkpoint, and all that a `Checkpoint` asks of it."""
 
 from __future__ import annotations
 
-import os
-import threading
+import inspect
+import sys
 from abc import ABCMeta, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, cast
 
-from crosstrain.engine.storage.background import BackgroundJob
-from crosstrain.engine.storage.lock import FolderLock
-from crosstrain.engine.storage.manifest import later_than, software_versions
-from crosstrain.engine.storage.staging import HostBuffers, Snapshot
+from crosstrain.engine.nests import has
+from crosstrain.engine.proof import Checks
 
-if TYPE_CHECKING:
-    from .loading import Latest
+from .save_job import SaveJob
 
-__all__ = ["BaseSaveHandler", "FolderSaver", "SaveJob"]
+__all__ = ["BaseSaveHandler", "RunFacts", "SaveHandler", "adapted"]
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a checkpoint is of: what its manifest tells, and the live objects themselves.
+
+    Args:
+        iteration: completed iterations of the engine.
+        epoch: its epoch.
+        backend: the spec of its backend.
+        names: the names of the objects.
+        bare: whether the checkpoint is the state of its one object itself.
+        objects: the objects, by name.
+        checks: how strict to be about what could not be loaded again.
+    """
+
+    iteration: int | None = None
+    epoch: int | None = None
+    backend: str | None = None
+    names: tuple[str, ...] | None = None
+    bare: bool = False
+    objects: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    checks: Checks = field(default_factory=Checks)
 
 
 class BaseSaveHandler(metaclass=ABCMeta):
     """The base of what stores a checkpoint somewhere and removes it again.
 
-    With several processes, see to it that one of them stores.
+    With several processes, all of them call it; see to it that one stores. Only `__call__` and
+    `remove` have to be written; the rest says what is so for one that stores at once, elsewhere
+    than on a disk.
     """
 
     @abstractmethod
@@ -38,8 +61,8 @@ class BaseSaveHandler(metaclass=ABCMeta):
         Args:
             checkpoint: the objects' states by their names, or the state of the only one itself.
             filename: the name to store it under; what is there already is replaced.
-            metadata: `basename` (prefix and name), `score_name`, `priority` (more is better), and
-                `run`: plain facts about the run, see `Manifest`.
+            metadata: plain values: `basename` (prefix and name), `score_name`, and `priority`
+                (more is better).
         """
 
     @abstractmethod
@@ -50,147 +73,73 @@ class BaseSaveHandler(metaclass=ABCMeta):
             filename: the name that it was stored under.
         """
 
+    def prepare(self, run: RunFacts) -> None:  # noqa: B027 - not all want to hear it
+        """Hears what the next checkpoint is of, right before it is called."""
 
-class SaveJob:
-    """A checkpoint on its way to the disk, and what is to be removed when it is there.
-
-    Args:
-        filename: the name that it was given.
-        snapshot: the copy of the state.
-        write: writes the snapshot, once it is there.
-        remove: removes the checkpoint of a name.
-        path: where it will be, for messages.
-    """
-
-    def __init__(
-        self,
-        filename: str,
-        snapshot: Snapshot,
-        write: Callable[[], None],
-        remove: Callable[[str], None],
-        path: Path,
-    ) -> None:
-        self.filename = filename
-        self.failure_told = False
-        self._snapshot = snapshot
-        self._write = write
-        self._remove = remove
-        self._to_remove: list[str] | None = []
-        self._guard = threading.Lock()
-        self._thread = BackgroundJob(self._run, f"saving {path}")
-
-    def _run(self) -> None:
-        self._snapshot.finish()
-        self._write()
-        with self._guard:
-            removable, self._to_remove = self._to_remove or [], None
-        for filename in removable:
-            self._remove(filename)
-
-    def remove_afterwards(self, filename: str) -> bool:
-        """Removes a checkpoint when the new one is good; false if it is good already."""
-        with self._guard:
-            if self._to_remove is None:
-                return False
-            self._to_remove.append(filename)
-            return True
-
-    @property
-    def running(self) -> bool:
-        """Whether the checkpoint is still being written."""
-        return self._thread.running
-
-    def finish(self) -> None:
-        """Waits until the checkpoint is on the disk.
-
-        Raises:
-            CheckpointError: if it could not be saved.
-        """
-        self._thread.join()
-        self._snapshot.close()
-        if self._thread.error is not None:
-            self.failure_told = True
-            raise self._thread.error
-
-
-class FolderSaver(BaseSaveHandler):
-    """The half of a saver that does not depend on what a checkpoint looks like on the disk.
-
-    It holds the folder's lock, the one save that may be pending, and the time of the newest.
-
-    Args:
-        dirname: the folder.
-        background: whether a thread writes.
-    """
-
-    def __init__(self, dirname: str | os.PathLike[str], background: bool) -> None:
-        self.dirname = Path(dirname).expanduser()
-        self._background = background
-        self._lock: FolderLock | None = None
-        self._newest_ns = 0
-        self._versions = software_versions()
-        self._buffers = HostBuffers()
-        self._job: SaveJob | None = None
-
-    @property
-    def background(self) -> bool:
-        """Whether a thread writes."""
-        return self._background
+    def path_of(self, filename: str) -> Path | None:
+        """Returns where a stored checkpoint is; None if it is not on a disk."""
+        return None
 
     @property
     def job(self) -> SaveJob | None:
-        """What the thread is writing, or has written and was not asked about; None if nothing."""
-        return self._job
+        """What a thread is still writing; None if nothing."""
+        return None
 
-    def follow(self, latest: Latest) -> None:
-        """Makes sure that what is saved from now on is newer than what a run has gone on from."""
-        if latest.manifest is not None:
-            self._newest_ns = max(self._newest_ns, latest.manifest.saved_at_ns)
+    def register_with_ignite(self) -> None:
+        """Makes pytorch-ignite take this class for one of its own, where it has been imported.
 
-    def _next_time(self) -> int:
-        """Returns the time of a new checkpoint, in ns: after that of every other in the folder."""
-        self._newest_ns = later_than(self._newest_ns)
-        return self._newest_ns
+        Its `Checkpoint` removes old files of its own kind only.
+        """
+        module: Any = sys.modules.get("ignite.handlers.checkpoint")
+        if module is not None:
+            module.BaseSaveHandler.register(type(self))
+
+
+SaveHandler = Callable[..., None] | BaseSaveHandler
+
+
+class _Adapted(BaseSaveHandler):
+    """A function, or another library's handler, as a save handler of ours.
+
+    Args:
+        store: the function of (checkpoint, filename) or (checkpoint, filename, metadata).
+    """
+
+    def __init__(self, store: Callable[..., Any]) -> None:
+        self._store = store
+        self._takes_metadata = _takes_metadata(store)
+
+    def __call__(
+        self,
+        checkpoint: Mapping[str, Any],
+        filename: str,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Stores a checkpoint as the function does."""
+        if self._takes_metadata:
+            self._store(checkpoint, filename, metadata)
+        else:
+            self._store(checkpoint, filename)
 
     def remove(self, filename: str) -> None:
-        """Removes a checkpoint; in the background, after the pending one is good.
+        """Removes a checkpoint, if it knows how to."""
+        # Asked of the type: mocks answer every name.
+        if has(self._store, "remove"):
+            cast("Any", self._store).remove(filename)
 
-        If the pending one fails, it stays. Does nothing if it is gone already.
-        """
-        if self._job is None or not self._job.remove_afterwards(filename):
-            self._remove_now(filename)
 
-    @abstractmethod
-    def _remove_now(self, filename: str) -> None:
-        """Removes a checkpoint, if this process is the one that does."""
+def adapted(save_handler: SaveHandler) -> BaseSaveHandler:
+    """Returns a save handler with all that a `Checkpoint` asks of one."""
+    return save_handler if isinstance(save_handler, BaseSaveHandler) else _Adapted(save_handler)
 
-    def wait(self) -> None:
-        """Waits until what was saved is on the disk.
 
-        Where all processes save together, all call it together.
-
-        Raises:
-            CheckpointError: what the thread raised, once.
-        """
-        job = self._job
-        try:
-            if job is not None and not job.failure_told:
-                job.finish()
-        finally:
-            # A wait that was interrupted, as by Ctrl-C, goes on with the next one.
-            if job is None or not job.running:
-                self._job = None
-
-    def close(self) -> None:
-        """Waits, and gives the folder up."""
-        try:
-            self.wait()
-        finally:
-            if self._lock is not None:
-                self._lock.release()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+def _takes_metadata(save_handler: Callable[..., Any]) -> bool:
+    """Tells whether a save handler takes three arguments, or only checkpoint and filename."""
+    try:
+        inspect.signature(save_handler).bind({}, "", {})
+    except TypeError:
+        return False
+    except ValueError:
+        # Written in C without a signature: the full form is what is documented.
+        return True
+    return True

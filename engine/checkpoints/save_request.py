@@ -2,38 +2,31 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any, NamedTuple, cast
-
-import torch
 
 from crosstrain.backends import spec_of
 from crosstrain.engine.engine import Engine
 from crosstrain.engine.errors import ResumeWarning, warn_user
 from crosstrain.engine.guards import is_path
 from crosstrain.engine.nests import walk_objects
+from crosstrain.engine.proof import Checks
 from crosstrain.engine.storage.errors import CheckpointWarning
 
 from .objects import unsaved_objects
 from .retention import Item
-from .save_handler import BaseSaveHandler, SaveJob
+from .save_handler import RunFacts, SaveHandler
+from .save_job import SaveJob
 from .saver import DiskSaver
 
 __all__ = [
     "Pending",
-    "SaveHandler",
     "as_handler",
     "check_room_for",
     "facts_of",
-    "optimizers_in",
-    "takes_metadata",
     "warn_of_repeated_data",
     "warn_of_unsaved",
 ]
-
-
-SaveHandler = Callable[..., None] | BaseSaveHandler
 
 
 class Pending(NamedTuple):
@@ -76,22 +69,8 @@ def check_room_for(name: str, to_save: Mapping[str, Any]) -> None:
         raise ValueError(f"Cannot have key {name!r} if `include_self` is True: {list(to_save)}")
 
 
-def takes_metadata(save_handler: Callable[..., Any]) -> bool:
-    """Tells whether a save handler takes three arguments, or only checkpoint and filename."""
-    try:
-        inspect.signature(save_handler).bind({}, "", {})
-    except TypeError:
-        return False
-    except ValueError:
-        # Written in C without a signature: the full form is what is documented.
-        return True
-    return True
-
-
-def facts_of(
-    engine: Any, to_save: Mapping[str, Any], checkpoint: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Returns what the manifest says about the run: see `Manifest`.
+def facts_of(engine: Any, to_save: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> RunFacts:
+    """Returns what a checkpoint is of.
 
     Args:
         engine: the engine whose event has fired.
@@ -100,19 +79,15 @@ def facts_of(
     """
     engines = [value for _, value in walk_objects(to_save) if isinstance(value, Engine)]
     trainer = engines[0] if engines else engine
-    return {
-        "iteration": trainer.state.iteration,
-        "epoch": trainer.state.epoch,
-        "backend": spec_of(getattr(trainer, "backend", None)),
-        "objects": tuple(map(str, checkpoint)),
-        "bare": len(checkpoint) == 1,
-    }
-
-
-def optimizers_in(to_save: Mapping[str, Any]) -> tuple[torch.optim.Optimizer, ...]:
-    """Returns the optimizers among the objects."""
-    values = (value for _, value in walk_objects(to_save))
-    return tuple(value for value in values if isinstance(value, torch.optim.Optimizer))
+    return RunFacts(
+        iteration=trainer.state.iteration,
+        epoch=trainer.state.epoch,
+        backend=spec_of(getattr(trainer, "backend", None)),
+        names=tuple(map(str, checkpoint)),
+        bare=len(checkpoint) == 1,
+        objects=to_save,
+        checks=getattr(trainer, "checks", Checks()),
+    )
 
 
 def warn_of_unsaved(to_save: Mapping[str, Any], warned_of: set[str]) -> None:

@@ -4,32 +4,37 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
 from crosstrain.engine.guards import is_mapping
-from crosstrain.engine.proof import Checks, Strictness
+from crosstrain.engine.nests import walk_objects
+from crosstrain.engine.proof import Strictness
+from crosstrain.engine.ranks.line import Line, has_ranks
 from crosstrain.engine.ranks.world import this_rank, world_size
-from crosstrain.engine.storage.archive import read_archive
+from crosstrain.engine.spread import has_spread, parameter_names, split
 from crosstrain.engine.storage.atomic import (
     HashingFile,
     check_free_space,
     make_folder,
-    open_regular,
     remove_leftovers,
     write_file,
 )
 from crosstrain.engine.storage.errors import CheckpointError, CheckpointWriteError
 from crosstrain.engine.storage.lock import FolderLock
-from crosstrain.engine.storage.manifest import Manifest
+from crosstrain.engine.storage.manifest import Manifest, later_than, software_versions
+from crosstrain.engine.storage.parts_write import Staged, Writers, write_in_parts
 from crosstrain.engine.storage.safe_load import check_written
-from crosstrain.engine.storage.staging import HostState, Snapshot, on_host
+from crosstrain.engine.storage.staging import HostBuffers, HostState, Snapshot, host_state, on_host
 
-from .save_handler import FolderSaver, SaveJob
+from .layouts import FILE, PARTS, list_checkpoints, names_in, newest_time
+from .save_handler import BaseSaveHandler, RunFacts
+from .save_job import SaveJob
 
 __all__ = ["DiskSaver"]
 
@@ -39,16 +44,20 @@ _logger = logging.getLogger(__name__)
 _SPARE_BYTES = 2 << 20
 
 
-class DiskSaver(FolderSaver):
-    """Saves checkpoints as files in a folder.
+class DiskSaver(BaseSaveHandler):
+    """Saves checkpoints in a folder: each is a file, or, of a sharded model, a folder of parts.
 
-    A file appears under its name only when all of it is on the disk; a kill, a full disk or a power
-    cut before that leaves what was there. It ends with a manifest, by which a load finds damage.
+    A checkpoint appears under its name only when all of it is on the disk; a kill, a full disk or a
+    power cut before that leaves what was there. It has a manifest, by which a load finds damage.
+
+    Where FSDP has spread a model over processes, each writes what it holds: the name then ends with
+    `.sharded`, the folder has to be on a file system that all of them see, and they call this
+    together. Else one process writes, and the others return at once.
 
     Args:
         dirname: the folder.
         atomic: writes aside and renames. If false, in place: for file systems without rename; a
-            kill then leaves a part of a file, which a load refuses.
+            kill then leaves a part of a file, which a load refuses. Parts are always written aside.
         create_dir: makes the folder if it is not there.
         require_empty: raises if the folder holds checkpoints already.
         save_on_rank: which process writes, where there are several.
@@ -56,7 +65,8 @@ class DiskSaver(FolderSaver):
         overlap: with `background`, parameters and optimizer states are copied in the thread too,
             and the optimizer's next step waits for that. Sound only if nothing but
             `optimizer.step()` changes them; a change by another operation on the tensor itself is
-            noticed and an error, a change through `.data` is not.
+            noticed and an error, a change through `.data` is not. Not for sharded models.
+        parts: writes parts although no model is sharded: each process what is its own.
         **kwargs: arguments of `torch.save`, as far as they leave the file safe to load.
 
     Raises:
@@ -76,6 +86,7 @@ class DiskSaver(FolderSaver):
         *,
         background: bool = False,
         overlap: bool = False,
+        parts: bool = False,
         **kwargs: Any,
     ) -> None:
         if overlap and not background:
@@ -83,11 +94,21 @@ class DiskSaver(FolderSaver):
                 "overlap=True copies in the thread that writes, and background=False has none: "
                 "pass background=True as well, or leave overlap out"
             )
-        super().__init__(dirname, background)
+        self.dirname = Path(dirname).expanduser()
         self.save_on_rank = save_on_rank
+        self._background = background
+        self._run = RunFacts()
+        self._lock: FolderLock | None = None
+        self._lines: tuple[Line, Line] | None = None
+        self._newest_ns: int | None = None
+        self._versions = software_versions()
+        self._buffers = HostBuffers()
+        self._job: SaveJob | None = None
+        self.register_with_ignite()
         self.kwargs = _checked_arguments(kwargs)
         self._atomic = atomic
         self._overlap = overlap
+        self._always_in_parts = parts
         if this_rank() == save_on_rank:
             self._open_folder(create_dir, require_empty)
 
@@ -101,14 +122,14 @@ class DiskSaver(FolderSaver):
                 )
             self._lock = FolderLock(self.dirname)
             if self._lock.exclusive:
-                removed = remove_leftovers(self.dirname)
+                removed = remove_leftovers(self.dirname) + PARTS.remove_leftovers(self.dirname)
                 if removed:
                     _logger.info(
-                        "Removed %d file(s) from %s that a killed process had not finished.",
+                        "Removed %d leftover(s) from %s that a killed process had not finished.",
                         len(removed),
                         self.dirname,
                     )
-            present = sorted(path.name for path in self.dirname.glob("*.pt"))
+            present = names_in(self.dirname) if require_empty else []
         except OSError as error:
             if isinstance(error, CheckpointError):
                 raise
@@ -117,14 +138,43 @@ class DiskSaver(FolderSaver):
                 error,
                 self.dirname,
             ) from error
-        if require_empty and present:
+        if present:
             self._lock.release()
             raise ValueError(
-                f"Files {present} with extension '.pt' are already present in the directory "
-                f"{self.dirname}. To go on from them, see resume_or_start. To use this directory "
-                "anyway, pass `require_empty=False`."
+                f"Files {present} with extension '.pt' or '.sharded' are already present in the "
+                f"directory {self.dirname}. To go on from them, see resume_or_start. To use this "
+                "directory anyway, pass `require_empty=False`."
             )
-        self._newest_ns = max((_saved_at(self.dirname / name) for name in present), default=0)
+
+    @property
+    def background(self) -> bool:
+        """Whether a thread writes."""
+        return self._background
+
+    @property
+    def job(self) -> SaveJob | None:
+        """What the thread is writing, or has written and was not asked about; None if nothing."""
+        return self._job
+
+    def path_of(self, filename: str) -> Path:
+        """Returns where the checkpoint of a name is: the file, or the folder of its parts."""
+        parts = PARTS.path_of(self.dirname, filename)
+        return parts if parts.is_dir() else self.dirname / filename
+
+    def prepare(self, run: RunFacts) -> None:
+        """Hears what the next checkpoint is of."""
+        self._run = run
+
+    def follow(self, newest_ns: int) -> None:
+        """Makes sure that what is saved from now on is newer than a time, in ns."""
+        self._newest_ns = max(self._newest_ns or 0, newest_ns)
+
+    def _next_time(self) -> int:
+        """Returns the time of a new checkpoint, in ns: after that of every other in the folder."""
+        if self._newest_ns is None:
+            self._newest_ns = newest_time(list_checkpoints(self.dirname))
+        self._newest_ns = later_than(self._newest_ns)
+        return self._newest_ns
 
     def __call__(
         self,
@@ -136,67 +186,56 @@ class DiskSaver(FolderSaver):
 
         Args:
             checkpoint: states by name, or the state of one object itself.
-            filename: the file's name in the folder.
-            metadata: see `BaseSaveHandler`; further, `optimizers`: those whose step `overlap` may
-                rely on, and `checks`: how strict to be about what could not be loaded again.
+            filename: the file's name in the folder; parts have the ending `.sharded` in place of
+                its own.
+            metadata: not used.
 
         Raises:
             CheckpointContentError: if a state holds what cannot be loaded safely.
             CheckpointWriteError: if the file system refuses; in the background, if it refused the
-                checkpoint before this one.
+                checkpoint before this one. Of parts, in all processes.
         """
-        if this_rank() != self.save_on_rank:
-            return
         self.wait()
-        told = metadata or {}
-        describe = self._describe(checkpoint, filename, told)
-        strictness = told.get("checks", Checks()).writer
+        run, self._run = self._run, RunFacts()
+        if self._always_in_parts or has_spread(checkpoint):
+            self._save_parts(checkpoint, filename, run)
+        elif this_rank() == self.save_on_rank:
+            self._save_file(checkpoint, filename, run)
+
+    def _describe(self, checkpoint: Any, name: str, run: RunFacts) -> Manifest:
+        names = run.names
+        if names is None:
+            names = tuple(map(str, checkpoint)) if is_mapping(checkpoint) else ()
+        return Manifest(
+            file=name,
+            size=0,
+            sha256="",
+            saved_at_ns=self._next_time(),
+            objects=names,
+            bare=run.bare,
+            iteration=run.iteration,
+            epoch=run.epoch,
+            backend=run.backend,
+            world_size=world_size(),
+            rank=this_rank(),
+            versions=self._versions,
+        )
+
+    def _save_file(self, checkpoint: Any, filename: str, run: RunFacts) -> None:
+        told = self._describe(checkpoint, filename, run)
+        path = FILE.path_of(self.dirname, filename)
         if not self._background:
-            self._write(filename, describe, on_host(checkpoint), strictness)
+            self._write(path, told, on_host(checkpoint), run.checks.writer)
             return
-        optimizers: Iterable[torch.optim.Optimizer] = told.get("optimizers", ())
-        snapshot = Snapshot(checkpoint, self._buffers, optimizers if self._overlap else ())
+        values = (value for _, value in walk_objects(run.objects))
+        stepped = [value for value in values if isinstance(value, torch.optim.Optimizer)]
+        snapshot = Snapshot(checkpoint, self._buffers, stepped if self._overlap else ())
         host = HostState(snapshot.state, snapshot.nbytes)
-        write = partial(self._write, filename, describe, host, strictness)
-        path = self.dirname / filename
+        write = partial(self._write, path, told, host, run.checks.writer)
         self._job = SaveJob(filename, snapshot, write, self._remove_now, path)
 
-    def _describe(
-        self, checkpoint: Any, filename: str, metadata: Mapping[str, Any]
-    ) -> Callable[[int, str], Manifest]:
-        facts: dict[str, Any] = {
-            "saved_at_ns": self._next_time(),
-            "objects": _names_of(checkpoint),
-            "world_size": world_size(),
-            "rank": this_rank(),
-            "versions": self._versions,
-            **metadata.get("run", {}),
-        }
-        return lambda size, digest: Manifest(file=filename, size=size, sha256=digest, **facts)
-
-    def _remove_now(self, filename: str) -> None:
-        if this_rank() != self.save_on_rank:
-            return
-        path = self.dirname / filename
-        try:
-            path.unlink(missing_ok=True)
-        except OSError as error:
-            raise CheckpointWriteError(
-                f"Old checkpoint {path} could not be removed: {error.strerror or error}. The new "
-                "one is saved",
-                error,
-                path,
-            ) from error
-
-    def _write(
-        self,
-        filename: str,
-        describe: Callable[[int, str], Manifest],
-        host: HostState,
-        strictness: Strictness,
-    ) -> None:
+    def _write(self, path: Path, told: Manifest, host: HostState, strictness: Strictness) -> None:
         """Writes a plain state; in whichever thread."""
-        path = self.dirname / filename
         check_free_space(path, host.nbytes + _SPARE_BYTES)
 
         def produce(file: HashingFile) -> None:
@@ -204,7 +243,7 @@ class DiskSaver(FolderSaver):
             torch.save(host.state, file, **self.kwargs)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
         def trailer(size: int, digest: str) -> tuple[bytes, int]:
-            encoded = describe(size, digest).encode()
+            encoded = replace(told, size=size, sha256=digest).encode()
             return encoded, len(encoded)
 
         def check(descriptor: int) -> None:
@@ -214,20 +253,110 @@ class DiskSaver(FolderSaver):
         parallel = not self._background
         write_file(path, produce, trailer, check=check, atomic=self._atomic, parallel=parallel)
 
+    def _save_parts(self, checkpoint: Any, filename: str, run: RunFacts) -> None:
+        if self._overlap:
+            raise ValueError(
+                "overlap=True copies in the thread that writes, which a sharded model cannot have: "
+                "its processes write together. Leave it out; background=True is enough"
+            )
+        if run.bare and run.names:
+            checkpoint = {run.names[0]: checkpoint}
+        path = PARTS.path_of(self.dirname, filename)
+        writing, voting = self._own_lines()
+        writers = Writers(writing)
+        error: Exception | None = None
+        staged: Staged | None = None
+        snapshot: Snapshot | None = None
+        told: Manifest | None = None
+        try:
+            told = replace(self._describe(checkpoint, path.name, run), bare=False, rank=0)
+            staged, snapshot = self._stage(checkpoint, run)
+        except Exception as caught:  # noqa: BLE001 - raised again when the others know of it
+            error = caught
+        # A state that cannot be saved may be one process's only: all must know before they write.
+        writers.agree(path, error)
+        assert staged is not None
+        assert told is not None
+        write = partial(write_in_parts, self.dirname, staged, told, writers)
+        if snapshot is None:
+            write()
+        else:
+            self._job = SaveJob(filename, snapshot, write, self._remove_now, path, voting)
 
-def _names_of(checkpoint: Any) -> tuple[str, ...]:
-    return tuple(map(str, checkpoint)) if is_mapping(checkpoint) else ()
+    def _own_lines(self) -> tuple[Line | None, Line | None]:
+        """Returns lines to the other processes: one for the thread that writes, one to vote on."""
+        if not has_ranks():
+            return None, None
+        if self._lines is None:
+            with Line() as line:
+                number = line.count(f"savers/{line.rank}")
+            self._lines = Line(f"saver/{number}/write"), Line(f"saver/{number}/vote")
+        return self._lines
 
+    def _stage(self, checkpoint: Any, run: RunFacts) -> tuple[Staged, Snapshot | None]:
+        """Returns this process's part of the states, and the snapshot that has yet to fill it."""
+        names = parameter_names(run.objects) if run.objects else {}
+        taken = split(checkpoint, names)
+        parts = {name: shard.to_local().detach() for name, shard in taken.shards.items()}  # type: ignore[attr-defined]
+        nest: dict[str, Any] = {"states": taken.tree, "parts": parts}
+        snapshot = Snapshot(nest, self._buffers) if self._background else None
+        plain = host_state(nest) if snapshot is None else snapshot.state
+        staged = Staged(
+            plain["states"],
+            plain["parts"],
+            taken.shards,
+            taken.places,
+            names,
+            run.checks.writer,
+        )
+        return staged, snapshot
 
-def _saved_at(path: Path) -> int:
-    """Returns when a checkpoint was saved, as its manifest says; 0 if it says nothing."""
-    try:
-        with open_regular(path) as file:
-            comment = read_archive(file.fileno()).comment
-        return Manifest.decode(comment).saved_at_ns if comment else 0
-    except (OSError, CheckpointError):
-        # Whether a file is good is told where it is loaded; here only good ones count.
-        return 0
+    def remove(self, filename: str) -> None:
+        """Removes a checkpoint; in the background, after the pending one is good.
+
+        If the pending one fails, it stays. Does nothing if it is gone already.
+        """
+        if self._job is None or not self._job.remove_afterwards(filename):
+            self._remove_now(filename)
+
+    def _remove_now(self, filename: str) -> None:
+        if this_rank() == self.save_on_rank:
+            FILE.remove(FILE.path_of(self.dirname, filename))
+            PARTS.remove(PARTS.path_of(self.dirname, filename))
+
+    def wait(self) -> None:
+        """Waits until what was saved is on the disk.
+
+        Where all processes save together, all call it together.
+
+        Raises:
+            CheckpointError: what the thread raised, once.
+        """
+        job = self._job
+        try:
+            if job is not None and not job.failure_told:
+                job.finish()
+        finally:
+            # A wait that was interrupted, as by Ctrl-C, goes on with the next one.
+            if job is None or not job.writing:
+                self._job = None
+
+    def close(self) -> None:
+        """Waits, and gives the folder up, and whatever was opened."""
+        try:
+            self.wait()
+        finally:
+            if self._lock is not None:
+                self._lock.release()
+            lines, self._lines = self._lines, None
+            for line in lines or ():
+                line.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
 
 def _checked_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """The manifest: what a checkpoint says of itself, and how it proves that it is whole.
 
-It is part of the checkpoint's own file, as the comment at the end of the zip archive that
-`torch.save` writes: `torch.load` passes over it, `unzip -z FILE` prints it. So a checkpoint is one
-file with one rename that makes it valid, it can be copied and renamed with its proof, and writing
-over a file of the same name leaves no moment at which file and manifest do not fit.
+Of a checkpoint in one file it is part of that file, as the comment at the end of the zip archive
+that `torch.save` writes: `torch.load` passes over it, `unzip -z FILE` prints it. So a checkpoint is
+one file with one rename that makes it valid, it can be copied and renamed with its proof, and
+writing over a file of the same name leaves no moment at which file and manifest do not fit. A
+checkpoint in parts is a folder, and its manifest a file in it, which lists the others.
 """
 
 from __future__ import annotations
@@ -11,25 +12,51 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, Final
 
 import torch
 
-from crosstrain.engine.guards import is_exact_dict
+from crosstrain.engine.guards import is_exact_dict, is_exact_list
 
 from .errors import CheckpointContentError, CheckpointCorrupt
 
-__all__ = ["MAX_MANIFEST_BYTES", "Manifest", "software_versions"]
+__all__ = [
+    "INDEX",
+    "MANIFEST",
+    "MAX_MANIFEST_BYTES",
+    "METADATA",
+    "Manifest",
+    "later_than",
+    "rank_file",
+    "software_versions",
+]
+
+# The files of a checkpoint in parts, besides the parts of tensors and each process's own.
+MANIFEST: Final = "manifest.json"
+INDEX: Final = "index.json"
+METADATA: Final = ".metadata"
+PART: Final = re.compile(r"__[0-9]{1,9}_[0-9]{1,9}\.distcp")
+_OWN: Final = re.compile(r"rank-[0-9]{1,9}\.pt")
+_SHA256: Final = re.compile(r"[0-9a-f]{64}")
 
 MAX_MANIFEST_BYTES = 65_535
 _FORMAT = "crosstrain checkpoint"
+_PARTS_FORMAT = "crosstrain sharded checkpoint"
 _SCHEMA = 1
 _END_OF_TIME = 2**63
 _DIGEST_MARK = b"\nsha256:"
+# No clock is wrong by more: what tells a later time was not saved then.
+_YEAR_NS = 366 * 24 * 3600 * 10**9
+
+
+def rank_file(rank: int) -> str:
+    """Returns the name of the file, in a checkpoint in parts, with what is a rank's own."""
+    return f"rank-{rank}.pt"
 
 
 @dataclass(frozen=True)
@@ -37,9 +64,9 @@ class Manifest:
     """What a checkpoint says of itself.
 
     Args:
-        file: the name under which the file was written.
-        size: the bytes that `sha256` covers: the file without its manifest.
-        sha256: their hash, in hexadecimal.
+        file: the name under which the file, or the folder, was written.
+        size: the bytes that `sha256` covers: the file without its manifest; of parts, all files.
+        sha256: their hash, in hexadecimal; of parts, that of the list of their hashes.
         saved_at_ns: when it was written, in nanoseconds since 1970; never less than that of another
             checkpoint that was in the folder before.
         objects: the names of the saved objects.
@@ -48,8 +75,9 @@ class Manifest:
         epoch: its epoch.
         backend: the backend's name; None without one.
         world_size: the number of processes of the run.
-        rank: which of them wrote the file.
+        rank: which of them wrote the file; parts are written by all of them.
         versions: of Python and the packages that decide what a state means.
+        files: of a checkpoint in parts, the size and the sha256 of each file but the manifest.
     """
 
     file: str
@@ -64,6 +92,17 @@ class Manifest:
     world_size: int = 1
     rank: int = 0
     versions: Mapping[str, str] = field(default_factory=dict[str, str])
+    files: Mapping[str, tuple[int, str]] = field(default_factory=dict[str, tuple[int, str]])
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether the checkpoint is a folder of parts."""
+        return bool(self.files)
+
+    @property
+    def is_believable(self) -> bool:
+        """Whether the time at which it says that it was saved is not in the far future."""
+        return self.saved_at_ns < time.time_ns() + _YEAR_NS
 
     def encode(self) -> bytes:
         """Returns the manifest as text in ASCII, closed by its own hash.
@@ -72,9 +111,14 @@ class Manifest:
             CheckpointContentError: if the names of the objects make it longer than a zip comment
                 may be.
         """
-        values = {"format": _FORMAT, "schema": _SCHEMA, **asdict(self)}
-        text = json.dumps(values, indent=1).encode("ascii")
-        encoded = text + _DIGEST_MARK + hashlib.sha256(text).hexdigest().encode("ascii") + b"\n"
+        values = asdict(self)
+        files = values.pop("files")
+        if self.in_parts:
+            for name in ("size", "sha256", "bare", "rank"):
+                del values[name]
+            told = {"format": _PARTS_FORMAT, "schema": _SCHEMA, "folder": values.pop("file")}
+            return _closed({**told, "files": files, **values})
+        encoded = _closed({"format": _FORMAT, "schema": _SCHEMA, **values})
         if len(encoded) > MAX_MANIFEST_BYTES:
             raise CheckpointContentError(
                 f"The names of {len(self.objects)} objects make a manifest of {len(encoded)} bytes;"
@@ -96,7 +140,56 @@ class Manifest:
             values: Any = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise CheckpointCorrupt(f"its manifest is no JSON text ({error})") from None
+        values = values if is_exact_dict(values) else {}
+        if values.get("format") == _PARTS_FORMAT:
+            return _of_parts(values)
         return cls(**_checked(values))
+
+
+def _closed(values: Mapping[str, Any]) -> bytes:
+    text = json.dumps(values, indent=1).encode("ascii")
+    return text + _DIGEST_MARK + hashlib.sha256(text).hexdigest().encode("ascii") + b"\n"
+
+
+def _of_parts(values: dict[str, Any]) -> Manifest:
+    """Returns the manifest of a checkpoint in parts.
+
+    Raises:
+        CheckpointCorrupt: if it lists what cannot be in one, or lacks what has to be.
+    """
+    files = _files(values.get("files"))
+    listed = {name: list(entry) for name, entry in files.items()}
+    kept = {name: value for name, value in values.items() if name not in ("files", "folder")}
+    whole: dict[str, Any] = {
+        **kept,
+        "format": _FORMAT,
+        "file": values.get("folder"),
+        "size": sum(size for size, _ in files.values()),
+        "sha256": hashlib.sha256(json.dumps(listed).encode()).hexdigest(),
+        "bare": False,
+        "rank": 0,
+    }
+    made = Manifest(**_checked(whole), files=files)
+    if not 1 <= made.world_size <= len(files):
+        raise CheckpointCorrupt(f"its manifest speaks of {made.world_size} processes")
+    needed = {INDEX, METADATA, *map(rank_file, range(made.world_size))}
+    if missing := sorted(needed - set(files)):
+        raise CheckpointCorrupt(f"its manifest lacks the file {missing[0]}")
+    return made
+
+
+def _files(values: Any) -> dict[str, tuple[int, str]]:
+    found: dict[str, tuple[int, str]] = {}
+    for name, entry in values.items() if is_exact_dict(values) else ():
+        size, digest = entry if is_exact_list(entry) and len(entry) == 2 else (None, None)
+        if not (name in (INDEX, METADATA) or PART.fullmatch(name) or _OWN.fullmatch(name)):
+            raise CheckpointCorrupt(f"its manifest lists the file {name!r}, which none has")
+        if type(size) is not int or not 0 <= size < 2**63 or type(digest) is not str:
+            raise CheckpointCorrupt(f"its manifest tells no size and hash of {name}")
+        if not _SHA256.fullmatch(digest):
+            raise CheckpointCorrupt(f"its manifest tells no sha256 of {name}")
+        found[name] = (size, digest)
+    return found
 
 
 _KINDS: dict[str, tuple[type, ...]] = {
@@ -115,8 +208,8 @@ _KINDS: dict[str, tuple[type, ...]] = {
 }
 
 
-def _checked(decoded: Any) -> dict[str, Any]:
-    values = decoded if is_exact_dict(decoded) else {}
+def _checked(decoded: dict[str, Any]) -> dict[str, Any]:
+    values = decoded
     if values.get("format") != _FORMAT:
         raise CheckpointCorrupt(f"its manifest is not one of a {_FORMAT}")
     if values.get("schema") != _SCHEMA or isinstance(values["schema"], bool):
@@ -124,7 +217,7 @@ def _checked(decoded: Any) -> dict[str, Any]:
             f"its manifest has schema {values.get('schema')!r} and this version of crosstrain "
             f"reads schema {_SCHEMA}: install the version that wrote it, or a newer one"
         )
-    names = {item.name for item in fields(Manifest)}
+    names = {item.name for item in fields(Manifest)} - {"files"}
     if set(values) != names | {"format", "schema"}:
         wrong = sorted(map(str, set(values) ^ (names | {"format", "schema"})))
         raise CheckpointCorrupt(f"its manifest has missing or unknown entries: {wrong}")
@@ -158,15 +251,6 @@ def software_versions() -> dict[str, str]:
 
 
 def later_than(earlier_ns: int) -> int:
-    """Returns the time in nanoseconds, or the next one where the clock has been set back.
-
-    Raises:
-        CheckpointContentError: if no manifest may tell a later time than the earlier one.
-    """
-    if earlier_ns + 1 >= _END_OF_TIME:
-        raise CheckpointContentError(
-            f"A checkpoint in the folder says that it was saved at {earlier_ns} ns, the end of "
-            "all time: nothing can be newer. Nothing was written. Find it with `crosstrain "
-            "inspect` and move it elsewhere"
-        )
-    return max(time.time_ns(), earlier_ns + 1)
+    """Returns the time in nanoseconds, or the next one where the clock has been set back."""
+    now = time.time_ns()
+    return max(now, earlier_ns + 1) if earlier_ns < now + _YEAR_NS else now

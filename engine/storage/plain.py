@@ -191,7 +191,7 @@ def _dense(tensor: torch.Tensor, path: tuple[Any, ...]) -> torch.Tensor:
     """Returns a plain, detached view of a tensor."""
     if _type_has(tensor, "full_tensor"):
         advice = (
-            "give Checkpoint a ShardedSaver in place of the folder, or gather it first: "
+            "give Checkpoint a DiskSaver, or gather it first: "
             "torch.distributed.checkpoint.state_dict.get_model_state_dict with "
             "StateDictOptions(full_state_dict=True)"
         )

@@ -22,6 +22,7 @@ from crosstrain.engine import (
     Engine,
     Events,
 )
+from crosstrain.engine.checkpoints.save_handler import RunFacts
 
 REAL_FSYNC = os.fsync
 
@@ -271,7 +272,8 @@ def test_overlap_notices_a_change_outside_of_the_optimizer(tmp_path: Path) -> No
 
     torch.Tensor.copy_ = late_copy  # type: ignore[assignment, method-assign]
     try:
-        saver({"model": model.state_dict()}, "m.pt", {"optimizers": [optimizer]})
+        saver.prepare(RunFacts(objects={"optimizer": optimizer}))
+        saver({"model": model.state_dict()}, "m.pt")
         with torch.no_grad():
             model.weight.clamp_(-0.01, 0.01)
         changed.set()
@@ -282,7 +284,8 @@ def test_overlap_notices_a_change_outside_of_the_optimizer(tmp_path: Path) -> No
     assert names(tmp_path) == []
     # Without overlap, the change comes too late to matter.
     with DiskSaver(tmp_path, background=True) as safe:
-        safe({"model": model.state_dict()}, "m.pt", {"optimizers": [optimizer]})
+        safe.prepare(RunFacts(objects={"optimizer": optimizer}))
+        safe({"model": model.state_dict()}, "m.pt")
         expected = model.weight.detach().clone()
         with torch.no_grad():
             model.weight.zero_()
@@ -305,7 +308,8 @@ def test_overlap_holds_the_optimizers_step_back(tmp_path: Path) -> None:
 
     torch.Tensor.copy_ = slow_copy  # type: ignore[assignment, method-assign]
     try:
-        saver({"model": model.state_dict()}, "m.pt", {"optimizers": [optimizer]})
+        saver.prepare(RunFacts(objects={"optimizer": optimizer}))
+        saver({"model": model.state_dict()}, "m.pt")
         timer = threading.Timer(0.1, copying.set)
         timer.start()
         optimizer.step()
@@ -346,7 +350,8 @@ def test_from_an_accelerator(tmp_path: Path, overlap: bool) -> None:
             optimizer.step()
             expected = {name: value.cpu() for name, value in model.state_dict().items()}
             states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            saver(states, f"{step}.pt", {"optimizers": [optimizer]})
+            saver.prepare(RunFacts(objects={"optimizer": optimizer}))
+            saver(states, f"{step}.pt")
             for _ in range(3):
                 model(batch).square().mean().backward()
                 optimizer.step()

@@ -73,7 +73,7 @@ def test_a_folder_as_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 def test_files_of_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"model": torch.nn.Linear(1, 1).state_dict()}, tmp_path / "other.pt")
-    assert main(["inspect", str(tmp_path / "other.pt")]) == 0
+    assert main(["inspect", str(tmp_path / "other.pt")]) == 1
     assert "cannot be verified" in capsys.readouterr().out
     torch.save(torch.nn.Linear(1, 1), tmp_path / "class.pt")
     assert main(["inspect", str(tmp_path / "class.pt")]) == 1

@@ -14,7 +14,7 @@ from processes import SUPPORT, results, torchrun
 from shares_program import ITERATIONS
 
 from crosstrain.backends import get
-from crosstrain.engine import CheckpointCorrupt, create_supervised_trainer, resume_or_start
+from crosstrain.engine import create_supervised_trainer, resume_or_start
 
 PROGRAM = "resume_kinds_program.py"
 
@@ -86,12 +86,9 @@ def test_what_is_newest_counts_and_not_how_it_was_saved(tmp_path: Path) -> None:
     with pytest.warns(match="was 'cpu:fp32' and is 'cpu:fsdp'"):
         run = trained("cpu:fsdp", tmp_path, 4)
     assert run.resumed_from == tmp_path / "checkpoint_12.pt"
-    # Each kind removes its own old ones only.
+    # Old ones of either kind go.
     names = sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith("."))
-    assert names == [
-        *("checkpoint_10.pt", "checkpoint_12.pt"),
-        *("checkpoint_14.sharded", "checkpoint_16.sharded"),
-    ]
+    assert names == ["checkpoint_14.sharded", "checkpoint_16.sharded"]
 
 
 def test_either_kind_can_be_named(tmp_path: Path) -> None:
@@ -104,14 +101,19 @@ def test_either_kind_can_be_named(tmp_path: Path) -> None:
         assert run.resumed_from == named
 
 
-def test_a_newer_one_of_the_other_kind_that_is_damaged_is_not_passed_over_in_silence(
-    tmp_path: Path,
+@pytest.mark.parametrize("damaged", ["rank-0.pt", "index.json", "__0_0.distcp"])
+def test_a_newer_one_of_the_other_kind_that_is_damaged_is_passed_over(
+    tmp_path: Path, damaged: str
 ) -> None:
     trained("cpu:fsdp", tmp_path, 1)
-    path = tmp_path / "checkpoint_4.sharded" / "rank-0.pt"
+    newest = tmp_path / "checkpoint_4.sharded"
+    path = newest / damaged
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(CheckpointCorrupt, match=r"rank-0\.pt is damaged"):
-        trained("cpu", tmp_path, 2)
+    with pytest.warns(match="The backend was"):
+        run = trained("cpu", tmp_path, 1)
+    assert run.resumed_from == tmp_path / "checkpoint_2.sharded"
+    assert [over.path for over in run.passed_over] == [newest]
+    assert f"{damaged} is damaged" in run.passed_over[0].reason
 
 
 def test_overlap_is_refused_for_a_sharded_model(tmp_path: Path) -> None:

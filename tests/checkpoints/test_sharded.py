@@ -21,11 +21,16 @@ from processes import SUPPORT, torchrun
 
 from crosstrain.backends import get
 from crosstrain.ci.cli import main
-from crosstrain.engine import Checkpoint, CheckpointError, Engine, Events
-from crosstrain.engine.checkpoints.sharded_latest import latest_sharded
-from crosstrain.engine.checkpoints.sharded_load import load_sharded, read_sharded
-from crosstrain.engine.checkpoints.sharded_saver import ShardedSaver
-from crosstrain.engine.storage.sharded_manifest import ShardedManifest
+from crosstrain.engine import (
+    Checkpoint,
+    CheckpointError,
+    DiskSaver,
+    Engine,
+    Events,
+    Manifest,
+    read_checkpoint,
+)
+from crosstrain.engine.checkpoints.save_handler import RunFacts
 
 PROGRAM = "sharded_program.py"
 
@@ -103,7 +108,7 @@ def folder(saved: Path, tmp_path: Path) -> Path:
 
 def sign(folder: Path) -> None:
     """Makes the manifest fit what the files are, as an attacker would."""
-    manifest = ShardedManifest.decode((folder / "manifest.json").read_bytes())
+    manifest = Manifest.decode((folder / "manifest.json").read_bytes())
     files = {
         name: (len(data), hashlib.sha256(data).hexdigest())
         for name in manifest.files
@@ -114,7 +119,7 @@ def sign(folder: Path) -> None:
 
 def test_reads_as_a_whole_checkpoint(folder: Path) -> None:
     """All states by name, as torch.load gives them; they load where nothing is sharded."""
-    state = read_sharded(folder / "checkpoint_3.sharded")
+    state = read_checkpoint(folder / "checkpoint_3.sharded")
     assert list(state) == ["model", "optimizer", "scheduler", "trainer"]
     assert state["model"]["0.weight"].shape == (40, 6)
     assert state["optimizer"]["state"][0]["exp_avg"].shape == (40, 6)
@@ -146,14 +151,16 @@ def test_parameters_in_another_order_get_their_own_states(folder: Path) -> None:
         first = objects([0, 1])
         backend.prepare(*first.values())
         step(first)
-        with ShardedSaver(folder / "order") as saver:
+        with DiskSaver(folder / "order") as saver:
             Checkpoint(first, saver)(Engine(lambda *_: None))
-    second = objects([1, 0])
-    load_sharded(second, folder / "order" / "checkpoint_0.sharded")
-    step(first)
-    step(second)
-    for mine, theirs in zip(second["model"].parameters(), first["model"].parameters(), strict=True):
-        assert torch.equal(mine, theirs.full_tensor())
+        second = objects([1, 0])
+        Checkpoint.load_objects(second, folder / "order" / "checkpoint_0.sharded")
+        step(first)
+        step(second)
+        for mine, theirs in zip(
+            second["model"].parameters(), first["model"].parameters(), strict=True
+        ):
+            assert torch.equal(mine, theirs.full_tensor())
 
 
 def _flip(path: Path) -> None:
@@ -191,10 +198,10 @@ def test_damage_is_found(folder: Path, name: str, capsys: pytest.CaptureFixture[
     damage, message = DAMAGES[name]
     damage(newest)
     with pytest.raises(CheckpointError, match=message):
-        read_sharded(newest)
+        read_checkpoint(newest)
     with pytest.raises(CheckpointError, match=message):
-        load_sharded({"model": torch.nn.Linear(1, 1)}, newest)
-    latest = latest_sharded(folder)
+        Checkpoint.load_objects({"model": torch.nn.Linear(1, 1)}, newest)
+    latest = Checkpoint.latest(folder)
     if name != "mixed":
         assert latest.path == folder / "checkpoint_3.sharded"
         assert [over.path for over in latest.passed_over] == [newest]
@@ -223,21 +230,21 @@ def test_planted_code_does_not_run(folder: Path, tmp_path: Path) -> None:
 
     (target / ".metadata").write_bytes(planted)
     sign(target)
-    assert read_sharded(target)["trainer"]["iteration"] == 3, "torch's metadata are not read"
+    assert read_checkpoint(target)["trainer"]["iteration"] == 3, "torch's metadata are not read"
 
     shard = folder / "checkpoint_6.sharded" / "__0_0.distcp"
     size = shard.stat().st_size
     shard.write_bytes(planted + bytes(size - len(planted)))
     sign(shard.parent)
     with pytest.raises(CheckpointError, match="torch cannot load its parts"):
-        read_sharded(shard.parent)
+        read_checkpoint(shard.parent)
 
     torch.save(
         {"states": Planted(mark), "same": [], "places": [], "names": []}, target / "rank-0.pt"
     )
     sign(target)
     with pytest.raises(CheckpointError, match="Path"):
-        read_sharded(target)
+        read_checkpoint(target)
     assert not mark.exists()
 
 
@@ -265,17 +272,17 @@ def test_hostile_index_is_refused(folder: Path, change: Any, message: str) -> No
     (target / "index.json").write_text(json.dumps(index))
     sign(target)
     with pytest.raises(CheckpointError, match=message):
-        read_sharded(target)
+        read_checkpoint(target)
 
 
 def test_hostile_manifest_is_refused(folder: Path) -> None:
     """A manifest lists no file that is not in the folder."""
     target = folder / "checkpoint_3.sharded"
-    manifest = ShardedManifest.decode((target / "manifest.json").read_bytes())
+    manifest = Manifest.decode((target / "manifest.json").read_bytes())
     files = {**manifest.files, "../checkpoint_6.sharded/rank-0.pt": (1, "0" * 64)}
     (target / "manifest.json").write_bytes(replace(manifest, files=files).encode())
     with pytest.raises(CheckpointError, match="which none has"):
-        read_sharded(target)
+        read_checkpoint(target)
 
 
 def test_inspect_tells_and_verifies(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -316,7 +323,7 @@ def test_folder_is_kept_in_order(tmp_path: Path) -> None:
     """Old ones go after the new one, leftovers at the next start; a name can be used again."""
     model = torch.nn.Linear(2, 2)
     engine = Engine(lambda *_: None)
-    with ShardedSaver(tmp_path / "run", background=True) as saver:
+    with DiskSaver(tmp_path / "run", background=True, parts=True) as saver:
         handler = Checkpoint({"model": model, "trainer": engine}, saver, n_saved=2)
         engine.add_event_handler(Events.ITERATION_COMPLETED, handler)
         engine.run([None] * 5)
@@ -326,20 +333,21 @@ def test_folder_is_kept_in_order(tmp_path: Path) -> None:
     assert sorted(p.name for p in run.glob("*.sharded")) == names
     (run / ".crosstrain-0.parts").mkdir()
     (run / "checkpoint_5.sharded").rename(run / ".crosstrain-aside-checkpoint_5.sharded")
-    with pytest.raises(ValueError, match="holds sharded checkpoints already"):
-        ShardedSaver(run)
-    with ShardedSaver(run, require_empty=False) as saver:
+    with pytest.raises(ValueError, match="already present"):
+        DiskSaver(run)
+    with DiskSaver(run, require_empty=False, parts=True) as saver:
         assert sorted(p.name for p in run.iterdir() if "lock" not in p.name) == names
         torch.nn.init.ones_(model.weight)
-        saver({"model": model.state_dict()}, "checkpoint_5.pt", {"run": {"iteration": 5}})
+        saver.prepare(RunFacts(iteration=5))
+        saver({"model": model.state_dict()}, "checkpoint_5.pt")
     assert sorted(p.name for p in run.iterdir() if "lock" not in p.name) == names
-    assert latest_sharded(run).path == run / "checkpoint_5.sharded"
-    assert bool((read_sharded(run / "checkpoint_5.sharded")["model"]["weight"] == 1).all())
+    assert Checkpoint.latest(run).path == run / "checkpoint_5.sharded"
+    assert bool((read_checkpoint(run / "checkpoint_5.sharded")["model"]["weight"] == 1).all())
 
 
 def test_failed_write_leaves_nothing(tmp_path: Path) -> None:
     """What cannot be saved safely is refused before anything is written."""
-    with ShardedSaver(tmp_path / "run") as saver:
+    with DiskSaver(tmp_path / "run", parts=True) as saver:
         with pytest.raises(CheckpointError, match="it is code"):
             saver({"model": {"function": print}}, "checkpoint_1.pt")
         assert [p.name for p in (tmp_path / "run").iterdir()] == [".crosstrain.lock"]

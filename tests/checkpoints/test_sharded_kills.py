@@ -15,8 +15,7 @@ import pytest
 import torch
 from processes import SUPPORT
 
-from crosstrain.engine.checkpoints.sharded_latest import latest_sharded
-from crosstrain.engine.checkpoints.sharded_load import read_sharded
+from crosstrain.engine import Checkpoint, read_checkpoint
 
 PROGRAM = SUPPORT / "sharded_storm_program.py"
 
@@ -26,7 +25,7 @@ def kill_one(folder: Path, kind: str, draw: random.Random) -> tuple[int, int]:
 
     They are started as torchrun would start them, without its start of several seconds.
     """
-    before = latest_sharded(folder)
+    before = Checkpoint.latest(folder)
     for mark in folder.glob("pid-*"):
         mark.unlink()
     with socket.socket() as free:
@@ -58,7 +57,7 @@ def kill_one(folder: Path, kind: str, draw: random.Random) -> tuple[int, int]:
             for rank in ranks:
                 rank.kill()
                 rank.wait()
-    after = latest_sharded(folder)
+    after = Checkpoint.latest(folder)
     return _iteration(before), check(folder, after)
 
 
@@ -75,7 +74,7 @@ def check(folder: Path, latest: Any) -> int:
     assert not latest.passed_over, latest.describe()
     for path in folder.glob("*.sharded"):
         count = int(path.stem.split("_")[1])
-        state = read_sharded(path)
+        state = read_checkpoint(path)
         values: list[torch.Tensor] = [*state["model"].values()]
         values += [one["momentum_buffer"] for one in state["optimizer"]["state"].values()]
         assert len(values) == 8

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from crosstrain.engine import Checkpoint, DiskSaver, Engine, read_sharded
-from crosstrain.engine.checkpoints.sharded_saver import ShardedSaver
+from crosstrain.engine import Checkpoint, DiskSaver, Engine, read_checkpoint
 
 COUNT = 1000
 MODES = ("sync", "background", "overlap", "parts", "parts in the background")
@@ -83,7 +82,7 @@ def _same(loaded: Any, expected: Any) -> bool:
 
 def _saver(folder: Path, mode: str) -> Any:
     if mode.startswith("parts"):
-        return ShardedSaver(folder, background=mode != "parts")
+        return DiskSaver(folder, background=mode != "parts", parts=True)
     return DiskSaver(folder, background=mode != "sync", overlap=mode == "overlap")
 
 
@@ -104,7 +103,7 @@ def test_short_lived_arrays_of_one_size(tmp_path: Path, mode: str) -> None:
             checkpoint.wait()
             assert checkpoint.last_checkpoint is not None
             path = Path(checkpoint.last_checkpoint)
-            reread = read_sharded(path) if mode.startswith("parts") else torch.load(path)
+            reread = read_checkpoint(path) if mode.startswith("parts") else torch.load(path)
             state = reread["table"]
             assert torch.equal(state["parameter"], table.parameter)
             for number in range(COUNT):

@@ -13,7 +13,7 @@ from pathlib import Path
 from trace_runs import build
 
 from crosstrain.ci import TraceRecorder
-from crosstrain.engine import Engine, Events, resume_or_start, resume_or_start_sharded
+from crosstrain.engine import Engine, Events, resume_or_start
 
 
 def main(folder: Path, spec: str, death: int) -> None:
@@ -22,10 +22,9 @@ def main(folder: Path, spec: str, death: int) -> None:
     trainer = training.trainer
     recorder = TraceRecorder(folder / "trace", every_sync=3)
     recorder.attach(trainer)
-    resume = resume_or_start_sharded if "fsdp" in spec else resume_or_start
     to_save = {**training.to_save, "trace": recorder}
     # In the foreground: what is saved is there before the kill.
-    run = resume(trainer, to_save, folder / "saved", every=4, background=False)
+    run = resume_or_start(trainer, to_save, folder / "saved", every=4, background=False)
 
     @trainer.on(Events.ITERATION_COMPLETED(once=death or 10**6))
     def die(engine: Engine) -> None:

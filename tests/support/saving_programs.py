@@ -152,13 +152,24 @@ def save_and_fail(
 
 def _wrap(disturb: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
     originals: dict[str, Callable[..., Any]] = {name: getattr(os, name) for name in SYSCALLS}
+    # What a save reads of the checkpoints beside it is not disturbed: there are more after each.
+    reading: set[int] = set()
 
     def wrapped(name: str) -> Callable[..., Any]:
         call = originals[name]
         writes = name == "write"
-        return lambda *args, **kwargs: disturb(
-            (lambda *a: call(*a, **kwargs)) if kwargs else call, args, writes
-        )
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            if name == "open" and not args[1] & (os.O_WRONLY | os.O_RDWR | os.O_DIRECTORY):
+                descriptor = call(*args, **kwargs)
+                reading.add(descriptor)
+                return descriptor
+            if name == "close" and args[0] in reading:
+                reading.remove(args[0])
+                return call(*args)
+            return disturb((lambda *a: call(*a, **kwargs)) if kwargs else call, args, writes)
+
+        return counted
 
     for name in SYSCALLS:
         setattr(os, name, wrapped(name))

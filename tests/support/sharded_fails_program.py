@@ -15,12 +15,11 @@ from typing import Any
 from sharded_program import build, trainer
 
 from crosstrain.backends import get
-from crosstrain.engine import Checkpoint, Engine, Events, ShardedSaver
-from crosstrain.engine.checkpoints.sharded_latest import latest_sharded
+from crosstrain.engine import Checkpoint, DiskSaver, Engine, Events
 
 
 def newest(folder: Path) -> str | None:
-    path = latest_sharded(folder).path
+    path = Checkpoint.latest(folder).path
     return None if path is None else path.name
 
 
@@ -30,7 +29,7 @@ def main(folder: Path, background: bool) -> None:
         rank = backend.world.rank
         objects = build(backend)
         engine = trainer(backend, objects)
-        saver = ShardedSaver(folder / "saved", background=background)
+        saver = DiskSaver(folder / "saved", background=background, parts=True)
         handler = Checkpoint({**objects, "trainer": engine}, saver, n_saved=1)
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         told: dict[str, Any] = {}

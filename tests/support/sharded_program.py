@@ -16,8 +16,6 @@ import torch
 
 from crosstrain.backends import get
 from crosstrain.engine import Checkpoint, DiskSaver, Engine, Events
-from crosstrain.engine.checkpoints.sharded_latest import latest_sharded
-from crosstrain.engine.checkpoints.sharded_saver import ShardedSaver
 
 
 def build(backend: Any) -> dict[str, Any]:
@@ -79,8 +77,11 @@ def run(folder: Path, task: str) -> dict[str, Any]:
         if kind == "whole":
             saver = DiskSaver(folder / f"{world}-{kind}", require_empty=False)
         else:
-            saver = ShardedSaver(
-                folder / f"{world}-{kind}", require_empty=False, background=kind == "background"
+            saver = DiskSaver(
+                folder / f"{world}-{kind}",
+                require_empty=False,
+                background=kind == "background",
+                parts=True,
             )
         handler = Checkpoint(to_save, saver, n_saved=2)
         engine.add_event_handler(Events.ITERATION_COMPLETED(every=3), handler)
@@ -101,7 +102,7 @@ def run(folder: Path, task: str) -> dict[str, Any]:
             "iteration": engine.state.iteration,
         }
         if kind != "whole":
-            latest = latest_sharded(saver.dirname)
+            latest = Checkpoint.latest(saver.dirname)
             told["latest"] = None if latest.path is None else latest.path.name
         return told
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from crosstrain.backends import get
-from crosstrain.engine import Events, create_supervised_trainer, resume_or_start_sharded
+from crosstrain.engine import Events, create_supervised_trainer, resume_or_start
 
 
 def main(folder: Path, kill_at: int) -> None:
@@ -31,7 +31,7 @@ def main(folder: Path, kill_at: int) -> None:
             gradient_accumulation_steps=2,
             deterministic=True,
         )
-        run = resume_or_start_sharded(
+        run = resume_or_start(
             trainer, {"model": model, "optimizer": optimizer}, folder / "run", every=3
         )
         mark = folder / "killed"

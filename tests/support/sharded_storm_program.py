@@ -13,9 +13,8 @@ from typing import Any
 import torch
 
 from crosstrain.backends import get
-from crosstrain.engine.checkpoints.sharded_latest import latest_sharded
-from crosstrain.engine.checkpoints.sharded_load import load_sharded
-from crosstrain.engine.checkpoints.sharded_saver import ShardedSaver
+from crosstrain.engine import Checkpoint, DiskSaver
+from crosstrain.engine.checkpoints.save_handler import RunFacts
 
 
 def main(folder: Path, background: bool) -> None:
@@ -26,13 +25,13 @@ def main(folder: Path, background: bool) -> None:
         model, optimizer = backend.prepare(model, optimizer)
         backend.backward(model(torch.ones(2, 64)).sum(), optimizer)
         backend.step(optimizer)
-        saver = ShardedSaver(folder, require_empty=False, background=background)
-        latest = latest_sharded(folder)
+        saver = DiskSaver(folder, require_empty=False, background=background, parts=True)
+        latest = Checkpoint.latest(folder)
         count = 0
         if latest.path is not None:
             assert latest.manifest is not None
             count = latest.manifest.iteration or 0
-            load_sharded({"model": model, "optimizer": optimizer}, latest)
+            Checkpoint.load_objects({"model": model, "optimizer": optimizer}, latest)
             for value in [*model.state_dict().values(), *momenta(optimizer)]:
                 assert bool((value.to_local() == count).all()), f"{latest.path} is not {count}"
         (folder / f"pid-{backend.world.rank}").write_text(str(os.getpid()))
@@ -41,9 +40,9 @@ def main(folder: Path, background: bool) -> None:
             for value in [*model.state_dict().values(), *momenta(optimizer)]:
                 value.to_local().fill_(count)
             states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            run = {"iteration": count, "objects": ("model", "optimizer")}
-            told = {"run": run, "objects": {"model": model, "optimizer": optimizer}}
-            saver(states, f"checkpoint_{count}.pt", told)
+            objects = {"model": model, "optimizer": optimizer}
+            saver.prepare(RunFacts(iteration=count, names=tuple(objects), objects=objects))
+            saver(states, f"checkpoint_{count}.pt")
             if count > 2:
                 saver.remove(f"checkpoint_{count - 2}.pt")
 

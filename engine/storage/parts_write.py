@@ -1,4 +1,4 @@
-"""Writing a sharded checkpoint: the processes' steps, after each of which all of them agree."""
+"""Writing a checkpoint in parts: the processes' steps, after each of which all of them agree."""
 
 from __future__ import annotations
 
@@ -7,32 +7,26 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import distributed
 
 from crosstrain.engine.guards import is_exact_list, is_mapping
+from crosstrain.engine.proof import Strictness
+from crosstrain.engine.ranks.line import Line
 
 from .atomic import HashingFile, check_free_space, flush_folder, write_file
 from .errors import CheckpointError, CheckpointWriteError
-from .manifest import Manifest
-from .sharded_manifest import (
-    INDEX,
-    MANIFEST,
-    METADATA,
-    Entry,
-    ShardedManifest,
-    encode_index,
-    hash_file,
-    rank_file,
-)
+from .manifest import INDEX, MANIFEST, Manifest, rank_file
+from .parts_index import Entry, encode_index
+from .parts_read import hash_file
+from .safe_load import check_written
 from .staging import state_bytes
 
-__all__ = ["ASIDE", "LEFTOVER", "Ranks", "Staged", "write_sharded"]
+__all__ = ["ASIDE", "LEFTOVER", "Staged", "Writers", "write_in_parts"]
 
 #: How the name of what is not finished begins and ends.
 LEFTOVER = (".crosstrain-", ".parts")
@@ -43,68 +37,43 @@ _SPARE_BYTES = 2 << 20
 _LARGE = 4096
 
 
-class Ranks:
-    """The processes of a run, among whom something is agreed.
+class Writers:
+    """The processes that write a checkpoint together.
 
     Args:
-        group: a process group over the CPU; None if there is one process.
+        line: theirs, for the thread that writes; None if there is one process.
     """
 
-    def __init__(self, group: Any) -> None:
-        self.group = group
-        self.rank: int = 0 if group is None else distributed.get_rank(group)
-        self.size: int = 1 if group is None else distributed.get_world_size(group)
+    def __init__(self, line: Line | None) -> None:
+        self._line = line
+        self.rank = 0 if line is None else line.rank
+        self.size = 1 if line is None else line.size
 
-    @classmethod
-    def make(cls) -> Ranks:
-        """Returns all processes, with lines of their own; all call it together."""
-        ready = distributed.is_available() and distributed.is_initialized()
-        if not ready or distributed.get_world_size() == 1:
-            return cls(None)
-        make: Any = distributed.new_group  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-        return cls(make(backend="gloo"))
-
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, step: str, value: Any) -> list[Any]:
         """Returns every process's value, in the order of ranks."""
-        if self.group is None:
-            return [value]
-        values: list[Any] = [None] * self.size
-        gather: Any = distributed.all_gather_object  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-        gather(values, value, group=self.group)
-        return values
+        return [value] if self._line is None else self._line.meet(step, value, of=range(self.size))
 
-    def agree(self, step: str, error: Exception | None, value: Any = None) -> list[Any]:
+    def agree(self, path: Path, error: Exception | None, value: Any = None) -> list[Any]:
         """Returns every process's value, or raises in all what one of them met.
 
         Raises:
-            CheckpointError: if another process failed; it says which and why.
-            Exception: `error`, if it is not None.
+            CheckpointError: if a process failed; it says which and why.
         """
-        told = self.gather((None if error is None else _described(error), value))
-        if error is not None:
-            raise error
+        told = self.gather(f"saving {path.name}", (_described(error), value))
         failed = [(rank, text) for rank, (text, _) in enumerate(told) if text is not None]
         if failed:
-            raise CheckpointWriteError(f"Rank {failed[0][0]} failed in {step}: {failed[0][1]}")
+            if self.size == 1 or isinstance(error, CheckpointError):
+                raise _told(error or OSError(), path)
+            why = "; ".join(f"rank {rank}: {text}" for rank, text in failed)
+            cause = error if isinstance(error, OSError) else None
+            raise CheckpointWriteError.of(path, why, cause) from error
         return [one for _, one in told]
 
-    def begin_vote(self, yes: bool) -> Callable[[], bool]:
-        """Begins to ask whether all say yes; returns what waits for the answer."""
-        if self.group is None:
-            return lambda: yes
-        ballot = torch.tensor([int(yes)])
-        reduce: Any = distributed.all_reduce  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-        work = reduce(ballot, distributed.ReduceOp.MIN, group=self.group, async_op=True)
 
-        def answer() -> bool:
-            work.wait()
-            return bool(ballot[0])
-
-        return answer
-
-
-def _described(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+def _described(error: Exception | None) -> str | None:
+    if error is None:
+        return None
+    return str(error.strerror or error) if isinstance(error, OSError) else str(error)
 
 
 @dataclass
@@ -117,6 +86,8 @@ class Staged:
         shards: the spread tensors themselves; their values are not looked at.
         places: where they belong in the states.
         names: of the optimizers' parameters.
+        strictness: whether what could not be loaded again is an error, a warning, or not looked
+            for.
     """
 
     states: Any
@@ -124,39 +95,44 @@ class Staged:
     shards: Mapping[str, Any]
     places: list[tuple[tuple[Any, ...], str]]
     names: Mapping[tuple[Any, ...], list[str]]
+    strictness: Strictness = "error"
 
 
-def write_sharded(folder: Path, staged: Staged, manifest: ShardedManifest, ranks: Ranks) -> None:
+def write_in_parts(folder: Path, staged: Staged, manifest: Manifest, writers: Writers) -> None:
     """Writes a checkpoint; all processes call it together, and all return when it is whole.
 
     Args:
         folder: where.
         staged: this process's state.
         manifest: what it says of itself, without the files.
-        ranks: the processes.
+        writers: the processes.
 
     Raises:
         CheckpointError: in all processes, if one fails; then nothing is there.
     """
     # torch takes half a second to import it, and most runs never need it.
-    from .dcp_files import write_parts
+    from .torch_parts import write_parts
 
-    step, aside = f"saving {folder / manifest.folder}", None
-    needed = sum(ranks.gather(state_bytes([staged.states, staged.parts])))
+    path, aside = folder / manifest.file, None
+
+    def agree(error: Exception | None, value: Any = None) -> list[Any]:
+        return writers.agree(path, error, value)
+
     try:
-        aside = _fresh_folder(folder, needed, step, ranks)
-        path = folder / manifest.folder
-        entries = write_parts(aside, staged.shards, staged.parts, ranks.group, path)
-        files = _write_own(aside, staged, manifest, step, ranks)
+        needed = sum(agree(None, state_bytes([staged.states, staged.parts])))
+        aside = _fresh_folder(folder, needed, writers, agree)
+        entries, parts = write_parts(aside, staged.shards, staged.parts, writers.rank, agree)
+        files = {**parts, **_write_own(aside, staged, manifest, writers, agree)}
+        files = {name: entry for found in agree(None, files) for name, entry in found.items()}
         error: Exception | None = None
-        if ranks.rank == 0:
+        if writers.rank == 0:
             try:
-                _commit(folder, aside, entries or {}, manifest, files)
+                _commit(folder, aside, entries, manifest, files)
             except (OSError, CheckpointError) as caught:
-                error = _told(caught, path)
-        ranks.agree(step, error)
+                error = caught
+        agree(error)
     except BaseException:
-        if ranks.rank == 0 and aside is not None:
+        if writers.rank == 0 and aside is not None:
             shutil.rmtree(aside, ignore_errors=True)
         raise
 
@@ -167,55 +143,53 @@ def _told(error: Exception, path: Path) -> Exception:
     return CheckpointWriteError.of(path, str(error.strerror or error), error)
 
 
-def _fresh_folder(folder: Path, needed: int, step: str, ranks: Ranks) -> Path:
+def _fresh_folder(folder: Path, needed: int, writers: Writers, agree: Any) -> Path:
     """Returns a new folder that all processes see."""
     error: Exception | None = None
     path = folder / f"{LEFTOVER[0]}{secrets.token_hex(8)}{LEFTOVER[1]}"
-    if ranks.rank == 0:
+    if writers.rank == 0:
         try:
-            check_free_space(path, needed + _SPARE_BYTES * ranks.size)
+            check_free_space(path, needed + _SPARE_BYTES * writers.size)
             path.mkdir()
         except OSError as caught:
-            error = _told(caught, folder)
-    name: str = ranks.agree(step, error, path.name)[0]
+            error = caught
+    name: str = agree(error, path.name)[0]
     path = folder / name
     if not path.is_dir():
         error = CheckpointWriteError(
-            f"{path} was made by rank 0 and is not there for rank {ranks.rank}: save into a folder "
-            "on a file system that all processes share"
+            f"{path} was made by rank 0 and is not there for rank {writers.rank}: save into a "
+            "folder on a file system that all processes share"
         )
-    ranks.agree(step, error)
+    agree(error)
     return path
 
 
 def _write_own(
-    aside: Path, staged: Staged, manifest: ShardedManifest, step: str, ranks: Ranks
+    aside: Path, staged: Staged, manifest: Manifest, writers: Writers, agree: Any
 ) -> dict[str, tuple[int, str]]:
-    """Writes what is this process's own; returns the sizes and hashes of all processes' files."""
+    """Writes what is this process's own; returns size and hash of its file."""
+    states, same = _without_repeated(staged.states, writers, agree)
+    path = aside / rank_file(writers.rank)
+    own = {
+        "states": states,
+        "same": [list(path) for path in same],
+        "places": [[list(path), key] for path, key in staged.places],
+        "names": [[list(path), names] for path, names in staged.names.items()],
+    }
     error: Exception | None = None
-    mine: dict[str, tuple[int, str]] = {}
-    states, same = _without_repeated(staged.states, ranks)
-    name = rank_file(ranks.rank)
     try:
-        own = {
-            "states": states,
-            "same": [list(path) for path in same],
-            "places": [[list(path), key] for path, key in staged.places],
-            "names": [[list(path), names] for path, names in staged.names.items()],
-        }
-        _write_rank_file(aside / name, own, manifest, ranks)
-        shards = aside.glob(f"__{ranks.rank}_*.distcp")
-        first = [aside / METADATA] if ranks.rank == 0 else []
-        for path in (aside / name, *shards, *first):
-            # Read back: what is hashed is what the file system has, not what was meant.
-            mine[path.name] = (path.stat().st_size, hash_file(path))
+        _write_rank_file(path, own, manifest, writers, staged.strictness)
+        # It is small, as a rule, and a manifest of its own stands behind what was hashed.
+        mine = {path.name: (path.stat().st_size, hash_file(path))}
     except (OSError, CheckpointError) as caught:
-        error = _told(caught, aside)
-    told = ranks.agree(step, error, mine)
-    return {name: entry for files in told for name, entry in files.items()}
+        error, mine = caught, {}
+    agree(error)
+    return mine
 
 
-def _write_rank_file(path: Path, own: Any, manifest: ShardedManifest, ranks: Ranks) -> None:
+def _write_rank_file(
+    path: Path, own: Any, manifest: Manifest, writers: Writers, strictness: Strictness
+) -> None:
     """Writes a rank's file: itself an ordinary checkpoint, with a manifest of its own."""
 
     def produce(file: HashingFile) -> None:
@@ -231,26 +205,31 @@ def _write_rank_file(path: Path, own: Any, manifest: ShardedManifest, ranks: Ran
             iteration=manifest.iteration,
             epoch=manifest.epoch,
             backend=manifest.backend,
-            world_size=ranks.size,
-            rank=ranks.rank,
+            world_size=writers.size,
+            rank=writers.rank,
             versions=manifest.versions,
         ).encode()
         return told, len(told)
 
-    write_file(path, produce, trailer, parallel=False)
+    def check(descriptor: int) -> None:
+        check_written(descriptor, own["states"], path, strictness)
+
+    write_file(path, produce, trailer, check=check, parallel=False)
 
 
-def _without_repeated(states: Any, ranks: Ranks) -> tuple[Any, list[tuple[Any, ...]]]:
+def _without_repeated(
+    states: Any, writers: Writers, agree: Any
+) -> tuple[Any, list[tuple[Any, ...]]]:
     """Leaves out large tensors that are in rank 0 as they are here, as in replicated models.
 
     Returns:
         The states, and the paths of what was left out.
     """
-    if ranks.size == 1:
+    if writers.size == 1:
         return states, []
     digests = {path: _digest(tensor) for path, tensor in _large_tensors(states, ())}
-    first: dict[tuple[Any, ...], str] = ranks.gather(digests)[0]
-    if ranks.rank == 0:
+    first: dict[tuple[Any, ...], str] = agree(None, digests)[0]
+    if writers.rank == 0:
         return states, []
     same = [path for path, digest in digests.items() if first.get(path) == digest]
     return _without(states, set(same), ()), same
@@ -294,7 +273,7 @@ def _commit(
     folder: Path,
     aside: Path,
     entries: Mapping[str, Entry],
-    manifest: ShardedManifest,
+    manifest: Manifest,
     files: Mapping[str, tuple[int, str]],
 ) -> None:
     """Writes index and manifest, and gives the folder its name."""
@@ -304,8 +283,8 @@ def _commit(
     flush_folder(aside)
     _write_flushed(aside / MANIFEST, replace(manifest, files=found).encode())
     flush_folder(aside)
-    target = folder / manifest.folder
-    kept = folder / f"{ASIDE}{manifest.folder}"
+    target = folder / manifest.file
+    kept = folder / f"{ASIDE}{manifest.file}"
     with contextlib.suppress(FileNotFoundError):
         # A folder cannot be renamed over one that is not empty. The next start puts this one back,
         # if this process is killed before the new one has the name.
