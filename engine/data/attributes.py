@@ -72,7 +72,8 @@ class Attributes:
         for place, state in states.items():
             name, _, attribute = place.rpartition(".")
             if name in self._owners and not self._is_remade(name):
-                vars(self._owners[name])[attribute] = unpacked(state)
+                # A copy: fetching may write into it, and it may be given once more.
+                vars(self._owners[name])[attribute] = copied(unpacked(state))
 
     def lost(self) -> list[str]:
         """Returns the names of what has changed and is too large to save, each once."""

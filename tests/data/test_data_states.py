@@ -302,3 +302,10 @@ class Batches:
 
 def test_a_batch_sampler_of_any_class_keeps_its_attributes() -> None:
     _resumes(lambda: DataLoader(Rows(), batch_sampler=Batches()))  # type: ignore[arg-type]
+
+
+def test_a_pass_that_has_ended_is_entered_at_its_end_without_a_comparison() -> None:
+    make = lambda: DataLoader(Rows(), batch_sampler=Batches())  # type: ignore[arg-type]  # noqa: E731
+    straight, states, _ = _play(make())
+    rest, _, _ = _play(make(), state=states[3], checks=Checks(batch_before="off"))
+    assert rest == {at: row for at, row in straight.items() if at > 3}
