@@ -31,6 +31,7 @@ from crosstrain.engine.storage.manifest import Manifest, later_than, software_ve
 from crosstrain.engine.storage.parts_write import Staged, Writers, write_in_parts
 from crosstrain.engine.storage.safe_load import check_written
 from crosstrain.engine.storage.staging import HostBuffers, HostState, Snapshot, host_state, on_host
+from crosstrain.engine.storage.tree_hash import Tree
 
 from .layouts import FILE, PARTS, list_checkpoints, names_in, newest_time
 from .save_handler import BaseSaveHandler, RunFacts
@@ -242,8 +243,8 @@ class DiskSaver(BaseSaveHandler):
             # torch asks only for write and flush.
             torch.save(host.state, file, **self.kwargs)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
-        def trailer(size: int, digest: str) -> tuple[bytes, int]:
-            encoded = replace(told, size=size, sha256=digest).encode()
+        def trailer(tree: Tree) -> tuple[bytes, int]:
+            encoded = told.with_tree(tree).encode()
             return encoded, len(encoded)
 
         def check(descriptor: int) -> None:
