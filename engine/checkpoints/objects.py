@@ -27,7 +27,6 @@ from crosstrain.engine.ranks.world import this_rank
 from crosstrain.engine.spread import spread
 from crosstrain.engine.storage.errors import (
     CheckpointContentError,
-    CheckpointCorrupt,
     CheckpointMismatch,
     CheckpointWarning,
 )
@@ -205,10 +204,7 @@ def restore(
         load.one(name, value, its_state)
     load.tell()
     if mapped is not None:
-        try:
-            mapped.check_unchanged()
-        except CheckpointCorrupt as error:
-            raise CheckpointCorrupt(f"{source} is not a good checkpoint: {error}") from None
+        mapped.check_unchanged()
     for engine in engines:
         if engine.proof is not proof:
             # To load a state begins a proof of its own.

@@ -278,7 +278,8 @@ def _blocks(values: dict[str, Any]) -> tuple[str, ...]:
     """
     size, told, block_size = values["size"], values["blocks"], values["block_size"]
     many = block_size // LEAF
-    fits = block_size > 0 and block_size == many * LEAF and 0 < len(told) <= MAX_BLOCKS
+    fits = 0 < block_size < _END_OF_TIME and block_size == many * LEAF
+    fits = fits and many & (many - 1) == 0 and 0 < len(told) <= MAX_BLOCKS
     if not fits or len(told) != -(-size // block_size):
         raise CheckpointCorrupt(
             f"its manifest tells {len(told)} blocks of {block_size} bytes, and {size:,} in all"

@@ -8,11 +8,13 @@ were copied into a parameter, and the file's size and time are compared with tho
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from crosstrain.engine.guards import is_mapping
 
 from .errors import CheckpointCorrupt
 from .staging import view_like
+from .tree_hash import fill, in_threads
 
 __all__ = ["Mapped", "Stamp", "can_map", "check_stamp", "path_of_descriptor", "stamp_of"]
 
@@ -66,13 +69,19 @@ class Mapped:
 
     Args:
         descriptor: the file; a copy of it is kept, and closed with this object.
+        path: its name, for messages.
         stamp: of the file, before it was verified.
         storages: each with the place of its bytes in the file.
     """
 
     def __init__(
-        self, descriptor: int, stamp: Stamp, storages: list[tuple[torch.UntypedStorage, int]]
+        self,
+        descriptor: int,
+        path: Path,
+        stamp: Stamp,
+        storages: list[tuple[torch.UntypedStorage, int]],
     ) -> None:
+        self._path = path
         self._descriptor = os.dup(descriptor)
         weakref.finalize(self, os.close, self._descriptor)
         self._stamp = stamp
@@ -86,7 +95,18 @@ class Mapped:
         Raises:
             CheckpointCorrupt: if somebody has written to the file meanwhile.
         """
-        check_stamp(self._descriptor, self._stamp)
+        with self._named():
+            check_stamp(self._descriptor, self._stamp)
+
+    @contextlib.contextmanager
+    def _named(self) -> Generator[None]:
+        try:
+            yield
+        except OSError as error:
+            text = f"{self._path} cannot be read: {error.strerror or error}"
+            raise CheckpointCorrupt(text) from error
+        except CheckpointCorrupt as error:
+            raise CheckpointCorrupt(f"{self._path} is not a good checkpoint: {error}") from None
 
     def spans(self, nest: Any) -> set[tuple[int, int]]:
         """Returns where in the file the tensors of a nest have their bytes: begins and ends."""
@@ -102,16 +122,36 @@ class Mapped:
 
         Args:
             nest: containers of tensors; tensors that do not lie in the file are left alone.
+
+        Raises:
+            CheckpointCorrupt: if the file has become shorter, or cannot be read.
         """
-        for tensor in _tensors(nest):
-            if tensor.device.type != "cpu" or type(tensor) not in _PLAIN:
-                continue
-            at = tensor.untyped_storage().data_ptr()
-            if at not in self._storages:
-                continue
-            if at not in self._own:
-                self._own[at] = _copy(self._storages[at][0])
+        there = [
+            (tensor, tensor.untyped_storage().data_ptr())
+            for tensor in _tensors(nest)
+            if tensor.device.type == "cpu" and type(tensor) in _PLAIN
+        ]
+        there = [(tensor, at) for tensor, at in there if at in self._storages]
+        wanted = [at for at in dict.fromkeys(at for _, at in there) if at not in self._own]
+        # The small ones together: to hand one over costs more than to read it.
+        small = [at for at in wanted if self._storages[at][0].nbytes() < _HUGE]
+        runs = [small, *([at] for at in wanted if self._storages[at][0].nbytes() >= _HUGE)]
+        with self._named():
+            for made in in_threads(self._read, [run for run in runs if run]):
+                self._own |= made
+        for tensor, at in there:
             tensor.data = view_like(tensor, self._own[at])
+
+    def _read(self, run: list[int]) -> dict[int, torch.UntypedStorage]:
+        """Reads storages into fresh memory: to copy them from the mapping would cost more."""
+        made: dict[int, torch.UntypedStorage] = {}
+        for address in run:
+            storage, at = self._storages[address]
+            fresh = _fresh(storage.nbytes())
+            numbers: Any = fresh.numpy()
+            fill(self._descriptor, memoryview(numbers), at)
+            made[address] = fresh.untyped_storage()
+        return made
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -136,15 +176,11 @@ def _tensors(nest: Any) -> Iterator[torch.Tensor]:
             waiting.extend(getattr(value, "__dict__", {}).values())
 
 
-def _copy(storage: torch.UntypedStorage) -> torch.UntypedStorage:
-    """Copies a storage; a large one into huge pages, where fresh memory costs a fifth."""
-    nbytes = storage.nbytes()
-    source = torch.empty(0, dtype=torch.uint8).set_(storage)
+def _fresh(nbytes: int) -> torch.Tensor:
+    """Returns memory; much of it in huge pages, which cost a third of small ones to come by."""
     if nbytes < _HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return source.clone().untyped_storage()
+        return torch.empty(nbytes, dtype=torch.uint8)
     # Private: a forked process must not share it.
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
-    made = torch.frombuffer(memory, dtype=torch.uint8)
-    made.copy_(source)
-    return made.untyped_storage()
+    return torch.frombuffer(memory, dtype=torch.uint8)

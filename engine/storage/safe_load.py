@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import os
+import sys
 import tempfile
 import threading
 import warnings
@@ -44,6 +46,7 @@ __all__ = ["LoadedFile", "check_written", "load_file", "load_part", "verify_file
 _BLOCK = 1 << 20
 # torch.save begins each tensor at a multiple of 64; some processors need it where numbers are read.
 _ALIGNED = 16
+_BYTE_ORDER = sys.byteorder.encode()
 # torch keeps the allowed globals in one place for the whole process.
 _allowing = threading.Lock()
 
@@ -117,7 +120,7 @@ def load_file(
         whole.verify(whole.beside_tensors() if in_part else None)
         check = _scan(Window.whole(file.fileno()), whole.archive)
         memory: Mapped | None = None
-        if mapped and can_map() and (found := _load_mapped(file, whole, check)) is not None:
+        if mapped and can_map() and (found := _load_mapped(file, path, whole, check)) is not None:
             state, memory = found
         else:
             if in_part:
@@ -381,7 +384,9 @@ def _load(file: IO[bytes], names: set[str]) -> Any:
         raise CheckpointCorrupt(f"torch cannot load it: {error}") from error
 
 
-def _load_mapped(file: IO[bytes], whole: _Whole, check: PickleCheck) -> tuple[Any, Mapped] | None:
+def _load_mapped(
+    file: IO[bytes], path: Path, whole: _Whole, check: PickleCheck
+) -> tuple[Any, Mapped] | None:
     """Loads a state whose tensors lie in the file's memory.
 
     Returns:
@@ -389,6 +394,10 @@ def _load_mapped(file: IO[bytes], whole: _Whole, check: PickleCheck) -> tuple[An
     """
     records = [whole.archive.records[f"data/{key}"] for key in check.storages]
     if any(record.offset % _ALIGNED for record in records):
+        return None
+    order = whole.archive.records.get("byteorder")
+    if order is None or os.pread(file.fileno(), order.size, order.offset) != _BYTE_ORDER:
+        # torch turns the bytes around, in memory.
         return None
     found: list[torch.UntypedStorage] = []
 
@@ -406,7 +415,7 @@ def _load_mapped(file: IO[bytes], whole: _Whole, check: PickleCheck) -> tuple[An
     if [storage.nbytes() for storage in found] != [record.size for record in records]:
         return None
     places = [(storage, record.offset) for storage, record in zip(found, records, strict=True)]
-    return state, Mapped(file.fileno(), whole.stamp, places)
+    return state, Mapped(file.fileno(), path, whole.stamp, places)
 
 
 @contextlib.contextmanager

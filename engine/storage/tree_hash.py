@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 from .errors import CheckpointCorrupt
 
-__all__ = ["LEAF", "MAX_BLOCKS", "Tree", "TreeCheck", "TreeHash"]
+__all__ = ["LEAF", "MAX_BLOCKS", "Tree", "TreeCheck", "TreeHash", "fill", "in_threads"]
 
 #: The bytes of a leaf: they stay in a core's cache between reading and hashing.
 LEAF: Final = 1 << 20
@@ -26,6 +26,9 @@ MAX_BLOCKS: Final = 64
 _MAX_THREADS: Final = 8
 # A thread takes so many leaves at once, into one buffer.
 _RUN: Final = 8
+
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,8 @@ class TreeCheck:
             for leaf in range(block * many, min((block + 1) * many, last), _RUN)
         ]
         leaves: dict[int, list[bytes]] = {}
-        for (begin, _), found in zip(runs, self._hashed(runs), strict=True):
+        # hashlib and the system's read both work beside other threads.
+        for (begin, _), found in zip(runs, in_threads(self._hash_run, runs), strict=True):
             leaves.setdefault(begin // many, []).extend(found)
         for block, found in leaves.items():
             if _of_leaves(found) != self._tree.blocks[block]:
@@ -136,14 +140,6 @@ class TreeCheck:
                 )
         self._left -= wanted
 
-    def _hashed(self, runs: list[tuple[int, int]]) -> Iterable[list[bytes]]:
-        threads = min(_cores(), _MAX_THREADS, len(runs))
-        if threads < 2:
-            return map(self._hash_run, runs)
-        # hashlib and the system's read both work beside other threads.
-        with ThreadPoolExecutor(threads) as pool:
-            return list(pool.map(self._hash_run, runs))
-
     def _hash_run(self, run: tuple[int, int]) -> list[bytes]:
         size = self._tree.size
         buffer = memoryview(bytearray(min(LEAF, size)))
@@ -151,7 +147,7 @@ class TreeCheck:
         for leaf in range(*run):
             begin = leaf * LEAF
             view = buffer[: min(LEAF, size - begin)]
-            _fill(self._descriptor, view, begin)
+            fill(self._descriptor, view, begin)
             for at in (size - 2, size - 1):
                 if begin <= at < begin + len(view):
                     view[at - begin] = 0
@@ -159,13 +155,33 @@ class TreeCheck:
         return found
 
 
-def _fill(descriptor: int, view: memoryview, at: int) -> None:
+def fill(descriptor: int, view: memoryview, at: int) -> None:
+    """Reads from a place in a file until memory is full.
+
+    Raises:
+        CheckpointCorrupt: if the file ends before that.
+        OSError: if it cannot be read.
+    """
     done = 0
     while done < len(view):
         count = os.preadv(descriptor, [view[done:]], at + done)
         if count == 0:
             raise CheckpointCorrupt("it has become shorter while it was being read")
         done += count
+
+
+def in_threads(do: Callable[[_T], _R], items: list[_T]) -> list[_R]:
+    """Returns what a function returns for each item; the items are done by several threads.
+
+    Args:
+        do: the function; it should spend its time outside of Python.
+        items: what it is called with.
+    """
+    threads = min(_cores(), _MAX_THREADS, len(items))
+    if threads < 2:
+        return list(map(do, items))
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(do, items))
 
 
 def _cores() -> int:
