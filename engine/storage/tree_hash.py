@@ -164,7 +164,12 @@ def fill(descriptor: int, view: memoryview, at: int) -> None:
     """
     done = 0
     while done < len(view):
-        count = os.preadv(descriptor, [view[done:]], at + done)
+        if hasattr(os, "preadv"):
+            count = os.preadv(descriptor, [view[done:]], at + done)
+        else:  # macOS before 11
+            data = os.pread(descriptor, len(view) - done, at + done)
+            count = len(data)
+            view[done : done + count] = data
         if count == 0:
             raise CheckpointCorrupt("it has become shorter while it was being read")
         done += count
