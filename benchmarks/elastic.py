@@ -1,16 +1,18 @@
 """What logical shards cost, beside DistributedDataParallel and beside micro-batches by hand.
 
-Run ``python benchmarks/elastic.py``. For each case it starts torchrun with itself; there both take
-turns, round by round, in the same processes, with the same model, optimizer and data:
+Run ``python benchmarks/elastic.py``. For each case it starts torchrun with itself, several times.
+There two trainings take turns in the same processes, one iteration each, with the same model,
+optimizer and data, so that what else a busy machine does falls on both:
 
 - S = W = 2: one pass for each process, beside DistributedDataParallel;
 - S = 8 on 1 and on 2 processes, beside the same 8 micro-batches accumulated by hand, which
   DistributedDataParallel shares once, after the last.
 
-Ratios are medians over the rounds, each a turn of ours over the turn by hand next to it, of the
-wall's clock; the bounds hold the true median with 95 % probability. Then each of the programs
-trains a large model in processes of its own, and the most memory that one held is told, in sizes of
-the model's parameters, above what it held before the first step.
+Ratios are medians over all iterations, each of ours over the one by hand next to it; the bounds
+hold the true median with 95 % probability. They are told for the wall's clock and for rank 0's CPU
+time, which other programs disturb less. Then each of the programs trains a large model in processes
+of its own, and the most memory that one held is told, in sizes of the model's parameters, above
+what it held before the first step.
 """
 
 from __future__ import annotations
@@ -26,43 +28,23 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
-from crosstrain.engine import create_supervised_trainer
+from crosstrain.engine import Events, create_supervised_trainer
 
 #: (shards, processes, the most that the ratio may be)
 CASES = ((2, 2, 1.10), (8, 1, 1.05), (8, 2, 1.05))
 EACH = 32  # samples of a shard, and of a micro-batch
-
-
-class Clock:
-    """Times a training from within: a loss function that notes its calls.
-
-    Args:
-        iterations: how many to time, after three that are not.
-        calls: how often it is called in each.
-    """
-
-    def __init__(self, iterations: int, calls: int) -> None:
-        self.iterations, self.first = iterations, 3 * calls
-        self.last = (3 + iterations) * calls
-        self.calls, self.began, self.took = 0, 0.0, 0.0
-
-    def __call__(self, y_pred: Tensor, y: Tensor) -> Tensor:
-        """Give the cross entropy of predictions, shape (n, classes), and classes, shape (n,)."""
-        if self.calls == self.first:
-            self.began = time.perf_counter()
-        if self.calls == self.last:
-            self.took = time.perf_counter() - self.began
-        self.calls += 1
-        return nn.functional.cross_entropy(y_pred, y)
+WARM = 3  # iterations that are not timed
+WAYS = ("shards", "by hand")
 
 
 def network() -> nn.Module:
@@ -83,7 +65,8 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
 
 
-def by_hand(model: Any, clock: Any, loader: Any, shards: int, size: int) -> None:
+def by_hand(model: Any, loader: Any, shards: int, size: int) -> Iterator[None]:
+    """Train by hand; stop after each step of the optimizer."""
     each = shards // size
     if size > 1:
         model = DistributedDataParallel(model)
@@ -94,19 +77,22 @@ def by_hand(model: Any, clock: Any, loader: Any, shards: int, size: int) -> None
             optimizer.zero_grad()
         last = number % each == each - 1
         with nullcontext() if last or size == 1 else model.no_sync():
-            (clock(model(x), y) / each).backward()
+            (nn.functional.cross_entropy(model(x), y) / each).backward()
         if last:
             optimizer.step()
+            yield
 
 
-def in_shards(model: Any, clock: Any, loader: Any, shards: int, size: int) -> None:
-    trainer = create_supervised_trainer(
-        model, optimizer_of(model), clock, backend="cpu", deterministic=True, shards=shards
+def in_shards(model: Any, shards: int) -> Any:
+    """Give a trainer in logical shards."""
+    return create_supervised_trainer(
+        model,
+        optimizer_of(model),
+        nn.functional.cross_entropy,
+        backend="cpu",
+        deterministic=True,
+        shards=shards,
     )
-    trainer.run(loader)
-
-
-WAYS = {"by hand": by_hand, "shards": in_shards}
 
 
 def loader_of(way: str, shards: int, size: int, iterations: int) -> Any:
@@ -124,31 +110,57 @@ def loader_of(way: str, shards: int, size: int, iterations: int) -> Any:
     return DataLoader(data, batch_sampler=batches)  # type: ignore[arg-type]
 
 
+def turns(shards: int, size: int, iterations: int) -> list[list[float]]:
+    """Give, for each iteration, seconds of both: by clock and by CPU, of ours and by hand."""
+    other = by_hand(network(), loader_of("by hand", shards, size, WARM + iterations), shards, size)
+    trainer = in_shards(network(), shards)
+    found: list[list[float]] = []
+    began = [0.0, 0.0]
+
+    def now() -> list[float]:
+        return [time.perf_counter(), time.process_time()]
+
+    def together() -> None:
+        if size > 1:
+            distributed.barrier()
+
+    @trainer.on(Events.ITERATION_COMPLETED)
+    def take_turns() -> None:
+        ours = [late - early for late, early in zip(now(), began, strict=True)]
+        together()
+        began[:] = now()
+        next(other)
+        by_hand = [late - early for late, early in zip(now(), began, strict=True)]
+        found.append([*ours, *by_hand])
+        together()
+        began[:] = now()
+
+    trainer.run(loader_of("shards", shards, size, WARM + iterations))
+    return found[WARM:]
+
+
+def most_memory(way: str, shards: int, size: int) -> float:
+    model = large()
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    loader = loader_of(way, shards, size, 3)
+    if way == "shards":
+        in_shards(model, shards).run(loader)
+    else:
+        list(by_hand(model, loader, shards, size))
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held
+    return most * 1024 / sum(p.numel() * p.element_size() for p in model.parameters())
+
+
 def child(args: Any) -> None:
     torch.set_num_threads(1)
     size, shards = int(os.environ.get("WORLD_SIZE", "1")), args.shards
     if size > 1:
         distributed.init_process_group("gloo")
-    if args.memory:
-        model = large()
-        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        loader = loader_of(args.memory, shards, size, 3)
-        WAYS[args.memory](model, nn.functional.cross_entropy, loader, shards, size)
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held
-        parameters = sum(p.numel() * p.element_size() for p in model.parameters())
-        told: Any = most * 1024 / parameters
-    else:
-        told = []
-        for number in range(args.rounds):
-            took: dict[str, float] = {}
-            for way in sorted(WAYS, reverse=number % 2 == 0):
-                clock = Clock(args.iterations, shards // size)
-                loader = loader_of(way, shards, size, args.iterations + 4)
-                if size > 1:
-                    distributed.barrier()
-                WAYS[way](network(), clock, loader, shards, size)
-                took[way] = clock.took / args.iterations * 1e3
-            told.append(took)
+    told: Any = (
+        most_memory(args.memory, shards, size)
+        if args.memory
+        else turns(shards, size, args.iterations)
+    )
     if int(os.environ.get("RANK", "0")) == 0:
         args.result.write_text(json.dumps(told))
 
@@ -176,8 +188,8 @@ def bounds(ratios: list[float]) -> tuple[float, float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--iterations", type=int, default=10)
+    parser.add_argument("--starts", type=int, default=4)
+    parser.add_argument("--iterations", type=int, default=40)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--shards", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--memory", help=argparse.SUPPRESS)
@@ -186,15 +198,19 @@ def main() -> None:
         child(args)
         return
     print(f"torch {torch.__version__}, Python {platform.python_version()}, one thread a process")
-    told = ["--rounds", str(args.rounds), "--iterations", str(args.iterations)]
-    for shards, size, most in CASES:
-        found = start(size, "--shards", str(shards), *told)
-        middle, low, high = bounds([one["shards"] / one["by hand"] for one in found])
-        milliseconds = {way: statistics.median(one[way] for one in found) for way in WAYS}
+    told = ["--iterations", str(args.iterations)]
+    for shards, size, most in CASES if args.starts else ():
+        found = [
+            one for _ in range(args.starts) for one in start(size, "--shards", str(shards), *told)
+        ]
+        ours, theirs = (statistics.median(one[at] for one in found) * 1e3 for at in (0, 2))
+        ratios = [
+            "{:.3f} ({:.3f} to {:.3f})".format(*bounds([one[at] / one[at + 2] for one in found]))
+            for at in (0, 1)
+        ]
         print(
-            f"S = {shards}, W = {size}: {milliseconds['shards']:.1f} ms, by hand "
-            f"{milliseconds['by hand']:.1f} ms, ratio {middle:.3f} ({low:.3f} to {high:.3f}), "
-            f"at most {most}",
+            f"S = {shards}, W = {size}: {ours:.1f} ms, by hand {theirs:.1f} ms, ratio {ratios[0]}, "
+            f"of CPU time {ratios[1]}; at most {most}; load {os.getloadavg()[0]:.1f}",
             flush=True,
         )
     for shards, size, _ in CASES:

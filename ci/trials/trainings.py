@@ -104,12 +104,17 @@ def _two_optimizers(backend: Backend, workers: int) -> Training:
     return Training(trainer, _data(workers), _EPOCHS, to_save)
 
 
-def _random_layers(backend: Backend, workers: int) -> Training:
+def _random_layers(backend: Backend, workers: int, **options: Any) -> Training:
     """A convolutional network with batch norm and dropout, which draws on the device."""
     model = digits_network()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    trainer = _trainer(backend, model, optimizer)
+    trainer = _trainer(backend, model, optimizer, **options)
     return Training(trainer, _data(workers), _EPOCHS, {"model": model, "optimizer": optimizer})
+
+
+def _in_shards(backend: Backend, workers: int) -> Training:
+    """The same in four logical shards, with clipping."""
+    return _random_layers(backend, workers, shards=4, max_norm=1.0)
 
 
 def _scheduled(backend: Backend, workers: int) -> Training:
@@ -164,6 +169,7 @@ TRAININGS: Mapping[str, Builder] = MappingProxyType(
         "overflowing": _overflowing,
         "two_optimizers": _two_optimizers,
         "random_layers": _random_layers,
+        "in_shards": _in_shards,
         "scheduled": _scheduled,
         "digits": _digits,
     }

@@ -116,17 +116,11 @@ class _HashingFiles(FileSystem):
 
 
 class _Writer(FileSystemWriter):
-    """Writes files, flushed and hashed, and keeps the index in the process that makes it."""
+    """Writes files, flushed and hashed."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, sync_files=True)
         self.fs: Any = _HashingFiles()
-        self.index: Metadata | None = None
-
-    def finish(self, metadata: Metadata, results: Any) -> None:
-        """Writes torch's own metadata and keeps them."""
-        super().finish(metadata, results)
-        self.index = metadata
 
     def storage_meta(self) -> StorageMeta | None:
         """Returns nothing: where the files were written tells nobody anything."""
@@ -168,7 +162,7 @@ def write_parts(
     if rank == 0:
         failed, _ = _tried(lambda: writer.finish(metadata, results))
     agree(failed, None)
-    return {} if writer.index is None else _entries(writer.index), writer.fs.found
+    return _entries(metadata, results) if rank == 0 else {}, writer.fs.found
 
 
 def _tried(work: Callable[[], Any]) -> tuple[Exception | None, Any]:
@@ -178,14 +172,15 @@ def _tried(work: Callable[[], Any]) -> tuple[Exception | None, Any]:
         return error, None
 
 
-def _entries(metadata: Metadata | None) -> dict[str, Entry]:
-    assert metadata is not None
+def _entries(metadata: Metadata, results: Any) -> dict[str, Entry]:
+    # From what was written: which object `finish` puts it into depends on torch's version.
+    written = {one.index: one.storage_data for of_rank in results for one in of_rank}
     found: dict[str, Entry] = {}
     for name, told in metadata.state_dict_metadata.items():
         assert isinstance(told, TensorStorageMetadata)
         chunks: list[Chunk] = []
         for chunk in told.chunks:
-            info = metadata.storage_data.get(MetadataIndex(name, chunk.offsets))
+            info = written.get(MetadataIndex(name, chunk.offsets))
             if info is not None and (chunk.sizes.numel() or len(told.chunks) == 1):
                 chunks.append(
                     Chunk(

@@ -9,7 +9,9 @@ order (`tree_sum`). A process computes S/W shards, one after the other.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -57,7 +59,8 @@ class LogicalShards:
         optimizer: its optimizer, or several.
         reduction: what the loss is: `mean` over a shard's samples, `sum` over them, or a function
             that is called with a shard's part of the batch and returns, as a number or a tensor of
-            one element, what the loss is a mean over, such as how many tokens.
+            one element on the host, what the loss is a mean over, such as how many tokens. A shard
+            in which it counts 0 has no part in the loss.
 
     Raises:
         ValueError: if the number of processes does not divide `count`, or `reduction` is none.
@@ -89,6 +92,8 @@ class LogicalShards:
         self._buffers = _Buffers(self.models)
         self._parameters: list[Tensor] = []
         self._exchange: Exchange | None = None
+        # Whether a backward pass comes to each parameter once at most; None: not known yet.
+        self._once: bool | None = None
         # The gradients that lie in the exchange's buffers, which the next one overwrites.
         self._lent: list[Tensor | None] = []
         if backend.world.size > 1:
@@ -114,7 +119,8 @@ class LogicalShards:
             The global batch's loss, detached, unread, not multiplied by `scale`.
 
         Raises:
-            ValueError: if the batch was not dealt out to as many shards.
+            ValueError: if the batch was not dealt out to as many shards, or `reduction` counts
+                nothing in any of them.
         """
         if not isinstance(batch, ShardedBatch) or batch.shards != self.count:
             found = f"{batch.shards}" if isinstance(batch, ShardedBatch) else type(batch).__name__
@@ -131,10 +137,24 @@ class LogicalShards:
                 gradient = gradient.clone()
             window.append(gradient)
         self._buffers.begin(keep=self.count > 1)
-        grads, values = self._own_shards(engine, batch, loss_of, scale)
-        if self.backend.world.size > 1:
-            grads, values = self._of_all(grads, values)
+        if self.backend.world.size > 1 and self._exchange is None:
+            self._exchange = self._make_exchange()
+        try:
+            grads, values = self._own_shards(engine, batch, loss_of, scale)
+            if self._exchange is not None:
+                grads, values = self._of_all(self._exchange, grads, values)
+        except BaseException:
+            # Some of it may have been sent.
+            self._exchange = None
+            raise
         return self._take_over(grads, values, window, batch.total)
+
+    def _make_exchange(self) -> Exchange:
+        number = torch.zeros((), dtype=self._precise, device=self._parameters[0].device)
+        buffers = self._buffers.like()
+        told = torch.zeros(len(self._parameters) + 2 + len(buffers), device=number.device)
+        like = [*self._parameters, number, number, *buffers, told]
+        return Exchange(like, self.backend.world.size)
 
     def _look_for_parameters(self) -> None:
         """Finds what is trained now: parts of a model may have been frozen or unfrozen."""
@@ -143,10 +163,11 @@ class LogicalShards:
             found |= {id(p): p for p in model.parameters() if p.requires_grad}
         for optimizer in self.optimizers:
             found |= {id(p): p for p in gradients.parameters_of(optimizer) if p.requires_grad}
-        trained = list(found.values())
+        # In the order in which backward passes come to them, about: the last layers first.
+        trained = list(found.values())[::-1]
         if list(map(id, trained)) != list(map(id, self._parameters)):
             self._parameters, self._lent = trained, [None] * len(trained)
-            self._exchange = None
+            self._exchange, self._once = None, None
 
     # ---------------------------------------------------------------- this process's shards
 
@@ -155,8 +176,8 @@ class LogicalShards:
     ) -> tuple[Leaf, Leaf]:
         """Returns the sums over this process's shards: of gradients, and of loss and buffers."""
         grads, values = PartialSums(), PartialSums()
-        alone = len(batch) == 1
-        with random_states_kept(self.backend):
+        alone, last, paired = len(batch) == 1, len(batch) - 1, False
+        with random_states_kept(self.backend), self._watched(grads) as arrivals:
             for place, (part, samples) in enumerate(zip(batch, batch.samples, strict=True)):
                 shard = batch.first + place
                 if place:
@@ -164,14 +185,42 @@ class LogicalShards:
                 told: Leaf = [None, None]
                 if samples:
                     self._seed(engine, shard)
+                    arrivals.begin(self._once is True, hands_over=place == last)
                     told = self._pass(part, samples, batch.total, loss_of, scale)
-                if alone:
+                    if self._once is None and any(arrivals.seen):
+                        self._once = max(arrivals.seen) == 1
+                if place % 2 == 0:
+                    # The backward pass of the second of two neighbours adds up both, if it comes to
+                    # each parameter once: (a + b) + c is not a + (b + c).
+                    paired = self._once is True and not alone
+                if not paired:
                     grads.add(self._taken())
                 elif place % 2:
-                    # The backward pass of the second of two neighbours has added up both.
                     grads.add(self._taken(), 1)
                 values.add([*told, *self._buffers.leaf(samples, batch.total, shard == 0)])
         return grads.total(), values.total()
+
+    @contextmanager
+    def _watched(self, sums: PartialSums) -> Generator[_Arrivals, None, None]:
+        """Watches gradients come, and has those of the last pass sent while it goes on.
+
+        Where backward passes come to a parameter twice, as with reentrant checkpoints, nothing is
+        watched: gradients are taken when a pass has ended.
+
+        Args:
+            sums: the gradients of this process's shards so far.
+        """
+        arrivals = _Arrivals(len(self._parameters), self._exchange, sums)
+        handles: list[Any] = []
+        parameters: list[Any] = [] if self._once is False else self._parameters
+        try:
+            for slot, parameter in enumerate(parameters):
+                hook = partial(arrivals.take, slot)
+                handles.append(parameter.register_post_accumulate_grad_hook(hook))
+            yield arrivals
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _seed(self, engine: Any, shard: int) -> None:
         key = StreamKey(engine.state.seed, engine.state.iteration).seed_at(_SHARDS + shard)
@@ -183,16 +232,18 @@ class LogicalShards:
     ) -> Leaf:
         """Runs a shard's passes; returns its part of the loss, and of what it is a mean over."""
         loss = loss_of(part)
-        shown = loss.detach().reshape(()).to(self._precise)
+        weight, counted = (1.0 if self.reduction == "sum" else samples / total), None
         if callable(self.reduction):
+            count = float(self.reduction(part))
+            if not count > 0:
+                # Nothing to take a mean over: the loss is no number, and nothing of it gets out.
+                return [None, None]
             # Divided by what is the same everywhere, so that fp16 gradients stay where they are.
-            count = torch.as_tensor(self.reduction(part), device=loss.device)
-            counted = count.detach().reshape(()).to(self._precise) / total
-            self.backend.backward(loss * (counted * scale).to(loss.dtype), self.optimizers)
-            return [shown * counted, counted]
-        weight = 1.0 if self.reduction == "sum" else samples / total
+            weight = count / total
+            counted = torch.full((), weight, dtype=self._precise, device=loss.device)
+        shown = loss.detach().reshape(()).to(self._precise) * weight
         self.backend.backward(loss * (weight * scale), self.optimizers)
-        return [shown * weight, None]
+        return [shown, counted]
 
     @property
     def _precise(self) -> torch.dtype:
@@ -214,22 +265,20 @@ class LogicalShards:
 
     # ---------------------------------------------------------------- all shards
 
-    def _of_all(self, grads: Leaf, values: Leaf) -> tuple[Leaf, Leaf]:
+    def _of_all(self, exchange: Exchange, grads: Leaf, values: Leaf) -> tuple[Leaf, Leaf]:
         """Returns the sums over the shards of all processes."""
         leaf = [*grads, *values]
         device = self._parameters[0].device
         first = len(grads) + 2
-        told = torch.tensor([float(one is not None) for one in leaf[:first]]).to(device)
+        own = [one is not None or exchange.has(slot) for slot, one in enumerate(leaf[:first])]
+        told = torch.tensor(own, dtype=torch.float32).to(device)
         changed = [torch.as_tensor(one, device=device) for one in self._buffers.changed]
         told = torch.cat([told, *(one.reshape(1).to(torch.float32) for one in changed)])
-        if self._exchange is None:
-            number = torch.zeros((), dtype=self._precise, device=device)
-            like = [*self._parameters, number, number, *self._buffers.like(), told]
-            self._exchange = Exchange(like, self.backend.world.size)
-        found: Leaf = list(self._exchange.sum([*leaf, told]))
+        found: Leaf = list(exchange.sum([*leaf, told]))
         counts = found.pop()
         assert counts is not None
-        if device.type == "cpu" or any(one is None for one in leaf[:first]):
+        counts_too = callable(self.reduction)
+        if device.type == "cpu" or not all(own[: first - (not counts_too)]):
             # What this process lacks others may have: they tell. Elsewhere nobody has to wait.
             known: list[float] = counts.tolist()
             found = [
@@ -239,6 +288,8 @@ class LogicalShards:
             self._buffers.found(known[first:])
         else:
             self._buffers.found(list(counts[first:].unbind(0)))
+            if not counts_too:
+                found[first - 1] = None
         return found[: len(grads)], found[len(grads) :]
 
     def _take_over(
@@ -246,7 +297,11 @@ class LogicalShards:
     ) -> Tensor:
         """Gives the parameters their gradients and the buffers their values; returns the loss."""
         loss, counted, *buffers = values
-        assert loss is not None, "some shard of a batch has a sample"
+        if loss is None:
+            raise ValueError(
+                "The loss of this batch is a mean over nothing: loss_reduction counts 0 in each "
+                "part of it. Leave such batches out."
+            )
         if counted is not None:
             foreach._foreach_div_([one for one in grads if one is not None], counted)
             loss = loss / counted
@@ -264,6 +319,53 @@ class LogicalShards:
                     self._lent[place] = parameter.grad
         self._buffers.take_over(buffers, total)
         return loss.clone() if lent else loss
+
+
+class _Arrivals:
+    """What the backward passes of an iteration have come to.
+
+    Args:
+        count: of how many parameters.
+        exchange: takes the gradients of the last pass; None with one process.
+        sums: those of the passes before.
+    """
+
+    def __init__(self, count: int, exchange: Exchange | None, sums: PartialSums) -> None:
+        self._exchange, self._sums = exchange, sums
+        self._once = self._hands_over = False
+        #: How often the pass has come to each parameter.
+        self.seen = [0] * count
+
+    def begin(self, once: bool, hands_over: bool) -> None:
+        """Begins a pass.
+
+        Args:
+            once: whether the passes so far came to each parameter once at most.
+            hands_over: whether gradients are to be sent, if they are whole when it comes to them.
+        """
+        self._once = once
+        self._hands_over = once and hands_over and self._exchange is not None
+        self.seen = [0] * len(self.seen)
+
+    def take(self, slot: int, parameter: Tensor) -> None:
+        """Is called where a pass has added to a parameter's gradient.
+
+        Raises:
+            BackendError: if it does so a second time, and passes before did not.
+        """
+        self.seen[slot] += 1
+        if self.seen[slot] > 1 and self._once:
+            raise BackendError(
+                f"A backward pass came twice to a parameter of shape {tuple(parameter.shape)}, "
+                "and the passes before came to each once, so that its gradient was taken as "
+                "whole. Checkpoint layers with use_reentrant=False, or in all batches."
+            )
+        gradient = parameter.grad
+        if not self._hands_over or gradient is None or gradient.layout != torch.strided:
+            return
+        assert self._exchange is not None
+        parameter.grad = None
+        self._exchange.put(slot, self._sums.with_last(slot, gradient))
 
 
 class _Buffers:
@@ -288,6 +390,8 @@ class _Buffers:
         #: element where reading it would mean to wait for the device.
         self.changed: list[Any] = []
         self._counts: list[Any] = []
+        # Those that a shard has changed whose changes do not count.
+        self._put_back: set[int] = set()
 
     def __len__(self) -> int:
         return len(self._places)
@@ -300,6 +404,7 @@ class _Buffers:
         self._now = self._present()
         self._start = [buffer.detach().clone() for buffer in self._now] if keep else []
         self._counts = self.changed = [0] * len(self)
+        self._put_back = set()
 
     def restore(self) -> None:
         """Puts the values of the iteration's beginning back, for another shard."""
@@ -334,6 +439,7 @@ class _Buffers:
                 # Bytes as numbers: only shard 0 has any, and sums of these with nothing are exact.
                 found.append(_to_bytes(buffer).to(torch.float32))
             else:
+                self._put_back.add(place)
                 found.append(None)
         return found
 
@@ -360,10 +466,13 @@ class _Buffers:
             now, value, count = self._now[place], values[place], self._counts[place]
             if getattr(module, name) is not now:
                 setattr(module, name, now)
-            if value is None or (not isinstance(count, Tensor) and not count):
-                continue
             start = self._start[place]
-            if _averages(now):
+            if value is None or (not isinstance(count, Tensor) and not count):
+                if place not in self._put_back:
+                    continue
+                # Shard 0 has left it as it was.
+                value = start
+            elif _averages(now):
                 value = _mean(value, start, count, total)
             else:
                 value = value.to(torch.uint8).view(now.dtype).view(now.shape)

@@ -5,7 +5,9 @@ each addition of the tree is made once, whoever makes it. A process that has the
 subtree adds them up while it computes them (`PartialSums`). Processes then send each other slices
 of these sums, each adds its slice of all of them in the order of the tree, and the slices are
 gathered (`Exchange`): the traffic of a ring all-reduce (Patarasuk and Yuan, 2009), with an order
-that does not depend on W. The idea of virtual workers is that of EasyScale (Li et al., SC 2023).
+that does not depend on W. Of two processes, or where there is little to send, each sends all to
+all, which takes one round in place of two. The idea of virtual workers is that of EasyScale (Li et
+al., SC 2023).
 
 What a shard has no value of is left out of its leaf: nothing is added. Between processes such a
 hole travels as -0.0, to which adding any number gives that number, to the bit; +0.0 would turn
@@ -15,6 +17,7 @@ hole travels as -0.0, to which adding any number gives that number, to the bit; 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -28,8 +31,12 @@ Leaf = list[Tensor | None]
 # torch's operations on lists of tensors, which its own optimizers use: one kernel for many.
 foreach: Any = torch
 
-# How many bytes are sent at once: while one bucket is added up, the next is on its way.
-_BUCKET: Final = 25 * 2**20
+# About how many bytes are sent at once: while one bucket is added up, the next is on its way. The
+# first is small, as in DistributedDataParallel, so that sending begins early.
+_BUCKET: Final = 10 * 2**20
+_FIRST_BUCKET: Final = 2**20
+# Up to how many bytes, of all processes together, one round costs less than two that send less.
+_SMALL: Final = 2**18
 # Slots begin at multiples of this many elements, so that kernels find them aligned, like tensors.
 _ALIGNMENT: Final = 64
 
@@ -56,6 +63,14 @@ class PartialSums:
             level += 1
         held.append((level, leaf))
 
+    def with_last(self, slot: int, value: Tensor) -> Tensor:
+        """Returns the sum in one slot, given the last leaf's value; it is not in the total then."""
+        for _, leaf in reversed(self._held):
+            held, leaf[slot] = leaf[slot], None
+            if held is not None:
+                value = held.add_(value)
+        return value
+
     def total(self) -> Leaf:
         """Returns the sum of all leaves.
 
@@ -77,85 +92,229 @@ def _added(left: Leaf, right: Leaf) -> Leaf:
     return [b if a is None else a for a, b in zip(left, right, strict=True)]
 
 
+@dataclass(eq=False, slots=True)
 class _Bucket:
-    """Slots of one type that travel together, one after the other in a buffer of W slices."""
+    """A piece of a flat buffer that travels at once, with room for a slice of each process.
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+    Args:
+        flat: the piece.
+        slots: those of which some part lies in it.
+        at_once: whether all is sent to all, in one round in place of two.
+        missing: how many of the slots have not been put in since the last sum.
+    """
+
+    flat: Tensor
+    slots: list[int]
+    at_once: bool
+    missing: int = 0
+
+
+class _Flat:
+    """Slots of one type, one after the other in a buffer, which is cut into buckets."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, processes: int) -> None:
         self.dtype, self.device = dtype, device
+        self._whole = processes * _ALIGNMENT
         self.slots: list[tuple[int, int, Tensor]] = []
-        self.size = 0
-        self.flat: Tensor
-        self.views: dict[int, Tensor] = {}
+        self._size = self._start = 0
+        self._open: list[int] = []
+        self._least = _FIRST_BUCKET // dtype.itemsize
+        #: From where to where the buckets go that are complete, and what lies in them.
+        self.cuts: list[tuple[int, int, list[int]]] = []
 
-    def take(self, slot: int, like: Tensor) -> None:
-        self.slots.append((slot, self.size, like))
-        self.size += -(-max(1, like.numel()) // _ALIGNMENT) * _ALIGNMENT
+    def take(self, slot: int, like: Tensor) -> int:
+        """Places a slot; returns how many buckets are complete then."""
+        self.slots.append((slot, self._size, like))
+        self._size += _up(max(1, like.numel()), _ALIGNMENT)
+        self._open.append(len(self.slots) - 1)
+        if self._size - self._start >= self._least:
+            self.close()
+        return len(self.cuts)
 
-    def allocate(self, processes: int) -> None:
-        whole = processes * _ALIGNMENT
-        self.size = -(-self.size // whole) * whole
-        self.flat = torch.zeros(self.size, dtype=self.dtype, device=self.device)
-        for slot, first, like in self.slots:
-            part = self.flat[first : first + like.numel()]
-            self.views[slot] = _shaped(part, like)
+    def close(self) -> None:
+        """Completes the last bucket, or several, if it has become large by a large slot."""
+        if not self._open:
+            return
+        self._size = _up(self._size, self._whole)
+        most = max(1, _BUCKET // self.dtype.itemsize // self._whole) * self._whole
+        for low in range(self._start, self._size, most):
+            high = min(low + most, self._size)
+            placed = [self.slots[at] for at in self._open]
+            within = [
+                slot
+                for slot, first, like in placed
+                if first < high and first + max(1, like.numel()) > low
+            ]
+            self.cuts.append((low, high, within))
+        self._start, self._open = self._size, []
+        self._least = _BUCKET // self.dtype.itemsize
+
+    def allocate(self) -> Tensor:
+        """Returns the buffer."""
+        return torch.zeros(self._size, dtype=self.dtype, device=self.device)
+
+
+def _up(number: int, step: int) -> int:
+    return -(-number // step) * step
 
 
 class Exchange:
     """Adds up what W processes have, in the order of the tree; every process gets the sum.
 
+    Values may be handed over one by one, while others are still being computed: what travels
+    together is sent as soon as it is whole, in an order that is the same in all processes.
+
     Args:
-        like: for each slot, a tensor of its type and shape, the same in all processes. Results
-            have its strides, where it has no holes, so that whatever is computed from them is the
-            same as where nothing was exchanged.
+        like: for each slot, a tensor of its type and shape, the same in all processes, in the
+            order in which values come. Results have its strides, where it has no holes, so that
+            whatever is computed from them is the same as where nothing was exchanged.
         processes: how many there are, a power of two.
     """
 
     def __init__(self, like: Sequence[Tensor], processes: int) -> None:
         self._processes = processes
-        self._buckets = _buckets(like, processes)
         self._complex = [one.is_complex() for one in like]
-        sizes = [bucket.size for bucket in self._buckets]
+        self._views: list[Tensor] = []
+        self._buckets: list[_Bucket] = []
+        self._of_slot: list[list[_Bucket]] = [[] for _ in like]
+        self._lay_out([torch.view_as_real(one) if one.is_complex() else one for one in like])
         # Two, so that one can be filled while the other is added up.
-        self._received = [_Received(), _Received()] if sizes else []
-        self._slots = len(like)
+        self._received = [_Received(), _Received()]
+        self._begin()
+
+    def _lay_out(self, like: Sequence[Tensor]) -> None:
+        flats: dict[tuple[torch.dtype, torch.device], _Flat] = {}
+        order: list[tuple[_Flat, int]] = []
+        for slot, tensor in enumerate(like):
+            kind = tensor.dtype, tensor.device
+            flat = flats.setdefault(kind, _Flat(*kind, self._processes))
+            before = len(flat.cuts)
+            order += [(flat, number) for number in range(before, flat.take(slot, tensor))]
+        for flat in flats.values():
+            before = len(flat.cuts)
+            flat.close()
+            order += [(flat, number) for number in range(before, len(flat.cuts))]
+        views: dict[int, Tensor] = {}
+        buffers = {flat: flat.allocate() for flat in flats.values()}
+        for flat, buffer in buffers.items():
+            for slot, first, one in flat.slots:
+                views[slot] = _shaped(buffer[first : first + one.numel()], one)
+        self._views = [views[slot] for slot in range(len(like))]
+        for flat, number in order:
+            low, high, slots = flat.cuts[number]
+            piece = buffers[flat][low:high]
+            small = piece.numel() * piece.element_size() * self._processes <= _SMALL
+            bucket = _Bucket(piece, slots, at_once=small and self._processes > 2)
+            self._buckets.append(bucket)
+            for slot in slots:
+                self._of_slot[slot].append(bucket)
+
+    def _begin(self) -> None:
+        self._put = [False] * len(self._views)
+        self._sent = 0
+        self._asked: list[tuple[_Bucket, Tensor, Any]] = []
+        self._gathering: list[Any] = []
+        for bucket in self._buckets:
+            bucket.missing = len(bucket.slots)
+
+    def has(self, slot: int) -> bool:
+        """Tells whether the slot's value for the next sum was handed over already."""
+        return self._put[slot]
+
+    def put(self, slot: int, value: Tensor) -> None:
+        """Hands a slot's value over, before the others are known."""
+        self._views[slot].copy_(torch.view_as_real(value) if value.is_complex() else value)
+        self._mark(slot)
+        self._send()
+
+    def _mark(self, slot: int) -> None:
+        self._put[slot] = True
+        for bucket in self._of_slot[slot]:
+            bucket.missing -= 1
 
     def sum(self, leaf: Leaf) -> list[Tensor]:
         """Returns the sum of all processes' values, in tensors that the next call overwrites.
 
         A collective operation. A slot that no process has a value of comes out as -0.0.
+
+        Args:
+            leaf: this process's values; what was handed over before is not looked at.
         """
-        group: Any = torch.distributed
         for bucket in self._buckets:
-            _fill(bucket, leaf)
-        asked: list[tuple[_Bucket, Tensor, Any]] = []
-        gathering: list[Any] = []
-        for number, bucket in enumerate(self._buckets):
-            received = self._received[number % 2].like(bucket.flat)
-            # As bytes: what is not added up on the way can be of any type.
-            work = group.all_to_all_single(_bytes(received), _bytes(bucket.flat), async_op=True)
-            asked.append((bucket, received, work))
-            if len(asked) == 2:
-                gathering.append(self._add_up(*asked.pop(0)))
-        gathering += [self._add_up(*one) for one in asked]
-        for work in gathering:
+            self._fill([slot for slot in bucket.slots if not self._put[slot]], leaf)
+            self._send()
+        while self._asked:
+            self._add_up(*self._asked.pop(0))
+        for work in self._gathering:
             work.wait()
-        views = {slot: view for bucket in self._buckets for slot, view in bucket.views.items()}
+        self._begin()
         return [
-            torch.view_as_complex(views[slot]) if self._complex[slot] else views[slot]
-            for slot in range(self._slots)
+            torch.view_as_complex(view) if self._complex[slot] else view
+            for slot, view in enumerate(self._views)
         ]
 
-    def _add_up(self, bucket: _Bucket, received: Tensor, work: Any) -> Any:
-        """Adds up this process's slice of a bucket, and starts to gather those of all."""
+    def _fill(self, slots: Sequence[int], leaf: Leaf) -> None:
+        views: list[Tensor] = []
+        values: list[Tensor] = []
+        for slot in slots:
+            value = leaf[slot]
+            if value is None:
+                self._views[slot].fill_(-0.0)
+            else:
+                views.append(self._views[slot])
+                values.append(torch.view_as_real(value) if value.is_complex() else value)
+            self._mark(slot)
+        if views:
+            foreach._foreach_copy_(views, values)
+
+    def _send(self) -> None:
+        """Sends the buckets that are whole, each after all before it, as all processes do."""
+        group: Any = torch.distributed
+        while self._sent < len(self._buckets) and not self._buckets[self._sent].missing:
+            bucket = self._buckets[self._sent]
+            if len(self._asked) == 2:
+                self._add_up(*self._asked.pop(0))
+            copies = self._processes if bucket.at_once else 1
+            received = self._received[self._sent % 2].like(bucket.flat, copies)
+            # As bytes: what is not added up on the way can be of any type.
+            whole, own = _bytes(received), _bytes(bucket.flat)
+            if bucket.at_once:
+                work = gather_into(whole, own, async_op=True)
+            elif self._processes == 2:
+                # All of it to the other one: as much to send as by slices, in one round.
+                other = [own.numel(), 0] if group.get_rank() else [0, own.numel()]
+                work = group.all_to_all_single(whole, own, other, other, async_op=True)
+            else:
+                work = group.all_to_all_single(whole, own, async_op=True)
+            self._asked.append((bucket, received, work))
+            self._sent += 1
+
+    def _add_up(self, bucket: _Bucket, received: Tensor, work: Any) -> None:
+        """Adds up a bucket, or this process's slice of it and starts to gather those of all."""
         work.wait()
-        parts = received.view(self._processes, -1)
+        group: Any = torch.distributed
+        size = self._processes
+        if size == 2:
+            both = [received, bucket.flat] if group.get_rank() else [bucket.flat, received]
+            torch.add(*both, out=bucket.flat)
+            return
+        parts = received.view(size, -1)
         step = 1
-        while step < self._processes:
+        while 2 * step < size:
             parts[:: 2 * step] += parts[step :: 2 * step]
             step *= 2
-        # A copy: the buffer is filled again while this is still on its way.
-        own = parts[0].clone()
-        return gather_into(_bytes(bucket.flat), _bytes(own), async_op=True)
+        if bucket.at_once:
+            torch.add(parts[0], parts[step], out=bucket.flat)
+            return
+        # Not in place: the buffer is filled again while this is still on its way.
+        own = parts[0] + parts[step]
+        whole = _bytes(bucket.flat)
+        if own.device.type == "cpu":
+            # Gloo gathers through buffers of its own, which take as much memory and two copies.
+            work = group.all_to_all_single(whole, _bytes(own).repeat(size), async_op=True)
+        else:
+            work = gather_into(whole, _bytes(own), async_op=True)
+        self._gathering.append(work)
 
 
 class _Received:
@@ -164,42 +323,13 @@ class _Received:
     def __init__(self) -> None:
         self._buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
-    def like(self, flat: Tensor) -> Tensor:
-        kind = flat.dtype, flat.device
+    def like(self, flat: Tensor, copies: int) -> Tensor:
+        """Returns a buffer of the type of a flat tensor, as large as so many of it."""
+        kind, size = (flat.dtype, flat.device), flat.numel() * copies
         buffer = self._buffers.get(kind)
-        if buffer is None or buffer.numel() < flat.numel():
-            buffer = self._buffers[kind] = torch.empty_like(flat)
-        return buffer[: flat.numel()]
-
-
-def _buckets(like: Sequence[Tensor], processes: int) -> list[_Bucket]:
-    done: list[_Bucket] = []
-    open_ones: dict[tuple[torch.dtype, torch.device], _Bucket] = {}
-    for slot, tensor in enumerate(like):
-        real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-        kind = real.dtype, real.device
-        bucket = open_ones.get(kind)
-        if bucket is None or bucket.size * real.element_size() >= _BUCKET:
-            bucket = open_ones[kind] = _Bucket(*kind)
-            done.append(bucket)
-        bucket.take(slot, real)
-    for bucket in done:
-        bucket.allocate(processes)
-    return done
-
-
-def _fill(bucket: _Bucket, leaf: Leaf) -> None:
-    views: list[Tensor] = []
-    values: list[Tensor] = []
-    for slot, _, _ in bucket.slots:
-        value = leaf[slot]
-        if value is None:
-            bucket.views[slot].fill_(-0.0)
-            continue
-        views.append(bucket.views[slot])
-        values.append(torch.view_as_real(value) if value.is_complex() else value)
-    if views:
-        foreach._foreach_copy_(views, values)
+        if buffer is None or buffer.numel() < size:
+            buffer = self._buffers[kind] = torch.empty(size, dtype=kind[0], device=kind[1])
+        return buffer[:size]
 
 
 def gather_into(whole: Tensor, own: Tensor, async_op: bool = False) -> Any:

@@ -153,12 +153,14 @@ def test_parameters_in_another_order_get_their_own_states(folder: Path) -> None:
         step(first)
         with DiskSaver(folder / "order") as saver:
             Checkpoint(first, saver)(Engine(lambda *_: None))
-    second = objects([1, 0])
-    Checkpoint.load_objects(second, folder / "order" / "checkpoint_0.sharded")
-    step(first)
-    step(second)
-    for mine, theirs in zip(second["model"].parameters(), first["model"].parameters(), strict=True):
-        assert torch.equal(mine, theirs.full_tensor())
+        second = objects([1, 0])
+        Checkpoint.load_objects(second, folder / "order" / "checkpoint_0.sharded")
+        step(first)
+        step(second)
+        for mine, theirs in zip(
+            second["model"].parameters(), first["model"].parameters(), strict=True
+        ):
+            assert torch.equal(mine, theirs.full_tensor())
 
 
 def _flip(path: Path) -> None:

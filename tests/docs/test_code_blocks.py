@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 import os
 import signal
@@ -59,3 +60,16 @@ def test_a_block_that_fails_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyP
             doc_blocks.play(page)
     page.write_text('# A page\n\n<!-- skip: next "why" -->\n\n```python\n1 / 0\n```\n')
     assert doc_blocks.play(page) == {"blocks": 1, "run": 0} == doc_blocks.counted(page)
+
+
+def test_both_sides_of_every_diff_are_python() -> None:
+    sides = []
+    for page in doc_blocks.pages():
+        for example in doc_blocks.parse(page).examples():
+            block = example.region.evaluator
+            if isinstance(block, doc_blocks.Block) and block.language == "diff":
+                lines = block.source.splitlines()
+                for sign in "-+":
+                    kept = [line[1:] for line in lines if line[:1] in (sign, " ", "")]
+                    sides.append(ast.parse("\n".join(kept)))
+    assert len(sides) >= 8

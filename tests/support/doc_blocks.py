@@ -39,8 +39,6 @@ FENCE = RawFencedCodeBlockLexer(re.compile(r"(?P<info>[^\n]*)\n"))
 INFO = re.compile(r'(?P<language>[a-z]+)(?: title="(?P<title>[^"]+)")?')
 FILES = ("python", "toml", "yaml", "json", "ini", "sh")
 NO_CODE = ("text", "diff")
-# Pages whose blocks are not played yet.
-NOT_YET = ("docs/checkpoints.md",)
 
 
 class Block:
@@ -109,7 +107,6 @@ def sybil() -> Sybil:
 def pages() -> list[Path]:
     """Every page of the manual that holds code."""
     found = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
-    found = [page for page in found if page.relative_to(ROOT).as_posix() not in NOT_YET]
     return [page for page in found if "```" in page.read_text()]
 
 

@@ -7,12 +7,10 @@ iteration, if it is told one, and prints a digest of all that the training has c
 from __future__ import annotations
 
 import argparse
-import functools
 import hashlib
 import json
 import logging
 import os
-import random
 import signal
 from pathlib import Path
 from typing import Any
@@ -86,71 +84,6 @@ def words() -> tuple[Any, list[Any], Any]:
     return model, [torch.optim.AdamW(model.parameters(), 1e-2)], TensorDataset(x, y)
 
 
-def random_one(seed: int) -> tuple[Any, list[Any], Any]:
-    """A model, optimizers and data of random shapes, types and layers."""
-    pick = random.Random(seed)
-    width, inputs = pick.choice([1, 3, 17, 64]), pick.choice([1, 5, 33])
-    dtype = pick.choice([torch.float32, torch.float64, torch.bfloat16])
-    layers: list[nn.Module] = [nn.Linear(inputs, width)]
-    for _ in range(pick.randrange(3)):
-        layers += [
-            pick.choice(
-                [
-                    nn.Dropout(0.5),
-                    nn.LayerNorm(width),
-                    Observed(width),
-                    nn.Linear(width, width, bias=False),
-                    nn.GELU(),
-                ]
-            )
-        ]
-    layers += [Spectrum(width), nn.Linear(width, 4)]
-    model = nn.Sequential(*layers).to(dtype)
-    for module in model:
-        if isinstance(module, Spectrum):
-            module.factors = nn.Parameter(torch.randn(width, dtype=torch.complex64))
-    kind: Any = pick.choice([torch.optim.SGD, torch.optim.AdamW, torch.optim.Adagrad])
-    samples = pick.randrange(5, 40)
-    draws = torch.Generator().manual_seed(seed)
-    x = torch.randn(samples, inputs, generator=draws).to(dtype)
-    y = torch.randint(0, 4, (samples,), generator=draws)
-    return model, [kind(model.parameters(), 1e-2)], TensorDataset(x, y)
-
-
-class Observed(nn.Module):
-    """Notes what it has seen in buffers of several types, one of which stays as it is."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(width))
-        self.register_buffer("largest", torch.tensor(float("-inf")))
-        self.register_buffer("stays", torch.tensor([float("-inf"), 0.1, -0.0]))
-        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("any", torch.zeros(3, dtype=torch.bool), persistent=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            # Anew in place of in place, and only now and then.
-            self.mean = 0.9 * self.mean + 0.1 * x.mean(0).to(self.mean.dtype)
-            if float(x.flatten()[0]) > 0:
-                self.largest.copy_(torch.maximum(self.largest, x.max().to(self.largest.dtype)))
-            self.seen += len(x)
-            self.any[len(x) % 3] = True
-        return x + torch.rand_like(x)
-
-
-class Spectrum(nn.Module):
-    """Has parameters that are complex."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.factors: Any = None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = (x.to(torch.complex64) * self.factors).real.to(x.dtype)
-        return found
-
-
 def loss_of_words(y_pred: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return nn.functional.cross_entropy(y_pred, y, ignore_index=0)
 
@@ -166,10 +99,6 @@ KINDS: dict[str, Any] = {
     "words": (words, "cpu:bf16", 4, 1),
     "eight": (words, "cpu", 8, 3),
     "own": (images, "cpu:fp16", 4, 1),
-    **{
-        f"random {n}": (functools.partial(random_one, n), "cpu", (4, 8)[n % 2], 1 + n % 3)
-        for n in range(12)
-    },
 }
 
 
@@ -214,7 +143,7 @@ def trainer_of(kind: str) -> tuple[Any, Any, list[Any], Any]:
         backend=backends.get(spec, **settings),
         deterministic=True,
         gradient_accumulation_steps=window,
-        max_norm=0.5 if "random" not in kind else None,
+        max_norm=0.5,
         shards=shards,
         loss_reduction=count_words if is_words else "mean",
     )

@@ -7,13 +7,16 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from elastic_examples import LAYERS, OPTIMIZERS, Workers
 from elastic_program import KINDS, Words, count_words, loss_of_words
-from hypothesis import given, settings
+from fork_server import ForkServer
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from processes import SUPPORT, torchrun
 from torch import Tensor, nn
@@ -97,6 +100,74 @@ def test_traces_of_any_number_of_processes_are_identical(tmp_path: Path) -> None
     found = compare(*traces)
     assert found.difference is None
     assert found.tolerance is None
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Workers]]:
+    """Worlds of 1, 2 and 4 processes that train what they are told."""
+    folder = tmp_path_factory.mktemp("worlds")
+    with ForkServer("elastic_examples", "torch._dynamo") as server:
+        found = [Workers(server, size, folder) for size in (1, 2, 4)]
+        yield found
+        for world in found:
+            world.close()
+
+
+ARITHMETIC = [("cpu", "float32"), ("cpu", "float64"), ("cpu", "bfloat16")]
+ARITHMETIC += [("cpu:bf16", "float32"), ("cpu:fp16", "float32")]
+TRAININGS = st.fixed_dictionaries(
+    {
+        "seed": st.integers(0, 2**16),
+        "arithmetic": st.sampled_from(ARITHMETIC),
+        "inputs": st.integers(1, 33),
+        "width": st.sampled_from([1, 3, 17, 64]),
+        "layers": st.lists(st.sampled_from(sorted(LAYERS)), max_size=4),
+        "optimizer": st.sampled_from(sorted(OPTIMIZERS)),
+        "max_norm": st.sampled_from([None, 0.5]),
+        "samples": st.integers(1, 40),
+        "batch": st.integers(1, 20),
+        "shards": st.sampled_from([4, 8]),
+        "window": st.integers(1, 3),
+        "reduction": st.sampled_from(["mean", "sum", "count"]),
+        # Bytes: of the first that is sent at once, of others, and up to where one round is made.
+        "buckets": st.tuples(*(st.sampled_from([1, 1000, 2**20]) for _ in range(3))),
+    }
+)
+
+
+SMALL: dict[str, Any] = {
+    "seed": 0,
+    "arithmetic": ("cpu", "float32"),
+    "inputs": 1,
+    "width": 1,
+    "optimizer": "Adagrad",
+    "max_norm": None,
+    "samples": 5,
+    "batch": 8,
+    "shards": 4,
+    "window": 1,
+    "reduction": "mean",
+    "buckets": (1000, 1, 2**20),
+}
+
+
+@settings(max_examples=15, deadline=None)
+@given(training=TRAININGS)
+@example(training={**SMALL, "layers": ["again"]})
+@example(training={**SMALL, "layers": ["observed"]})
+def test_any_model_and_batch_has_the_same_bits_on_any_number_of_processes(
+    worlds: list[Workers], training: dict[str, Any]
+) -> None:
+    told = dict(training)
+    told["spec"], told["dtype"] = told.pop("arithmetic")
+    # torch's GradScaler takes no complex gradients.
+    complex_too = told["spec"] != "cpu:fp16"
+    told["layers"] = [name for name in told["layers"] if complex_too or name != "spectrum"]
+    for world in worlds:
+        world.ask(told)
+    first, *others = [answer for world in worlds for answer in world.answers()]
+    assert first
+    assert others == [first] * 6
 
 
 @settings(max_examples=60, deadline=None)
