@@ -151,7 +151,7 @@ SMALL: dict[str, Any] = {
 }
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(training=TRAININGS)
 @example(training={**SMALL, "layers": ["again"]})
 @example(training={**SMALL, "layers": ["observed"]})
@@ -160,6 +160,9 @@ def test_any_model_and_batch_has_the_same_bits_on_any_number_of_processes(
 ) -> None:
     told = dict(training)
     told["spec"], told["dtype"] = told.pop("arithmetic")
+    # torch's GradScaler takes no complex gradients.
+    complex_too = told["spec"] != "cpu:fp16"
+    told["layers"] = [name for name in told["layers"] if complex_too or name != "spectrum"]
     for world in worlds:
         world.ask(told)
     first, *others = [answer for world in worlds for answer in world.answers()]
