@@ -18,6 +18,7 @@ from crosstrain.engine.checkpoints.saver import DiskSaver
 from crosstrain.engine.data.own_data import PerRank
 from crosstrain.engine.data.permutation import PermutationSampler
 from crosstrain.engine.data.shares import BatchShare, ShardedBatch, mean_over_ranks
+from crosstrain.engine.data.source import ResumableSource
 from crosstrain.engine.data.streams import SampleStreams, current_sample
 from crosstrain.engine.ranks.agreement import agree
 from crosstrain.engine.ranks.check import RankCheck
@@ -109,6 +110,7 @@ __all__ = [
     "RemovableEventHandle",
     "ReproducibleBatchSampler",
     "ResumableRun",
+    "ResumableSource",
     "ResumeError",
     "ResumeWarning",
     "SampleStreams",

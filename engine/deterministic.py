@@ -53,7 +53,6 @@ __all__ = [
     "update_dataloader",
 ]
 
-_ITERATION_ENDS = Events.ITERATION_COMPLETED
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -150,6 +149,10 @@ class DeterministicEngine(Engine):
         # The state that was loaded, until the data is opened.
         self._snapshot: dict[str, Any] | None = None
         self._reseeds = False  # It has no random states of this rank.
+        # It was left behind by set_data(), before the data was compared.
+        self._unproven = False
+        # The batch before was compared at the epoch's beginning, before its handlers ran.
+        self._compared = False
         # A run of the training was passed by since: all of it was done when the state was written.
         self._passed_by = False
         # What was loaded beside it, to be laid over what handlers change before the data is opened.
@@ -192,14 +195,16 @@ class DeterministicEngine(Engine):
             _warn_inexact("state_dict() was called in the middle of an iteration")
             values["iteration"] = self._place.stepped
         state, place = self.state, self._place
+        ended = place.ended or state.epoch == 0
         values["format"] = FORMAT
         values["seed"] = state.seed
         values["streams"] = list(self._streams)
         values["progress"] = {
             "epoch": state.epoch,
             "done": values["iteration"] - place.began,
-            "ended": place.ended or state.epoch == 0,
-            "ends": self.asked & END_EPOCH > 0 and self.last_event_name == _ITERATION_ENDS,
+            "ended": ended,
+            # Whichever event was the last: handlers of a save fire some of their own.
+            "ends": self.asked & END_EPOCH > 0 and not ended,
             "quiet": bool(self.asked & QUIET_EPOCH),
         }
         values["position"] = self._cursor.position()
@@ -208,6 +213,14 @@ class DeterministicEngine(Engine):
         values["backend"] = None if self.backend is None else self.backend.state_dict()
         values["step"] = step_state(self._step)
         self._tell_unnamed()
+        if self.checks.unnamed != "off" and (lost := self._cursor.lost()):
+            Proof().differs(
+                f"A resumed run will begin without what has changed of {', '.join(lost)}: it is "
+                "too large to be a part of the trainer's state. Keep it in an object that is named "
+                "in to_save, or let a handler of EPOCH_STARTED make it anew. If what is trained on "
+                "does not depend on it: checks=Checks(unnamed='off').",
+                self.checks.unnamed,
+            )
         values["structure"] = self._structure.record(named(self.objects, self.saved_beside))
         values["environment"] = self._environment()
         values["exact"] = exact
@@ -226,9 +239,9 @@ class DeterministicEngine(Engine):
         if found:
             Proof().differs(
                 f"A resumed run will draw other values from {'; '.join(found)}: that has a "
-                "position or random states of its own, and no checkpoint holds them. Name it in "
-                "to_save (docs/exact_resume.md), or draw from the global generators. If what it "
-                "gives is not used in training: checks=Checks(unnamed='off').",
+                "position or random states of its own, and no checkpoint holds them. Wrap it in "
+                "ResumableSource and name that in to_save, or draw from the global generators. If "
+                "what it gives is not used in training: checks=Checks(unnamed='off').",
                 self.checks.unnamed,
             )
 
@@ -378,7 +391,7 @@ class DeterministicEngine(Engine):
         elif self._place.open and "format" in snapshot and snapshot["progress"]["ended"]:
             # A handler of this epoch's beginning: the run that was saved did the same after it.
             self._cursor.exchange(snapshot["position"])
-            self._snapshot = None
+            self._snapshot, self._unproven = None, True
         self._defers = self._session is None or self._snapshot is not None
         super().set_data(data)
 
@@ -392,6 +405,8 @@ class DeterministicEngine(Engine):
         if snapshot is not None and "format" in snapshot and not _at_beginning(snapshot):
             self._settle_structure(snapshot)
         if snapshot is None:
+            if self._unproven:
+                self._prove(data)
             self._cursor.open(data, self._key)
         elif "format" not in snapshot:
             self._open_foreign(snapshot)
@@ -417,15 +432,34 @@ class DeterministicEngine(Engine):
             if another and not cursor.fits(position, data):
                 cursor.go_on_with(position, data, self._key)
             else:
-                reason = self._other_beginning(another) if beginning else None
-                if reason is not None and strictness != "off":
-                    self.proof.unchecked.append(f"the batch before: {reason}")
+                other = self._other_beginning(another) if beginning else None
+                if beginning and self._compared:
                     strictness = "off"
-                cursor.go_to(position, data, self._key, self.proof, strictness)
+                cursor.go_to(position, data, self._key, self.proof, strictness, other)
         if not beginning:
             restore_random_states(snapshot["rng_states"], self.backend)
         if self._reseeds:
             cursor.seed_anew(self._key)
+
+    def _prove(self, data: Any) -> None:
+        """Has data that was set at a resumed epoch's beginning fetched twice, and compared."""
+        self._unproven = False
+        if self.checks.batch_before == "off":
+            return
+        self.proof.unchecked.append("the batch before: set_data() has left its pass")
+        with random_states_kept(self.backend):
+            self._cursor.rehearse(data, self._key, self.proof, self.checks.batch_before)
+        self.logger.info("Resumed at iteration %s. %s.", self.state.iteration, self.proof)
+
+    def _check_before(self, position: Mapping[str, Any]) -> None:
+        """Compares the batch before now, if handlers of EPOCH_STARTED may change the data."""
+        self._compared = False
+        handled = self.has_users_handler(Events.EPOCH_STARTED) and not self._passed_by
+        if self.checks.batch_before == "off" or not handled:
+            return
+        data = self.state.dataloader
+        with random_states_kept(self.backend):
+            self._compared = self._cursor.check_before(position, data, self._key, self.proof)
 
     def _other_beginning(self, another: bool) -> str | None:
         """Returns why the last batch of an epoch that has ended may differ now, if it may."""
@@ -447,6 +481,7 @@ class DeterministicEngine(Engine):
 
     def _begins(self) -> None:
         self.state.seed = agreed_seed(self.state.seed, self.backend)
+        self._cursor.watch(self.state.dataloader)
         snapshot = self._full_snapshot()
         if snapshot is not None and self.restartable and self._place.owed & RUN_ENDS:
             # It ends as it had ended: another run, of this process, would begin another epoch.
@@ -462,6 +497,7 @@ class DeterministicEngine(Engine):
                 self._lay_over()
                 self._settle_structure(snapshot)
                 if snapshot["position"] is not None:
+                    self._check_before(snapshot["position"])
                     self._cursor.prepare(snapshot["position"], self.state.dataloader)
                 restore_random_states(snapshot["rng_states"], self.backend)
             else:

@@ -338,6 +338,7 @@ class Dispatcher:
 
     def __init__(self) -> None:
         self.logger = logging.getLogger(f"{__package__}.{type(self).__name__}")
+        #: What is known of the run: iteration, epoch, output, metrics, and what you set.
         self.state = State()
         self.last_event_name: Any = None
         self._handlers = HandlerTable(type(self).__name__)

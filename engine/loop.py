@@ -51,6 +51,7 @@ class Loop(Requests):
         self, process_function: Callable[[Any, Any], Any], backend: Backend | None = None
     ) -> None:
         super().__init__()
+        #: The backend, whose `sync()` is the boundary between two steps.
         self.backend = backend
         self._process_function = process_function
         self._data_iter: Any = None

@@ -91,15 +91,17 @@ class Requests(Dispatcher):
         self.ranks: Ranks | None = None
 
     @property
-    def should_terminate(self) -> bool:
+    def should_terminate(self) -> bool | str:
         """Whether the run ends, or the last one was ended, by `terminate` or by `max_iters`.
 
+        "skip_completed" where COMPLETED is not to fire, as `terminate(skip_completed=True)` asks.
         Also after `resume_or_start` has loaded the state of a run that `terminate` had ended.
         Setting it to True does what `terminate()` does. Setting it to False takes that back: the
         next `run` goes on.
         """
         owed = self._place.owed if self.restartable else 0
-        return bool((self.asked | owed) & END_RUN)
+        asked = self.asked | owed
+        return "skip_completed" if asked & QUIET_RUN else bool(asked & END_RUN)
 
     @should_terminate.setter
     def should_terminate(self, value: bool | str) -> None:
@@ -110,9 +112,12 @@ class Requests(Dispatcher):
             self._place.owed &= ~RUN_ENDS
 
     @property
-    def should_terminate_single_epoch(self) -> bool:
-        """Whether the epoch is about to end by `terminate_epoch`; can be set, too."""
-        return bool(self.asked & END_EPOCH)
+    def should_terminate_single_epoch(self) -> bool | str:
+        """Whether the epoch is about to end by `terminate_epoch`; can be set, too.
+
+        "skip_epoch_completed" where EPOCH_COMPLETED is not to fire.
+        """
+        return "skip_epoch_completed" if self.asked & QUIET_EPOCH else bool(self.asked & END_EPOCH)
 
     @should_terminate_single_epoch.setter
     def should_terminate_single_epoch(self, value: bool | str) -> None:

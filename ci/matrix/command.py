@@ -28,6 +28,8 @@ from .report import InvalidReport, Report, Run, merged
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from crosstrain.backends import Availability
+
     from .outcome import Outcome
     from .run_all import CellPlan
     from .selection import Selection
@@ -158,7 +160,9 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     for spec in selection.backends:
         # At once and not after an hour: what is missing makes this run fail in any case.
         if not selection.found[spec].ok:
-            console.print(f"{spec} is required and missing: {_why(selection, spec)}", markup=False)
+            console.print(
+                f"{spec} is required and missing: {_why(selection.found[spec])}", markup=False
+            )
     with contextlib.ExitStack() as stack:
         place = args.report or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         plan = CellPlan(
@@ -191,6 +195,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
             versions=_versions(selection, outcomes),
             devices={spec: tuple(found.devices) for spec, found in selection.found.items()},
             outcomes=tuple(outcomes),
+            absent={name: _why(found) for name, found in selection.absent.items()},
         )
         report = Report((result,))
         print_summary(console, result)
@@ -202,8 +207,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     return BROKEN if report.broken() else OK
 
 
-def _why(selection: Selection, spec: str) -> str:
-    found = selection.found[spec]
+def _why(found: Availability) -> str:
     return " ".join(f"{found.reason} {found.remedy}".split())
 
 
@@ -234,10 +238,10 @@ def _unavailable(selection: Selection, scenarios: Sequence[str]) -> list[Outcome
     from .outcome import Outcome
 
     return [
-        Outcome(spec=spec, scenario=scenario, status="unavailable", reason=_why(selection, spec))
+        Outcome(spec=spec, scenario=scenario, status="unavailable", reason=_why(found))
         for scenario in scenarios
-        for spec in selection.backends
-        if not selection.found[spec].ok
+        for spec, found in selection.found.items()
+        if not found.ok
     ]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ class Run:
         versions: the versions of the libraries, by name.
         devices: the names of the devices of each spec.
         outcomes: one for each cell that came to an end.
+        absent: why each other backend could not run there, by its name, in the doctor's words.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Run:
     versions: Mapping[str, str]
     devices: Mapping[str, tuple[str, ...]]
     outcomes: tuple[Outcome, ...]
+    absent: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def outcome(self, spec: str, scenario: str) -> Outcome | None:
         """Returns what became of a cell, or None if it did not run."""
@@ -100,6 +102,7 @@ class Run:
             "versions": dict(self.versions),
             "devices": {spec: list(names) for spec, names in self.devices.items()},
             "outcomes": [outcome.to_json() for outcome in self.outcomes],
+            "absent": dict(self.absent),
         }
 
     @classmethod
@@ -130,6 +133,7 @@ class Run:
                 for spec, names in as_mapping(found["devices"], "devices").items()
             },
             outcomes=tuple(map(Outcome.from_json, as_list(found["outcomes"], "outcomes"))),
+            absent=_words(found["absent"], "absent"),
         )
         _check_cells(run)
         return run

@@ -1,7 +1,8 @@
-"""Loss curves as SVG: every backend's over the reference's, and how far each is from it.
+"""Loss curves as SVG: runs that were never stopped, and over them those that were and went on.
 
-Drawn here and not by a plotting library: colours and dashes are those of the page's style sheet, so
-they follow its light and its dark mode.
+Below: how far the two are apart, which is what a matrix claims to be 0; and how far each backend
+is from the reference. Drawn here and not by a plotting library: colours and dashes are those of the
+page's style sheet, so they follow its light and its dark mode.
 """
 
 from __future__ import annotations
@@ -16,9 +17,8 @@ __all__ = ["Curve", "Deviation", "chart", "deviation"]
 
 # The drawing, in units of its view box, which are pixels at full size.
 _WIDTH, _LEFT, _RIGHT = 520, 54, 10
-_LOSS_TOP, _LOSS_HEIGHT = 12, 190
-_DEVIATION_TOP, _DEVIATION_HEIGHT = 232, 96
-_HEIGHT = 362
+_TOP, _LOSS_HEIGHT = 18, 180
+_DEVIATION_HEIGHT, _BETWEEN, _BELOW = 56, 34, 34
 
 # More points than this are no more to be seen.
 _MOST_POINTS = 500
@@ -29,17 +29,26 @@ _LEAST_DECADE = -12
 
 @dataclass(frozen=True)
 class Curve:
-    """The losses of one backend.
+    """The losses of one training on one backend.
 
     Args:
-        label: what it is called.
+        label: what the backend is called.
         style: the class of its colour and dashes.
-        losses: one an iteration; may hold nan and inf, which leave gaps.
+        losses: of the run that was never stopped, one an iteration; may hold nan and inf, which
+            leave gaps.
+        resumed: of each run that was stopped and went on.
     """
 
     label: str
     style: str
     losses: tuple[float, ...]
+    resumed: tuple[tuple[float, ...], ...] = ()
+
+    def apart(self) -> Deviation | None:
+        """Returns how far the resumed runs are from the one that was never stopped, at most."""
+        found = [deviation(one, self.losses) for one in self.resumed]
+        each = [one.each for one in found if one is not None]
+        return Deviation.of(tuple(map(max, zip(*each, strict=False)))) if each else None
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,12 @@ class Deviation:
     largest: float
     iteration: int
 
+    @classmethod
+    def of(cls, each: tuple[float, ...]) -> Deviation:
+        """Makes it of the differences, of which there is at least one."""
+        largest = max(each)
+        return cls(each, largest, each.index(largest) + 1)
+
     def __str__(self) -> str:
         if not self.largest:
             return "identical"
@@ -71,10 +86,7 @@ def deviation(losses: Sequence[float], reference: Sequence[float]) -> Deviation 
         reference: the same of the run that they are compared with.
     """
     each = tuple(_apart(a, b) for a, b in zip(losses, reference, strict=False))
-    if not each:
-        return None
-    largest = max(each)
-    return Deviation(each, largest, each.index(largest) + 1)
+    return Deviation.of(each) if each else None
 
 
 def _apart(one: float, other: float) -> float:
@@ -83,28 +95,58 @@ def _apart(one: float, other: float) -> float:
     return abs(one - other) if math.isfinite(one) and math.isfinite(other) else math.inf
 
 
-def chart(reference: Curve | None, curves: Sequence[Curve], title: str) -> Markup:
-    """Returns an SVG element: the losses above, their deviation from the reference's below.
+def chart(
+    curves: Sequence[Curve],
+    title: str,
+    *,
+    reference: Curve | None = None,
+    stops: Sequence[int] = (),
+) -> Markup:
+    """Returns an SVG element: the losses; below, how far resumed runs and backends are apart.
 
     Args:
-        reference: drawn broad and pale under the others; None where there is none.
-        curves: the others.
+        curves: one a backend.
         title: read out in place of the picture.
+        reference: the one of `curves`, or another, that all others are measured against.
+        stops: the iterations after which a run was stopped and went on.
     """
-    everything = [*([reference] if reference else []), *curves]
-    longest = max((len(curve.losses) for curve in everything), default=0)
-    finite = [x for curve in everything for x in curve.losses if math.isfinite(x)]
+    longest = max((len(curve.losses) for curve in curves), default=0)
+    runs = [losses for curve in curves for losses in (curve.losses, *curve.resumed)]
+    finite = [x for losses in runs for x in losses if math.isfinite(x)]
     if not finite:
         return Markup("")
     across = _Scale(1, max(2, longest), _LEFT, _WIDTH - _RIGHT)
-    parts = [*_losses(everything, finite, across), *_iterations(across, longest)]
-    parts += (
-        _deviations(reference, curves, across) if reference else [_note("no reference has run")]
-    )
+    parts = list(_losses(curves, finite, across))
+    bottom = _TOP + _LOSS_HEIGHT
+    for caption, found, zero in _panels(curves, reference):
+        top, bottom = bottom + _BETWEEN, bottom + _BETWEEN + _DEVIATION_HEIGHT
+        parts += _deviations(found, across, top, caption, zero)
+    parts += [*_stops(stops, across, bottom), *_iterations(across, longest, bottom)]
     head = Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">').format(
-        _WIDTH, _HEIGHT, title
+        _WIDTH, bottom + _BELOW, title
     )
     return head + Markup("").join(parts) + Markup("</svg>")
+
+
+_Found = list[tuple[Curve, Deviation]]
+
+
+def _panels(curves: Sequence[Curve], reference: Curve | None) -> Iterator[tuple[str, _Found, str]]:
+    """Yields what is drawn below the losses: a caption, deviations, and words for none at all."""
+    count = sum(len(curve.resumed) for curve in curves)
+    if count:
+        apart = [(curve, found) for curve in curves if (found := curve.apart()) is not None]
+        runs = "the resumed run" if count == 1 else f"all {count} resumed runs"
+        yield "resumed from straight: apart by", apart, f"0 at every iteration of {runs}"
+    if reference is not None:
+        others = [curve for curve in curves if curve is not reference]
+        far = [
+            (curve, found)
+            for curve in others
+            if (found := deviation(curve.losses, reference.losses)) is not None
+        ]
+        if far:
+            yield f"from {reference.label}: apart by", far, "0 at every iteration"
 
 
 @dataclass(frozen=True)
@@ -123,66 +165,74 @@ class _Scale:
 
 def _losses(curves: Sequence[Curve], finite: Sequence[float], across: _Scale) -> Iterator[Markup]:
     ticks = _ticks(min(finite), max(finite))
-    up = _Scale(
-        min(ticks[0], min(finite)),
-        max(ticks[-1], max(finite)),
-        _LOSS_TOP + _LOSS_HEIGHT,
-        _LOSS_TOP,
-    )
+    low, high = min(ticks[0], min(finite)), max(ticks[-1], max(finite))
+    up = _Scale(low, high, _TOP + _LOSS_HEIGHT, _TOP)
+    yield _caption(_TOP, "loss")
     yield from _grid([(up(tick), f"{tick:g}") for tick in ticks])
-    yield _caption(_LOSS_TOP + _LOSS_HEIGHT / 2, "loss")
-    for curve in curves:
+
+    def path(losses: tuple[float, ...], style: str, label: str) -> Markup:
         points = [
-            (across(k), up(loss)) if math.isfinite(loss) else None
-            for k, loss in _thinned(curve.losses)
+            (across(k), up(loss)) if math.isfinite(loss) else None for k, loss in _thinned(losses)
         ]
-        yield _path(points, curve)
+        return _path(points, style, label)
+
+    for curve in curves:
+        straight = f"straight {curve.style}" if curve.resumed else curve.style
+        yield path(curve.losses, straight, f"{curve.label}, never stopped")
+    for curve in curves:
+        for losses in dict.fromkeys(curve.resumed):
+            yield path(losses, curve.style, f"{curve.label}, stopped and resumed")
 
 
-def _deviations(reference: Curve, curves: Sequence[Curve], across: _Scale) -> Iterator[Markup]:
-    found = [(curve, deviation(curve.losses, reference.losses)) for curve in curves]
-    values = [x for _, one in found if one for x in one.each if 0 < x < math.inf]
-    bottom = _DEVIATION_TOP + _DEVIATION_HEIGHT
-    yield _caption(_DEVIATION_TOP + _DEVIATION_HEIGHT / 2, "deviation")
-    if not values:
-        yield from _grid([(bottom, "0")])
-        words = "0 at every iteration" if any(one for _, one in found) else "nothing to compare"
-        yield _note(words)
-    else:
-        low = max(_LEAST_DECADE, math.floor(math.log10(min(values))))
-        high = max(low + 1, math.ceil(math.log10(max(values))))
-        up = _Scale(low, high, bottom - 12, _DEVIATION_TOP)
-        step = max(1, math.ceil((high - low) / 3))
+def _deviations(
+    found: _Found, across: _Scale, top: float, caption: str, zero: str
+) -> Iterator[Markup]:
+    values = [x for _, one in found for x in one.each if 0 < x < math.inf]
+    infinite = any(one.largest == math.inf for _, one in found)
+    bottom = top + _DEVIATION_HEIGHT
+    yield _caption(top, caption)
+    low = max(_LEAST_DECADE, math.floor(math.log10(min(values)))) if values else -1
+    high = max(low + 1, math.ceil(math.log10(max(values)))) if values else 0
+    up = _Scale(low, high, bottom - 12, top)
+    marks: list[tuple[float, str]] = []
+    if values:
+        step = max(1, math.ceil((high - low) / 2))
         marks = [(up(decade), f"1e{decade}") for decade in range(high, low - 1, -step)]
-        yield from _grid([(bottom, "0"), *marks])
-        for curve, one in found:
-            if one:
-                points = [
-                    (across(k), _place(x, up, low, bottom) if x < math.inf else _DEVIATION_TOP - 4)
-                    for k, x in _thinned(one.each, largest=True)
-                ]
-                yield _path(points, curve)
+    yield from _grid([(bottom, "0"), *marks])
+    for curve, one in found:
+        points = [
+            (across(k), _place(x, up, low, bottom) if x < math.inf else top - 4)
+            for k, x in _thinned(one.each, largest=True)
+        ]
+        yield _path(points, curve.style, curve.label)
+    if not values and not infinite:
+        yield Markup('<text class="note" x="{}" y="{}" text-anchor="middle">{}</text>').format(
+            (_LEFT + _WIDTH - _RIGHT) / 2, top + _DEVIATION_HEIGHT / 2 + 4, zero
+        )
 
 
-def _note(words: str) -> Markup:
-    """Says why there are no deviations to draw."""
-    return Markup('<text class="note" x="{}" y="{}" text-anchor="middle">{}</text>').format(
-        (_LEFT + _WIDTH - _RIGHT) / 2, _DEVIATION_TOP + _DEVIATION_HEIGHT / 2, words
-    )
+def _stops(stops: Sequence[int], across: _Scale, bottom: float) -> Iterator[Markup]:
+    """Marks where runs were stopped: between the last iteration that counts and the next one."""
+    for stop in sorted(set(stops)):
+        place = across(stop + 0.5)
+        yield Markup(
+            '<path class="stop" d="M{} {}V{}"><title>resumed after iteration {}</title></path>'
+            '<path class="stop-head" d="M{} {}h8l-4 6z"/>'
+        ).format(place, _TOP, bottom, stop, place - 4, _TOP - 8)
 
 
 def _place(value: float, up: _Scale, low: int, bottom: float) -> float:
     return up(max(low, math.log10(value))) if value else bottom
 
 
-def _iterations(across: _Scale, longest: int) -> Iterator[Markup]:
+def _iterations(across: _Scale, longest: int, bottom: float) -> Iterator[Markup]:
     for tick in _ticks(1, longest, whole=True):
         if 1 <= tick <= longest:
             yield Markup('<text x="{}" y="{}" text-anchor="middle">{:g}</text>').format(
-                across(tick), _HEIGHT - 18, tick
+                across(tick), bottom + 16, tick
             )
     yield Markup('<text x="{}" y="{}" text-anchor="end">iteration</text>').format(
-        _WIDTH - _RIGHT, _HEIGHT - 4
+        _WIDTH - _RIGHT, bottom + 30
     )
 
 
@@ -194,13 +244,11 @@ def _grid(lines: Sequence[tuple[float, str]]) -> Iterator[Markup]:
         )
 
 
-def _caption(middle: float, words: str) -> Markup:
-    return Markup(
-        '<text class="axis" transform="translate(11 {}) rotate(-90)" text-anchor="middle">{}</text>'
-    ).format(middle, words)
+def _caption(top: float, words: str) -> Markup:
+    return Markup('<text class="axis" x="{}" y="{}">{}</text>').format(_LEFT, top - 8, words)
 
 
-def _path(points: Sequence[tuple[float, float] | None], curve: Curve) -> Markup:
+def _path(points: Sequence[tuple[float, float] | None], style: str, label: str) -> Markup:
     """Joins points by lines; where one is missing the pen is lifted. One alone becomes a dot."""
     words: list[str] = []
     before: tuple[float, float] | None = None
@@ -212,7 +260,7 @@ def _path(points: Sequence[tuple[float, float] | None], curve: Curve) -> Markup:
                 words.append("h.01")
         before = point
     return Markup('<path class="curve {}" d="{}"><title>{}</title></path>').format(
-        curve.style, "".join(words), escape(curve.label)
+        style, "".join(words), escape(label)
     )
 
 

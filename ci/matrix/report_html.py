@@ -89,14 +89,15 @@ class _Missing:
 class _Legend:
     label: str
     style: str
-    deviation: str
+    resumed: str
+    reference: str
 
 
 @dataclass(frozen=True)
 class _Curves:
-    """A scenario's picture and its legend."""
+    """The picture of one training, which one scenario or several stopped, and its legend."""
 
-    name: str
+    names: list[str]
     title: str
     picture: Markup
     reference: str
@@ -145,6 +146,9 @@ def page(report: Report) -> str:
         counts=_counts(cells),
         signs=_SIGNS,
         curves=list(_all_curves(report, columns)),
+        absent=[
+            (name, run.name, reason) for run in report.runs for name, reason in run.absent.items()
+        ],
         facts=_facts(report.runs),
         versions=_versions(report.runs),
         interrupted=any(run.interrupted for run in report.runs),
@@ -181,9 +185,9 @@ def _cell(report: Report, column: _Column, scenario: str, title: str, place: int
     picture = Markup("")
     if outcome is not None and resumed is not None and resumed.largest:
         picture = chart(
-            Curve("never stopped", "reference", losses),
-            [Curve("stopped and resumed", column.style, outcome.resumed_losses)],
+            [Curve(column.label, column.style, losses, (outcome.resumed_losses,))],
             f"losses of {scenario} on {column.label}, never stopped and resumed",
+            stops=_stops(outcome),
         )
     return _CellView(
         key=f"cell-{scenario}-{place}",
@@ -208,38 +212,85 @@ def _reference(report: Report, run: Run, scenario: str) -> tuple[Run, tuple[floa
     return None
 
 
+def _stops(outcome: Outcome) -> list[int]:
+    """Returns the iterations after which the run was stopped and went on."""
+    places = str(outcome.figures.get("resumed_from", "")).split(",")
+    return [int(place) for place in places if place.strip().isdecimal()]
+
+
+# A training: of each column that ran it the place, the losses, and whether resumed ones were equal.
+_Group = tuple[tuple[int, tuple[float, ...], bool], ...]
+
+
 def _all_curves(report: Report, columns: Sequence[_Column]) -> Iterator[_Curves]:
+    """Yields a picture for each training; scenarios that stop the same one share it."""
+    groups: dict[_Group, list[tuple[str, str]]] = {}
     for name, title in report.scenarios().items():
-        found = [
-            (column, outcome)
-            for column in columns
+        found: _Group = tuple(
+            (place, outcome.losses, outcome.resumed_losses == outcome.losses)
+            for place, column in enumerate(columns)
             if (outcome := column.run.outcome(column.spec, name)) is not None and outcome.losses
-        ]
-        if not found:
-            continue
-        reference = _reference(report, found[0][0].run, name)
-        base = Curve("reference", "reference", reference[1]) if reference else None
-        source = reference[0] if reference else None
-        others = [
-            (column, outcome)
-            for column, outcome in found
-            if not (column.run is source and column.spec == _REFERENCE)
-        ]
-        curves = [Curve(column.label, column.style, one.losses) for column, one in others]
-        label = next((c.label for c in columns if c.run is source and c.spec == _REFERENCE), "")
-        yield _Curves(
-            name=name,
-            title=title,
-            picture=chart(base, curves, f"losses of {name}, and their deviation from {label}"),
-            reference=label,
-            legend=[_Legend(curve.label, curve.style, _distance(curve, base)) for curve in curves],
         )
+        if found:
+            groups.setdefault(found, []).append((name, title))
+    for group, scenarios in groups.items():
+        yield _curves(report, columns, group, [name for name, _ in scenarios], scenarios[0][1])
+
+
+def _curves(
+    report: Report, columns: Sequence[_Column], group: _Group, names: list[str], title: str
+) -> _Curves:
+    curves: list[Curve] = []
+    stops: list[int] = []
+    for place, losses, _ in group:
+        column = columns[place]
+        outcomes = [outcome for name in names if (outcome := column.run.outcome(column.spec, name))]
+        stops += [stop for outcome in outcomes for stop in _stops(outcome)]
+        resumed = tuple(one.resumed_losses for one in outcomes if one.resumed_losses)
+        curves.append(Curve(column.label, column.style, losses, resumed))
+    base = _base(report, columns, group, names[0], curves)
+    return _Curves(
+        names=names,
+        title=title if len(names) == 1 else "one training, stopped in each of these ways",
+        picture=chart(curves, f"losses of {', '.join(names)}", reference=base, stops=stops),
+        reference=base.label if base else "",
+        legend=[_legend(curve, base) for curve in curves],
+    )
+
+
+def _base(
+    report: Report,
+    columns: Sequence[_Column],
+    group: _Group,
+    scenario: str,
+    curves: Sequence[Curve],
+) -> Curve | None:
+    """Returns the curve that the others are measured against: the CPU's in fp32."""
+    found = _reference(report, columns[group[0][0]].run, scenario)
+    if found is None:
+        return None
+    run, losses = found
+    for (place, _, _), curve in zip(group, curves, strict=True):
+        if columns[place].run is run and columns[place].spec == _REFERENCE:
+            return curve
+    label = next(c.label for c in columns if c.run is run and c.spec == _REFERENCE)
+    return Curve(label, "", losses)
+
+
+def _legend(curve: Curve, base: Curve | None) -> _Legend:
+    apart = curve.apart()
+    return _Legend(
+        curve.label,
+        curve.style,
+        "was not resumed" if apart is None else str(apart),
+        "reference" if curve is base else _distance(curve, base),
+    )
 
 
 def _distance(curve: Curve, base: Curve | None) -> str:
     found = deviation(curve.losses, base.losses) if base else None
     if base is None or found is None:
-        return "no reference"
+        return "no reference has run"
     words = str(found)
     if len(curve.losses) != len(base.losses):
         words += f"; {len(curve.losses)} iterations, not {len(base.losses)}"

@@ -39,11 +39,13 @@ class Selection:
         backends: the specs, in order.
         required: those of them that have to be available.
         found: what the probe of each says.
+        absent: what the probes of the other backends say that cannot run here, by name.
     """
 
     backends: tuple[str, ...]
     required: tuple[str, ...]
     found: Mapping[str, Availability]
+    absent: Mapping[str, Availability]
 
 
 def available_specs() -> list[str]:
@@ -93,7 +95,10 @@ def selected(asked: Sequence[str], required: Sequence[str]) -> Selection:
     for spec, availability in found.items():
         if not availability.ok and spec not in required:
             raise BackendUnavailable(spec, availability.reason, availability.remedy)
-    return Selection(tuple(specs), tuple(dict.fromkeys(required)), found)
+    columns = {spec.partition(":")[0] for spec in specs}
+    others = {name: probe(name) for name in sorted(set(names()) - _NO_COLUMN - columns)}
+    absent = {name: availability for name, availability in others.items() if not availability.ok}
+    return Selection(tuple(specs), tuple(dict.fromkeys(required)), found, absent)
 
 
 def _check_exists(spec: str) -> None:

@@ -28,7 +28,14 @@ import torch
 
 from crosstrain.backends import BackendError, UnknownBackend, World, get, probe, random_state
 from crosstrain.ci.traces.recorder import TraceRecorder
-from crosstrain.engine import Events, Manifest, ResumeWarning, manual_seed, resume_or_start
+from crosstrain.engine import (
+    Events,
+    Manifest,
+    ResumeWarning,
+    ShardedBatch,
+    manual_seed,
+    resume_or_start,
+)
 from crosstrain.engine.checkpoints import list_checkpoints
 from crosstrain.engine.proof import Checks, Strictness
 from crosstrain.engine.spread import is_sharded
@@ -84,8 +91,12 @@ class _Reporter:
         state = trainer.state
         output: Any = state.output
         loss = _number(output)
+        batch = state.batch
+        if isinstance(batch, ShardedBatch):
+            # The first shard's part is the same whatever the number of processes.
+            batch = batch[0]
         found: dict[str, Any] = {
-            "batch": digest(state.batch),
+            "batch": digest(batch),
             "loss": digest(output) if loss is None else loss.hex(),
             "scalar": loss is not None,
             "skipped steps": getattr(state, "skipped_steps", 0),

@@ -65,6 +65,7 @@ class Play:
         self._lives: list[Life] = []
         self._used = 0
         self._takes_workers = True
+        self._devices = 0
 
     def __enter__(self) -> Self:
         return self
@@ -77,6 +78,7 @@ class Play:
         self._start(1)
         found = self._lives[0].probe(self.spec, self.target)
         self._takes_workers = found["takes_workers"]
+        self._devices = len(found["devices"])
         return found
 
     def need_workers(self) -> None:
@@ -89,6 +91,17 @@ class Play:
             raise NotApplicable(
                 f"{self.target} has no argument `workers`, so it cannot be run with other numbers "
                 "of them."
+            )
+
+    def need_processes(self, number: int) -> None:
+        """Makes sure that so many processes can train together.
+
+        Raises:
+            NotApplicable: if each takes a device of its own, and there are fewer.
+        """
+        if self.spec.partition(":")[0] != "cpu" and self._devices < number:
+            raise NotApplicable(
+                f"It takes {number} devices for as many processes, and there is {self._devices}."
             )
 
     def _start(self, number: int) -> None:
@@ -136,12 +149,13 @@ class Play:
         self._live(self.resumed, self._ordered("resumed", stop_at=at, **order))
         self.resumed.stops += 1
 
-    def kill(self, first: int, last: int, **order: Any) -> None:
+    def kill(self, first: int, last: int, together: int = 1, **order: Any) -> None:
         """Goes on, and is killed by SIGKILL at a random moment.
 
         Args:
             first: after which iteration at the earliest.
             last: after which iteration at the latest; it comes to one more at most.
+            together: how many processes train together, under torchrun.
             **order: what differs in this process.
 
         Raises:
@@ -154,16 +168,17 @@ class Play:
             )
         after = self._chance.randint(first, last)
         ordered = self._ordered("resumed", hold_at=after + 2, **order)
-        self._live(self.resumed, ordered, after)
+        self._live(self.resumed, ordered, after, together)
         self.resumed.kills += 1
 
-    def finish(self, **order: Any) -> None:
+    def finish(self, together: int = 1, **order: Any) -> None:
         """Goes on to the end.
 
         Args:
+            together: how many processes train together, under torchrun.
             **order: what differs in this process.
         """
-        self._live(self.resumed, self._ordered("resumed", **order))
+        self._live(self.resumed, self._ordered("resumed", **order), together=together)
 
     def verdict(self, **figures: int | float | str) -> Verdict:
         """Compares the runs bit for bit.
@@ -212,11 +227,20 @@ class Play:
         seed = len(self.resumed.resumed_from) if folder == "resumed" else 0
         return replace(self._order, folder=str(self._folder / folder), seed=seed, **order)
 
-    def _live(self, course: Course, order: Order, kill_after: int | None = None) -> None:
-        self._start(self._used + 1)
-        life = self._lives[self._used]
-        self._used += 1
-        for line in life.train(order):
+    def _live(
+        self, course: Course, order: Order, kill_after: int | None = None, together: int = 1
+    ) -> None:
+        if together > 1:
+            # They get their order when they are started.
+            errors = self._folder / f"processes-{len(course.resumed_from)}.txt"
+            life = self._stack.enter_context(Life(errors, order, together))
+            lines = life.train()
+        else:
+            self._start(self._used + 1)
+            life = self._lives[self._used]
+            self._used += 1
+            lines = life.train(order)
+        for line in lines:
             course.take(line)
             if kill_after is not None and line.get("iteration", 0) >= kill_after:
                 # Within this iteration's save or within the next two.

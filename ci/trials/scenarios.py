@@ -150,6 +150,14 @@ def _background(play: Play) -> Verdict:
     return play.verdict(checkpoint_every=1)
 
 
+def _elastic(play: Play) -> Verdict:
+    play.need_processes(4)
+    play.begin("in_shards")
+    play.kill(5, play.total // 2, together=2, every=2, background=True)
+    play.finish(together=4)
+    return play.verdict(processes="1; 2, then 4")
+
+
 def _port(play: Play) -> Verdict:
     other = "cpu:bf16" if play.spec == "cpu" else "cpu"
     play.begin()
@@ -207,6 +215,14 @@ _ALL = (
         "Which schedule there is is for the training to say.",
     ),
     Scenario("background", "killed while checkpoints are written", _ANY, _background),
+    Scenario(
+        "elastic",
+        "in logical shards, on another number of processes each time",
+        frozenset({"logical_shards"}),
+        _elastic,
+        1,
+        "How batches are dealt out is for the training to say.",
+    ),
     Scenario("port", "ported to another backend and back", _ANY, _port, 4),
 )
 

@@ -227,7 +227,8 @@ class Checkpoint:
         names = [item.filename for item in self._saved if item.filename != pending]
         if not names:
             return None
-        return self._saver.path_of(names[-1]) or names[-1]
+        path = self._saver.path_of(names[-1])
+        return path if isinstance(path, Path) else names[-1]
 
     def reset(self) -> None:
         """Forgets the saved files, so that none of them is removed; for engines that run anew."""

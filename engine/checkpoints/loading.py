@@ -11,7 +11,9 @@ from typing import Any
 
 from torch import distributed
 
+from crosstrain.engine.engine import Engine
 from crosstrain.engine.errors import warn_user
+from crosstrain.engine.nests import walk_objects
 from crosstrain.engine.proof import Checks, Proof
 from crosstrain.engine.ranks.line import has_ranks
 from crosstrain.engine.ranks.world import this_rank, world_size
@@ -62,10 +64,11 @@ def load_objects(
     path = Path(os.fspath(checkpoint)).expanduser()
     if is_in_parts(path):
         return load_parts(to_load, verified_parts(path), checks, **kwargs)
-    loaded = load_file(path)
+    goes_on = any(isinstance(value, Engine) for _, value in walk_objects(to_load))
+    loaded = load_file(path, mapped=True, names=None if goes_on else list(to_load))
     _tell_doubts(loaded)
     bare = None if loaded.manifest is None else loaded.manifest.bare
-    return restore(to_load, loaded.state, loaded.path, kwargs, checks, bare)
+    return restore(to_load, loaded.state, loaded.path, kwargs, checks, bare, loaded.mapped)
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> Any:

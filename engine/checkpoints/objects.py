@@ -30,8 +30,10 @@ from crosstrain.engine.storage.errors import (
     CheckpointMismatch,
     CheckpointWarning,
 )
+from crosstrain.engine.storage.mapped import Mapped
 from crosstrain.engine.structure import named, rebuild_groups, recordable
 
+from .in_place import copies_its_state, keeps_in_its_state
 from .model_part import ModelPart
 from .read_back import Difference, differences
 
@@ -148,6 +150,7 @@ def restore(
     kwargs: Mapping[str, Any],
     checks: Checks | None = None,
     bare: bool | None = None,
+    mapped: Mapped | None = None,
 ) -> Proof:
     """Gives objects their states: the engines last, since they go on from what all others are.
 
@@ -158,11 +161,14 @@ def restore(
         kwargs: arguments for the `load_state_dict` of modules.
         checks: how strict it is; None: as strict as an engine among the objects is.
         bare: whether the state is that of one object itself, where the file says so.
+        mapped: the file's memory, if tensors of the state lie in it; none does afterwards that an
+            object holds.
 
     Returns:
         What was checked; the proof of the first engine, if there is one.
 
     Raises:
+        CheckpointCorrupt: if somebody has written to the file meanwhile.
         CheckpointMismatch: if names are missing or too many, or an object refuses its state.
         ResumeError: if an object does not hold what it was given.
     """
@@ -185,16 +191,20 @@ def restore(
         _pair(to_load, state, (), pairs)
     except CheckpointMismatch as error:
         raise CheckpointMismatch(f"{source}: {error}. Nothing was loaded") from None
+    if mapped is not None:
+        mapped.own([its for _, one, its in pairs if not _takes_mapped(unwrap(one), kwargs)])
     for engine in engines:
         engine.proof = Proof()
         engine.checks = engine.checks if checks is None else checks
     rebuilt = introduce(to_load, state)
     strict = engines[0].checks if engines else checks or Checks()
     proof = engines[0].proof if engines else Proof()
-    load = _Load(source, kwargs, strict, proof, goes_on=bool(engines))
+    load = _Load(source, kwargs, strict, proof, goes_on=bool(engines), mapped=mapped)
     for name, value, its_state in sorted(pairs, key=lambda pair: isinstance(pair[1], Engine)):
         load.one(name, value, its_state)
     load.tell()
+    if mapped is not None:
+        mapped.check_unchanged()
     for engine in engines:
         if engine.proof is not proof:
             # To load a state begins a proof of its own.
@@ -207,6 +217,10 @@ def restore(
     for engine, what in rebuilt:
         engine.proof.checked.append(f"put back: {what}")
     return proof
+
+
+def _takes_mapped(target: Any, kwargs: Mapping[str, Any]) -> bool:
+    return copies_its_state(target, kwargs) or keeps_in_its_state(target)
 
 
 def _check_nothing_left(to_load: Mapping[str, Any], states: Mapping[str, Any], source: str) -> None:
@@ -267,6 +281,7 @@ class _Load:
         checks: how strict it is.
         proof: takes what was found.
         goes_on: whether a run goes on from what is loaded.
+        mapped: the file's memory, if tensors of the states lie in it.
     """
 
     source: str
@@ -274,6 +289,7 @@ class _Load:
     checks: Checks
     proof: Proof
     goes_on: bool
+    mapped: Mapped | None = None
     done: list[str] = field(default_factory=list[str])
     read: list[str] = field(default_factory=list[str])
 
@@ -285,6 +301,14 @@ class _Load:
             ResumeError: if it does not hold it then.
         """
         target = unwrap(value)
+        try:
+            self._one(name, target, state)
+        finally:
+            if self.mapped is not None and isinstance(target, torch.optim.Optimizer):
+                # It has taken the tensors themselves; its own of before are free by now.
+                self.mapped.own([*target.state.values(), *target.param_groups])
+
+    def _one(self, name: str, target: Any, state: Any) -> None:
         try:
             state = self._load(name, target, spread(target, state))
         except CheckpointMismatch:

@@ -27,7 +27,7 @@ from crosstrain.engine.storage.errors import (
 )
 from crosstrain.engine.storage.manifest import Manifest
 from crosstrain.engine.storage.parts_read import Parts
-from crosstrain.engine.storage.safe_load import load_file
+from crosstrain.engine.storage.safe_load import LoadedFile, load_file
 
 from .handler import Checkpoint
 from .layouts import PARTS, Told, doubt_of, layout_of, list_checkpoints, newest_time
@@ -169,7 +169,7 @@ class _Look:
     resume_from: str | os.PathLike[str] | None
     line: Line | None
     latest: Latest | None = None
-    _state: Any = None
+    _loaded: LoadedFile | None = None
     _parts: Parts | None = None
     _saved: tuple[Item, ...] = ()
     _left: Iterator[Told] = field(default_factory=lambda: iter(()))
@@ -239,8 +239,8 @@ class _Look:
         if layout_of(path) is PARTS:
             manifest: Manifest | None = Parts.open(path).manifest
         else:
-            loaded = load_file(path)
-            manifest, self._state = loaded.manifest, loaded.state
+            self._loaded = load_file(path, mapped=True)
+            manifest = self._loaded.manifest
         newest = 0 if manifest is None or not manifest.is_believable else manifest.saved_at_ns
         newest = max(answer.newest_ns, newest)
         return answer._replace(path=path.absolute(), manifest=manifest, newest_ns=newest)
@@ -254,7 +254,7 @@ class _Look:
             reason = doubt_of(told, self.objects)
             if reason is None and told.layout is not PARTS:
                 try:
-                    self._state = load_file(told.path).state
+                    self._loaded = load_file(told.path, mapped=True)
                 except CheckpointError as error:
                     reason = str(error)
             if reason is None:
@@ -291,8 +291,8 @@ class _Look:
         if answer.path is None:
             return
         if self._parts is None or layout_of(answer.path) is not PARTS:
-            loaded = load_file(answer.path)
-            manifest, self._state = loaded.manifest, loaded.state
+            self._loaded = load_file(answer.path, mapped=True)
+            manifest = self._loaded.manifest
         else:
             manifest = self._parts.manifest
         if manifest != answer.manifest:
@@ -323,8 +323,10 @@ class _Look:
                 assert self._parts is not None
                 load_parts(self.objects, self._parts, checks)
             else:
-                restore(self.objects, self._state, path, {}, checks, bare)
-        self._state = self._parts = None
+                assert self._loaded is not None
+                found = self._loaded
+                restore(self.objects, found.state, path, {}, checks, bare, found.mapped)
+        self._loaded = self._parts = None
 
     def own_files(self, iteration: int) -> list[Item]:
         """Returns the checkpoints that a run has saved up to an iteration: those it may remove.

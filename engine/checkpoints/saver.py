@@ -31,6 +31,7 @@ from crosstrain.engine.storage.manifest import Manifest, later_than, software_ve
 from crosstrain.engine.storage.parts_write import Staged, Writers, write_in_parts
 from crosstrain.engine.storage.safe_load import check_written
 from crosstrain.engine.storage.staging import HostBuffers, HostState, Snapshot, host_state, on_host
+from crosstrain.engine.storage.tree_hash import Tree
 
 from .layouts import FILE, PARTS, list_checkpoints, names_in, newest_time
 from .save_handler import BaseSaveHandler, RunFacts
@@ -121,7 +122,8 @@ class DiskSaver(BaseSaveHandler):
                     f"Directory path '{self.dirname}' is not found. Pass create_dir=True to make it"
                 )
             self._lock = FolderLock(self.dirname)
-            if self._lock.exclusive:
+            # What another saver of this process is writing looks the same.
+            if self._lock.exclusive and self._lock.first:
                 removed = remove_leftovers(self.dirname) + PARTS.remove_leftovers(self.dirname)
                 if removed:
                     _logger.info(
@@ -221,7 +223,27 @@ class DiskSaver(BaseSaveHandler):
             versions=self._versions,
         )
 
+    def _keep_folder(self) -> None:
+        """Makes sure that the folder is still this process's.
+
+        Raises:
+            CheckpointBusy: if another process saves there by now.
+            CheckpointWriteError: if that cannot be found out.
+        """
+        if self._lock is None:
+            return
+        try:
+            self._lock.renew()
+        except OSError as error:
+            raise CheckpointWriteError(
+                f"Nothing was saved into {self.dirname}, since its lock is lost: "
+                f"{error.strerror or error}",
+                error,
+                self.dirname,
+            ) from error
+
     def _save_file(self, checkpoint: Any, filename: str, run: RunFacts) -> None:
+        self._keep_folder()
         told = self._describe(checkpoint, filename, run)
         path = FILE.path_of(self.dirname, filename)
         if not self._background:
@@ -242,8 +264,8 @@ class DiskSaver(BaseSaveHandler):
             # torch asks only for write and flush.
             torch.save(host.state, file, **self.kwargs)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
-        def trailer(size: int, digest: str) -> tuple[bytes, int]:
-            encoded = replace(told, size=size, sha256=digest).encode()
+        def trailer(tree: Tree) -> tuple[bytes, int]:
+            encoded = told.with_tree(tree).encode()
             return encoded, len(encoded)
 
         def check(descriptor: int) -> None:
@@ -269,6 +291,7 @@ class DiskSaver(BaseSaveHandler):
         snapshot: Snapshot | None = None
         told: Manifest | None = None
         try:
+            self._keep_folder()
             told = replace(self._describe(checkpoint, path.name, run), bare=False, rank=0)
             staged, snapshot = self._stage(checkpoint, run)
         except Exception as caught:  # noqa: BLE001 - raised again when the others know of it

@@ -23,7 +23,7 @@ from crosstrain.backends import World
 from crosstrain.engine.digest import Attributes, Leaf, differences, digest, leaf_of, parts
 from crosstrain.engine.proof import Proof, Strictness
 
-__all__ = ["Held", "Noted", "compare", "hold", "is_comparable", "record"]
+__all__ = ["Held", "Noted", "compare", "compare_twice", "hold", "is_comparable", "record"]
 
 # A batch as it was fetched: its containers copied, and each tensor with its version.
 Held = tuple[Any, list[tuple[torch.Tensor, int]]]
@@ -177,6 +177,7 @@ def compare(
     suspects: Sequence[str],
     proof: Proof,
     strictness: Strictness,
+    note: str = "",
 ) -> None:
     """Compares the batch before, fetched once more, with what the state keeps of it.
 
@@ -188,6 +189,7 @@ def compare(
         suspects: generators that were found in the data, by name.
         proof: takes down what was found.
         strictness: how strict the check is.
+        note: what else is to be said of a difference.
 
     Raises:
         ResumeError: if it differs, and the check is strict.
@@ -195,9 +197,10 @@ def compare(
     difference, cause = _difference(before, held, indices, suspects)
     if difference is not None:
         proof.differs(
-            f"The data does not go on as it was: {place} was fetched once more, and {difference}. "
-            f"{cause} Go on with the data of the run that was saved. To go on regardless, with "
-            "other data than that run would have had: checks=Checks(batch_before='warn').",
+            f"The data does not go on as it was: {place} was fetched once more, and "
+            f"{difference}.{note} {cause} Go on with the data of the run that was saved. To go on "
+            "regardless, with other data than that run would have had: "
+            "checks=Checks(batch_before='warn').",
             strictness,
         )
         return
@@ -211,6 +214,44 @@ def compare(
         what.append(f"{before['indices']['count']} indices")
     if what:
         proof.checked.append(f"{place} fetched once more: its {' and '.join(what)}")
+
+
+def compare_twice(
+    first: Mapping[str, Any],
+    held: Held,
+    indices: Any,
+    place: str,
+    suspects: Sequence[str],
+    proof: Proof,
+    strictness: Strictness,
+) -> None:
+    """Compares a batch that was fetched twice from the same states, where it has no record.
+
+    What draws from something that no state tells gives another batch the second time.
+
+    Args:
+        first: what `record` returned of it the first time.
+        held: the batch, as it was the second time.
+        indices: what its sampler gave then.
+        place: which batch it is, for messages.
+        suspects: generators that were found in the data, by name.
+        proof: takes down what was found.
+        strictness: how strict the check is.
+
+    Raises:
+        ResumeError: if it differs, and the check is strict.
+    """
+    difference, cause = _difference(first, held, indices, suspects)
+    if difference is not None:
+        proof.differs(
+            f"The data will not go on as it was: {place} was fetched twice from the same states, "
+            f"and {difference}. {cause} Its state_dict, its samplers' attributes or the global "
+            "generators have to tell what it gives. To go on regardless, with other data than that "
+            "run would have had: checks=Checks(batch_before='warn').",
+            strictness,
+        )
+        return
+    proof.checked.append(f"{place} fetched twice from the same states: they tell what it is")
 
 
 def _difference(

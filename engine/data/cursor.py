@@ -14,7 +14,7 @@ from crosstrain.engine.errors import ResumeError
 from crosstrain.engine.proof import Proof, Strictness
 from crosstrain.engine.random_states import random_states_kept
 
-from .batch_before import Held, compare, is_comparable, record
+from .batch_before import Held, compare, compare_twice, hold, is_comparable, record
 from .flows import Dataflow, Iterate, NoData, ReplayedFlow, SequenceFlow, StatefulFlow
 from .generators import is_stateful
 from .mapflow import MapFlow
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 __all__ = ["Cursor", "dataflow_of"]
 
 _NONE: Final = object()
+_HANDLERS_CHANGE: Final = (
+    " It is of the epoch before, and there are handlers of EPOCH_STARTED: if they change the data "
+    "for their epoch, and all of it, the run goes on as it was all the same."
+)
 
 
 class Cursor:
@@ -150,6 +154,21 @@ class Cursor:
             return {"reason": "the state was written before the run had fetched a batch"}
         return record(last, plain_indices(self._last_indices), world_of(self._backend))
 
+    def watch(self, data: Any) -> None:
+        """Notes what data is like before handlers change it.
+
+        Args:
+            data: what is opened next.
+        """
+        before = self._flow
+        if data is not None and (before is None or before.data is not own_data(data)):
+            self._prepared = self._prepared_for(data)
+
+    def _prepared_for(self, data: Any) -> Dataflow:
+        """Returns the dataflow that was made for data already, or a new one."""
+        flow = self._prepared
+        return self._flow_of(data) if flow is None or flow.data is not own_data(data) else flow
+
     def prepare(self, position: Mapping[str, Any], data: Any) -> None:
         """Sets what handlers see of data to what it was when a position in it was written.
 
@@ -157,7 +176,7 @@ class Cursor:
             position: what `position` returned; `go_to` is given it next.
             data: the data.
         """
-        flow = self._flow_of(data)
+        flow = self._prepared_for(data)
         if _is_data(position, flow.fingerprint()):
             flow.prepare(position["flow"])
             self._prepared = flow
@@ -169,6 +188,7 @@ class Cursor:
         key: StreamKey,
         proof: Proof,
         strictness: Strictness = "error",
+        other: str | None = None,
     ) -> None:
         """Opens data at a position; leaves the global generators in any state.
 
@@ -181,14 +201,13 @@ class Cursor:
             key: the run's seed and streams.
             proof: takes down what the comparison found.
             strictness: how strict the comparison is.
+            other: why the batch before may be another one now; None: it may not.
 
         Raises:
             ValueError: if it is not the data that the position is in.
             ResumeError: if the batch before is another, and that is an error.
         """
-        flow, self._prepared = self._prepared, None
-        if flow is None or flow.data is not own_data(data):
-            flow = self._flow_of(data)
+        flow, self._prepared = self._prepared_for(data), None
         _check_data(position, flow.fingerprint())
         self._flow = flow
         self._pass, self._exchanges = position["pass"], position["exchanges"]
@@ -196,13 +215,120 @@ class Cursor:
         before: Any = position.get("before")
         again = 0
         if strictness != "off":
-            reason = is_comparable(before, world_of(self._backend))
+            reason = other or is_comparable(before, world_of(self._backend))
             again = int(reason is None)
             if reason is not None:
                 proof.unchecked.append(f"the batch before: {reason}")
+                self._rehearse(key, position["flow"], proof, strictness)
         self._open_flow(key, position["flow"], again)
         if again:
             self._compare(before, proof, strictness)
+            # Fetching may have changed it.
+            flow.give_dataset(position["flow"], "now")
+            if position["flow"].get("dataset", {}).get("now"):
+                # It may have come from what the dataset keeps: the next one need not.
+                self._rehearse(key, position["flow"], proof, strictness, 0)
+                self._open_flow(key, position["flow"])
+
+    def rehearse(self, data: Any, key: StreamKey, proof: Proof, strictness: Strictness) -> None:
+        """Fetches the first batch of data that is opened next twice, and compares.
+
+        Args:
+            data: the data.
+            key: the run's seed and streams.
+            proof: takes down what the comparison found.
+            strictness: how strict the comparison is.
+
+        Raises:
+            ResumeError: if the two differ, and that is an error.
+        """
+        before = self._flow
+        self._flow = self._prepared = self._prepared_for(data)
+        self._rehearse(key, None, proof, strictness)
+        self._flow, self.opened = before, False
+
+    def _rehearse(
+        self,
+        key: StreamKey,
+        state: Mapping[str, Any] | None,
+        proof: Proof,
+        strictness: Strictness,
+        again: int | None = None,
+    ) -> None:
+        """Fetches a batch twice from the same states: what draws from elsewhere is found."""
+        flow = self._flow
+        assert flow is not None
+        repeatable = flow.rehearsal(self.consumed, state)
+        again = repeatable if again is None or repeatable is None else again
+        if again is None or strictness == "off":
+            return
+        found: list[tuple[Held, Any]] = []
+        for _ in range(2):
+            kept = flow.kept()
+            self._open_flow(key, state, again)
+            self._last = self._last_indices = None
+            item = next(self, _NONE)
+            if item is _NONE and self.consumed:
+                item = self._first_of_next(key)
+            if item is not _NONE:
+                held = hold(item) if self._last is None else self._last
+                found.append((held, plain_indices(self._last_indices)))
+            self._iterator = iter(())
+            flow.put_back(kept)
+        self._last = self._last_indices = self.share = None
+        if len(found) == 2:
+            place = f"batch {self.consumed + 1 - again} of pass {self._pass + 1}"
+            first = record(*found[0], world_of(self._backend))
+            compare_twice(first, *found[1], place, flow.suspects(), proof, strictness)
+
+    def _first_of_next(self, key: StreamKey) -> Any:
+        """Returns the first batch of the next pass, where the one that is opened has ended."""
+        here = self._pass, self.consumed
+        self._pass, self.consumed = self._pass + 1, 0
+        self._open_flow(key, None)
+        item = next(self, _NONE)
+        self._pass, self.consumed = here
+        return item
+
+    def check_before(
+        self, position: Mapping[str, Any], data: Any, key: StreamKey, proof: Proof
+    ) -> bool:
+        """Compares the batch before a position at an epoch's beginning, before handlers run.
+
+        What handlers of that beginning have changed by then is not to be told from what went wrong:
+        a difference is a warning.
+
+        Args:
+            position: what `position` returned; `prepare` and `go_to` are given it next.
+            data: the data.
+            key: the run's seed and streams.
+            proof: takes down what the comparison found.
+
+        Returns:
+            Whether there was something to compare.
+        """
+        flow = self._prepared_for(data)
+        before: Any = position.get("before")
+        if not _is_data(position, flow.fingerprint()):
+            return False
+        if is_comparable(before, world_of(self._backend)) is not None:
+            return False
+        kept = flow.kept()
+        self._flow, self._prepared = flow, flow
+        self._pass, self.consumed = position["pass"], position["batch"]
+        self._open_flow(key, position["flow"], 1)
+        self._compare(before, proof, "warn", _HANDLERS_CHANGE)
+        self._iterator = iter(())
+        flow.put_back(kept)
+        self._flow = None
+        self.fetched = self.consumed = self._pass = 0
+        self.opened = False
+        self._last = self._last_indices = None
+        return True
+
+    def lost(self) -> list[str]:
+        """Returns the names of what has changed of the dataset and is too large to save."""
+        return [] if self._flow is None else self._flow.lost()
 
     def fits(self, position: Mapping[str, Any], data: Any) -> bool:
         """Tells whether data is of the kind and the lengths of that which a position is in."""
@@ -221,7 +347,9 @@ class Cursor:
         self.consumed, self.opened = position["batch"], True
         self.open(data, key)
 
-    def _compare(self, before: Mapping[str, Any], proof: Proof, strictness: Strictness) -> None:
+    def _compare(
+        self, before: Mapping[str, Any], proof: Proof, strictness: Strictness, note: str = ""
+    ) -> None:
         flow = self._flow
         assert flow is not None
         place = f"batch {self.consumed} of pass {self._pass + 1}"
@@ -230,7 +358,7 @@ class Cursor:
         self.fetched, self._ended, self.share = self.consumed, not found, None
         last, indices = (self._last, plain_indices(self._last_indices)) if found else (None, None)
         try:
-            compare(before, last, indices, place, flow.suspects(), proof, strictness)
+            compare(before, last, indices, place, flow.suspects(), proof, strictness, note)
         except ResumeError:
             # The right data may be given to the next run.
             flow.close()
@@ -248,11 +376,16 @@ class Cursor:
         if before is None or before.data is not own_data(data):
             if before is not None:
                 before.close()
-            self._flow = self._flow_of(data)
+            # One that is there knows what the data was made with, and what has changed since.
+            self._flow = self._prepared_for(data)
+        self._prepared = None
         assert self._flow is not None
         if self.opened and before is not None:
             # Other data of the same kind, given to the second half of a run, goes on as well.
             state = before.state() if before.fingerprint() == self._flow.fingerprint() else None
+            if state is not None and before is not self._flow:
+                # This dataset is as it was given.
+                state = {name: value for name, value in state.items() if name != "dataset"}
         self._open(key, state, not self.opened)
 
     def open_next_pass(self, data: Any, key: StreamKey) -> None:

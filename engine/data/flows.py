@@ -10,13 +10,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain, islice, repeat
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
+from crosstrain.backends import random_state
+from crosstrain.engine.digest import digest
 from crosstrain.engine.errors import ResumeWarning, warn_user
 from crosstrain.engine.loader_workers import workers_left_alone
 from crosstrain.engine.progress import data_length
 
 from .apart import Apart
+from .attributes import Attributes
 from .batch_before import Held, Noted
 from .generators import OwnStates
 from .sampling import is_loader, rebuilt
@@ -26,6 +29,8 @@ from .streams import StreamKey
 __all__ = ["Dataflow", "Iterate", "NoData", "ReplayedFlow", "SequenceFlow", "StatefulFlow"]
 
 Iterate = Callable[[Any], Iterator[Any]]
+
+_BEHIND: Final = "data with a state of its own goes on behind it"
 
 
 class Dataflow:
@@ -45,6 +50,11 @@ class Dataflow:
 
     def __init__(self, data: Any) -> None:
         self.data = data
+        # What handlers change of the dataset, which no state_dict has.
+        self._attributes = Attributes(data.dataset if is_loader(data) else data)
+        self._dataset_at_opening: dict[str, Any] = {}
+        # Whether handlers have seen the dataset as it was, and may have changed it since.
+        self._dataset_prepared = False
         #: The batches that were fetched and not given yet, held; a backend may fetch ahead.
         self.held: deque[Held] = deque()
 
@@ -85,6 +95,54 @@ class Dataflow:
         Args:
             state: what `state` returned; `open` is given it next.
         """
+
+    def give_dataset(self, state: Mapping[str, Any] | None, when: str) -> None:
+        """Sets the dataset's attributes that had changed; none for a state of an older version.
+
+        Args:
+            state: what `state` returned; None does nothing.
+            when: `opening`: as they were when the pass was opened; `now`: as the state was written.
+        """
+        if state is not None and "dataset" in state:
+            self._attributes.give(state["dataset"][when])
+
+    def _prepare_dataset(self, state: Mapping[str, Any]) -> None:
+        """Sets the dataset to what it was, before handlers change it: they have the last word."""
+        self.give_dataset(state, "now")
+        self._dataset_prepared = True
+
+    def _open_dataset(self, state: Mapping[str, Any] | None, when: str) -> None:
+        """Sets the dataset to what it was, as a pass is opened, if handlers were not to do more."""
+        if not self._dataset_prepared:
+            self.give_dataset(state, when)
+        self._dataset_prepared = False
+
+    def dataset_state(self) -> dict[str, Any]:
+        """Returns the dataset's attributes that have changed, for the dataflow's state."""
+        return {"opening": self._dataset_at_opening, "now": self._attributes.take()}
+
+    def lost(self) -> list[str]:
+        """Returns the names of what has changed of the dataset and is too large to save."""
+        return self._attributes.lost()
+
+    def rehearsal(self, batch: int, state: Mapping[str, Any] | None) -> int | None:
+        """Tells which batch can be fetched twice to see whether the states tell what follows.
+
+        Args:
+            batch: how many batches of the pass were taken.
+            state: what `open` is given.
+
+        Returns:
+            0: the next one; 1: the one before; None: neither can.
+        """
+        return None
+
+    def kept(self) -> Any:
+        """Returns what opening a pass moves, to be put back after a rehearsal."""
+        return None
+
+    def put_back(self, kept: Any) -> None:
+        """Puts back what `kept` returned."""
 
     def end(self, batches: int, ended: bool) -> None:
         """Leaves the pass, after which another is opened.
@@ -146,6 +204,10 @@ class SequenceFlow(Dataflow):
         batches = (data[index] for index in range(batch - again, len(data)))
         return self._iterate(Noted(batches, self.held.append))
 
+    def rehearsal(self, batch: int, state: Mapping[str, Any] | None) -> int | None:
+        """Returns which batch is fetched twice: the one before, or the first."""
+        return min(batch, 1)
+
 
 class ReplayedFlow(Dataflow):
     """Iterable data without a state: batches before the wanted one are fetched and thrown away.
@@ -179,6 +241,8 @@ class ReplayedFlow(Dataflow):
         Raises:
             RuntimeError: if there are not that many batches.
         """
+        self._open_dataset(state, "opening")
+        self._dataset_at_opening = self._attributes.take()
         if state is not None:
             self._own.give(state)
         self._at_opening = self._own.take()
@@ -192,27 +256,30 @@ class ReplayedFlow(Dataflow):
         self.held = deque()
         if batch == 0 or continues:
             return Noted(iterator, self.held.append)
-        name = type(self.data).__name__
-        warn_user(
-            f"{name} offers no state_dict/load_state_dict, so its first {batch} batches are "
-            "fetched and thrown away to go on after them. Give it both (torchdata's protocol), or "
-            "use a DataLoader over a map-style dataset.",
-            ResumeWarning,
-        )
-        skipped = sum(1 for _ in islice(iterator, batch - again))
-        first = list(islice(iterator, again))
-        skipped += len(first)
-        if skipped < batch:
-            raise RuntimeError(
-                f"The data ({name}) gave {skipped} batches, but the run to go on with had taken "
-                f"{batch} of this pass. Give run() the data that it had; an iterator must be a new "
-                "one, at its beginning."
-            )
-        return Noted(chain(first, iterator), self.held.append)
+        why = "offers no state_dict/load_state_dict that take no further arguments"
+        return Noted(_after(iterator, batch, again, self.data, why), self.held.append)
 
     def state(self) -> dict[str, Any]:
         """Returns the states that the data's own generators had when this pass was opened."""
-        return self._at_opening
+        return {**self._at_opening, "dataset": self.dataset_state()}
+
+    def rehearsal(self, batch: int, state: Mapping[str, Any] | None) -> int | None:
+        """Returns that the first batch is fetched twice: others would take fetching all before."""
+        return 0 if batch == 0 and self.unrepeatable is None else None
+
+    def kept(self) -> Any:
+        """Returns the states of the data's own generators, and what has changed of it."""
+        return self._own.take(), self._attributes.take(), self._dataset_prepared
+
+    def put_back(self, kept: Any) -> None:
+        """Puts back what `kept` returned."""
+        states, attributes, self._dataset_prepared = kept
+        self._own.give(states)
+        self._attributes.give(attributes)
+
+    def prepare(self, state: Mapping[str, Any]) -> None:
+        """Sets what has changed of the dataset."""
+        self._prepare_dataset(state)
 
     def fingerprint(self) -> dict[str, Any]:
         """Returns the numbers of batches and workers: each worker has its own part of the data."""
@@ -220,10 +287,45 @@ class ReplayedFlow(Dataflow):
         return found if self._loader is None else {**found, "workers": self._loader.num_workers}
 
 
+def _after(iterator: Iterator[Any], batch: int, again: int, data: Any, why: str) -> Iterator[Any]:
+    """Returns the rest of an iterator: what comes before is fetched and thrown away.
+
+    Args:
+        iterator: over a pass of the data.
+        batch: how many of its batches to leave out.
+        again: how many of those, 0 or 1, are to be fetched once more.
+        data: the data, for messages.
+        why: why it is not entered there.
+
+    Raises:
+        RuntimeError: if there are not that many batches.
+    """
+    name = type(data).__name__
+    warn_user(
+        f"{name} {why}, so its first {batch} batches are fetched and thrown away to go on after "
+        "them. Give it both, with a state that tells its position (torchdata's protocol), or use a "
+        "DataLoader over a map-style dataset.",
+        ResumeWarning,
+    )
+    skipped = sum(1 for _ in islice(iterator, batch - again))
+    first = list(islice(iterator, again))
+    skipped += len(first)
+    if skipped < batch:
+        raise RuntimeError(
+            f"The data ({name}) gave {skipped} batches, but the run to go on with had taken "
+            f"{batch} of this pass. Give run() the data that it had; an iterator must be a new "
+            "one, at its beginning."
+        )
+    return chain(first, iterator)
+
+
 class StatefulFlow(Dataflow):
     """Iterable data with `state_dict` and `load_state_dict`: asked for its state, and given it.
 
-    It is not fetched ahead: its state would be that of a batch that has not been used yet.
+    It is not fetched ahead: its state would be that of a batch that has not been used yet. Where a
+    state is the same as when the pass was opened, although batches were taken, it does not tell a
+    position (some keep where their pass began): the data is then entered there, and the batches
+    taken since are fetched and thrown away.
 
     Args:
         data: what is iterated over.
@@ -231,10 +333,10 @@ class StatefulFlow(Dataflow):
     """
 
     kind = "iterable data with a state"
-    unrepeatable = "data with a state of its own goes on behind it"
 
     def __init__(self, data: Any, owner: Any) -> None:
         super().__init__(data)
+        self.unrepeatable = _BEHIND
         self._source, self._owner = data, owner
         if data is owner and is_loader(data):
             # A twin, whose workers can be stopped without touching the user's loader.
@@ -245,14 +347,25 @@ class StatefulFlow(Dataflow):
         # With workers of its own it draws in them.
         self.apart = not getattr(data, "num_workers", 0)
         self._apart: Apart | None = None
+        # Generators that the data holds, whether its state has them or not.
+        self._own = OwnStates(data=owner)
+        # As the pass was opened, and how many batches were taken since.
+        self._at_opening: dict[str, Any] | None = None
+        self._since = 0
 
     def open(
         self, key: StreamKey, batch: int, state: Mapping[str, Any] | None, again: int = 0
     ) -> Iterator[Any]:
         """Returns an iterator over a pass from a batch on, by the data's own state."""
         self._closed_state, self._ended, self._apart = None, False, None
+        self._at_opening, self._since = None, 0
+        self.held = deque()
         if state is not None:
+            self._open_dataset(state, "opening" if "replay" in state else "now")
+            if "own" in state:
+                self._own.give(state["own"])
             self._owner.load_state_dict(state["data"])
+        self._dataset_at_opening = self._attributes.take()
         if state is not None and state["ended"]:
             # What is left of the pass is nothing, and the data's state is that before the next one.
             if is_loader(self._owner):
@@ -264,13 +377,37 @@ class StatefulFlow(Dataflow):
             return iter(())
         with workers_left_alone(self._source):
             self._iterator = iter(self._source)
-        if not self.apart:
-            return self._watched(self._iterator)
-        self._apart = Apart(self._iterator, None if state is None else state.get("random"))
-        return self._watched(self._apart)
+        iterator = self._iterator
+        if self.apart:
+            iterator = Apart(iterator, None if state is None else state.get("random"))
+            self._apart = iterator
+        self._note_opening()
+        replayed = 0 if state is None else state.get("replay", 0)
+        if replayed:
+            why = "has a state_dict that does not tell its position"
+            iterator = _after(iterator, replayed, again, self.data, why)
+            self._since = replayed - again
+        return Noted(self._watched(iterator), self.held.append)
+
+    def _note_opening(self) -> None:
+        with random_state.preserved():
+            try:
+                told = digest(self._owner.state_dict())
+            except Exception:  # noqa: BLE001  before its first batch, data may refuse in any way
+                return
+        self._at_opening = {"told": told, **self._beside()}
+
+    def _beside(self) -> dict[str, Any]:
+        """Returns the random states that the data draws from, beside its own state."""
+        found: dict[str, Any] = {"random": None if self._apart is None else self._apart.states()}
+        if self._own.generators:
+            found["own"] = self._own.take()
+        return found
 
     def _watched(self, iterator: Iterator[Any]) -> Iterator[Any]:
-        yield from iterator
+        for item in iterator:
+            self._since += 1
+            yield item
         self._ended = True
 
     def state(self) -> dict[str, Any]:
@@ -284,8 +421,44 @@ class StatefulFlow(Dataflow):
             # torchdata's pipelines: loaded at a pass's end, they begin the next one at once.
             has_next: Any = getattr(self._iterator, "has_next", lambda: True)
             found = not (has_next() if self._apart is None else self._apart.call(has_next))
-        random = None if self._apart is None else self._apart.states()
-        return {"data": self._owner.state_dict(), "ended": self._ended or found, "random": random}
+        state = {
+            "data": self._owner.state_dict(),
+            "ended": self._ended or found,
+            "dataset": self.dataset_state(),
+            **self._beside(),
+        }
+        opening = self._at_opening
+        self.unrepeatable = _BEHIND
+        if opening is not None and self._since and not state["ended"]:
+            stays = digest(state["data"]) == opening["told"]
+            if stays:
+                self.unrepeatable = None
+                state.update(opening, replay=self._since)
+                del state["told"]
+        return state
+
+    def prepare(self, state: Mapping[str, Any]) -> None:
+        """Gives data its state before handlers run: one may set this data anew, or look at it."""
+        self._prepare_dataset(state)
+        if is_loader(self._owner) or hasattr(self._owner, "restart_on_stop_iteration"):
+            # Theirs is taken when they are iterated over, and once only.
+            return
+        if "own" in state:
+            self._own.give(state["own"])
+        self._owner.load_state_dict(state["data"])
+
+    def rehearsal(self, batch: int, state: Mapping[str, Any] | None) -> int | None:
+        """Returns that the next batch is fetched twice, if there is a state to go back to."""
+        return None if state is None else 0
+
+    def kept(self) -> Any:
+        """Returns what has changed of the dataset."""
+        return self._attributes.take(), self._dataset_prepared
+
+    def put_back(self, kept: Any) -> None:
+        """Puts back what `kept` returned."""
+        attributes, self._dataset_prepared = kept
+        self._attributes.give(attributes)
 
     def close(self) -> None:
         """Keeps the data's state: asked without an iterator, some loaders would make a new one."""

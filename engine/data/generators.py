@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections.abc import Iterator, Mapping
 from itertools import islice
@@ -14,9 +15,23 @@ from torch.utils.data import Dataset, Sampler
 from crosstrain.backends import random_state
 from crosstrain.engine.guards import is_collection
 
-__all__ = ["OwnStates", "Raw", "differing", "generators_in", "is_stateful"]
+__all__ = [
+    "GENERATORS",
+    "TRANSFORMS",
+    "OwnStates",
+    "Raw",
+    "copied",
+    "differing",
+    "generator_state",
+    "generators_in",
+    "is_stateful",
+    "packed",
+    "same",
+    "set_generator_state",
+    "unpacked",
+]
 
-_KINDS: Final = (
+GENERATORS: Final = (
     torch.Generator,
     random.Random,
     numpy.random.Generator,
@@ -31,7 +46,7 @@ _GLOBAL: Final = (
     getattr(random.seed, "__self__", None),
     getattr(numpy.random.mtrand, "_rand", None),
 )
-_TRANSFORMS: Final = ("transform", "transforms", "target_transform", "collate_fn")
+TRANSFORMS: Final = ("transform", "transforms", "target_transform", "collate_fn")
 
 
 def generators_in(
@@ -50,14 +65,14 @@ def generators_in(
         `torch.Generator`, `random.Random`, `numpy.random.Generator` and `RandomState` objects.
     """
     found: dict[str, Any] = {}
-    _collect(thing, name, (*through, list, tuple, *_KINDS), _DEPTH, found)
+    _collect(thing, name, (*through, list, tuple, *GENERATORS), _DEPTH, found)
     return found
 
 
 def _collect(
     thing: Any, name: str, through: tuple[type, ...], depth: int, found: dict[str, Any]
 ) -> None:
-    if isinstance(thing, _KINDS):
+    if isinstance(thing, GENERATORS):
         if not any(thing is known for known in (*_GLOBAL, *found.values())):
             found[name] = thing
     elif depth > 0:
@@ -73,7 +88,7 @@ def _parts(thing: Any, through: tuple[type, ...]) -> Iterator[tuple[str, Any]]:
         return
     attributes: dict[str, Any] = getattr(thing, "__dict__", {})
     for name, value in attributes.items():
-        if isinstance(value, through) or name in _TRANSFORMS:
+        if isinstance(value, through) or name in TRANSFORMS:
             yield f".{name}", value
 
 
@@ -126,14 +141,14 @@ class OwnStates:
         self._changed |= {
             place
             for place, value in attributes.items()
-            if place not in self._made or not _same(value, self._made[place])
+            if place not in self._made or not same(value, self._made[place])
         }
         return {
-            "generators": {name: _state_of(value) for name, value in self.generators.items()},
+            "generators": {name: generator_state(value) for name, value in self.generators.items()},
             "epochs": {name: owner.epoch for name, owner in self._epochs.items()},
             "states": {name: owner.state_dict() for name, owner in self._stateful.items()},
             "attributes": {
-                name: _packed(value)
+                name: packed(value)
                 for (kind, name), value in attributes.items()
                 if (kind, name) in self._changed
             },
@@ -165,7 +180,7 @@ class OwnStates:
                 if stateful or kind != "states":
                     _set_state(kind, owners[name], state)
         given = {
-            ("attribute", name): _unpacked(value)
+            ("attribute", name): unpacked(value)
             for name, value in states.get("attributes", {}).items()
         }
         self._changed |= set(given)
@@ -199,7 +214,7 @@ class OwnStates:
             if (kind, name) not in raw:
                 self._set_attribute(name)
         for (kind, name), value in raw.items():
-            self._put(kind, name, _copy(value) if copies else value)
+            self._put(kind, name, copied(value) if copies else value)
 
     def put_some(self, raw: Raw) -> None:
         """Sets some of what `raw` returned."""
@@ -235,7 +250,7 @@ class OwnStates:
                     continue
                 if _is_plain(value):
                     place = ("attribute", f"{name}.{attribute}")
-                    found[place] = _copy(value) if copies else value
+                    found[place] = copied(value) if copies else value
         return found
 
 
@@ -243,7 +258,7 @@ def differing(one: Raw, other: Raw) -> set[tuple[str, str]]:
     """Returns the places at which two raw states differ."""
     places = {*one, *other}
     missing = {place for place in places if place not in one or place not in other}
-    return missing | {p for p in places - missing if not _same(one[p], other[p])}
+    return missing | {p for p in places - missing if not same(one[p], other[p])}
 
 
 def _samplers_in(owners: Mapping[str, Any]) -> dict[str, Any]:
@@ -256,7 +271,9 @@ def _samplers_in(owners: Mapping[str, Any]) -> dict[str, Any]:
 
 def _look_for_samplers(name: str, thing: Any, depth: int, found: dict[str, Any]) -> None:
     known = any(thing is one for one in found.values())
-    if known or depth == 0 or not _is_sampler(thing) or not hasattr(thing, "__dict__"):
+    # A loader takes any iterable for a sampler.
+    samples = _is_sampler(thing) or name in ("sampler", "batch_sampler")
+    if known or depth == 0 or not samples or not hasattr(thing, "__dict__"):
         return
     found[name] = thing
     for attribute, value in vars(thing).items():
@@ -293,18 +310,20 @@ def _is_plain(value: Any, depth: int = 3) -> bool:
     return len(value) <= _MANY and all(_is_plain(one, depth - 1) for one in value)
 
 
-def _copy(value: Any) -> Any:
+def copied(value: Any) -> Any:
+    """Returns a copy of a plain value."""
     if isinstance(value, torch.Tensor):
         return value.clone()
     if isinstance(value, (list, tuple)):
         many: Any = value
-        return type(many)(_copy(one) for one in many)
+        return type(many)(copied(one) for one in many)
     if isinstance(value, dict):
-        return {key: _copy(one) for key, one in value.items()}
+        return {key: copied(one) for key, one in value.items()}
     return value.copy() if isinstance(value, numpy.ndarray) else value
 
 
-def _same(one: Any, other: Any) -> bool:
+def same(one: Any, other: Any) -> bool:
+    """Tells whether two plain values are of one type, and equal."""
     if type(one) is not type(other):
         return False
     if isinstance(one, torch.Tensor):
@@ -312,13 +331,13 @@ def _same(one: Any, other: Any) -> bool:
     if isinstance(one, numpy.ndarray):
         return one.dtype == other.dtype and numpy.array_equal(one, other)
     if isinstance(one, dict):
-        return list(one) == list(other) and all(_same(one[key], other[key]) for key in one)
+        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
     if isinstance(one, (list, tuple)) and one and not isinstance(one[0], _SCALARS):
-        return len(one) == len(other) and all(map(_same, one, other))
+        return len(one) == len(other) and all(map(same, one, other))
     return bool(one == other)
 
 
-def _packed(value: Any) -> dict[str, Any]:
+def packed(value: Any) -> dict[str, Any]:
     """Returns a plain attribute as what loads without pickle, and in few words."""
     if isinstance(value, numpy.ndarray):
         found: Any = random_state.without_arrays({"values": value.view(f"u{value.itemsize}")})
@@ -328,10 +347,11 @@ def _packed(value: Any) -> dict[str, Any]:
             return {"kind": "list", "values": torch.tensor(value, dtype=torch.int64)}
         except (OverflowError, RuntimeError):
             pass  # Numbers of more than 64 bits.
-    return {"kind": "plain", "values": _copy(value)}
+    return {"kind": "plain", "values": copied(value)}
 
 
-def _unpacked(packed: Mapping[str, Any]) -> Any:
+def unpacked(packed: Mapping[str, Any]) -> Any:
+    """Returns the plain attribute that `packed` was given."""
     values = packed["values"]
     if packed["kind"] == "array":
         dtype = numpy.dtype(packed["dtype"])
@@ -363,11 +383,31 @@ def _is_sampler(thing: Any) -> bool:
 
 
 def is_stateful(thing: Any) -> bool:
-    """Tells whether an object has `state_dict` and `load_state_dict`."""
-    return all(callable(getattr(thing, name, None)) for name in ("state_dict", "load_state_dict"))
+    """Tells whether an object has `state_dict` and `load_state_dict`, which take what ours give.
+
+    Some streaming datasets want to be told how many samples were taken: theirs is no state that
+    they know themselves.
+    """
+    methods = [getattr(thing, name, None) for name in ("state_dict", "load_state_dict")]
+    if not all(map(callable, methods)):
+        return False
+    return _takes(methods[0], 0) and _takes(methods[1], 1)
 
 
-def _state_of(generator: Any) -> Any:
+def _takes(method: Any, count: int) -> bool:
+    try:
+        signature = inspect.signature(method)
+    except (TypeError, ValueError):
+        return True  # Written in C: it does not tell.
+    try:
+        signature.bind(*(None,) * count)
+    except TypeError:
+        return False
+    return True
+
+
+def generator_state(generator: Any) -> Any:
+    """Returns the state of a random generator, as tensors and plain types."""
     if isinstance(generator, torch.Generator):
         return generator.get_state()
     if isinstance(generator, random.Random):
@@ -383,7 +423,13 @@ def _set_state(kind: str, owner: Any, state: Any) -> None:
         owner.set_epoch(state)
     elif kind == "states":
         owner.load_state_dict(state)
-    elif isinstance(owner, torch.Generator):
+    else:
+        set_generator_state(owner, state)
+
+
+def set_generator_state(owner: Any, state: Any) -> None:
+    """Sets the state of a random generator to what `generator_state` returned."""
+    if isinstance(owner, torch.Generator):
         owner.set_state(state.cpu())
     elif isinstance(owner, random.Random):
         version, words, gauss = state

@@ -68,6 +68,8 @@ class MapFlow(Dataflow):
             "dataset": _keyed(data.dataset, batched),
             "batch_sampler" if batched else "sampler": self._sampler,
             "generator": self._base,
+            # Workers that outlive a pass would not have what handlers change of the dataset.
+            "persistent_workers": False,
         }
         if "in_order" in vars(data):
             changes["in_order"] = True
@@ -88,6 +90,11 @@ class MapFlow(Dataflow):
         Raises:
             ValueError: if the state has a generator that the loader lacks, or the other way round.
         """
+        workers = self._loader.num_workers > 0
+        prepared = self._dataset_prepared
+        # Workers have the dataset as it is when they start, and do not see what changes later.
+        self._open_dataset(state, "opening" if workers else "now")
+        self._dataset_at_opening = self._attributes.take()
         seen = self._own.raw()
         if state is not None:
             self._own.give(state)
@@ -107,6 +114,8 @@ class MapFlow(Dataflow):
         self.held = deque()
         # What is held is what lies on the host: before the backend has moved it.
         batches = _iterator_of(self._loader, self._sampler)
+        if not prepared:
+            self.give_dataset(state, "now")
         if self._loader.num_workers == 0:
             return self._iterate(Secluded(batches, self.held.append, key.streams))
         return self._iterate(Noted(batches, self.held.append))
@@ -134,7 +143,8 @@ class MapFlow(Dataflow):
         now = None
         if self._left is not None and not differing(self._own.raw(), self._left[1]):
             now = self._left[0]
-        return {**self._at_opening, "now": self._own.take() if now is None else now}
+        now = self._own.take() if now is None else now
+        return {**self._at_opening, "now": now, "dataset": self.dataset_state()}
 
     def prepare(self, state: Mapping[str, Any]) -> None:
         """Sets the samplers to what they were when a state was written, before handlers run.
@@ -145,6 +155,22 @@ class MapFlow(Dataflow):
         if "now" in state:
             self._own.give(state["now"], False)
             self._prepared = True
+        self._prepare_dataset(state)
+
+    def rehearsal(self, batch: int, state: Mapping[str, Any] | None) -> int | None:
+        """Returns which batch is fetched twice: the one before, or the first."""
+        return min(batch, 1)
+
+    def kept(self) -> Any:
+        """Returns the samplers' states, and what has changed of the dataset."""
+        prepared = self._prepared, self._dataset_prepared
+        return self._own.take(), self._attributes.take(), prepared
+
+    def put_back(self, kept: Any) -> None:
+        """Puts back what `kept` returned."""
+        states, attributes, (self._prepared, self._dataset_prepared) = kept
+        self._own.give(states)
+        self._attributes.give(attributes)
 
     def end(self, batches: int, ended: bool) -> None:
         """Sets the loader's own samplers to where the batches taken leave them.
@@ -167,7 +193,7 @@ class MapFlow(Dataflow):
         self._left = taken, self._own.raw()
 
     def close(self) -> None:
-        """Stops persistent workers."""
+        """Stops workers."""
         vars(self._loader)["_iterator"] = None
 
     def fingerprint(self) -> dict[str, Any]:

@@ -147,7 +147,8 @@ class KeyedSampler:
             self._own.put(entry)
             first, order = self._from(self.order(start), many)
         elif start:
-            first = first[start:] or list(islice(order, start - many, start)) if first else []
+            left = first[start:]
+            first = left or list(islice(order, max(0, start - many), start)) if first else []
             self.is_over = not first
         self.ahead = [self._own.raw(False)]
         self._own.put(self.visible)

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
+from crosstrain.engine.data.source import ResumableSource
 from crosstrain.engine.dispatch import Dispatcher
 
 __all__ = ["unnamed_sources"]
@@ -35,6 +36,7 @@ _SOURCES: Final[tuple[type, ...]] = (
     numpy.random.Generator,
     numpy.random.RandomState,
     types.GeneratorType,
+    ResumableSource,
     _BaseDataLoaderIter,
     itertools.chain,
     itertools.count,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
 import secrets
 import stat
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from .errors import CheckpointCorrupt, CheckpointWriteError
+from .tree_hash import Tree, TreeHash
 
 __all__ = [
     "HashingFile",
@@ -50,7 +50,7 @@ class HashingFile:
     def __init__(self, descriptor: int, hasher: Executor | None = None) -> None:
         self._descriptor = descriptor
         self._hasher = hasher
-        self._hash = hashlib.sha256()
+        self._hash = TreeHash()
         self._buffer = bytearray()
         self._error: OSError | None = None
         self.size = 0
@@ -99,8 +99,8 @@ class HashingFile:
     def flush(self) -> None:
         """Does nothing: `finish` writes what is buffered."""
 
-    def finish(self) -> str:
-        """Writes what is buffered; returns the sha256 of everything, in hexadecimal.
+    def finish(self) -> Tree:
+        """Writes what is buffered; returns the hashes of everything.
 
         Raises:
             OSError: the first error of any write.
@@ -109,13 +109,13 @@ class HashingFile:
             self._empty_buffer()
         if self._error is not None:
             raise self._error
-        return self._hash.hexdigest()
+        return self._hash.tree()
 
 
 def write_file(
     path: Path,
     produce: Callable[[HashingFile], None],
-    trailer: Callable[[int, str], tuple[bytes, int]],
+    trailer: Callable[[Tree], tuple[bytes, int]],
     *,
     check: Callable[[int], None] = lambda _: None,
     atomic: bool = True,
@@ -126,12 +126,13 @@ def write_file(
     Args:
         path: the file; one of this name is replaced.
         produce: writes the contents into the file that it is given.
-        trailer: called with the size and the sha256 of the contents; returns bytes to append, and
+        trailer: called with the size and the hashes of the contents; returns bytes to append, and
             the 16-bit number that replaces the last two bytes of the contents.
         check: called with the descriptor of the whole file, before it gets its name; what it raises
             ends the writing.
-        atomic: if false, the file is written in place: for file systems without rename. A kill then
-            leaves a part of a file, under its name.
+        atomic: if false, the file is written under its name: for file systems without rename. A
+            kill then leaves a part of a file. One that was there is removed first, not written
+            over: who has it open goes on to read what it was.
         parallel: hashes in a thread beside the writing.
 
     Raises:
@@ -141,13 +142,15 @@ def write_file(
     aside = path.with_name(_temporary_name()) if atomic else path
     step = "creating"
     try:
-        with _descriptor(aside, exclusive=atomic) as descriptor:
+        if target is None:
+            aside.unlink(missing_ok=True)
+        with _descriptor(aside) as descriptor:
             step = "writing"
             with ThreadPoolExecutor(1) if parallel else contextlib.nullcontext() as hasher:
                 file = HashingFile(descriptor, hasher)
                 produce(file)
-                digest = file.finish()
-            appendix, patch = trailer(file.size, digest)
+                tree = file.finish()
+            appendix, patch = trailer(tree)
             file.write(appendix)
             file.finish()
             os.pwrite(descriptor, patch.to_bytes(2, "little"), file.size - len(appendix) - 2)
@@ -175,10 +178,9 @@ def _temporary_name() -> str:
 
 
 @contextlib.contextmanager
-def _descriptor(path: Path, exclusive: bool) -> Generator[int]:
-    fresh = os.O_EXCL if exclusive else os.O_TRUNC
+def _descriptor(path: Path) -> Generator[int]:
     # Readable, too: it is checked before it gets its name.
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | fresh, 0o666)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_EXCL, 0o666)
     try:
         yield descriptor
     except BaseException:

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import socket
+import stat
 import threading
 import weakref
 from pathlib import Path
@@ -36,7 +37,8 @@ class FolderLock:
 
     Raises:
         CheckpointBusy: if another process holds the folder; names its id and host.
-        OSError: if the lock's file cannot be opened.
+        OSError: if the lock's file cannot be opened, or what has its name is no file of its own: a
+            link is not followed, since what it leads to would be written over.
     """
 
     # A record lock is the whole process's, and closing any descriptor of its file drops it; so
@@ -46,6 +48,10 @@ class FolderLock:
     )
     _guard: ClassVar = threading.Lock()
 
+    #: Whether nobody else in this process held the folder when this one took it: what then looks
+    #: like left by a killed process is.
+    first: bool
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._lock: _Lock | None = None
@@ -53,11 +59,12 @@ class FolderLock:
         with self._guard:
             # Found without opening the file: closing it again would drop a lock that is held.
             try:
-                known = os.stat(path)
+                known = os.lstat(path)
                 lock = self._held.get((known.st_dev, known.st_ino))
             except FileNotFoundError:
                 lock = None
-            if lock is None or lock.pid != os.getpid():
+            self.first = lock is None or lock.pid != os.getpid()
+            if lock is None or self.first:
                 lock = _Lock(path)
                 self._held[lock.key] = lock
             self._lock = lock
@@ -66,6 +73,22 @@ class FolderLock:
     def exclusive(self) -> bool:
         """Whether the folder is held: not where its file system has no locks, nor once released."""
         return self._lock is not None and self._lock.taken
+
+    def renew(self) -> None:
+        """Takes the lock once more, where this process has lost it without knowing.
+
+        Whatever reads the lock's file in this process and closes it drops the lock, as a copy of
+        the whole folder does.
+
+        Raises:
+            CheckpointBusy: if another process has taken it meanwhile.
+            OSError: if the file system has no locks any more.
+        """
+        lock = self._lock
+        # One that was forked off has never had it.
+        if lock is not None and lock.taken and lock.pid == os.getpid():
+            with self._guard:
+                _take(lock.descriptor, self.folder / LOCK_NAME)
 
     def release(self) -> None:
         """Gives the folder up; another holder in this process keeps it."""
@@ -84,9 +107,17 @@ class _Lock:
 
     def __init__(self, path: Path) -> None:
         self.pid = os.getpid()
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        try:
+            descriptor = os.open(path, flags, 0o666)
+        except OSError as error:
+            if path.is_symlink() or path.is_dir():
+                raise _no_lock(path) from error
+            raise
         try:
             status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+                raise _no_lock(path)
             self.key = (status.st_dev, status.st_ino)
             self.taken = _take(descriptor, path)
             if self.taken:
@@ -94,7 +125,16 @@ class _Lock:
         except BaseException:
             os.close(descriptor)
             raise
+        self.descriptor = descriptor
         weakref.finalize(self, os.close, descriptor)
+
+
+def _no_lock(path: Path) -> OSError:
+    return OSError(
+        errno.EEXIST,
+        f"{path.name} is a link, a folder, or no file at all, which crosstrain has not made: look "
+        "who has put it there, and remove it",
+    )
 
 
 def _take(descriptor: int, path: Path) -> bool:

@@ -15,7 +15,7 @@ import platform
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
@@ -24,6 +24,7 @@ import torch
 from crosstrain.engine.guards import is_exact_dict, is_exact_list
 
 from .errors import CheckpointContentError, CheckpointCorrupt
+from .tree_hash import LEAF, MAX_BLOCKS, Tree
 
 __all__ = [
     "INDEX",
@@ -47,7 +48,9 @@ _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 MAX_MANIFEST_BYTES = 65_535
 _FORMAT = "crosstrain checkpoint"
 _PARTS_FORMAT = "crosstrain sharded checkpoint"
+# 2 has the hashes of blocks; a checkpoint in parts is of schema 1.
 _SCHEMA = 1
+_SCHEMA_OF_BLOCKS = 2
 _END_OF_TIME = 2**63
 _DIGEST_MARK = b"\nsha256:"
 # No clock is wrong by more: what tells a later time was not saved then.
@@ -66,7 +69,8 @@ class Manifest:
     Args:
         file: the name under which the file, or the folder, was written.
         size: the bytes that `sha256` covers: the file without its manifest; of parts, all files.
-        sha256: their hash, in hexadecimal; of parts, that of the list of their hashes.
+        sha256: their hash, in hexadecimal: the root of the tree of blocks; in files of schema 1
+            that of all bytes; of parts, that of the list of their hashes.
         saved_at_ns: when it was written, in nanoseconds since 1970; never less than that of another
             checkpoint that was in the folder before.
         objects: the names of the saved objects.
@@ -77,6 +81,8 @@ class Manifest:
         world_size: the number of processes of the run.
         rank: which of them wrote the file; parts are written by all of them.
         versions: of Python and the packages that decide what a state means.
+        block_size: the bytes of a block; 0 in files of schema 1, and of parts.
+        blocks: the hash of each block, as of `tree_hash`.
         files: of a checkpoint in parts, the size and the sha256 of each file but the manifest.
     """
 
@@ -92,6 +98,8 @@ class Manifest:
     world_size: int = 1
     rank: int = 0
     versions: Mapping[str, str] = field(default_factory=dict[str, str])
+    block_size: int = 0
+    blocks: tuple[str, ...] = ()
     files: Mapping[str, tuple[int, str]] = field(default_factory=dict[str, tuple[int, str]])
 
     @property
@@ -104,6 +112,21 @@ class Manifest:
         """Whether the time at which it says that it was saved is not in the far future."""
         return self.saved_at_ns < time.time_ns() + _YEAR_NS
 
+    @property
+    def tree(self) -> Tree | None:
+        """The hashes of the file; None in files of schema 1, and of parts."""
+        return Tree(self.size, self.block_size, self.blocks) if self.blocks else None
+
+    def with_tree(self, tree: Tree) -> Manifest:
+        """Returns the manifest of a file that has these hashes."""
+        return replace(
+            self,
+            size=tree.size,
+            sha256=tree.root,
+            block_size=tree.block_size,
+            blocks=tree.blocks,
+        )
+
     def encode(self) -> bytes:
         """Returns the manifest as text in ASCII, closed by its own hash.
 
@@ -113,12 +136,15 @@ class Manifest:
         """
         values = asdict(self)
         files = values.pop("files")
+        if not self.blocks:
+            del values["block_size"], values["blocks"]
         if self.in_parts:
             for name in ("size", "sha256", "bare", "rank"):
                 del values[name]
             told = {"format": _PARTS_FORMAT, "schema": _SCHEMA, "folder": values.pop("file")}
             return _closed({**told, "files": files, **values})
-        encoded = _closed({"format": _FORMAT, "schema": _SCHEMA, **values})
+        schema = _SCHEMA_OF_BLOCKS if self.blocks else _SCHEMA
+        encoded = _closed({"format": _FORMAT, "schema": schema, **values})
         if len(encoded) > MAX_MANIFEST_BYTES:
             raise CheckpointContentError(
                 f"The names of {len(self.objects)} objects make a manifest of {len(encoded)} bytes;"
@@ -206,22 +232,26 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "rank": (int,),
     "versions": (dict,),
 }
+_KINDS_OF_BLOCKS: dict[str, tuple[type, ...]] = {"block_size": (int,), "blocks": (list,)}
 
 
 def _checked(decoded: dict[str, Any]) -> dict[str, Any]:
     values = decoded
     if values.get("format") != _FORMAT:
         raise CheckpointCorrupt(f"its manifest is not one of a {_FORMAT}")
-    if values.get("schema") != _SCHEMA or isinstance(values["schema"], bool):
+    schema = values.get("schema")
+    if type(schema) is not int or schema not in (_SCHEMA, _SCHEMA_OF_BLOCKS):
         raise CheckpointCorrupt(
-            f"its manifest has schema {values.get('schema')!r} and this version of crosstrain "
-            f"reads schema {_SCHEMA}: install the version that wrote it, or a newer one"
+            f"its manifest has schema {schema!r} and this version of crosstrain reads schemas "
+            f"{_SCHEMA} and {_SCHEMA_OF_BLOCKS}: install the version that wrote it, or a newer one"
         )
-    names = {item.name for item in fields(Manifest)} - {"files"}
+    in_blocks = schema == _SCHEMA_OF_BLOCKS
+    kinds_of = {**_KINDS, **(_KINDS_OF_BLOCKS if in_blocks else {})}
+    names = set(kinds_of)
     if set(values) != names | {"format", "schema"}:
         wrong = sorted(map(str, set(values) ^ (names | {"format", "schema"})))
         raise CheckpointCorrupt(f"its manifest has missing or unknown entries: {wrong}")
-    for name, kinds in _KINDS.items():
+    for name, kinds in kinds_of.items():
         if type(values[name]) not in kinds:
             raise CheckpointCorrupt(f"its manifest's {name!r} is of type {type(values[name])}")
     texts: list[Any] = [*values["objects"], *values["versions"].values()]
@@ -235,7 +265,31 @@ def _checked(decoded: dict[str, Any]) -> dict[str, Any]:
             f"its manifest says rank {values['rank']} of {values['world_size']} processes"
         )
     found = {name: values[name] for name in names}
+    if in_blocks:
+        found["blocks"] = _blocks(values)
     return {**found, "objects": tuple(values["objects"])}
+
+
+def _blocks(values: dict[str, Any]) -> tuple[str, ...]:
+    """Returns the hashes of a file's blocks.
+
+    Raises:
+        CheckpointCorrupt: if they are not those of a file of this size and hash.
+    """
+    size, told, block_size = values["size"], values["blocks"], values["block_size"]
+    many = block_size // LEAF
+    fits = 0 < block_size < _END_OF_TIME and block_size == many * LEAF
+    fits = fits and many & (many - 1) == 0 and 0 < len(told) <= MAX_BLOCKS
+    if not fits or len(told) != -(-size // block_size):
+        raise CheckpointCorrupt(
+            f"its manifest tells {len(told)} blocks of {block_size} bytes, and {size:,} in all"
+        )
+    for digest in told:
+        if type(digest) is not str or not _SHA256.fullmatch(digest):
+            raise CheckpointCorrupt("its manifest tells a block's hash that is no sha256")
+    if Tree(size, block_size, tuple(told)).root != values["sha256"]:
+        raise CheckpointCorrupt("its manifest's hash is not that of its blocks")
+    return tuple(told)
 
 
 def software_versions() -> dict[str, str]:

@@ -25,6 +25,7 @@ from .parts_index import Entry, encode_index
 from .parts_read import hash_file
 from .safe_load import check_written
 from .staging import state_bytes
+from .tree_hash import Tree
 
 __all__ = ["ASIDE", "LEFTOVER", "Staged", "Writers", "write_in_parts"]
 
@@ -195,11 +196,11 @@ def _write_rank_file(
     def produce(file: HashingFile) -> None:
         torch.save(own, file)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
-    def trailer(size: int, digest: str) -> tuple[bytes, int]:
+    def trailer(tree: Tree) -> tuple[bytes, int]:
         told = Manifest(
             file=path.name,
-            size=size,
-            sha256=digest,
+            size=0,
+            sha256="",
             saved_at_ns=manifest.saved_at_ns,
             objects=tuple(own),
             iteration=manifest.iteration,
@@ -208,8 +209,9 @@ def _write_rank_file(
             world_size=writers.size,
             rank=writers.rank,
             versions=manifest.versions,
-        ).encode()
-        return told, len(told)
+        )
+        encoded = told.with_tree(tree).encode()
+        return encoded, len(encoded)
 
     def check(descriptor: int) -> None:
         check_written(descriptor, own["states"], path, strictness)

@@ -1,14 +1,20 @@
-"""Loading that verifies first, runs no code, and takes no more memory than the file is long."""
+"""Loading that verifies first, runs no code, and takes no more memory than the file is long.
+
+Where the system can, the state that is returned lies in the memory of the file itself (see
+`mapped`), so that a load takes no memory beyond that of the objects.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import io
+import os
+import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Collection, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -30,12 +36,17 @@ from .errors import (
     CheckpointWarning,
 )
 from .manifest import Manifest
+from .mapped import Mapped, Stamp, can_map, check_stamp, path_of_descriptor, stamp_of
 from .plain import to_plain
 from .stand_ins import PickleCheck, check_pickle
+from .tree_hash import TreeCheck
 
 __all__ = ["LoadedFile", "check_written", "load_file", "load_part", "verify_file"]
 
 _BLOCK = 1 << 20
+# torch.save begins each tensor at a multiple of 64; some processors need it where numbers are read.
+_ALIGNED = 16
+_BYTE_ORDER = sys.byteorder.encode()
 # torch keeps the allowed globals in one place for the whole process.
 _allowing = threading.Lock()
 
@@ -48,11 +59,14 @@ class LoadedFile:
         path: the file.
         manifest: what it says of itself; None if it was written by another program.
         state: what `torch.save` was given.
+        mapped: the file's memory, if the state's tensors lie in it; whoever asked for it has to
+            see to it that none of them outlives the load.
     """
 
     path: Path
     manifest: Manifest | None
     state: Any
+    mapped: Mapped | None = None
 
 
 def verify_file(path: Path) -> Manifest | None:
@@ -71,32 +85,57 @@ def verify_file(path: Path) -> Manifest | None:
         CheckpointUnsafe: if its archive is made to take more memory than it has bytes.
     """
     with _opened(path) as file:
-        return _verify(file)[1]
+        whole = _Whole(file)
+        whole.verify()
+        return whole.manifest
 
 
-def load_file(path: Path) -> LoadedFile:
+def load_file(
+    path: Path, *, mapped: bool = False, names: Collection[str] | None = None
+) -> LoadedFile:
     """Reads a checkpoint onto the CPU, after checking that it is whole and safe.
 
     Verified and read is one open file: one that is put in its place meanwhile is not read.
 
     Args:
         path: the file.
+        mapped: leaves the tensors in the memory of the file, where the system can: they are to be
+            copied, and the load is to end with `mapped.check_unchanged()`.
+        names: the objects whose states are needed, if not all are: of a file that tells the hashes
+            of its blocks, only theirs are read and verified, and the state holds no others.
 
     Returns:
         The state, with the manifest if the file has one.
 
     Raises:
         CheckpointNotFound: if there is no such file.
-        CheckpointCorrupt: if it is damaged.
+        CheckpointCorrupt: if it is damaged, or somebody writes to it meanwhile.
         CheckpointUnsafe: if it needs classes to be unpickled that are neither tensors nor plain
             types, or would take more memory than its size explains. Names the classes, and how to
             allow them.
     """
     with _opened(path) as file:
-        archive, manifest = _verify(file)
-        check = _scan(Window.whole(file.fileno()), archive)
-        file.seek(0)
-        return LoadedFile(path, manifest, _load(file, check.names))
+        whole = _Whole(file)
+        in_part = mapped and whole.can_verify_in_part(names)
+        whole.verify(whole.beside_tensors() if in_part else None)
+        check = _scan(Window.whole(file.fileno()), whole.archive)
+        memory: Mapped | None = None
+        if mapped and can_map() and (found := _load_mapped(file, path, whole, check)) is not None:
+            state, memory = found
+        else:
+            if in_part:
+                whole.verify()
+            file.seek(0)
+            state = _load(file, check.names)
+        if in_part and memory is not None:
+            assert names is not None
+            if is_mapping(state) and all(name in state for name in names):
+                state = {name: state[name] for name in names}
+                whole.verify(memory.spans(state))
+            else:
+                whole.verify()
+        check_stamp(file.fileno(), whole.stamp)
+        return LoadedFile(path, whole.manifest, state, memory)
 
 
 def load_part(file: IO[bytes], at: int, length: int, path: Path) -> Any:
@@ -214,22 +253,65 @@ def _neighbours(folder: Path) -> list[str]:
     return [*names[:10], "..."] if len(names) > 10 else names
 
 
-def _verify(file: IO[bytes]) -> tuple[Archive, Manifest | None]:
-    archive = read_archive(file.fileno())
-    if not archive.comment:
-        return archive, None
-    manifest = Manifest.decode(archive.comment)
-    if manifest.size != archive.size:
-        raise CheckpointCorrupt(
-            f"its manifest was written for {manifest.size:,} bytes and it has {archive.size:,}"
-        )
-    found = _hash(file, archive.size)
-    if found != manifest.sha256:
-        raise CheckpointCorrupt(
-            f"its contents have changed since it was saved (sha256 {found[:16]}..., saved with "
-            f"{manifest.sha256[:16]}...): the disk or a copy has damaged it"
-        )
-    return archive, manifest
+class _Whole:
+    """An open file that is held against its manifest.
+
+    Args:
+        file: the open file.
+
+    Raises:
+        CheckpointCorrupt: if it is no archive, or not of the size that its manifest tells.
+        CheckpointUnsafe: if its archive is made to take more memory than it has bytes.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.stamp: Stamp = stamp_of(file.fileno())
+        self.archive = read_archive(file.fileno())
+        self.manifest = Manifest.decode(self.archive.comment) if self.archive.comment else None
+        self._file = file
+        self._tree: TreeCheck | None = None
+        if self.manifest is None:
+            return
+        if self.manifest.size != self.archive.size:
+            raise CheckpointCorrupt(
+                f"its manifest was written for {self.manifest.size:,} bytes and it has "
+                f"{self.archive.size:,}"
+            )
+        if (tree := self.manifest.tree) is not None:
+            self._tree = TreeCheck(file.fileno(), tree)
+
+    def can_verify_in_part(self, names: Collection[str] | None) -> bool:
+        """Tells whether some of the objects can be verified without the others."""
+        manifest = self.manifest
+        if names is None or manifest is None or self._tree is None or manifest.bare:
+            return False
+        return set(names) < set(manifest.objects)
+
+    def beside_tensors(self) -> list[tuple[int, int]]:
+        """Returns where that lies which is no tensor's data: begins and ends."""
+        spans: list[tuple[int, int]] = []
+        at = 0
+        for record in sorted(self.archive.records.values(), key=lambda record: record.offset):
+            if record.name.partition("/")[2].startswith("data/"):
+                spans.append((at, record.offset))
+                at = record.offset + record.size
+        return [*spans, (at, self.archive.size)]
+
+    def verify(self, spans: list[tuple[int, int]] | set[tuple[int, int]] | None = None) -> None:
+        """Verifies the file, or some of its bytes.
+
+        Raises:
+            CheckpointCorrupt: if it is not as it was written.
+        """
+        if self._tree is not None:
+            self._tree.verify(spans)
+        elif self.manifest is not None:
+            found = _hash(self._file, self.archive.size)
+            if found != self.manifest.sha256:
+                raise CheckpointCorrupt(
+                    f"its contents have changed since it was saved (sha256 {found[:16]}..., saved "
+                    f"with {self.manifest.sha256[:16]}...): the disk or a copy has damaged it"
+                )
 
 
 def _hash(file: IO[bytes], size: int) -> str:
@@ -295,13 +377,53 @@ def _refusal(refused: list[str]) -> str:
 
 def _load(file: IO[bytes], names: set[str]) -> Any:
     try:
-        with _allowing, warnings.catch_warnings(), _numpy_allowed(names):
-            # torch warns of what the scan has already decided.
-            warnings.simplefilter("ignore")
+        with _quietly(names):
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         # torch raises a dozen kinds, from AssertionError to RuntimeError, for damaged files.
         raise CheckpointCorrupt(f"torch cannot load it: {error}") from error
+
+
+def _load_mapped(
+    file: IO[bytes], path: Path, whole: _Whole, check: PickleCheck
+) -> tuple[Any, Mapped] | None:
+    """Loads a state whose tensors lie in the file's memory.
+
+    Returns:
+        The state and the memory; None if this file, or this file system, has to be read.
+    """
+    records = [whole.archive.records[f"data/{key}"] for key in check.storages]
+    if any(record.offset % _ALIGNED for record in records):
+        return None
+    order = whole.archive.records.get("byteorder")
+    if order is None or os.pread(file.fileno(), order.size, order.offset) != _BYTE_ORDER:
+        # torch turns the bytes around, in memory.
+        return None
+    found: list[torch.UntypedStorage] = []
+
+    def keep(storage: Any, _: str) -> Any:
+        found.append(storage)
+        return storage
+
+    try:
+        with _quietly(check.names):
+            place = path_of_descriptor(file.fileno())
+            state = torch.load(place, map_location=keep, weights_only=True, mmap=True)
+    except Exception:  # noqa: BLE001 - it is read then, and whatever is wrong with it is told
+        return None
+    # Each is made when the pickle names it first, as the scan has seen it.
+    if [storage.nbytes() for storage in found] != [record.size for record in records]:
+        return None
+    places = [(storage, record.offset) for storage, record in zip(found, records, strict=True)]
+    return state, Mapped(file.fileno(), path, whole.stamp, places)
+
+
+@contextlib.contextmanager
+def _quietly(names: set[str]) -> Generator[None]:
+    with _allowing, warnings.catch_warnings(), _numpy_allowed(names):
+        # torch warns of what the scan has already decided.
+        warnings.simplefilter("ignore")
+        yield
 
 
 @contextlib.contextmanager

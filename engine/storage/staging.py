@@ -17,7 +17,15 @@ import torch
 from .errors import CheckpointError
 from .plain import to_plain
 
-__all__ = ["HostBuffers", "HostState", "Snapshot", "host_state", "on_host", "state_bytes"]
+__all__ = [
+    "HostBuffers",
+    "HostState",
+    "Snapshot",
+    "host_state",
+    "on_host",
+    "state_bytes",
+    "view_like",
+]
 
 # Device, address, length and type of a storage: two that begin at one address may end elsewhere,
 # and torch.save refuses one that is looked at as of two types.
@@ -253,7 +261,7 @@ class Snapshot:
         known = self._copies.get(key)
         if known is None:
             known = self._copies[key] = (self._copy(tensor, key, on_accelerator), tensor)
-        return _view_like(tensor, known[0])
+        return view_like(tensor, known[0])
 
     def _copy(
         self, tensor: torch.Tensor, key: Storage, on_accelerator: bool
@@ -265,7 +273,7 @@ class Snapshot:
         if on_accelerator or late:
             # `tensor` shares the version counter of what the optimizer changes.
             todo = self._remote if on_accelerator else self._todo
-            todo.append(_Copy(_view_like(tensor, copy), tensor, tensor._version, late))
+            todo.append(_Copy(view_like(tensor, copy), tensor, tensor._version, late))
         else:
             target = torch.empty(0, dtype=torch.uint8).set_(copy)
             target.copy_(torch.empty(0, dtype=torch.uint8).set_(storage))
@@ -293,7 +301,7 @@ def _changed(copy: _Copy) -> CheckpointError:
     )
 
 
-def _view_like(tensor: torch.Tensor, storage: torch.UntypedStorage) -> torch.Tensor:
+def view_like(tensor: torch.Tensor, storage: torch.UntypedStorage) -> torch.Tensor:
     """Views a copy of a tensor's storage as the tensor."""
     view = torch.empty(0, dtype=tensor.dtype)
     view.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())

@@ -390,6 +390,8 @@ class _Buffers:
         #: element where reading it would mean to wait for the device.
         self.changed: list[Any] = []
         self._counts: list[Any] = []
+        # Those that a shard has changed whose changes do not count.
+        self._put_back: set[int] = set()
 
     def __len__(self) -> int:
         return len(self._places)
@@ -402,6 +404,7 @@ class _Buffers:
         self._now = self._present()
         self._start = [buffer.detach().clone() for buffer in self._now] if keep else []
         self._counts = self.changed = [0] * len(self)
+        self._put_back = set()
 
     def restore(self) -> None:
         """Puts the values of the iteration's beginning back, for another shard."""
@@ -436,6 +439,7 @@ class _Buffers:
                 # Bytes as numbers: only shard 0 has any, and sums of these with nothing are exact.
                 found.append(_to_bytes(buffer).to(torch.float32))
             else:
+                self._put_back.add(place)
                 found.append(None)
         return found
 
@@ -462,10 +466,13 @@ class _Buffers:
             now, value, count = self._now[place], values[place], self._counts[place]
             if getattr(module, name) is not now:
                 setattr(module, name, now)
-            if value is None or (not isinstance(count, Tensor) and not count):
-                continue
             start = self._start[place]
-            if _averages(now):
+            if value is None or (not isinstance(count, Tensor) and not count):
+                if place not in self._put_back:
+                    continue
+                # Shard 0 has left it as it was.
+                value = start
+            elif _averages(now):
                 value = _mean(value, start, count, total)
             else:
                 value = value.to(torch.uint8).view(now.dtype).view(now.shape)

@@ -6,12 +6,14 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from checkpoint_objects import BATCHES, made, names, same
 
 from crosstrain.engine import (
+    BaseSaveHandler,
     Checkpoint,
     CheckpointError,
     CheckpointMismatch,
@@ -186,3 +188,13 @@ def test_what_a_kill_kept_from_being_removed_is_removed_later(tmp_path: Path) ->
     later.load_state_dict(killed.state_dict())
     later(trainer)
     assert names(tmp_path) == ["checkpoint_10.pt", "checkpoint_9.pt"]
+
+
+def test_a_stand_in_for_a_saver_is_asked_for_names_only() -> None:
+    """One that answers everything, as mocks do, is on no disk."""
+    saver = MagicMock(spec=BaseSaveHandler)
+    engine = Engine(lambda engine, batch: None)
+    checkpoint = Checkpoint({"model": torch.nn.Linear(1, 1)}, saver)
+    checkpoint(engine)
+    assert saver.call_args.args[1] == "model_0.pt"
+    assert checkpoint.last_checkpoint == "model_0.pt"

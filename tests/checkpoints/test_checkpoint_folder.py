@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from crosstrain.engine import (
     CheckpointBusy,
     CheckpointNotFound,
     CheckpointWarning,
+    CheckpointWriteError,
     DiskSaver,
     Engine,
     Events,
@@ -104,6 +106,56 @@ def test_two_savers_of_one_process_share_the_folder(server: ForkServer, tmp_path
     assert server.wait(pid) == 1
     assert not told.exists()
     second.close()
+
+
+def test_a_copy_of_the_folder_gives_it_to_nobody(server: ForkServer, tmp_path: Path) -> None:
+    """To close any descriptor of the lock's file drops the lock; the next save takes it again."""
+    folder, told = tmp_path / "checkpoints", tmp_path / "told"
+    with DiskSaver(folder) as saver:
+        shutil.copytree(folder, tmp_path / "backup")
+        saver({"a": 1}, "a.pt")
+        pid = server.start(hold_folder, str(folder), str(told))
+        assert server.wait(pid) == 1
+        shutil.copytree(folder, tmp_path / "another")
+        # Now another process has taken it: the next save is told of that.
+        pid = server.start(hold_folder, str(folder), str(told))
+        assert _when_written(told) == str(pid)
+        with pytest.raises(CheckpointBusy, match=rf"process {pid} on host .* {folder}"):
+            saver({"a": 2}, "b.pt")
+        assert names(folder) == ["a.pt"]
+        os.kill(pid, signal.SIGKILL)
+        server.wait(pid)
+
+
+def test_a_second_saver_leaves_alone_what_the_first_one_writes(tmp_path: Path) -> None:
+    with DiskSaver(tmp_path):
+        at_work = tmp_path / ".crosstrain-0123456789abcdef.tmp"
+        at_work.write_bytes(b"half")
+        DiskSaver(tmp_path, require_empty=False).close()
+        assert at_work.exists()
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling", "hard link", "folder", "fifo"])
+def test_a_lock_that_is_no_file_is_not_written_to(tmp_path: Path, kind: str) -> None:
+    folder, somebodys = tmp_path / "checkpoints", tmp_path / "somebodys"
+    folder.mkdir()
+    lock = folder / ".crosstrain.lock"
+    if kind != "dangling":
+        somebodys.write_text("not to be written over")
+    if kind in ("link", "dangling"):
+        lock.symlink_to(somebodys)
+    elif kind == "hard link":
+        lock.hardlink_to(somebodys)
+    elif kind == "folder":
+        lock.mkdir()
+    else:
+        os.mkfifo(lock)
+    with pytest.raises(CheckpointWriteError, match="has not made"):
+        DiskSaver(folder)
+    if kind == "dangling":
+        assert not somebodys.exists()
+    else:
+        assert somebodys.read_text() == "not to be written over"
 
 
 def test_what_a_killed_process_left_is_removed(

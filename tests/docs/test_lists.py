@@ -118,3 +118,12 @@ def test_every_quoted_message_is_in_the_source(repo_root: Path, quoted: list[lis
                 constants.append(node.value)
     source = "\n".join(constants)
     assert [piece for pieces in quoted for piece in pieces if piece not in source] == []
+
+
+def test_every_difference_has_what_to_write_instead(repo_root: Path) -> None:
+    listed = re.findall(r"^(\d+)\. ", (repo_root / "docs" / "engine.md").read_text(), re.MULTILINE)
+    rows = re.findall(
+        r"^\| ([\d, ]+) \|", (repo_root / "docs" / "from_ignite.md").read_text(), re.MULTILINE
+    )
+    told = [number for row in rows for number in row.split(", ")]
+    assert sorted(told, key=int) == listed

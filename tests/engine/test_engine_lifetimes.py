@@ -7,12 +7,20 @@ import gc
 import logging
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from differential import Expected
 
-from crosstrain.engine import Engine, Events, RemovableEventHandle
+from crosstrain.engine import (
+    Engine,
+    Events,
+    RemovableEventHandle,
+    create_supervised_trainer,
+    resume_or_start,
+)
 
 
 def nothing(engine: Any, batch: Any) -> None:
@@ -73,6 +81,34 @@ def test_an_engine_is_freed_at_once(end: str, caplog: pytest.LogCaptureFixture) 
     assert gone() is None
     assert handle.engine() is None
     handle.remove()
+
+
+@pytest.mark.usefixtures("no_collector")
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("runs", [0, 1, 2])
+def test_a_trainer_that_resumes_is_freed_at_once(
+    tmp_path: Path, deterministic: bool, runs: int
+) -> None:
+    """The run that `resume_or_start` returns does not keep its trainer."""
+    data = [(torch.ones(2, 1), torch.ones(2, 1))] * 3
+    for _ in range(max(runs, 1)):
+        model = torch.nn.Linear(1, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        trainer = create_supervised_trainer(
+            model,
+            optimizer,
+            torch.nn.functional.mse_loss,
+            backend="cpu",
+            deterministic=deterministic,
+        )
+        to_save = {"model": model, "optimizer": optimizer}
+        run = resume_or_start(trainer, to_save, tmp_path, every=Events.EPOCH_COMPLETED)
+        if runs:
+            trainer.run(data, max_epochs=len(list(tmp_path.glob("*.pt"))) + 1)
+        gone = weakref.ref(trainer)
+        del trainer
+        assert gone() is None
+        del run
 
 
 @pytest.mark.usefixtures("no_collector")

@@ -47,17 +47,26 @@ def test_the_table_of_counters_of_all_engines_cannot_be_changed() -> None:
         OURS.State.event_to_attr[Own.TICK] = "ticks"  # type: ignore[index]
 
 
-def test_requests_are_booleans() -> None:
-    engine = Engine(nothing)
-    fired = names(engine, Events.TERMINATE, Events.COMPLETED)
-    engine.add_event_handler(
-        Events.ITERATION_STARTED, lambda: engine.terminate(skip_completed=True)
-    )
-    engine.run([1, 2, 3])
-    assert engine.should_terminate is True
+@pytest.mark.parametrize("library", [OURS, IGNITE])
+@pytest.mark.parametrize("skip", [False, True])
+def test_requests_tell_what_was_asked_for(library: Any, skip: bool) -> None:
+    engine = library.Engine(nothing)
+    fired = names(engine, library.Events.TERMINATE, library.Events.COMPLETED)
+    seen: list[Any] = []
+    completed = library.Events.ITERATION_COMPLETED
+
+    def end_epoch() -> None:
+        engine.terminate_epoch(skip_epoch_completed=skip)
+        seen.append(engine.should_terminate_single_epoch)
+
+    engine.add_event_handler(completed(once=1), end_epoch)
+    engine.add_event_handler(completed(once=4), lambda: engine.terminate(skip_completed=skip))
+    engine.run([1, 2, 3], max_epochs=3)
+    assert seen == ["skip_epoch_completed" if skip else True]
+    assert engine.should_terminate == ("skip_completed" if skip else True)
     assert engine.should_terminate_single_epoch is False
     assert engine.should_interrupt is False
-    assert fired == ["TERMINATE"]
+    assert fired == ["TERMINATE"] + ["COMPLETED"] * (not skip)
 
 
 @pytest.mark.parametrize(("value", "last"), [(True, "COMPLETED"), ("skip_completed", "TERMINATE")])

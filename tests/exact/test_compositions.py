@@ -6,6 +6,7 @@ The long form is `python tests/stress/compositions.py --count 2000`.
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import composition_parts as parts
 import pytest
@@ -65,8 +66,63 @@ PLAIN = Composition(
     saving="every 1",
     scheduler=True,
 )
-# Compositions that once ended in a silent difference, by the seed of the long form.
-FOUND = (1, 9, 12, 30, 40)
+# Compositions that once ended in a silent difference, by what they are beside the plain one.
+FOUND: dict[str, dict[str, Any]] = {
+    "a state that keeps its start": {"dataset": "start-keeping", "saving": "every 1"},
+    "hidden draws behind a state": {
+        "dataset": "stateful",
+        "draws": ("nothing", "hidden", "nothing"),
+    },
+    "hidden draws, data set anew": {
+        "collate": "own",
+        "draws": ("nothing", "global", "hidden"),
+        "handlers": (("exchanges the data", "EPOCH_STARTED", "always"),),
+        "saving": "epoch",
+    },
+    "hidden draws, a handler begins the epoch": {
+        "draws": ("nothing", "hidden", "nothing"),
+        "handlers": (("draws the rate", "EPOCH_STARTED", "once 2"),),
+        "saving": "epoch",
+    },
+    "hidden draws in workers": {
+        "seed": 194,
+        "sampler": "endless",
+        "draws": ("global", "hidden", "nothing"),
+        "workers": (2, 1),
+        "handlers": (("perturbs weights", "EPOCH_STARTED", "once 2"),),
+        "saving": "by hand, epoch",
+    },
+    "a batch sampler of no class of torch's": {
+        "seed": 62,
+        "sampler": "batches",
+        "draws": ("global", "global", "global"),
+        "handlers": (("exchanges the data", "GET_BATCH_COMPLETED", "once 2"),),
+        "saving": "by hand, epoch",
+    },
+    "a dataset that a handler changes": {
+        "seed": 225,
+        "sampler": "weighted",
+        "handlers": (
+            ("freezes", "EPOCH_STARTED", "always"),
+            ("changes the dataset", "GET_BATCH_COMPLETED", "every 3"),
+        ),
+        "saving": "every 3",
+    },
+    "a stream that a handler changes": {
+        "seed": 318,
+        "dataset": "stream",
+        "handlers": (("changes the dataset", "ITERATION_COMPLETED", "once 2"),),
+        "saving": "by hand",
+    },
+    "a dataset that caches": {"seed": 274, "dataset": "caching", "saving": "by hand"},
+    "an epoch's end, asked for beside a save in the background": {
+        "seed": 151,
+        "dataset": "list",
+        "handlers": (("ends the epoch", "ITERATION_COMPLETED", "always"),),
+    },
+}
+# Those of the first long run, by their seeds.
+SEEDS = (1, 9, 12, 30, 40)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -77,10 +133,12 @@ def test_a_resume_is_exact_or_says_that_it_is_not(composition: Composition) -> N
     assert verdict.outcome not in (SILENT, CRASHED), f"{verdict}\n{composition.text()}"
 
 
-@pytest.mark.parametrize("seed", FOUND)
-def test_what_was_silent_once_is_not(seed: int) -> None:
-    verdict = judge(compose(seed))
-    assert verdict.outcome not in (SILENT, CRASHED), f"{verdict}\n{compose(seed).text()}"
+@pytest.mark.parametrize("name", [*FOUND, *SEEDS])
+def test_what_was_silent_once_is_not(name: str | int) -> None:
+    found = isinstance(name, str)
+    composition = Composition(**{**PLAIN.__dict__, **FOUND[name]}) if found else compose(name)
+    verdict = judge(composition)
+    assert verdict.outcome not in (SILENT, CRASHED), f"{verdict}\n{composition.text()}"
 
 
 @pytest.mark.parametrize("name", parts.OPTIMIZERS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -92,7 +93,8 @@ def test_an_outcome_survives_a_file(tmp_path: Path) -> None:
 
 
 def test_a_report_survives_a_file(tmp_path: Path) -> None:
-    report = Report((sample_run("one"), sample_run("two", failed={("cpu", "middle")})))
+    first = replace(sample_run("one"), absent={"tpu": "There is no TPU here."})
+    report = Report((first, sample_run("two", failed={("cpu", "middle")})))
     file = report.write(tmp_path / "out")
     assert Report.read(file) == report
     assert Report.read(tmp_path / "out") == report

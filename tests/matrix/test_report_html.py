@@ -117,6 +117,26 @@ def test_a_cell_says_what_was_proven_or_why_nothing_was() -> None:
     ]
 
 
+def test_scenarios_that_stop_one_training_share_its_picture() -> None:
+    """What is drawn is what is claimed: resumed runs over the straight one, and the stops."""
+    run = sample_run("one", ["cpu", "cpu:bf16"])
+    outcomes = [
+        replace(one, figures={"resumed_from": "2, 5" if one.scenario == "middle" else "4"})
+        for one in run.outcomes
+    ]
+    port = outcomes[-1]
+    outcomes[-1] = replace(port, resumed_losses=tuple(loss + 0.03 for loss in port.losses))
+    text = page(Report((replace(run, outcomes=tuple(outcomes), absent={"tpu": "No TPU."}),)))
+    figures = re.findall(r"<figure>.*?</figure>", text, re.DOTALL)
+    assert len(figures) == 2
+    assert re.findall(r"<b>(\w+)</b>", figures[0]) == ["boundary", "middle"]
+    assert re.findall("resumed after iteration ([0-9]+)", figures[0]) == ["2", "4", "5"]
+    assert "0 at every iteration of all 4 resumed runs" in figures[0]
+    assert re.findall(r"<b>(\w+)</b>", figures[1]) == ["port"]
+    assert "0.03 at iteration" in figures[1]
+    assert re.search(r"Could not run here.*tpu.*No TPU\.", text, re.DOTALL)
+
+
 def test_versions_that_contradict_each_other_are_marked(full: Report) -> None:
     found = Page(page(full))
     assert len(found.all("tr", "differs")) == 1
@@ -181,13 +201,13 @@ def paths(svg: str) -> list[str]:
 
 def test_a_loss_that_is_not_finite_leaves_a_gap() -> None:
     losses = (1.0, math.nan, 3.0, 2.0, math.inf, 1.0)
-    upper, *_ = paths(chart(None, [Curve("a", "c0 d0", losses)], "a"))
+    upper, *_ = paths(chart([Curve("a", "c0 d0", losses)], "a"))
     # A dot, a line of two points, a dot: the pen is lifted twice.
     assert upper.count("M") == 3
     assert upper.count("L") == 1
     assert upper.count("h.01") == 2
     assert "nan" not in upper
-    assert chart(None, [Curve("a", "c0 d0", (math.nan,))], "a") == ""
+    assert chart([Curve("a", "c0 d0", (math.nan,))], "a") == ""
 
 
 def test_a_long_training_is_thinned_without_losing_its_worst_iteration() -> None:
@@ -196,7 +216,8 @@ def test_a_long_training_is_thinned_without_losing_its_worst_iteration() -> None
     losses[7] += 0.5
     losses[12345] += 100.0
     curve = Curve("a", "c0 d0", tuple(losses))
-    svg = chart(Curve("b", "reference", reference), [curve], "a")
+    base = Curve("b", "c1 d0", reference)
+    svg = chart([base, curve], "a", reference=base)
     assert len(svg) < 60_000
     below = paths(svg)[-1]
     heights = [float(point.split()[1]) for point in re.findall(r"[ML]([\d.]+ [\d.]+)", below)]
@@ -205,6 +226,9 @@ def test_a_long_training_is_thinned_without_losing_its_worst_iteration() -> None
 
 @pytest.mark.parametrize("losses", [(0.5,), (0.0, 0.0), (-3.0, -1.0), (1e-30, 2e-30), (1e30,)])
 def test_any_losses_can_be_drawn(losses: tuple[float, ...]) -> None:
-    svg = chart(Curve("a", "reference", losses), [Curve("b", "c1 d0", losses)], "a")
+    base = Curve("a", "c0 d0", losses, (losses,))
+    svg = chart([base, Curve("b", "c1 d0", losses)], "a", reference=base, stops=[1])
     assert "nan" not in svg
-    assert "0 at every iteration" in svg
+    assert "0 at every iteration of the resumed run" in svg
+    assert svg.count("0 at every iteration") == 2
+    assert svg.count('class="stop"') == 1

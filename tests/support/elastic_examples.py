@@ -121,7 +121,7 @@ class Sometimes(nn.Module):
         self.layer = nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = self.layer(x) if float(x.flatten()[0]) > 0 else x
+        found: torch.Tensor = self.layer(x) if float(x.detach().flatten()[0]) > 0 else x
         return found
 
 
