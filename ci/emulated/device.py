@@ -18,15 +18,16 @@ from torch.utils import backend_registration
 
 from crosstrain.backends.errors import BackendUnavailable, Missing
 
-from . import autocasting, memory, streams
+from .autocasting import libraries
+from .memory import install as install_memory
+from .streams import Queue, current_queue, pending
+from .streams import install as install_streams
 
 __all__ = ["COUNT", "NAME", "host_reads", "out_of_memory", "pending", "register", "why_not"]
 
 NAME = "emulated"
 #: How many devices there are.
 COUNT = 2
-#: How much work is queued on the devices' streams, and not done.
-pending = streams.pending
 
 # Operations whose result the host has to know before it can go on.
 _READERS = frozenset(
@@ -183,9 +184,9 @@ def register() -> None:
     backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=_MACHINE)
     library: Any = _library("_", "IMPL")
     library.fallback(lambda op, *args, **kwargs: _run(op, args, kwargs), "PrivateUse1")
-    _REGISTERED.extend([library, *autocasting.libraries(NAME)])
-    memory.install()
-    streams.install()
+    _REGISTERED.extend([library, *libraries(NAME)])
+    install_memory()
+    install_streams()
     accelerator: Any = torch.accelerator
     accelerator.device_count = _MACHINE.device_count
     accelerator.current_device_index = _MACHINE.current_device
@@ -267,7 +268,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     to_host = wanted is not None and torch.device(wanted).type == "cpu"
     if copies and name != "_to_copy":
         to_host = not isinstance(args[0 if name == "copy_" else 1], Emulated)
-    queue = streams.current_queue(index)
+    queue = current_queue(index)
     plain_args, plain_kwargs = pytree.tree_map(_bare, (args, kwargs))
     call = _Call(func, plain_args, plain_kwargs, index)
     if copies and to_host and ours:
@@ -317,7 +318,7 @@ def _has_mask(args: Any) -> bool:
     return any(mask.dtype in (torch.bool, torch.uint8) for mask in masks)
 
 
-def _to_host(call: _Call, name: str, queue: streams.Queue) -> Any:
+def _to_host(call: _Call, name: str, queue: Queue) -> Any:
     """Copies from the device to the host: waits for it, or fills the copy in when it is there."""
     promptly = call.kwargs.get("non_blocking") or (name == "copy_" and call.args[2:] == (True,))
     if not promptly:
@@ -359,7 +360,7 @@ class _Call:
             _MACHINE.states[self.index] = host.get_state()
             host.set_state(kept)
 
-    def later(self, queue: streams.Queue, keep_inputs: bool = False) -> Any:
+    def later(self, queue: Queue, keep_inputs: bool = False) -> Any:
         """Queues it, and returns poison in the place of its results until it has run.
 
         Args:
@@ -382,9 +383,7 @@ class _Call:
         queue.add(work)
         return visible
 
-    def _change_later(
-        self, queue: streams.Queue, changed: list[torch.Tensor], keep_inputs: bool
-    ) -> Any:
+    def _change_later(self, queue: Queue, changed: list[torch.Tensor], keep_inputs: bool) -> Any:
         before = [one.clone() for one in changed]
         if keep_inputs:
             source = self.args[1].clone()
