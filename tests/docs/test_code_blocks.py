@@ -14,6 +14,8 @@ import doc_blocks
 import pytest
 
 PAGES = [page.relative_to(doc_blocks.ROOT).as_posix() for page in doc_blocks.pages()]
+# They start many processes.
+SLOW = {"docs/start.md", "docs/testing.md"}
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -39,7 +41,9 @@ def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
     root.handlers[:] = handlers
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=[pytest.mark.slow] * (page in SLOW)) for page in PAGES]
+)
 def test_every_block_runs(page: str, empty_folder: Path) -> None:
     assert doc_blocks.skip_without_reason(doc_blocks.ROOT / page) == []
     counts = doc_blocks.play(doc_blocks.ROOT / page)
