@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from sharded_program import build, trainer
 
 from crosstrain.backends import get
