@@ -16,6 +16,9 @@ from .options import words
 
 __all__ = ["Diagnosis", "add_arguments", "diagnose", "run"]
 
+# One stands for others; the other, made, is this process's device for good.
+_UNMADE = frozenset({"auto", "emulated"})
+
 
 @dataclass(frozen=True)
 class Diagnosis:
@@ -135,7 +138,7 @@ def _options(spec: str) -> str:
     """Returns the options of a backend that has several, the default first."""
     # A third party's may raise anything, and an option that was asked for has none of its own.
     with contextlib.suppress(Exception):
-        options = () if spec == "auto" or ":" in spec else get(spec).options
+        options = () if spec in _UNMADE or ":" in spec else get(spec).options
         if len(options) > 1:
             return f"options: {', '.join(options)}"
     return ""

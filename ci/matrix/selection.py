@@ -24,6 +24,8 @@ __all__ = [
 
 # Not trained on: one records calls, the other stands for one of the rest.
 _NO_COLUMN = frozenset({"auto", "null"})
+# Trained on where it is asked for: a process that has had this device keeps it.
+_BY_NAME_ONLY = frozenset({"emulated"})
 
 # What the options begin with that share a model out over several processes.
 _SHARDED = "fsdp"
@@ -49,13 +51,16 @@ class Selection:
 def available_specs() -> list[str]:
     """Returns every spec that can run here: each option of each backend but `null` and `auto`.
 
+    `emulated`, which is no hardware, is left out too: it has to be asked for.
     Options that share a model out over processes are left out: one process has nothing to share.
 
     The CPU's come first, as the reference of all others; a backend's first option has the plain
     name.
     """
     specs: list[str] = []
-    for name in sorted(set(names()) - _NO_COLUMN, key=lambda name: (name != "cpu", name)):
+    for name in sorted(
+        set(names()) - _NO_COLUMN - _BY_NAME_ONLY, key=lambda name: (name != "cpu", name)
+    ):
         if not probe(name).ok:
             continue
         options = get(name).options

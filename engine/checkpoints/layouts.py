@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import re
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 from crosstrain.engine.errors import warn_user
 from crosstrain.engine.storage.archive import read_archive
-from crosstrain.engine.storage.atomic import open_regular
+from crosstrain.engine.storage.atomic import open_regular, remove_leftover
 from crosstrain.engine.storage.errors import (
     CheckpointCorrupt,
     CheckpointError,
@@ -188,8 +187,7 @@ class _Parts:
             elif entry.name.startswith(ASIDE) or (
                 entry.name.startswith(LEFTOVER[0]) and entry.name.endswith(LEFTOVER[1])
             ):
-                with contextlib.suppress(NotADirectoryError):
-                    shutil.rmtree(entry)
+                remove_leftover(entry)
                 removed.append(entry.name)
         return removed
 

@@ -28,6 +28,9 @@ def filled(
 
     Returns:
         The states.
+
+    Raises:
+        CheckpointError: if the parts are damaged, or another checkpoint has taken their name.
     """
     # torch takes half a second to import it, and most runs never need it.
     from crosstrain.engine.storage.torch_parts import read_parts
@@ -44,6 +47,7 @@ def filled(
         container, key = at_path(states, path)
         container[key] = targets[name]
     read_parts(found.path, index, targets)
+    found.check_same()
     return dict(states)
 
 

@@ -229,6 +229,7 @@ class Cursor:
                 # It may have come from what the dataset keeps: the next one need not.
                 self._rehearse(key, position["flow"], proof, strictness, 0)
                 self._open_flow(key, position["flow"])
+                flow.give_dataset(position["flow"], "now")
 
     def rehearse(self, data: Any, key: StreamKey, proof: Proof, strictness: Strictness) -> None:
         """Fetches the first batch of data that is opened next twice, and compares.

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Callable, Generator
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -25,6 +26,7 @@ __all__ = [
     "flush_folder",
     "make_folder",
     "open_regular",
+    "remove_leftover",
     "remove_leftovers",
     "write_file",
 ]
@@ -294,6 +296,14 @@ def remove_leftovers(folder: Path) -> list[str]:
     removed: list[str] = []
     for entry in folder.iterdir():
         if entry.name.startswith(_TEMPORARY_PREFIX) and entry.name.endswith(_TEMPORARY_SUFFIX):
-            entry.unlink(missing_ok=True)
+            remove_leftover(entry)
             removed.append(entry.name)
     return removed
+
+
+def remove_leftover(path: Path) -> None:
+    """Removes a file, or a folder with all in it; of a link, the link, not what it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -117,6 +117,20 @@ class Parts:
                     f"{path} cannot be read: {error.strerror or error}"
                 ) from error
 
+    def check_same(self) -> None:
+        """Makes sure, when all was read, that it was all of one checkpoint.
+
+        Files are found by the folder's name, which a save under the same name gives to another.
+
+        Raises:
+            CheckpointError: if the folder is gone, or another one.
+        """
+        if Parts.open(self.path).manifest != self.manifest:
+            raise CheckpointCorrupt(
+                f"{self.path} was replaced by another checkpoint while it was being read: what was "
+                "read may be of both. Load it again, into new objects"
+            )
+
     def index(self) -> dict[str, Entry]:
         """Returns the index of the spread tensors, held against the files.
 

@@ -308,6 +308,9 @@ class Exchange:
             return
         # Not in place: the buffer is filled again while this is still on its way.
         own = parts[0] + parts[step]
+        if len(self._gathering) == 2:
+            # What is sent is held until then.
+            self._gathering.pop(0).wait()
         whole = _bytes(bucket.flat)
         if own.device.type == "cpu":
             # Gloo gathers through buffers of its own, which take as much memory and two copies.

@@ -135,6 +135,29 @@ def test_a_second_saver_leaves_alone_what_the_first_one_writes(tmp_path: Path) -
         assert at_work.exists()
 
 
+@pytest.mark.parametrize("ending", [".tmp", ".parts"])
+@pytest.mark.parametrize("kind", ["file", "folder", "link", "dangling", "fifo"])
+def test_leftovers_of_any_kind_are_removed(tmp_path: Path, ending: str, kind: str) -> None:
+    folder, somebodys = tmp_path / "checkpoints", tmp_path / "somebodys"
+    left = folder / f".crosstrain-0123456789abcdef{ending}"
+    folder.mkdir()
+    somebodys.mkdir()
+    (somebodys / "file").touch()
+    if kind == "folder":
+        left.mkdir()
+        (left / "in it").touch()
+    elif kind in ("link", "dangling"):
+        left.symlink_to(somebodys if kind == "link" else tmp_path / "nowhere")
+    elif kind == "fifo":
+        os.mkfifo(left)
+    else:
+        left.touch()
+    with DiskSaver(folder):
+        assert not left.exists()
+        assert not left.is_symlink()
+    assert (somebodys / "file").exists()
+
+
 @pytest.mark.parametrize("kind", ["link", "dangling", "hard link", "folder", "fifo"])
 def test_a_lock_that_is_no_file_is_not_written_to(tmp_path: Path, kind: str) -> None:
     folder, somebodys = tmp_path / "checkpoints", tmp_path / "somebodys"

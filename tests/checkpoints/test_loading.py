@@ -8,15 +8,17 @@ import random
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from crosstrain.engine import Checkpoint, CheckpointCorrupt, DiskSaver
+from crosstrain.engine import Checkpoint, CheckpointCorrupt, DiskSaver, read_checkpoint
 from crosstrain.engine.storage.atomic import HashingFile
 from crosstrain.engine.storage.manifest import Manifest
+from crosstrain.engine.storage.parts_read import own_states
 from crosstrain.engine.storage.safe_load import load_file
 from crosstrain.engine.storage.tree_hash import LEAF
 
@@ -214,6 +216,28 @@ def test_a_file_that_is_replaced_meanwhile_is_read_as_it_was(tmp_path: Path) -> 
     assert order == ["replaced"]
     assert same(saved["model"].state_dict(), objects["model"].state_dict())
     assert load_file(path).state == {"other": {"a": 1}}
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_parts_that_are_replaced_meanwhile_are_no_mixture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: bool
+) -> None:
+    def write() -> None:
+        with DiskSaver(tmp_path, parts=True, require_empty=False) as saver:
+            saver({"model": torch.nn.Linear(2, 2).state_dict()}, "state.pt")
+
+    def and_replace(*arguments: Any) -> Any:
+        found = own_states(*arguments)
+        write()
+        return found
+
+    write()
+    monkeypatch.setattr("crosstrain.engine.checkpoints.loading.own_states", and_replace)
+    monkeypatch.setattr("crosstrain.engine.checkpoints.layouts.own_states", and_replace)
+    path = tmp_path / "state.sharded"
+    load = partial(Checkpoint.load_objects, {"model": torch.nn.Linear(2, 2)})
+    with pytest.raises(CheckpointCorrupt, match="replaced by another checkpoint"):
+        (read_checkpoint if whole else load)(path)
 
 
 # ------------------------------------------------------------------ what is verified

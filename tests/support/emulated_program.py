@@ -1,91 +1,270 @@
-"""A program on the emulated device: trains, counts what is read, goes on from a state."""
+"""Programs on the emulated device, each in a process of its own: torch never gives a device up."""
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
-import emulated_device
 import torch
-from torch.utils import _pytree as pytree
+from ignite.handlers import ProgressBar
 from torch.utils.data import DataLoader, TensorDataset
 
-from crosstrain.backends import BackendUnavailable
+from crosstrain.backends import BackendError, BackendUnavailable, get
 from crosstrain.backends.accelerator import AcceleratorBackend, MpsBackend
 from crosstrain.backends.cpu import CpuBackend
-from crosstrain.engine import Events, create_supervised_trainer, manual_seed
+from crosstrain.backends.placement import map_tensors
+from crosstrain.ci import emulated
+from crosstrain.ci.conformance import check_backend
+from crosstrain.engine import (
+    Events,
+    StepEvents,
+    create_supervised_trainer,
+    manual_seed,
+    resume_or_start,
+)
+
+ROWS = 32
 
 
-def host(state: Any) -> Any:
-    """Returns a nest with its tensors on the CPU, as a checkpoint has them."""
-    return pytree.tree_map(lambda one: one.cpu() if isinstance(one, torch.Tensor) else one, state)
+def rows(number: int) -> DataLoader[Any]:
+    """Rows of two classes."""
+    data = torch.randn(number, 6, generator=torch.Generator().manual_seed(5))
+    return DataLoader(TensorDataset(data, (data[:, 0] > 0).long()), 4, shuffle=True)
 
 
-def train(backend: Any, start: Any = None, stop: int = 0) -> tuple[dict[str, Any], Any]:
-    """Trains two epochs, or to an iteration; returns what came of it, and the states there."""
-    manual_seed(3 if start is None else 99)
-    data = torch.randn(240, 6, generator=torch.Generator().manual_seed(5))
-    model = torch.nn.Sequential(
-        torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Dropout(0.3), torch.nn.Linear(8, 2)
+def steep(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """A loss whose fp16 gradients overflow with the first scales."""
+    return torch.nn.functional.cross_entropy(found, wanted) * 30
+
+
+def network(drawn: bool) -> torch.nn.Module:
+    """A small model; with dropout, it draws on its device."""
+    return torch.nn.Sequential(
+        torch.nn.Linear(6, 8),
+        torch.nn.BatchNorm1d(8),
+        torch.nn.ReLU(),
+        torch.nn.Dropout(0.3 if drawn else 0.0),
+        torch.nn.Linear(8, 2),
     )
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    loss = torch.nn.functional.cross_entropy
+
+
+def run(spec: str, folder: Path, *, drawn: bool = True) -> dict[str, Any]:
+    """Trains two epochs, going on from a folder's checkpoint; returns what came of it."""
+    manual_seed(3)
+    model = network(drawn)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, fused=True)
     trainer = create_supervised_trainer(
-        model, optimizer, loss, backend=backend, deterministic=True, max_norm=1.0
+        model,
+        optimizer,
+        steep,
+        backend=spec,
+        deterministic=True,
+        max_norm=1.0,
+        gradient_accumulation_steps=3,
     )
-    if start is not None:
-        for thing, state in zip((model, optimizer, trainer), start, strict=True):
-            thing.load_state_dict(state)
-    counted: list[int] = []
-    kept: Any = None
-
-    @trainer.on(Events.ITERATION_COMPLETED)
-    def count() -> None:
-        nonlocal kept
-        counted.append(sum(emulated_device.READS.values()))
-        if trainer.state.iteration == stop:
-            kept = host([model.state_dict(), optimizer.state_dict(), trainer.state_dict()])
-
-    rows = DataLoader(TensorDataset(data, (data[:, 0] > 0).long()), 4, shuffle=True)
-    trainer.run(rows, max_epochs=2)
-    told = {
-        "device": str(next(model.parameters()).device),
-        "iteration": trainer.state.iteration,
-        "weights": [parameter.detach().cpu().tolist() for parameter in model.parameters()],
-        "reads": counted[-1] - counted[-101] if len(counted) > 101 else None,
+    objects = {"model": model, "optimizer": optimizer}
+    resume_or_start(trainer, objects, folder, every=1, n_saved=None, overlap=True)
+    trainer.run(rows(ROWS), max_epochs=2)
+    state: Any = trainer.state
+    weights = [value.double().cpu().flatten() for value in model.state_dict().values()]
+    assert all(bool(value.isfinite().all()) for value in weights)
+    return {
+        "device": next(model.parameters()).device.type,
+        "iteration": state.iteration,
+        "skipped": state.skipped_steps,
+        "weights": torch.cat(weights).tolist(),
     }
-    return told, kept
 
 
-def refusal(kind: Any, option: str) -> str:
-    """Returns why a backend refuses an option."""
+def run_from(spec: str, place: Path, at: int, folder: Path, drawn: bool = True) -> dict[str, Any]:
+    """Goes on from an iteration of the run of another folder, in a new one."""
+    folder.mkdir()
+    name = f"checkpoint_{at}.pt"
+    shutil.copy(place / name, folder / name)
+    return run(spec, folder, drawn=drawn)
+
+
+def resumes(folder: Path) -> dict[str, Any]:
+    """Goes on from the iterations of a run, from files that were written in the background."""
+    told: dict[str, Any] = {}
+    for spec, points in (("emulated", (4, 9)), ("emulated:fp16", range(1, 16))):
+        place = folder / spec.replace(":", "-")
+        straight = run(spec, place)
+        wrong = [n for n in points if run_from(spec, place, n, Path(f"{place}-{n}")) != straight]
+        told[spec] = {**straight, "wrong": wrong, "pending": emulated.pending()}
+    return told
+
+
+def ports(folder: Path) -> dict[str, Any]:
+    """Moves a run that draws nothing from the CPU to the device and back."""
+    straight = run("cpu", folder / "cpu", drawn=False)
+    there = run_from("emulated", folder / "cpu", 5, folder / "there", drawn=False)
+    back = run_from("cpu", folder / "there", 11, folder / "back", drawn=False)
+    return {"straight": straight, "there": there, "back": back}
+
+
+def reads(spec: str, *, fused: bool = True, scheduler: bool = False, bar: int | None = None) -> Any:
+    """Counts what 100 steady steps read; with a bar, one that shows the loss each `bar` steps."""
+    manual_seed(3)
+    model = network(drawn=True)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, fused=fused)
+    trainer = create_supervised_trainer(
+        model,
+        optimizer,
+        torch.nn.functional.cross_entropy,
+        backend=spec,
+        deterministic=True,
+        max_norm=1.0,
+        gradient_accumulation_steps=2,
+    )
+    if scheduler:
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 10)
+        trainer.add_event_handler(StepEvents.OPTIM_STEP_APPLIED, lambda: schedule.step())
+    if bar is not None:
+        shown = {"output_transform": lambda loss: {"loss": loss}} if bar else {}
+        when = Events.ITERATION_COMPLETED(every=bar or 1)
+        ProgressBar(file=io.StringIO()).attach(trainer, event_name=when, **shown)
+    with emulated.host_reads() as counted:
+        seen: list[int] = []
+        for at in (20, 120):
+            trainer.add_event_handler(
+                Events.ITERATION_COMPLETED(once=at), lambda: seen.append(sum(counted.values()))
+            )
+        trainer.run(rows(500), max_epochs=1)
+    return seen[1] - seen[0]
+
+
+def steady(folder: Path) -> dict[str, Any]:
+    """Counts what the host reads in steady steps, in each precision."""
+    del folder
+    told: dict[str, Any] = {
+        spec: {"scheduler": reads(spec, scheduler=True, bar=0)}
+        for spec in ("emulated", "emulated:bf16", "emulated:fp16")
+    }
+    told["emulated"]["not fused"] = reads("emulated", fused=False)
+    told["emulated"]["loss shown"] = reads("emulated", bar=1)
+    told["emulated:fp16"]["fused"] = reads("emulated:fp16", bar=0)
+    told["emulated:fp16"]["not fused"] = reads("emulated:fp16", fused=False)
+    told["emulated:fp16"]["loss shown at times"] = reads("emulated:fp16", bar=50)
+    return told
+
+
+def conformance(folder: Path) -> dict[str, Any]:
+    """Puts the device through all conformance checks."""
+    del folder
+    specs = ("emulated", "emulated:bf16", "emulated:fp16")
+    return {spec: [str(one) for one in check_backend(spec)] for spec in specs}
+
+
+class _Forgetful:
+    """A step that leaves a tensor on the host: neither parameter nor buffer, it is not moved."""
+
+    def __init__(self) -> None:
+        self.model = torch.nn.Linear(6, 2)
+        self.weights = torch.ones(2)
+
+    def train(self, spec: str) -> str:
+        optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+
+        def loss(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.cross_entropy(found, wanted, self.weights)
+
+        trainer = create_supervised_trainer(self.model, optimizer, loss, backend=spec)
+        try:
+            trainer.run(rows(8), max_epochs=1)
+        except RuntimeError as error:
+            return str(error)
+        return ""
+
+
+def _keeping(kind: Any) -> Any:
+    """Returns a backend whose state holds a tensor of its device."""
+
+    class Keeping(kind):  # type: ignore[misc]
+        def state_dict(self) -> dict[str, Any]:
+            return {"steps": torch.zeros(1, device=self.device)}
+
+        def load_state_dict(self, state: Any) -> None:
+            del state
+
+    return Keeping
+
+
+def _unwaiting(kind: Any) -> Any:
+    """Returns a backend that copies a batch on a stream, and has nobody wait for it."""
+
+    class Unwaiting(kind):  # type: ignore[misc]
+        def put(self, batch: Any) -> Any:
+            if self.device.type == "cpu":
+                return super().put(batch)
+            with torch.Stream(device=self.device):
+                return map_tensors(batch, lambda one: one.pin_memory().to(self.device))
+
+    return Unwaiting
+
+
+def faults(folder: Path) -> dict[str, Any]:
+    """Plants faults that a run on the CPU does not show."""
+    del folder
+    told: dict[str, Any] = {}
+    for spec, kind in (("cpu", CpuBackend), ("emulated", emulated.EmulatedBackend)):
+        told[spec] = {
+            "on the host": _Forgetful().train(spec),
+            "in a checkpoint": _problems(_keeping(kind), "portable_state"),
+            "not waited for": _problems(_unwaiting(kind), "put_is_exact"),
+        }
+    return told
+
+
+def _problems(kind: Any, check: str) -> list[str]:
+    return [finding.problem for finding in check_backend(kind, checks=[check])]
+
+
+def refusals(folder: Path) -> dict[str, Any]:
+    """What the device lacks, or is told to lack, is refused with the reason."""
+    del folder
+    told: dict[str, Any] = {"accelerator": str(AcceleratorBackend().open().device)}
+    module: Any = torch.get_device_module("emulated")
+    module.get_amp_supported_dtype = list
+    for name, make in (
+        ("bf16", lambda: AcceleratorBackend("bf16")),
+        ("fsdp", lambda: AcceleratorBackend("fsdp")),
+        ("mps", lambda: MpsBackend("fp32")),
+        ("second", lambda: get("emulated", index=1).open()),
+        ("third", lambda: get("emulated", index=2).open()),
+    ):
+        try:
+            make()
+        except BackendUnavailable as error:
+            told[name] = error.reason
+        except BackendError as error:
+            told[name] = str(error)
+    with emulated.out_of_memory(after=2):
+        made = [torch.ones(3, device="emulated"), torch.ones(3, device="emulated:1")]
+        try:
+            made[0] + made[0]
+        except torch.OutOfMemoryError as error:
+            told["memory"] = str(error)
     try:
-        kind(option)
-    except BackendUnavailable as error:
-        return error.reason
-    return "nothing"
+        made[0] + made[1]
+    except RuntimeError as error:
+        told["mixed"] = str(error)
+    return told
 
 
-def main(folder: Path) -> None:
-    """Writes what the runs came to."""
-    straight, _ = train(AcceleratorBackend())
-    again, kept = train(AcceleratorBackend(), stop=33)
-    resumed, _ = train(AcceleratorBackend(), kept)
-    host_run, on_host = train(CpuBackend(), stop=33)
-    told = {
-        "straight": straight,
-        "again": again,
-        "resumed": resumed,
-        "cpu": host_run,
-        "generators": [len(state[2]["rng_states"]["device"]) for state in (kept, on_host)],
-        "bf16": refusal(AcceleratorBackend, "bf16"),
-        "fsdp": refusal(AcceleratorBackend, "fsdp"),
-        "mps": refusal(MpsBackend, "fp32"),
-    }
+def main(name: str, folder: Path) -> None:
+    """Writes what one of the programs came to."""
+    warnings.simplefilter("ignore")
+    # Before the first backward pass, also one on the CPU: torch counts the devices then.
+    emulated.register()
+    told = globals()[name](folder)
     (folder / "told.json").write_text(json.dumps(told))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -53,6 +53,7 @@ CI_ROOMS = {
     "conformance": COMMON,
     "demo": TRIALS,
     "doctor": COMMON,
+    "emulated": COMMON,
     "inspect_checkpoint": COMMON,
     "matrix": TRIALS,
     "options": frozenset(),
@@ -64,7 +65,16 @@ CI_ROOMS = {
 }
 FOLDERS = {
     "engine": ("ranks", "data", "training", "exact", "storage", "checkpoints"),
-    "ci": ("conformance", "demo", "matrix", "plugin", "traces", "trials", "verification"),
+    "ci": (
+        "conformance",
+        "demo",
+        "emulated",
+        "matrix",
+        "plugin",
+        "traces",
+        "trials",
+        "verification",
+    ),
 }
 LEVELS = {
     **dict.fromkeys(

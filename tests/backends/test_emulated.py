@@ -1,0 +1,96 @@
+"""The emulated device: what it finds that the CPU does not, and what the shared code does on it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from processes import SUPPORT
+
+from crosstrain import backends
+from crosstrain.ci.matrix.selection import available_specs
+
+Tell = Callable[[str], dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def tell(tmp_path_factory: pytest.TempPathFactory) -> Tell:
+    """Runs one of the programs in a process of its own, which has the device for good."""
+
+    def run(name: str) -> dict[str, Any]:
+        folder = tmp_path_factory.mktemp(name)
+        program = str(SUPPORT / "emulated_program.py")
+        subprocess.run([sys.executable, program, name, str(folder)], check=True, timeout=280)
+        found: dict[str, Any] = json.loads((folder / "told.json").read_text())
+        return found
+
+    return run
+
+
+def test_it_keeps_every_promise_of_the_protocol(tell: Tell) -> None:
+    assert tell("conformance") == {"emulated": [], "emulated:bf16": [], "emulated:fp16": []}
+
+
+def test_a_run_goes_on_bit_for_bit_from_each_iteration(tell: Tell) -> None:
+    """In accumulation windows, over a skipped step, from files that a thread has written."""
+    told = tell("resumes")
+    assert {found["device"] for found in told.values()} == {"emulated"}
+    assert {found["iteration"] for found in told.values()} == {16}
+    assert [found["wrong"] for found in told.values()] == [[], []]
+    assert 0 < told["emulated:fp16"]["skipped"] < 6, "of six steps"
+    assert told["emulated"]["weights"] != told["emulated:fp16"]["weights"]
+
+
+def test_a_run_moves_from_the_cpu_and_back_and_keeps_its_bits(tell: Tell) -> None:
+    """The device computes as the CPU does, and this run draws nothing on it."""
+    told = tell("ports")
+    assert [told[name]["device"] for name in told] == ["cpu", "emulated", "cpu"]
+    assert told["straight"]["weights"] == told["there"]["weights"] == told["back"]["weights"]
+
+
+def test_what_the_host_reads_in_a_hundred_steady_steps_is_counted(tell: Tell) -> None:
+    """With clipping, accumulation over 2, a bar; what reads is named in docs/emulated.md."""
+    told = tell("steady")
+    # A scheduler is stepped on the host, which has to know whether fp16 has applied a step.
+    assert told["emulated"] == {"scheduler": 0, "not fused": 0, "loss shown": 100}
+    assert told["emulated:bf16"] == {"scheduler": 0}
+    assert told["emulated:fp16"] == {
+        "scheduler": 50,
+        "fused": 0,
+        "not fused": 50,
+        "loss shown at times": 2,
+    }
+
+
+def test_faults_that_the_cpu_cannot_show_are_found(tell: Tell) -> None:
+    told = tell("faults")
+    assert told["cpu"] == {"on the host": "", "in a checkpoint": [], "not waited for": []}
+    found = told["emulated"]
+    assert "cpu and emulated:0" in found["on the host"]
+    assert "tensors on ['emulated:0']" in found["in a checkpoint"][0]
+    assert found["not waited for"]
+
+
+def test_what_the_device_lacks_is_refused_with_its_reason(tell: Tell) -> None:
+    told = tell("refusals")
+    assert told["accelerator"] == "emulated:0"
+    assert told["bf16"] == "Autocast on 'emulated' has no types, and not torch.bfloat16."
+    assert "no process groups for 'emulated'" in told["fsdp"]
+    assert "is 'emulated', not 'mps'" in told["mps"]
+    assert "emulated:1" in told["second"]
+    assert "sees 2 devices" in told["third"]
+    assert "out of memory" in told["memory"]
+    assert "emulated:0 and emulated:1" in told["mixed"]
+
+
+def test_it_is_trained_on_only_where_it_is_asked_for() -> None:
+    """Neither a probe nor the columns of a matrix register it."""
+    import torch
+
+    assert backends.probe("emulated").ok
+    assert "emulated" not in available_specs()
+    assert torch._C._get_privateuse1_backend_name() == "privateuseone"
