@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PUBLIC_MODULES = ("crosstrain.engine", "crosstrain.backends", "crosstrain.ci")
 PUBLIC_BESIDE = {
     "crosstrain.backends.fsdp": ("Sharding",),
+    "crosstrain.ci.emulated": ("host_reads", "register"),
     "crosstrain.ci.conformance": ("applicable", "check_backend"),
     "crosstrain.ci.matrix.run_one": ("play_cell",),
     "crosstrain.ci.trials.scenarios": ("SCENARIOS",),
