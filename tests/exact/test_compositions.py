@@ -121,8 +121,8 @@ FOUND: dict[str, dict[str, Any]] = {
         "handlers": (("ends the epoch", "ITERATION_COMPLETED", "always"),),
     },
 }
-# Those of the first long run, by their seeds.
-SEEDS = (1, 9, 12, 30, 40)
+# Those of the first long runs, by their seeds.
+SEEDS = (1, 9, 12, 30, 40, 502, 575)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
