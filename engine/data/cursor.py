@@ -37,8 +37,8 @@ _HANDLERS_CHANGE: Final = (
 
 
 @dataclass(frozen=True)
-class _Replayed:
-    """A pass that was fetched from its beginning already, up to the batch that is compared."""
+class _Opened:
+    """A pass that was opened, and compared, before the handlers of an epoch's beginning ran."""
 
     flow: Dataflow
     iterator: Iterator[Any]
@@ -82,7 +82,7 @@ class Cursor:
         self._last_indices: Any = None
         self._held: deque[Held] = deque()
         self._prepared: Dataflow | None = None
-        self._replayed: _Replayed | None = None
+        self._opened_before: _Opened | None = None
         self._indices: deque[Any] | None = None
         self._pass = self._exchanges = 0
         self._ended = False
@@ -221,14 +221,14 @@ class Cursor:
             ResumeError: if the batch before is another, and that is an error.
         """
         flow, self._prepared = self._prepared_for(data), None
-        replayed, self._replayed = self._replayed, None
+        before_handlers, self._opened_before = self._opened_before, None
         _check_data(position, flow.fingerprint())
         self._flow = flow
         self._pass, self._exchanges = position["pass"], position["exchanges"]
         self.consumed = position["batch"]
-        if replayed is not None and replayed.flow is flow:
-            self._iterator, self._ended = replayed.iterator, replayed.ended
-            self._last, self._last_indices = replayed.last, replayed.indices
+        if before_handlers is not None and before_handlers.flow is flow:
+            self._iterator, self._ended = before_handlers.iterator, before_handlers.ended
+            self._last, self._last_indices = before_handlers.last, before_handlers.indices
             self._shares, self._held, self._indices = flow.shares, flow.held, flow.indices
             self.fetched, self.opened, self.share = self.consumed, True, None
             return
@@ -339,9 +339,9 @@ class Cursor:
         self._pass, self.consumed = position["pass"], position["batch"]
         self._open_flow(key, position["flow"], 1)
         self._compare(before, proof, "warn", _HANDLERS_CHANGE)
-        if flow.replays:
-            # Fetching it all once more would move twice what it draws from unseen.
-            self._replayed = _Replayed(
+        if flow.stays_open and not position["flow"].get("dataset", {}).get("now"):
+            # Opening it once more would move twice what it draws from unseen.
+            self._opened_before = _Opened(
                 flow, self._iterator, self._ended, self._last, self._last_indices
             )
         else:

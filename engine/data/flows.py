@@ -45,8 +45,8 @@ class Dataflow:
     owners = 0
     #: Whether it draws from random streams of its own, and the step's are to be others.
     apart = False
-    #: Whether a batch is entered by fetching all that come before it.
-    replays: ClassVar[bool] = False
+    #: Whether a pass that was opened can stay so while handlers prepare the data for the next one.
+    stays_open: ClassVar[bool] = False
     #: Why a batch of it cannot be fetched once more; None where it can.
     unrepeatable: str | None = None
 
@@ -219,7 +219,7 @@ class ReplayedFlow(Dataflow):
     """
 
     kind = "iterable data"
-    replays = True
+    stays_open = True
 
     def __init__(self, data: Any) -> None:
         super().__init__(data)

@@ -44,6 +44,7 @@ class MapFlow(Dataflow):
     """
 
     kind = "a DataLoader over a map-style dataset"
+    stays_open = True
 
     def __init__(self, data: Any, iterate: Iterate, world: World = ALONE) -> None:
         super().__init__(data)
