@@ -80,11 +80,9 @@ class Dithered(nn.Module):
 
 
 class Negatives(Numbers):
-    """Points of which a handler replaces some at random, anew for each epoch."""
+    """Points of which a handler replaces some at random, by a count that no object of it has."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.draws = itertools.count()
+    draws = itertools.count()
 
     def draw_negatives(self) -> None:
         self.y = torch.from_numpy(np.random.default_rng([7, next(self.draws)]).permutation(self.y))

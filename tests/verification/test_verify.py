@@ -32,7 +32,7 @@ FAULTS: Mapping[str, tuple[int, str, str, str, int, str]] = {
     "nondeterministic": (8, "not repeatable", "gradient", "model.0.weight", 1, "autograd"),
     "ends_itself": (4, "not exact", "", "", 11, "early stopping"),
     # Programs that users wrote; the advice that is right is the first.
-    "negatives": (8, "not exact", "batch", "", 9, "Here: Negatives.draw_negatives"),
+    "negatives": (6, "not exact", "batch", "", 7, "Here: Negatives.draw_negatives"),
     "counting_sampler": (8, "not exact", "batch", "", 9, "Here: CountingSampler"),
     "normalizer": (8, "not exact", "loss", "", 9, "what prepare_batch or a handler"),
     "second_loader": (8, "not exact", "loss", "", 9, "draws from a second loader"),
