@@ -143,8 +143,8 @@ def test_what_was_silent_once_is_not(name: str | int) -> None:
 
 @pytest.mark.xfail(
     strict=True,
-    reason="a dataset that keeps what it has drawn while it fetches is not told where the number of "
-    "workers changes, or a handler changes it as well",
+    reason="a dataset that keeps what it draws while it fetches is not told where the number of "
+    "workers changes, or where a handler changes it as well",
 )
 @pytest.mark.parametrize("seed", [1444, 1500])
 def test_what_is_still_silent(seed: int) -> None:
