@@ -42,7 +42,8 @@ def _nest() -> dict[str, Any]:
 def _compare(ours: Any, theirs: Any, device: torch.device, path: str) -> None:
     untyped: Any = theirs  # as what it is, not as what a check of its type makes of it
     # The tensors of a device that is written in Python are of a class of their own.
-    same = isinstance(ours, torch.Tensor) and type(untyped) is torch.Tensor
+    both = (ours, untyped)
+    same = all(isinstance(one, torch.Tensor) for one in both) and type(untyped) is torch.Tensor
     expect(
         same or type(ours) is type(theirs),
         f"put() made a {type(ours).__name__} of the {type(theirs).__name__} at batch{path}.",

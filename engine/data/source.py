@@ -191,4 +191,5 @@ def _data_of(source: Any) -> Any:
             f"ResumableSource takes a random generator, data, or a function that returns data; got "
             f"a {type(source).__name__}."
         )
-    return _Made(source)
+    make: Any = source
+    return _Made(make)
