@@ -2,7 +2,8 @@
 
 A function is bound to an event when it is added (`HandlerTable`), so a wrong signature is an error
 there. Handlers of one event run in the order in which they were attached; those of the engine's own
-that must run before or after all of the user's say so by a `Phase`.
+that must run before or after all of the user's say so by a `Phase`. Binding, order and calling are
+one file: each is a side of the same table, and none is used without the others.
 """
 
 from __future__ import annotations

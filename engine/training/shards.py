@@ -3,7 +3,8 @@
 A mean over 8 samples and the mean of two means over 4 differ in their last bits. So each global
 batch is dealt to S logical shards, whatever the number of processes; each shard has a forward and a
 backward pass of its own, under random numbers of its own, and the results are added up in one fixed
-order (`tree_sum`). A process computes S/W shards, one after the other.
+order (`tree_sum`). A process computes S/W shards, one after the other. Dealing, passes, buffers and
+the sum are one file, since the promise holds only if all four keep to the same order.
 """
 
 from __future__ import annotations
