@@ -21,9 +21,10 @@ from .apart import Secluded
 from .batch_before import Noted
 from .flows import Dataflow, Iterate
 from .generators import OwnStates, Raw, differing, generators_in
+from .keeping import Probe, changed_places
 from .sampling import KeyedSampler, rebuilt
 from .shares import ALONE, BatchShare, check_divisible
-from .streams import KeyedBatchDataset, KeyedDataset, StreamKey, rank_seed
+from .streams import KeyedBatchDataset, KeyedDataset, StreamKey, rank_seed, sample_key
 
 __all__ = ["MapFlow"]
 
@@ -56,17 +57,21 @@ class MapFlow(Dataflow):
         # torch's own draws nothing.
         collates = data.collate_fn is not default_collate
         # Not those of the dataset, to which samplers refer: another process fetches from that.
+        # Its attributes are this pass's: the user's loader is left as it is.
+        self._loader = rebuilt(data)
         self._own = OwnStates(
             (Sampler,),
             generator=data.generator,
             sampler=getattr(sampler, "sampler", None) if batched else sampler,
             batch_sampler=sampler,
+            loader=self._loader,
         )
+        self._dataset = _keyed(data.dataset, batched)
         self._sampler = KeyedSampler(sampler, batched, collates, world, self._own)
         # The loader draws its workers' base seed from this one, and disturbs no other.
         self._base = torch.Generator()
         changes = {
-            "dataset": _keyed(data.dataset, batched),
+            "dataset": self._dataset,
             "batch_sampler" if batched else "sampler": self._sampler,
             "generator": self._base,
             # Workers that outlive a pass would not have what handlers change of the dataset.
@@ -74,12 +79,15 @@ class MapFlow(Dataflow):
         }
         if "in_order" in vars(data):
             changes["in_order"] = True
-        self._loader = rebuilt(data, **changes)
+        vars(self._loader).update(changes)
         self._at_opening = self._own.take()
         self._opening: Raw = {}
         # Since the pass was left: what a state has of the samplers, and what they are.
         self._left: tuple[dict[str, Any], Raw] | None = None
         self._prepared = False
+        # Asked by the loader that is opened next, and how many workers fetched before.
+        self._probe: Probe | None = None
+        self._workers_then: int | None = None
         self._suspects = sorted(generators_in(data.dataset, "dataset"))
         _warn_of_generators(self._suspects)
 
@@ -114,6 +122,9 @@ class MapFlow(Dataflow):
         self._base.manual_seed(rank_seed(key.host_seed, self._world.rank))
         self.held = deque()
         # What is held is what lies on the host: before the backend has moved it.
+        probe = self._probe
+        keyed = self._dataset if probe is None else probe.on(self._dataset)
+        vars(self._loader)["dataset"] = keyed
         batches = _iterator_of(self._loader, self._sampler)
         if not prepared:
             self.give_dataset(state, "now")
@@ -145,7 +156,65 @@ class MapFlow(Dataflow):
         if self._left is not None and not differing(self._own.raw(), self._left[1]):
             now = self._left[0]
         now = self._own.take() if now is None else now
-        return {**self._at_opening, "now": now, "dataset": self.dataset_state()}
+        return {
+            **self._at_opening,
+            "now": now,
+            "dataset": self.dataset_state(),
+            "workers": self._loader.num_workers,
+        }
+
+    def samples(self) -> Any:
+        """Returns the dataset's first, middle and last samples, each under the same streams."""
+        count = data_length(self.data.dataset)
+        if self._loader.num_workers or not count:
+            # What workers open is not to be opened in this process.
+            return None
+        found: list[Any] = []
+        kept = self._attributes.take()
+        with random_state.preserved(), sample_key() as key:
+            try:
+                for index in sorted({0, count // 2, count - 1}):
+                    key.enter(index)
+                    found.append(self.data.dataset[index])
+            except Exception:  # noqa: BLE001  its indices may be no numbers
+                return None
+            finally:
+                self._attributes.give(kept)
+        return found
+
+    def probe(self, state: Mapping[str, Any]) -> None:
+        """Has the pass that is opened next look at what the dataset keeps of what it draws.
+
+        Args:
+            state: what `state` returned; where nothing of the dataset has changed and no workers
+                fetch, or fetched, there is nothing to look at.
+        """
+        places, then = changed_places(state), state.get("workers", 0)
+        if places or then or self._loader.num_workers:
+            self._probe, self._workers_then = Probe(self._attributes, places), then
+
+    def probed(self) -> str | None:
+        """Returns what was found of what the dataset keeps, if a run cannot go on with it."""
+        probe, self._probe = self._probe, None
+        now, then = self._loader.num_workers, self._workers_then
+        if probe is None:
+            return None
+        if probe.draws_unseen:
+            return (
+                "a sample was fetched twice under the same random streams, as if the dataset had "
+                "kept nothing of what it fetched, and was another one the second time. Generators "
+                f"that were found in it: {', '.join(self._suspects) or 'none'}. Samples that it "
+                "has not kept yet will differ. Draw from current_sample() or the global generators"
+            )
+        if not probe.keeps_draws or not (now or then):
+            return None
+        return (
+            "the dataset keeps what it has drawn, such as a cache of augmented samples. What a "
+            f"worker keeps ends with it, and the data was fetched with num_workers={then} and is "
+            f"with num_workers={now}: samples that the run that was saved had kept are drawn anew, "
+            "or the other way round. Keep what follows from the index alone, and draw after it; or "
+            "use num_workers=0, then and now"
+        )
 
     def prepare(self, state: Mapping[str, Any]) -> None:
         """Sets the samplers to what they were when a state was written, before handlers run.
