@@ -128,6 +128,10 @@ class Attributes:
         self._told.update(found)
         return found
 
+    def has_grown(self) -> bool:
+        """Tells whether something that collects samples, and is no attribute, has grown."""
+        return any(_caches(owner) != self._caches[name] for name, owner in self._owners.items())
+
     def _is_remade(self, name: str) -> bool:
         """Whether an object has got something that cannot be saved, such as a file that it opened.
 

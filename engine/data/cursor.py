@@ -294,6 +294,12 @@ class Cursor:
             self._fetch_before(before, key, position["flow"])
             self._compare(before, proof, strictness)
             self._tell_kept(proof)
+            if flow.keeps_anew(position["flow"]):
+                flow.probe(position["flow"], True)
+                self._open_flow(key, position["flow"], again)
+                self._fetch_first()
+                self._tell_kept(proof)
+                self._open_flow(key, position["flow"])
             # Fetching may have changed it.
             flow.give_dataset(position["flow"], "now")
             if position["flow"].get("dataset", {}).get("now"):

@@ -168,12 +168,17 @@ class Dataflow:
         """Returns a few samples that tell this data from other data; None where it cannot."""
         return None
 
-    def probe(self, state: Mapping[str, Any]) -> None:
+    def probe(self, state: Mapping[str, Any], anew: bool = False) -> None:
         """Has the pass that is opened next look at what the dataset keeps of what it draws.
 
         Args:
             state: what `state` returned when the state of the run was written.
+            anew: whether fetching here was seen to change what it had not changed then.
         """
+
+    def keeps_anew(self, state: Mapping[str, Any]) -> bool:
+        """Tells whether fetching has changed the dataset, and had not in the run that was saved."""
+        return False
 
     def probed(self) -> str | None:
         """Returns what was found of what the dataset keeps, if a run cannot go on with it."""

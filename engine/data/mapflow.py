@@ -85,9 +85,9 @@ class MapFlow(Dataflow):
         # Since the pass was left: what a state has of the samplers, and what they are.
         self._left: tuple[dict[str, Any], Raw] | None = None
         self._prepared = False
-        # Asked by the loader that is opened next, and how many workers fetched before.
+        # Asked by the loader that is opened next; whether it fetches otherwise than then.
         self._probe: Probe | None = None
-        self._workers_then: int | None = None
+        self._anew = False
         self._suspects = sorted(generators_in(data.dataset, "dataset"))
         _warn_of_generators(self._suspects)
 
@@ -156,12 +156,7 @@ class MapFlow(Dataflow):
         if self._left is not None and not differing(self._own.raw(), self._left[1]):
             now = self._left[0]
         now = self._own.take() if now is None else now
-        return {
-            **self._at_opening,
-            "now": now,
-            "dataset": self.dataset_state(),
-            "workers": self._loader.num_workers,
-        }
+        return {**self._at_opening, "now": now, "dataset": self.dataset_state()}
 
     def samples(self) -> Any:
         """Returns the dataset's first, middle and last samples, each under the same streams."""
@@ -182,21 +177,28 @@ class MapFlow(Dataflow):
                 self._attributes.give(kept)
         return found
 
-    def probe(self, state: Mapping[str, Any]) -> None:
+    def probe(self, state: Mapping[str, Any], anew: bool = False) -> None:
         """Has the pass that is opened next look at what the dataset keeps of what it draws.
 
         Args:
             state: what `state` returned; where nothing of the dataset has changed and no workers
-                fetch, or fetched, there is nothing to look at.
+                fetch, there is nothing to look at.
+            anew: whether fetching here was seen to change what it had not changed then.
         """
-        places, then = changed_places(state), state.get("workers", 0)
-        if places or then or self._loader.num_workers:
-            self._probe, self._workers_then = Probe(self._attributes, places), then
+        places = changed_places(state)
+        if places or anew or self._loader.num_workers:
+            self._probe, self._anew = Probe(self._attributes, places), anew
+
+    def keeps_anew(self, state: Mapping[str, Any]) -> bool:
+        """Tells whether fetching has changed the dataset, and had not in the run that was saved."""
+        if self._loader.num_workers or changed_places(state):
+            return False
+        return bool(self._attributes.take()) or self._attributes.has_grown()
 
     def probed(self) -> str | None:
         """Returns what was found of what the dataset keeps, if a run cannot go on with it."""
         probe, self._probe = self._probe, None
-        now, then = self._loader.num_workers, self._workers_then
+        workers = self._loader.num_workers
         if probe is None:
             return None
         if probe.draws_unseen:
@@ -206,14 +208,14 @@ class MapFlow(Dataflow):
                 f"that were found in it: {', '.join(self._suspects) or 'none'}. Samples that it "
                 "has not kept yet will differ. Draw from current_sample() or the global generators"
             )
-        if not probe.keeps_draws or not (now or then):
+        if not probe.keeps_draws or not (workers or self._anew):
             return None
+        then = "the run that was saved had kept nothing in its process" if self._anew else ""
         return (
             "the dataset keeps what it has drawn, such as a cache of augmented samples. What a "
-            f"worker keeps ends with it, and the data was fetched with num_workers={then} and is "
-            f"with num_workers={now}: samples that the run that was saved had kept are drawn anew, "
-            "or the other way round. Keep what follows from the index alone, and draw after it; or "
-            "use num_workers=0, then and now"
+            f"worker keeps ends with it, and {then or f'num_workers={workers}'}: samples that were "
+            "kept are drawn anew, or the other way round. Keep what follows from the index alone, "
+            "and draw after it; or use num_workers=0, then and now"
         )
 
     def prepare(self, state: Mapping[str, Any]) -> None:
