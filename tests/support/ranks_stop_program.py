@@ -73,7 +73,7 @@ def ended(event: Any, call: str, ranks: list[int]) -> list[str]:
 
 
 def ended_while_one_begins() -> list[str]:
-    """As above, at the start; rank 1's thread runs before the rank goes on, as on a busy machine."""
+    """As above, at the start; rank 1's thread runs before the rank goes on."""
     start = threading.Thread.start
 
     def started_slowly(thread: threading.Thread) -> None:
