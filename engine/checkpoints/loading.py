@@ -55,7 +55,7 @@ def load_objects(
     """Does what `Checkpoint.load_objects` documents."""
     if not isinstance(checkpoint, (str, os.PathLike, Mapping)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(
-            "Argument checkpoint should be a string, a path or a dictionary, but given "
+            "Argument checkpoint should be a string or a dictionary, or a path, but given "
             f"{type(checkpoint)}"
         )
     check_objects(to_load, "load_state_dict", "to_load")
