@@ -29,7 +29,7 @@ from crosstrain.engine.storage.parts_read import Parts, is_in_parts, own_states
 from crosstrain.engine.storage.safe_load import LoadedFile, load_file
 
 from .layouts import doubt_of, layout_of, list_checkpoints
-from .objects import check_objects, restore
+from .objects import check_objects, restore, to_own
 from .parts import filled, reordered
 
 __all__ = [
@@ -55,7 +55,7 @@ def load_objects(
     """Does what `Checkpoint.load_objects` documents."""
     if not isinstance(checkpoint, (str, os.PathLike, Mapping)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(
-            "Argument checkpoint should be a string, a path or a dictionary, but given "
+            "Argument checkpoint should be a string or a dictionary, or a path, but given "
             f"{type(checkpoint)}"
         )
     check_objects(to_load, "load_state_dict", "to_load")
@@ -65,7 +65,11 @@ def load_objects(
     if is_in_parts(path):
         return load_parts(to_load, verified_parts(path), checks, **kwargs)
     goes_on = any(isinstance(value, Engine) for _, value in walk_objects(to_load))
-    loaded = load_file(path, mapped=True, names=None if goes_on else list(to_load))
+
+    def kept(state: Any, manifest: Manifest | None) -> Any:
+        return to_own(to_load, state, None if manifest is None else manifest.bare, kwargs)
+
+    loaded = load_file(path, take=kept, names=None if goes_on else list(to_load))
     _tell_doubts(loaded)
     bare = None if loaded.manifest is None else loaded.manifest.bare
     return restore(to_load, loaded.state, loaded.path, kwargs, checks, bare, loaded.mapped)

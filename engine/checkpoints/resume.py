@@ -32,7 +32,7 @@ from crosstrain.engine.storage.safe_load import LoadedFile, load_file
 from .handler import Checkpoint
 from .layouts import PARTS, Told, doubt_of, layout_of, list_checkpoints, newest_time
 from .loading import Latest, PassedOver, load_parts, pass_over
-from .objects import restore
+from .objects import restore, to_own
 from .resumable import ResumableRun, begin, event_of, with_trainer
 from .retention import Item
 from .saver import DiskSaver
@@ -239,7 +239,7 @@ class _Look:
         if layout_of(path) is PARTS:
             manifest: Manifest | None = Parts.open(path).manifest
         else:
-            self._loaded = load_file(path, mapped=True)
+            self._loaded = load_file(path, take=self._kept)
             manifest = self._loaded.manifest
         newest = 0 if manifest is None or not manifest.is_believable else manifest.saved_at_ns
         newest = max(answer.newest_ns, newest)
@@ -254,7 +254,7 @@ class _Look:
             reason = doubt_of(told, self.objects)
             if reason is None and told.layout is not PARTS:
                 try:
-                    self._loaded = load_file(told.path, mapped=True)
+                    self._loaded = load_file(told.path, take=self._kept)
                 except CheckpointError as error:
                     reason = str(error)
             if reason is None:
@@ -271,6 +271,9 @@ class _Look:
         manifest = found.manifest if found and isinstance(found.manifest, Manifest) else None
         path = None if found is None else found.path.absolute()
         return answer._replace(path=path, manifest=manifest, passed_over=over)
+
+    def _kept(self, state: Any, manifest: Manifest | None) -> Any:
+        return to_own(self.objects, state, None if manifest is None else manifest.bare, {})
 
     def _bad_part(self, path: Path) -> str | None:
         """Verifies a checkpoint in parts, each rank its share; returns what is wrong on one."""
@@ -291,7 +294,7 @@ class _Look:
         if answer.path is None:
             return
         if self._parts is None or layout_of(answer.path) is not PARTS:
-            self._loaded = load_file(answer.path, mapped=True)
+            self._loaded = load_file(answer.path, take=self._kept)
             manifest = self._loaded.manifest
         else:
             manifest = self._parts.manifest

@@ -142,10 +142,11 @@ class DiskSaver(BaseSaveHandler):
             ) from error
         if present:
             self._lock.release()
+            endings = " or ".join(sorted({f"'{Path(name).suffix}'" for name in present}))
             raise ValueError(
-                f"Files {present} with extension '.pt' or '.sharded' are already present in the "
-                f"directory {self.dirname}. To go on from them, see resume_or_start. To use this "
-                "directory anyway, pass `require_empty=False`."
+                f"Files {present} with extension {endings} are already present in the directory "
+                f"{self.dirname}. To go on from them, see resume_or_start. To use this directory "
+                "anyway, pass `require_empty=False`."
             )
 
     @property

@@ -14,8 +14,10 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Collection, Generator, Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -39,9 +41,9 @@ from .manifest import Manifest
 from .mapped import Mapped, Stamp, can_map, check_stamp, path_of_descriptor, stamp_of
 from .plain import to_plain
 from .stand_ins import PickleCheck, check_pickle
-from .tree_hash import TreeCheck
+from .tree_hash import Place, TreeCheck, fill
 
-__all__ = ["LoadedFile", "check_written", "load_file", "load_part", "verify_file"]
+__all__ = ["LoadedFile", "Take", "check_written", "load_file", "load_part", "verify_file"]
 
 _BLOCK = 1 << 20
 # torch.save begins each tensor at a multiple of 64; some processors need it where numbers are read.
@@ -49,6 +51,9 @@ _ALIGNED = 16
 _BYTE_ORDER = sys.byteorder.encode()
 # torch keeps the allowed globals in one place for the whole process.
 _allowing = threading.Lock()
+
+#: Is given a state, and the manifest if there is one; returns parts of the state.
+Take = Callable[[Any, Manifest | None], Any]
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ def verify_file(path: Path) -> Manifest | None:
 
 
 def load_file(
-    path: Path, *, mapped: bool = False, names: Collection[str] | None = None
+    path: Path, *, take: Take | None = None, names: Collection[str] | None = None
 ) -> LoadedFile:
     """Reads a checkpoint onto the CPU, after checking that it is whole and safe.
 
@@ -99,8 +104,10 @@ def load_file(
 
     Args:
         path: the file.
-        mapped: leaves the tensors in the memory of the file, where the system can: they are to be
-            copied, and the load is to end with `mapped.check_unchanged()`.
+        take: leaves the tensors in the memory of the file, where the system can: they are to be
+            copied, and the load is to end with `mapped.check_unchanged()`. Called with the state
+            and the manifest, before all is verified, it returns those parts of the state that are
+            to be in memory of their own at once: they are read and verified in one pass.
         names: the objects whose states are needed, if not all are: of a file that tells the hashes
             of its blocks, only theirs are read and verified, and the state holds no others.
 
@@ -116,24 +123,22 @@ def load_file(
     """
     with _opened(path) as file:
         whole = _Whole(file)
-        in_part = mapped and whole.can_verify_in_part(names)
-        whole.verify(whole.beside_tensors() if in_part else None)
+        mapped = take is not None and can_map()
+        whole.verify(whole.beside_tensors() if mapped else None)
         check = _scan(Window.whole(file.fileno()), whole.archive)
+        found = _load_mapped(file, path, whole, check) if mapped else None
         memory: Mapped | None = None
-        if mapped and can_map() and (found := _load_mapped(file, path, whole, check)) is not None:
+        if take is not None and found is not None:
             state, memory = found
+            spans: set[tuple[int, int]] | None = None
+            if names is not None and whole.can_verify_in_part(names, state):
+                state = {name: state[name] for name in names}
+                spans = whole.with_headers(memory.spans(state))
+            memory.own_by(partial(whole.verify, spans), take(state, whole.manifest))
         else:
-            if in_part:
-                whole.verify()
+            whole.verify()
             file.seek(0)
             state = _load(file, check.names)
-        if in_part and memory is not None:
-            assert names is not None
-            if is_mapping(state) and all(name in state for name in names):
-                state = {name: state[name] for name in names}
-                whole.verify(memory.spans(state))
-            else:
-                whole.verify()
         check_stamp(file.fileno(), whole.stamp)
         return LoadedFile(path, whole.manifest, state, memory)
 
@@ -270,6 +275,7 @@ class _Whole:
         self.manifest = Manifest.decode(self.archive.comment) if self.archive.comment else None
         self._file = file
         self._tree: TreeCheck | None = None
+        self._verified = False
         if self.manifest is None:
             return
         if self.manifest.size != self.archive.size:
@@ -280,38 +286,58 @@ class _Whole:
         if (tree := self.manifest.tree) is not None:
             self._tree = TreeCheck(file.fileno(), tree)
 
-    def can_verify_in_part(self, names: Collection[str] | None) -> bool:
+    def can_verify_in_part(self, names: Collection[str], state: Any) -> bool:
         """Tells whether some of the objects can be verified without the others."""
         manifest = self.manifest
-        if names is None or manifest is None or self._tree is None or manifest.bare:
+        if manifest is None or self._tree is None or manifest.bare or not is_mapping(state):
             return False
-        return set(names) < set(manifest.objects)
+        return set(names) < set(manifest.objects) and all(name in state for name in names)
 
-    def beside_tensors(self) -> list[tuple[int, int]]:
-        """Returns where that lies which is no tensor's data: begins and ends."""
-        spans: list[tuple[int, int]] = []
-        at = 0
-        for record in sorted(self.archive.records.values(), key=lambda record: record.offset):
-            if record.name.partition("/")[2].startswith("data/"):
-                spans.append((at, record.offset))
-                at = record.offset + record.size
-        return [*spans, (at, self.archive.size)]
+    def beside_tensors(self) -> set[tuple[int, int]]:
+        """Returns where that lies which is no tensor's: begins and ends."""
+        spans = self.with_headers(
+            (record.offset, record.offset + record.size)
+            for name, record in self.archive.records.items()
+            if not name.startswith("data/")
+        )
+        ends = (record.offset + record.size for record in self.archive.records.values())
+        return {*spans, (max(ends, default=0), self.archive.size)}
 
-    def verify(self, spans: list[tuple[int, int]] | set[tuple[int, int]] | None = None) -> None:
-        """Verifies the file, or some of its bytes.
+    def with_headers(self, spans: Iterable[tuple[int, int]]) -> set[tuple[int, int]]:
+        """Returns spans of records, with what says where these begin: it is before them."""
+        records = self.archive.records.values()
+        ends = sorted([0, *(record.offset + record.size for record in records)])
+        return {(ends[bisect_right(ends, begin) - 1], end) for begin, end in spans}
+
+    def verify(
+        self, spans: Iterable[tuple[int, int]] | None = None, places: Sequence[Place] = ()
+    ) -> None:
+        """Verifies the file, or some of its bytes, and reads what is to be kept.
+
+        Args:
+            spans: which bytes; None: all that were not verified before.
+            places: of what is to be kept.
 
         Raises:
             CheckpointCorrupt: if it is not as it was written.
         """
         if self._tree is not None:
-            self._tree.verify(spans)
-        elif self.manifest is not None:
-            found = _hash(self._file, self.archive.size)
-            if found != self.manifest.sha256:
-                raise CheckpointCorrupt(
-                    f"its contents have changed since it was saved (sha256 {found[:16]}..., saved "
-                    f"with {self.manifest.sha256[:16]}...): the disk or a copy has damaged it"
-                )
+            self._tree.verify(spans, places)
+            return
+        self._verify_as_one()
+        for at, view in places:
+            fill(self._file.fileno(), view, at)
+
+    def _verify_as_one(self) -> None:
+        if self.manifest is None or self._verified:
+            return
+        found = _hash(self._file, self.archive.size)
+        if found != self.manifest.sha256:
+            raise CheckpointCorrupt(
+                f"its contents have changed since it was saved (sha256 {found[:16]}..., saved "
+                f"with {self.manifest.sha256[:16]}...): the disk or a copy has damaged it"
+            )
+        self._verified = True
 
 
 def _hash(file: IO[bytes], size: int) -> str:
