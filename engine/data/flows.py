@@ -408,6 +408,7 @@ class StatefulFlow(Dataflow):
         self._awaited: dict[str, Any] | None = None
         # Whether the state was found to stay the same although a batch was taken.
         self._stays = False
+        self._looks = True
         self._last_told = ""
         # torchdata's pipelines: loaded at a pass's end, they begin the next one at once.
         self._restarts = hasattr(self._source, "restart_on_stop_iteration")
@@ -423,7 +424,7 @@ class StatefulFlow(Dataflow):
         self._awaited = None
         if state is not None:
             self._stays |= bool(state.get("replay")) and not state.get("quietly")
-            self._witness = self._witness or state.get("witness")
+        self._witness = None if state is None else state.get("witness")
         self.held = deque()
         if state is not None:
             self._open_dataset(state, "opening" if "replay" in state else "now")
@@ -449,13 +450,13 @@ class StatefulFlow(Dataflow):
             iterator = Apart(iterator, None if state is None else state.get("random"))
             self._apart = iterator
         self._note_opening()
-        replayed = 0 if state is None else state.get("replay", 0)
-        if replayed:
-            assert state is not None
+        watched = self._watched(iterator)
+        if state is not None and (replayed := state.get("replay", 0)):
             told = None if state.get("quietly") else "has a state_dict that tells no position"
-            iterator = _after(iterator, replayed, again, self.data, told)
-            self._since = replayed - again
-        return Noted(self._watched(iterator), self.held.append)
+            watched = _after(watched, replayed, again, self.data, told)
+        # The batches of before were looked at by the run that was saved.
+        self._looks = state is None or "replay" in state
+        return Noted(watched, self.held.append)
 
     def _note_opening(self) -> None:
         with random_state.preserved():
@@ -499,7 +500,7 @@ class StatefulFlow(Dataflow):
 
     def _look(self) -> None:
         """Looks whether the state moves with the first batches of a pass."""
-        if self._since > _FIRST or not self._last_told:
+        if self._since > _FIRST or not self._last_told or not self._looks:
             return
         now = self._now()
         told = digest(now["data"])
@@ -553,12 +554,11 @@ class StatefulFlow(Dataflow):
             if self._stays:
                 self.unrepeatable = None
                 return {**state, **opening, "replay": self._since}
-            if self._since == 1 and not (is_loader(self._owner) or self._restarts):
+            unseen = self._since == 1 and self._witness is None
+            if unseen and not (is_loader(self._owner) or self._restarts):
                 # There is no witness yet that it tells what comes next.
                 self.unrepeatable = None
                 return {**state, **opening, "replay": 1, "quietly": True}
-        # What the next batch is, for the next state to tell.
-        self._awaited = {name: copy.deepcopy(state[name]) for name in state if name != "witness"}
         return state
 
     def doubt(self, state: Mapping[str, Any], number: int) -> str | None:
