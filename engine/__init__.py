@@ -29,11 +29,13 @@ from crosstrain.engine.storage.errors import (
     CheckpointError,
     CheckpointMismatch,
     CheckpointNotFound,
+    CheckpointStoreMissing,
     CheckpointUnsafe,
     CheckpointWarning,
     CheckpointWriteError,
 )
 from crosstrain.engine.storage.manifest import Manifest
+from crosstrain.engine.storage.places import StorePath
 from crosstrain.engine.training.evaluation import EvaluationStep
 from crosstrain.engine.training.ignite_steps import (
     convert_tensor,
@@ -82,6 +84,7 @@ __all__ = [
     "CheckpointEvents",
     "CheckpointMismatch",
     "CheckpointNotFound",
+    "CheckpointStoreMissing",
     "CheckpointUnsafe",
     "CheckpointWarning",
     "CheckpointWriteError",
@@ -118,6 +121,7 @@ __all__ = [
     "State",
     "StepEvents",
     "StepOptions",
+    "StorePath",
     "TrainingStep",
     "agree",
     "convert_tensor",

@@ -1,6 +1,17 @@
 """Checkpoints as users meet them: saved by handlers, found again, loaded, and resumed from."""
 
-from .layouts import PARTS, layout_of, list_checkpoints
+from crosstrain.engine.storage.places import Place, place_of
+
+from .layouts import PARTS, is_checkpoint, layout_of, list_checkpoints
 from .objects import check_objects, unsaved_objects
 
-__all__ = ["PARTS", "check_objects", "layout_of", "list_checkpoints", "unsaved_objects"]
+__all__ = [
+    "PARTS",
+    "Place",
+    "check_objects",
+    "is_checkpoint",
+    "layout_of",
+    "list_checkpoints",
+    "place_of",
+    "unsaved_objects",
+]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -31,6 +30,7 @@ from crosstrain.engine.storage.errors import (
     CheckpointWarning,
 )
 from crosstrain.engine.storage.mapped import Mapped
+from crosstrain.engine.storage.places import Place
 from crosstrain.engine.structure import named, rebuild_groups, recordable
 
 from .in_place import copies_its_state, keeps_in_its_state
@@ -146,7 +146,7 @@ def unsaved_objects(trainer: Any, objects: Mapping[str, Any]) -> list[str]:
 def restore(
     to_load: Mapping[str, Any],
     state: Any,
-    path: Path | None,
+    path: Place | None,
     kwargs: Mapping[str, Any],
     checks: Checks | None = None,
     bare: bool | None = None,

@@ -8,7 +8,6 @@ import sys
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 from crosstrain.engine.dispatch import Phase
@@ -21,6 +20,7 @@ from crosstrain.engine.proof import Proof
 from crosstrain.engine.ranks.agreement import agreement_of
 from crosstrain.engine.ranks.world import this_rank
 from crosstrain.engine.storage.errors import CheckpointError
+from crosstrain.engine.storage.places import Place
 
 from .handler import Checkpoint
 from .loading import Latest, PassedOver
@@ -68,7 +68,7 @@ class ResumableRun:
         self._finished = (trainer.state.iteration, trainer.state.epoch) if finished else None
 
     @property
-    def resumed_from(self) -> Path | None:
+    def resumed_from(self) -> Place | None:
         """The checkpoint that was restored; None if the run starts from the beginning."""
         return self._latest.path
 

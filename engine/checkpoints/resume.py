@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from crosstrain.engine.engine import Engine
@@ -27,6 +26,7 @@ from crosstrain.engine.storage.errors import (
 )
 from crosstrain.engine.storage.manifest import Manifest
 from crosstrain.engine.storage.parts_read import Parts
+from crosstrain.engine.storage.places import Place, place_of
 from crosstrain.engine.storage.safe_load import LoadedFile, load_file
 
 from .handler import Checkpoint
@@ -72,7 +72,8 @@ def resume_or_start(
     Args:
         trainer: the engine; saved as `trainer` unless `to_save` holds it.
         to_save: all that the run changes, by name: model, optimizer, scheduler, ...
-        dirname: the folder, which belongs to this run; created if need be.
+        dirname: the folder, or its URL in a store, such as `s3://bucket/run`; it belongs to this
+            run, and is created if need be.
         every: after how many iterations to save, or an event, such as `Events.EPOCH_COMPLETED`.
         n_saved: how many checkpoints to keep; with 2, there is one left where the disk has damaged
             the newest.
@@ -145,8 +146,8 @@ class _Answer(NamedTuple):
         newest_ns: when the newest of the folder was saved.
     """
 
-    folder: Path
-    path: Path | None
+    folder: Place
+    path: Place | None
     manifest: Manifest | None
     passed_over: tuple[PassedOver, ...]
     saved: tuple[Item, ...]
@@ -175,7 +176,7 @@ class _Look:
     _left: Iterator[Told] = field(default_factory=lambda: iter(()))
     _passed_over: list[PassedOver] = field(default_factory=list[PassedOver])
 
-    def open(self, make: Callable[[Path | None], DiskSaver]) -> DiskSaver:
+    def open(self, make: Callable[[Place | None], DiskSaver]) -> DiskSaver:
         """Opens the folder and finds the checkpoint.
 
         Args:
@@ -217,7 +218,7 @@ class _Look:
     def _from_first(self, ask: Callable[[], _Answer]) -> _Answer:
         return ask() if self.line is None else self.line.from_first(_LOOKING, ask)
 
-    def _first(self, folder: Path) -> _Answer:
+    def _first(self, folder: Place) -> _Answer:
         """Lists the folder, once, and returns the first checkpoint that may be it."""
         name = next(iter(self.objects)) if len(self.objects) == 1 else "checkpoint"
         base = (f"{self.filename_prefix}_" if self.filename_prefix else "") + f"{name}_"
@@ -235,7 +236,7 @@ class _Look:
         if self.resume_from is None:
             self._left = iter(listed)
             return self._next(answer)
-        path = Path(self.resume_from).expanduser()
+        path = place_of(self.resume_from)
         if layout_of(path) is PARTS:
             manifest: Manifest | None = Parts.open(path).manifest
         else:
@@ -272,7 +273,7 @@ class _Look:
         path = None if found is None else found.path.absolute()
         return answer._replace(path=path, manifest=manifest, passed_over=over)
 
-    def _bad_part(self, path: Path) -> str | None:
+    def _bad_part(self, path: Place) -> str | None:
         """Verifies a checkpoint in parts, each rank its share; returns what is wrong on one."""
         line, mine = self.line, None
         try:

@@ -12,28 +12,29 @@ from typing import Any, Self
 
 import torch
 
+from crosstrain.engine.errors import warn_user
 from crosstrain.engine.guards import is_mapping
 from crosstrain.engine.nests import walk_objects
 from crosstrain.engine.proof import Strictness
 from crosstrain.engine.ranks.line import Line, has_ranks
 from crosstrain.engine.ranks.world import this_rank, world_size
 from crosstrain.engine.spread import has_spread, parameter_names, split
-from crosstrain.engine.storage.atomic import (
-    HashingFile,
-    check_free_space,
-    make_folder,
-    remove_leftovers,
-    write_file,
+from crosstrain.engine.storage.atomic import HashingFile
+from crosstrain.engine.storage.errors import (
+    CheckpointError,
+    CheckpointWarning,
+    CheckpointWriteError,
 )
-from crosstrain.engine.storage.errors import CheckpointError, CheckpointWriteError
-from crosstrain.engine.storage.lock import FolderLock
+from crosstrain.engine.storage.folder import Claim, Contents
+from crosstrain.engine.storage.folders import folder_at
 from crosstrain.engine.storage.manifest import Manifest, later_than, software_versions
 from crosstrain.engine.storage.parts_write import Staged, Writers, write_in_parts
+from crosstrain.engine.storage.places import Place, place_of
 from crosstrain.engine.storage.safe_load import check_written
 from crosstrain.engine.storage.staging import HostBuffers, HostState, Snapshot, host_state, on_host
 from crosstrain.engine.storage.tree_hash import Tree
 
-from .layouts import FILE, PARTS, list_checkpoints, names_in, newest_time
+from .layouts import FILE, PARTS, endings, layout_of, list_checkpoints, newest_time
 from .save_handler import BaseSaveHandler, RunFacts
 from .save_job import SaveJob
 
@@ -95,11 +96,12 @@ class DiskSaver(BaseSaveHandler):
                 "overlap=True copies in the thread that writes, and background=False has none: "
                 "pass background=True as well, or leave overlap out"
             )
-        self.dirname = Path(dirname).expanduser()
+        self.dirname = place_of(dirname)
+        self._folder = folder_at(self.dirname)
         self.save_on_rank = save_on_rank
         self._background = background
         self._run = RunFacts()
-        self._lock: FolderLock | None = None
+        self._claim: Claim | None = None
         self._lines: tuple[Line, Line] | None = None
         self._newest_ns: int | None = None
         self._versions = software_versions()
@@ -116,22 +118,20 @@ class DiskSaver(BaseSaveHandler):
     def _open_folder(self, create_dir: bool, require_empty: bool) -> None:
         try:
             if create_dir:
-                make_folder(self.dirname)
-            if not self.dirname.is_dir():
+                self._folder.make()
+            if not self._folder.exists():
                 raise ValueError(
                     f"Directory path '{self.dirname}' is not found. Pass create_dir=True to make it"
                 )
-            self._lock = FolderLock(self.dirname)
-            # What another saver of this process is writing looks the same.
-            if self._lock.exclusive and self._lock.first:
-                removed = remove_leftovers(self.dirname) + PARTS.remove_leftovers(self.dirname)
-                if removed:
-                    _logger.info(
-                        "Removed %d leftover(s) from %s that a killed process had not finished.",
-                        len(removed),
-                        self.dirname,
-                    )
-            present = names_in(self.dirname) if require_empty else []
+            self._claim = self._folder.claim()
+            if self._claim.removed:
+                _logger.info(
+                    "Removed %d leftover(s) from %s that a killed process had not finished.",
+                    len(self._claim.removed),
+                    self.dirname,
+                )
+            found = self._folder.entries(endings()) if require_empty else []
+            present = [entry.name for entry in found]
         except OSError as error:
             if isinstance(error, CheckpointError):
                 raise
@@ -141,7 +141,7 @@ class DiskSaver(BaseSaveHandler):
                 self.dirname,
             ) from error
         if present:
-            self._lock.release()
+            self._claim.release()
             raise ValueError(
                 f"Files {present} with extension '.pt' or '.sharded' are already present in the "
                 f"directory {self.dirname}. To go on from them, see resume_or_start. To use this "
@@ -158,10 +158,10 @@ class DiskSaver(BaseSaveHandler):
         """What the thread is writing, or has written and was not asked about; None if nothing."""
         return self._job
 
-    def path_of(self, filename: str) -> Path:
+    def path_of(self, filename: str) -> Place:
         """Returns where the checkpoint of a name is: the file, or the folder of its parts."""
         parts = PARTS.path_of(self.dirname, filename)
-        return parts if parts.is_dir() else self.dirname / filename
+        return parts if layout_of(parts) is PARTS else self.dirname / filename
 
     def prepare(self, run: RunFacts) -> None:
         """Hears what the next checkpoint is of."""
@@ -230,10 +230,10 @@ class DiskSaver(BaseSaveHandler):
             CheckpointBusy: if another process saves there by now.
             CheckpointWriteError: if that cannot be found out.
         """
-        if self._lock is None:
+        if self._claim is None:
             return
         try:
-            self._lock.renew()
+            self._claim.renew()
         except OSError as error:
             raise CheckpointWriteError(
                 f"Nothing was saved into {self.dirname}, since its lock is lost: "
@@ -256,9 +256,8 @@ class DiskSaver(BaseSaveHandler):
         write = partial(self._write, path, told, host, run.checks.writer)
         self._job = SaveJob(filename, snapshot, write, self._remove_now, path)
 
-    def _write(self, path: Path, told: Manifest, host: HostState, strictness: Strictness) -> None:
+    def _write(self, path: Place, told: Manifest, host: HostState, strictness: Strictness) -> None:
         """Writes a plain state; in whichever thread."""
-        check_free_space(path, host.nbytes + _SPARE_BYTES)
 
         def produce(file: HashingFile) -> None:
             # torch asks only for write and flush.
@@ -271,9 +270,16 @@ class DiskSaver(BaseSaveHandler):
         def check(descriptor: int) -> None:
             check_written(descriptor, host.state, path, strictness)
 
-        # Beside training, the thread makes do with one core.
-        parallel = not self._background
-        write_file(path, produce, trailer, check=check, atomic=self._atomic, parallel=parallel)
+        contents = Contents(
+            host.nbytes + _SPARE_BYTES,
+            produce,
+            trailer,
+            check,
+            self._atomic,
+            # Beside training, the thread makes do with one core.
+            parallel=not self._background,
+        )
+        self._folder.write(path.name, contents)
 
     def _save_parts(self, checkpoint: Any, filename: str, run: RunFacts) -> None:
         if self._overlap:
@@ -281,6 +287,8 @@ class DiskSaver(BaseSaveHandler):
                 "overlap=True copies in the thread that writes, which a sharded model cannot have: "
                 "its processes write together. Leave it out; background=True is enough"
             )
+        if not isinstance(self.dirname, Path):
+            raise CheckpointWriteError(f"Parts cannot be saved into {self.dirname} yet")
         if run.bare and run.names:
             checkpoint = {run.names[0]: checkpoint}
         path = PARTS.path_of(self.dirname, filename)
@@ -343,9 +351,21 @@ class DiskSaver(BaseSaveHandler):
             self._remove_now(filename)
 
     def _remove_now(self, filename: str) -> None:
-        if this_rank() == self.save_on_rank:
-            FILE.remove(FILE.path_of(self.dirname, filename))
-            PARTS.remove(PARTS.path_of(self.dirname, filename))
+        if this_rank() != self.save_on_rank:
+            return
+        try:
+            self._folder.remove(filename)
+        except OSError as error:
+            if isinstance(error, CheckpointError):
+                raise
+            place = self.dirname / filename
+            raise CheckpointWriteError(_not_removed(place, error), error, place) from error
+        parts = PARTS.path_of(self.dirname, filename)
+        try:
+            self._folder.remove_parts(parts.name)
+        except OSError as error:
+            # No error: it would end this process only, and the others would wait for it.
+            warn_user(_not_removed(parts, error), CheckpointWarning)
 
     def wait(self) -> None:
         """Waits until what was saved is on the disk.
@@ -369,8 +389,8 @@ class DiskSaver(BaseSaveHandler):
         try:
             self.wait()
         finally:
-            if self._lock is not None:
-                self._lock.release()
+            if self._claim is not None:
+                self._claim.release()
             lines, self._lines = self._lines, None
             for line in lines or ():
                 line.close()
@@ -380,6 +400,11 @@ class DiskSaver(BaseSaveHandler):
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _not_removed(place: Place, error: OSError) -> str:
+    why = error.strerror or error
+    return f"Old checkpoint {place} could not be removed: {why}. The new one is saved"
 
 
 def _checked_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,6 @@ from crosstrain.engine.guards import is_mapping
 from crosstrain.engine.proof import Strictness
 
 from .archive import Archive, Window, read_archive
-from .atomic import open_regular
 from .errors import (
     CheckpointContentError,
     CheckpointCorrupt,
@@ -35,8 +34,10 @@ from .errors import (
     CheckpointUnsafe,
     CheckpointWarning,
 )
+from .folders import folder_at, open_place
 from .manifest import Manifest
 from .mapped import Mapped, Stamp, can_map, check_stamp, path_of_descriptor, stamp_of
+from .places import Place
 from .plain import to_plain
 from .stand_ins import PickleCheck, check_pickle
 from .tree_hash import TreeCheck
@@ -63,13 +64,13 @@ class LoadedFile:
             see to it that none of them outlives the load.
     """
 
-    path: Path
+    path: Place
     manifest: Manifest | None
     state: Any
     mapped: Mapped | None = None
 
 
-def verify_file(path: Path) -> Manifest | None:
+def verify_file(path: Place) -> Manifest | None:
     """Checks that a checkpoint is whole, without reading its contents into memory.
 
     Args:
@@ -91,7 +92,7 @@ def verify_file(path: Path) -> Manifest | None:
 
 
 def load_file(
-    path: Path, *, mapped: bool = False, names: Collection[str] | None = None
+    path: Place, *, mapped: bool = False, names: Collection[str] | None = None
 ) -> LoadedFile:
     """Reads a checkpoint onto the CPU, after checking that it is whole and safe.
 
@@ -168,7 +169,7 @@ def load_part(file: IO[bytes], at: int, length: int, path: Path) -> Any:
         return _load(io.BytesIO(data), check.names)
 
 
-def check_written(descriptor: int, state: Any, path: Path, strictness: Strictness) -> None:
+def check_written(descriptor: int, state: Any, path: Place, strictness: Strictness) -> None:
     """Holds a file that was just written to what a load of it accepts, but for its hash.
 
     Args:
@@ -217,14 +218,14 @@ def _to_blame(state: Any) -> list[str]:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Generator[IO[bytes]]:
+def _opened(path: Place) -> Generator[IO[bytes]]:
     """Opens a file, and puts its name in front of what is raised about it."""
-    with _named(path), open_regular(path) as file:
+    with _named(path), open_place(path) as file:
         yield file
 
 
 @contextlib.contextmanager
-def _named(path: Path) -> Generator[None]:
+def _named(path: Place) -> Generator[None]:
     try:
         yield
     except FileNotFoundError:
@@ -245,9 +246,9 @@ def _named(path: Path) -> Generator[None]:
         raise CheckpointCorrupt(f"{path} is not a good checkpoint: {error}") from error.__cause__
 
 
-def _neighbours(folder: Path) -> list[str]:
+def _neighbours(folder: Place) -> list[str]:
     try:
-        names = sorted(entry.name for entry in folder.iterdir() if entry.suffix == ".pt")
+        names = [entry.name for entry in folder_at(folder).entries((".pt",))]
     except OSError:
         return []
     return [*names[:10], "..."] if len(names) > 10 else names
@@ -385,7 +386,7 @@ def _load(file: IO[bytes], names: set[str]) -> Any:
 
 
 def _load_mapped(
-    file: IO[bytes], path: Path, whole: _Whole, check: PickleCheck
+    file: IO[bytes], path: Place, whole: _Whole, check: PickleCheck
 ) -> tuple[Any, Mapped] | None:
     """Loads a state whose tensors lie in the file's memory.
 
