@@ -14,11 +14,11 @@ import torch
 from crosstrain.engine import CheckpointError, Manifest
 from crosstrain.engine.checkpoints import (
     PARTS,
-    Place,
+    Location,
     is_checkpoint,
     layout_of,
     list_checkpoints,
-    place_of,
+    location_of,
 )
 from crosstrain.engine.guards import is_collection, is_mapping
 
@@ -55,7 +55,7 @@ class Finding:
         files: how many files it is; 0 if it is one file and no folder of them.
     """
 
-    path: Place
+    path: Location
     good: bool
     problem: str | None = None
     manifest: Manifest | None = None
@@ -63,7 +63,7 @@ class Finding:
     files: int = 0
 
 
-def examine(path: Place) -> Finding:
+def examine(path: Location) -> Finding:
     """Verifies and reads a checkpoint.
 
     Args:
@@ -140,7 +140,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser: the parser of this subcommand.
     """
     parser.add_argument(
-        "path", type=place_of, help="a checkpoint, or a folder of them; a path, or a URL"
+        "path", type=location_of, help="a checkpoint, or a folder of them; a path, or a URL"
     )
     parser.add_argument("--json", action="store_true", help="print JSON in place of text")
 
@@ -154,7 +154,7 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         0 if every file is good; 1 if one is not, or cannot be verified, or there is none.
     """
-    path: Place = args.path
+    path: Location = args.path
     try:
         files = _checkpoints(path)
     except CheckpointError as error:
@@ -172,7 +172,7 @@ def run(args: argparse.Namespace) -> int:
     return 0 if findings and verified else 1
 
 
-def _checkpoints(path: Place) -> list[Place]:
+def _checkpoints(path: Location) -> list[Location]:
     """Returns the checkpoints that a path names: itself, or those of a folder."""
     if is_checkpoint(path):
         return [path]
@@ -199,7 +199,7 @@ def _lines(finding: Finding) -> Iterator[str]:
     yield from _table(finding.parts)
 
 
-def _told(manifest: Manifest, path: Place, files: int) -> Iterator[str]:
+def _told(manifest: Manifest, path: Location, files: int) -> Iterator[str]:
     saved = datetime.fromtimestamp(manifest.saved_at_ns / 1e9, UTC).isoformat(sep=" ")
     versions: Mapping[str, str] = manifest.versions
     renamed = "" if manifest.file == path.name else f", as {_printable(manifest.file)}"

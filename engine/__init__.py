@@ -34,8 +34,8 @@ from crosstrain.engine.storage.errors import (
     CheckpointWarning,
     CheckpointWriteError,
 )
+from crosstrain.engine.storage.locations import StorePath
 from crosstrain.engine.storage.manifest import Manifest
-from crosstrain.engine.storage.places import StorePath
 from crosstrain.engine.training.evaluation import EvaluationStep
 from crosstrain.engine.training.ignite_steps import (
     convert_tensor,

@@ -79,8 +79,11 @@ class _Late:
     def __call__(self, engine: Any) -> None:
         self.running += 1
         try:
-            for _, (handler, takes_engine, _) in self.bindings:
-                if takes_engine:
+            for _, (handler, takes_engine, extra) in self.bindings:
+                if extra is not None:
+                    # Put in the place of one of the library's own, which have none.
+                    handler(*(engine,) * takes_engine, *extra[3], **extra[4])
+                elif takes_engine:
                     handler(engine)
                 else:
                     handler()
@@ -133,6 +136,42 @@ class Slot:
                 yield handler
         for _, binding in () if late is None else late.bindings:
             yield binding[0]
+
+    def listed(self) -> list[Binding]:
+        """Returns the bindings in their order."""
+        late = self._late
+        if late is None:
+            return list(self.handlers)
+        return [*self.handlers[:-1], *(binding for _, binding in late.bindings)]
+
+    def put(self, index: int, binding: Binding) -> None:
+        """Puts a binding in the place of another: an index of `listed`."""
+        index = range(len(self.listed()))[index]
+        late = self._late
+        plain = len(self.handlers) - (late is not None)
+        if late is None or index < plain:
+            self.handlers[index] = binding
+        else:
+            late.bindings[index - plain] = late.bindings[index - plain][0], binding
+
+    def insert(self, index: int, binding: Binding) -> None:
+        """Adds a binding before that of an index of `listed`; no later than the users' last."""
+        plain = len(self.handlers) - (self._late is not None)
+        index = min(slice(index, None).indices(len(self.listed()))[0], plain)
+        self.handlers = [*self.handlers[:index], binding, *self.handlers[index:]]
+        self._first += index < self._first
+
+    def delete(self, index: int) -> None:
+        """Takes a binding away: an index of `listed`."""
+        listed = self.listed()
+        index = range(len(listed))[index]
+        late = self._late
+        plain = len(self.handlers) - (late is not None)
+        if late is None or index < plain:
+            self._first -= index < self._first
+            self.handlers = [*self.handlers[:index], *self.handlers[index + 1 :]]
+        else:
+            late.bindings = [*late.bindings[: index - plain], *late.bindings[index - plain + 1 :]]
 
     def each_to_run(self) -> Generator[Binding, None, None]:
         """Yields the bindings as `handlers` has them, those of later phases one by one."""
@@ -347,7 +386,7 @@ class Dispatcher:
         self._timers: list[HandlerTimer] = []
         # Whether each event is logged or timed; read when a run begins or goes on and when an epoch
         # begins, not at each event.
-        self._observed = False
+        self._observed = self._overridden
         self.register_events(*Events)
 
     def register_events(
@@ -524,10 +563,35 @@ class Dispatcher:
         else:
             self._fire(slot)
 
+    @property
+    def _overridden(self) -> bool:
+        return type(self)._fire_event is not Dispatcher._fire_event
+
     def _observe(self) -> None:
-        self._observed = bool(self._timers) or self.logger.isEnabledFor(logging.DEBUG)
+        observed = bool(self._timers) or self.logger.isEnabledFor(logging.DEBUG)
+        self._observed = observed or self._overridden
+
+    def _fire_event(self, event_name: Any, *event_args: Any, **event_kwargs: Any) -> None:
+        """Fires an event; a subclass that overrides it sees each one go by, as in pytorch-ignite.
+
+        Args:
+            event_name: the event.
+            *event_args: what it passes to its handlers.
+            **event_kwargs: likewise, by name.
+        """
+        slot = self._handlers.require(event_name)
+        if event_args or event_kwargs:
+            self._run_with(slot, event_args, event_kwargs)
+        else:
+            self._run_observed(slot)
 
     def _fire_observed(self, slot: Slot) -> None:
+        if self._overridden:
+            self._fire_event(slot.event)
+        else:
+            self._run_observed(slot)
+
+    def _run_observed(self, slot: Slot) -> None:
         self._log(slot)
         if not self._timers:
             self._fire(slot)
@@ -575,12 +639,21 @@ class Dispatcher:
             else:
                 handler(*args, **kwargs)
 
-    def _fire_with(self, slot: Slot, *event_args: Any, **event_kwargs: Any) -> int:
-        """Runs the handlers of an event that passes something to them; returns how many ran."""
+    def _fire_with(self, event: Any, *event_args: Any, **event_kwargs: Any) -> bool:
+        """Fires an event that passes something to its handlers; tells whether one of them ran."""
+        slot = self._handlers.require(event)
+        if not self._overridden:
+            return self._run_with(slot, event_args, event_kwargs)
+        # What the override does not tell: whether a handler runs.
+        runs = bool(slot.handlers)
+        self._fire_event(slot.event, *event_args, **event_kwargs)
+        return runs
+
+    def _run_with(self, slot: Slot, passed: tuple[Any, ...], named: dict[str, Any]) -> bool:
         if self._observed:
             self._log(slot)
         self.last_event_name = slot.event
-        ran = 0
+        ran = False
         timed = _TimedSlot(slot, self._timers) if self._timers else slot
         for handler, takes_engine, extra in timed.handlers:
             every, offset, window, args, kwargs = extra or (0, 0, OPEN, (), {})
@@ -589,8 +662,8 @@ class Dispatcher:
                 if not Gate(every, offset, *(window or OPEN)).passes(self, count):
                     continue
             first = (self,) if takes_engine else ()
-            handler(*first, *event_args, *args, **{**kwargs, **event_kwargs})
-            ran += 1
+            handler(*first, *passed, *args, **{**kwargs, **named})
+            ran = True
         return ran
 
 

@@ -73,16 +73,16 @@ class EarlyStopping:
     ) -> None:
         if not callable(score_function):
             raise TypeError(
-                "Argument score_function should be a function of the engine that returns a number, "
-                f"got {score_function!r}"
+                "Argument score_function should be a function. It is called with the engine and "
+                f"returns a number; got {score_function!r}"
             )
         if not callable(getattr(trainer, "terminate", None)):
             raise TypeError(
-                "Argument trainer should be an Engine: its run is ended by terminate(); got "
-                f"{type(trainer)}"
+                "Argument trainer should be an instance of Engine. Its run is ended by "
+                f"terminate(); got {type(trainer)}"
             )
         if mode not in ("min", "max"):
-            raise ValueError(f"Argument mode should be either 'min' or 'max', got {mode!r}")
+            raise ValueError(f"Argument mode should be either 'min' or 'max'. It is {mode!r}")
         self.patience = _checked_patience(patience)
         self.score_function = score_function
         self.trainer = trainer
@@ -90,7 +90,7 @@ class EarlyStopping:
         self.threshold = _checked_threshold(
             _one_of("threshold", threshold, "min_delta", min_delta, 0.0)
         )
-        self.cumulative = _one_of(
+        self.cumulative: bool = _one_of(
             "cumulative", cumulative, "cumulative_delta", cumulative_delta, False
         )
         self.threshold_mode = _checked_mode(
@@ -99,6 +99,33 @@ class EarlyStopping:
         self.counter = 0
         self.best_score: float | None = None
         self.logger = logging.getLogger(f"{__package__}.{type(self).__name__}")
+
+    @property
+    def min_delta(self) -> float:
+        """Another name of `threshold`."""
+        return self.threshold
+
+    @min_delta.setter
+    def min_delta(self, value: float) -> None:
+        self.threshold = _checked_threshold(value)
+
+    @property
+    def cumulative_delta(self) -> bool:
+        """Another name of `cumulative`."""
+        return self.cumulative
+
+    @cumulative_delta.setter
+    def cumulative_delta(self, value: bool) -> None:
+        self.cumulative = value
+
+    @property
+    def min_delta_mode(self) -> Literal["abs", "rel"]:
+        """Another name of `threshold_mode`."""
+        return self.threshold_mode
+
+    @min_delta_mode.setter
+    def min_delta_mode(self, value: Literal["abs", "rel"]) -> None:
+        self.threshold_mode = _checked_mode(value)
 
     def __call__(self, engine: Any) -> None:
         """Takes the score of an evaluation; ends the trainer's run if patience is at its end.
@@ -220,20 +247,18 @@ def _one_of(name: str, value: Any, other_name: str, other: Any, default: Any) ->
 
 def _checked_patience(value: Any) -> int:
     if not isinstance(value, Integral) or int(value) < 1:
-        raise ValueError(
-            f"Argument patience should be a positive integer, at least 1, got {value!r}"
-        )
+        raise ValueError(f"Argument patience should be positive integer. It is {value!r}")
     return int(value)
 
 
 def _checked_threshold(value: float) -> float:
     if not value >= 0:
-        raise ValueError(f"Argument threshold should be a number of at least 0, got {value!r}")
+        raise ValueError(f"Argument threshold should not be a negative number. It is {value!r}")
     return value
 
 
 def _checked_mode(mode: Any) -> Literal["abs", "rel"]:
     if mode not in ("abs", "rel"):
-        raise ValueError(f"Argument threshold_mode should be either 'abs' or 'rel', got {mode!r}")
+        raise ValueError(f"Argument threshold_mode should be either 'abs' or 'rel'. It is {mode!r}")
     checked: Literal["abs", "rel"] = mode
     return checked

@@ -13,6 +13,7 @@ from .loop import Loop
 from .progress import begin, check_limits, is_done, load_progress, resume
 from .proof import Checks, Proof
 from .requests import END_RUN, ON_PURPOSE, QUIET_RUN
+from .seen_by_ignite import SeenByIgnite
 from .state import State
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Engine", "Events", "State"]
 
 
-class Engine(Loop):
+class Engine(SeenByIgnite, Loop):
     """Runs `process_function` over batches and fires events, to which handlers are attached.
 
     The programming model, the names and the order of events are those of pytorch-ignite's

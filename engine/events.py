@@ -113,7 +113,14 @@ class CallableEventWithFilter:
     @property
     def filter(self) -> EventFilter | None:
         """The filter as one callable of (engine, count), or None where every count passes."""
-        return None if self.gate is None else self.gate.passes
+        if self.gate is None:
+            return None
+        given = self.gate.event_filter
+        return (
+            given
+            if given is not None and self.gate == Gate(event_filter=given)
+            else self.gate.passes
+        )
 
     def __call__(
         self,

@@ -207,7 +207,7 @@ class Loop(Requests):
         self.logger.error("Exception at iteration %s: %s", self.state.iteration, repr(error))
         slot = self._handlers.require(Events.EXCEPTION_RAISED)
         try:
-            if slot.handlers and self._fire_with(slot, error):
+            if slot.handlers and self._fire_with(slot.event, error):
                 return
         except BaseException as raised:  # noqa: BLE001  a handler decides what propagates
             error = raised
@@ -314,7 +314,7 @@ class Loop(Requests):
         except EndEpoch:
             place.open = False
             iterations = self.state.iteration - place.began
-            self._fire_with(slot(Events.TERMINATE_SINGLE_EPOCH), iter_counter=iterations)
+            self._fire_with(Events.TERMINATE_SINGLE_EPOCH, iter_counter=iterations)
             self._data_iter = self._reopen_data()
         except (EndRun, GeneratorExit):
             raise
@@ -382,8 +382,9 @@ class Loop(Requests):
         """
         if count == 0:
             raise EmptyData(
-                f"Input data has zero size: {type(self.state.dataloader).__name__} gave no batch. "
-                "Please provide non-empty data; an iterator can be used up by an earlier loop."
+                "Input data has zero size. Please provide non-empty data: "
+                f"{type(self.state.dataloader).__name__} gave no batch. An iterator can be used "
+                "up by an earlier loop."
             )
         self.state.epoch_length = count
 

@@ -155,8 +155,8 @@ def _known_length(data: Iterable[Any] | None, epoch_length: int | None) -> int |
     length = None if data is None else data_length(data)
     if length == 0:
         raise EmptyData(
-            f"Input data has zero size: {type(data).__name__} of length 0. Please provide "
-            "non-empty data: an epoch has at least one iteration."
+            "Input data has zero size. Please provide non-empty data: an epoch has at least one "
+            f"iteration, and this {type(data).__name__} has the length 0."
         )
     return length
 
@@ -184,14 +184,17 @@ def load_progress(state: State, values: Mapping[str, Any], user_keys: Sequence[s
     """
     if not isinstance(values, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"Argument state_dict should be a dictionary, but given {type(values)}")
-    _require_one(values, "iteration", "epoch")
-    limit = _require_one(values, "max_epochs", "max_iters")
-    missing = [key for key in ("epoch_length", *user_keys) if key not in values]
-    if missing:
+    _require(values, "epoch_length", "state")
+    if "epoch" not in values:
+        _require(values, "iteration", "state")
+    elif "iteration" in values:
         raise ValueError(
-            f"Required state attributes {missing} are absent in provided state_dict "
-            f"'{list(values)}'"
+            "State dictionary should contain only one of 'iteration' or 'epoch' keys. It has both: "
+            f"{values['iteration']!r} and {values['epoch']!r}"
         )
+    limit = _limit_in(values)
+    for key in user_keys:
+        _require(values, key, "user state")
     iteration, epoch = _position(values)
     if values[limit] is not None:
         check_count(limit, values[limit])
@@ -203,11 +206,18 @@ def load_progress(state: State, values: Mapping[str, Any], user_keys: Sequence[s
         setattr(state, key, values[key])
 
 
-def _require_one(values: Mapping[str, Any], first: str, second: str) -> str:
-    found = [name for name in (first, second) if name in values]
+def _require(values: Mapping[str, Any], key: str, kind: str) -> None:
+    if key not in values:
+        raise ValueError(
+            f"Required {kind} attribute '{key}' is absent in provided state_dict '{list(values)}'"
+        )
+
+
+def _limit_in(values: Mapping[str, Any]) -> str:
+    found = [name for name in ("max_epochs", "max_iters") if name in values]
     if len(found) != 1:
         raise ValueError(
-            f"state_dict should contain exactly one of '({first!r}, {second!r})' keys, found "
+            "state_dict should contain exactly one of '('max_epochs', 'max_iters')' keys, found "
             f"{found or 'none'} in {list(values)}"
         )
     return found[0]
@@ -219,12 +229,12 @@ def _position(values: Mapping[str, Any]) -> tuple[int, int]:
     if not isinstance(done, Integral) or int(done) < 0:
         raise ValueError(f"state_dict's '{name}' should be an integer of at least 0, got {done!r}")
     done = int(done)
-    if length is None and done > 0:
+    if length is None and done == 0:
+        return 0, 0
+    if not isinstance(length, Integral) or int(length) < 1:
         raise ValueError(
             "epoch_length must be a positive integer to calculate missing 'iteration' or 'epoch' "
-            f"key, got None. Input state_dict keys: {list(values)}"
+            f"key. It is {length!r} in the state_dict"
         )
-    if length is None:
-        return 0, 0
-    check_count("epoch_length", length)
+    length = int(length)
     return (done, done // length) if name == "iteration" else (done * length, done)

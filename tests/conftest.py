@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
+import signal
 import sys
+from collections.abc import Generator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,6 +20,39 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # The machine that runs the tests may be slow or busy: no test depends on time.
 settings.register_profile("crosstrain", deadline=None)
 settings.load_profile("crosstrain")
+
+
+# A shell that runs the tests in the background has them, and what they start, ignore it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# What a process forked off a test is at, where the test has run out of time: see below.
+faulthandler.register(signal.SIGUSR2, file=os.fdopen(os.dup(2), "w"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_timeout_set_timer() -> Generator[None, object, object]:
+    """Has the processes that a test has forked off print their stacks when it runs out of time.
+
+    A loader's worker that hangs shows up as a test that waits for a batch, and nothing more. The
+    handler above is inherited by what is forked; other programs are left alone.
+    """
+    made = yield
+    fail = signal.getsignal(signal.SIGALRM)
+    if callable(fail):
+
+        def look_first(number: int, frame: object) -> None:
+            # One may end meanwhile, and not every kernel lists them.
+            with suppress(OSError):
+                for child in Path("/proc/thread-self/children").read_text().split():
+                    status = Path(f"/proc/{child}/status").read_text()
+                    caught = int(status.split("SigCgt:")[1].split()[0], 16)
+                    if caught >> (signal.SIGUSR2 - 1) & 1:
+                        os.kill(int(child), signal.SIGUSR2)
+            fail(number, frame)
+
+        signal.signal(signal.SIGALRM, look_first)
+    return made
 
 
 def pytest_sessionstart() -> None:

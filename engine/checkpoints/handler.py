@@ -11,7 +11,7 @@ from typing import Any, ClassVar, cast
 
 from crosstrain.engine.events import EventEnum, Events
 from crosstrain.engine.proof import Checks, Proof
-from crosstrain.engine.storage.places import Place, StorePath, place_of
+from crosstrain.engine.storage.locations import Location, StorePath, location_of
 
 from .loading import Latest, find_latest, load_objects
 from .objects import OWN_NAME, check_objects, gather_states, introduce
@@ -222,7 +222,7 @@ class Checkpoint:
         )
 
     @property
-    def last_checkpoint(self) -> str | Place | None:
+    def last_checkpoint(self) -> str | Location | None:
         """The saved file of the highest priority: where it is, or else its name, or None."""
         pending = None if self._pending is None else self._pending.job.filename
         names = [item.filename for item in self._saved if item.filename != pending]
@@ -321,7 +321,7 @@ class Checkpoint:
         Raises:
             CheckpointNotFound: if there is no such folder.
         """
-        return find_latest(place_of(dirname), objects)
+        return find_latest(location_of(dirname), objects)
 
     def reload_objects(
         self,

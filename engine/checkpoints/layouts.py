@@ -15,9 +15,9 @@ from crosstrain.engine.storage.errors import (
 )
 from crosstrain.engine.storage.folder import Entry
 from crosstrain.engine.storage.folders import folder_at
+from crosstrain.engine.storage.locations import Location
 from crosstrain.engine.storage.manifest import Manifest
 from crosstrain.engine.storage.parts_read import ENDING, Parts, is_in_parts, own_states
-from crosstrain.engine.storage.places import Place
 from crosstrain.engine.storage.safe_load import LoadedFile, load_file, verify_file
 
 from .parts import filled
@@ -41,7 +41,7 @@ class Layout(Protocol):
 
     ending: str
 
-    def path_of(self, folder: Place, filename: str) -> Place:
+    def path_of(self, folder: Location, filename: str) -> Location:
         """Returns where the checkpoint lies that was saved under a name."""
         ...
 
@@ -49,7 +49,7 @@ class Layout(Protocol):
         """Tells whether what has such a name can be one, by its kind of file."""
         ...
 
-    def manifest(self, path: Place) -> Manifest:
+    def manifest(self, path: Location) -> Manifest:
         """Reads what a checkpoint says of itself, and nothing else.
 
         Raises:
@@ -58,7 +58,7 @@ class Layout(Protocol):
         """
         ...
 
-    def verify(self, path: Place) -> Manifest | None:
+    def verify(self, path: Location) -> Manifest | None:
         """Checks that every byte is as it was written.
 
         Raises:
@@ -66,7 +66,7 @@ class Layout(Protocol):
         """
         ...
 
-    def read(self, path: Place) -> LoadedFile:
+    def read(self, path: Location) -> LoadedFile:
         """Reads all of it into memory, verified, on the CPU.
 
         Raises:
@@ -80,13 +80,13 @@ class _File:
 
     ending = ".pt"
 
-    def path_of(self, folder: Place, filename: str) -> Place:
+    def path_of(self, folder: Location, filename: str) -> Location:
         return folder / filename
 
     def is_one(self, entry: Entry) -> bool:
         return entry.is_file
 
-    def manifest(self, path: Place) -> Manifest:
+    def manifest(self, path: Location) -> Manifest:
         with folder_at(path.parent).peek(path.name) as file:
             comment = read_comment(file)
         if comment:
@@ -96,10 +96,10 @@ class _File:
             "trust it to be whole"
         )
 
-    def verify(self, path: Place) -> Manifest | None:
+    def verify(self, path: Location) -> Manifest | None:
         return verify_file(path)
 
-    def read(self, path: Place) -> LoadedFile:
+    def read(self, path: Location) -> LoadedFile:
         return load_file(path)
 
 
@@ -108,22 +108,22 @@ class _Parts:
 
     ending = ENDING
 
-    def path_of(self, folder: Place, filename: str) -> Place:
+    def path_of(self, folder: Location, filename: str) -> Location:
         return folder / (Path(filename).stem + ENDING)
 
     def is_one(self, entry: Entry) -> bool:
         return entry.is_folder
 
-    def manifest(self, path: Place) -> Manifest:
+    def manifest(self, path: Location) -> Manifest:
         return Parts.open(path).manifest
 
-    def verify(self, path: Place) -> Manifest:
+    def verify(self, path: Location) -> Manifest:
         found = Parts.open(path)
         found.verify()
         found.index()
         return found.manifest
 
-    def read(self, path: Place) -> LoadedFile:
+    def read(self, path: Location) -> LoadedFile:
         found = Parts.open(path)
         found.verify()
         states, places, _ = own_states(found, 0)
@@ -135,12 +135,12 @@ PARTS = _Parts()
 _LAYOUTS: tuple[Layout, ...] = (FILE, PARTS)
 
 
-def layout_of(path: Place) -> Layout:
+def layout_of(path: Location) -> Layout:
     """Returns the form that a checkpoint has, by what is at its path."""
     return PARTS if is_in_parts(path) else FILE
 
 
-def is_checkpoint(path: Place) -> bool:
+def is_checkpoint(path: Location) -> bool:
     """Tells whether a path is to be looked at as a checkpoint, and not as a folder of them."""
     if isinstance(path, Path):
         return not path.is_dir() or is_in_parts(path)
@@ -150,7 +150,7 @@ def is_checkpoint(path: Place) -> bool:
 class Told(NamedTuple):
     """A checkpoint of a folder: its path, its form, and what it says of itself, or why nothing."""
 
-    path: Place
+    path: Location
     layout: Layout
     manifest: Manifest | CheckpointError
     modified_ns: int = 0
@@ -161,7 +161,7 @@ def endings() -> tuple[str, ...]:
     return tuple(layout.ending for layout in _LAYOUTS)
 
 
-def list_checkpoints(folder: Place, names: re.Pattern[str] | None = None) -> list[Told]:
+def list_checkpoints(folder: Location, names: re.Pattern[str] | None = None) -> list[Told]:
     """Lists the checkpoints of a folder, newest first, with what each says of itself.
 
     Only the manifests are read. Those that do not tell their age, because theirs is missing or
@@ -192,7 +192,7 @@ def list_checkpoints(folder: Place, names: re.Pattern[str] | None = None) -> lis
     return sorted(found, key=_age, reverse=True)
 
 
-def _told(path: Place, layout: Layout, entry: Entry) -> Told | None:
+def _told(path: Location, layout: Layout, entry: Entry) -> Told | None:
     doubt: CheckpointError
     if entry.lost is not None:
         return Told(path, layout, CheckpointCorrupt(entry.lost), entry.modified_ns)

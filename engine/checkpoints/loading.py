@@ -23,13 +23,13 @@ from crosstrain.engine.storage.errors import (
     CheckpointNotFound,
     CheckpointWarning,
 )
+from crosstrain.engine.storage.locations import Location, location_of
 from crosstrain.engine.storage.manifest import Manifest
 from crosstrain.engine.storage.parts_read import Parts, is_in_parts, own_states
-from crosstrain.engine.storage.places import Place, place_of
 from crosstrain.engine.storage.safe_load import LoadedFile, load_file
 
 from .layouts import doubt_of, layout_of, list_checkpoints
-from .objects import check_objects, restore
+from .objects import check_objects, restore, to_own
 from .parts import filled, reordered
 
 __all__ = [
@@ -55,17 +55,21 @@ def load_objects(
     """Does what `Checkpoint.load_objects` documents."""
     if not isinstance(checkpoint, (str, os.PathLike, Mapping)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(
-            "Argument checkpoint should be a string, a path or a dictionary, but given "
+            "Argument checkpoint should be a string or a dictionary, or a path, but given "
             f"{type(checkpoint)}"
         )
     check_objects(to_load, "load_state_dict", "to_load")
     if isinstance(checkpoint, Mapping):
         return restore(to_load, checkpoint, None, kwargs, checks)
-    path = checkpoint.place if isinstance(checkpoint, Latest) else place_of(checkpoint)
+    path = checkpoint.place if isinstance(checkpoint, Latest) else location_of(checkpoint)
     if is_in_parts(path):
         return load_parts(to_load, verified_parts(path), checks, **kwargs)
     goes_on = any(isinstance(value, Engine) for _, value in walk_objects(to_load))
-    loaded = load_file(path, mapped=True, names=None if goes_on else list(to_load))
+
+    def kept(state: Any, manifest: Manifest | None) -> Any:
+        return to_own(to_load, state, None if manifest is None else manifest.bare, kwargs)
+
+    loaded = load_file(path, take=kept, names=None if goes_on else list(to_load))
     _tell_doubts(loaded)
     bare = None if loaded.manifest is None else loaded.manifest.bare
     return restore(to_load, loaded.state, loaded.path, kwargs, checks, bare, loaded.mapped)
@@ -89,7 +93,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
         CheckpointCorrupt: if it is damaged.
         CheckpointUnsafe: if it cannot be loaded without running code.
     """
-    where = place_of(path)
+    where = location_of(path)
     return layout_of(where).read(where).state
 
 
@@ -118,7 +122,7 @@ def _tell_doubts(loaded: LoadedFile) -> None:
 class PassedOver:
     """A checkpoint that is not the newest good one, though it is newer or of unknown age."""
 
-    path: Place
+    path: Location
     reason: str
 
 
@@ -133,8 +137,8 @@ class Latest:
         passed_over: those before it, and why they are not it.
     """
 
-    folder: Place
-    path: Place | None
+    folder: Location
+    path: Location | None
     manifest: Manifest | None
     passed_over: tuple[PassedOver, ...]
 
@@ -150,7 +154,7 @@ class Latest:
         return str(self.place)
 
     @property
-    def place(self) -> Place:
+    def place(self) -> Location:
         """The path.
 
         Raises:
@@ -167,7 +171,7 @@ class Latest:
         return f"{self.folder}: {found}" + (f". Passed over: {over}" if over else "")
 
 
-def find_latest(folder: Place, objects: Collection[str] = ()) -> Latest:
+def find_latest(folder: Location, objects: Collection[str] = ()) -> Latest:
     """Does what `Checkpoint.latest` documents."""
     passed_over: list[PassedOver] = []
     for told in list_checkpoints(folder):
@@ -182,7 +186,7 @@ def find_latest(folder: Place, objects: Collection[str] = ()) -> Latest:
     return Latest(folder, None, None, tuple(passed_over))
 
 
-def pass_over(path: Place, reason: str, passed_over: list[PassedOver]) -> None:
+def pass_over(path: Location, reason: str, passed_over: list[PassedOver]) -> None:
     """Notes, in the log too, why a checkpoint is not the one."""
     _logger.warning("Passed over %s: %s", path, reason)
     passed_over.append(PassedOver(path, reason))
@@ -191,7 +195,7 @@ def pass_over(path: Place, reason: str, passed_over: list[PassedOver]) -> None:
 # ------------------------------------------------------------------ a checkpoint in parts
 
 
-def verified_parts(path: Place) -> Parts:
+def verified_parts(path: Location) -> Parts:
     """Opens and verifies a checkpoint in parts; the processes share the work, all call it together.
 
     Args:

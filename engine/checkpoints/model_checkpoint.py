@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
-from crosstrain.engine.storage.places import Place
+from crosstrain.engine.storage.locations import Location
 
 from .handler import Checkpoint
 from .objects import check_objects
@@ -90,9 +90,9 @@ class ModelCheckpoint(Checkpoint):
         )
 
     @property
-    def last_checkpoint(self) -> Place | None:
+    def last_checkpoint(self) -> Location | None:
         """The path of the saved file of the highest priority; None before the first."""
-        return cast("Place | None", super().last_checkpoint)
+        return cast("Location | None", super().last_checkpoint)
 
     def __call__(self, engine: Any, to_save: Mapping[str, Any]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Saves the objects, if the score is high enough.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -29,15 +30,23 @@ from crosstrain.engine.storage.errors import (
     CheckpointMismatch,
     CheckpointWarning,
 )
+from crosstrain.engine.storage.locations import Location
 from crosstrain.engine.storage.mapped import Mapped
-from crosstrain.engine.storage.places import Place
 from crosstrain.engine.structure import named, rebuild_groups, recordable
 
 from .in_place import copies_its_state, keeps_in_its_state
 from .model_part import ModelPart
 from .read_back import Difference, differences
 
-__all__ = ["OWN_NAME", "check_objects", "gather_states", "introduce", "restore", "unsaved_objects"]
+__all__ = [
+    "OWN_NAME",
+    "check_objects",
+    "gather_states",
+    "introduce",
+    "restore",
+    "to_own",
+    "unsaved_objects",
+]
 
 # The name under which a Checkpoint saves its own state (include_self).
 OWN_NAME = "checkpointer"
@@ -146,7 +155,7 @@ def unsaved_objects(trainer: Any, objects: Mapping[str, Any]) -> list[str]:
 def restore(
     to_load: Mapping[str, Any],
     state: Any,
-    path: Place | None,
+    path: Location | None,
     kwargs: Mapping[str, Any],
     checks: Checks | None = None,
     bare: bool | None = None,
@@ -174,12 +183,7 @@ def restore(
     """
     source = "the checkpoint" if path is None else str(path)
     engines = [value for _, value in walk_objects(to_load) if isinstance(value, Engine)]
-    if len(to_load) == 1 and not bare:
-        name = next(iter(to_load))
-        if not (is_mapping(state) and name in state) and bare is None:
-            state = {name: state}
-    elif len(to_load) == 1:
-        state = {next(iter(to_load)): state}
+    state = _by_name(to_load, state, bare)
     if not is_mapping(state):
         raise CheckpointMismatch(
             f"{source} holds a {type(state).__name__}, not objects by name. Nothing was loaded"
@@ -217,6 +221,40 @@ def restore(
     for engine, what in rebuilt:
         engine.proof.checked.append(f"put back: {what}")
     return proof
+
+
+def to_own(
+    to_load: Mapping[str, Any], state: Any, bare: bool | None, kwargs: Mapping[str, Any]
+) -> list[Any]:
+    """Returns the states, of those that are about to be loaded, that will need memory of their own.
+
+    Args:
+        to_load: the objects.
+        state: as of `restore`, and not verified yet.
+        bare: likewise.
+        kwargs: likewise.
+    """
+    pairs: list[tuple[str, Any, Any]] = []
+    with contextlib.suppress(CheckpointMismatch):  # restore tells it, when the file is verified
+        _pair(to_load, _by_name(to_load, state, bare), (), pairs)
+    objects = [(unwrap(value), its_state) for _, value, its_state in pairs]
+    return [
+        its_state
+        for value, its_state in objects
+        if not _takes_mapped(value, kwargs)
+        # What an optimizer has is freed when it takes another state: it has to be read after that.
+        or (isinstance(value, torch.optim.Optimizer) and not value.state)
+    ]
+
+
+def _by_name(to_load: Mapping[str, Any], state: Any, bare: bool | None) -> Any:
+    """Returns the states by name, also if there is one, of one object, that stands for itself."""
+    if len(to_load) != 1:
+        return state
+    name = next(iter(to_load))
+    if bare or (bare is None and not (is_mapping(state) and name in state)):
+        return {name: state}
+    return state
 
 
 def _takes_mapped(target: Any, kwargs: Mapping[str, Any]) -> bool:

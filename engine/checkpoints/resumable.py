@@ -20,7 +20,7 @@ from crosstrain.engine.proof import Proof
 from crosstrain.engine.ranks.agreement import agreement_of
 from crosstrain.engine.ranks.world import this_rank
 from crosstrain.engine.storage.errors import CheckpointError
-from crosstrain.engine.storage.places import Place
+from crosstrain.engine.storage.locations import Location
 
 from .handler import Checkpoint
 from .loading import Latest, PassedOver
@@ -68,7 +68,7 @@ class ResumableRun:
         self._finished = (trainer.state.iteration, trainer.state.epoch) if finished else None
 
     @property
-    def resumed_from(self) -> Place | None:
+    def resumed_from(self) -> Location | None:
         """The checkpoint that was restored; None if the run starts from the beginning."""
         return self._latest.path
 

@@ -24,15 +24,15 @@ from crosstrain.engine.storage.errors import (
     CheckpointError,
     CheckpointNotFound,
 )
+from crosstrain.engine.storage.locations import Location, location_of
 from crosstrain.engine.storage.manifest import Manifest
 from crosstrain.engine.storage.parts_read import Parts
-from crosstrain.engine.storage.places import Place, place_of
 from crosstrain.engine.storage.safe_load import LoadedFile, load_file
 
 from .handler import Checkpoint
 from .layouts import PARTS, Told, doubt_of, layout_of, list_checkpoints, newest_time
 from .loading import Latest, PassedOver, load_parts, pass_over
-from .objects import restore
+from .objects import restore, to_own
 from .resumable import ResumableRun, begin, event_of, with_trainer
 from .retention import Item
 from .saver import DiskSaver
@@ -146,8 +146,8 @@ class _Answer(NamedTuple):
         newest_ns: when the newest of the folder was saved.
     """
 
-    folder: Place
-    path: Place | None
+    folder: Location
+    path: Location | None
     manifest: Manifest | None
     passed_over: tuple[PassedOver, ...]
     saved: tuple[Item, ...]
@@ -176,7 +176,7 @@ class _Look:
     _left: Iterator[Told] = field(default_factory=lambda: iter(()))
     _passed_over: list[PassedOver] = field(default_factory=list[PassedOver])
 
-    def open(self, make: Callable[[Place | None], DiskSaver]) -> DiskSaver:
+    def open(self, make: Callable[[Location | None], DiskSaver]) -> DiskSaver:
         """Opens the folder and finds the checkpoint.
 
         Args:
@@ -218,7 +218,7 @@ class _Look:
     def _from_first(self, ask: Callable[[], _Answer]) -> _Answer:
         return ask() if self.line is None else self.line.from_first(_LOOKING, ask)
 
-    def _first(self, folder: Place) -> _Answer:
+    def _first(self, folder: Location) -> _Answer:
         """Lists the folder, once, and returns the first checkpoint that may be it."""
         name = next(iter(self.objects)) if len(self.objects) == 1 else "checkpoint"
         base = (f"{self.filename_prefix}_" if self.filename_prefix else "") + f"{name}_"
@@ -236,11 +236,11 @@ class _Look:
         if self.resume_from is None:
             self._left = iter(listed)
             return self._next(answer)
-        path = place_of(self.resume_from)
+        path = location_of(self.resume_from)
         if layout_of(path) is PARTS:
             manifest: Manifest | None = Parts.open(path).manifest
         else:
-            self._loaded = load_file(path, mapped=True)
+            self._loaded = load_file(path, take=self._kept)
             manifest = self._loaded.manifest
         newest = 0 if manifest is None or not manifest.is_believable else manifest.saved_at_ns
         newest = max(answer.newest_ns, newest)
@@ -255,7 +255,7 @@ class _Look:
             reason = doubt_of(told, self.objects)
             if reason is None and told.layout is not PARTS:
                 try:
-                    self._loaded = load_file(told.path, mapped=True)
+                    self._loaded = load_file(told.path, take=self._kept)
                 except CheckpointError as error:
                     reason = str(error)
             if reason is None:
@@ -273,7 +273,10 @@ class _Look:
         path = None if found is None else found.path.absolute()
         return answer._replace(path=path, manifest=manifest, passed_over=over)
 
-    def _bad_part(self, path: Place) -> str | None:
+    def _kept(self, state: Any, manifest: Manifest | None) -> Any:
+        return to_own(self.objects, state, None if manifest is None else manifest.bare, {})
+
+    def _bad_part(self, path: Location) -> str | None:
         """Verifies a checkpoint in parts, each rank its share; returns what is wrong on one."""
         line, mine = self.line, None
         try:
@@ -292,7 +295,7 @@ class _Look:
         if answer.path is None:
             return
         if self._parts is None or layout_of(answer.path) is not PARTS:
-            self._loaded = load_file(answer.path, mapped=True)
+            self._loaded = load_file(answer.path, take=self._kept)
             manifest = self._loaded.manifest
         else:
             manifest = self._parts.manifest

@@ -27,9 +27,9 @@ from crosstrain.engine.storage.errors import (
 )
 from crosstrain.engine.storage.folder import Claim, Contents
 from crosstrain.engine.storage.folders import folder_at
+from crosstrain.engine.storage.locations import Location, location_of
 from crosstrain.engine.storage.manifest import Manifest, later_than, software_versions
 from crosstrain.engine.storage.parts_write import Staged, Writers, write_in_parts
-from crosstrain.engine.storage.places import Place, place_of
 from crosstrain.engine.storage.safe_load import check_written
 from crosstrain.engine.storage.staging import HostBuffers, HostState, Snapshot, host_state, on_host
 from crosstrain.engine.storage.tree_hash import Tree
@@ -96,7 +96,7 @@ class DiskSaver(BaseSaveHandler):
                 "overlap=True copies in the thread that writes, and background=False has none: "
                 "pass background=True as well, or leave overlap out"
             )
-        self.dirname = place_of(dirname)
+        self.dirname = location_of(dirname)
         self._folder = folder_at(self.dirname)
         self.save_on_rank = save_on_rank
         self._background = background
@@ -142,10 +142,11 @@ class DiskSaver(BaseSaveHandler):
             ) from error
         if present:
             self._claim.release()
+            told = " or ".join(sorted({f"'{Path(name).suffix}'" for name in present}))
             raise ValueError(
-                f"Files {present} with extension '.pt' or '.sharded' are already present in the "
-                f"directory {self.dirname}. To go on from them, see resume_or_start. To use this "
-                "directory anyway, pass `require_empty=False`."
+                f"Files {present} with extension {told} are already present in the directory "
+                f"{self.dirname}. To go on from them, see resume_or_start. To use this directory "
+                "anyway, pass `require_empty=False`."
             )
 
     @property
@@ -158,7 +159,7 @@ class DiskSaver(BaseSaveHandler):
         """What the thread is writing, or has written and was not asked about; None if nothing."""
         return self._job
 
-    def path_of(self, filename: str) -> Place:
+    def path_of(self, filename: str) -> Location:
         """Returns where the checkpoint of a name is: the file, or the folder of its parts."""
         parts = PARTS.path_of(self.dirname, filename)
         return parts if layout_of(parts) is PARTS else self.dirname / filename
@@ -256,7 +257,9 @@ class DiskSaver(BaseSaveHandler):
         write = partial(self._write, path, told, host, run.checks.writer)
         self._job = SaveJob(filename, snapshot, write, self._remove_now, path)
 
-    def _write(self, path: Place, told: Manifest, host: HostState, strictness: Strictness) -> None:
+    def _write(
+        self, path: Location, told: Manifest, host: HostState, strictness: Strictness
+    ) -> None:
         """Writes a plain state; in whichever thread."""
 
         def produce(file: HashingFile) -> None:
@@ -402,7 +405,7 @@ class DiskSaver(BaseSaveHandler):
         self.close()
 
 
-def _not_removed(place: Place, error: OSError) -> str:
+def _not_removed(place: Location, error: OSError) -> str:
     why = error.strerror or error
     return f"Old checkpoint {place} could not be removed: {why}. The new one is saved"
 

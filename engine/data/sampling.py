@@ -311,7 +311,7 @@ def is_iterable(dataset: Any) -> bool:
 
 
 def _iterates(value: Any) -> bool:
-    return isinstance(value, Iterable)
+    return isinstance(value, Iterable) and not isinstance(value, (str, bytes))
 
 
 def rebuilt(loader: Any, **changes: Any) -> Any:

@@ -217,24 +217,21 @@ class Agreement:
 
     # ---------------------------------------------------------------- calls and answers
 
-    def _answer(self, number: int, wish: int = 0) -> None:
-        """Answers a call, once; from the main thread or from the one that listens."""
+    def _answer(self, number: int, store: Any, wish: int = 0) -> None:
+        """Answers a call, once, over the connection of the thread that it is called in."""
         with self._lock:
             if self._answered > number:
                 return
             self._answered = number + 1
             mine = {"passed": self._passed, "wish": wish, "signal": self._signal}
-        assert self._watch is not None
-        self._watch.store_of_this_thread().set(
-            f"crosstrain/{self._base}/call/{number}/{self.line.rank}", json.dumps(mine)
-        )
+        store.set(f"crosstrain/{self._base}/call/{number}/{self.line.rank}", json.dumps(mine))
 
     def _decide(self) -> _Decision:
         line, number = self.line, self._decided
         base = f"{self._base}/call/{number}"
         assert self._watch is not None
         wish, self._wish = self._wish, 0
-        self._answer(number, wish)
+        self._answer(number, line.store, wish)
         if line.first(f"{base}/caller", str(line.rank)) == str(line.rank):
             self._watch.tell({"call": number})
             line.set(f"{base}/decision", json.dumps(self._collect(base)))

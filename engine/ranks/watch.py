@@ -51,10 +51,13 @@ class Watch:
         line: to the other ranks.
         base: what the run's keys begin with.
         state: of the engine whose run it is.
-        answer: called, in the thread, with the number of a call to end the run.
+        answer: called, in the thread, with the number of a call to end the run and the thread's
+            connection: at once, before whoever makes the watch has it, and until it has ended.
     """
 
-    def __init__(self, line: Line, base: str, state: State, answer: Callable[[int], None]) -> None:
+    def __init__(
+        self, line: Line, base: str, state: State, answer: Callable[[int, Any], None]
+    ) -> None:
         #: Why the run has failed on another rank, and which; None as long as it has not.
         self.told: tuple[int, str] | None = None
         self._line, self._base, self._state, self._answer = line, base, state, answer
@@ -275,7 +278,7 @@ class Watch:
             if self._closed.is_set():
                 return
             if "call" in message:
-                self._answer(message["call"])
+                self._answer(message["call"], self._thread_store)
             if "ended" in message:
                 self._ended = tuple(message["ended"])
             if "roll" in message:

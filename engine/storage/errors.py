@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 
-from .places import Place
+from .locations import Location
 
 __all__ = [
     "CheckpointBusy",
@@ -62,14 +62,14 @@ class CheckpointWriteError(CheckpointError, OSError):
     """
 
     def __init__(
-        self, message: str, cause: OSError | None = None, path: Place | None = None
+        self, message: str, cause: OSError | None = None, path: Location | None = None
     ) -> None:
         super().__init__(message)
         self.errno = errno.ENOSPC if cause is None else cause.errno
         self.filename = None if path is None else str(path)
 
     @classmethod
-    def of(cls, path: Place, why: str, cause: OSError | None) -> CheckpointWriteError:
+    def of(cls, path: Location, why: str, cause: OSError | None) -> CheckpointWriteError:
         """Returns the error of a checkpoint that was not saved.
 
         Args:

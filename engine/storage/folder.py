@@ -9,7 +9,7 @@ from typing import IO, Protocol
 
 from .archive import Readable
 from .atomic import HashingFile
-from .places import Place
+from .locations import Location
 from .tree_hash import Tree
 
 __all__ = ["Claim", "Contents", "Entry", "Folder"]
@@ -80,7 +80,7 @@ class Folder(Protocol):
     """A folder of checkpoints."""
 
     @property
-    def place(self) -> Place:
+    def place(self) -> Location:
         """Where it is."""
         ...
 

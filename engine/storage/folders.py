@@ -8,13 +8,13 @@ from typing import IO
 
 from .folder import Folder
 from .local_folder import LocalFolder
-from .places import Place
+from .locations import Location
 from .store_folder import StoreFolder
 
 __all__ = ["folder_at", "open_place"]
 
 
-def folder_at(place: Place) -> Folder:
+def folder_at(place: Location) -> Folder:
     """Returns the folder that is at a place.
 
     Args:
@@ -27,7 +27,7 @@ def folder_at(place: Place) -> Folder:
     return LocalFolder(place) if isinstance(place, Path) else StoreFolder(place)
 
 
-def open_place(place: Place) -> contextlib.AbstractContextManager[IO[bytes]]:
+def open_place(place: Location) -> contextlib.AbstractContextManager[IO[bytes]]:
     """Opens a file at a place, as one of this machine.
 
     Raises:

@@ -13,7 +13,7 @@ import mmap
 import os
 import sys
 import weakref
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import torch
@@ -21,9 +21,9 @@ import torch
 from crosstrain.engine.guards import is_mapping
 
 from .errors import CheckpointCorrupt
-from .places import Place
+from .locations import Location
 from .staging import view_like
-from .tree_hash import fill, in_threads
+from .tree_hash import Place, fill, in_threads
 
 __all__ = ["Mapped", "Stamp", "can_map", "check_stamp", "path_of_descriptor", "stamp_of"]
 
@@ -77,7 +77,7 @@ class Mapped:
     def __init__(
         self,
         descriptor: int,
-        path: Place,
+        path: Location,
         stamp: Stamp,
         storages: list[tuple[torch.UntypedStorage, int]],
     ) -> None:
@@ -126,6 +126,16 @@ class Mapped:
         Raises:
             CheckpointCorrupt: if the file has become shorter, or cannot be read.
         """
+        with self._named():
+            self.own_by(self._read, nest)
+
+    def own_by(self, read: Callable[[list[Place]], None], nest: Any) -> None:
+        """Does what `own` does, and leaves it to somebody else to read.
+
+        Args:
+            read: reads places of the file into memory.
+            nest: as of `own`.
+        """
         there = [
             (tensor, tensor.untyped_storage().data_ptr())
             for tensor in _tensors(nest)
@@ -133,25 +143,22 @@ class Mapped:
         ]
         there = [(tensor, at) for tensor, at in there if at in self._storages]
         wanted = [at for at in dict.fromkeys(at for _, at in there) if at not in self._own]
-        # The small ones together: to hand one over costs more than to read it.
-        small = [at for at in wanted if self._storages[at][0].nbytes() < _HUGE]
-        runs = [small, *([at] for at in wanted if self._storages[at][0].nbytes() >= _HUGE)]
-        with self._named():
-            for made in in_threads(self._read, [run for run in runs if run]):
-                self._own |= made
+        made = {at: _fresh(self._storages[at][0].nbytes()) for at in wanted}
+        read([(self._storages[at][1], _bytes_of(memory)) for at, memory in made.items()])
+        self._own |= {at: memory.untyped_storage() for at, memory in made.items()}
         for tensor, at in there:
             tensor.data = view_like(tensor, self._own[at])
 
-    def _read(self, run: list[int]) -> dict[int, torch.UntypedStorage]:
-        """Reads storages into fresh memory: to copy them from the mapping would cost more."""
-        made: dict[int, torch.UntypedStorage] = {}
-        for address in run:
-            storage, at = self._storages[address]
-            fresh = _fresh(storage.nbytes())
-            numbers: Any = fresh.numpy()
-            fill(self._descriptor, memoryview(numbers), at)
-            made[address] = fresh.untyped_storage()
-        return made
+    def _read(self, places: list[Place]) -> None:
+        """Reads into fresh memory: to copy from the mapping would cost more."""
+        # The small ones together: to hand one over costs more than to read it.
+        small = [place for place in places if len(place[1]) < _HUGE]
+        runs = [small, *([place] for place in places if len(place[1]) >= _HUGE)]
+        in_threads(self._fill, [run for run in runs if run])
+
+    def _fill(self, run: list[Place]) -> None:
+        for at, view in run:
+            fill(self._descriptor, view, at)
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -174,6 +181,11 @@ def _tensors(nest: Any) -> Iterator[torch.Tensor]:
             waiting.extend(value.values() if is_mapping(value) else value)
             # A module's state has the versions of its layouts in an attribute.
             waiting.extend(getattr(value, "__dict__", {}).values())
+
+
+def _bytes_of(memory: torch.Tensor) -> memoryview:
+    numbers: Any = memory.numpy()
+    return memoryview(numbers)
 
 
 def _fresh(nbytes: int) -> torch.Tensor:

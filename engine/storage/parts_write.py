@@ -20,10 +20,10 @@ from crosstrain.engine.ranks.line import Line
 from .atomic import HashingFile, check_free_space, flush_folder, write_file
 from .errors import CheckpointError, CheckpointWriteError
 from .leftovers import ASIDE, PARTS, new_name
+from .locations import Location
 from .manifest import INDEX, MANIFEST, Manifest, rank_file
 from .parts_index import Entry, encode_index
 from .parts_read import hash_file
-from .places import Place
 from .safe_load import check_written
 from .staging import state_bytes
 from .tree_hash import Tree
@@ -51,7 +51,7 @@ class Writers:
         """Returns every process's value, in the order of ranks."""
         return [value] if self._line is None else self._line.meet(step, value, of=range(self.size))
 
-    def agree(self, path: Place, error: Exception | None, value: Any = None) -> list[Any]:
+    def agree(self, path: Location, error: Exception | None, value: Any = None) -> list[Any]:
         """Returns every process's value, or raises in all what one of them met.
 
         Raises:
@@ -135,7 +135,7 @@ def write_in_parts(folder: Path, staged: Staged, manifest: Manifest, writers: Wr
         raise
 
 
-def _told(error: Exception, path: Place) -> Exception:
+def _told(error: Exception, path: Location) -> Exception:
     if isinstance(error, CheckpointError) or not isinstance(error, OSError):
         return error
     return CheckpointWriteError.of(path, str(error.strerror or error), error)

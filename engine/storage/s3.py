@@ -14,7 +14,7 @@ import random
 import sys
 from typing import Any, Final
 
-from .places import StorePath
+from .locations import StorePath
 from .store import PIECE, Store, Stored, in_pieces
 
 __all__ = ["S3Store"]

@@ -14,8 +14,10 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Collection, Generator, Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,14 +37,14 @@ from .errors import (
     CheckpointWarning,
 )
 from .folders import folder_at, open_place
+from .locations import Location
 from .manifest import Manifest
 from .mapped import Mapped, Stamp, can_map, check_stamp, path_of_descriptor, stamp_of
-from .places import Place
 from .plain import to_plain
 from .stand_ins import PickleCheck, check_pickle
-from .tree_hash import TreeCheck
+from .tree_hash import Place, TreeCheck, fill
 
-__all__ = ["LoadedFile", "check_written", "load_file", "load_part", "verify_file"]
+__all__ = ["LoadedFile", "Take", "check_written", "load_file", "load_part", "verify_file"]
 
 _BLOCK = 1 << 20
 # torch.save begins each tensor at a multiple of 64; some processors need it where numbers are read.
@@ -50,6 +52,9 @@ _ALIGNED = 16
 _BYTE_ORDER = sys.byteorder.encode()
 # torch keeps the allowed globals in one place for the whole process.
 _allowing = threading.Lock()
+
+#: Is given a state, and the manifest if there is one; returns parts of the state.
+Take = Callable[[Any, Manifest | None], Any]
 
 
 @dataclass(frozen=True)
@@ -64,13 +69,13 @@ class LoadedFile:
             see to it that none of them outlives the load.
     """
 
-    path: Place
+    path: Location
     manifest: Manifest | None
     state: Any
     mapped: Mapped | None = None
 
 
-def verify_file(path: Place) -> Manifest | None:
+def verify_file(path: Location) -> Manifest | None:
     """Checks that a checkpoint is whole, without reading its contents into memory.
 
     Args:
@@ -92,7 +97,7 @@ def verify_file(path: Place) -> Manifest | None:
 
 
 def load_file(
-    path: Place, *, mapped: bool = False, names: Collection[str] | None = None
+    path: Location, *, take: Take | None = None, names: Collection[str] | None = None
 ) -> LoadedFile:
     """Reads a checkpoint onto the CPU, after checking that it is whole and safe.
 
@@ -100,8 +105,10 @@ def load_file(
 
     Args:
         path: the file.
-        mapped: leaves the tensors in the memory of the file, where the system can: they are to be
-            copied, and the load is to end with `mapped.check_unchanged()`.
+        take: leaves the tensors in the memory of the file, where the system can: they are to be
+            copied, and the load is to end with `mapped.check_unchanged()`. Called with the state
+            and the manifest, before all is verified, it returns those parts of the state that are
+            to be in memory of their own at once: they are read and verified in one pass.
         names: the objects whose states are needed, if not all are: of a file that tells the hashes
             of its blocks, only theirs are read and verified, and the state holds no others.
 
@@ -117,24 +124,22 @@ def load_file(
     """
     with _opened(path) as file:
         whole = _Whole(file)
-        in_part = mapped and whole.can_verify_in_part(names)
-        whole.verify(whole.beside_tensors() if in_part else None)
+        mapped = take is not None and can_map()
+        whole.verify(whole.beside_tensors() if mapped else None)
         check = _scan(Window.whole(file.fileno()), whole.archive)
+        found = _load_mapped(file, path, whole, check) if mapped else None
         memory: Mapped | None = None
-        if mapped and can_map() and (found := _load_mapped(file, path, whole, check)) is not None:
+        if take is not None and found is not None:
             state, memory = found
+            spans: set[tuple[int, int]] | None = None
+            if names is not None and whole.can_verify_in_part(names, state):
+                state = {name: state[name] for name in names}
+                spans = whole.with_headers(memory.spans(state))
+            memory.own_by(partial(whole.verify, spans), take(state, whole.manifest))
         else:
-            if in_part:
-                whole.verify()
+            whole.verify()
             file.seek(0)
             state = _load(file, check.names)
-        if in_part and memory is not None:
-            assert names is not None
-            if is_mapping(state) and all(name in state for name in names):
-                state = {name: state[name] for name in names}
-                whole.verify(memory.spans(state))
-            else:
-                whole.verify()
         check_stamp(file.fileno(), whole.stamp)
         return LoadedFile(path, whole.manifest, state, memory)
 
@@ -169,7 +174,7 @@ def load_part(file: IO[bytes], at: int, length: int, path: Path) -> Any:
         return _load(io.BytesIO(data), check.names)
 
 
-def check_written(descriptor: int, state: Any, path: Place, strictness: Strictness) -> None:
+def check_written(descriptor: int, state: Any, path: Location, strictness: Strictness) -> None:
     """Holds a file that was just written to what a load of it accepts, but for its hash.
 
     Args:
@@ -218,14 +223,14 @@ def _to_blame(state: Any) -> list[str]:
 
 
 @contextlib.contextmanager
-def _opened(path: Place) -> Generator[IO[bytes]]:
+def _opened(path: Location) -> Generator[IO[bytes]]:
     """Opens a file, and puts its name in front of what is raised about it."""
     with _named(path), open_place(path) as file:
         yield file
 
 
 @contextlib.contextmanager
-def _named(path: Place) -> Generator[None]:
+def _named(path: Location) -> Generator[None]:
     try:
         yield
     except FileNotFoundError:
@@ -246,7 +251,7 @@ def _named(path: Place) -> Generator[None]:
         raise CheckpointCorrupt(f"{path} is not a good checkpoint: {error}") from error.__cause__
 
 
-def _neighbours(folder: Place) -> list[str]:
+def _neighbours(folder: Location) -> list[str]:
     try:
         names = [entry.name for entry in folder_at(folder).entries((".pt",))]
     except OSError:
@@ -271,6 +276,7 @@ class _Whole:
         self.manifest = Manifest.decode(self.archive.comment) if self.archive.comment else None
         self._file = file
         self._tree: TreeCheck | None = None
+        self._verified = False
         if self.manifest is None:
             return
         if self.manifest.size != self.archive.size:
@@ -281,38 +287,58 @@ class _Whole:
         if (tree := self.manifest.tree) is not None:
             self._tree = TreeCheck(file.fileno(), tree)
 
-    def can_verify_in_part(self, names: Collection[str] | None) -> bool:
+    def can_verify_in_part(self, names: Collection[str], state: Any) -> bool:
         """Tells whether some of the objects can be verified without the others."""
         manifest = self.manifest
-        if names is None or manifest is None or self._tree is None or manifest.bare:
+        if manifest is None or self._tree is None or manifest.bare or not is_mapping(state):
             return False
-        return set(names) < set(manifest.objects)
+        return set(names) < set(manifest.objects) and all(name in state for name in names)
 
-    def beside_tensors(self) -> list[tuple[int, int]]:
-        """Returns where that lies which is no tensor's data: begins and ends."""
-        spans: list[tuple[int, int]] = []
-        at = 0
-        for record in sorted(self.archive.records.values(), key=lambda record: record.offset):
-            if record.name.partition("/")[2].startswith("data/"):
-                spans.append((at, record.offset))
-                at = record.offset + record.size
-        return [*spans, (at, self.archive.size)]
+    def beside_tensors(self) -> set[tuple[int, int]]:
+        """Returns where that lies which is no tensor's: begins and ends."""
+        spans = self.with_headers(
+            (record.offset, record.offset + record.size)
+            for name, record in self.archive.records.items()
+            if not name.startswith("data/")
+        )
+        ends = (record.offset + record.size for record in self.archive.records.values())
+        return {*spans, (max(ends, default=0), self.archive.size)}
 
-    def verify(self, spans: list[tuple[int, int]] | set[tuple[int, int]] | None = None) -> None:
-        """Verifies the file, or some of its bytes.
+    def with_headers(self, spans: Iterable[tuple[int, int]]) -> set[tuple[int, int]]:
+        """Returns spans of records, with what says where these begin: it is before them."""
+        records = self.archive.records.values()
+        ends = sorted([0, *(record.offset + record.size for record in records)])
+        return {(ends[bisect_right(ends, begin) - 1], end) for begin, end in spans}
+
+    def verify(
+        self, spans: Iterable[tuple[int, int]] | None = None, places: Sequence[Place] = ()
+    ) -> None:
+        """Verifies the file, or some of its bytes, and reads what is to be kept.
+
+        Args:
+            spans: which bytes; None: all that were not verified before.
+            places: of what is to be kept.
 
         Raises:
             CheckpointCorrupt: if it is not as it was written.
         """
         if self._tree is not None:
-            self._tree.verify(spans)
-        elif self.manifest is not None:
-            found = _hash(self._file, self.archive.size)
-            if found != self.manifest.sha256:
-                raise CheckpointCorrupt(
-                    f"its contents have changed since it was saved (sha256 {found[:16]}..., saved "
-                    f"with {self.manifest.sha256[:16]}...): the disk or a copy has damaged it"
-                )
+            self._tree.verify(spans, places)
+            return
+        self._verify_as_one()
+        for at, view in places:
+            fill(self._file.fileno(), view, at)
+
+    def _verify_as_one(self) -> None:
+        if self.manifest is None or self._verified:
+            return
+        found = _hash(self._file, self.archive.size)
+        if found != self.manifest.sha256:
+            raise CheckpointCorrupt(
+                f"its contents have changed since it was saved (sha256 {found[:16]}..., saved "
+                f"with {self.manifest.sha256[:16]}...): the disk or a copy has damaged it"
+            )
+        self._verified = True
 
 
 def _hash(file: IO[bytes], size: int) -> str:
@@ -386,7 +412,7 @@ def _load(file: IO[bytes], names: set[str]) -> Any:
 
 
 def _load_mapped(
-    file: IO[bytes], path: Place, whole: _Whole, check: PickleCheck
+    file: IO[bytes], path: Location, whole: _Whole, check: PickleCheck
 ) -> tuple[Any, Mapped] | None:
     """Loads a state whose tensors lie in the file's memory.
 

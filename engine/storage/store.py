@@ -19,8 +19,8 @@ from typing import Any, Final, TypeVar
 
 from .errors import CheckpointError
 from .leftovers import FILES, is_leftover, new_name
+from .locations import StorePath
 from .patience import Patience, patience_seconds
-from .places import StorePath
 
 __all__ = ["PIECE", "Store", "Stored", "in_pieces"]
 

@@ -19,8 +19,8 @@ from .atomic import check_free_space, fill_file
 from .errors import CheckpointError, CheckpointWriteError
 from .folder import Contents, Entry
 from .lease import Lease
+from .locations import StorePath
 from .manifest import MANIFEST
-from .places import StorePath
 from .store import Store, Stored
 from .stores import store_of
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from .atomic import flush_folder
 from .errors import CheckpointStoreMissing
-from .places import StorePath
+from .locations import StorePath
 from .s3 import S3Store
 from .store import Store
 

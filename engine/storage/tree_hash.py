@@ -9,24 +9,32 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, TypeVar
 
 from .errors import CheckpointCorrupt
 
-__all__ = ["LEAF", "MAX_BLOCKS", "Tree", "TreeCheck", "TreeHash", "fill", "in_threads"]
+__all__ = ["LEAF", "MAX_BLOCKS", "Place", "Tree", "TreeCheck", "TreeHash", "fill", "in_threads"]
 
-#: The bytes of a leaf: they stay in a core's cache between reading and hashing.
+#: The bytes of a leaf.
 LEAF: Final = 1 << 20
+# So many at once are read, and hashed while they are in a core's cache.
+_PIECE: Final = 1 << 18
 #: More hashes would leave the names of objects no room in the manifest, which is a zip comment.
 MAX_BLOCKS: Final = 64
 # More threads than this wait for the memory.
 _MAX_THREADS: Final = 8
-# A thread takes so many leaves at once, into one buffer.
+# A thread takes so many leaves at once.
 _RUN: Final = 8
+# What is shorter is copied out of a buffer: a read of its own would cost more.
+_DIRECT: Final = 64 << 10
 
+#: Where bytes begin in a file, and the memory that they are to be read into.
+Place = tuple[int, memoryview]
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
@@ -103,11 +111,18 @@ class TreeCheck:
         self._tree = tree
         self._left = set(range(len(tree.blocks)))
 
-    def verify(self, spans: Iterable[tuple[int, int]] | None = None) -> None:
+    def verify(
+        self, spans: Iterable[tuple[int, int]] | None = None, places: Sequence[Place] = ()
+    ) -> None:
         """Verifies the blocks in which some bytes lie, those that were not verified before.
+
+        What is to be kept of the file is read to where it is kept and hashed there, so that it
+        passes through the processor's cache once, and what was verified is what is kept.
 
         Args:
             spans: begin and end of each run of bytes; None: all of the file.
+            places: what is to be kept; no two share a byte. Those of blocks that are not verified
+                now are read too.
 
         Raises:
             CheckpointCorrupt: if a byte of such a block is not as it was written.
@@ -122,15 +137,19 @@ class TreeCheck:
             wanted = touched & self._left
         many = size // LEAF
         last = -(-self._tree.size // LEAF)
+        kept = _Places(places)
         runs = [
-            (leaf, min(leaf + _RUN, (block + 1) * many, last))
-            for block in sorted(wanted)
+            (leaf, min(leaf + _RUN, (block + 1) * many, last), block in wanted)
+            for block in range(len(self._tree.blocks))
+            if block in wanted or kept.any_in(block * size, (block + 1) * size)
             for leaf in range(block * many, min((block + 1) * many, last), _RUN)
         ]
         leaves: dict[int, list[bytes]] = {}
+        read = partial(self._read_run, kept)
         # hashlib and the system's read both work beside other threads.
-        for (begin, _), found in zip(runs, in_threads(self._hash_run, runs), strict=True):
-            leaves.setdefault(begin // many, []).extend(found)
+        for (begin, _, hashed), found in zip(runs, in_threads(read, runs), strict=True):
+            if hashed:
+                leaves.setdefault(begin // many, []).extend(found)
         for block, found in leaves.items():
             if _of_leaves(found) != self._tree.blocks[block]:
                 begin, end = block * size, min((block + 1) * size, self._tree.size)
@@ -140,19 +159,78 @@ class TreeCheck:
                 )
         self._left -= wanted
 
-    def _hash_run(self, run: tuple[int, int]) -> list[bytes]:
+    def _read_run(self, kept: _Places, run: tuple[int, int, bool]) -> list[bytes]:
+        """Reads some leaves; returns their hashes, if they are to be hashed."""
+        first, end, hashed = run
         size = self._tree.size
-        buffer = memoryview(bytearray(min(LEAF, size)))
+        buffer = memoryview(bytearray(min(_PIECE, size)))
         found: list[bytes] = []
-        for leaf in range(*run):
-            begin = leaf * LEAF
-            view = buffer[: min(LEAF, size - begin)]
-            fill(self._descriptor, view, begin)
-            for at in (size - 2, size - 1):
-                if begin <= at < begin + len(view):
-                    view[at - begin] = 0
-            found.append(hashlib.sha256(view).digest())
+        for leaf in range(first, end):
+            digest = hashlib.sha256()
+            for at, view in kept.pieces(leaf * LEAF, min((leaf + 1) * LEAF, size), buffer):
+                fill(self._descriptor, view, at)
+                kept.copy_small(at, view)
+                if hashed:
+                    for last in (size - 2, size - 1):
+                        if at <= last < at + len(view):
+                            view[last - at] = 0
+                    digest.update(view)
+            found.append(digest.digest())
         return found
+
+
+class _Places:
+    """The places that parts of a file are kept in, by where in the file they begin."""
+
+    def __init__(self, places: Sequence[Place]) -> None:
+        filled = sorted((place for place in places if len(place[1])), key=lambda place: place[0])
+        self._all = filled
+        self._large = [place for place in filled if len(place[1]) >= _DIRECT]
+        self._small = [place for place in filled if len(place[1]) < _DIRECT]
+
+    def any_in(self, begin: int, end: int) -> bool:
+        """Tells whether a part of the file is kept, or some of it."""
+        return next(_within(self._all, begin, end), None) is not None
+
+    def pieces(self, begin: int, end: int, buffer: memoryview) -> Iterator[Place]:
+        """Yields where each piece of a run of bytes is to be read to: its place, or the buffer.
+
+        Args:
+            begin: where the run begins in the file.
+            end: where it ends.
+            buffer: memory for what is not kept, or is small; no piece is longer.
+        """
+        for first in range(begin, end, len(buffer)):
+            at, last = first, min(first + len(buffer), end)
+            for start, view in _within(self._large, first, last):
+                if at < start:
+                    yield at, buffer[: start - at]
+                at, until = max(at, start), min(start + len(view), last)
+                yield at, view[at - start : until - start]
+                at = until
+            if at < last:
+                yield at, buffer[: last - at]
+
+    def copy_small(self, at: int, view: memoryview) -> None:
+        """Copies what is small from the buffer to its place.
+
+        Args:
+            at: where in the file the buffer's bytes begin.
+            view: the buffer.
+        """
+        for start, small in _within(self._small, at, at + len(view)):
+            begin, end = max(at, start), min(at + len(view), start + len(small))
+            small[begin - start : end - start] = view[begin - at : end - at]
+
+
+def _within(places: list[Place], begin: int, end: int) -> Iterator[Place]:
+    """Yields those of sorted places that have bytes in a run of a file."""
+    index = bisect_right(places, begin, key=lambda place: place[0])
+    if index and places[index - 1][0] + len(places[index - 1][1]) > begin:
+        index -= 1
+    while index < len(places) and places[index][0] < end:
+        yield places[index]
+        index += 1
 
 
 def fill(descriptor: int, view: memoryview, at: int) -> None:

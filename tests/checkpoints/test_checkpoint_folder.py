@@ -25,6 +25,7 @@ from crosstrain.engine import (
     Engine,
     Events,
 )
+from crosstrain.engine.storage import lock
 
 
 @pytest.fixture(scope="module")
@@ -33,16 +34,34 @@ def server() -> Iterator[ForkServer]:
         yield server
 
 
-def hold_folder(folder: str, told: str) -> None:
+# The kinds of lock: on the folder itself, or, as on a network file system, on a file in it.
+KINDS = pytest.mark.parametrize("on_file", [False, True], ids=["folder", "file"], indirect=True)
+
+
+@pytest.fixture
+def on_file(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether folders are locked by a file in them, as where other machines see them, too."""
+    monkeypatch.setattr(lock, "_is_of_this_machine", lambda folder: not request.param)
+    return bool(request.param)
+
+
+def set_kind(on_file: bool) -> None:
+    """Does the same for good: in a process that ends."""
+    lock._is_of_this_machine = lambda folder: not on_file
+
+
+def hold_folder(folder: str, told: str, on_file: bool) -> None:
     """Holds a folder until it is killed."""
+    set_kind(on_file)
     saver = DiskSaver(folder, require_empty=False)
     Path(told).write_text(str(os.getpid()))
     signal.pause()
     saver.close()
 
 
-def hold_folder_with_a_worker(folder: str, told: str) -> None:
+def hold_folder_with_a_worker(folder: str, told: str, on_file: bool) -> None:
     """Holds a folder, with a child that is forked off meanwhile and lives on."""
+    set_kind(on_file)
     saver = DiskSaver(folder, require_empty=False)
     if os.fork() == 0:
         time.sleep(30)
@@ -52,8 +71,9 @@ def hold_folder_with_a_worker(folder: str, told: str) -> None:
     saver.close()
 
 
-def save_in_fork(folder: str, told: str) -> None:
+def save_in_fork(folder: str, told: str, on_file: bool) -> None:
     """Tries to save into the folder of the process that it was forked off."""
+    set_kind(on_file)
     saver = DiskSaver(folder)
     if os.fork() == 0:
         try:
@@ -71,12 +91,13 @@ def _when_written(path: Path) -> str:
     return path.read_text()
 
 
+@KINDS
 @pytest.mark.parametrize("program", [hold_folder, hold_folder_with_a_worker])
 def test_a_second_process_is_told_of_the_first(
-    server: ForkServer, tmp_path: Path, program: object
+    server: ForkServer, tmp_path: Path, program: object, on_file: bool
 ) -> None:
     folder, told = tmp_path / "checkpoints", tmp_path / "told"
-    pid = server.start(program, str(folder), str(told))  # type: ignore[arg-type]
+    pid = server.start(program, str(folder), str(told), on_file)  # type: ignore[arg-type]
     assert _when_written(told) == str(pid)
     with pytest.raises(CheckpointBusy, match=rf"process {pid} on host .* {folder}"):
         DiskSaver(folder)
@@ -87,14 +108,20 @@ def test_a_second_process_is_told_of_the_first(
     DiskSaver(folder).close()
 
 
-def test_a_forked_child_is_another_process(server: ForkServer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("on_file", [False, True])
+def test_a_forked_child_is_another_process(
+    server: ForkServer, tmp_path: Path, on_file: bool
+) -> None:
     told = tmp_path / "told"
-    assert server.run(save_in_fork, str(tmp_path / "checkpoints"), str(told)) == 0
+    assert server.run(save_in_fork, str(tmp_path / "checkpoints"), str(told), on_file) == 0
     assert "is saving checkpoints into" in told.read_text()
     assert names(tmp_path / "checkpoints") == ["a.pt"]
 
 
-def test_two_savers_of_one_process_share_the_folder(server: ForkServer, tmp_path: Path) -> None:
+@KINDS
+def test_two_savers_of_one_process_share_the_folder(
+    server: ForkServer, tmp_path: Path, on_file: bool
+) -> None:
     folder, told = tmp_path / "checkpoints", tmp_path / "told"
     first = DiskSaver(folder)
     second = DiskSaver(folder, require_empty=False)
@@ -102,23 +129,26 @@ def test_two_savers_of_one_process_share_the_folder(server: ForkServer, tmp_path
     del first
     second({"a": 1}, "a.pt")
     # Closing the first has not given up the second's lock.
-    pid = server.start(hold_folder, str(folder), str(told))
+    pid = server.start(hold_folder, str(folder), str(told), on_file)
     assert server.wait(pid) == 1
     assert not told.exists()
     second.close()
 
 
-def test_a_copy_of_the_folder_gives_it_to_nobody(server: ForkServer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("on_file", [True], indirect=True)
+def test_a_copy_of_the_folder_gives_it_to_nobody(
+    server: ForkServer, tmp_path: Path, on_file: bool
+) -> None:
     """To close any descriptor of the lock's file drops the lock; the next save takes it again."""
     folder, told = tmp_path / "checkpoints", tmp_path / "told"
     with DiskSaver(folder) as saver:
         shutil.copytree(folder, tmp_path / "backup")
         saver({"a": 1}, "a.pt")
-        pid = server.start(hold_folder, str(folder), str(told))
+        pid = server.start(hold_folder, str(folder), str(told), on_file)
         assert server.wait(pid) == 1
         shutil.copytree(folder, tmp_path / "another")
         # Now another process has taken it: the next save is told of that.
-        pid = server.start(hold_folder, str(folder), str(told))
+        pid = server.start(hold_folder, str(folder), str(told), on_file)
         assert _when_written(told) == str(pid)
         with pytest.raises(CheckpointBusy, match=rf"process {pid} on host .* {folder}"):
             saver({"a": 2}, "b.pt")
@@ -133,6 +163,38 @@ def test_a_second_saver_leaves_alone_what_the_first_one_writes(tmp_path: Path) -
         at_work.write_bytes(b"half")
         DiskSaver(tmp_path, require_empty=False).close()
         assert at_work.exists()
+
+
+def test_a_folder_holds_checkpoints_and_nothing_else(tmp_path: Path) -> None:
+    """Also while a run goes on: whoever lists it and takes the last has a checkpoint."""
+    if not lock._is_of_this_machine(tmp_path):
+        pytest.skip("a network file system: its lock is a file in the folder")
+    objects, seen = made(), []
+    handler = Checkpoint(objects, DiskSaver(tmp_path), n_saved=2)
+    objects["trainer"].add_event_handler(Events.ITERATION_COMPLETED(every=2), handler)
+    objects["trainer"].add_event_handler(
+        Events.ITERATION_COMPLETED, lambda: seen.append(os.listdir(tmp_path))
+    )
+    objects["trainer"].run(BATCHES)
+    assert [len(listed) for listed in seen[:5]] == [0, 1, 1, 2, 2]
+    assert all(name.endswith(".pt") for listed in seen for name in listed)
+
+
+def test_a_folder_that_was_made_anew_is_locked_anew(server: ForkServer, tmp_path: Path) -> None:
+    folder, told = tmp_path / "checkpoints", tmp_path / "told"
+    with DiskSaver(folder) as saver:
+        shutil.rmtree(folder)
+        folder.mkdir()
+        saver({"a": 1}, "a.pt")
+        assert server.wait(server.start(hold_folder, str(folder), str(told), False)) == 1
+        shutil.rmtree(folder)
+        folder.mkdir()
+        pid = server.start(hold_folder, str(folder), str(told), False)
+        assert _when_written(told) == str(pid)
+        with pytest.raises(CheckpointBusy, match=f"process {pid} "):
+            saver({"a": 2}, "b.pt")
+        os.kill(pid, signal.SIGKILL)
+        server.wait(pid)
 
 
 @pytest.mark.parametrize("ending", [".tmp", ".parts"])
@@ -158,21 +220,22 @@ def test_leftovers_of_any_kind_are_removed(tmp_path: Path, ending: str, kind: st
     assert (somebodys / "file").exists()
 
 
+@pytest.mark.parametrize("on_file", [True], indirect=True)
 @pytest.mark.parametrize("kind", ["link", "dangling", "hard link", "folder", "fifo"])
-def test_a_lock_that_is_no_file_is_not_written_to(tmp_path: Path, kind: str) -> None:
+def test_a_lock_that_is_no_file_is_not_written_to(tmp_path: Path, kind: str, on_file: bool) -> None:
     folder, somebodys = tmp_path / "checkpoints", tmp_path / "somebodys"
     folder.mkdir()
-    lock = folder / ".crosstrain.lock"
+    name = folder / ".crosstrain.lock"
     if kind != "dangling":
         somebodys.write_text("not to be written over")
     if kind in ("link", "dangling"):
-        lock.symlink_to(somebodys)
+        name.symlink_to(somebodys)
     elif kind == "hard link":
-        lock.hardlink_to(somebodys)
+        name.hardlink_to(somebodys)
     elif kind == "folder":
-        lock.mkdir()
+        name.mkdir()
     else:
-        os.mkfifo(lock)
+        os.mkfifo(name)
     with pytest.raises(CheckpointWriteError, match="has not made"):
         DiskSaver(folder)
     if kind == "dangling":
@@ -195,8 +258,9 @@ def test_what_a_killed_process_left_is_removed(
     assert all((tmp_path / name).exists() for name in others)
 
 
+@KINDS
 def test_a_file_system_without_locks_is_told_of(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_file: bool
 ) -> None:
     import errno
     import fcntl
@@ -207,7 +271,7 @@ def test_a_file_system_without_locks_is_told_of(
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(fcntl, "lockf", refuse)
+    monkeypatch.setattr(fcntl, "lockf" if on_file else "flock", refuse)
     with pytest.warns(CheckpointWarning, match=r"has no locks \(No locks available\)"):
         saver = DiskSaver(tmp_path)
     # It may be another's, at work.

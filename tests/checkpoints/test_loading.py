@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from crosstrain.engine.storage.atomic import HashingFile
 from crosstrain.engine.storage.manifest import Manifest
 from crosstrain.engine.storage.parts_read import own_states
 from crosstrain.engine.storage.safe_load import load_file
-from crosstrain.engine.storage.tree_hash import LEAF
+from crosstrain.engine.storage.tree_hash import LEAF, TreeCheck, TreeHash
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="files are mapped on Linux")
 
@@ -268,7 +269,52 @@ def test_damage_anywhere_is_found_and_what_is_not_needed_is_not_read(tmp_path: P
     for at in draw.sample(range(len(good)), 40):
         path.write_bytes(good[:at] + bytes([good[at] ^ 4]) + good[at + 1 :])
         with pytest.raises(CheckpointCorrupt):
-            load_file(path, mapped=True)
+            load_file(path, take=lambda state, _: state)
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_what_is_kept_is_read_and_verified_in_one_pass_wherever_it_lies(
+    tmp_path: Path, damaged: bool
+) -> None:
+    draw = random.Random(3)
+    data = bytearray(draw.randbytes(LEAF) * 67 + draw.randbytes(5000))
+    size = len(data)
+    data[-2:] = b"\0\0"
+    whole = TreeHash()
+    whole.update(bytes(data))
+    tree = whole.tree()
+    data[-2:] = b"??"
+    # Long and short, side by side and apart, over the bounds of pieces, leaves and blocks.
+    cuts = {0, size - 4000, LEAF, 2 * LEAF - 3, 2 * LEAF + 3, 5 * LEAF + 70_000}
+    cuts |= {draw.randrange(size - 4000) for _ in range(60)}
+    cuts |= {30 * LEAF + 700 * i for i in range(200)}
+    bounds = sorted(cuts)
+    runs = [run for run in pairwise(bounds) if draw.random() < 0.7]
+    draw.shuffle(runs)
+    places = [(begin, memoryview(bytearray(end - begin))) for begin, end in runs]
+    if damaged:
+        data[runs[0][0]] ^= 1
+    (tmp_path / "x").write_bytes(data)
+    with (tmp_path / "x").open("rb") as file:
+        check = TreeCheck(file.fileno(), tree)
+        if damaged:
+            with pytest.raises(CheckpointCorrupt, match="have changed since it was saved"):
+                check.verify(None, places)
+            return
+        # Some of what is kept lies in blocks that were verified before.
+        check.verify([(0, 10), (30 * LEAF, 30 * LEAF + 1)])
+        check.verify(None, places)
+    assert all(view == data[at : at + len(view)] for at, view in places)
+
+
+def test_an_optimizer_with_a_state_and_one_without_load_the_same(tmp_path: Path) -> None:
+    saved = trained()
+    path = save(tmp_path, saved)
+    fresh = trained(1)
+    fresh["optimizer"] = torch.optim.AdamW(fresh["model"].parameters())
+    for objects in (fresh, trained(2)):
+        Checkpoint.load_objects(objects, path)
+        assert same(saved["optimizer"].state_dict(), objects["optimizer"].state_dict())
 
 
 def test_files_without_hashes_of_blocks_load(tmp_path: Path) -> None:

@@ -80,7 +80,6 @@ def test_it_says_saved_when_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixtu
 
         def stop(engine: Engine, folder: Path, broken: bool) -> None:
             if broken:
-                (folder / ".crosstrain.lock").unlink()
                 folder.rmdir()
                 folder.touch()
             os.kill(os.getpid(), signal.SIGTERM)

@@ -143,7 +143,7 @@ def test_states_of_ignite_load() -> None:
         (None, TypeError, "should be a dictionary"),
         ({"counter": 1}, ValueError, r"\['best_score'\] are absent"),
         ({"counter": -1, "best_score": 1.0}, ValueError, "at least 0, got -1"),
-        ({"counter": 1, "best_score": 1.0, "threshold_mode": "x"}, ValueError, "got 'x'"),
+        ({"counter": 1, "best_score": 1.0, "threshold_mode": "x"}, ValueError, "is 'x'"),
     ],
 )
 def test_states_that_do_not_load(state: Any, error: type[Exception], message: str) -> None:
@@ -197,14 +197,14 @@ def test_another_event_makes_it_forget() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"patience": 0}, ValueError, "patience should be a positive integer.*got 0"),
-        ({"patience": 1.5}, ValueError, "patience.*got 1.5"),
+        ({"patience": 0}, ValueError, "patience should be positive integer.*is 0"),
+        ({"patience": 1.5}, ValueError, "patience.*is 1.5"),
         ({"score_function": 3}, TypeError, "score_function should be a function.*got 3"),
-        ({"trainer": 3}, TypeError, "trainer should be an Engine.*int"),
-        ({"threshold": -0.1}, ValueError, "threshold.*at least 0, got -0.1"),
-        ({"threshold": math.nan}, ValueError, "threshold.*got nan"),
-        ({"threshold_mode": "x"}, ValueError, "'abs' or 'rel', got 'x'"),
-        ({"mode": "x"}, ValueError, "'min' or 'max', got 'x'"),
+        ({"trainer": 3}, TypeError, "trainer should be an instance of Engine.*int"),
+        ({"threshold": -0.1}, ValueError, "threshold.*negative number.*is -0.1"),
+        ({"threshold": math.nan}, ValueError, "threshold.*is nan"),
+        ({"threshold_mode": "x"}, ValueError, "'abs' or 'rel'.*'x'"),
+        ({"mode": "x"}, ValueError, "'min' or 'max'.*'x'"),
         ({"threshold": 0.1, "min_delta": 0.2}, ValueError, "same thing: got 0.1 and 0.2"),
     ],
 )
@@ -212,6 +212,20 @@ def test_bad_arguments(options: Any, error: type[Exception], message: str) -> No
     good = {"patience": 1, "score_function": nothing, "trainer": Engine(nothing)}
     with pytest.raises(error, match=message):
         EarlyStopping(**{**good, **options})
+
+
+def test_older_names_are_the_same_attributes() -> None:
+    stopping = EarlyStopping(1, nothing, Engine(nothing), min_delta=0.1, cumulative_delta=True)
+    assert (stopping.threshold, stopping.cumulative) == (0.1, True)
+    stopping.min_delta, stopping.cumulative_delta, stopping.min_delta_mode = 0.2, False, "rel"
+    assert (stopping.threshold, stopping.cumulative, stopping.threshold_mode) == (0.2, False, "rel")
+    assert (stopping.min_delta, stopping.cumulative_delta, stopping.min_delta_mode) == (
+        0.2,
+        False,
+        "rel",
+    )
+    with pytest.raises(ValueError, match="negative number"):
+        stopping.min_delta = -1.0
 
 
 def test_a_score_that_is_no_number_at_all() -> None:

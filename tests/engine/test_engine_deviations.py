@@ -72,9 +72,9 @@ def test_new_data_at_the_end_of_the_old_prevents_that() -> None:
 @pytest.mark.parametrize("limits", [{}, {"max_epochs": 3}, {"max_iters": 3}])
 def test_empty_data_is_an_error(limits: dict[str, int]) -> None:
     for data in (iter([]), Unsized(0), (number for number in range(0))):
-        with pytest.raises(EmptyData, match=r"zero size.*gave no batch"):
+        with pytest.raises(EmptyData, match=r"zero size\..*gave no batch"):
             Engine(nothing).run(data, **limits)
-    with pytest.raises(EmptyData, match="zero size: list of length 0"):
+    with pytest.raises(EmptyData, match=r"zero size\..*list has the length 0"):
         Engine(nothing).run([], **limits)
 
 

@@ -7,7 +7,11 @@ the same digits (1,797 pictures of 8 x 8, which scikit-learn ships), and asserte
 from __future__ import annotations
 
 import copy
+import functools
 import io
+import pickle
+import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,7 @@ from typing import Any
 import ignite.engine
 import pytest
 import torch
+from ignite.contrib.engines.common import setup_tb_logging
 from ignite.handlers import (
     Checkpoint,
     DiskSaver,
@@ -36,7 +41,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import crosstrain.engine
-from crosstrain.engine import Engine, Events
+from crosstrain.engine import DeterministicEngine, Engine, Events
+from crosstrain.engine.dispatch import Phase
 
 LIBRARIES = (crosstrain.engine, ignite.engine)
 STEPS = 8
@@ -340,15 +346,158 @@ def test_best_checkpoints_by_score(tmp_path: Path) -> None:
     assert name.startswith("best_model_")
 
 
-@pytest.mark.parametrize("handler", ["early stopping", "basic profiler", "handlers profiler"])
-def test_three_handlers_insist_on_ignites_own_engine(handler: str) -> None:
-    # docs/engine.md says so; crosstrain.engine.early_stopping is for the first.
-    engine = Engine(lambda engine, batch: None)
-    attach: dict[str, Callable[[], object]] = {
-        "early stopping": lambda: EarlyStopping(2, lambda engine: 1.0, engine),
-        "basic profiler": lambda: BasicTimeProfiler().attach(engine),
-        "handlers profiler": lambda: HandlersTimeProfiler().attach(engine),
-    }
-    with pytest.raises(TypeError, match="Engine"):
-        attach[handler]()
-    assert not any(engine.slot(event).handlers for event in Events)
+def test_early_stopping() -> None:
+    def use(training: Training) -> list[Any]:
+        handler = EarlyStopping(2, lambda engine: -float(engine.state.epoch), training.trainer)
+        training.trainer.add_event_handler(ignite.engine.Events.EPOCH_COMPLETED, handler)
+        state = training.trainer.run(training.loader, max_epochs=9)
+        return [state.epoch, state.iteration, handler.best_score]
+
+    assert on_both(use) == [3, 3 * STEPS, -1.0]
+
+
+@pytest.mark.parametrize("profiler", [BasicTimeProfiler, HandlersTimeProfiler])
+def test_time_profilers(profiler: Callable[[], Any]) -> None:
+    def use(training: Training) -> Any:
+        trainer, kind = training.trainer, profiler()
+        seen: list[str] = []
+
+        @trainer.on(ignite.engine.Events.ITERATION_COMPLETED(every=3))
+        def at_third(engine: Any, word: str = "third") -> None:
+            time.sleep(0.001)
+            seen.append(word)
+
+        trainer.add_event_handler(training.library.Events.EPOCH_COMPLETED, seen.append, "epoch")
+        kind.attach(trainer)
+        trainer.run(training.loader, max_epochs=2)
+        trainer.run(training.loader, max_epochs=3)
+        counts = {
+            event.name: len(times) if profiler is BasicTimeProfiler else list(map(len, times))
+            for event, times in kind.event_handlers_times.items()
+        }
+        return seen, counts, len(kind.processing_times), len(kind.dataflow_times)
+
+    seen, _, iterations, _ = on_both(use)
+    assert seen.count("epoch") == 3
+    assert iterations in (2 * STEPS, 3 * STEPS)
+
+
+def test_set_up_of_loggers_takes_one_evaluator(tmp_path: Path) -> None:
+    def use(training: Training) -> list[str]:
+        folder = tmp_path / training.library.__name__
+        Accuracy().attach(training.evaluator, "accuracy")
+        training.trainer.add_event_handler(
+            ignite.engine.Events.EPOCH_COMPLETED, lambda: training.evaluator.run(training.loader)
+        )
+        logger = setup_tb_logging(
+            str(folder), training.trainer, training.optimizer, training.evaluator, log_every_iters=4
+        )
+        training.trainer.run(training.loader, max_epochs=2)
+        logger.close()
+        events = EventAccumulator(str(folder))
+        events.Reload()
+        return sorted(events.Tags()["scalars"])
+
+    assert "validation/accuracy" in on_both(use)
+
+
+def test_an_engine_is_an_instance_of_both_classes(tmp_path: Path) -> None:
+    for kind in (Engine, DeterministicEngine, Derived):
+        engine = kind(process)
+        assert isinstance(engine, kind)
+        assert isinstance(engine, ignite.engine.Engine)
+        assert type(engine) is kind
+        assert issubclass(engine.__class__, kind)
+        assert engine.__class__.__qualname__ == kind.__qualname__
+        assert type(copy.copy(engine)) is kind
+        if kind is not DeterministicEngine:
+            assert type(copy.deepcopy(engine)) is kind
+            assert type(pickle.loads(pickle.dumps(engine))) is kind
+    assert not isinstance(Engine(process).state, ignite.engine.Engine)
+
+
+def test_the_table_of_handlers_can_be_changed_as_ignites() -> None:
+    said: list[Any] = []
+    tables = []
+    for library in LIBRARIES:
+        engine, events = library.Engine(process), library.Events
+        table, words = engine._event_handlers, []
+
+        def say(word: str = "", words: list[Any] = words) -> None:
+            words.append(word)
+
+        def with_engine(
+            given: Any, word: str, engine: Any = engine, words: list[Any] = words
+        ) -> None:
+            words.append((given is engine, word))
+
+        engine.add_event_handler(events.EPOCH_STARTED, with_engine, "first")
+        engine.add_event_handler(events.EPOCH_COMPLETED(every=2), say, word="even")
+        table[events.EPOCH_STARTED].insert(0, (with_engine, (weakref.ref(engine), "before"), {}))
+        table[events.EPOCH_STARTED].append((say, ("last",), {}))
+        function, args, named = table[events.EPOCH_COMPLETED][0]
+        table[events.EPOCH_COMPLETED][0] = (functools.partial(function), args, named)
+        table[events.COMPLETED] = [(say, ("end",), {}), (say, ("not",), {})]
+        del table[events.COMPLETED][-1]
+        engine.run([1], max_epochs=2)
+        tables.append({event.name: len(table[event]) for event in table if len(table[event])})
+        said.append(words)
+    assert said[0] == said[1]
+    assert said[0][:3] == [(True, "before"), (True, "first"), "last"]
+    assert tables[0] == tables[1]
+
+
+def test_the_library_own_handlers_keep_their_place_in_the_table() -> None:
+    engine, order = Engine(process), []
+    for phase in (Phase.SAVE, Phase.LAST, Phase.FIRST):
+        engine.add_in_phase(
+            Events.EPOCH_COMPLETED, lambda engine, name=phase.name: order.append(name), phase
+        )
+    table = engine._event_handlers[Events.EPOCH_COMPLETED]
+    table.append((order.append, ("user",), {}))
+    table.insert(9, (order.append, ("later user",), {}))
+    table.insert(0, (order.append, ("before all",), {}))
+    engine.add_in_phase(Events.EPOCH_COMPLETED, lambda: order.append("FIRST, too"), Phase.FIRST)
+    table[-1] = (order.append, ("in place of SAVE",), {})
+    del table[-2]
+    engine.run([1])
+    assert order == ["before all", "FIRST", "FIRST, too", "user", "later user", "in place of SAVE"]
+    with pytest.raises(KeyError):
+        engine._event_handlers["no such event"]
+
+
+class Derived(Engine):
+    """Sees every event go by, as a subclass of pytorch-ignite's engine may."""
+
+    seen: list[Any]
+
+    def _fire_event(self, event_name: Any, *event_args: Any, **event_kwargs: Any) -> None:
+        self.__dict__.setdefault("seen", []).append((event_name.name, event_args, event_kwargs))
+        super()._fire_event(event_name, *event_args, **event_kwargs)
+
+
+def test_a_subclass_sees_every_event_go_by() -> None:
+    class Theirs(ignite.engine.Engine):
+        def _fire_event(self, event_name: Any, *event_args: Any, **event_kwargs: Any) -> None:
+            self.__dict__.setdefault("seen", []).append((event_name.name, event_args, event_kwargs))
+            super()._fire_event(event_name, *event_args, **event_kwargs)
+
+    def use(kind: Callable[[Any], Any]) -> list[Any]:
+        engine = kind(process)
+        engine.add_event_handler(
+            ignite.engine.Events.ITERATION_STARTED(once=2), lambda: engine.terminate_epoch()
+        )
+        engine.add_event_handler(ignite.engine.Events.EXCEPTION_RAISED, lambda error: None)
+        engine.add_event_handler(ignite.engine.Events.COMPLETED, lambda: 1 / 0)
+        engine.run([1, 2, 3], max_epochs=2)
+        return [
+            (name, list(map(type, args)), list(named))
+            for name, args, named in engine.seen  # what each event passed
+        ]
+
+    assert use(Derived) == use(Theirs)
+
+
+def process(engine: Any, batch: Any) -> Any:
+    """A step that gives the batch back."""
+    return batch

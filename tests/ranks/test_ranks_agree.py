@@ -34,6 +34,7 @@ def test_what_all_ask_for_is_done_where_they_ask(told: Any) -> None:
     for rank in told[0]:
         assert rank["all at an iteration"] == ["TERMINATE 5", "COMPLETED 5"]
         assert rank["all at the start"] == ["TERMINATE 0", "COMPLETED 0"]
+        assert rank["all while one begins"] == ["TERMINATE 0", "COMPLETED 0"]
         epochs = ["EPOCH_COMPLETED 8", "EPOCH_COMPLETED 16"]
         assert rank["all at an epoch"] == [*epochs, "TERMINATE 16", "COMPLETED 16"]
         ends = ["TERMINATE_SINGLE_EPOCH 5", "EPOCH_COMPLETED 5", "EPOCH_COMPLETED 13"]

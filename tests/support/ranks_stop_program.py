@@ -9,11 +9,13 @@ import random
 import resource
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -68,6 +70,18 @@ def ended(event: Any, call: str, ranks: list[int]) -> list[str]:
     # Ranks that wait for nobody part: those that are asked need time to hear of it.
     engine.run(max_epochs=3 if len(ranks) == SIZE else 30, epoch_length=8)
     return [line for line in trace if not line.startswith("ITERATION")]
+
+
+def ended_while_one_begins() -> list[str]:
+    """As above, at the start; rank 1's thread runs before the rank goes on."""
+    start = threading.Thread.start
+
+    def started_slowly(thread: threading.Thread) -> None:
+        start(thread)
+        time.sleep(0.3)
+
+    with mock.patch.object(threading.Thread, "start", started_slowly if RANK else start):
+        return ended(Events.STARTED, "terminate", [0, 1])
 
 
 def raised(function: Callable[[], Any]) -> str:
@@ -262,6 +276,7 @@ def main(folder: Path, part: str, times: int, seed: int) -> None:
             "all at an iteration": ended(at, "terminate", both),
             "all at an epoch": ended(Events.EPOCH_COMPLETED(once=2), "terminate", both),
             "all at the start": ended(Events.STARTED, "terminate", both),
+            "all while one begins": ended_while_one_begins(),
             "one at an iteration": ended(at, "terminate", one),
             "one in an iteration": ended(Events.ITERATION_STARTED(once=5), "terminate", one),
             "one at an epoch": ended(Events.EPOCH_COMPLETED(once=1), "terminate", one),

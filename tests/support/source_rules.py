@@ -97,6 +97,7 @@ LEVELS = {
     ),
     "loop": "engine",
     "requests": "engine",
+    "seen_by_ignite": "engine",
 }
 
 # Where a third-party module may be imported. What is not here may be imported nowhere.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import unquote
 
-__all__ = ["Place", "StorePath", "place_of", "without_credentials"]
+__all__ = ["Location", "StorePath", "location_of", "without_credentials"]
 
 _URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::[A-Za-z0-9+.:/-]*)?://")
 # A password may hold slashes, as AWS's do; but what is a port is no password.
@@ -121,10 +121,10 @@ class StorePath:
 
 
 #: Where a folder or a checkpoint is.
-Place = Path | StorePath
+Location = Path | StorePath
 
 
-def place_of(value: str | os.PathLike[str]) -> Place:
+def location_of(value: str | os.PathLike[str]) -> Location:
     """Returns where a path, or a URL, leads.
 
     Args:
