@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -32,6 +32,7 @@ __all__ = [
     "is_checkpoint",
     "layout_of",
     "list_checkpoints",
+    "newest_first",
     "newest_time",
 ]
 
@@ -189,7 +190,12 @@ def list_checkpoints(folder: Location, names: re.Pattern[str] | None = None) -> 
             told = _told(folder / entry.name, layout, entry)
             if told is not None:
                 found.append(told)
-    return sorted(found, key=_age, reverse=True)
+    return newest_first(found)
+
+
+def newest_first(listed: Iterable[Told]) -> list[Told]:
+    """Sorts checkpoints as `list_checkpoints` does; of the same age, the first stays the first."""
+    return sorted(listed, key=_age, reverse=True)
 
 
 def _told(path: Location, layout: Layout, entry: Entry) -> Told | None:

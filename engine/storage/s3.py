@@ -12,12 +12,13 @@ import hashlib
 import os
 import random
 import sys
+from collections.abc import Mapping
 from typing import Any, Final
 
 from .locations import StorePath
 from .store import PIECE, Store, Stored, in_pieces
 
-__all__ = ["S3Store"]
+__all__ = ["S3Store", "s3_options"]
 
 # S3 takes at most 10,000 parts.
 _MOST_PARTS: Final = 9_000
@@ -25,6 +26,16 @@ _MOST_PARTS: Final = 9_000
 _UPLOADS: Final = 3
 # What they draw for their pauses would move the random state of the run.
 _DRAWING: Final = ("botocore.utils", "botocore.retryhandler", "aiohttp.connector")
+
+
+def s3_options(configured: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what an `s3fs.S3FileSystem` is to be made with.
+
+    Args:
+        configured: what the user has set for fsspec, by kinds of store.
+    """
+    own: Any = configured.get("s3", {}).get("config_kwargs") or {}
+    return {"config_kwargs": {"retries": {"total_max_attempts": 1}, **own}}
 
 
 class _UploadGone(OSError):
@@ -45,10 +56,6 @@ class S3Store(Store):
         self._is_object_store = True
         # `patience` repeats; both would multiply.
         filesystem.retries = 1
-        filesystem.config_kwargs = {
-            **filesystem.config_kwargs,
-            "retries": {"total_max_attempts": 1},
-        }
         own = random.Random()
         for name in _DRAWING:
             module: Any = sys.modules.get(name)

@@ -123,10 +123,28 @@ class StoreFolder:
                 )
                 step = "reading back"
                 contents.check(file.fileno())
-                step = "looking who else saves there, before"
-                self._renew()
-                step = "uploading"
-                self._store.upload(name, file.fileno(), os.fstat(file.fileno()).st_size)
+                self.copy(name, file.fileno())
+        except OSError as error:
+            if isinstance(error, CheckpointError):
+                raise
+            why = f"{step} it failed with {error.strerror or error}"
+            raise CheckpointWriteError.of(place, why, error) from None
+
+    def copy(self, name: str, descriptor: int) -> None:
+        """Puts a file of this machine, whole or not at all.
+
+        Args:
+            name: what it is called there.
+            descriptor: the file, open for reading; its position is not used.
+
+        Raises:
+            CheckpointWriteError: if a step is refused.
+        """
+        step = "looking who else saves there, before uploading"
+        try:
+            self._renew()
+            step = "uploading"
+            self._store.upload(name, descriptor, os.fstat(descriptor).st_size)
             step = "noting"
             saved = [name, *(one for one in self._saved() if one != name)][:_MOST_NAMES]
             self._store.put(SAVED, json.dumps(saved).encode())
@@ -134,7 +152,7 @@ class StoreFolder:
             if isinstance(error, CheckpointError):
                 raise
             why = f"{step} it failed with {error.strerror or error}"
-            raise CheckpointWriteError.of(place, why, error) from None
+            raise CheckpointWriteError.of(self._place / name, why, error) from None
 
     def _renew(self) -> None:
         if self._claim is not None:

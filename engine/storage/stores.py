@@ -10,7 +10,7 @@ from typing import Any, Final
 from .atomic import flush_folder
 from .errors import CheckpointStoreMissing
 from .locations import StorePath
-from .s3 import S3Store
+from .s3 import S3Store, s3_options
 from .store import Store
 
 __all__ = ["store_of"]
@@ -67,10 +67,9 @@ def _opened(place: StorePath) -> Any:
             f"{place} is reached through fsspec, which is not installed: pip install fsspec"
         ) from None
     try:
-        # An instance of our own: its lists are not kept, and it repeats nothing by itself.
-        filesystem, _ = core.url_to_fs(
-            place.url, skip_instance_cache=True, use_listings_cache=False
-        )
+        # With options that nobody else has: what it gives us is ours, and its lists are not kept.
+        options = s3_options(core.conf) if place.protocol in ("s3", "s3a") else {}
+        filesystem, _ = core.url_to_fs(place.url, use_listings_cache=False, **options)
     except ImportError as error:
         package = _PACKAGES.get(place.protocol)
         remedy = f"pip install {package}" if package else place.hide(str(error))

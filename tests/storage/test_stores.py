@@ -6,6 +6,7 @@ import json
 import logging
 import pickle
 import random
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from crosstrain.engine import (
     read_checkpoint,
 )
 from crosstrain.engine.storage import lease
+from crosstrain.engine.storage.store import Store
 from crosstrain.engine.storage.stores import store_of
 
 LOCK = ".crosstrain.lock"
@@ -156,6 +158,56 @@ def test_a_failed_upload_surfaces_at_the_next_iteration(
         engine.run([0] * 10)
     assert engine.state.iteration in (2, 3, 4)
     assert url in str(caught.value)
+
+
+# ------------------------------------------------------------------ two tiers
+
+
+def test_a_run_goes_on_from_the_newest_good_one_of_both_tiers(
+    url: str, tmp_path: Path, straight: dict[str, Any]
+) -> None:
+    disk = tmp_path / "disk"
+    tiers = {"every": 2, "remote": url, "every_remote": 6}
+    first = outcome(str(disk), tmp_path, signals={"9": ["SIGTERM"]}, **tiers)
+    # Every third, and what the run has ended with.
+    assert names(url) == ["checkpoint_6.pt", "checkpoint_9.pt"]
+    assert sorted(path.name for path in disk.glob("*.pt")) == ["checkpoint_8.pt", "checkpoint_9.pt"]
+    # The machine is another one, whose disk is empty.
+    shutil.rmtree(disk)
+    second = outcome(str(disk), tmp_path, seed=3, signals={"15": ["SIGTERM"]}, **tiers)
+    assert second["resumed_place"] == f"{url}/checkpoint_9.pt"
+    assert names(url) == ["checkpoint_12.pt", "checkpoint_15.pt"]
+    # The newest on the disk is damaged, and the copy is not.
+    newest = disk / "checkpoint_15.pt"
+    newest.write_bytes(newest.read_bytes()[:-9])
+    third = outcome(str(disk), tmp_path, seed=4, signals={"19": ["SIGTERM"]}, **tiers)
+    assert third["resumed_place"] == f"{url}/checkpoint_15.pt"
+    # The disk has a newer one than the store, as after a kill.
+    store_of(StorePath(url)).remove("checkpoint_19.pt")
+    last = outcome(str(disk), tmp_path, seed=5, **tiers)
+    assert last["resumed_place"] == str(disk / "checkpoint_19.pt")
+    losses = first["losses"] + second["losses"] + third["losses"] + last["losses"]
+    assert losses == straight["losses"]
+    assert last["weights"] == straight["weights"]
+    assert names(url) == ["checkpoint_18.pt", "checkpoint_24.pt"]
+
+
+def test_a_copy_that_fails_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(28, "the store is full")
+
+    monkeypatch.setattr(Store, "_upload", refuse)
+    url = f"memory://{tmp_path.name}-full/run"
+    with pytest.raises(CheckpointWriteError, match=r"checkpoint_4\.pt was not saved.*full"):
+        outcome(str(tmp_path / "disk"), tmp_path, remote=url)
+    assert Checkpoint.latest(tmp_path / "disk")
+
+
+def test_tiers_that_make_no_sense(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"every_remote=4 says when.*remote=None"):
+        outcome(str(tmp_path / "disk"), tmp_path, every_remote=4)
+    with pytest.raises(ValueError, match="first tier is a folder on the disk"):
+        outcome("memory://run", tmp_path, remote="memory://other")
 
 
 # ------------------------------------------------------------------ two runs in one folder

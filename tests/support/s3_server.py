@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import s3fs
 
 ACCESS = {
     "AWS_ACCESS_KEY_ID": "key-of-the-tests",
@@ -228,6 +229,7 @@ def _answer(
 def reached(address: str) -> Generator[None]:
     """Lets S3 be at an address, here and in processes that are started."""
     told = {**ACCESS, "AWS_ENDPOINT_URL": address}
+    s3fs.S3FileSystem.clear_instance_cache()
     before = {name: os.environ.get(name) for name in told}
     os.environ.update(told)
     try:
