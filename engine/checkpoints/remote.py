@@ -74,7 +74,6 @@ class RemoteCopies:
             CheckpointError: what the copy before it raised.
         """
         self.wait()
-        self._claim.renew()
         with contextlib.ExitStack() as stack:
             # Opened here: the next save may remove the file.
             file = stack.enter_context(open_place(path))

@@ -258,8 +258,8 @@ class ResumableRun:
             trainer.terminate(goes_on=True)
 
     def _save(self, trainer: Engine, remote: bool) -> None:
-        if self._remote is not None and self._to_copy is not None:
-            # The one before is to be copied, and has yet to come to the disk.
+        if self._remote is not None:
+            # That the one before is on the disk is said now, and not of this one.
             self.checkpoint.wait()
         before, self._to_copy = self._saved, trainer.state.iteration if remote else None
         self._saved = trainer.state.iteration

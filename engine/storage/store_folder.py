@@ -43,15 +43,15 @@ class _StoreClaim:
     removed: Sequence[str] = ()
 
     def __init__(self, store: Store) -> None:
-        self._lease = Lease(store)
-        if self._lease.first:
+        self.lease = Lease(store)
+        if self.lease.first:
             self.removed = ["an upload"] * store.end_uploads()
 
     def renew(self) -> None:
-        self._lease.renew()
+        """Does nothing: each write asks the store, in whichever thread it is."""
 
     def release(self) -> None:
-        self._lease.release()
+        self.lease.release()
 
 
 class StoreFolder:
@@ -156,7 +156,7 @@ class StoreFolder:
 
     def _renew(self) -> None:
         if self._claim is not None:
-            self._claim.renew()
+            self._claim.lease.renew()
 
     @contextlib.contextmanager
     def open(self, name: str) -> Generator[IO[bytes]]:

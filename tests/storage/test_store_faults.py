@@ -94,18 +94,23 @@ def test_an_upload_that_has_expired_is_begun_anew(
 ) -> None:
     bucket = s3_url.split("/")[2]
 
-    def expire(request: Request) -> None:
-        if request.is_part and not expired and len(parts) == 2:
-            expired.append(True)
+    def expire(request: Request) -> Any:
+        if not request.is_part:
+            return None
+        parts.append(request)
+        upload = request.path.rpartition("uploadId=")[2].partition("&")[0]
+        if not expired and len(parts) == 2:
+            expired.append(upload)
             path = request.path.partition("?")[0]
-            upload = request.path.rpartition("uploadId=")[2].partition("&")[0]
             end = urllib.request.Request(f"{s3_address}{path}?uploadId={upload}", method="DELETE")
             with urllib.request.urlopen(end, timeout=30):
                 pass
-        parts.extend([request] if request.is_part else [])
+        # moto itself answers 500 to a part of an upload that it does not know.
+        gone = b"<Error><Code>NoSuchUpload</Code><Message>It is gone.</Message></Error>"
+        return (lambda *_: (404, gone)) if upload in expired else None
 
     parts: list[Request] = []
-    expired: list[bool] = []
+    expired: list[str] = []
     proxy.disturb = expire
     with DiskSaver(s3_url) as saver:
         saver(state(1.0), "checkpoint_1.pt")

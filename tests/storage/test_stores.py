@@ -144,16 +144,14 @@ def test_a_failed_upload_surfaces_at_the_next_iteration(
 
     store: Any = saver._folder
     filesystem: Any = store._store.fs
-    usual: Any = type(filesystem)
 
-    class Full(usual):  # type: ignore[misc]
-        def put_file(self, *args: Any, **kwargs: Any) -> None:
-            failed.set()
-            raise OSError(28, "the store is full")
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        failed.set()
+        raise OSError(28, "the store is full")
 
     checkpoint = Checkpoint({"model": torch.nn.Linear(2, 2)}, saver)
     engine.add_event_handler(Events.ITERATION_COMPLETED(every=2), checkpoint)
-    filesystem.__class__ = Full
+    monkeypatch.setattr(filesystem, "put_file", refuse)
     with pytest.raises(CheckpointWriteError, match="the store is full") as caught:
         engine.run([0] * 10)
     assert engine.state.iteration in (2, 3, 4)
