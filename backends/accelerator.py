@@ -15,6 +15,7 @@ from torch.amp.grad_scaler import GradScaler
 
 from .errors import BackendError, BackendUnavailable, Missing
 from .fsdp import Sharding, arithmetic_of, is_sharded
+from .graphs import DeviceGraphs, graph_class, why_not_captured
 from .placement import map_tensors
 from .precision import DTYPES
 from .preparation import sort_objects
@@ -56,6 +57,8 @@ class AcceleratorBackend(TorchBackend):
     name = "accelerator"
     #: The type of device, as torch names it; None: that of the accelerator that torch finds.
     kind: ClassVar[str | None] = None
+    #: What the device module's `graph` is told besides.
+    graph_options: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(
         self,
@@ -79,6 +82,8 @@ class AcceleratorBackend(TorchBackend):
                 "and fp16 gradients underflow without one.",
                 f"Use {self.name}:bf16, which needs none, or {self.name}.",
             )
+        if found.ok and self._sharding is None and graph_class(self.device.type) is not None:
+            self.capabilities |= {"graphs"}
         self._index = index
         self._stream: torch.Stream | None = None
 
@@ -205,6 +210,36 @@ class AcceleratorBackend(TorchBackend):
     def batches(self, data: Iterable[Any]) -> Iterator[Any]:
         """Iterates over the data, each batch on the device, copied while the last step runs."""
         return map(self.put, data)
+
+    def graphs(self, optimizers: Iterable[torch.optim.Optimizer]) -> DeviceGraphs:
+        """Returns what records graphs of steps that step these optimizers.
+
+        Raises:
+            BackendError: if there are no graphs here, or such steps cannot be recorded.
+        """
+        missing = self._unrecorded() or why_not_captured(optimizers, scales=self.precision.scales)
+        if missing is not None:
+            raise self._no_graphs(missing)
+        return DeviceGraphs(self.device, **self.graph_options)
+
+    def _unrecorded(self) -> Missing | None:
+        if "graphs" not in self.capabilities:
+            if graph_class(self.device.type) is None:
+                return Missing(
+                    f"torch {torch.__version__} has no graphs on '{self.device.type}'",
+                    "Leave capture out.",
+                )
+            return Missing(
+                f"'{self.name}:{self.option}' asks the host, or other processes, within a step",
+                "Leave capture out, or use an option that neither shards nor belongs to apex.",
+            )
+        if self.world.size > 1:
+            return Missing(
+                f"WORLD_SIZE={self.world.size}, and DistributedDataParallel shares gradients "
+                "in a way that is recorded only with a preparation of its own",
+                "Leave capture out, or train in one process.",
+            )
+        return None
 
     def seed(self, seed: int) -> None:
         """Seeds the device's generator."""

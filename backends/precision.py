@@ -13,6 +13,7 @@ from torch.amp.autocast_mode import is_autocast_available
 from torch.amp.grad_scaler import GradScaler
 
 from .errors import BackendError
+from .graphs import repeatable
 from .protocol import StepResult
 
 __all__ = ["DTYPES", "Precision", "as_optimizers", "clip", "require_gradient"]
@@ -245,7 +246,7 @@ class Precision:
             def note(called: torch.optim.Optimizer, *_: Any) -> None:
                 made.called, made.found_inf = True, getattr(called, "found_inf", None)
 
-            optimizer.register_step_pre_hook(note)
+            optimizer.register_step_pre_hook(repeatable(note))
         return record
 
 

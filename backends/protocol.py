@@ -143,6 +143,11 @@ class StepResult:
         """What `applied` reads: a tensor of one element where only the device knows it as yet."""
         return self._applied
 
+    def copied(self) -> StepResult:
+        """Returns the same result in memory of its own: a graph's next replay changes its own."""
+        values: Any = (self._applied, self.grad_norm, self._loss_scale)
+        return StepResult(*(one.clone() if hasattr(one, "clone") else one for one in values))
+
     @property
     def loss_scale(self) -> float:
         """What the loss was multiplied by; 1.0 without loss scaling."""

@@ -36,6 +36,7 @@ from crosstrain.engine.storage.errors import (
 )
 from crosstrain.engine.storage.locations import StorePath
 from crosstrain.engine.storage.manifest import Manifest
+from crosstrain.engine.training.captured import Captured
 from crosstrain.engine.training.evaluation import EvaluationStep
 from crosstrain.engine.training.ignite_steps import (
     convert_tensor,
@@ -76,6 +77,7 @@ __all__ = [
     "BasicTimeProfiler",
     "BatchShare",
     "CallableEventWithFilter",
+    "Captured",
     "Checkpoint",
     "CheckpointBusy",
     "CheckpointContentError",
