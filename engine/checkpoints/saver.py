@@ -27,7 +27,7 @@ from crosstrain.engine.storage.errors import (
 )
 from crosstrain.engine.storage.folder import Claim, Contents
 from crosstrain.engine.storage.folders import folder_at
-from crosstrain.engine.storage.locations import Location, location_of
+from crosstrain.engine.storage.locations import Location, StorePath, location_of
 from crosstrain.engine.storage.manifest import Manifest, later_than, software_versions
 from crosstrain.engine.storage.parts_write import Staged, Writers, write_in_parts
 from crosstrain.engine.storage.safe_load import check_written
@@ -38,7 +38,7 @@ from .layouts import FILE, PARTS, endings, layout_of, list_checkpoints, newest_t
 from .save_handler import BaseSaveHandler, RunFacts
 from .save_job import SaveJob
 
-__all__ = ["DiskSaver"]
+__all__ = ["DiskSaver", "no_parts_in"]
 
 _logger = logging.getLogger(__name__)
 
@@ -49,6 +49,9 @@ _SPARE_BYTES = 2 << 20
 class DiskSaver(BaseSaveHandler):
     """Saves checkpoints in a folder: each is a file, or, of a sharded model, a folder of parts.
 
+    The folder may be one in a store, given by a URL such as `s3://bucket/run`: fsspec reaches it. A
+    checkpoint is staged on this machine, uploaded, and compared with what the store has of it.
+
     A checkpoint appears under its name only when all of it is on the disk; a kill, a full disk or a
     power cut before that leaves what was there. It has a manifest, by which a load finds damage.
 
@@ -57,7 +60,7 @@ class DiskSaver(BaseSaveHandler):
     together. Else one process writes, and the others return at once.
 
     Args:
-        dirname: the folder.
+        dirname: the folder, or its URL in a store.
         atomic: writes aside and renames. If false, in place: for file systems without rename; a
             kill then leaves a part of a file, which a load refuses. Parts are always written aside.
         create_dir: makes the folder if it is not there.
@@ -291,7 +294,7 @@ class DiskSaver(BaseSaveHandler):
                 "its processes write together. Leave it out; background=True is enough"
             )
         if not isinstance(self.dirname, Path):
-            raise CheckpointWriteError(f"Parts cannot be saved into {self.dirname} yet")
+            raise no_parts_in(self.dirname)
         if run.bare and run.names:
             checkpoint = {run.names[0]: checkpoint}
         path = PARTS.path_of(self.dirname, filename)
@@ -403,6 +406,15 @@ class DiskSaver(BaseSaveHandler):
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def no_parts_in(location: StorePath) -> CheckpointError:
+    """Returns the error of a sharded model whose checkpoints are to go to a store."""
+    return CheckpointWriteError(
+        f"Checkpoints in parts, as of sharded models, are not saved into a store such as {location}"
+        ": save into a folder on a file system that all processes see",
+        path=location,
+    )
 
 
 def _not_removed(place: Location, error: OSError) -> str:

@@ -89,13 +89,15 @@ class S3Store(Store):
             OSError: if the store refuses it, or has not what was put.
         """
         part_size = max(PIECE, -(-size // _MOST_PARTS))
-        for tries_left in reversed(range(_UPLOADS)):
+        tries = 1
+        while True:
             try:
                 told = self._upload_once(name, descriptor, size, part_size)
                 break
             except _UploadGone:
-                if not tries_left:
+                if tries == _UPLOADS:
                     raise
+                tries += 1
         self._check(name, descriptor, size, told)
 
     def _upload_once(self, name: str, descriptor: int, size: int, part_size: int) -> str:

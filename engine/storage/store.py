@@ -286,18 +286,6 @@ class Store:
 
         self.ask("removing from", ask)
 
-    def remove_folder(self, name: str) -> None:
-        """Removes all that is under a name."""
-
-        def ask() -> None:
-            self.fs.invalidate_cache()
-            try:
-                self.fs.rm(self.at(name), recursive=True)
-            except FileNotFoundError:
-                return
-
-        self.ask("removing from", ask)
-
     def end_uploads(self) -> int:
         """Ends what killed processes have begun to put and not finished; returns how many."""
         left = [one.name for one in self.list() if is_leftover(one.name, FILES)]

@@ -20,7 +20,6 @@ from .errors import CheckpointError, CheckpointWriteError
 from .folder import Contents, Entry
 from .lease import Lease
 from .locations import StorePath
-from .manifest import MANIFEST
 from .store import Store, Stored
 from .stores import store_of
 
@@ -193,10 +192,7 @@ class StoreFolder:
         self._store.remove(name)
 
     def remove_parts(self, name: str) -> None:
-        """Removes a checkpoint in parts, if it is there."""
-        self._renew()
-        self._store.remove(f"{name}/{MANIFEST}")
-        self._store.remove_folder(name)
+        """Does nothing: a store has no checkpoints in parts."""
 
 
 class _Peek:
