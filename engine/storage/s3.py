@@ -15,6 +15,9 @@ import sys
 from collections.abc import Mapping
 from typing import Any, Final
 
+from crosstrain.engine.errors import warn_user
+
+from .errors import CheckpointWarning
 from .locations import StorePath
 from .store import PIECE, Store, Stored, in_pieces
 
@@ -76,11 +79,27 @@ class S3Store(Store):
         try:
             self.fs.call_s3("put_object", **self._key(name), Body=data, IfNoneMatch="*")
         except OSError as error:
+            if _code(error) in ("NotImplemented", "501", "InvalidArgument", "InvalidRequest"):
+                warn_user(
+                    f"{self.place} has no conditional put: two runs that begin to save there at "
+                    "the same moment would not notice each other",
+                    CheckpointWarning,
+                )
+                self._create_unconditionally(name, data)
+                return
             if _code(error) not in ("PreconditionFailed", "412"):
                 raise
             # The first answer may have been lost, and this be the second try.
             if self.fs.cat_file(self.at(name)) != data:
                 raise FileExistsError(errno.EEXIST, f"{name} is there already") from None
+
+    def _create_unconditionally(self, name: str, data: bytes) -> None:
+        try:
+            self.fs.call_s3("head_object", **self._key(name))
+        except FileNotFoundError:
+            self.fs.call_s3("put_object", **self._key(name), Body=data)
+        else:
+            raise FileExistsError(errno.EEXIST, f"{name} is there already")
 
     def upload(self, name: str, descriptor: int, size: int) -> None:
         """Puts a file, whole or not at all, in place of one that is there; and looks that it is so.

@@ -307,8 +307,14 @@ def in_pieces(do: Callable[[int], None], size: int, piece: int = PIECE) -> None:
             do(begin)
         return
     with ThreadPoolExecutor(AT_A_TIME) as pool:
+        try:
+            waiting = [pool.submit(do, begin) for begin in begins]
+        except RuntimeError:
+            # The interpreter is about to end, waits for this thread, and lets none begin.
+            for begin in begins:
+                do(begin)
+            return
         # Asking for the results raises what went wrong; the rest is not begun then.
-        waiting = [pool.submit(do, begin) for begin in begins]
         try:
             for one in waiting:
                 one.result()

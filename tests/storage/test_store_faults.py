@@ -18,6 +18,7 @@ from store_storm import storm
 
 from crosstrain.engine import (
     Checkpoint,
+    CheckpointWarning,
     CheckpointWriteError,
     DiskSaver,
     StorePath,
@@ -86,6 +87,19 @@ def test_a_fault_costs_nothing(proxy: Proxy, s3_url: str) -> None:
             assert torch.equal(read_checkpoint(latest)["weights"], torch.full((SIZE,), number))
     # What the store's packages draw for their pauses is not the run's.
     assert random.getstate() == before
+
+
+def test_a_server_without_conditional_puts_is_told_of(proxy: Proxy, s3_url: str) -> None:
+    no = b"<Error><Code>NotImplemented</Code><Message>A header you gave</Message></Error>"
+    proxy.disturb = once(
+        lambda *_: (501, no), lambda request: request.method == "PUT" and LOCK in request.path
+    )
+    with (
+        pytest.warns(CheckpointWarning, match="has no conditional put"),
+        DiskSaver(s3_url) as saver,
+    ):
+        saver(state(1.0), "checkpoint_1.pt")
+    assert Checkpoint.latest(s3_url)
 
 
 def test_an_upload_that_has_expired_is_begun_anew(
