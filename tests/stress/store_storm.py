@@ -124,7 +124,7 @@ def _live(
     pid = server.start(train, url, str(place), iterations, _EVERY)
     if not watch.arrived.wait(120):
         result.problems.append("a life has uploaded nothing within 120 s")
-    time.sleep(draw.uniform(0.0, 0.12))
+    time.sleep(draw.uniform(0.0, 0.4))
     os.kill(pid, signal.SIGKILL)
     if server.wait(pid) != -signal.SIGKILL:
         result.problems.append("a life has ended by itself")

@@ -100,7 +100,7 @@ class Request:
 
 
 # Called with each request; what it returns is done: None passes it on; a number is answered as the
-# status; "cut" passes half of it on and closes the connection; "lost" passes it on and closes the
+# status, and of two the second as the body; "cut" passes half of it on and closes the connection; "lost" passes it on and closes the
 # connection in place of the answer; "short" closes it in the middle of the answer; a function of
 # the answer's status and body returns others.
 Disturb = Callable[[Request], Any]
@@ -158,7 +158,9 @@ class Proxy:
             _drop(handler)
             return
         if isinstance(what, int):
-            _answer(handler, what, {}, b"<Error><Code>InternalError</Code></Error>")
+            what = what, b"<Error><Code>InternalError</Code></Error>"
+        if isinstance(what, tuple):
+            _answer(handler, what[0], {}, what[1])
             return
         connection = http.client.HTTPConnection(host, port, timeout=120)
         headers = {name: value for name, value in handler.headers.items() if name != "Connection"}
