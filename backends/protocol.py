@@ -44,7 +44,9 @@ class World:
         values = os.environ if environment is None else environment
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
         missing = [name for name in names if name not in values]
-        if len(missing) == len(names):
+        alone = [values.get(name, default) for name, default in zip(names, "001", strict=True)]
+        if len(missing) == len(names) or (alone == ["0", "0", "1"] and "WORLD_SIZE" in values):
+            # Of one process alone, some launchers set WORLD_SIZE only.
             return cls()
         if missing:
             present = ", ".join(name for name in names if name in values)
