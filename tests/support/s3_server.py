@@ -100,9 +100,9 @@ class Request:
 
 
 # Called with each request; what it returns is done: None passes it on; a number is answered as the
-# status, and of two the second as the body; "cut" passes half of it on and closes the connection; "lost" passes it on and closes the
-# connection in place of the answer; "short" closes it in the middle of the answer; a function of
-# the answer's status and body returns others.
+# status, and of two the second as the body; "cut" passes half of it on and closes the connection;
+# "lost" passes it on and closes the connection in place of the answer; "short" closes it in the
+# middle of the answer; a function of the answer's status and body returns others.
 Disturb = Callable[[Request], Any]
 
 
