@@ -115,7 +115,7 @@ def test_strict_reaches_the_modules(tmp_path: Path) -> None:
 
 def test_wrong_arguments_of_load_objects(tmp_path: Path) -> None:
     model = torch.nn.Linear(1, 1)
-    with pytest.raises(TypeError, match="string, a path or a dictionary"):
+    with pytest.raises(TypeError, match="string or a dictionary, or a path"):
         Checkpoint.load_objects({"model": model}, 12)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"load_state_dict.*'model'"):
         Checkpoint.load_objects({"model": object()}, {})
