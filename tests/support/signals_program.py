@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import sys
 import time
 from collections.abc import Callable
@@ -76,7 +77,8 @@ def slow_flush(at: Moment) -> None:
     flush: Callable[[int], None] = os.fsync
 
     def slowly(descriptor: int) -> None:
-        at("write")
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            at("write")
         flush(descriptor)
 
     os.fsync = slowly  # type: ignore[assignment]
