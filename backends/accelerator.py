@@ -15,6 +15,7 @@ from torch.amp.grad_scaler import GradScaler
 
 from .errors import BackendError, BackendUnavailable, Missing
 from .fsdp import Sharding, arithmetic_of, is_sharded
+from .graphs import DeviceGraphs, graph_class, why_not_captured
 from .placement import map_tensors
 from .precision import DTYPES
 from .preparation import sort_objects
@@ -27,10 +28,10 @@ __all__ = ["AcceleratorBackend", "HpuBackend", "MpsBackend", "NpuBackend", "XpuB
 # Packages outside of torch that bring a type of device: torch loads them when it is imported.
 _PACKAGES = {"npu": "torch_npu", "hpu": "habana_frameworks"}
 _MAKERS = {
-    "mps": "Apple GPU",
-    "xpu": "Intel GPU",
-    "npu": "Ascend NPU of Huawei",
-    "hpu": "Gaudi of Intel",
+    "mps": "an Apple GPU",
+    "xpu": "an Intel GPU",
+    "npu": "an Ascend NPU of Huawei",
+    "hpu": "a Gaudi of Intel",
 }
 
 
@@ -56,6 +57,8 @@ class AcceleratorBackend(TorchBackend):
     name = "accelerator"
     #: The type of device, as torch names it; None: that of the accelerator that torch finds.
     kind: ClassVar[str | None] = None
+    #: What the device module's `graph` is told besides.
+    graph_options: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(
         self,
@@ -79,6 +82,8 @@ class AcceleratorBackend(TorchBackend):
                 "and fp16 gradients underflow without one.",
                 f"Use {self.name}:bf16, which needs none, or {self.name}.",
             )
+        if found.ok and self._sharding is None and graph_class(self.device.type) is not None:
+            self.capabilities |= {"graphs"}
         self._index = index
         self._stream: torch.Stream | None = None
 
@@ -125,6 +130,11 @@ class AcceleratorBackend(TorchBackend):
         self.device = torch.device(kind, index)
         stack.enter_context(torch.accelerator.device_index(index))
         try:
+            self.transport = distributed.get_default_backend_for_device(self.device)
+        except ValueError:
+            # Told where processes are to share something.
+            self.transport = ""
+        try:
             stream = torch.Stream(self.device)
             torch.empty(1).pin_memory()
             self._stream = stream
@@ -140,18 +150,17 @@ class AcceleratorBackend(TorchBackend):
         """Raises if the device cannot do what the option asks for, where its type can."""
 
     def _join(self, stack: ExitStack) -> None:
-        if self.world.size > 1:
-            try:
-                transport = distributed.get_default_backend_for_device(self.device)
-            except ValueError:
-                raise BackendUnavailable(
-                    f"{self.name}:{self.option}",
-                    f"torch {torch.__version__} knows no process groups for '{self.device.type}', "
-                    f"and WORLD_SIZE={self.world.size}.",
-                    "Run one process, or import the package that brings them first.",
-                ) from None
-            on_device = None if transport == "gloo" else self.device
-            join(self.world, transport, stack, on_device)
+        if self.world.size == 1:
+            return
+        if not self.transport:
+            raise BackendUnavailable(
+                f"{self.name}:{self.option}",
+                f"torch {torch.__version__} knows no process groups for '{self.device.type}', "
+                f"and WORLD_SIZE={self.world.size}.",
+                "Run one process, or import the package that brings them first.",
+            )
+        on_device = None if self.transport == "gloo" else self.device
+        join(self.world, self.transport, stack, on_device)
 
     def prepare(self, *objects: Any, replicated: bool = True) -> tuple[Any, ...]:
         """Does what `TorchBackend.prepare` does.
@@ -205,6 +214,36 @@ class AcceleratorBackend(TorchBackend):
     def batches(self, data: Iterable[Any]) -> Iterator[Any]:
         """Iterates over the data, each batch on the device, copied while the last step runs."""
         return map(self.put, data)
+
+    def graphs(self, optimizers: Iterable[torch.optim.Optimizer]) -> DeviceGraphs:
+        """Returns what records graphs of steps that step these optimizers.
+
+        Raises:
+            BackendError: if there are no graphs here, or such steps cannot be recorded.
+        """
+        missing = self._unrecorded() or why_not_captured(optimizers, scales=self.precision.scales)
+        if missing is not None:
+            raise self._no_graphs(missing)
+        return DeviceGraphs(self.device, **self.graph_options)
+
+    def _unrecorded(self) -> Missing | None:
+        if "graphs" not in self.capabilities:
+            if graph_class(self.device.type) is None:
+                return Missing(
+                    f"torch {torch.__version__} has no graphs on '{self.device.type}'",
+                    "Leave capture out.",
+                )
+            return Missing(
+                f"'{self.name}:{self.option}' asks the host, or other processes, within a step",
+                "Leave capture out, or use an option that neither shards nor belongs to apex.",
+            )
+        if self.world.size > 1:
+            return Missing(
+                f"WORLD_SIZE={self.world.size}, and DistributedDataParallel shares gradients "
+                "in a way that is recorded only with a preparation of its own",
+                "Leave capture out, or train in one process.",
+            )
+        return None
 
     def seed(self, seed: int) -> None:
         """Seeds the device's generator."""
@@ -300,12 +339,12 @@ def absence(kind: str | None) -> Missing | None:
             f"torch {version} is built for '{built.type}', and finds no such device.",
             f"Run on a machine that has one; see '{built.type}' in `crosstrain doctor`.",
         )
-    maker = _MAKERS.get(kind, "device of that type")
+    maker = _MAKERS.get(kind, "a device of that type")
     package = _PACKAGES.get(kind)
     if package is not None and find_spec(package) is None:
         return Missing(
             f"The package {package}, which brings '{kind}' to torch, is not installed.",
-            f"On a machine with an {maker}, install the {package} for torch {version}.",
+            f"On a machine with {maker}, install the {package} for torch {version}.",
         )
     if kind == "mps" and platform.system() != "Darwin":
         return Missing(
@@ -315,11 +354,11 @@ def absence(kind: str | None) -> Missing | None:
     if built is None or built.type != kind:
         return Missing(
             f"torch {version} is built without '{kind}'.",
-            f"On a machine with an {maker}, install a torch that is built for it: "
+            f"On a machine with {maker}, install a torch that is built for it: "
             "https://pytorch.org/get-started/locally/",
         )
     return Missing(
-        f"torch {version} is built for '{kind}', but finds no {maker}.",
+        f"torch {version} is built for '{kind}', but does not find {maker}.",
         "Run on a machine that has one, with its driver, and pass it on to the container.",
     )
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import ExitStack
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -39,8 +39,9 @@ class CudaBackend(AcceleratorBackend):
     options: ClassVar[tuple[str, ...]] = ("fp32", "tf32", "fsdp", "fsdp-tf32")
     name = kind = "cuda"
     device = torch.device("cuda")
-    transport = "nccl"
     adds_up = True
+    # The thread that writes a checkpoint may ask for something while a step is recorded.
+    graph_options: ClassVar[Mapping[str, Any]] = {"capture_error_mode": "thread_local"}
 
     @classmethod
     def probe(cls, option: str | None = None) -> Availability:

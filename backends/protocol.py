@@ -44,7 +44,9 @@ class World:
         values = os.environ if environment is None else environment
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
         missing = [name for name in names if name not in values]
-        if len(missing) == len(names):
+        alone = [values.get(name, default) for name, default in zip(names, "001", strict=True)]
+        if len(missing) == len(names) or (alone == ["0", "0", "1"] and "WORLD_SIZE" in values):
+            # Of one process alone, some launchers set WORLD_SIZE only.
             return cls()
         if missing:
             present = ", ".join(name for name in names if name in values)
@@ -142,6 +144,11 @@ class StepResult:
     def outcome(self) -> bool | torch.Tensor:
         """What `applied` reads: a tensor of one element where only the device knows it as yet."""
         return self._applied
+
+    def copied(self) -> StepResult:
+        """Returns the same result in memory of its own: a graph's next replay changes its own."""
+        values: Any = (self._applied, self.grad_norm, self._loss_scale)
+        return StepResult(*(one.clone() if hasattr(one, "clone") else one for one in values))
 
     @property
     def loss_scale(self) -> float:

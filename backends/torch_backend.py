@@ -11,7 +11,7 @@ import torch
 from torch.amp.grad_scaler import GradScaler
 
 from . import fsdp
-from .errors import BackendError, UnknownBackend
+from .errors import BackendError, Missing, UnknownBackend
 from .fsdp import Sharding
 from .placement import map_tensors
 from .precision import DTYPES, Precision
@@ -42,7 +42,7 @@ class TorchBackend:
     name: str = ""
     device = torch.device("cpu")
     #: What the processes of a world talk over, as torch names it.
-    transport: ClassVar[str] = "gloo"
+    transport: str = "gloo"
     #: Whether `prepare` can leave it to its caller to add up gradients over processes.
     adds_up: ClassVar[bool] = False
 
@@ -228,6 +228,33 @@ class TorchBackend:
             BackendError: if no parameter of the optimizer has a gradient.
         """
         return self.precision.step(optimizer, max_norm)
+
+    def graphs(self, optimizers: Iterable[torch.optim.Optimizer]) -> Any:
+        """Returns what records a step as a graph, with the capability `graphs`.
+
+        Args:
+            optimizers: those that are stepped in it.
+
+        Raises:
+            BackendError: always here, with the reason; see `AcceleratorBackend`.
+        """
+        del optimizers
+        raise self._no_graphs(self._graphless)
+
+    @property
+    def _graphless(self) -> Missing:
+        """Why a step cannot be recorded as a graph."""
+        return Missing(
+            f"torch runs each operation on '{self.device.type}' when it is called, and has no "
+            "graphs there",
+            "Leave capture out.",
+        )
+
+    def _no_graphs(self, missing: Missing) -> BackendError:
+        return BackendError(
+            f"'{self.name}:{self.option}' cannot record a step as a graph: {missing.reason}. "
+            f"{missing.remedy}"
+        )
 
     def sync(self) -> None:
         """Adapts the loss scale to the iteration's steps.

@@ -99,6 +99,12 @@ class XlaBackend(TorchBackend):
         _check_autograd(self.device)
         self._boundary_state = self._read_state()
 
+    @property
+    def _graphless(self) -> Missing:
+        return Missing(
+            "XLA records and compiles each step without being asked", "Leave capture out."
+        )
+
     def _check_mode(self) -> None:
         if importlib.import_module("torch_xla.runtime").is_spmd():
             raise BackendError(

@@ -34,6 +34,7 @@ from crosstrain.engine.storage.errors import (
     CheckpointWriteError,
 )
 from crosstrain.engine.storage.manifest import Manifest
+from crosstrain.engine.training.captured import Captured
 from crosstrain.engine.training.evaluation import EvaluationStep
 from crosstrain.engine.training.ignite_steps import (
     convert_tensor,
@@ -74,6 +75,7 @@ __all__ = [
     "BasicTimeProfiler",
     "BatchShare",
     "CallableEventWithFilter",
+    "Captured",
     "Checkpoint",
     "CheckpointBusy",
     "CheckpointContentError",

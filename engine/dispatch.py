@@ -79,11 +79,8 @@ class _Late:
     def __call__(self, engine: Any) -> None:
         self.running += 1
         try:
-            for _, (handler, takes_engine, extra) in self.bindings:
-                if extra is not None:
-                    # Put in the place of one of the library's own, which have none.
-                    handler(*(engine,) * takes_engine, *extra[3], **extra[4])
-                elif takes_engine:
+            for _, (handler, takes_engine, _) in self.bindings:
+                if takes_engine:
                     handler(engine)
                 else:
                     handler()
@@ -137,41 +134,19 @@ class Slot:
         for _, binding in () if late is None else late.bindings:
             yield binding[0]
 
-    def listed(self) -> list[Binding]:
-        """Returns the bindings in their order."""
-        late = self._late
-        if late is None:
-            return list(self.handlers)
-        return [*self.handlers[:-1], *(binding for _, binding in late.bindings)]
+    @property
+    def users(self) -> list[Binding]:
+        """The bindings of the phase NORMAL; setting it sets what runs from the next event on."""
+        return self.handlers[self._first : len(self.handlers) - (self._late is not None)]
+
+    @users.setter
+    def users(self, bindings: list[Binding]) -> None:
+        own = self.handlers[len(self.handlers) - (self._late is not None) :]
+        self.handlers = [*self.handlers[: self._first], *bindings, *own]
 
     def put(self, index: int, binding: Binding) -> None:
-        """Puts a binding in the place of another: an index of `listed`."""
-        index = range(len(self.listed()))[index]
-        late = self._late
-        plain = len(self.handlers) - (late is not None)
-        if late is None or index < plain:
-            self.handlers[index] = binding
-        else:
-            late.bindings[index - plain] = late.bindings[index - plain][0], binding
-
-    def insert(self, index: int, binding: Binding) -> None:
-        """Adds a binding before that of an index of `listed`; no later than the users' last."""
-        plain = len(self.handlers) - (self._late is not None)
-        index = min(slice(index, None).indices(len(self.listed()))[0], plain)
-        self.handlers = [*self.handlers[:index], binding, *self.handlers[index:]]
-        self._first += index < self._first
-
-    def delete(self, index: int) -> None:
-        """Takes a binding away: an index of `listed`."""
-        listed = self.listed()
-        index = range(len(listed))[index]
-        late = self._late
-        plain = len(self.handlers) - (late is not None)
-        if late is None or index < plain:
-            self._first -= index < self._first
-            self.handlers = [*self.handlers[:index], *self.handlers[index + 1 :]]
-        else:
-            late.bindings = [*late.bindings[: index - plain], *late.bindings[index - plain + 1 :]]
+        """Puts a binding in the place of another, an index of `users`; at once, too."""
+        self.handlers[self._first + range(len(self.users))[index]] = binding
 
     def each_to_run(self) -> Generator[Binding, None, None]:
         """Yields the bindings as `handlers` has them, those of later phases one by one."""

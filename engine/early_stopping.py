@@ -93,7 +93,7 @@ class EarlyStopping:
         self.cumulative: bool = _one_of(
             "cumulative", cumulative, "cumulative_delta", cumulative_delta, False
         )
-        self.threshold_mode = _checked_mode(
+        self.threshold_mode: Literal["abs", "rel"] = _checked_mode(
             _one_of("threshold_mode", threshold_mode, "min_delta_mode", min_delta_mode, "abs")
         )
         self.counter = 0

@@ -42,7 +42,8 @@ def workers_left_alone(data: Any) -> Generator[None, None, None]:
         data: what is about to be iterated over; anything but a DataLoader with workers is left as
             it is.
     """
-    if not isinstance(data, DataLoader) or data.num_workers == 0:
+    # A subclass that only wraps another loader has no workers of its own.
+    if not isinstance(data, DataLoader) or getattr(data, "num_workers", 0) == 0:
         yield
         return
     listened = {number for number in _SIGNALS if callable(signal.getsignal(number))}

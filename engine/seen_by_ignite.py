@@ -70,6 +70,8 @@ def _new(kind: type, *args: Any) -> Any:
 class HandlersByEvent(MutableMapping[Any, MutableSequence[Entry]]):
     """The handlers of an engine by event, as pytorch-ignite keeps them; changes change the engine.
 
+    They are the user's: the library's own, such as a training step's, are left out.
+
     Args:
         engine: the engine.
         table: its handlers.
@@ -93,14 +95,14 @@ class HandlersByEvent(MutableMapping[Any, MutableSequence[Entry]]):
         self[event].clear()
 
     def __iter__(self) -> Iterator[Any]:
-        return (slot.event for slot in self._table if slot.handlers)
+        return (slot.event for slot in self._table if slot.users)
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
 
 class HandlersOfEvent(MutableSequence[Entry]):
-    """The handlers of one event, in the order in which they run.
+    """The user's handlers of one event, in the order in which they run.
 
     What is put in the place of a handler runs when that one did: it has its filter.
 
@@ -113,11 +115,11 @@ class HandlersOfEvent(MutableSequence[Entry]):
         self._engine, self._slot = engine, slot
 
     def __getitem__(self, index: Any) -> Any:
-        found = self._slot.listed()[index]
+        found = self._slot.users[index]
         return list(map(self._entry, found)) if isinstance(index, slice) else self._entry(found)
 
     def __setitem__(self, index: Any, entry: Any) -> None:
-        _, _, extra = self._slot.listed()[index]
+        _, _, extra = self._slot.users[index]
         function, takes_engine, rest = self._binding(entry)
         if extra is not None:
             _, _, _, args, kwargs = rest or (0, 0, None, (), {})
@@ -125,17 +127,21 @@ class HandlersOfEvent(MutableSequence[Entry]):
         self._slot.put(index, (function, takes_engine, rest))
 
     def __delitem__(self, index: Any) -> None:
-        self._slot.delete(index)
+        kept = self._slot.users
+        del kept[index]
+        self._slot.users = kept
 
     def __len__(self) -> int:
-        return len(self._slot.listed())
+        return len(self._slot.users)
 
     def insert(self, index: int, value: Entry) -> None:
-        """Attaches a handler before the one of an index; after the last of the user's, at most."""
-        self._slot.insert(index, self._binding(value))
+        """Attaches a handler before the one of an index."""
+        kept = self._slot.users
+        kept.insert(index, self._binding(value))
+        self._slot.users = kept
 
     def append(self, value: Entry) -> None:
-        """Attaches a handler after the user's."""
+        """Attaches a handler after the others; while their event fires, it runs at once."""
         self._slot.add(self._binding(value))
 
     def _entry(self, binding: Binding) -> Entry:

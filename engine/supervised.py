@@ -17,6 +17,7 @@ from crosstrain.engine.training.arguments import (
     prepare,
     step_options,
 )
+from crosstrain.engine.training.captured_step import CapturedStep
 from crosstrain.engine.training.evaluation import EvaluationStep, prediction
 from crosstrain.engine.training.options import is_many
 from crosstrain.engine.training.shards import LogicalShards, Reduction, ShardedStep
@@ -54,6 +55,7 @@ def create_supervised_trainer(
     checks: Checks | None = None,
     shards: int | None = None,
     loss_reduction: Reduction = "mean",
+    capture: bool = False,
 ) -> Engine:
     """Makes a trainer: an `Engine` whose step trains the model on a backend.
 
@@ -84,6 +86,10 @@ def create_supervised_trainer(
         loss_reduction: with `shards`, what `loss_fn` returns: the `mean` over a shard's samples,
             the `sum` over them, or a mean over what this function of a shard's batch counts, such
             as its tokens.
+        capture: replays forward pass, backward pass and optimizer step as one graph of the device,
+            which costs the host one call. It takes a backend with the capability `graphs`,
+            optimizers with `capturable=True` (and `fused=True` with fp16), and batches of a few
+            shapes; whatever else does not fit is refused with the reason.
 
     Returns:
         The trainer. `trainer.objects` names what it trains; `StepEvents` are registered.
@@ -93,6 +99,7 @@ def create_supervised_trainer(
             model.
         UnknownBackend: if there is no such backend.
         BackendUnavailable: if the backend cannot run here.
+        BackendError: if `capture` is asked for, and the device or an optimizer cannot do it.
     """
     options = step_options(
         non_blocking=non_blocking,
@@ -105,6 +112,11 @@ def create_supervised_trainer(
     )
     chosen = open_backend(backend, device, amp_mode, scaler)
     if shards is not None:
+        if capture:
+            raise ValueError(
+                f"shards={shards} adds gradients up pass by pass on the host's word, and "
+                "capture=True has all passes in one graph. Leave one of them out."
+            )
         if not deterministic:
             raise ValueError(
                 f"shards={shards} is for the same bits on any number of processes, which takes "
@@ -116,7 +128,8 @@ def create_supervised_trainer(
         trainer: Engine = DeterministicEngine(step, chosen, shards=shards)
     else:
         model, optimizer = prepare(chosen, model, optimizer)
-        step = TrainingStep(model, optimizer, loss_fn, chosen, options)
+        kind = CapturedStep if capture else TrainingStep
+        step = kind(model, optimizer, loss_fn, chosen, options)
         trainer = (DeterministicEngine if deterministic else Engine)(step, chosen)
     trainer.checks = checks or Checks()
     trainer.objects = {**_named("model", model), **_named("optimizer", optimizer)}

@@ -22,6 +22,10 @@ settings.register_profile("crosstrain", deadline=None)
 settings.load_profile("crosstrain")
 
 
+# A shell that runs the tests in the background has them, and what they start, ignore it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # What a process forked off a test is at, where the test has run out of time: see below.
 faulthandler.register(signal.SIGUSR2, file=os.fdopen(os.dup(2), "w"))
 

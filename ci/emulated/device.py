@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import torch
+from torch import distributed
 from torch.utils import _pytree as pytree
 from torch.utils import backend_registration
 
 from crosstrain.backends.errors import BackendUnavailable, Missing
 
 from .autocasting import libraries
+from .graphs import EmulatedGraph, graph, refuse_waiting
 from .memory import install as install_memory
-from .streams import Queue, current_queue, pending
+from .memory import is_pinned
+from .streams import Event, Queue, Stream, current, current_queue, pending
 from .streams import install as install_streams
 
 __all__ = ["COUNT", "NAME", "host_reads", "out_of_memory", "pending", "register", "why_not"]
@@ -41,6 +44,12 @@ _OTHER = 7919
 
 class _Machine:
     """What torch knows as `torch.emulated`, and what the devices have besides tensors."""
+
+    Stream, Event = Stream, Event
+    current_stream = staticmethod(current)
+    # Graphs of a type of device are called after it, as in `torch.cuda.CUDAGraph`.
+    EMULATEDGraph = EmulatedGraph
+    graph = staticmethod(graph)
 
     def __init__(self) -> None:
         self.states = [_seeded(number) for number in range(COUNT)]
@@ -68,6 +77,10 @@ class _Machine:
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         """Returns what autocast casts to."""
         return [torch.float16, torch.bfloat16]
+
+    def stream(self, stream: Any) -> Any:
+        """Returns the context in which a stream is the present one."""
+        return stream
 
     def is_initialized(self) -> bool:
         """Tells that there is nothing to start."""
@@ -123,6 +136,7 @@ _MACHINE = _Machine()
 # Libraries take back what they have registered when they are freed.
 _REGISTERED: list[Any] = []
 _library: Any = torch.library.Library
+_DATA: Any = torch.Tensor.data
 
 
 @contextlib.contextmanager
@@ -185,8 +199,11 @@ def register() -> None:
     library: Any = _library("_", "IMPL")
     library.fallback(lambda op, *args, **kwargs: _run(op, args, kwargs), "PrivateUse1")
     _REGISTERED.extend([library, *libraries(NAME)])
-    install_memory()
+    install_memory(NAME)
     install_streams()
+    if distributed.is_available():
+        # What processes share comes here by the dispatcher, too, and goes on over the host.
+        distributed.Backend.default_device_backend_map[NAME] = "gloo"
     accelerator: Any = torch.accelerator
     accelerator.device_count = _MACHINE.device_count
     accelerator.current_device_index = _MACHINE.current_device
@@ -237,9 +254,27 @@ class Emulated(torch.Tensor):
         """Runs an operation that is given one of ours."""
         return _run(func, args, kwargs or {})
 
+    @property
+    def data(self) -> torch.Tensor:
+        """Is another look at the same memory, which autograd does not follow."""
+        return self.detach()
+
+    @data.setter
+    def data(self, other: Any) -> None:
+        if not isinstance(other, Emulated):
+            raise RuntimeError(
+                f"Incompatible tensor type: {type(other)} for data of '{self.device}'"
+            )
+        _DATA.__set__(self, other)
+        self.raw = other.raw
+
     def untyped_storage(self) -> torch.UntypedStorage:
         """Returns what tells its memory from all other; to read it there is to read poison."""
         return self.raw.untyped_storage()
+
+    def new_tensor(self, data: Any, **options: Any) -> Any:  # type: ignore[override]
+        """Returns a tensor of data, of the same type and on the same device unless told."""
+        return torch.tensor(data, **{"dtype": self.dtype, "device": self.device, **options})
 
     def tolist(self) -> Any:
         """Reads its values."""
@@ -269,15 +304,28 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if copies and name != "_to_copy":
         to_host = not isinstance(args[0 if name == "copy_" else 1], Emulated)
     queue = current_queue(index)
-    plain_args, plain_kwargs = pytree.tree_map(_bare, (args, kwargs))
+    # A graph has a number of the host as it is now; pinned memory it reads at each replay.
+    bare = _bare if copies or queue.recorded is None else _baked
+    plain_args, plain_kwargs = pytree.tree_map(bare, (args, kwargs))
     call = _Call(func, plain_args, plain_kwargs, index)
+    shared = func.namespace == "c10d"
+    if queue.recorded is not None:
+        _refuse_recording(call, name, args, to_host)
     if copies and to_host and ours:
         return _to_host(call, name, queue)
-    if name in _READERS or (name == "index" and _has_mask(args)):
+    if _reads(name, args):
         _MACHINE.note_read(name)
         queue.run()
         out = call.now()
-    elif queue.is_default or call.is_view():
+    elif shared:
+        # Gloo has it from here on, and the work that is returned is waited for as any other's.
+        queue.run()
+        out = call.now()
+    elif call.is_view():
+        out = call.now()
+    elif queue.recorded is not None:
+        out = call.recorded(queue.recorded)
+    elif queue.is_default:
         out = call.now()
     else:
         out = call.later(queue)
@@ -313,6 +361,28 @@ def _index_of(wanted: Any, ours: Sequence[Emulated]) -> int:
     return ours[0].device.index if ours else _MACHINE.index
 
 
+def _reads(name: str, args: Any) -> bool:
+    """Tells whether the host has to know something before the operation can go on."""
+    return name in _READERS or (name == "index" and _has_mask(args))
+
+
+def _refuse_recording(call: _Call, name: str, args: Any, to_host: bool) -> None:
+    """Refuses what no graph can hold.
+
+    Raises:
+        RuntimeError: with the words of CUDA's.
+    """
+    waits = _reads(name, args) or call.func.namespace == "c10d"
+    if name in _COPIES:
+        flat = [one for one in pytree.tree_leaves(args) if isinstance(one, torch.Tensor)]
+        host = [one for one in flat if not isinstance(one, Emulated)]
+        # Within the device nobody waits, nor for pinned memory, if that was said.
+        waits = not call.is_prompt(name) and (to_host or bool(host))
+        waits |= any(not is_pinned(one) for one in host)
+    if waits:
+        refuse_waiting(name)
+
+
 def _has_mask(args: Any) -> bool:
     masks = [one for one in pytree.tree_leaves(args[1]) if isinstance(one, torch.Tensor)]
     return any(mask.dtype in (torch.bool, torch.uint8) for mask in masks)
@@ -320,11 +390,12 @@ def _has_mask(args: Any) -> bool:
 
 def _to_host(call: _Call, name: str, queue: Queue) -> Any:
     """Copies from the device to the host: waits for it, or fills the copy in when it is there."""
-    promptly = call.kwargs.get("non_blocking") or (name == "copy_" and call.args[2:] == (True,))
-    if not promptly:
+    if not call.is_prompt(name):
         _MACHINE.note_read(name)
         queue.run()
         return call.now()
+    if queue.recorded is not None:
+        return call.recorded(queue.recorded)
     # What is on the default stream is read as it is now: what comes later may change it.
     return call.later(queue, keep_inputs=queue.is_default)
 
@@ -346,6 +417,11 @@ class _Call:
         """Tells whether it gives another look at the same memory, and computes nothing."""
         returned = [one.alias_info for one in self.func._schema.returns]
         return any(one is not None and not one.is_write for one in returned)
+
+    def is_prompt(self, name: str) -> bool:
+        """Tells whether it is a copy that the host does not wait for."""
+        positional = name == "copy_" and self.args[2:] == (True,)
+        return bool(self.kwargs.get("non_blocking")) or positional
 
     def now(self) -> Any:
         """Runs it; what it draws comes from the device's generator."""
@@ -370,9 +446,7 @@ class _Call:
         changed = self._changed()
         if changed:
             return self._change_later(queue, changed, keep_inputs)
-        drawn = _MACHINE.states[self.index]
-        result = self.now()
-        _MACHINE.states[self.index] = drawn  # It is drawn when it runs.
+        result = self._tried()
         visible = pytree.tree_map_only(torch.Tensor, _poisoned, result)
 
         def work() -> None:
@@ -382,6 +456,36 @@ class _Call:
 
         queue.add(work)
         return visible
+
+    def recorded(self, work: list[Callable[[], Any]]) -> Any:
+        """Records it for a graph, and returns the memory in which each replay leaves its results.
+
+        Args:
+            work: what was recorded before.
+        """
+        changed = self._changed()
+        if changed:
+            work.append(self.now)
+            return changed[0] if len(self.func._schema.returns) == 1 else None
+        visible = pytree.tree_map_only(torch.Tensor, _poisoned, self._tried())
+
+        def do() -> None:
+            for place, value in zip(_tensors(visible), _tensors(self.now()), strict=True):
+                place.copy_(value)
+
+        work.append(do)
+        return visible
+
+    def _tried(self) -> Any:
+        """Returns its results as they would be now, and changes nothing: it works on copies."""
+        drawn = _MACHINE.states[self.index]
+        mine = self.args, self.kwargs
+        self.args, self.kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, mine)
+        try:
+            return self.now()
+        finally:
+            self.args, self.kwargs = mine
+            _MACHINE.states[self.index] = drawn  # It is drawn when it runs.
 
     def _change_later(self, queue: Queue, changed: list[torch.Tensor], keep_inputs: bool) -> Any:
         before = [one.clone() for one in changed]
@@ -431,3 +535,8 @@ def _bare(one: Any) -> Any:
     if isinstance(one, Emulated):
         return one.raw
     return torch.device("cpu") if isinstance(one, torch.device) and one.type == NAME else one
+
+
+def _baked(one: Any) -> Any:
+    is_number = isinstance(one, torch.Tensor) and not isinstance(one, Emulated)
+    return one.clone() if is_number else _bare(one)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -30,6 +31,8 @@ class Queue:
         self.index = index
         self.is_default = is_default
         self.added = 0
+        #: What is recorded of it for a graph, and not done; None: it is not recorded.
+        self.recorded: list[Callable[[], Any]] | None = None
         self._done = 0
         self._todo: deque[Callable[[], None]] = deque()
 
@@ -41,7 +44,13 @@ class Queue:
             _busy[id(self)] = self
 
     def run_until(self, position: int) -> None:
-        """Does all work that was queued before a position."""
+        """Does all work that was queued before a position.
+
+        Raises:
+            RuntimeError: if it is recorded for a graph, in which nothing is done.
+        """
+        if self.recorded is not None:
+            raise RuntimeError("synchronize: operation not permitted when stream is capturing")
         with LOCK, torch.no_grad():
             while self._done < position:
                 self._done += 1
@@ -68,6 +77,8 @@ _defaults: dict[int, Queue] = {}
 # Those that have work: nobody else may hold them.
 _busy: dict[int, Queue] = {}
 _thread = threading.local()
+# The streams of those who wait for a backward pass, which has threads of its own.
+_callers: list[list[Any]] = []
 
 
 class _Kind(type):
@@ -106,7 +117,9 @@ class Stream(_NativeStream, metaclass=_Kind):  # type: ignore[misc]
         return self
 
     def __exit__(self, *exception: object) -> None:
-        _stack().remove(self)
+        # By identity: to torch, streams of one device are equal.
+        streams = _stack()
+        del streams[max(place for place, one in enumerate(streams) if one is self)]
 
     def wait_stream(self, other: Any) -> None:
         """Has later work on this stream wait for what the other one has now."""
@@ -118,6 +131,8 @@ class Stream(_NativeStream, metaclass=_Kind):  # type: ignore[misc]
             self._wait_for(*event.place)
 
     def _wait_for(self, queue: Queue, position: int) -> None:
+        if self.queue.recorded is not None and queue is not self.queue:
+            raise RuntimeError("wait: dependency created on uncaptured work in another stream")
         if queue.is_default or queue is self.queue:
             return  # What a default stream computes is done when it is called.
         if self.queue.is_default:
@@ -213,7 +228,9 @@ def default_queue(index: int) -> Queue:
 
 def current_queue(index: int) -> Queue:
     """Returns the queue of this thread's stream on a device."""
-    for stream in reversed(_stack()):
+    # A backward pass is on the streams of the thread that asked for it.
+    in_backward = torch._C._current_graph_task_id() != -1 and not _stack()
+    for stream in reversed(_callers[-1] if in_backward and _callers else _stack()):
         if stream.queue.index == index:
             found: Queue = stream.queue
             return found
@@ -242,10 +259,28 @@ def pending() -> int:
     return sum(queue.waiting for queue in list(_busy.values()))
 
 
+def _on_callers_streams(run: Any) -> Any:
+    """Returns a function of torch that runs backward passes, on the streams of who calls it."""
+
+    @functools.wraps(run)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        mine = list(_stack())
+        _callers.append(mine)
+        try:
+            return run(*args, **kwargs)
+        finally:
+            _callers[:] = [one for one in _callers if one is not mine]
+
+    return call
+
+
 def install() -> None:
     """Puts streams and events in the place of torch's, whose own know no order on this device."""
     places: Any = torch
     places.Stream, places.Event = Stream, Event
+    passes: Any = torch.autograd
+    passes.backward = _on_callers_streams(passes.backward)
+    passes.grad = _on_callers_streams(passes.grad)
     accelerator: Any = torch.accelerator
     accelerator.current_stream, accelerator.synchronize = current, synchronize
     accelerator.set_stream = lambda stream: _stack().append(stream)

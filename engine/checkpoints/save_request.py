@@ -44,7 +44,8 @@ def as_handler(save_handler: Any, save_on_rank: int) -> SaveHandler:
         TypeError: if it is neither a folder nor callable.
         Exception: as `DiskSaver` does.
     """
-    if is_path(save_handler):
+    # What can be called is no folder, though it may stand for a path as well.
+    if is_path(save_handler) and not callable(save_handler):
         return DiskSaver(save_handler, create_dir=True, save_on_rank=save_on_rank)
     if not callable(save_handler):
         raise TypeError(

@@ -301,8 +301,11 @@ def update_dataloader(dataloader: DataLoader[Any], new_batch_sampler: Any) -> Da
 
 
 def is_loader(data: Any) -> TypeGuard[DataLoader[Any]]:
-    """Tells whether data is a DataLoader of torch's or a subclass's."""
-    return isinstance(data, DataLoader)
+    """Tells whether data is a DataLoader of torch's or a subclass's.
+
+    One whose constructor has not run only wraps another: it is iterated over as what it is.
+    """
+    return isinstance(data, DataLoader) and "dataset" in vars(data)
 
 
 def is_iterable(dataset: Any) -> bool:

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from crosstrain.backends.graphs import repeatable
+
 from .errors import CheckpointError
 from .plain import to_plain
 
@@ -190,7 +192,8 @@ class Snapshot:
         self.state = to_plain(state, self._stage)
         self._copies.clear()
         self._start_remote()
-        self._hooks = [optimizer.register_step_pre_hook(self._wait) for optimizer in optimizers]
+        wait = repeatable(lambda *_: self._wait())
+        self._hooks = [optimizer.register_step_pre_hook(wait) for optimizer in optimizers]
         if not self._todo:
             self._copied.set()
 
@@ -225,12 +228,14 @@ class Snapshot:
             hook.remove()
         self._hooks.clear()
 
-    def _wait(self, *_: object) -> None:
+    def _wait(self) -> None:
         """Runs before an optimizer's step: it may change what is being copied only afterwards."""
         self._copied.wait()
-        if not self._stepping:
-            self._changed = _first_changed(self._remote)
-            self._stepping = True
+        if self._stepping:
+            # The step before waited already; a graph cannot record a wait for what is not in it.
+            return
+        self._changed = _first_changed(self._remote)
+        self._stepping = True
         for side in self._held_back:
             side.hold_back()
 

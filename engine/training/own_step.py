@@ -17,6 +17,7 @@ import torch
 from crosstrain.engine.ranks.world import unshared
 
 from . import gradients
+from .captured import Captured
 
 if TYPE_CHECKING:
     from crosstrain.engine.engine import Engine
@@ -130,6 +131,8 @@ def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
         if isinstance(value, (torch.nn.Module, torch.optim.Optimizer)):
             yield name, value
+        elif isinstance(value, Captured):
+            yield from _flat({f"{name}.models": value.models, f"{name}.steps": value.optimizers})
         elif type(value) is dict:
             nested: dict[Any, Any] = value
             yield from _flat({f"{name}.{key}": item for key, item in nested.items()})

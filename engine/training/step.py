@@ -15,6 +15,7 @@ from crosstrain.engine.data.own_data import check_own
 from crosstrain.engine.data.shares import deals_out, share_of
 from crosstrain.engine.dispatch import Phase
 from crosstrain.engine.engine import Engine
+from crosstrain.engine.errors import ResumeWarning, warn_user
 from crosstrain.engine.events import EventEnum, Events
 from crosstrain.engine.progress import is_done
 from crosstrain.engine.ranks.world import unshared
@@ -182,6 +183,9 @@ class TrainingStep:
         ValueError: if an optimizer holds none of the models' parameters, shares one with another,
             or needs a closure; or if several models come without `model_fn`.
     """
+
+    #: Whether the step is replayed as a graph: its bits may be others.
+    captured = False
 
     def __init__(
         self,
@@ -378,9 +382,8 @@ class TrainingStep:
 
     def _step(self, engine: Engine) -> None:
         listeners, step, max_norm = self._listeners, self.backend.step, self.options.max_norm
-        counts, state = self._counts, engine.state
-        told: Any = state
-        told.optim_steps = counts.optim_steps + 1
+        told: Any = engine.state
+        told.optim_steps = self._counts.optim_steps + 1
         if listeners.optim_step_started.handlers:
             engine.fire_event(StepEvents.OPTIM_STEP_STARTED)
         if listeners.gradients_ready.handlers:
@@ -388,17 +391,25 @@ class TrainingStep:
                 self.backend.unscale(optimizer)
             engine.fire_event(StepEvents.GRADIENTS_READY)
         results: list[StepResult] = []
-        plain = counts.unread is None
         for optimizer in self.optimizers:
-            result = step(optimizer, max_norm)
-            results.append(result)
-            if result.outcome is not True:
-                plain = False
+            results.append(step(optimizer, max_norm))
+        self._count(engine, results)
+
+    def _count(self, engine: Engine, results: list[StepResult]) -> None:
+        """Counts a step of all optimizers, and tells those who listen what became of it."""
+        listeners, counts, state = self._listeners, self._counts, engine.state
+        told: Any = state
         told.step_results = results
         self._planned = 0
+        plain = counts.unread is None
+        for result in results:
+            if result.outcome is not True:
+                plain = False
+                break
         if plain:
             # Of each step that is applied and known to be: each call here would show.
             counts.optim_steps += 1
+            told.optim_steps = counts.optim_steps
             told.applied_steps = counts.optim_steps - counts.skipped
         else:
             counts.add(results)
@@ -439,6 +450,14 @@ class TrainingStep:
             raise ValueError(
                 f"The state of a training step lacks {missing}; it has {sorted(state)}. States "
                 "come from TrainingStep.state_dict()."
+            )
+        if (then := bool(state.get("captured"))) != self.captured:
+            words = {True: "was replayed as a graph", False: "was not"}
+            warn_user(
+                f"The training step of the run that wrote this state {words[then]}, and here it "
+                f"{words[self.captured]}: its numbers may differ in their last bits. Give the "
+                f"factory capture={then}.",
+                ResumeWarning,
             )
         gradients.restore(state["gradients"], self.models, self.optimizers)
         self._filled, self._planned = state["filled"], state["planned"]

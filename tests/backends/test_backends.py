@@ -39,6 +39,14 @@ def test_the_world_of_torchrun() -> None:
     assert World.from_environment(variables) == World(rank=5, local_rank=1, size=8)
 
 
+@pytest.mark.parametrize("others", [(), ("RANK",), ("LOCAL_RANK",)])
+def test_a_world_of_one_process_needs_no_rank(others: tuple[str, ...]) -> None:
+    variables = {"WORLD_SIZE": "1", **dict.fromkeys(others, "0")}
+    assert World.from_environment(variables) == World(0, 0, 1)
+    with pytest.raises(BackendError, match="is not set, but"):
+        World.from_environment({"WORLD_SIZE": "1", "RANK": "1"})
+
+
 @pytest.mark.parametrize("present", [TORCHRUN[:1], TORCHRUN[1:], TORCHRUN[::2]])
 def test_a_world_that_is_half_set_is_refused(present: tuple[str, ...]) -> None:
     with pytest.raises(BackendError) as caught:

@@ -134,6 +134,22 @@ MORE = [
 ]
 
 
+class _AtAPath(Recorder):
+    """What can be called and stands for a path, too, as a mock does."""
+
+    def __fspath__(self) -> str:
+        raise AssertionError("it was taken for a folder")
+
+
+def test_what_can_be_called_is_no_folder() -> None:
+    saver = _AtAPath()
+    engine = ours.Engine(lambda engine, batch: None)
+    handler = ours.Checkpoint({"engine": engine}, saver)
+    engine.add_event_handler(ours.Events.COMPLETED, handler)
+    engine.run([1])
+    assert handler.last_checkpoint == "engine_1.pt"
+
+
 def test_names_metadata_and_retention_over_a_table() -> None:
     assert len(TABLE) == 288
     for scenario in TABLE + MORE:

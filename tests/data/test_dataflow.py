@@ -381,3 +381,35 @@ def test_own_generators_are_left_where_the_batches_taken_leave_them(workers: int
         return record.rows, [str(g.__getstate__()) for g in sampler.generators]
 
     assert run(workers) == run(1)
+
+
+class Wrapping(DataLoader[Any]):
+    """Wraps a loader, and is one by name only: its constructor does not call the other's."""
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        return iter(self.loader)
+
+
+def test_a_loader_that_only_wraps_another_resumes_exactly() -> None:
+    def run(state: Any = None, stop: int = 0) -> tuple[Any, list[Any]]:
+        seen: list[Any] = []
+        engine = DeterministicEngine(lambda engine, batch: seen.append(batch.tolist()))
+        if state is not None:
+            engine.load_state_dict(state)
+        if stop:
+            engine.add_event_handler(Events.ITERATION_COMPLETED(once=stop), engine.terminate)
+        torch.manual_seed(3)
+        engine.run(Wrapping(DataLoader(range(20), 4, shuffle=True)), max_epochs=2)  # type: ignore[arg-type]
+        return engine.state_dict(), seen
+
+    _, straight = run()
+    state, before = run(stop=7)
+    with pytest.warns(ResumeWarning, match="Wrapping offers no state_dict"):
+        _, after = run(state)
+    assert before + after == straight

@@ -447,21 +447,25 @@ def test_the_table_of_handlers_can_be_changed_as_ignites() -> None:
     assert tables[0] == tables[1]
 
 
-def test_the_library_own_handlers_keep_their_place_in_the_table() -> None:
+def test_the_librarys_own_handlers_are_not_in_the_table() -> None:
     engine, order = Engine(process), []
     for phase in (Phase.SAVE, Phase.LAST, Phase.FIRST):
         engine.add_in_phase(
             Events.EPOCH_COMPLETED, lambda engine, name=phase.name: order.append(name), phase
         )
+    assert not engine._event_handlers
     table = engine._event_handlers[Events.EPOCH_COMPLETED]
     table.append((order.append, ("user",), {}))
     table.insert(9, (order.append, ("later user",), {}))
-    table.insert(0, (order.append, ("before all",), {}))
+    table.insert(0, (order.append, ("before",), {}))
     engine.add_in_phase(Events.EPOCH_COMPLETED, lambda: order.append("FIRST, too"), Phase.FIRST)
-    table[-1] = (order.append, ("in place of SAVE",), {})
-    del table[-2]
+    table[-1] = (order.append, ("in its place",), {})
+    assert [entry[1] for entry in table[:2]] == [("before",), ("user",)]
+    del table[1]
+    with pytest.raises(IndexError):
+        table[2] = table[0]
     engine.run([1])
-    assert order == ["before all", "FIRST", "FIRST, too", "user", "later user", "in place of SAVE"]
+    assert order == ["FIRST", "FIRST, too", "before", "in its place", "LAST", "SAVE"]
     with pytest.raises(KeyError):
         engine._event_handlers["no such event"]
 

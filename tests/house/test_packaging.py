@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+import crosstrain
+
 PACKAGES = ("engine", "backends", "ci")
 
 
@@ -34,7 +36,7 @@ def wheel(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(repo_root / name, source)
-    for package in PACKAGES:
+    for package in (*PACKAGES, "crosstrain"):
         shutil.copytree(
             repo_root / package,
             source / package,
@@ -50,6 +52,9 @@ def wheel(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tree_files(repo_root: Path) -> Iterator[str]:
+    for path in (repo_root / "crosstrain").iterdir():
+        if path.is_file():
+            yield f"crosstrain/{path.name}"
     for package in PACKAGES:
         for path in (repo_root / package).rglob("*"):
             inside = path.relative_to(repo_root).as_posix()
@@ -63,7 +68,6 @@ def test_wheel_holds_every_file_once(repo_root: Path, wheel: Path) -> None:
     names = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
     assert sorted(names) == sorted(tree_files(repo_root))
     assert {f"crosstrain/{package}/py.typed" for package in PACKAGES} <= set(names)
-    assert "crosstrain/__init__.py" not in names
 
 
 def test_rooms_have_no_folders_inside(repo_root: Path) -> None:
@@ -102,6 +106,19 @@ def test_unpacked_wheel_runs(wheel: Path, tmp_path: Path) -> None:
     result = run(sys.executable, "-I", "-c", program, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert all(line.startswith(str(tmp_path)) for line in result.stdout.splitlines())
+
+
+def test_the_name_itself_tells_the_version_and_runs_the_command(tmp_path: Path) -> None:
+    """And costs nothing to import."""
+    told = run(sys.executable, "-m", "crosstrain", "--version", cwd=tmp_path)
+    program = (
+        "import sys, crosstrain; print('crosstrain', crosstrain.__version__)\n"
+        "assert 'torch' not in sys.modules\n"
+        "assert not hasattr(crosstrain, 'version')"
+    )
+    asked = run(sys.executable, "-c", program, cwd=tmp_path)
+    assert told.stdout == asked.stdout, told.stderr + asked.stderr
+    assert told.stdout == f"crosstrain {crosstrain.__version__}\n"
 
 
 @pytest.mark.parametrize("package", PACKAGES)

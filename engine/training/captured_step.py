@@ -1,0 +1,133 @@
+"""The training step of a factory's trainer, replayed as a graph."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from crosstrain.backends import BackendError
+from crosstrain.engine.dispatch import Phase
+from crosstrain.engine.events import Events
+
+from .captured import Captured
+from .step import TrainingStep, refuse_loss
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from crosstrain.backends import Backend, StepResult
+    from crosstrain.engine.engine import Engine
+
+    from .options import StepOptions
+
+__all__ = ["CapturedStep"]
+
+
+class CapturedStep(TrainingStep):
+    """A training step whose forward and backward pass and optimizer step are one graph.
+
+    What differs from a `TrainingStep`: nothing can be called in the middle of a graph, so handlers
+    of BACKWARD_*, OPTIM_STEP_STARTED and GRADIENTS_READY are refused. `prepare_batch` and
+    `output_transform` run outside of it.
+
+    Args:
+        model: a model, or several.
+        optimizer: an optimizer, or several, all of them capturable.
+        loss_fn: called as `loss_fn(y_pred, y)`, returns a loss of one element.
+        backend: an opened backend with the capability `graphs`, which has prepared both.
+        options: the rest.
+
+    Raises:
+        ValueError: as of a `TrainingStep`.
+        BackendError: if the device has no graphs, or an optimizer cannot be part of one.
+    """
+
+    captured = True
+
+    def __init__(
+        self,
+        model: Any,
+        optimizer: Any,
+        loss_fn: Callable[[Any, Any], Tensor],
+        backend: Backend,
+        options: StepOptions | None = None,
+    ) -> None:
+        super().__init__(model, optimizer, loss_fn, backend, options)
+        trained = [*self.models, *([loss_fn] if isinstance(loss_fn, torch.nn.Module) else [])]
+        self._graph = Captured(self._work, backend, trained, self.optimizers)
+        self._returns_prediction = not self.options.keeps_loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what `TrainingStep.state_dict` does, and that the step is captured."""
+        return {**super().state_dict(), "captured": True}
+
+    def attach(self, engine: Engine) -> None:
+        """Does what `TrainingStep.attach` does.
+
+        Raises:
+            TypeError: if it is no `Engine` of this library.
+        """
+        if engine not in self._engines:
+            engine.add_in_phase(Events.EPOCH_STARTED, self._on_epoch_started, Phase.LAST)
+        super().attach(engine)
+
+    def _on_epoch_started(self, engine: Engine) -> None:
+        del engine
+        self._graph.look_again()
+
+    def _pass(self, engine: Engine, x: Any, y: Any, filled: int) -> Any:
+        self._refuse_listeners()
+        self._filled = 0
+        try:
+            is_last = filled == self._planned
+            loss, y_pred, results = self._graph(x, y, self._planned, is_last)
+            if is_last:
+                self._count(engine, results)
+                filled = 0
+            output = self._output(x, y, y_pred, loss)
+        except BaseException as error:
+            self._note_dropped(error, filled - 1)
+            raise
+        self._filled = filled
+        return output
+
+    def _work(self, x: Any, y: Any, planned: int, is_last: bool) -> Any:
+        """Is what is recorded: one iteration of a window, with the step if it is the last one."""
+        backend = self.backend
+        with backend.autocast():
+            y_pred = self._forward(x)
+            loss: Any = self.loss_fn(y_pred, y)
+        if not (isinstance(loss, Tensor) and loss.requires_grad and loss.numel() == 1):
+            refuse_loss(loss)
+        backend.backward(loss if planned == 1 else loss / planned, self.optimizer)
+        results: list[StepResult] = []
+        if is_last:
+            results = [backend.step(one, self.options.max_norm) for one in self.optimizers]
+            # The loss scale is adapted on the device, too.
+            backend.sync()
+        return loss, y_pred if self._returns_prediction else None, results
+
+    def _step(self, engine: Engine) -> None:
+        # Only of a window that the run's end has cut short: its passes are done.
+        with self._graph.as_recorded():
+            super()._step(engine)
+
+    def _refuse_listeners(self) -> None:
+        listeners = self._listeners
+        slots = (
+            listeners.backward_started,
+            listeners.backward_completed,
+            listeners.optim_step_started,
+            listeners.gradients_ready,
+        )
+        if not any(slot.handlers for slot in slots):
+            return
+        names = ("BACKWARD_STARTED", "BACKWARD_COMPLETED", "OPTIM_STEP_STARTED", "GRADIENTS_READY")
+        told = [name for name, slot in zip(names, slots, strict=True) if slot.handlers]
+        raise BackendError(
+            f"The step is one graph, and handlers of {', '.join(told)} are called in its middle. "
+            "Use OPTIM_STEP_COMPLETED or ITERATION_COMPLETED, where gradients are still to be "
+            "read, clip by max_norm, or leave capture out."
+        )
