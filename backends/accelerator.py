@@ -130,6 +130,11 @@ class AcceleratorBackend(TorchBackend):
         self.device = torch.device(kind, index)
         stack.enter_context(torch.accelerator.device_index(index))
         try:
+            self.transport = distributed.get_default_backend_for_device(self.device)
+        except ValueError:
+            # Told where processes are to share something.
+            self.transport = ""
+        try:
             stream = torch.Stream(self.device)
             torch.empty(1).pin_memory()
             self._stream = stream
@@ -145,18 +150,17 @@ class AcceleratorBackend(TorchBackend):
         """Raises if the device cannot do what the option asks for, where its type can."""
 
     def _join(self, stack: ExitStack) -> None:
-        if self.world.size > 1:
-            try:
-                transport = distributed.get_default_backend_for_device(self.device)
-            except ValueError:
-                raise BackendUnavailable(
-                    f"{self.name}:{self.option}",
-                    f"torch {torch.__version__} knows no process groups for '{self.device.type}', "
-                    f"and WORLD_SIZE={self.world.size}.",
-                    "Run one process, or import the package that brings them first.",
-                ) from None
-            on_device = None if transport == "gloo" else self.device
-            join(self.world, transport, stack, on_device)
+        if self.world.size == 1:
+            return
+        if not self.transport:
+            raise BackendUnavailable(
+                f"{self.name}:{self.option}",
+                f"torch {torch.__version__} knows no process groups for '{self.device.type}', "
+                f"and WORLD_SIZE={self.world.size}.",
+                "Run one process, or import the package that brings them first.",
+            )
+        on_device = None if self.transport == "gloo" else self.device
+        join(self.world, self.transport, stack, on_device)
 
     def prepare(self, *objects: Any, replicated: bool = True) -> tuple[Any, ...]:
         """Does what `TorchBackend.prepare` does.

@@ -39,7 +39,6 @@ class CudaBackend(AcceleratorBackend):
     options: ClassVar[tuple[str, ...]] = ("fp32", "tf32", "fsdp", "fsdp-tf32")
     name = kind = "cuda"
     device = torch.device("cuda")
-    transport = "nccl"
     adds_up = True
     # The thread that writes a checkpoint may ask for something while a step is recorded.
     graph_options: ClassVar[Mapping[str, Any]] = {"capture_error_mode": "thread_local"}

@@ -180,11 +180,15 @@ class _Layout(torch.nn.Module):
         self.model = model
         self.passes = 0
 
-    def forward(self) -> torch.Tensor:
-        """Returns zero, made from all parameters."""
+    def forward(self, start: float) -> torch.Tensor:
+        """Returns zero, made from all parameters.
+
+        Args:
+            start: zero: DistributedDataParallel takes no call without arguments on a device.
+        """
         self.passes += 1
         parts = [p.sum().real.float() * 0.0 for p in self.model.parameters() if p.requires_grad]
-        return torch.stack(parts).sum()
+        return torch.stack(parts).sum() + start
 
 
 def replicate(
@@ -231,10 +235,10 @@ def _lay_out(wrapped: DistributedDataParallel, model: torch.nn.Module) -> None:
     # Another in its place for the second pass: so it is seen that it is the one that is called.
     other = _Layout(model)
     rebuild: Any = getattr(getattr(wrapped, "reducer", None), "_rebuild_buckets", None)
-    wrapped().backward()
+    wrapped(0.0).backward()
     wrapped.module = other
     # This pass lays them out anew, and is the last that does: there is nothing left to rebuild.
-    wrapped().backward()
+    wrapped(0.0).backward()
     if other.passes != 1 or rebuild is None or rebuild():
         raise BackendError(
             "DistributedDataParallel of torch "

@@ -42,7 +42,7 @@ class TorchBackend:
     name: str = ""
     device = torch.device("cpu")
     #: What the processes of a world talk over, as torch names it.
-    transport: ClassVar[str] = "gloo"
+    transport: str = "gloo"
     #: Whether `prepare` can leave it to its caller to add up gradients over processes.
     adds_up: ClassVar[bool] = False
 

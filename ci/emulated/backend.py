@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -25,19 +25,20 @@ class EmulatedBackend(AcceleratorBackend):
         option: one of `options`.
         scaler: a loss scaler to use in place of the default one, with fp16.
         index: the device to use instead of the first.
+        sharding: see `TorchBackend`.
 
     Raises:
         UnknownBackend: if there is no such option.
         BackendUnavailable: if this torch cannot have a device in Python.
     """
 
-    options: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "fp16")
     name = kind = NAME
+    adds_up = True
 
-    def __init__(self, option: str | None = None, scaler: Any = None, index: int | None = None):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         if why_not() is None:
             register()
-        super().__init__(option, scaler, index)
+        super().__init__(*args, **kwargs)
 
     @classmethod
     def probe(cls, option: str | None = None) -> Availability:
@@ -57,6 +58,9 @@ class EmulatedBackend(AcceleratorBackend):
             )
 
     def _start(self, stack: ExitStack) -> None:
+        if self._index is None:
+            # Each process has devices of its own, and the first is the one that trains.
+            self._index = 0
         super()._start(stack)
         try:
             torch.autograd.backward(torch.ones((), device=self.device, requires_grad=True) * 1)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import torch
+from torch import distributed
 from torch.utils import _pytree as pytree
 from torch.utils import backend_registration
 
@@ -22,7 +23,7 @@ from .autocasting import libraries
 from .graphs import EmulatedGraph, graph, refuse_waiting
 from .memory import install as install_memory
 from .memory import is_pinned
-from .streams import Queue, Stream, current, current_queue, pending
+from .streams import Event, Queue, Stream, current, current_queue, pending
 from .streams import install as install_streams
 
 __all__ = ["COUNT", "NAME", "host_reads", "out_of_memory", "pending", "register", "why_not"]
@@ -44,7 +45,7 @@ _OTHER = 7919
 class _Machine:
     """What torch knows as `torch.emulated`, and what the devices have besides tensors."""
 
-    Stream = Stream
+    Stream, Event = Stream, Event
     current_stream = staticmethod(current)
     # Graphs of a type of device are called after it, as in `torch.cuda.CUDAGraph`.
     EMULATEDGraph = EmulatedGraph
@@ -198,8 +199,11 @@ def register() -> None:
     library: Any = _library("_", "IMPL")
     library.fallback(lambda op, *args, **kwargs: _run(op, args, kwargs), "PrivateUse1")
     _REGISTERED.extend([library, *libraries(NAME)])
-    install_memory()
+    install_memory(NAME)
     install_streams()
+    if distributed.is_available():
+        # What processes share comes here by the dispatcher, too, and goes on over the host.
+        distributed.Backend.default_device_backend_map[NAME] = "gloo"
     accelerator: Any = torch.accelerator
     accelerator.device_count = _MACHINE.device_count
     accelerator.current_device_index = _MACHINE.current_device
@@ -268,6 +272,10 @@ class Emulated(torch.Tensor):
         """Returns what tells its memory from all other; to read it there is to read poison."""
         return self.raw.untyped_storage()
 
+    def new_tensor(self, data: Any, **options: Any) -> Any:  # type: ignore[override]
+        """Returns a tensor of data, of the same type and on the same device unless told."""
+        return torch.tensor(data, **{"dtype": self.dtype, "device": self.device, **options})
+
     def tolist(self) -> Any:
         """Reads its values."""
         return self.cpu().tolist()
@@ -300,12 +308,17 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     bare = _bare if copies or queue.recorded is None else _baked
     plain_args, plain_kwargs = pytree.tree_map(bare, (args, kwargs))
     call = _Call(func, plain_args, plain_kwargs, index)
+    shared = func.namespace == "c10d"
     if queue.recorded is not None:
         _refuse_recording(call, name, args, to_host)
     if copies and to_host and ours:
         return _to_host(call, name, queue)
     if _reads(name, args):
         _MACHINE.note_read(name)
+        queue.run()
+        out = call.now()
+    elif shared:
+        # Gloo has it from here on, and the work that is returned is waited for as any other's.
         queue.run()
         out = call.now()
     elif call.is_view():
@@ -359,7 +372,7 @@ def _refuse_recording(call: _Call, name: str, args: Any, to_host: bool) -> None:
     Raises:
         RuntimeError: with the words of CUDA's.
     """
-    waits = _reads(name, args)
+    waits = _reads(name, args) or call.func.namespace == "c10d"
     if name in _COPIES:
         flat = [one for one in pytree.tree_leaves(args) if isinstance(one, torch.Tensor)]
         host = [one for one in flat if not isinstance(one, Emulated)]

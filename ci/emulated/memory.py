@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from typing import Any
 
 import numpy
 import torch
+from torch.utils._device import _device_constructors
 
 __all__ = ["install", "is_pinned"]
 
 # Where pinned memory begins.
 _PINNED: set[int] = set()
 _LIBRARIES: list[Any] = []
+_AS_TENSOR: Any = torch.as_tensor
 
 
 def is_pinned(tensor: torch.Tensor) -> bool:
@@ -33,8 +36,38 @@ def _pin(tensor: torch.Tensor, device: Any = None) -> torch.Tensor:
     return raw.view(tensor.dtype).view(tensor.size()).copy_(tensor)
 
 
-def install() -> None:
-    """Has torch know pinned memory, though no hooks in Python can tell it how to make some."""
+def _copying(make: Any, name: str) -> Any:
+    """Returns a function of torch that makes a tensor of data, and can do so on the device.
+
+    torch's own would look for a hook in C++ there.
+
+    Args:
+        make: the function.
+        name: the type of the device.
+    """
+
+    @functools.wraps(make)
+    def copied(data: Any, *args: Any, device: Any = None, **options: Any) -> Any:
+        # A default device is in force in `empty`; torch's own way to ask for it ends here again.
+        where = torch.empty(0).device if device is None else torch.device(device)
+        if where.type != name:
+            return make(data, *args, device=device, **options)
+        wants = options.pop("requires_grad", False)
+        if isinstance(data, torch.Tensor) and data.device.type == name:
+            found = data.detach().to(where, options.get("dtype"), copy=make is not _AS_TENSOR)
+        else:
+            found = make(data, *args, device="cpu", **options).to(where)
+        return found.requires_grad_(wants) if wants else found
+
+    return copied
+
+
+def install(name: str) -> None:
+    """Has torch make tensors on the device and in pinned memory, where it asks for hooks in C++.
+
+    Args:
+        name: the type of the device.
+    """
     make: Any = torch.library.Library
     library = make("aten", "IMPL")
     library.impl("is_pinned", lambda tensor, device=None: is_pinned(tensor), "CPU")
@@ -42,9 +75,14 @@ def install() -> None:
     _LIBRARIES.append(library)
     places: Any = torch
     plain: Any = torch.empty
+    # A default device is told to the functions that torch finds here: to its own, not to ours.
+    _device_constructors()
 
     def empty(*size: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
         made: torch.Tensor = plain(*size, **options)
         return made.pin_memory() if pin_memory else made
 
     places.empty = empty
+    places.tensor = _copying(places.tensor, name)
+    places.as_tensor = _copying(_AS_TENSOR, name)
+    places.asarray = _copying(places.asarray, name)

@@ -15,6 +15,9 @@ from .processes import Life
 
 __all__ = ["NotApplicable", "Play", "Verdict"]
 
+# Of these each process has as many as it likes.
+_IN_SOFTWARE = ("cpu", "emulated")
+
 
 class NotApplicable(Exception):
     """A scenario cannot be played with a training; the message says why."""
@@ -99,7 +102,7 @@ class Play:
         Raises:
             NotApplicable: if each takes a device of its own, and there are fewer.
         """
-        if self.spec.partition(":")[0] != "cpu" and self._devices < number:
+        if self.spec.partition(":")[0] not in _IN_SOFTWARE and self._devices < number:
             raise NotApplicable(
                 f"It takes {number} devices for as many processes, and there is {self._devices}."
             )

@@ -64,10 +64,10 @@ def test_a_torch_that_lays_out_buckets_in_another_way_is_refused(
 ) -> None:
     """A resumed run would differ from one that never stopped: the versions tested are named."""
 
-    def forward(self: DistributedDataParallel) -> torch.Tensor:
+    def forward(self: DistributedDataParallel, *given: float) -> torch.Tensor:
         """One that keeps the module that it was made with."""
         self.__dict__.setdefault("kept", [self.module])
-        return self.__dict__["kept"][0]()
+        return self.__dict__["kept"][0](*given)
 
     monkeypatch.setattr(DistributedDataParallel, "forward", forward)
     with ExitStack() as stack:

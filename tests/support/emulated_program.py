@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import sys
 import warnings
@@ -28,7 +29,7 @@ from crosstrain.engine import (
     resume_or_start,
 )
 
-ROWS = 32
+ROWS = 20
 
 
 def rows(number: int) -> DataLoader[Any]:
@@ -39,7 +40,7 @@ def rows(number: int) -> DataLoader[Any]:
 
 def steep(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """A loss whose fp16 gradients overflow with the first scales."""
-    return torch.nn.functional.cross_entropy(found, wanted) * 30
+    return torch.nn.functional.cross_entropy(found, wanted) * 8
 
 
 def network(drawn: bool) -> torch.nn.Module:
@@ -90,11 +91,12 @@ def run_from(spec: str, place: Path, at: int, folder: Path, drawn: bool = True) 
 
 
 def resumes(folder: Path) -> dict[str, Any]:
-    """Goes on from the iterations of a run, from files that were written in the background."""
+    """Goes on from each iteration of a run, from files that were written in the background."""
     told: dict[str, Any] = {}
-    for spec, points in (("emulated", (4, 9)), ("emulated:fp16", range(1, 16))):
+    for spec in ("emulated", "emulated:bf16", "emulated:fp16"):
         place = folder / spec.replace(":", "-")
         straight = run(spec, place)
+        points = range(1, straight["iteration"])
         wrong = [n for n in points if run_from(spec, place, n, Path(f"{place}-{n}")) != straight]
         told[spec] = {**straight, "wrong": wrong, "pending": emulated.pending()}
     return told
@@ -103,9 +105,42 @@ def resumes(folder: Path) -> dict[str, Any]:
 def ports(folder: Path) -> dict[str, Any]:
     """Moves a run that draws nothing from the CPU to the device and back."""
     straight = run("cpu", folder / "cpu", drawn=False)
-    there = run_from("emulated", folder / "cpu", 5, folder / "there", drawn=False)
-    back = run_from("cpu", folder / "there", 11, folder / "back", drawn=False)
+    there = run_from("emulated", folder / "cpu", 4, folder / "there", drawn=False)
+    back = run_from("cpu", folder / "there", 7, folder / "back", drawn=False)
     return {"straight": straight, "there": there, "back": back}
+
+
+def _shared(spec: str, shards: int | None) -> list[float]:
+    """Trains a model of which the processes of this world each have a part of every batch."""
+    manual_seed(3)
+    model = network(drawn=shards is not None)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, fused=True)
+    trainer = create_supervised_trainer(
+        model,
+        optimizer,
+        torch.nn.functional.cross_entropy,
+        backend=spec,
+        deterministic=True,
+        gradient_accumulation_steps=2,
+        shards=shards,
+    )
+    trainer.run(rows(24), max_epochs=1)
+    assert next(model.parameters()).device.type == spec.partition(":")[0]
+    found: list[Any] = [parameter.detach() for parameter in model.parameters()]
+    whole = [one.full_tensor() if hasattr(one, "full_tensor") else one for one in found]
+    return torch.cat([one.double().cpu().flatten() for one in whole]).tolist()
+
+
+def ranks(folder: Path) -> dict[str, Any]:
+    """Trains in as many processes as torchrun has started."""
+    del folder
+    return {
+        "DDP": _shared("emulated", None),
+        "DDP on the CPU": _shared("cpu", None),
+        "FSDP": _shared("emulated:fsdp", None),
+        "FSDP on the CPU": _shared("cpu:fsdp", None),
+        "shards": _shared("emulated:bf16", 2),
+    }
 
 
 def reads(spec: str, *, fused: bool = True, scheduler: bool = False, bar: int | None = None) -> Any:
@@ -151,13 +186,6 @@ def steady(folder: Path) -> dict[str, Any]:
     }
     specs = ("emulated", "emulated:bf16", "emulated:fp16")
     return {row: [reads(spec, **options) for spec in specs] for row, options in table.items()}
-
-
-def conformance(folder: Path) -> dict[str, Any]:
-    """Puts the device through all conformance checks."""
-    del folder
-    specs = ("emulated", "emulated:bf16", "emulated:fp16")
-    return {spec: [str(one) for one in check_backend(spec)] for spec in specs}
 
 
 class _Forgetful:
@@ -232,7 +260,6 @@ def refusals(folder: Path) -> dict[str, Any]:
     module.get_amp_supported_dtype = list
     for name, make in (
         ("bf16", lambda: AcceleratorBackend("bf16")),
-        ("fsdp", lambda: AcceleratorBackend("fsdp")),
         ("mps", lambda: MpsBackend("fp32")),
         ("second", lambda: get("emulated", index=1).open()),
         ("third", lambda: get("emulated", index=2).open()),
@@ -256,13 +283,45 @@ def refusals(folder: Path) -> dict[str, Any]:
     return told
 
 
+def surfaces(folder: Path) -> dict[str, Any]:
+    """Uses the device as a program does that knows nothing of it."""
+    del folder
+    here: Any = "emulated"
+    ones = torch.ones(3, device=here)
+    made = {
+        "tensor": torch.tensor([1, 2], device=here),
+        "as_tensor": torch.as_tensor([1.0], device=here),
+        "asarray": torch.asarray([1.0], device=here),
+        "new_tensor": ones.new_tensor([1.0]),
+        "copied": torch.tensor(ones),
+        "cast": torch.tensor([1.5], device=here, dtype=torch.bfloat16),
+        "leaf": torch.tensor([1.0], device=here, requires_grad=True),
+    }
+    with torch.device(here):
+        made |= {"by default": torch.empty(2), "layer": torch.nn.Linear(2, 2).weight}
+    told: dict[str, Any] = {name: str(one.device) for name, one in made.items()}
+    told["values"] = [made["tensor"].tolist(), made["cast"].tolist(), made["leaf"].is_leaf]
+    ones.data = torch.full((3,), 2.0, device=here)
+    told["data"] = ones.tolist()
+    pinned = torch.ones(2).pin_memory()
+    told["pinned"] = [pinned.is_pinned(), torch.ones(2).is_pinned(), pinned.clone().is_pinned()]
+    side = torch.Stream(device=here)
+    with side:
+        early = (ones + 1).sum()
+    reading = early + 0
+    told["too early"] = reading.isnan().item()
+    torch.accelerator.current_stream().wait_stream(side)
+    told["in time"] = early.item()
+    return told
+
+
 def main(name: str, folder: Path) -> None:
     """Writes what one of the programs came to."""
     warnings.simplefilter("ignore")
     # Before the first backward pass, also one on the CPU: torch counts the devices then.
     emulated.register()
     told = globals()[name](folder)
-    (folder / "told.json").write_text(json.dumps(told))
+    (folder / f"told{os.environ.get('RANK', '')}.json").write_text(json.dumps(told))
 
 
 if __name__ == "__main__":
