@@ -28,10 +28,10 @@ __all__ = ["AcceleratorBackend", "HpuBackend", "MpsBackend", "NpuBackend", "XpuB
 # Packages outside of torch that bring a type of device: torch loads them when it is imported.
 _PACKAGES = {"npu": "torch_npu", "hpu": "habana_frameworks"}
 _MAKERS = {
-    "mps": "Apple GPU",
-    "xpu": "Intel GPU",
-    "npu": "Ascend NPU of Huawei",
-    "hpu": "Gaudi of Intel",
+    "mps": "an Apple GPU",
+    "xpu": "an Intel GPU",
+    "npu": "an Ascend NPU of Huawei",
+    "hpu": "a Gaudi of Intel",
 }
 
 
@@ -339,12 +339,12 @@ def absence(kind: str | None) -> Missing | None:
             f"torch {version} is built for '{built.type}', and finds no such device.",
             f"Run on a machine that has one; see '{built.type}' in `crosstrain doctor`.",
         )
-    maker = _MAKERS.get(kind, "device of that type")
+    maker = _MAKERS.get(kind, "a device of that type")
     package = _PACKAGES.get(kind)
     if package is not None and find_spec(package) is None:
         return Missing(
             f"The package {package}, which brings '{kind}' to torch, is not installed.",
-            f"On a machine with an {maker}, install the {package} for torch {version}.",
+            f"On a machine with {maker}, install the {package} for torch {version}.",
         )
     if kind == "mps" and platform.system() != "Darwin":
         return Missing(
@@ -354,11 +354,11 @@ def absence(kind: str | None) -> Missing | None:
     if built is None or built.type != kind:
         return Missing(
             f"torch {version} is built without '{kind}'.",
-            f"On a machine with an {maker}, install a torch that is built for it: "
+            f"On a machine with {maker}, install a torch that is built for it: "
             "https://pytorch.org/get-started/locally/",
         )
     return Missing(
-        f"torch {version} is built for '{kind}', but finds no {maker}.",
+        f"torch {version} is built for '{kind}', but does not find {maker}.",
         "Run on a machine that has one, with its driver, and pass it on to the container.",
     )
 

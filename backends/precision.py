@@ -34,6 +34,7 @@ class _Record:
     """What became of one optimizer since the loss scale was adapted last."""
 
     called: bool = False  # its step ran
+    began: bool = False  # it had no state before that
     found_inf: torch.Tensor | None = None  # the flag that told a fused step to skip
     unscaled: bool = False  # its gradients carry the scale no more, and were not stepped yet
     waiting: bool = False  # it has scaled gradients that were not stepped yet
@@ -161,6 +162,8 @@ class Precision:
             raise
         record.waiting, record.stepped, record.unscaled = False, True, False
         skip, record.found_inf = record.found_inf, None
+        if skip is not None and record.began:
+            _clear_if_skipped(optimizer, skip)
         return StepResult(record.called if skip is None else skip == 0, norm, scale)
 
     def _forget_steps(self) -> None:
@@ -245,9 +248,30 @@ class Precision:
 
             def note(called: torch.optim.Optimizer, *_: Any) -> None:
                 made.called, made.found_inf = True, getattr(called, "found_inf", None)
+                made.began = not called.state
 
             optimizer.register_step_pre_hook(repeatable(note))
         return record
+
+
+def _clear_if_skipped(optimizer: torch.optim.Optimizer, skip: torch.Tensor) -> None:
+    """Clears the momentum of a fused SGD whose first step was skipped, without asking the host.
+
+    torch makes the buffers of that step without filling them. Skipped, they hold whatever was in
+    that memory, and the next step adds to it.
+
+    Args:
+        optimizer: the optimizer.
+        skip: above 0 where it has skipped the step.
+    """
+    if not isinstance(optimizer, torch.optim.SGD):
+        return
+    with torch.no_grad():
+        for values in optimizer.state.values():
+            buffer = values.get("momentum_buffer")
+            if buffer is not None:
+                there = skip.to(buffer.device, non_blocking=True) > 0
+                buffer.masked_fill_(there, 0.0)
 
 
 def _refuse_self_disabled(scaler: GradScaler, device_type: str) -> None:

@@ -6,6 +6,10 @@ Python's own unpickler runs the same instructions beforehand, in the way that it
 calls "Restricting Globals": what it finds by name and what it makes are stand-ins that check each
 number against the archive, and add up what it would cost. The same check is made of every file that
 is written, before it gets its name: what is saved can be loaded.
+
+One file: each name that a pickle may use has its stand-in here, each stand-in counts for the same
+check, and what is not in the table at the end is refused. Apart from each other they could not be
+read as what they are, one closed list.
 """
 
 from __future__ import annotations

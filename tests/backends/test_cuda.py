@@ -15,6 +15,7 @@ from step_runs import digits
 from crosstrain import backends
 from crosstrain.backends import BackendError
 from crosstrain.backends.legacy import from_arguments
+from crosstrain.engine import Events, create_supervised_trainer
 
 pytestmark = pytest.mark.usefixtures("backend_spec")
 
@@ -116,3 +117,34 @@ def test_a_gpu_that_is_not_there_is_refused() -> None:
 def test_the_index_of_a_device_is_kept() -> None:
     with from_arguments(f"cuda:{torch.cuda.device_count() - 1}", None, False) as backend:
         assert backend.device.index == torch.cuda.device_count() - 1
+
+
+@on_each
+def test_a_graph_of_the_step_has_the_bits_of_the_same_step_called(backend_spec: str) -> None:
+    """The same programs run on the emulated device: `tests/training/test_captured.py`."""
+    batches = [(torch.randn(16, 64), torch.randint(10, (16,))) for _ in range(7)]
+    found: list[Any] = []
+    for capture in (True, False):
+        backend, model, optimizer = make(backend_spec, fused=True, capturable=True)
+        trainer = create_supervised_trainer(
+            model,
+            optimizer,
+            torch.nn.functional.cross_entropy,
+            backend=backend,
+            max_norm=1.0,
+            gradient_accumulation_steps=2,
+            capture=capture,
+        )
+        if not capture:
+            for group in optimizer.param_groups:
+                group["lr"] = torch.full((), group["lr"], device=backend.device)
+        losses: list[float] = []
+        trainer.add_event_handler(
+            Events.ITERATION_COMPLETED, lambda e, told=losses: told.append(e.state.output)
+        )
+        backend.seed(5)
+        with backend.deterministic():
+            trainer.run(batches, max_epochs=3)
+        weights = [value.cpu().tolist() for value in model.state_dict().values()]
+        found.append((losses, weights, trainer.state.applied_steps))
+    assert found[0] == found[1]

@@ -124,8 +124,22 @@ def test_what_the_device_lacks_is_refused_with_its_reason(tell: Tell) -> None:
     assert "is 'emulated', not 'mps'" in told["mps"]
     assert "emulated:1" in told["second"]
     assert "sees 2 devices" in told["third"]
+    # Its device is that of its LOCAL_RANK; what is missing is torchrun's address.
+    assert told["rank 1"].startswith("emulated:1: MASTER_ADDR")
+    assert "LOCAL_RANK=5, but this process sees 2 devices" in told["rank 5"]
+    assert "'emulated:0' cannot hold a tensor" in told["double"]
+    assert "cannot read the random state of 'emulated:0'" in told["state"]
     assert "out of memory" in told["memory"]
     assert "emulated:0 and emulated:1" in told["mixed"]
+
+
+def test_the_example_of_its_page_runs() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "emulated.md").read_text()
+    example = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0]
+    done = subprocess.run(
+        [sys.executable, "-c", example], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_it_is_trained_on_only_where_it_is_asked_for() -> None:

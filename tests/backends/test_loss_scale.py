@@ -257,3 +257,22 @@ def test_accumulated_gradients_carry_one_scale(digits: list[Any]) -> None:
     assert run.backend.step(run.optimizer).loss_scale == 1024.0
     run.backend.sync()
     assert run.backend.state_dict()["scale"] == 2048.0
+
+
+def test_a_first_step_that_is_skipped_leaves_no_momentum() -> None:
+    """Torch's fused SGD leaves its buffers unfilled there: they held what was in that memory."""
+    for _ in range(20):
+        with backends.get("cpu:fp16") as backend:
+            weight = torch.nn.Parameter(torch.ones(1000))
+            optimizer = torch.optim.SGD([weight], 0.1, momentum=0.9, fused=True)
+            # Memory that the buffers may be made in.
+            _ = [torch.full((1000,), 7.0).sum() for _ in range(20)]
+            for gradient in (float("inf"), 1.0):
+                optimizer.zero_grad()
+                backend.backward((weight * gradient).sum() / 65536, optimizer)
+                result = backend.step(optimizer)
+                backend.sync()
+                assert result.applied is (gradient == 1.0)
+            expected = weight.grad
+            assert expected is not None
+            assert torch.equal(optimizer.state[weight]["momentum_buffer"], expected)

@@ -252,6 +252,29 @@ def _problems(kind: Any, check: str) -> list[str]:
     return [finding.problem for finding in check_backend(kind, checks=[check])]
 
 
+class _Double:
+    """A batch of a type that a device cannot hold, as Apple's cannot hold fp64."""
+
+    def to(self, device: torch.device, **_: Any) -> Any:
+        raise TypeError(f"Cannot convert a tensor of {device} to float64")
+
+
+def _of_ranks() -> dict[str, str]:
+    """Opens the accelerator that torch finds as ranks that there are devices for, and none."""
+    told: dict[str, str] = {}
+    for rank, size in ((1, 2), (5, 6)):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+        os.environ.update(place)
+        backend = AcceleratorBackend()
+        try:
+            backend.open()
+        except BackendError as error:
+            told[f"rank {rank}"] = f"{backend.device}: {error}"
+        for name in place:
+            del os.environ[name]
+    return told
+
+
 def refusals(folder: Path) -> dict[str, Any]:
     """What the device lacks, or is told to lack, is refused with the reason."""
     del folder
@@ -270,6 +293,19 @@ def refusals(folder: Path) -> dict[str, Any]:
             told[name] = error.reason
         except BackendError as error:
             told[name] = str(error)
+    told |= _of_ranks()
+    try:
+        get("emulated").open().put(_Double())
+    except BackendError as error:
+        told["double"] = str(error)
+    # A device that tells nobody its random state.
+    kept = type(module).get_rng_state
+    del type(module).get_rng_state
+    try:
+        get("emulated").open().rng_state()
+    except BackendError as error:
+        told["state"] = str(error)
+    type(module).get_rng_state = kept
     with emulated.out_of_memory(after=2):
         made = [torch.ones(3, device="emulated"), torch.ones(3, device="emulated:1")]
         try:
