@@ -7,21 +7,28 @@ All ways save the same model and Adam state (400 MB by default), in turns, in on
 - whole: how much longer five iterations take with the save than the five before it did, the
   thread's work on the same cores included.
 
-    python benchmarks/checkpoint_stall.py [--megabytes 400] [--rounds 7] [--folder DIR]
+    python benchmarks/checkpoint_stall.py [--megabytes 400] [--rounds 7] [--folder DIR] [--s3]
 
 The state is changed between saves by a training step on every parameter. Needs pytorch-ignite.
+With `--s3`, ours saves into a bucket as well, of moto's server on loopback, which takes its share
+of the same cores; it needs moto and s3fs.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
+import socket
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
+import urllib.request
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +38,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from crosstrain.engine import DiskSaver
+from crosstrain.engine.checkpoints.save_handler import RunFacts
 
 Save = Callable[[dict[str, Any]], None]
 ITERATIONS = 5
@@ -118,11 +126,42 @@ def dcp_async(folder: Path, stager: Any) -> Save:
     return save
 
 
-def ours(folder: Path, training: Training, **how: bool) -> Save:
-    """Our DiskSaver: checked free space, hashed, aside, flushed, renamed, flushed."""
+def ours(folder: Path | str, training: Training, **how: bool) -> Save:
+    """Our DiskSaver: checked free space, hashed, aside, flushed, renamed, flushed; or uploaded."""
     saver = DiskSaver(folder, require_empty=False, **how)
-    metadata = {"optimizers": [training.optimizer]}
-    return lambda state: saver(state, "checkpoint.pt", metadata)
+    checkpoint = {"model": training.model, "optimizer": training.optimizer}
+    facts = RunFacts(names=tuple(checkpoint), objects=checkpoint)
+
+    def save(state: dict[str, Any]) -> None:
+        saver.prepare(facts)
+        saver(state, "checkpoint.pt")
+
+    save.wait = saver.wait  # type: ignore[attr-defined]
+    return save
+
+
+@contextlib.contextmanager
+def s3_bucket() -> Generator[str]:
+    """Runs an S3 server; yields the URL of a bucket."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    access = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+    os.environ |= {**dict.fromkeys(access, "none"), "AWS_DEFAULT_REGION": "us-east-1"}
+    os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as server:
+        try:
+            for _ in range(300):
+                with contextlib.suppress(OSError):
+                    socket.create_connection(("127.0.0.1", port)).close()
+                    break
+                time.sleep(0.1)
+            request = urllib.request.Request(f"http://127.0.0.1:{port}/stall", method="PUT")
+            urllib.request.urlopen(request, timeout=60).close()
+            yield "s3://stall"
+        finally:
+            server.kill()
 
 
 def measure(training: Training, save: Save) -> tuple[float, float]:
@@ -151,6 +190,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=400)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--folder", type=Path, default=None, help="on the disk to measure")
+    parser.add_argument("--s3", action="store_true", help="also into a bucket on loopback")
     args = parser.parse_args()
     # torch.distributed.checkpoint warns of what a single process need not heed.
     warnings.filterwarnings("ignore")
@@ -170,10 +210,14 @@ def main() -> None:
             folder, training, background=True, overlap=True
         ),
     }
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, place)
+        if args.s3:
+            url = stack.enter_context(s3_bucket())
+            for how in ({"background": True}, {"background": True, "overlap": True}):
+                name = ", ".join(("DiskSaver, s3://", *how))
+                makers[name] = lambda folder, how=how: ours(f"{url}/{folder.name}", training, **how)
         report(training, makers, place, args.rounds)
-    finally:
-        shutil.rmtree(place)
 
 
 def report(
@@ -184,8 +228,10 @@ def report(
     wholes: dict[str, list[float]] = {name: [] for name in makers}
     saves: dict[str, Save] = {}
     for name, make in makers.items():
-        (place / name).mkdir()
-        saves[name] = make(place / name)
+        # Numbers: some names are no good in a URL.
+        folder = place / str(len(saves))
+        folder.mkdir()
+        saves[name] = make(folder)
     size = sum(p.numel() * 12 for p in training.model.parameters())
     alone: list[float] = []
     for number in range(rounds + 1):
@@ -193,6 +239,7 @@ def report(
             alone.append(undisturbed(training))
             stall, whole = measure(training, save)
             # What is still being written must not disturb the next way.
+            getattr(save, "wait", lambda: None)()
             time.sleep(2.0)
             os.sync()
             if number == 0:

@@ -7,13 +7,19 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from crosstrain.engine import CheckpointError, Manifest
-from crosstrain.engine.checkpoints import PARTS, layout_of, list_checkpoints
+from crosstrain.engine.checkpoints import (
+    PARTS,
+    Location,
+    is_checkpoint,
+    layout_of,
+    list_checkpoints,
+    location_of,
+)
 from crosstrain.engine.guards import is_collection, is_mapping
 
 __all__ = ["Finding", "Part", "add_arguments", "examine", "run"]
@@ -49,7 +55,7 @@ class Finding:
         files: how many files it is; 0 if it is one file and no folder of them.
     """
 
-    path: Path
+    path: Location
     good: bool
     problem: str | None = None
     manifest: Manifest | None = None
@@ -57,7 +63,7 @@ class Finding:
     files: int = 0
 
 
-def examine(path: Path) -> Finding:
+def examine(path: Location) -> Finding:
     """Verifies and reads a checkpoint.
 
     Args:
@@ -133,7 +139,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: the parser of this subcommand.
     """
-    parser.add_argument("path", type=Path, help="a checkpoint, or a folder of them")
+    parser.add_argument(
+        "path", type=location_of, help="a checkpoint, or a folder of them; a path, or a URL"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON in place of text")
 
 
@@ -146,7 +154,7 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         0 if every file is good; 1 if one is not, or cannot be verified, or there is none.
     """
-    path: Path = args.path
+    path: Location = args.path
     try:
         files = _checkpoints(path)
     except CheckpointError as error:
@@ -164,9 +172,9 @@ def run(args: argparse.Namespace) -> int:
     return 0 if findings and verified else 1
 
 
-def _checkpoints(path: Path) -> list[Path]:
+def _checkpoints(path: Location) -> list[Location]:
     """Returns the checkpoints that a path names: itself, or those of a folder."""
-    if not path.is_dir() or layout_of(path) is PARTS:
+    if is_checkpoint(path):
         return [path]
     return [told.path for told in list_checkpoints(path)]
 
@@ -191,7 +199,7 @@ def _lines(finding: Finding) -> Iterator[str]:
     yield from _table(finding.parts)
 
 
-def _told(manifest: Manifest, path: Path, files: int) -> Iterator[str]:
+def _told(manifest: Manifest, path: Location, files: int) -> Iterator[str]:
     saved = datetime.fromtimestamp(manifest.saved_at_ns / 1e9, UTC).isoformat(sep=" ")
     versions: Mapping[str, str] = manifest.versions
     renamed = "" if manifest.file == path.name else f", as {_printable(manifest.file)}"

@@ -29,10 +29,12 @@ from crosstrain.engine.storage.errors import (
     CheckpointError,
     CheckpointMismatch,
     CheckpointNotFound,
+    CheckpointStoreMissing,
     CheckpointUnsafe,
     CheckpointWarning,
     CheckpointWriteError,
 )
+from crosstrain.engine.storage.locations import StorePath
 from crosstrain.engine.storage.manifest import Manifest
 from crosstrain.engine.training.captured import Captured
 from crosstrain.engine.training.evaluation import EvaluationStep
@@ -84,6 +86,7 @@ __all__ = [
     "CheckpointEvents",
     "CheckpointMismatch",
     "CheckpointNotFound",
+    "CheckpointStoreMissing",
     "CheckpointUnsafe",
     "CheckpointWarning",
     "CheckpointWriteError",
@@ -120,6 +123,7 @@ __all__ = [
     "State",
     "StepEvents",
     "StepOptions",
+    "StorePath",
     "TrainingStep",
     "agree",
     "convert_tensor",

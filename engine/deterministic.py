@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import torch
 
 from crosstrain.backends import random_state
+from crosstrain.engine.data.attributes import plain_or_none
 from crosstrain.engine.data.cursor import Cursor
 from crosstrain.engine.data.sampling import ReproducibleBatchSampler, update_dataloader
 from crosstrain.engine.data.shares import BatchShare, Shards, check_shards, world_of
 from crosstrain.engine.data.streams import ALL_STREAMS, StreamKey
+from crosstrain.engine.exact.forgotten import Forgotten
 from crosstrain.engine.exact.laid_over import LaidOver
 from crosstrain.engine.exact.porting import port
 from crosstrain.engine.exact.rank_states import RANKS, SHARDS, check_same_shards, gathered, own_part
@@ -28,7 +30,7 @@ from crosstrain.engine.exact.snapshot import (
     report_differences,
     step_state,
 )
-from crosstrain.engine.exact.unnamed import unnamed_sources
+from crosstrain.engine.exact.unnamed import functions_of, unnamed_sources
 from crosstrain.engine.ranks.agreed_seed import agreed_seed
 from crosstrain.engine.training.own_step import OwnStep
 
@@ -160,6 +162,9 @@ class DeterministicEngine(Engine):
         self._defers = False
         self._put_back: list[str] = []
         self._told_unnamed = False
+        # What the step and handlers refer to, as the run's first epoch begins.
+        self._begun: Forgotten | None = None
+        self._told: set[str] = set()
         self._conditions: dict[str, Any] | None = None
 
     @property
@@ -212,7 +217,12 @@ class DeterministicEngine(Engine):
         values["epoch_rng_states"] = None if values["progress"]["ended"] else self._epoch_states
         values["backend"] = None if self.backend is None else self.backend.state_dict()
         values["step"] = step_state(self._step)
+        values["shown"] = {
+            "output": plain_or_none(state.output),
+            "metrics": plain_or_none(state.metrics) or {},
+        }
         self._tell_unnamed()
+        self._tell_forgotten()
         if self.checks.unnamed != "off" and (lost := self._cursor.lost()):
             Proof().differs(
                 f"A resumed run will begin without what has changed of {', '.join(lost)}: it is "
@@ -231,17 +241,50 @@ class DeterministicEngine(Engine):
         if self._told_unnamed or self.checks.unnamed == "off":
             return
         self._told_unnamed = True
-        functions = {"the step": self._process_function}
-        for event, function in self._handlers.all_bound():
-            name = getattr(function, "__qualname__", type(function).__qualname__)
-            functions[f"{name} (a handler of {event})"] = function
-        found = unnamed_sources(functions, {*self.named_beside, id(self.state.dataloader)})
+        found = unnamed_sources(self._functions(), self._named_elsewhere())
         if found:
             Proof().differs(
                 f"A resumed run will draw other values from {'; '.join(found)}: that has a "
                 "position or random states of its own, and no checkpoint holds them. Wrap it in "
                 "ResumableSource and name that in to_save, or draw from the global generators. If "
                 "what it gives is not used in training: checks=Checks(unnamed='off').",
+                self.checks.unnamed,
+            )
+
+    def _functions(self) -> dict[str, Any]:
+        """Returns the step and the handlers, by what to call them."""
+        functions = {"the step": self._process_function}
+        for event, function in self._handlers.all_bound():
+            name = getattr(function, "__qualname__", type(function).__qualname__)
+            functions[f"{name} (a handler of {event})"] = function
+        return {**functions, **functions_of(self.state.dataloader)}
+
+    def _named_elsewhere(self) -> set[int]:
+        known = {*self.named_beside, id(self.state.dataloader), id(self)}
+        return known | {id(value) for value in self._structured().values()}
+
+    def _structured(self) -> dict[str, Any]:
+        return named(self.objects, self.saved_beside)
+
+    def _forgotten(self) -> Forgotten:
+        keys = self.state_dict_user_keys
+        return Forgotten(self._functions(), self._named_elsewhere(), self.state, keys)
+
+    def _tell_forgotten(self) -> None:
+        """Says what the step and handlers have changed, and read, that no checkpoint holds."""
+        begun = self._begun
+        if begun is None or self.checks.unnamed == "off":
+            return
+        changed = [name for name in self._forgotten().changed(begun) if name not in self._told]
+        if changed:
+            self._told.update(changed)
+            Proof().differs(
+                f"A resumed run will begin without what has changed of {'; '.join(changed)}: the "
+                "step or a handler reads it, and no checkpoint holds it. Name what has a "
+                "state_dict, such as a scheduler or an average of the weights, in to_save; keep "
+                "other things in an object that has one, or in trainer.state, with their names in "
+                "trainer.state_dict_user_keys. If what is trained does not depend on it: "
+                "checks=Checks(unnamed='off').",
                 self.checks.unnamed,
             )
 
@@ -346,6 +389,9 @@ class DeterministicEngine(Engine):
         place.owed |= END_EPOCH * progress["ends"] | QUIET_EPOCH * progress["quiet"]
         if not (progress["ended"] or progress["ends"]):
             place.owed |= NO_BATCHES * (progress["done"] == self.state.epoch_length)
+        shown = snapshot.get("shown", {"output": None, "metrics": {}})
+        self.state.raw_output = shown["output"]
+        self.state.metrics = {**shown["metrics"], **self.state.metrics}
         self._laid_over = None
         if any(map(self.has_users_handler, (Events.STARTED, Events.EPOCH_STARTED))):
             self._laid_over = LaidOver(self.loaded_with)
@@ -480,6 +526,7 @@ class DeterministicEngine(Engine):
         return StreamKey(seed, 0, self._streams)
 
     def _begins(self) -> None:
+        self._begun = None
         self.state.seed = agreed_seed(self.state.seed, self.backend)
         self._cursor.watch(self.state.dataloader)
         snapshot = self._full_snapshot()
@@ -502,6 +549,8 @@ class DeterministicEngine(Engine):
                 restore_random_states(snapshot["rng_states"], self.backend)
             else:
                 self._repeat_beginning(snapshot)
+        if self._begun is None and self.checks.unnamed != "off":
+            self._begun = self._forgotten()
         self._epoch_states = random_states(self.backend)
 
     def _ends(self) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import Any, Final, TypeGuard
 
 import numpy as np
 
 __all__ = [
+    "OTHER_PACKAGES",
     "is_array",
     "is_collection",
     "is_exact_dict",
@@ -17,7 +19,13 @@ __all__ = [
     "is_mapping",
     "is_path",
     "is_sequence",
+    "is_users_object",
 ]
+
+#: Objects of these packages are not looked into: what they keep is theirs.
+OTHER_PACKAGES: Final = frozenset(
+    {"crosstrain", "ignite", "numpy", "rich", "tensorboard", "torch", "torchdata", "tqdm", "wandb"}
+)
 
 
 def is_mapping(value: object) -> TypeGuard[Mapping[Any, Any]]:
@@ -58,3 +66,12 @@ def is_exact_list(value: object) -> TypeGuard[list[Any]]:
 def is_exact_dict(value: object) -> TypeGuard[dict[Any, Any]]:
     """Tells whether a value is a dictionary, and no instance of a subclass."""
     return type(value) is dict
+
+
+def is_users_object(value: object) -> bool:
+    """Tells whether a value is an object with attributes, of a class of the user's."""
+    kind: Any = type(value)
+    root = kind.__module__.partition(".")[0]
+    if root in OTHER_PACKAGES or root in sys.stdlib_module_names:
+        return False
+    return isinstance(getattr(value, "__dict__", None), dict)

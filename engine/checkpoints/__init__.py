@@ -1,6 +1,17 @@
 """Checkpoints as users meet them: saved by handlers, found again, loaded, and resumed from."""
 
-from .layouts import PARTS, layout_of, list_checkpoints
+from crosstrain.engine.storage.locations import Location, location_of
+
+from .layouts import PARTS, is_checkpoint, layout_of, list_checkpoints
 from .objects import check_objects, unsaved_objects
 
-__all__ = ["PARTS", "check_objects", "layout_of", "list_checkpoints", "unsaved_objects"]
+__all__ = [
+    "PARTS",
+    "Location",
+    "check_objects",
+    "is_checkpoint",
+    "layout_of",
+    "list_checkpoints",
+    "location_of",
+    "unsaved_objects",
+]

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, cast
 
 from crosstrain.engine.events import EventEnum, Events
 from crosstrain.engine.proof import Checks, Proof
+from crosstrain.engine.storage.locations import Location, StorePath, location_of
 
 from .loading import Latest, find_latest, load_objects
 from .objects import OWN_NAME, check_objects, gather_states, introduce
@@ -42,8 +43,8 @@ class Checkpoint:
         to_save: objects by name, or nests of them; each has `state_dict` and `load_state_dict`.
             Of a `DistributedDataParallel`, `DataParallel` or compiled model the module inside it is
             saved. A single object's state is the file's whole content.
-        save_handler: a folder (see `DiskSaver`), a `BaseSaveHandler`, or a function of (checkpoint,
-            filename) or (checkpoint, filename, metadata).
+        save_handler: a folder, or its URL in a store (see `DiskSaver`), a `BaseSaveHandler`, or a
+            function of (checkpoint, filename) or (checkpoint, filename, metadata).
         filename_prefix: the first part of the file's name.
         score_function: called with the engine; returns the score, of which the highest are kept.
         score_name: the score's name; without a `score_function`, that of the engine's metric.
@@ -221,14 +222,14 @@ class Checkpoint:
         )
 
     @property
-    def last_checkpoint(self) -> str | Path | None:
-        """The saved file of the highest priority: its path if on a disk, else its name, or None."""
+    def last_checkpoint(self) -> str | Location | None:
+        """The saved file of the highest priority: where it is, or else its name, or None."""
         pending = None if self._pending is None else self._pending.job.filename
         names = [item.filename for item in self._saved if item.filename != pending]
         if not names:
             return None
         path = self._saver.path_of(names[-1])
-        return path if isinstance(path, Path) else names[-1]
+        return path if isinstance(path, (Path, StorePath)) else names[-1]
 
     def reset(self) -> None:
         """Forgets the saved files, so that none of them is removed; for engines that run anew."""
@@ -283,7 +284,8 @@ class Checkpoint:
         Args:
             to_load: the objects by name, or nests of them; with a single one, the checkpoint may be
                 its state itself.
-            checkpoint: a path, what `Checkpoint.latest` returned, or what `torch.load` returned.
+            checkpoint: a path or a URL, what `Checkpoint.latest` returned, or what `torch.load`
+                returned.
             checks: how strict it is about what it measures; by default, that of an engine in
                 `to_load`, or `Checks()`. Without an engine, weights that are cast to a model's
                 own dtype are a warning only.
@@ -309,7 +311,7 @@ class Checkpoint:
         """Finds the newest good checkpoint of a folder: the last one saved that is whole.
 
         Args:
-            dirname: the folder.
+            dirname: the folder, or its URL in a store.
             objects: names that it must hold.
 
         Returns:
@@ -319,7 +321,7 @@ class Checkpoint:
         Raises:
             CheckpointNotFound: if there is no such folder.
         """
-        return find_latest(Path(dirname).expanduser(), objects)
+        return find_latest(location_of(dirname), objects)
 
     def reload_objects(
         self,

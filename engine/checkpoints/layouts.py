@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import re
-import secrets
-import shutil
-import stat
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from crosstrain.engine.errors import warn_user
-from crosstrain.engine.storage.archive import read_archive
-from crosstrain.engine.storage.atomic import open_regular, remove_leftover
+from crosstrain.engine.storage.archive import read_comment
 from crosstrain.engine.storage.errors import (
     CheckpointCorrupt,
     CheckpointError,
     CheckpointNotFound,
-    CheckpointWarning,
-    CheckpointWriteError,
 )
+from crosstrain.engine.storage.folder import Entry
+from crosstrain.engine.storage.folders import folder_at
+from crosstrain.engine.storage.locations import Location
 from crosstrain.engine.storage.manifest import Manifest
 from crosstrain.engine.storage.parts_read import ENDING, Parts, is_in_parts, own_states
-from crosstrain.engine.storage.parts_write import ASIDE, LEFTOVER
 from crosstrain.engine.storage.safe_load import LoadedFile, load_file, verify_file
 
 from .parts import filled
@@ -35,13 +28,13 @@ __all__ = [
     "Layout",
     "Told",
     "doubt_of",
+    "endings",
+    "is_checkpoint",
     "layout_of",
     "list_checkpoints",
-    "names_in",
+    "newest_first",
     "newest_time",
 ]
-
-_logger = logging.getLogger(__name__)
 
 
 class Layout(Protocol):
@@ -49,15 +42,15 @@ class Layout(Protocol):
 
     ending: str
 
-    def path_of(self, folder: Path, filename: str) -> Path:
+    def path_of(self, folder: Location, filename: str) -> Location:
         """Returns where the checkpoint lies that was saved under a name."""
         ...
 
-    def is_one(self, path: Path, mode: int) -> bool:
+    def is_one(self, entry: Entry) -> bool:
         """Tells whether what has such a name can be one, by its kind of file."""
         ...
 
-    def manifest(self, path: Path) -> Manifest:
+    def manifest(self, path: Location) -> Manifest:
         """Reads what a checkpoint says of itself, and nothing else.
 
         Raises:
@@ -66,7 +59,7 @@ class Layout(Protocol):
         """
         ...
 
-    def verify(self, path: Path) -> Manifest | None:
+    def verify(self, path: Location) -> Manifest | None:
         """Checks that every byte is as it was written.
 
         Raises:
@@ -74,19 +67,11 @@ class Layout(Protocol):
         """
         ...
 
-    def read(self, path: Path) -> LoadedFile:
+    def read(self, path: Location) -> LoadedFile:
         """Reads all of it into memory, verified, on the CPU.
 
         Raises:
             CheckpointError: if it is damaged, or not safe.
-        """
-        ...
-
-    def remove(self, path: Path) -> None:
-        """Removes a checkpoint, if it is there.
-
-        Raises:
-            CheckpointWriteError: if it cannot be removed.
         """
         ...
 
@@ -96,15 +81,15 @@ class _File:
 
     ending = ".pt"
 
-    def path_of(self, folder: Path, filename: str) -> Path:
+    def path_of(self, folder: Location, filename: str) -> Location:
         return folder / filename
 
-    def is_one(self, path: Path, mode: int) -> bool:
-        return stat.S_ISREG(mode)
+    def is_one(self, entry: Entry) -> bool:
+        return entry.is_file
 
-    def manifest(self, path: Path) -> Manifest:
-        with open_regular(path) as file:
-            comment = read_archive(file.fileno()).comment
+    def manifest(self, path: Location) -> Manifest:
+        with folder_at(path.parent).peek(path.name) as file:
+            comment = read_comment(file)
         if comment:
             return Manifest.decode(comment)
         raise CheckpointCorrupt(
@@ -112,24 +97,11 @@ class _File:
             "trust it to be whole"
         )
 
-    def verify(self, path: Path) -> Manifest | None:
+    def verify(self, path: Location) -> Manifest | None:
         return verify_file(path)
 
-    def read(self, path: Path) -> LoadedFile:
+    def read(self, path: Location) -> LoadedFile:
         return load_file(path)
-
-    def remove(self, path: Path) -> None:
-        try:
-            path.unlink(missing_ok=True)
-        except IsADirectoryError:
-            return
-        except OSError as error:
-            raise CheckpointWriteError(
-                f"Old checkpoint {path} could not be removed: {error.strerror or error}. The new "
-                "one is saved",
-                error,
-                path,
-            ) from error
 
 
 class _Parts:
@@ -137,59 +109,26 @@ class _Parts:
 
     ending = ENDING
 
-    def path_of(self, folder: Path, filename: str) -> Path:
+    def path_of(self, folder: Location, filename: str) -> Location:
         return folder / (Path(filename).stem + ENDING)
 
-    def is_one(self, path: Path, mode: int) -> bool:
-        return stat.S_ISDIR(mode)
+    def is_one(self, entry: Entry) -> bool:
+        return entry.is_folder
 
-    def manifest(self, path: Path) -> Manifest:
+    def manifest(self, path: Location) -> Manifest:
         return Parts.open(path).manifest
 
-    def verify(self, path: Path) -> Manifest:
+    def verify(self, path: Location) -> Manifest:
         found = Parts.open(path)
         found.verify()
         found.index()
         return found.manifest
 
-    def read(self, path: Path) -> LoadedFile:
+    def read(self, path: Location) -> LoadedFile:
         found = Parts.open(path)
         found.verify()
         states, places, _ = own_states(found, 0)
         return LoadedFile(found.path, found.manifest, filled(found, states, places, {}))
-
-    def remove(self, path: Path) -> None:
-        """Takes a checkpoint's name away at once, then its files; a warning if it cannot."""
-        aside = path.with_name(f"{LEFTOVER[0]}{secrets.token_hex(8)}{LEFTOVER[1]}")
-        try:
-            os.rename(path, aside)
-            shutil.rmtree(aside)
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            # No error: it would end this process only, and the others would wait for it.
-            warn_user(
-                f"Old checkpoint {path} could not be removed: {error.strerror or error}. The new "
-                "one is saved",
-                CheckpointWarning,
-            )
-
-    def remove_leftovers(self, folder: Path) -> list[str]:
-        """Removes what killed processes have left, and puts back what was set aside for a moment.
-
-        Only call it while holding the folder's lock.
-        """
-        removed: list[str] = []
-        for entry in sorted(folder.iterdir()):
-            home = folder / entry.name.removeprefix(ASIDE)
-            if entry.name.startswith(ASIDE) and not home.exists():
-                os.rename(entry, home)
-            elif entry.name.startswith(ASIDE) or (
-                entry.name.startswith(LEFTOVER[0]) and entry.name.endswith(LEFTOVER[1])
-            ):
-                remove_leftover(entry)
-                removed.append(entry.name)
-        return removed
 
 
 FILE = _File()
@@ -197,28 +136,33 @@ PARTS = _Parts()
 _LAYOUTS: tuple[Layout, ...] = (FILE, PARTS)
 
 
-def layout_of(path: Path) -> Layout:
+def layout_of(path: Location) -> Layout:
     """Returns the form that a checkpoint has, by what is at its path."""
     return PARTS if is_in_parts(path) else FILE
+
+
+def is_checkpoint(path: Location) -> bool:
+    """Tells whether a path is to be looked at as a checkpoint, and not as a folder of them."""
+    if isinstance(path, Path):
+        return not path.is_dir() or is_in_parts(path)
+    return path.name.endswith(endings()) or is_in_parts(path)
 
 
 class Told(NamedTuple):
     """A checkpoint of a folder: its path, its form, and what it says of itself, or why nothing."""
 
-    path: Path
+    path: Location
     layout: Layout
     manifest: Manifest | CheckpointError
+    modified_ns: int = 0
 
 
-def names_in(folder: Path) -> list[str]:
-    """Returns the names of the checkpoints in a folder, by their endings."""
-    endings = tuple(layout.ending for layout in _LAYOUTS)
-    return sorted(
-        name for name in os.listdir(folder) if name.endswith(endings) and not name.startswith(".")
-    )
+def endings() -> tuple[str, ...]:
+    """Returns how the names of checkpoints end."""
+    return tuple(layout.ending for layout in _LAYOUTS)
 
 
-def list_checkpoints(folder: Path, names: re.Pattern[str] | None = None) -> list[Told]:
+def list_checkpoints(folder: Location, names: re.Pattern[str] | None = None) -> list[Told]:
     """Lists the checkpoints of a folder, newest first, with what each says of itself.
 
     Only the manifests are read. Those that do not tell their age, because theirs is missing or
@@ -232,7 +176,7 @@ def list_checkpoints(folder: Path, names: re.Pattern[str] | None = None) -> list
         CheckpointNotFound: if there is no such folder.
     """
     try:
-        present = names_in(folder)
+        present = folder_at(folder).entries(endings())
     except FileNotFoundError:
         raise CheckpointNotFound(f"There is no folder {folder}") from None
     except OSError as error:
@@ -240,45 +184,41 @@ def list_checkpoints(folder: Path, names: re.Pattern[str] | None = None) -> list
             f"{folder} cannot be read as a folder: {error.strerror or error}"
         ) from error
     found: list[Told] = []
-    for name in present:
-        layout = next(layout for layout in _LAYOUTS if name.endswith(layout.ending))
-        if names is None or names.fullmatch(name.removesuffix(layout.ending)):
-            told = _told(folder / name, layout)
+    for entry in present:
+        layout = next(layout for layout in _LAYOUTS if entry.name.endswith(layout.ending))
+        if names is None or names.fullmatch(entry.name.removesuffix(layout.ending)):
+            told = _told(folder / entry.name, layout, entry)
             if told is not None:
                 found.append(told)
-    return sorted(found, key=_age, reverse=True)
+    return newest_first(found)
 
 
-def _told(path: Path, layout: Layout) -> Told | None:
+def newest_first(listed: Iterable[Told]) -> list[Told]:
+    """Sorts checkpoints as `list_checkpoints` does; of the same age, the first stays the first."""
+    return sorted(listed, key=_age, reverse=True)
+
+
+def _told(path: Location, layout: Layout, entry: Entry) -> Told | None:
+    doubt: CheckpointError
+    if entry.lost is not None:
+        return Told(path, layout, CheckpointCorrupt(entry.lost), entry.modified_ns)
+    if not layout.is_one(entry):
+        return None
     try:
-        mode = path.stat().st_mode
-        if not layout.is_one(path, mode):
-            return None
-        return Told(path, layout, layout.manifest(path))
-    except FileNotFoundError as error:
-        if path.is_symlink():
-            where = os.readlink(path)
-            lost = f"it is a link to {where}, where nothing is: is that disk mounted?"
-            return Told(path, layout, CheckpointCorrupt(lost))
-        if isinstance(error, CheckpointError):
-            return Told(path, layout, error)
+        return Told(path, layout, layout.manifest(path), entry.modified_ns)
+    except CheckpointError as error:
+        doubt = error
+    except FileNotFoundError:
         return None
     except OSError as error:
-        if isinstance(error, CheckpointError):
-            return Told(path, layout, error)
-        unreadable = CheckpointCorrupt(f"it cannot be read: {error.strerror or error}")
-        return Told(path, layout, unreadable)
-    except CheckpointError as error:
-        return Told(path, layout, error)
+        doubt = CheckpointCorrupt(f"it cannot be read: {error.strerror or error}")
+    return Told(path, layout, doubt, entry.modified_ns)
 
 
 def _age(told: Told) -> tuple[bool, int, str]:
     if isinstance(told.manifest, Manifest) and told.manifest.is_believable:
         return False, told.manifest.saved_at_ns, told.path.name
-    try:
-        return True, told.path.stat().st_mtime_ns, told.path.name
-    except OSError:
-        return True, 0, told.path.name
+    return True, told.modified_ns, told.path.name
 
 
 def newest_time(listed: list[Told]) -> int:

@@ -6,7 +6,6 @@ import logging
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import distributed
@@ -24,6 +23,7 @@ from crosstrain.engine.storage.errors import (
     CheckpointNotFound,
     CheckpointWarning,
 )
+from crosstrain.engine.storage.locations import Location, location_of
 from crosstrain.engine.storage.manifest import Manifest
 from crosstrain.engine.storage.parts_read import Parts, is_in_parts, own_states
 from crosstrain.engine.storage.safe_load import LoadedFile, load_file
@@ -61,7 +61,7 @@ def load_objects(
     check_objects(to_load, "load_state_dict", "to_load")
     if isinstance(checkpoint, Mapping):
         return restore(to_load, checkpoint, None, kwargs, checks)
-    path = Path(os.fspath(checkpoint)).expanduser()
+    path = checkpoint.place if isinstance(checkpoint, Latest) else location_of(checkpoint)
     if is_in_parts(path):
         return load_parts(to_load, verified_parts(path), checks, **kwargs)
     goes_on = any(isinstance(value, Engine) for _, value in walk_objects(to_load))
@@ -82,7 +82,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
     `torch.save` to turn it into an ordinary file.
 
     Args:
-        path: the file, or the folder of parts.
+        path: the file, or the folder of parts; a URL where it is in a store.
 
     Returns:
         Plain types and tensors, as `torch.load` returns them; of parts, of what is each process's
@@ -93,7 +93,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
         CheckpointCorrupt: if it is damaged.
         CheckpointUnsafe: if it cannot be loaded without running code.
     """
-    where = Path(path).expanduser()
+    where = location_of(path)
     return layout_of(where).read(where).state
 
 
@@ -122,7 +122,7 @@ def _tell_doubts(loaded: LoadedFile) -> None:
 class PassedOver:
     """A checkpoint that is not the newest good one, though it is newer or of unknown age."""
 
-    path: Path
+    path: Location
     reason: str
 
 
@@ -137,8 +137,8 @@ class Latest:
         passed_over: those before it, and why they are not it.
     """
 
-    folder: Path
-    path: Path | None
+    folder: Location
+    path: Location | None
     manifest: Manifest | None
     passed_over: tuple[PassedOver, ...]
 
@@ -151,9 +151,18 @@ class Latest:
         Raises:
             CheckpointNotFound: if there is no good checkpoint; says what was passed over and why.
         """
+        return str(self.place)
+
+    @property
+    def place(self) -> Location:
+        """The path.
+
+        Raises:
+            CheckpointNotFound: as `__fspath__` does.
+        """
         if self.path is None:
             raise CheckpointNotFound(self.describe())
-        return str(self.path)
+        return self.path
 
     def describe(self) -> str:
         """Says in words what was found."""
@@ -162,7 +171,7 @@ class Latest:
         return f"{self.folder}: {found}" + (f". Passed over: {over}" if over else "")
 
 
-def find_latest(folder: Path, objects: Collection[str] = ()) -> Latest:
+def find_latest(folder: Location, objects: Collection[str] = ()) -> Latest:
     """Does what `Checkpoint.latest` documents."""
     passed_over: list[PassedOver] = []
     for told in list_checkpoints(folder):
@@ -177,7 +186,7 @@ def find_latest(folder: Path, objects: Collection[str] = ()) -> Latest:
     return Latest(folder, None, None, tuple(passed_over))
 
 
-def pass_over(path: Path, reason: str, passed_over: list[PassedOver]) -> None:
+def pass_over(path: Location, reason: str, passed_over: list[PassedOver]) -> None:
     """Notes, in the log too, why a checkpoint is not the one."""
     _logger.warning("Passed over %s: %s", path, reason)
     passed_over.append(PassedOver(path, reason))
@@ -186,7 +195,7 @@ def pass_over(path: Path, reason: str, passed_over: list[PassedOver]) -> None:
 # ------------------------------------------------------------------ a checkpoint in parts
 
 
-def verified_parts(path: Path) -> Parts:
+def verified_parts(path: Location) -> Parts:
     """Opens and verifies a checkpoint in parts; the processes share the work, all call it together.
 
     Args:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, cast
+
+from crosstrain.engine.storage.locations import Location
 
 from .handler import Checkpoint
 from .objects import check_objects
@@ -21,7 +22,7 @@ class ModelCheckpoint(Checkpoint):
     `trainer.add_event_handler(event, ModelCheckpoint(folder, "prefix"), {"model": model})`.
 
     Args:
-        dirname: the folder.
+        dirname: the folder, or its URL in a store.
         filename_prefix: the first part of the files' names.
         score_function: see `Checkpoint`, as all that follow except:
         score_name: the score's name.
@@ -89,9 +90,9 @@ class ModelCheckpoint(Checkpoint):
         )
 
     @property
-    def last_checkpoint(self) -> Path | None:
+    def last_checkpoint(self) -> Location | None:
         """The path of the saved file of the highest priority; None before the first."""
-        return cast("Path | None", super().last_checkpoint)
+        return cast("Location | None", super().last_checkpoint)
 
     def __call__(self, engine: Any, to_save: Mapping[str, Any]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Saves the objects, if the score is high enough.

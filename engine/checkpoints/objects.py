@@ -6,7 +6,6 @@ import contextlib
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -31,6 +30,7 @@ from crosstrain.engine.storage.errors import (
     CheckpointMismatch,
     CheckpointWarning,
 )
+from crosstrain.engine.storage.locations import Location
 from crosstrain.engine.storage.mapped import Mapped
 from crosstrain.engine.structure import named, rebuild_groups, recordable
 
@@ -155,7 +155,7 @@ def unsaved_objects(trainer: Any, objects: Mapping[str, Any]) -> list[str]:
 def restore(
     to_load: Mapping[str, Any],
     state: Any,
-    path: Path | None,
+    path: Location | None,
     kwargs: Mapping[str, Any],
     checks: Checks | None = None,
     bare: bool | None = None,

@@ -21,10 +21,12 @@ from crosstrain.engine.proof import Proof
 from crosstrain.engine.ranks.agreement import agreement_of
 from crosstrain.engine.ranks.world import this_rank
 from crosstrain.engine.storage.errors import CheckpointError
+from crosstrain.engine.storage.locations import Location
 
-from .handler import Checkpoint
+from .handler import Checkpoint, CheckpointEvents
 from .loading import Latest, PassedOver
 from .objects import check_objects, unsaved_objects
+from .remote import RemoteCopies
 from .save_request import warn_of_repeated_data
 from .stop_signals import StopSignals
 
@@ -43,6 +45,7 @@ class ResumableRun:
         checkpoint: the handler that saves.
         latest: the checkpoint that was restored, and those passed over.
         signals: what ends the run in order.
+        remote: copies some of the checkpoints to a store; None if none are to be.
     """
 
     def __init__(
@@ -51,8 +54,12 @@ class ResumableRun:
         checkpoint: Checkpoint,
         latest: Latest,
         signals: Sequence[signal.Signals],
+        remote: RemoteCopies | None = None,
     ) -> None:
         self.checkpoint = checkpoint
+        self._remote = remote
+        self._remote_due = False
+        self._to_copy: int | None = None
         self._engine = weakref.ref(trainer)
         self._latest = latest
         self._proof = trainer.proof
@@ -68,7 +75,7 @@ class ResumableRun:
         self._finished = (trainer.state.iteration, trainer.state.epoch) if finished else None
 
     @property
-    def resumed_from(self) -> Path | None:
+    def resumed_from(self) -> Location | None:
         """The checkpoint that was restored; None if the run starts from the beginning."""
         return self._latest.path
 
@@ -102,15 +109,24 @@ class ResumableRun:
         assert trainer is not None, "who calls this is a handler of it"
         return trainer
 
-    def attach(self, event: Any) -> None:
+    def attach(self, event: Any, remote_event: Any = None) -> None:
         """Attaches the saving to the engine.
 
         Args:
             event: when a checkpoint is due.
+            remote_event: when one is that is copied to a store; None: each of them.
         """
         trainer = self._trainer
         trainer.restartable = True
         trainer.add_event_handler(event, self._mark)
+        if self._remote is not None:
+            if remote_event is None:
+                remote_event = event
+            trainer.add_event_handler(remote_event, self._mark_remote)
+            if not trainer.has_registered_events(Checkpoint.SAVED_CHECKPOINT):
+                trainer.register_events(*CheckpointEvents)
+            trainer.add_event_handler(Checkpoint.SAVED_CHECKPOINT, self._copy)
+            trainer.add_event_handler(Events.ITERATION_COMPLETED, self._remote.ask)
         trainer.add_event_handler(Events.STARTED, self._begin)
         # Whatever else happens after an iteration, such as a scheduler's step, must have happened
         # before it is saved.
@@ -125,6 +141,18 @@ class ResumableRun:
 
     def _mark(self) -> None:
         self._due = True
+
+    def _mark_remote(self) -> None:
+        self._due = self._remote_due = True
+
+    def _copy(self) -> None:
+        """Begins to copy the checkpoint that is on the disk by now, if it is one that is due."""
+        if self._remote is None or self._to_copy is None or self._to_copy != self._saved:
+            return
+        path = self.checkpoint.last_checkpoint
+        assert isinstance(path, Path)
+        iteration, self._to_copy = self._to_copy, None
+        self._remote.copy(path, iteration)
 
     def _begin(self) -> None:
         trainer = self._trainer
@@ -161,6 +189,11 @@ class ResumableRun:
             _logger.warning("%s: saved at iteration %d; the run has ended.", stop.name, iteration)
 
     def _wait_for_save(self) -> None:
+        self._wait_for_disk()
+        if self._remote is not None:
+            self._remote.wait()
+
+    def _wait_for_disk(self) -> None:
         try:
             self.checkpoint.wait()
         except (CheckpointError, RankFailed):
@@ -215,11 +248,26 @@ class ResumableRun:
                 trainer.state.iteration,
                 " Ctrl-C once more ends it at once." if stop == signal.SIGINT else "",
             )
+        # The disk may go with the machine: what a run ends with is in the store, whatever is due.
+        ends = done or stop is not None or bool(trainer.should_terminate)
+        remote = self._remote_due or ends
+        self._remote_due = False
         if trainer.state.iteration != self._saved:
-            self.checkpoint(trainer)
-            self._saved = trainer.state.iteration
+            self._save(trainer, remote)
         if stop is not None and not trainer.should_terminate:
             trainer.terminate(goes_on=True)
+
+    def _save(self, trainer: Engine, remote: bool) -> None:
+        if self._remote is not None:
+            # That the one before is on the disk is said now, and not of this one.
+            self.checkpoint.wait()
+        before, self._to_copy = self._saved, trainer.state.iteration if remote else None
+        self._saved = trainer.state.iteration
+        try:
+            self.checkpoint(trainer)
+        except BaseException:
+            self._saved, self._to_copy = before, None
+            raise
 
     def _deals_with(self, error: BaseException) -> bool:
         """Ends the run in order where it is to end, and the next batch cannot be fetched any more.
@@ -255,6 +303,8 @@ def begin(
     latest: Latest,
     signals: Sequence[signal.Signals],
     event: Any,
+    remote: RemoteCopies | None = None,
+    remote_event: Any = None,
 ) -> ResumableRun:
     """Returns a run whose objects have been restored, attached to its engine, and says from what.
 
@@ -264,6 +314,8 @@ def begin(
         latest: likewise.
         signals: likewise.
         event: when a checkpoint is due.
+        remote: see `ResumableRun`.
+        remote_event: when a checkpoint is due that is copied; None: each.
     """
     manifest = latest.manifest
     if not latest:
@@ -273,8 +325,8 @@ def begin(
             ("unknown", "unknown") if manifest is None else (manifest.iteration, manifest.epoch)
         )
         say(f"Resumed from {latest.path}: iteration {iteration}, epoch {epoch}.")
-    run = ResumableRun(trainer, checkpoint, latest, signals)
-    run.attach(event)
+    run = ResumableRun(trainer, checkpoint, latest, signals, remote)
+    run.attach(event, remote_event)
     return run
 
 

@@ -12,30 +12,40 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from crosstrain.engine.engine import Engine
 from crosstrain.engine.proof import Checks
 from crosstrain.engine.ranks.agreement import agree
 from crosstrain.engine.ranks.line import Line, has_ranks
+from crosstrain.engine.ranks.world import this_rank
 from crosstrain.engine.spread import is_sharded
 from crosstrain.engine.storage.errors import (
     CheckpointCorrupt,
     CheckpointError,
     CheckpointNotFound,
 )
+from crosstrain.engine.storage.locations import Location, StorePath, location_of
 from crosstrain.engine.storage.manifest import Manifest
 from crosstrain.engine.storage.parts_read import Parts
 from crosstrain.engine.storage.safe_load import LoadedFile, load_file
 
 from .handler import Checkpoint
-from .layouts import PARTS, Told, doubt_of, layout_of, list_checkpoints, newest_time
+from .layouts import (
+    PARTS,
+    Told,
+    doubt_of,
+    layout_of,
+    list_checkpoints,
+    newest_first,
+    newest_time,
+)
 from .loading import Latest, PassedOver, load_parts, pass_over
 from .objects import restore, to_own
+from .remote import RemoteCopies
 from .resumable import ResumableRun, begin, event_of, with_trainer
 from .retention import Item
-from .saver import DiskSaver
+from .saver import DiskSaver, no_parts_in
 from .stop_signals import STOP_SIGNALS
 
 __all__ = ["resume_or_start"]
@@ -57,6 +67,8 @@ def resume_or_start(
     resume_from: str | os.PathLike[str] | None = None,
     signals: Sequence[signal.Signals] = STOP_SIGNALS,
     checks: Checks | None = None,
+    remote: str | os.PathLike[str] | None = None,
+    every_remote: Any = None,
 ) -> ResumableRun:
     """Restores a run from the newest good checkpoint of a folder, if any, and saves it there.
 
@@ -72,7 +84,8 @@ def resume_or_start(
     Args:
         trainer: the engine; saved as `trainer` unless `to_save` holds it.
         to_save: all that the run changes, by name: model, optimizer, scheduler, ...
-        dirname: the folder, which belongs to this run; created if need be.
+        dirname: the folder, or its URL in a store, such as `s3://bucket/run`; it belongs to this
+            run, and is created if need be.
         every: after how many iterations to save, or an event, such as `Events.EPOCH_COMPLETED`.
         n_saved: how many checkpoints to keep; with 2, there is one left where the disk has damaged
             the newest.
@@ -83,6 +96,10 @@ def resume_or_start(
         signals: which signals end the run in order. The second Ctrl-C ends it at once. SIGHUP is
             left alone where the program, or `nohup`, has set it.
         checks: how strict the resume is about what it measures of itself, see `Checks`.
+        remote: a second tier: the URL of a folder in a store, to which checkpoints are copied from
+            `dirname`, a folder on the disk. A run goes on from the newest good one of both.
+        every_remote: when a checkpoint is saved that is copied there, as `every`; each of them, by
+            default. What the run ends with is always copied.
 
     Returns:
         What was restored and, later, what ended the run: `sys.exit(run.exit_code)` tells a
@@ -90,9 +107,11 @@ def resume_or_start(
 
     Raises:
         TypeError: if an object lacks `state_dict` or `load_state_dict`, or `every` is no event.
+        CheckpointStoreMissing: if the package that reaches such a store is not installed.
         ValueError: if `to_save` leaves out what the trainer trains, or `every` is below 1.
         CheckpointBusy: if another process saves into the folder.
-        CheckpointError: if there are checkpoints and none is good, or it does not fit the objects.
+        CheckpointError: if there are checkpoints and none is good, or it does not fit the objects;
+            or if a sharded model's are to go to a store.
         ResumeError: if the run would not go on as the one that was saved.
     """
     event = event_of(every)
@@ -107,8 +126,13 @@ def resume_or_start(
     line = None if ranks is None else ranks.line
     # Processes that train a sharded model without agreeing on their runs still read together.
     own = Line() if line is None and has_ranks() and is_sharded(objects) else None
-    look = _Look(objects, filename_prefix, resume_from, line or own)
+    folder = location_of(dirname)
+    if isinstance(folder, StorePath) and is_sharded(objects):
+        raise no_parts_in(folder)
+    second = _second_tier(folder, remote, every_remote, objects)
+    look = _Look(objects, filename_prefix, resume_from, line or own, (folder, *second))
     saver: DiskSaver | None = None
+    copies: RemoteCopies | None = None
     try:
         saver = look.open(
             lambda folder: DiskSaver(
@@ -118,8 +142,11 @@ def resume_or_start(
                 overlap=overlap,
             )
         )
+        copies = look.copies(second, n_saved)
         look.restore(trainer.checks)
     except BaseException:
+        if copies is not None:
+            copies.close()
         if saver is not None:
             saver.close()
         raise
@@ -130,7 +157,42 @@ def resume_or_start(
     assert latest is not None
     checkpoint = Checkpoint(objects, saver, filename_prefix, n_saved=n_saved)
     checkpoint.load_state_dict({"_saved": look.own_files(trainer.state.iteration)})
-    return begin(trainer, checkpoint, latest, signals, event)
+    if copies is not None:
+        copies.keeps(look.own_files(trainer.state.iteration, remote=True))
+    remote_event = None if every_remote is None else event_of(every_remote)
+    return begin(trainer, checkpoint, latest, signals, event, copies, remote_event)
+
+
+def _second_tier(
+    folder: Location, remote: Any, every_remote: Any, objects: Mapping[str, Any]
+) -> tuple[StorePath, ...]:
+    """Returns where checkpoints are copied to, if they are.
+
+    Raises:
+        TypeError: if `every_remote` is no event.
+        ValueError: if the two tiers are not a disk and a store, or the model is sharded.
+    """
+    if remote is None:
+        if every_remote is not None:
+            raise ValueError(
+                f"every_remote={every_remote!r} says when to copy, and remote=None not where to: "
+                'give a URL, as remote="s3://bucket/run"'
+            )
+        return ()
+    if every_remote is not None:
+        event_of(every_remote)
+    there = location_of(remote)
+    if isinstance(folder, StorePath) or not isinstance(there, StorePath):
+        raise ValueError(
+            f"The first tier is a folder on the disk and the second, remote, a URL; got {folder} "
+            f"and {there}"
+        )
+    if is_sharded(objects):
+        raise ValueError(
+            f"remote={str(there)!r} takes checkpoints of one file, and this model is sharded: "
+            "leave it out, and save into a folder that outlives the machines"
+        )
+    return (there,)
 
 
 class _Answer(NamedTuple):
@@ -142,14 +204,16 @@ class _Answer(NamedTuple):
         manifest: what it says of itself.
         passed_over: those before it, and why.
         saved: the iterations and names of the run's own checkpoints.
+        copied: likewise, of those in the second tier.
         newest_ns: when the newest of the folder was saved.
     """
 
-    folder: Path
-    path: Path | None
+    folder: Location
+    path: Location | None
     manifest: Manifest | None
     passed_over: tuple[PassedOver, ...]
     saved: tuple[Item, ...]
+    copied: tuple[Item, ...]
     newest_ns: int
 
 
@@ -162,20 +226,23 @@ class _Look:
         filename_prefix: of the run's checkpoints.
         resume_from: the one that is named, if one is.
         line: to the other ranks; None if there is one process.
+        folders: where to look, as this process was told: the run's, and the second tier.
     """
 
     objects: Mapping[str, Any]
     filename_prefix: str
     resume_from: str | os.PathLike[str] | None
     line: Line | None
+    folders: tuple[Location, ...]
     latest: Latest | None = None
     _loaded: LoadedFile | None = None
     _parts: Parts | None = None
     _saved: tuple[Item, ...] = ()
+    _copied: tuple[Item, ...] = ()
     _left: Iterator[Told] = field(default_factory=lambda: iter(()))
     _passed_over: list[PassedOver] = field(default_factory=list[PassedOver])
 
-    def open(self, make: Callable[[Path | None], DiskSaver]) -> DiskSaver:
+    def open(self, make: Callable[[Location | None], DiskSaver]) -> DiskSaver:
         """Opens the folder and finds the checkpoint.
 
         Args:
@@ -192,14 +259,14 @@ class _Look:
             return self._first(savers[0].dirname)
 
         try:
-            answer = self._from_first(begin_here)
+            answer = self._as_told_here(self._from_first(begin_here))
             while answer.path is not None and layout_of(answer.path) is PARTS:
                 reason = self._bad_part(answer.path)
                 if reason is None:
                     break
                 if self.resume_from is not None:
                     raise CheckpointCorrupt(reason)
-                answer = self._from_first(partial(self._next, answer, reason))
+                answer = self._as_told_here(self._from_first(partial(self._next, answer, reason)))
             with nullcontext() if self.line is None else self.line.together(_READING):
                 if not savers:
                     self._read_too(answer)
@@ -210,32 +277,26 @@ class _Look:
                 saver.close()
             raise
         self.latest = Latest(answer.folder, answer.path, answer.manifest, answer.passed_over)
-        self._saved = answer.saved
+        self._saved, self._copied = answer.saved, answer.copied
         savers[0].follow(answer.newest_ns)
         return savers[0]
 
     def _from_first(self, ask: Callable[[], _Answer]) -> _Answer:
         return ask() if self.line is None else self.line.from_first(_LOOKING, ask)
 
-    def _first(self, folder: Path) -> _Answer:
+    def _first(self, folder: Location) -> _Answer:
         """Lists the folder, once, and returns the first checkpoint that may be it."""
         name = next(iter(self.objects)) if len(self.objects) == 1 else "checkpoint"
         base = (f"{self.filename_prefix}_" if self.filename_prefix else "") + f"{name}_"
-        listed = list_checkpoints(folder, re.compile(rf"{re.escape(base)}\d+"))
-        saved = {
-            Item(told.manifest.iteration, told.path.with_suffix(".pt").name)
-            for told in listed
-            if isinstance(told.manifest, Manifest)
-            and told.manifest.iteration is not None
-            and told.manifest.file == told.path.name
-        }
-        answer = _Answer(
-            folder.absolute(), None, None, (), tuple(sorted(saved)), newest_time(listed)
-        )
+        pattern = re.compile(rf"{re.escape(base)}\d+")
+        tiers = [list_checkpoints(one, pattern) for one in (folder, *self.folders[1:])]
+        listed = newest_first(told for tier in tiers for told in tier)
+        saved, copied = _own(tiers[0]), _own(tiers[1]) if len(tiers) > 1 else ()
+        answer = _Answer(folder.absolute(), None, None, (), saved, copied, newest_time(listed))
         if self.resume_from is None:
             self._left = iter(listed)
             return self._next(answer)
-        path = Path(self.resume_from).expanduser()
+        path = location_of(self.resume_from)
         if layout_of(path) is PARTS:
             manifest: Manifest | None = Parts.open(path).manifest
         else:
@@ -275,7 +336,7 @@ class _Look:
     def _kept(self, state: Any, manifest: Manifest | None) -> Any:
         return to_own(self.objects, state, None if manifest is None else manifest.bare, {})
 
-    def _bad_part(self, path: Path) -> str | None:
+    def _bad_part(self, path: Location) -> str | None:
         """Verifies a checkpoint in parts, each rank its share; returns what is wrong on one."""
         line, mine = self.line, None
         try:
@@ -331,12 +392,54 @@ class _Look:
                 restore(self.objects, found.state, path, {}, checks, bare, found.mapped)
         self._loaded = self._parts = None
 
-    def own_files(self, iteration: int) -> list[Item]:
+    def _as_told_here(self, answer: _Answer) -> _Answer:
+        """Returns the answer with places in stores as this process was told them.
+
+        What comes from rank 0 has no credentials.
+        """
+        told = list(self.folders)
+        if self.resume_from is not None:
+            told.append(location_of(self.resume_from).parent)
+        here = {str(one): one for one in told if isinstance(one, StorePath)}
+        path = answer.path
+        if isinstance(path, StorePath) and str(path.parent) in here:
+            path = here[str(path.parent)] / path.name
+        folder = answer.folder
+        if isinstance(folder, StorePath):
+            folder = here.get(str(folder), folder)
+        return answer._replace(path=path, folder=folder)
+
+    def copies(self, second: tuple[StorePath, ...], n_saved: int | None) -> RemoteCopies | None:
+        """Returns what copies to the second tier; nothing on other ranks than the one that saves.
+
+        Raises:
+            CheckpointError: if it cannot be used.
+            RankFailed: if another rank cannot.
+        """
+        line = self.line
+        with nullcontext() if line is None else line.together("opening the second tier"):
+            return RemoteCopies(second[0], n_saved) if second and this_rank() == 0 else None
+
+    def own_files(self, iteration: int, *, remote: bool = False) -> list[Item]:
         """Returns the checkpoints that a run has saved up to an iteration: those it may remove.
 
         Later ones belong to a course of the run that was given up; it is not for us to remove them.
 
         Args:
             iteration: where the run is.
+            remote: those of the second tier.
         """
-        return [item for item in self._saved if item.priority <= iteration]
+        items = self._copied if remote else self._saved
+        return [item for item in items if item.priority <= iteration]
+
+
+def _own(listed: list[Told]) -> tuple[Item, ...]:
+    """Returns the iterations and names of the checkpoints that are what they were saved as."""
+    saved = {
+        Item(told.manifest.iteration, told.path.with_suffix(".pt").name)
+        for told in listed
+        if isinstance(told.manifest, Manifest)
+        and told.manifest.iteration is not None
+        and told.manifest.file == told.path.name
+    }
+    return tuple(sorted(saved))

@@ -7,11 +7,11 @@ import sys
 from abc import ABCMeta, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, cast
 
 from crosstrain.engine.nests import has
 from crosstrain.engine.proof import Checks
+from crosstrain.engine.storage.locations import Location
 
 from .save_job import SaveJob
 
@@ -76,8 +76,8 @@ class BaseSaveHandler(metaclass=ABCMeta):
     def prepare(self, run: RunFacts) -> None:  # noqa: B027 - not all want to hear it
         """Hears what the next checkpoint is of, right before it is called."""
 
-    def path_of(self, filename: str) -> Path | None:
-        """Returns where a stored checkpoint is; None if it is not on a disk."""
+    def path_of(self, filename: str) -> Location | None:
+        """Returns where a stored checkpoint is, on a disk or in a store; None if elsewhere."""
         return None
 
     @property

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from pathlib import Path
 
 from crosstrain.engine.ranks.line import Line
 from crosstrain.engine.storage.background import BackgroundJob
+from crosstrain.engine.storage.locations import Location
 from crosstrain.engine.storage.staging import Snapshot
 
 __all__ = ["SaveJob"]
@@ -32,7 +32,7 @@ class SaveJob:
         snapshot: Snapshot,
         write: Callable[[], None],
         remove: Callable[[str], None],
-        path: Path,
+        path: Location,
         line: Line | None = None,
     ) -> None:
         self.filename = filename

@@ -12,32 +12,33 @@ from typing import Any, Self
 
 import torch
 
+from crosstrain.engine.errors import warn_user
 from crosstrain.engine.guards import is_mapping
 from crosstrain.engine.nests import walk_objects
 from crosstrain.engine.proof import Strictness
 from crosstrain.engine.ranks.line import Line, has_ranks
 from crosstrain.engine.ranks.world import this_rank, world_size
 from crosstrain.engine.spread import has_spread, parameter_names, split
-from crosstrain.engine.storage.atomic import (
-    HashingFile,
-    check_free_space,
-    make_folder,
-    remove_leftovers,
-    write_file,
+from crosstrain.engine.storage.atomic import HashingFile
+from crosstrain.engine.storage.errors import (
+    CheckpointError,
+    CheckpointWarning,
+    CheckpointWriteError,
 )
-from crosstrain.engine.storage.errors import CheckpointError, CheckpointWriteError
-from crosstrain.engine.storage.lock import FolderLock
+from crosstrain.engine.storage.folder import Claim, Contents
+from crosstrain.engine.storage.folders import folder_at
+from crosstrain.engine.storage.locations import Location, StorePath, location_of
 from crosstrain.engine.storage.manifest import Manifest, later_than, software_versions
 from crosstrain.engine.storage.parts_write import Staged, Writers, write_in_parts
 from crosstrain.engine.storage.safe_load import check_written
 from crosstrain.engine.storage.staging import HostBuffers, HostState, Snapshot, host_state, on_host
 from crosstrain.engine.storage.tree_hash import Tree
 
-from .layouts import FILE, PARTS, list_checkpoints, names_in, newest_time
+from .layouts import FILE, PARTS, endings, layout_of, list_checkpoints, newest_time
 from .save_handler import BaseSaveHandler, RunFacts
 from .save_job import SaveJob
 
-__all__ = ["DiskSaver"]
+__all__ = ["DiskSaver", "no_parts_in"]
 
 _logger = logging.getLogger(__name__)
 
@@ -48,6 +49,9 @@ _SPARE_BYTES = 2 << 20
 class DiskSaver(BaseSaveHandler):
     """Saves checkpoints in a folder: each is a file, or, of a sharded model, a folder of parts.
 
+    The folder may be one in a store, given by a URL such as `s3://bucket/run`: fsspec reaches it. A
+    checkpoint is staged on this machine, uploaded, and compared with what the store has of it.
+
     A checkpoint appears under its name only when all of it is on the disk; a kill, a full disk or a
     power cut before that leaves what was there. It has a manifest, by which a load finds damage.
 
@@ -56,7 +60,7 @@ class DiskSaver(BaseSaveHandler):
     together. Else one process writes, and the others return at once.
 
     Args:
-        dirname: the folder.
+        dirname: the folder, or its URL in a store.
         atomic: writes aside and renames. If false, in place: for file systems without rename; a
             kill then leaves a part of a file, which a load refuses. Parts are always written aside.
         create_dir: makes the folder if it is not there.
@@ -95,11 +99,12 @@ class DiskSaver(BaseSaveHandler):
                 "overlap=True copies in the thread that writes, and background=False has none: "
                 "pass background=True as well, or leave overlap out"
             )
-        self.dirname = Path(dirname).expanduser()
+        self.dirname = location_of(dirname)
+        self._folder = folder_at(self.dirname)
         self.save_on_rank = save_on_rank
         self._background = background
         self._run = RunFacts()
-        self._lock: FolderLock | None = None
+        self._claim: Claim | None = None
         self._lines: tuple[Line, Line] | None = None
         self._newest_ns: int | None = None
         self._versions = software_versions()
@@ -116,22 +121,20 @@ class DiskSaver(BaseSaveHandler):
     def _open_folder(self, create_dir: bool, require_empty: bool) -> None:
         try:
             if create_dir:
-                make_folder(self.dirname)
-            if not self.dirname.is_dir():
+                self._folder.make()
+            if not self._folder.exists():
                 raise ValueError(
                     f"Directory path '{self.dirname}' is not found. Pass create_dir=True to make it"
                 )
-            self._lock = FolderLock(self.dirname)
-            # What another saver of this process is writing looks the same.
-            if self._lock.exclusive and self._lock.first:
-                removed = remove_leftovers(self.dirname) + PARTS.remove_leftovers(self.dirname)
-                if removed:
-                    _logger.info(
-                        "Removed %d leftover(s) from %s that a killed process had not finished.",
-                        len(removed),
-                        self.dirname,
-                    )
-            present = names_in(self.dirname) if require_empty else []
+            self._claim = self._folder.claim()
+            if self._claim.removed:
+                _logger.info(
+                    "Removed %d leftover(s) from %s that a killed process had not finished.",
+                    len(self._claim.removed),
+                    self.dirname,
+                )
+            found = self._folder.entries(endings()) if require_empty else []
+            present = [entry.name for entry in found]
         except OSError as error:
             if isinstance(error, CheckpointError):
                 raise
@@ -141,10 +144,10 @@ class DiskSaver(BaseSaveHandler):
                 self.dirname,
             ) from error
         if present:
-            self._lock.release()
-            endings = " or ".join(sorted({f"'{Path(name).suffix}'" for name in present}))
+            self._claim.release()
+            told = " or ".join(sorted({f"'{Path(name).suffix}'" for name in present}))
             raise ValueError(
-                f"Files {present} with extension {endings} are already present in the directory "
+                f"Files {present} with extension {told} are already present in the directory "
                 f"{self.dirname}. To go on from them, see resume_or_start. To use this directory "
                 "anyway, pass `require_empty=False`."
             )
@@ -159,10 +162,10 @@ class DiskSaver(BaseSaveHandler):
         """What the thread is writing, or has written and was not asked about; None if nothing."""
         return self._job
 
-    def path_of(self, filename: str) -> Path:
+    def path_of(self, filename: str) -> Location:
         """Returns where the checkpoint of a name is: the file, or the folder of its parts."""
         parts = PARTS.path_of(self.dirname, filename)
-        return parts if parts.is_dir() else self.dirname / filename
+        return parts if layout_of(parts) is PARTS else self.dirname / filename
 
     def prepare(self, run: RunFacts) -> None:
         """Hears what the next checkpoint is of."""
@@ -231,10 +234,10 @@ class DiskSaver(BaseSaveHandler):
             CheckpointBusy: if another process saves there by now.
             CheckpointWriteError: if that cannot be found out.
         """
-        if self._lock is None:
+        if self._claim is None:
             return
         try:
-            self._lock.renew()
+            self._claim.renew()
         except OSError as error:
             raise CheckpointWriteError(
                 f"Nothing was saved into {self.dirname}, since its lock is lost: "
@@ -257,9 +260,10 @@ class DiskSaver(BaseSaveHandler):
         write = partial(self._write, path, told, host, run.checks.writer)
         self._job = SaveJob(filename, snapshot, write, self._remove_now, path)
 
-    def _write(self, path: Path, told: Manifest, host: HostState, strictness: Strictness) -> None:
+    def _write(
+        self, path: Location, told: Manifest, host: HostState, strictness: Strictness
+    ) -> None:
         """Writes a plain state; in whichever thread."""
-        check_free_space(path, host.nbytes + _SPARE_BYTES)
 
         def produce(file: HashingFile) -> None:
             # torch asks only for write and flush.
@@ -272,9 +276,16 @@ class DiskSaver(BaseSaveHandler):
         def check(descriptor: int) -> None:
             check_written(descriptor, host.state, path, strictness)
 
-        # Beside training, the thread makes do with one core.
-        parallel = not self._background
-        write_file(path, produce, trailer, check=check, atomic=self._atomic, parallel=parallel)
+        contents = Contents(
+            host.nbytes + _SPARE_BYTES,
+            produce,
+            trailer,
+            check,
+            self._atomic,
+            # Beside training, the thread makes do with one core.
+            parallel=not self._background,
+        )
+        self._folder.write(path.name, contents)
 
     def _save_parts(self, checkpoint: Any, filename: str, run: RunFacts) -> None:
         if self._overlap:
@@ -282,6 +293,8 @@ class DiskSaver(BaseSaveHandler):
                 "overlap=True copies in the thread that writes, which a sharded model cannot have: "
                 "its processes write together. Leave it out; background=True is enough"
             )
+        if not isinstance(self.dirname, Path):
+            raise no_parts_in(self.dirname)
         if run.bare and run.names:
             checkpoint = {run.names[0]: checkpoint}
         path = PARTS.path_of(self.dirname, filename)
@@ -344,9 +357,21 @@ class DiskSaver(BaseSaveHandler):
             self._remove_now(filename)
 
     def _remove_now(self, filename: str) -> None:
-        if this_rank() == self.save_on_rank:
-            FILE.remove(FILE.path_of(self.dirname, filename))
-            PARTS.remove(PARTS.path_of(self.dirname, filename))
+        if this_rank() != self.save_on_rank:
+            return
+        try:
+            self._folder.remove(filename)
+        except OSError as error:
+            if isinstance(error, CheckpointError):
+                raise
+            place = self.dirname / filename
+            raise CheckpointWriteError(_not_removed(place, error), error, place) from error
+        parts = PARTS.path_of(self.dirname, filename)
+        try:
+            self._folder.remove_parts(parts.name)
+        except OSError as error:
+            # No error: it would end this process only, and the others would wait for it.
+            warn_user(_not_removed(parts, error), CheckpointWarning)
 
     def wait(self) -> None:
         """Waits until what was saved is on the disk.
@@ -370,8 +395,8 @@ class DiskSaver(BaseSaveHandler):
         try:
             self.wait()
         finally:
-            if self._lock is not None:
-                self._lock.release()
+            if self._claim is not None:
+                self._claim.release()
             lines, self._lines = self._lines, None
             for line in lines or ():
                 line.close()
@@ -381,6 +406,20 @@ class DiskSaver(BaseSaveHandler):
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def no_parts_in(location: StorePath) -> CheckpointError:
+    """Returns the error of a sharded model whose checkpoints are to go to a store."""
+    return CheckpointWriteError(
+        f"Checkpoints in parts, as of sharded models, are not saved into a store such as {location}"
+        ": save into a folder on a file system that all processes see",
+        path=location,
+    )
+
+
+def _not_removed(place: Location, error: OSError) -> str:
+    why = error.strerror or error
+    return f"Old checkpoint {place} could not be removed: {why}. The new one is saved"
 
 
 def _checked_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,16 @@ from crosstrain.backends import World
 from crosstrain.engine.digest import Attributes, Leaf, differences, digest, leaf_of, parts
 from crosstrain.engine.proof import Proof, Strictness
 
-__all__ = ["Held", "Noted", "compare", "compare_twice", "hold", "is_comparable", "record"]
+__all__ = [
+    "Held",
+    "Noted",
+    "compare",
+    "compare_twice",
+    "differs",
+    "hold",
+    "is_comparable",
+    "record",
+]
 
 # A batch as it was fetched: its containers copied, and each tensor with its version.
 Held = tuple[Any, list[tuple[torch.Tensor, int]]]
@@ -214,6 +223,11 @@ def compare(
         what.append(f"{before['indices']['count']} indices")
     if what:
         proof.checked.append(f"{place} fetched once more: its {' and '.join(what)}")
+
+
+def differs(before: Mapping[str, Any], held: Held, indices: Any) -> bool:
+    """Tells whether a batch is another than the one that a state keeps."""
+    return _difference(before, held, indices, ())[0] is not None
 
 
 def compare_twice(

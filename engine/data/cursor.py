@@ -15,9 +15,17 @@ from crosstrain.engine.errors import ResumeError
 from crosstrain.engine.proof import Proof, Strictness
 from crosstrain.engine.random_states import random_states_kept
 
-from .batch_before import Held, compare, compare_twice, hold, is_comparable, record
+from .batch_before import (
+    Held,
+    compare,
+    compare_twice,
+    differs,
+    hold,
+    is_comparable,
+    record,
+)
 from .flows import Dataflow, Iterate, NoData, ReplayedFlow, SequenceFlow, StatefulFlow
-from .generators import is_stateful
+from .generators import is_stateful, same
 from .mapflow import MapFlow
 from .own_data import is_map_style, is_own, not_dealt_out, own_data
 from .sampling import is_loader
@@ -30,9 +38,17 @@ if TYPE_CHECKING:
 __all__ = ["Cursor", "dataflow_of"]
 
 _NONE: Final = object()
+_NONE_YET: Final = {"reason": "the state was written before the first batch of a pass"}
 _HANDLERS_CHANGE: Final = (
     " It is of the epoch before, and there are handlers of EPOCH_STARTED: if they change the data "
     "for their epoch, and all of it, the run goes on as it was all the same."
+)
+
+
+_NO_PLACE: Final = (
+    " So its state_dict does not tell what comes next: a shuffle buffer or what was read ahead is "
+    "lost, an order is drawn anew, or load_state_dict does not take all of it. Have the state hold "
+    "it, or take state_dict away, so that what comes before is fetched and thrown away."
 )
 
 
@@ -160,12 +176,38 @@ class Cursor:
         if flow.unrepeatable is not None:
             return {"reason": flow.unrepeatable}
         if self.consumed == 0:
-            return {"reason": "the state was written before the first batch of a pass"}
+            return self._exchanged() if self._exchanges else dict(_NONE_YET)
         if not self.between_batches:
             return {"reason": "the state was written in the middle of an iteration"}
         if last is None:
             return {"reason": "the state was written before the run had fetched a batch"}
         return record(last, plain_indices(self._last_indices), world_of(self._backend))
+
+    def _exchanged(self) -> dict[str, Any]:
+        """Returns what tells data that was exchanged before its first batch."""
+        assert self._flow is not None
+        samples = self._flow.samples()
+        if samples is None:
+            return {**_NONE_YET, "samples": None}
+        return {**_NONE_YET, "samples": record(hold(samples), None, world_of(self._backend))}
+
+    def _compare_samples(self, before: Any, proof: Proof, strictness: Strictness) -> None:
+        """Compares a few samples of data that was exchanged before its first batch."""
+        assert self._flow is not None
+        if not isinstance(before, Mapping) or "samples" not in before or strictness == "off":
+            return
+        then = before["samples"]
+        samples = None if then is None else self._flow.samples()
+        if then is None or samples is None:
+            proof.differs(
+                "The state was written after set_data() had exchanged the data and before its "
+                "first batch, so that no batch of it could be compared. Make sure that run() is "
+                "given that data, and not the data of before.",
+                "warn",
+            )
+            return
+        what = "what set_data() had given the run"
+        compare(then, hold(samples), None, what, self._flow.suspects(), proof, strictness)
 
     def watch(self, data: Any) -> None:
         """Notes what data is like before handlers change it.
@@ -239,10 +281,25 @@ class Cursor:
             again = int(reason is None)
             if reason is not None:
                 proof.unchecked.append(f"the batch before: {reason}")
+                self._compare_samples(before, proof, strictness)
+                if other is None:
+                    self._hear_witness(key, position["flow"], proof, strictness)
+                if (doubt := flow.doubt(position["flow"], self._pass)) is not None:
+                    proof.differs(f"The data may not go on as it was: {doubt}.", "warn")
                 self._rehearse(key, position["flow"], proof, strictness)
+        if again:
+            flow.probe(position["flow"])
         self._open_flow(key, position["flow"], again)
         if again:
+            self._fetch_before(before, key, position["flow"])
             self._compare(before, proof, strictness)
+            self._tell_kept(proof)
+            if flow.keeps_anew(position["flow"]):
+                flow.probe(position["flow"], True)
+                self._open_flow(key, position["flow"], again)
+                self._fetch_first()
+                self._tell_kept(proof)
+                self._open_flow(key, position["flow"])
             # Fetching may have changed it.
             flow.give_dataset(position["flow"], "now")
             if position["flow"].get("dataset", {}).get("now"):
@@ -302,6 +359,26 @@ class Cursor:
             first = record(*found[0], world_of(self._backend))
             compare_twice(first, *found[1], place, flow.suspects(), proof, strictness)
 
+    def _hear_witness(
+        self, key: StreamKey, state: Mapping[str, Any], proof: Proof, strictness: Strictness
+    ) -> None:
+        """Opens data at an earlier state whose next batch is known, and compares."""
+        flow = self._flow
+        assert flow is not None
+        witness = flow.witness(state, self._pass)
+        if witness is None:
+            return
+        kept = flow.kept()
+        self._open_flow(key, witness["state"])
+        self._last = None
+        found = next(self, _NONE) is not _NONE
+        last, self._iterator = self._last if found else None, iter(())
+        self.fetched, self._ended, self.share = self.consumed, False, None
+        self._last = self._last_indices = None
+        flow.put_back(kept)
+        what = "the batch after an earlier state of the data"
+        compare(witness["next"], last, None, what, flow.suspects(), proof, strictness, _NO_PLACE)
+
     def _first_of_next(self, key: StreamKey) -> Any:
         """Returns the first batch of the next pass, where the one that is opened has ended."""
         here = self._pass, self.consumed
@@ -337,8 +414,11 @@ class Cursor:
         kept = flow.kept()
         self._flow, self._prepared = flow, flow
         self._pass, self.consumed = position["pass"], position["batch"]
+        flow.probe(position["flow"])
         self._open_flow(key, position["flow"], 1)
+        self._fetch_before(before, key, position["flow"])
         self._compare(before, proof, "warn", _HANDLERS_CHANGE)
+        self._tell_kept(proof)
         if flow.stays_open and not position["flow"].get("dataset", {}).get("now"):
             # Opening it once more would move twice what it draws from unseen.
             self._opened_before = _Opened(
@@ -352,6 +432,12 @@ class Cursor:
         self.opened = False
         self._last = self._last_indices = None
         return True
+
+    def _tell_kept(self, proof: Proof) -> None:
+        """Tells what the dataset keeps that a run cannot go on with."""
+        assert self._flow is not None
+        if (found := self._flow.probed()) is not None:
+            proof.differs(f"The data may not go on as it was: {found}.", "warn")
 
     def lost(self) -> list[str]:
         """Returns the names of what has changed of the dataset and is too large to save."""
@@ -374,16 +460,42 @@ class Cursor:
         self.consumed, self.opened = position["batch"], True
         self.open(data, key)
 
+    def _fetch_before(
+        self, before: Mapping[str, Any], key: StreamKey, state: Mapping[str, Any]
+    ) -> None:
+        """Fetches the batch before, which is the first that the data was opened at."""
+        self._fetch_first()
+        dataset: Mapping[str, Any] = state.get("dataset", {})
+        if self._ended or same(dataset.get("now"), dataset.get("opening")):
+            return
+        last, indices = self._last, plain_indices(self._last_indices)
+        if last is None or not differs(before, last, indices):
+            return
+        # A handler may have changed the dataset since that batch was fetched.
+        first = self._last, self._last_indices
+        opening = {**state, "dataset": {**dataset, "now": dataset["opening"]}}
+        assert self._flow is not None
+        prepared = self._flow.kept()
+        self._open_flow(key, opening, 1)
+        self._fetch_first()
+        if self._last is None or differs(before, self._last, plain_indices(self._last_indices)):
+            self._last, self._last_indices = first
+            self._flow.put_back(prepared)
+
+    def _fetch_first(self) -> None:
+        found = next(self, _NONE) is not _NONE
+        # However many there are, the run is after this batch.
+        self.fetched, self._ended, self.share = self.consumed, not found, None
+
     def _compare(
         self, before: Mapping[str, Any], proof: Proof, strictness: Strictness, note: str = ""
     ) -> None:
         flow = self._flow
         assert flow is not None
         place = f"batch {self.consumed} of pass {self._pass + 1}"
-        found = next(self, _NONE) is not _NONE
-        # However many there are, the run is after this batch.
-        self.fetched, self._ended, self.share = self.consumed, not found, None
-        last, indices = (self._last, plain_indices(self._last_indices)) if found else (None, None)
+        last, indices = (None, None)
+        if not self._ended:
+            last, indices = self._last, plain_indices(self._last_indices)
         try:
             compare(before, last, indices, place, flow.suspects(), proof, strictness, note)
         except ResumeError:

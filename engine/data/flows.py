@@ -7,6 +7,7 @@ position), as far as the kind of data allows.
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain, islice, repeat
@@ -20,16 +21,18 @@ from crosstrain.engine.progress import data_length
 
 from .apart import Apart
 from .attributes import Attributes
-from .batch_before import Held, Noted
-from .generators import OwnStates
+from .batch_before import Held, Noted, hold, record
+from .generators import OwnStates, same
 from .sampling import is_loader, rebuilt
-from .shares import BatchShare
+from .shares import ALONE, BatchShare
 from .streams import StreamKey
 
 __all__ = ["Dataflow", "Iterate", "NoData", "ReplayedFlow", "SequenceFlow", "StatefulFlow"]
 
 Iterate = Callable[[Any], Iterator[Any]]
 
+# With how many batches of a run its data's state is looked at.
+_FIRST: Final = 3
 _BEHIND: Final = "data with a state of its own goes on behind it"
 
 
@@ -53,7 +56,11 @@ class Dataflow:
     def __init__(self, data: Any) -> None:
         self.data = data
         # What handlers change of the dataset, which no state_dict has.
-        self._attributes = Attributes(data.dataset if is_loader(data) else data)
+        self._attributes = (
+            Attributes(data.dataset, collate_fn=data.collate_fn)
+            if is_loader(data)
+            else Attributes(data)
+        )
         self._dataset_at_opening: dict[str, Any] = {}
         # Whether handlers have seen the dataset as it was, and may have changed it since.
         self._dataset_prepared = False
@@ -123,9 +130,27 @@ class Dataflow:
         """Returns the dataset's attributes that have changed, for the dataflow's state."""
         return {"opening": self._dataset_at_opening, "now": self._attributes.take()}
 
+    def doubt(self, state: Mapping[str, Any], number: int) -> str | None:
+        """Returns why data may not give what comes next, where nothing could be compared.
+
+        Args:
+            state: what `state` returned.
+            number: which pass the run is in.
+        """
+        return None
+
     def lost(self) -> list[str]:
         """Returns the names of what has changed of the dataset and is too large to save."""
         return self._attributes.lost()
+
+    def witness(self, state: Mapping[str, Any], number: int) -> Mapping[str, Any] | None:
+        """Returns an earlier state of the data, `state`, and of its `next` batch what is known.
+
+        Args:
+            state: what `state` returned.
+            number: which pass the run is in.
+        """
+        return None
 
     def rehearsal(self, batch: int, state: Mapping[str, Any] | None) -> int | None:
         """Tells which batch can be fetched twice to see whether the states tell what follows.
@@ -137,6 +162,26 @@ class Dataflow:
         Returns:
             0: the next one; 1: the one before; None: neither can.
         """
+        return None
+
+    def samples(self) -> Any:
+        """Returns a few samples that tell this data from other data; None where it cannot."""
+        return None
+
+    def probe(self, state: Mapping[str, Any], anew: bool = False) -> None:
+        """Has the pass that is opened next look at what the dataset keeps of what it draws.
+
+        Args:
+            state: what `state` returned when the state of the run was written.
+            anew: whether fetching here was seen to change what it had not changed then.
+        """
+
+    def keeps_anew(self, state: Mapping[str, Any]) -> bool:
+        """Tells whether fetching has changed the dataset, and had not in the run that was saved."""
+        return False
+
+    def probed(self) -> str | None:
+        """Returns what was found of what the dataset keeps, if a run cannot go on with it."""
         return None
 
     def kept(self) -> Any:
@@ -290,7 +335,9 @@ class ReplayedFlow(Dataflow):
         return found if self._loader is None else {**found, "workers": self._loader.num_workers}
 
 
-def _after(iterator: Iterator[Any], batch: int, again: int, data: Any, why: str) -> Iterator[Any]:
+def _after(
+    iterator: Iterator[Any], batch: int, again: int, data: Any, why: str | None
+) -> Iterator[Any]:
     """Returns the rest of an iterator: what comes before is fetched and thrown away.
 
     Args:
@@ -298,18 +345,19 @@ def _after(iterator: Iterator[Any], batch: int, again: int, data: Any, why: str)
         batch: how many of its batches to leave out.
         again: how many of those, 0 or 1, are to be fetched once more.
         data: the data, for messages.
-        why: why it is not entered there.
+        why: why it is not entered there; None says nothing of it.
 
     Raises:
         RuntimeError: if there are not that many batches.
     """
     name = type(data).__name__
-    warn_user(
-        f"{name} {why}, so its first {batch} batches are fetched and thrown away to go on after "
-        "them. Give it both, with a state that tells its position (torchdata's protocol), or use a "
-        "DataLoader over a map-style dataset.",
-        ResumeWarning,
-    )
+    if why is not None:
+        warn_user(
+            f"{name} {why}, so its first {batch} batches are fetched and thrown away to go on "
+            "after them. Give it both, with a state that tells its position (torchdata's "
+            "protocol), or use a DataLoader over a map-style dataset.",
+            ResumeWarning,
+        )
     skipped = sum(1 for _ in islice(iterator, batch - again))
     first = list(islice(iterator, again))
     skipped += len(first)
@@ -354,14 +402,29 @@ class StatefulFlow(Dataflow):
         self._own = OwnStates(data=owner)
         # As the pass was opened, and how many batches were taken since.
         self._at_opening: dict[str, Any] | None = None
-        self._since = 0
+        self._since = self._epoch = 0
+        # An earlier state and the batch that came after it; the state whose next batch is awaited.
+        self._witness: dict[str, Any] | None = None
+        self._awaited: dict[str, Any] | None = None
+        # Whether the state was found to stay the same although a batch was taken.
+        self._stays = False
+        self._looks = True
+        self._last_told = ""
+        # torchdata's pipelines: loaded at a pass's end, they begin the next one at once.
+        self._restarts = hasattr(self._source, "restart_on_stop_iteration")
+        # Whether opening it, or fetching, draws from the global generators.
+        self._draws = False
 
     def open(
         self, key: StreamKey, batch: int, state: Mapping[str, Any] | None, again: int = 0
     ) -> Iterator[Any]:
         """Returns an iterator over a pass from a batch on, by the data's own state."""
         self._closed_state, self._ended, self._apart = None, False, None
-        self._at_opening, self._since = None, 0
+        self._at_opening, self._since, self._epoch = None, 0, key.epoch
+        self._awaited = None
+        if state is not None:
+            self._stays |= bool(state.get("replay")) and not state.get("quietly")
+        self._witness = None if state is None else state.get("witness")
         self.held = deque()
         if state is not None:
             self._open_dataset(state, "opening" if "replay" in state else "now")
@@ -378,27 +441,32 @@ class StatefulFlow(Dataflow):
                     iter(self._source)
             self._iterator, self._ended = iter(()), True
             return iter(())
+        drawn = digest(random_state.capture()) if self._restarts else ""
         with workers_left_alone(self._source):
             self._iterator = iter(self._source)
         iterator = self._iterator
+        self._draws |= self._restarts and digest(random_state.capture()) != drawn
         if self.apart:
             iterator = Apart(iterator, None if state is None else state.get("random"))
             self._apart = iterator
         self._note_opening()
-        replayed = 0 if state is None else state.get("replay", 0)
-        if replayed:
-            why = "has a state_dict that does not tell its position"
-            iterator = _after(iterator, replayed, again, self.data, why)
-            self._since = replayed - again
-        return Noted(self._watched(iterator), self.held.append)
+        watched = self._watched(iterator)
+        if state is not None and (replayed := state.get("replay", 0)):
+            told = None if state.get("quietly") else "has a state_dict that tells no position"
+            watched = _after(watched, replayed, again, self.data, told)
+        # The batches of before were looked at by the run that was saved.
+        self._looks = state is None or "replay" in state
+        return Noted(watched, self.held.append)
 
     def _note_opening(self) -> None:
         with random_state.preserved():
             try:
-                told = digest(self._owner.state_dict())
+                data = copy.deepcopy(self._owner.state_dict())
+                self._last_told = digest(data)
             except Exception:  # noqa: BLE001  before its first batch, data may refuse in any way
+                self._last_told = ""
                 return
-        self._at_opening = {"told": told, **self._beside()}
+        self._at_opening = {"data": data, **self._beside()}
 
     def _beside(self) -> dict[str, Any]:
         """Returns the random states that the data draws from, beside its own state."""
@@ -408,10 +476,54 @@ class StatefulFlow(Dataflow):
         return found
 
     def _watched(self, iterator: Iterator[Any]) -> Iterator[Any]:
-        for item in iterator:
+        while True:
+            awaited, self._awaited = self._awaited, None
+            # A handler may have changed the dataset since.
+            told = awaited is not None and same(awaited["dataset"]["now"], self._attributes.take())
+            try:
+                item = next(iterator)
+            except StopIteration:
+                break
             self._since += 1
+            if self._restarts and self._since == 1 and self._at_opening is not None:
+                self._draws |= digest(self._beside()) != digest(self._at_opening_beside())
+            if told:
+                batch = record(hold(item), None, ALONE)
+                self._witness = {"state": awaited, "next": batch, "pass": self._epoch}
+            self._look()
             yield item
         self._ended = True
+
+    def _at_opening_beside(self) -> dict[str, Any]:
+        opening = self._at_opening or {}
+        return {name: value for name, value in opening.items() if name != "data"}
+
+    def _look(self) -> None:
+        """Looks whether the state moves with the first batches of a pass."""
+        if self._since > _FIRST or not self._last_told or not self._looks:
+            return
+        now = self._now()
+        told = digest(now["data"])
+        self._stays |= told == self._last_told
+        self._last_told = told
+        if self._since == 1:
+            self._awaited = now
+
+    def _now(self) -> dict[str, Any]:
+        """Returns the data's state, as long as its pass has not ended."""
+        return {
+            "data": copy.deepcopy(self._owner.state_dict()),
+            "ended": False,
+            "dataset": self.dataset_state(),
+            **self._beside(),
+        }
+
+    def witness(self, state: Mapping[str, Any], number: int) -> Mapping[str, Any] | None:
+        """Returns an earlier state of the pass, and what is known of its next batch."""
+        found: Mapping[str, Any] | None = state.get("witness")
+        # Handlers of another epoch's beginning may have made it other data.
+        here = found is not None and found["pass"] == number and not state["ended"]
+        return found if here else None
 
     def state(self) -> dict[str, Any]:
         """Returns the data's own state, and whether it is that of a pass that has ended."""
@@ -420,8 +532,7 @@ class StatefulFlow(Dataflow):
         # torch's loader has found the end of its dataset already when a last batch is not full.
         fetcher = getattr(self._iterator, "_dataset_fetcher", None)
         found = self._owner is not self._source and getattr(fetcher, "ended", False)
-        if not self._ended and hasattr(self._source, "restart_on_stop_iteration"):
-            # torchdata's pipelines: loaded at a pass's end, they begin the next one at once.
+        if not self._ended and self._restarts:
             has_next: Any = getattr(self._iterator, "has_next", lambda: True)
             found = not (has_next() if self._apart is None else self._apart.call(has_next))
         state = {
@@ -430,15 +541,39 @@ class StatefulFlow(Dataflow):
             "dataset": self.dataset_state(),
             **self._beside(),
         }
+        if self._restarts:
+            state["draws"] = self._draws
+        if self._witness is not None:
+            state["witness"] = self._witness
         opening = self._at_opening
         self.unrepeatable = _BEHIND
-        if opening is not None and self._since and not state["ended"]:
-            stays = digest(state["data"]) == opening["told"]
-            if stays:
+        if state["ended"] or not self._since:
+            return state
+        if opening is not None:
+            self._stays |= digest(state["data"]) == digest(opening["data"])
+            if self._stays:
                 self.unrepeatable = None
-                state.update(opening, replay=self._since)
-                del state["told"]
+                return {**state, **opening, "replay": self._since}
+            unseen = self._since == 1 and self._witness is None
+            if unseen and not (is_loader(self._owner) or self._restarts):
+                # There is no witness yet that it tells what comes next.
+                self.unrepeatable = None
+                return {**state, **opening, "replay": 1, "quietly": True}
         return state
+
+    def doubt(self, state: Mapping[str, Any], number: int) -> str | None:
+        """Returns that a pipeline that draws goes on from where nothing has shown its state."""
+        if not state.get("draws") or self.witness(state, number) is not None:
+            return None
+        return (
+            "the data's pipeline draws from the global generators when it is begun or fetched "
+            "from, as an unseeded RandomSampler does, and no batch could be compared where the "
+            "state was written. Give what it draws from a generator with a fixed seed"
+        )
+
+    def lost(self) -> list[str]:
+        """Returns nothing: what it has changed is in its own state."""
+        return []
 
     def prepare(self, state: Mapping[str, Any]) -> None:
         """Gives data its state before handlers run: one may set this data anew, or look at it."""

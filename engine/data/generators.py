@@ -5,15 +5,16 @@ from __future__ import annotations
 import inspect
 import random
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from itertools import islice
 from typing import Any, Final
 
 import numpy
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from crosstrain.backends import random_state
-from crosstrain.engine.guards import is_collection
+from crosstrain.engine.guards import is_collection, is_users_object
 
 __all__ = [
     "GENERATORS",
@@ -65,7 +66,7 @@ def generators_in(
         `torch.Generator`, `random.Random`, `numpy.random.Generator` and `RandomState` objects.
     """
     found: dict[str, Any] = {}
-    _collect(thing, name, (*through, list, tuple, *GENERATORS), _DEPTH, found)
+    _collect(thing, name, (*through, list, tuple, dict, *GENERATORS), _DEPTH, found)
     return found
 
 
@@ -81,14 +82,15 @@ def _collect(
 
 
 def _parts(thing: Any, through: tuple[type, ...]) -> Iterator[tuple[str, Any]]:
-    if is_collection(thing, (list, tuple)):
-        items = list(islice(thing, _MANY + 1))
+    if is_collection(thing, (list, tuple, dict)):
+        pairs = thing.items() if type(thing) is dict else enumerate(thing)
+        items = list(islice(pairs, _MANY + 1))
         if len(items) <= _MANY:
-            yield from ((f"[{index}]", item) for index, item in enumerate(items))
+            yield from ((f"[{key!r}]", item) for key, item in items)
         return
     attributes: dict[str, Any] = getattr(thing, "__dict__", {})
     for name, value in attributes.items():
-        if isinstance(value, through) or name in TRANSFORMS:
+        if isinstance(value, through) or name in TRANSFORMS or is_users_object(value):
             yield f".{name}", value
 
 
@@ -122,7 +124,15 @@ class OwnStates:
         }
         # Iterable data that has one is asked for it at its position.
         samplers = _samplers_in(owners)
-        self._stateful = {name: owner for name, owner in samplers.items() if is_stateful(owner)}
+        loader = owners.get("loader")
+        if isinstance(loader, DataLoader) and set(vars(loader)) - _of_loaders():
+            # What a subclass counts for itself, such as its passes.
+            samplers["loader"] = loader
+        self._stateful = {
+            name: owner
+            for name, owner in samplers.items()
+            if is_stateful(owner) and owner is not loader
+        }
         self._samplers = {name: one for name, one in samplers.items() if name not in self._stateful}
         # What they were made with is not their state, until it changes.
         self._made = self._attributes(True)
@@ -245,8 +255,9 @@ class OwnStates:
     def _attributes(self, copies: bool) -> Raw:
         found: Raw = {}
         for name, owner in self._samplers.items():
+            others = _of_loaders() if name == "loader" else frozenset[str]()
             for attribute, value in vars(owner).items():
-                if attribute == "epoch" and name in self._epochs:
+                if attribute in others or (attribute == "epoch" and name in self._epochs):
                     continue
                 if _is_plain(value):
                     place = ("attribute", f"{name}.{attribute}")
@@ -272,12 +283,28 @@ def _samplers_in(owners: Mapping[str, Any]) -> dict[str, Any]:
 def _look_for_samplers(name: str, thing: Any, depth: int, found: dict[str, Any]) -> None:
     known = any(thing is one for one in found.values())
     # A loader takes any iterable for a sampler.
-    samples = _is_sampler(thing) or name in ("sampler", "batch_sampler")
+    samples = _is_sampler(thing) or name in ("sampler", "batch_sampler") or _helps(thing)
     if known or depth == 0 or not samples or not hasattr(thing, "__dict__"):
         return
     found[name] = thing
     for attribute, value in vars(thing).items():
         _look_for_samplers(f"{name}.{attribute}", value, depth - 1, found)
+
+
+@lru_cache(maxsize=1)
+def _of_loaders() -> frozenset[str]:
+    """Returns the attributes that torch's own loaders have."""
+    data: Any = [0]
+    loader: Any = DataLoader(data)
+    return frozenset(vars(loader))
+
+
+def _helps(thing: Any) -> bool:
+    """Tells whether what a sampler holds may be a state of it: an object, and no data."""
+    data = isinstance(thing, Dataset) or (
+        hasattr(thing, "__getitem__") and hasattr(thing, "__len__")
+    )
+    return is_users_object(thing) and not data and not callable(getattr(thing, "parameters", None))
 
 
 def _stays(sampler: Any) -> bool:

@@ -21,9 +21,10 @@ from .apart import Secluded
 from .batch_before import Noted
 from .flows import Dataflow, Iterate
 from .generators import OwnStates, Raw, differing, generators_in
+from .keeping import Probe, changed_places
 from .sampling import KeyedSampler, rebuilt
 from .shares import ALONE, BatchShare, check_divisible
-from .streams import KeyedBatchDataset, KeyedDataset, StreamKey, rank_seed
+from .streams import KeyedBatchDataset, KeyedDataset, StreamKey, rank_seed, sample_key
 
 __all__ = ["MapFlow"]
 
@@ -56,17 +57,21 @@ class MapFlow(Dataflow):
         # torch's own draws nothing.
         collates = data.collate_fn is not default_collate
         # Not those of the dataset, to which samplers refer: another process fetches from that.
+        # Its attributes are this pass's: the user's loader is left as it is.
+        self._loader = rebuilt(data)
         self._own = OwnStates(
             (Sampler,),
             generator=data.generator,
             sampler=getattr(sampler, "sampler", None) if batched else sampler,
             batch_sampler=sampler,
+            loader=self._loader,
         )
+        self._dataset = _keyed(data.dataset, batched)
         self._sampler = KeyedSampler(sampler, batched, collates, world, self._own)
         # The loader draws its workers' base seed from this one, and disturbs no other.
         self._base = torch.Generator()
         changes = {
-            "dataset": _keyed(data.dataset, batched),
+            "dataset": self._dataset,
             "batch_sampler" if batched else "sampler": self._sampler,
             "generator": self._base,
             # Workers that outlive a pass would not have what handlers change of the dataset.
@@ -74,12 +79,15 @@ class MapFlow(Dataflow):
         }
         if "in_order" in vars(data):
             changes["in_order"] = True
-        self._loader = rebuilt(data, **changes)
+        vars(self._loader).update(changes)
         self._at_opening = self._own.take()
         self._opening: Raw = {}
         # Since the pass was left: what a state has of the samplers, and what they are.
         self._left: tuple[dict[str, Any], Raw] | None = None
         self._prepared = False
+        # Asked by the loader that is opened next; whether it fetches otherwise than then.
+        self._probe: Probe | None = None
+        self._anew = False
         self._suspects = sorted(generators_in(data.dataset, "dataset"))
         _warn_of_generators(self._suspects)
 
@@ -114,6 +122,9 @@ class MapFlow(Dataflow):
         self._base.manual_seed(rank_seed(key.host_seed, self._world.rank))
         self.held = deque()
         # What is held is what lies on the host: before the backend has moved it.
+        probe = self._probe
+        keyed = self._dataset if probe is None else probe.on(self._dataset)
+        vars(self._loader)["dataset"] = keyed
         batches = _iterator_of(self._loader, self._sampler)
         if not prepared:
             self.give_dataset(state, "now")
@@ -146,6 +157,66 @@ class MapFlow(Dataflow):
             now = self._left[0]
         now = self._own.take() if now is None else now
         return {**self._at_opening, "now": now, "dataset": self.dataset_state()}
+
+    def samples(self) -> Any:
+        """Returns the dataset's first, middle and last samples, each under the same streams."""
+        count = data_length(self.data.dataset)
+        if self._loader.num_workers or not count:
+            # What workers open is not to be opened in this process.
+            return None
+        found: list[Any] = []
+        kept = self._attributes.take()
+        with random_state.preserved(), sample_key() as key:
+            try:
+                for index in sorted({0, count // 2, count - 1}):
+                    key.enter(index)
+                    found.append(self.data.dataset[index])
+            except Exception:  # noqa: BLE001  its indices may be no numbers
+                return None
+            finally:
+                self._attributes.give(kept)
+        return found
+
+    def probe(self, state: Mapping[str, Any], anew: bool = False) -> None:
+        """Has the pass that is opened next look at what the dataset keeps of what it draws.
+
+        Args:
+            state: what `state` returned; where nothing of the dataset has changed and no workers
+                fetch, there is nothing to look at.
+            anew: whether fetching here was seen to change what it had not changed then.
+        """
+        places = changed_places(state)
+        if places or anew or self._loader.num_workers:
+            self._probe, self._anew = Probe(self._attributes, places), anew
+
+    def keeps_anew(self, state: Mapping[str, Any]) -> bool:
+        """Tells whether fetching has changed the dataset, and had not in the run that was saved."""
+        if self._loader.num_workers or changed_places(state):
+            return False
+        return bool(self._attributes.take()) or self._attributes.has_grown()
+
+    def probed(self) -> str | None:
+        """Returns what was found of what the dataset keeps, if a run cannot go on with it."""
+        probe, self._probe = self._probe, None
+        workers = self._loader.num_workers
+        if probe is None:
+            return None
+        if probe.draws_unseen:
+            return (
+                "a sample was fetched twice under the same random streams, as if the dataset had "
+                "kept nothing of what it fetched, and was another one the second time. Generators "
+                f"that were found in it: {', '.join(self._suspects) or 'none'}. Samples that it "
+                "has not kept yet will differ. Draw from current_sample() or the global generators"
+            )
+        if not probe.keeps_draws or not (workers or self._anew):
+            return None
+        then = "the run that was saved had kept nothing in its process" if self._anew else ""
+        return (
+            "the dataset keeps what it has drawn, such as a cache of augmented samples. What a "
+            f"worker keeps ends with it, and {then or f'num_workers={workers}'}: samples that were "
+            "kept are drawn anew, or the other way round. Keep what follows from the index alone, "
+            "and draw after it; or use num_workers=0, then and now"
+        )
 
     def prepare(self, state: Mapping[str, Any]) -> None:
         """Sets the samplers to what they were when a state was written, before handlers run.

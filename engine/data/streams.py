@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -31,6 +32,7 @@ __all__ = [
     "leave",
     "plain_indices",
     "rank_seed",
+    "sample_key",
     "seed_host",
     "step_seed",
 ]
@@ -99,6 +101,33 @@ def leave() -> None:
     _fetching.key = None
 
 
+class SampleKey:
+    """The key of the sample that is being fetched in this thread, to be fetched under once more."""
+
+    def __init__(self) -> None:
+        self.value: int = getattr(_fetching, "key", None) or 0
+
+    def enter(self, key: int, streams: Iterable[str] = ALL_STREAMS) -> None:
+        """Makes a key the current sample's, and seeds streams of this process from it."""
+        _fetching.asked = False
+        _enter(key, streams)
+
+    @property
+    def asked(self) -> bool:
+        """Whether `current_sample` was called since this was entered."""
+        return bool(_fetching.asked)
+
+
+@contextmanager
+def sample_key() -> Generator[SampleKey, None, None]:
+    """Leaves the current sample's key after the block as it was before it."""
+    before = getattr(_fetching, "key", None)
+    try:
+        yield SampleKey()
+    finally:
+        _fetching.key = before
+
+
 @dataclass(frozen=True, slots=True)
 class SampleStreams:
     """The random streams of one sample, for a dataset that keeps off the global generators.
@@ -144,6 +173,7 @@ def current_sample() -> SampleStreams:
             "the __getitem__ of a DataLoader's dataset during DeterministicEngine.run(), or make a "
             "generator of your own elsewhere."
         )
+    _fetching.asked = True
     return SampleStreams(key)
 
 

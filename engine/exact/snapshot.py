@@ -48,6 +48,7 @@ KEYS: Final = frozenset(
 #: resume from a state that does not have it.
 OPTIONAL_KEYS: Final[Mapping[str, str]] = {
     "epoch_rng_states": "the random states of the epoch's beginning, for handlers of EPOCH_STARTED",
+    "shown": "the last output and metrics, for handlers that read them before the first batch",
     "structure": "the structure of what is trained: what wants gradients, parameter groups",
 }
 

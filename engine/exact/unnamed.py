@@ -24,13 +24,23 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
+from crosstrain.engine.data.generators import generators_in
 from crosstrain.engine.data.source import ResumableSource
 from crosstrain.engine.dispatch import Dispatcher
+from crosstrain.engine.guards import OTHER_PACKAGES, is_users_object
 
-__all__ = ["unnamed_sources"]
+__all__ = [
+    "GLOBAL_GENERATORS",
+    "SOURCES",
+    "attributes_of",
+    "functions_in",
+    "functions_of",
+    "is_others",
+    "unnamed_sources",
+]
 
 _EXAMPLES: Final[tuple[Iterable[Any], ...]] = ([], (), range(0), {}, set(), "")
-_SOURCES: Final[tuple[type, ...]] = (
+SOURCES: Final[tuple[type, ...]] = (
     torch.Generator,
     random.Random,
     numpy.random.Generator,
@@ -49,7 +59,7 @@ _SOURCES: Final[tuple[type, ...]] = (
     *(type(iter(example)) for example in _EXAMPLES),
 )
 # They are part of every state.
-_GLOBAL: Final = frozenset(
+GLOBAL_GENERATORS: Final = frozenset(
     map(
         id,
         (
@@ -69,10 +79,6 @@ _CLOSED: Final = (
     Dispatcher,
     types.ModuleType,
     type,
-)
-# Objects of these packages are not looked into: what they keep is theirs.
-_OTHERS: Final = frozenset(
-    {"crosstrain", "ignite", "numpy", "rich", "tensorboard", "torch", "torchdata", "tqdm", "wandb"}
 )
 _DEPTH: Final = 6
 _MANY: Final = 64
@@ -113,12 +119,12 @@ class _Walk:
         if not inspect.isfunction(plain):
             if owner is None and type(plain).__module__.startswith("crosstrain."):
                 # A step of ours, with the user's functions in it.
-                for own, value in _functions_in(plain):
+                for own, value in functions_in(plain):
                     self.function(value, f"{name}, its {own}", depth - 1)
             elif owner is None:
                 self.value(plain, name, depth)
             return
-        if _is_others(plain):
+        if is_others(plain):
             return
         for value in (*(plain.__defaults__ or ()), *(plain.__kwdefaults__ or {}).values()):
             self.value(value, f"{name}, a default", depth - 1)
@@ -127,13 +133,18 @@ class _Walk:
 
     def value(self, value: Any, name: str, depth: int) -> None:
         """Looks at a value, and into it where it may hold more."""
-        if id(value) in self._seen or id(value) in _GLOBAL or len(self._seen) > _SEEN:
+        if id(value) in self._seen or id(value) in GLOBAL_GENERATORS or len(self._seen) > _SEEN:
             return
-        if isinstance(value, _SOURCES):
+        if isinstance(value, SOURCES):
             self._seen.add(id(value))
             if inspect.isgenerator(value) and value.gi_frame is None:
                 return
             self.found[id(value)] = f"{name} (a {type(value).__name__})"
+            return
+        if depth > 0 and isinstance(value, DataLoader):
+            self._seen.add(id(value))
+            for own, generator in _generators_of(value):
+                self.value(generator, f"{name}, {own}", depth - 1)
             return
         if depth <= 0 or isinstance(value, _CLOSED):
             return
@@ -145,19 +156,53 @@ class _Walk:
         elif callable(value) and (inspect.isroutine(value) or isinstance(value, partial)):
             self._seen.add(id(value))
             self.function(value, name, depth - 1)
-        elif not _is_others(type(value)):
+        elif not is_others(type(value)):
             self.attributes(value, name, depth)
 
     def attributes(self, value: Any, name: str, depth: int) -> None:
         """Looks into an object's attributes."""
         self._seen.add(id(value))
-        for own, item in _attributes(value).items():
+        for own, item in attributes_of(value).items():
             self.value(item, f"{name}, .{own}", depth - 1)
 
 
-def _functions_in(step: Any) -> Iterator[tuple[str, Any]]:
+def _generators_of(loader: Any) -> Iterator[tuple[str, Any]]:
+    """Yields the generators that the order of a loader's samples is drawn from."""
+    yield "its generator", loader.generator
+    for name in ("sampler", "batch_sampler"):
+        for where, generator in generators_in(getattr(loader, name, None), name).items():
+            yield f"its {where}", generator
+
+
+def functions_of(data: Any) -> dict[str, Any]:
+    """Returns the functions of the user's that data is fetched with, by what to call them."""
+    found: dict[str, Any] = {}
+    if isinstance(data, DataLoader):
+        loader: Any = data
+        for name in ("collate_fn", "worker_init_fn"):
+            if inspect.isroutine(getattr(loader, name)):
+                found[f"the {name}"] = getattr(loader, name)
+        owners = {"dataset": loader.dataset, "collate_fn": loader.collate_fn}
+        for name in ("sampler", "batch_sampler"):
+            owners[name] = getattr(loader, name)
+    else:
+        owners = {"data": data}
+    for name, owner in owners.items():
+        if not is_users_object(owner):
+            continue
+        for method in ("__getitem__", "__getitems__", "__iter__", "__call__"):
+            function = getattr(type(owner), method, None)
+            if inspect.isfunction(function):
+                found[f"the {name}'s {method}"] = function
+        for own, value in vars(owner).items():
+            if inspect.isfunction(value) or isinstance(value, partial):
+                found[f"the {name}'s .{own}"] = value
+    return found
+
+
+def functions_in(step: Any) -> Iterator[tuple[str, Any]]:
     """Yields the functions among the attributes of a step of ours, and among its options."""
-    for name, value in _attributes(step).items():
+    for name, value in attributes_of(step).items():
         if inspect.isroutine(value) or isinstance(value, partial):
             yield name, value
         elif is_dataclass(value) and not isinstance(value, type):
@@ -167,7 +212,8 @@ def _functions_in(step: Any) -> Iterator[tuple[str, Any]]:
                     yield item.name, option
 
 
-def _attributes(value: Any) -> dict[str, Any]:
+def attributes_of(value: Any) -> dict[str, Any]:
+    """Returns the attributes of an object, by name."""
     try:
         return dict(vars(value))
     except TypeError:
@@ -176,9 +222,10 @@ def _attributes(value: Any) -> dict[str, Any]:
         return {name: getattr(value, name) for name in names if hasattr(value, name)}
 
 
-def _is_others(thing: Any) -> bool:
+def is_others(thing: Any) -> bool:
+    """Tells whether a function or a class is no user's: of a known package, or of Python's own."""
     root = (thing.__module__ or "").partition(".")[0]
-    return root in _OTHERS or root in sys.stdlib_module_names
+    return root in OTHER_PACKAGES or root in sys.stdlib_module_names
 
 
 def _variables(function: types.FunctionType) -> Iterator[tuple[str, Any]]:

@@ -12,10 +12,11 @@ from __future__ import annotations
 import os
 import struct
 from dataclasses import dataclass
+from typing import Protocol
 
 from .errors import CheckpointCorrupt, CheckpointUnsafe
 
-__all__ = ["Archive", "Record", "Window", "read_archive"]
+__all__ = ["Archive", "Readable", "Record", "Window", "read_archive", "read_comment"]
 
 _END = struct.Struct("<4s4H2LH")
 _END64 = struct.Struct("<4sQ2H2L4Q")
@@ -25,6 +26,19 @@ _LOCAL = struct.Struct("<4s5H3L2H")
 _FULL = 0xFFFFFFFF
 # The directory's mark of a folder, as MS-DOS has it.
 _IS_FOLDER = 0x10
+
+
+class Readable(Protocol):
+    """Bytes that can be read anywhere."""
+
+    @property
+    def length(self) -> int:
+        """How many they are."""
+        ...
+
+    def read(self, count: int, at: int) -> bytes:
+        """Reads bytes at a position: fewer where they end, none outside of them."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +115,22 @@ def read_archive(source: int | Window) -> Archive:
     return Archive(_without_folder(records), end_at + _END.size, comment)
 
 
+def read_comment(source: Readable) -> bytes:
+    """Returns the comment of an archive, and looks at nothing else of it.
+
+    Raises:
+        CheckpointCorrupt: if it is no archive, or cut off.
+        OSError: if it cannot be read.
+    """
+    try:
+        return _find_end(source)[1]
+    except CheckpointCorrupt:
+        head = source.read(4, 0)
+        if head != b"PK\x03\x04":
+            raise CheckpointCorrupt(_no_archive(head, source.length)) from None
+        raise
+
+
 def _no_archive(head: bytes, length: int) -> str:
     if length == 0:
         return "it is empty"
@@ -112,7 +142,7 @@ def _no_archive(head: bytes, length: int) -> str:
     return "it is no archive of torch.save: it does not begin like one"
 
 
-def _find_end(window: Window) -> tuple[int, bytes]:
+def _find_end(window: Readable) -> tuple[int, bytes]:
     """Finds the record at an archive's end: the last one of its kind, as torch's reader does."""
     tail = window.read(_END.size + 0xFFFF, max(0, window.length - _END.size - 0xFFFF))
     at = tail.rfind(b"PK\x05\x06", 0, max(0, len(tail) - _END.size + 4))

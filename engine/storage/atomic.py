@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
-import shutil
 import stat
 from collections.abc import Callable, Generator
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -18,21 +16,19 @@ from pathlib import Path
 from typing import IO
 
 from .errors import CheckpointCorrupt, CheckpointWriteError
+from .leftovers import FILES, new_name
 from .tree_hash import Tree, TreeHash
 
 __all__ = [
     "HashingFile",
     "check_free_space",
+    "fill_file",
     "flush_folder",
     "make_folder",
     "open_regular",
-    "remove_leftover",
-    "remove_leftovers",
     "write_file",
 ]
 
-_TEMPORARY_PREFIX = ".crosstrain-"
-_TEMPORARY_SUFFIX = ".tmp"
 _BUFFER = 1 << 20
 # What is smaller is buffered, and hashed where it is: handing it over would cost more.
 _LARGE = 1 << 18
@@ -141,21 +137,14 @@ def write_file(
         CheckpointWriteError: if the file system refuses a step; it names the file, step and cause.
     """
     target = path if atomic else None
-    aside = path.with_name(_temporary_name()) if atomic else path
+    aside = path.with_name(new_name(FILES)) if atomic else path
     step = "creating"
     try:
         if target is None:
             aside.unlink(missing_ok=True)
         with _descriptor(aside) as descriptor:
             step = "writing"
-            with ThreadPoolExecutor(1) if parallel else contextlib.nullcontext() as hasher:
-                file = HashingFile(descriptor, hasher)
-                produce(file)
-                tree = file.finish()
-            appendix, patch = trailer(tree)
-            file.write(appendix)
-            file.finish()
-            os.pwrite(descriptor, patch.to_bytes(2, "little"), file.size - len(appendix) - 2)
+            fill_file(descriptor, produce, trailer, parallel=parallel)
             step = "reading back"
             check(descriptor)
             step = "flushing"
@@ -175,8 +164,32 @@ def write_file(
         raise
 
 
-def _temporary_name() -> str:
-    return f"{_TEMPORARY_PREFIX}{secrets.token_hex(8)}{_TEMPORARY_SUFFIX}"
+def fill_file(
+    descriptor: int,
+    produce: Callable[[HashingFile], None],
+    trailer: Callable[[Tree], tuple[bytes, int]],
+    *,
+    parallel: bool,
+) -> None:
+    """Writes the contents of an open file, which is empty.
+
+    Args:
+        descriptor: the file.
+        produce: see `write_file`, as for what follows.
+        trailer: likewise.
+        parallel: likewise.
+
+    Raises:
+        OSError: if the file system refuses it.
+    """
+    with ThreadPoolExecutor(1) if parallel else contextlib.nullcontext() as hasher:
+        file = HashingFile(descriptor, hasher)
+        produce(file)
+        tree = file.finish()
+    appendix, patch = trailer(tree)
+    file.write(appendix)
+    file.finish()
+    os.pwrite(descriptor, patch.to_bytes(2, "little"), file.size - len(appendix) - 2)
 
 
 @contextlib.contextmanager
@@ -225,12 +238,13 @@ def _write_error(path: Path, step: str, error: OSError) -> CheckpointWriteError:
     )
 
 
-def check_free_space(path: Path, needed: int) -> None:
+def check_free_space(path: Path, needed: int, why: str = "") -> None:
     """Makes sure, before anything is written, that a file fits on its file system.
 
     Args:
         path: the file that is about to be written.
         needed: its size in bytes.
+        why: why it is there, as a sentence.
 
     Raises:
         CheckpointWriteError: if less is free.
@@ -244,9 +258,9 @@ def check_free_space(path: Path, needed: int) -> None:
     if space.f_blocks and free < needed:
         raise CheckpointWriteError(
             f"Checkpoint {path} was not saved: it needs {needed:,} bytes and {free:,} are free in "
-            f"{path.parent} (ENOSPC). Checkpoints that were saved before are as they were. Free "
-            "some space, or keep fewer checkpoints (n_saved); a new one is written before an old "
-            "one is removed, so there must be room for one more than n_saved.",
+            f"{path.parent} (ENOSPC). {why}Checkpoints that were saved before are as they were. "
+            "Free some space, or keep fewer checkpoints (n_saved); a new one is written before an "
+            "old one is removed, so there must be room for one more than n_saved.",
             path=path,
         )
 
@@ -283,27 +297,3 @@ def make_folder(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for place in missing:
         flush_folder(place.parent)
-
-
-def remove_leftovers(folder: Path) -> list[str]:
-    """Removes what a killed process has left half written.
-
-    Only call it while holding the folder's lock: what another process is writing looks the same.
-
-    Returns:
-        The names of the files removed.
-    """
-    removed: list[str] = []
-    for entry in folder.iterdir():
-        if entry.name.startswith(_TEMPORARY_PREFIX) and entry.name.endswith(_TEMPORARY_SUFFIX):
-            remove_leftover(entry)
-            removed.append(entry.name)
-    return removed
-
-
-def remove_leftover(path: Path) -> None:
-    """Removes a file, or a folder with all in it; of a link, the link, not what it leads to."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import errno
-from pathlib import Path
+
+from .locations import Location
 
 __all__ = [
     "CheckpointBusy",
@@ -12,6 +13,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointMismatch",
     "CheckpointNotFound",
+    "CheckpointStoreMissing",
     "CheckpointUnsafe",
     "CheckpointWarning",
     "CheckpointWriteError",
@@ -46,6 +48,10 @@ class CheckpointBusy(CheckpointError):
     """Another process is saving into the same folder."""
 
 
+class CheckpointStoreMissing(CheckpointError, ImportError):
+    """The package that reaches such a store is not installed; says which."""
+
+
 class CheckpointWriteError(CheckpointError, OSError):
     """The file system refused a write; the checkpoints that were there are as they were.
 
@@ -56,14 +62,14 @@ class CheckpointWriteError(CheckpointError, OSError):
     """
 
     def __init__(
-        self, message: str, cause: OSError | None = None, path: Path | None = None
+        self, message: str, cause: OSError | None = None, path: Location | None = None
     ) -> None:
         super().__init__(message)
         self.errno = errno.ENOSPC if cause is None else cause.errno
         self.filename = None if path is None else str(path)
 
     @classmethod
-    def of(cls, path: Path, why: str, cause: OSError | None) -> CheckpointWriteError:
+    def of(cls, path: Location, why: str, cause: OSError | None) -> CheckpointWriteError:
         """Returns the error of a checkpoint that was not saved.
 
         Args:

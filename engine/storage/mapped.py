@@ -14,7 +14,6 @@ import os
 import sys
 import weakref
 from collections.abc import Callable, Generator, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ import torch
 from crosstrain.engine.guards import is_mapping
 
 from .errors import CheckpointCorrupt
+from .locations import Location
 from .staging import view_like
 from .tree_hash import Place, fill, in_threads
 
@@ -77,7 +77,7 @@ class Mapped:
     def __init__(
         self,
         descriptor: int,
-        path: Path,
+        path: Location,
         stamp: Stamp,
         storages: list[tuple[torch.UntypedStorage, int]],
     ) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import secrets
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -20,6 +19,8 @@ from crosstrain.engine.ranks.line import Line
 
 from .atomic import HashingFile, check_free_space, flush_folder, write_file
 from .errors import CheckpointError, CheckpointWriteError
+from .leftovers import ASIDE, PARTS, new_name
+from .locations import Location
 from .manifest import INDEX, MANIFEST, Manifest, rank_file
 from .parts_index import Entry, encode_index
 from .parts_read import hash_file
@@ -27,12 +28,8 @@ from .safe_load import check_written
 from .staging import state_bytes
 from .tree_hash import Tree
 
-__all__ = ["ASIDE", "LEFTOVER", "Staged", "Writers", "write_in_parts"]
+__all__ = ["Staged", "Writers", "write_in_parts"]
 
-#: How the name of what is not finished begins and ends.
-LEFTOVER = (".crosstrain-", ".parts")
-#: What stands before the name of a checkpoint that another is just taking the place of.
-ASIDE = ".crosstrain-aside-"
 _SPARE_BYTES = 2 << 20
 # Smaller tensors are written by each process: to compare them would cost more.
 _LARGE = 4096
@@ -54,7 +51,7 @@ class Writers:
         """Returns every process's value, in the order of ranks."""
         return [value] if self._line is None else self._line.meet(step, value, of=range(self.size))
 
-    def agree(self, path: Path, error: Exception | None, value: Any = None) -> list[Any]:
+    def agree(self, path: Location, error: Exception | None, value: Any = None) -> list[Any]:
         """Returns every process's value, or raises in all what one of them met.
 
         Raises:
@@ -138,7 +135,7 @@ def write_in_parts(folder: Path, staged: Staged, manifest: Manifest, writers: Wr
         raise
 
 
-def _told(error: Exception, path: Path) -> Exception:
+def _told(error: Exception, path: Location) -> Exception:
     if isinstance(error, CheckpointError) or not isinstance(error, OSError):
         return error
     return CheckpointWriteError.of(path, str(error.strerror or error), error)
@@ -147,7 +144,7 @@ def _told(error: Exception, path: Path) -> Exception:
 def _fresh_folder(folder: Path, needed: int, writers: Writers, agree: Any) -> Path:
     """Returns a new folder that all processes see."""
     error: Exception | None = None
-    path = folder / f"{LEFTOVER[0]}{secrets.token_hex(8)}{LEFTOVER[1]}"
+    path = folder / new_name(PARTS)
     if writers.rank == 0:
         try:
             check_free_space(path, needed + _SPARE_BYTES * writers.size)

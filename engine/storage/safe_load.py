@@ -28,7 +28,6 @@ from crosstrain.engine.guards import is_mapping
 from crosstrain.engine.proof import Strictness
 
 from .archive import Archive, Window, read_archive
-from .atomic import open_regular
 from .errors import (
     CheckpointContentError,
     CheckpointCorrupt,
@@ -37,6 +36,8 @@ from .errors import (
     CheckpointUnsafe,
     CheckpointWarning,
 )
+from .folders import folder_at, open_place
+from .locations import Location
 from .manifest import Manifest
 from .mapped import Mapped, Stamp, can_map, check_stamp, path_of_descriptor, stamp_of
 from .plain import to_plain
@@ -68,13 +69,13 @@ class LoadedFile:
             see to it that none of them outlives the load.
     """
 
-    path: Path
+    path: Location
     manifest: Manifest | None
     state: Any
     mapped: Mapped | None = None
 
 
-def verify_file(path: Path) -> Manifest | None:
+def verify_file(path: Location) -> Manifest | None:
     """Checks that a checkpoint is whole, without reading its contents into memory.
 
     Args:
@@ -96,7 +97,7 @@ def verify_file(path: Path) -> Manifest | None:
 
 
 def load_file(
-    path: Path, *, take: Take | None = None, names: Collection[str] | None = None
+    path: Location, *, take: Take | None = None, names: Collection[str] | None = None
 ) -> LoadedFile:
     """Reads a checkpoint onto the CPU, after checking that it is whole and safe.
 
@@ -173,7 +174,7 @@ def load_part(file: IO[bytes], at: int, length: int, path: Path) -> Any:
         return _load(io.BytesIO(data), check.names)
 
 
-def check_written(descriptor: int, state: Any, path: Path, strictness: Strictness) -> None:
+def check_written(descriptor: int, state: Any, path: Location, strictness: Strictness) -> None:
     """Holds a file that was just written to what a load of it accepts, but for its hash.
 
     Args:
@@ -222,14 +223,14 @@ def _to_blame(state: Any) -> list[str]:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Generator[IO[bytes]]:
+def _opened(path: Location) -> Generator[IO[bytes]]:
     """Opens a file, and puts its name in front of what is raised about it."""
-    with _named(path), open_regular(path) as file:
+    with _named(path), open_place(path) as file:
         yield file
 
 
 @contextlib.contextmanager
-def _named(path: Path) -> Generator[None]:
+def _named(path: Location) -> Generator[None]:
     try:
         yield
     except FileNotFoundError:
@@ -250,9 +251,9 @@ def _named(path: Path) -> Generator[None]:
         raise CheckpointCorrupt(f"{path} is not a good checkpoint: {error}") from error.__cause__
 
 
-def _neighbours(folder: Path) -> list[str]:
+def _neighbours(folder: Location) -> list[str]:
     try:
-        names = sorted(entry.name for entry in folder.iterdir() if entry.suffix == ".pt")
+        names = [entry.name for entry in folder_at(folder).entries((".pt",))]
     except OSError:
         return []
     return [*names[:10], "..."] if len(names) > 10 else names
@@ -411,7 +412,7 @@ def _load(file: IO[bytes], names: set[str]) -> Any:
 
 
 def _load_mapped(
-    file: IO[bytes], path: Path, whole: _Whole, check: PickleCheck
+    file: IO[bytes], path: Location, whole: _Whole, check: PickleCheck
 ) -> tuple[Any, Mapped] | None:
     """Loads a state whose tensors lie in the file's memory.
 

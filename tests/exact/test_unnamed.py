@@ -132,7 +132,7 @@ def test_what_is_no_source_of_draws_is_not_told() -> None:
         torch.manual_seed(3)
         np.random.rand()
         random.random()
-        return model, loader, history, Events
+        return model, loader, Events
 
     engine = DeterministicEngine(step, seed=1)
     engine.add_event_handler(Events.EPOCH_COMPLETED, lambda: history.append(2.0))

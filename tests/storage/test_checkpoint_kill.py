@@ -13,7 +13,15 @@ import pytest
 from fork_server import ForkServer
 from saving_programs import load_newest, save_and_die, save_for_ever
 
-MODES = ("sync", "background", "same-name")
+# The last two by way of a store, whose disk is this one's.
+WAYS = [
+    ("", "sync"),
+    ("", "background"),
+    ("", "same-name"),
+    ("file://", "background"),
+    ("file://", "same-name"),
+]
+each_way = pytest.mark.parametrize(("scheme", "mode"), WAYS)
 KILLS_AT_RANDOM = 45
 
 
@@ -23,23 +31,24 @@ def server() -> Iterator[ForkServer]:
         yield server
 
 
-@pytest.mark.parametrize("mode", MODES)
+@each_way
 def test_killed_at_each_system_call_of_a_save(
-    server: ForkServer, tmp_path: Path, mode: str
+    server: ForkServer, tmp_path: Path, scheme: str, mode: str
 ) -> None:
+    folder = f"{scheme}{tmp_path}"
     saved, kills, finished = 0, 0, False
     moment = 0
     while not finished:
         moment += 1
         for half in (False, True):
             value = saved + 1
-            code = server.run(save_and_die, str(tmp_path), mode, value, moment, half)
+            code = server.run(save_and_die, folder, mode, value, moment, half)
             finished = code == 0
             if not finished:
                 assert code == -signal.SIGKILL
                 kills += 1
             if saved or list(tmp_path.glob("*.pt")):
-                found = load_newest(tmp_path)
+                found = load_newest(folder)
                 assert found in (saved, value)
                 saved = found
     # Opening, writing, flushing, renaming, flushing the folder, removing: twice each.
@@ -48,15 +57,17 @@ def test_killed_at_each_system_call_of_a_save(
     assert not list(tmp_path.glob(".crosstrain-*.tmp")), "the last start removes what is left over"
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_killed_at_random_moments(server: ForkServer, tmp_path: Path, mode: str) -> None:
+@each_way
+def test_killed_at_random_moments(
+    server: ForkServer, tmp_path: Path, scheme: str, mode: str
+) -> None:
     told = tmp_path / "told"
     told.touch()
-    folder = tmp_path / "checkpoints"
+    folder = f"{scheme}{tmp_path}/checkpoints"
     draw = random.Random(mode)
     newest = 0
     for _ in range(KILLS_AT_RANDOM):
-        pid = server.start(save_for_ever, str(folder), mode, newest + 1, str(told))
+        pid = server.start(save_for_ever, folder, mode, newest + 1, str(told))
         while _told(told) <= newest:
             time.sleep(0.001)
         time.sleep(draw.uniform(0.0, 0.03))

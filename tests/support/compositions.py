@@ -389,7 +389,7 @@ def _run(made: Made, folder: Path, played: Played, resumed: bool, kill: int | No
         state = engine.state
         row = (state.iteration, state.epoch, digest(state.batch), float(state.output).hex())
         played.rows.append(row)
-        if len(played.rows) > LONGEST:
+        if state.iteration > LONGEST:
             raise TooLong
 
     trainer.add_event_handler(Events.ITERATION_COMPLETED, note)

@@ -32,7 +32,8 @@ def train(folder: str, result: str, options: dict[str, Any]) -> None:
         options: `signals`: from iterations to names of signals that the program sends itself;
             `slow`: an iteration that takes long; `workers` and `context` of the loader; `group`:
             whether signals go to all processes, as a terminal's do; `seed`, `background`, `every`;
-            `backend`, a spec.
+            `backend`, a spec; `remote` and
+            `every_remote` of the second tier.
     """
     torch.manual_seed(options.get("seed", 0))
     data = torch.randn(48, 6, generator=torch.Generator().manual_seed(5))
@@ -58,6 +59,8 @@ def train(folder: str, result: str, options: dict[str, Any]) -> None:
         folder,
         every=options.get("every", 4),
         background=options.get("background", True),
+        remote=options.get("remote"),
+        every_remote=options.get("every_remote"),
     )
     trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: scheduler.step())
     losses: list[float] = []
@@ -101,6 +104,7 @@ def train(folder: str, result: str, options: dict[str, Any]) -> None:
         "exit_code": run.exit_code,
         "stop": None if run.stop_signal is None else run.stop_signal.name,
         "resumed_from": None if run.resumed_from is None else run.resumed_from.name,
+        "resumed_place": str(run.resumed_from),
         "losses": losses,
         "weights": [parameter.tolist() for parameter in model.parameters()],
         "rate": scheduler.get_last_lr(),

@@ -69,7 +69,7 @@ class Saver:
         self.checkpoint.wait()
 
 
-def load_newest(folder: Path, elements: int = 100_000) -> int:
+def load_newest(folder: str | Path, elements: int = 100_000) -> int:
     """Loads the newest checkpoint, checks that it is of one piece, and returns its value."""
     counter, engine = Counter(elements), Engine(lambda engine, batch: None)
     found = Checkpoint.latest(folder)

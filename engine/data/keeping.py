@@ -1,0 +1,148 @@
+"""What a dataset keeps of what it draws while it fetches, such as a cache: found by fetching again.
+
+A cache lives in whatever process fetches. The main process's is part of a run's state; that of a
+worker ends with the worker. So a dataset that keeps what it has *drawn* gives other samples where
+the number of workers changes, or where workers begin anew in the middle of a pass. One that keeps
+what follows from the index alone, as decoded images, gives the same everywhere. The two are told
+apart on a resume, where the first sample is fetched: as if the dataset had kept nothing, twice
+under the same random streams and once under others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final, NamedTuple
+
+import torch
+
+from crosstrain.backends import random_state
+from crosstrain.engine.digest import digest
+from crosstrain.engine.splitmix import mix
+
+from .attributes import Attributes
+from .streams import KeyedBatchDataset, KeyedDataset, KeyedIndex, KeyedIndices, sample_key
+
+__all__ = ["Probe", "changed_places"]
+
+_OTHER: Final = 0x6B656570
+
+
+class Probe:
+    """Asks, in the process that fetches, what a dataset keeps; answers in the main process.
+
+    Args:
+        attributes: those of the dataset.
+        places: which of them had changed when the state was written: they are taken away, so that
+            what is kept in them is made anew.
+    """
+
+    def __init__(self, attributes: Attributes, places: Iterable[str]) -> None:
+        self._attributes = attributes
+        self._places = frozenset(places)
+        # Memory that the workers share: whether it was asked, and the two answers.
+        answers: Any = torch.zeros(3, dtype=torch.uint8)
+        self._answers: Any = answers.share_memory_()
+
+    @property
+    def keeps_draws(self) -> bool:
+        """Whether the dataset keeps what it has drawn from the random streams."""
+        return bool(self._answers[1])
+
+    @property
+    def draws_unseen(self) -> bool:
+        """Whether it gives another sample under the same random streams."""
+        return bool(self._answers[2])
+
+    def on(self, dataset: Any) -> Any:
+        """Returns a dataset that asks when its first sample is fetched."""
+        batched = isinstance(dataset, KeyedBatchDataset)
+        return (_ProbedBatches if batched else _Probed)(dataset, self)
+
+    def ask(self, fetch: Callable[[], Any]) -> None:
+        """Fetches as if nothing had been kept, and looks at what comes and what is kept then.
+
+        Args:
+            fetch: fetches a sample, or a few.
+        """
+        if self._answers[0]:
+            return
+        self._answers[0] = 1
+        attributes = self._attributes
+        kept = attributes.take()
+        base = {place: value for place, value in kept.items() if place not in self._places}
+        with random_state.preserved(), sample_key() as key:
+            state = random_state.capture()
+
+            def fetched(other: bool = False) -> _Fetched:
+                attributes.give(base)
+                random_state.restore(state)
+                if other:
+                    key.enter(mix(key.value, _OTHER))
+                else:
+                    key.enter(key.value, ())
+                before = digest(random_state.capture())
+                item = digest([fetch()])
+                drew = key.asked or digest(random_state.capture()) != before
+                return _Fetched(item, digest(attributes.take()), drew)
+
+            try:
+                first, second = fetched(), fetched()
+                self._answers[2] = first.item != second.item
+                # The second time it came from where it was kept.
+                self._answers[1] = first.drew and not second.drew
+                if digest(base) != first.kept == second.kept:
+                    self._answers[1] |= fetched(True).kept != first.kept
+            except Exception:  # noqa: BLE001  without what it was given it may fail in any way
+                return
+            finally:
+                attributes.give(kept)
+
+
+class _Fetched(NamedTuple):
+    """Digests of a sample and of what the dataset keeps then, and whether it drew."""
+
+    item: str
+    kept: str
+    drew: bool
+
+
+class _Probed(KeyedDataset):
+    """A dataset that asks a probe when its first sample is fetched.
+
+    Args:
+        dataset: the user's, or one that keys its streams.
+        probe: what is asked.
+    """
+
+    def __init__(self, dataset: Any, probe: Probe) -> None:
+        super().__init__(dataset)
+        object.__setattr__(self, "probe", probe)
+
+    def __getitem__(self, index: Any) -> Any:
+        dataset, plain = self.dataset, index
+        if isinstance(index, KeyedIndex):
+            index.enter()
+            dataset, plain = self.dataset.dataset, index.index
+        self.probe.ask(lambda: dataset[plain])
+        return self.dataset[index]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.dataset, self.probe)
+
+
+class _ProbedBatches(_Probed):
+    """The same for one that is fetched from by whole batches."""
+
+    def __getitems__(self, indices: Any) -> Any:
+        """Fetches a batch, and before that its first sample, to ask."""
+        if isinstance(indices, KeyedIndices) and len(indices):
+            indices.enter()
+            first = list(indices.values)[:1]
+            self.probe.ask(lambda: self.dataset.dataset.__getitems__(first))
+        return self.dataset.__getitems__(indices)
+
+
+def changed_places(state: Mapping[str, Any]) -> set[str]:
+    """Returns which of the dataset's attributes had changed when a state was written."""
+    dataset = state.get("dataset", {})
+    return {*dataset.get("opening", ()), *dataset.get("now", ())}

@@ -1,0 +1,157 @@
+"""What a folder of checkpoints can do, wherever it is: on a disk, or in a store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import IO, Protocol
+
+from .archive import Readable
+from .atomic import HashingFile
+from .locations import Location
+from .tree_hash import Tree
+
+__all__ = ["Claim", "Contents", "Entry", "Folder"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Something in a folder that is named like a checkpoint.
+
+    Args:
+        name: its name.
+        is_file: whether it is a file.
+        is_folder: whether it is a folder; what is neither cannot be a checkpoint.
+        modified_ns: when it was written, in ns; 0 if that is not told.
+        lost: why there is nothing behind its name; None if there is.
+    """
+
+    name: str
+    is_file: bool
+    is_folder: bool
+    modified_ns: int = 0
+    lost: str | None = None
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file is to hold.
+
+    Args:
+        needed: its bytes at most.
+        produce: writes them.
+        trailer: called with the hashes of the contents; returns bytes to append, and the 16-bit
+            number that replaces the last two bytes of the contents.
+        check: called with the descriptor of the whole file, before it gets its name; what it raises
+            ends the writing.
+        atomic: if false, it is written under its name.
+        parallel: hashes in a thread beside the writing.
+    """
+
+    needed: int
+    produce: Callable[[HashingFile], None]
+    trailer: Callable[[Tree], tuple[bytes, int]]
+    check: Callable[[int], None] = lambda _: None
+    atomic: bool = True
+    parallel: bool = True
+
+
+class Claim(Protocol):
+    """A folder that belongs to this process, as far as that can be made sure."""
+
+    removed: Sequence[str]
+
+    def renew(self) -> None:
+        """Makes sure that it still does.
+
+        Raises:
+            CheckpointBusy: if another process has it by now.
+            OSError: if that cannot be found out.
+        """
+        ...
+
+    def release(self) -> None:
+        """Gives it up; another holder in this process keeps it."""
+        ...
+
+
+class Folder(Protocol):
+    """A folder of checkpoints."""
+
+    @property
+    def place(self) -> Location:
+        """Where it is."""
+        ...
+
+    def make(self) -> None:
+        """Makes it, if it is not there.
+
+        Raises:
+            OSError: if that cannot be.
+        """
+        ...
+
+    def exists(self) -> bool:
+        """Tells whether it is there; of a store, whether something can be put there."""
+        ...
+
+    def claim(self) -> Claim:
+        """Takes it for this process, and removes what a killed one has left half written.
+
+        Raises:
+            CheckpointBusy: if another process has it.
+            OSError: if that cannot be.
+        """
+        ...
+
+    def entries(self, endings: tuple[str, ...]) -> list[Entry]:
+        """Lists what is named like a checkpoint, by the endings, in the order of the names.
+
+        Raises:
+            FileNotFoundError: if there is no such folder.
+            OSError: if it cannot be read.
+        """
+        ...
+
+    def write(self, name: str, contents: Contents) -> None:
+        """Writes a file so that at any moment its name stands for a whole file or for none.
+
+        Raises:
+            CheckpointWriteError: if a step is refused; says which, and why.
+        """
+        ...
+
+    def open(self, name: str) -> AbstractContextManager[IO[bytes]]:
+        """Opens a file as one of this machine, with a descriptor.
+
+        Raises:
+            CheckpointCorrupt: if it is no regular file.
+            OSError: if it cannot be opened.
+        """
+        ...
+
+    def peek(self, name: str) -> AbstractContextManager[Readable]:
+        """Opens a file of which little is to be read.
+
+        Raises:
+            CheckpointCorrupt: if it is no regular file.
+            OSError: if it cannot be opened.
+        """
+        ...
+
+    def remove(self, name: str) -> None:
+        """Removes a file, if it is there; a folder of its name is left alone.
+
+        Raises:
+            OSError: if it cannot be removed.
+        """
+        ...
+
+    def remove_parts(self, name: str) -> None:
+        """Takes a checkpoint's name away at once, if it is there, then its parts.
+
+        Raises:
+            OSError: if it cannot be removed.
+        """
+        ...

@@ -1,0 +1,226 @@
+"""A folder of checkpoints in a store, where the disk of this machine is only passed through.
+
+What is written is staged in an unnamed file among the temporary ones (`TMPDIR`), which the system
+frees however this process ends; so is what is read. That is one checkpoint at a time, and the free
+space is looked at first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from typing import IO, Any, Final
+
+from .atomic import check_free_space, fill_file
+from .errors import CheckpointError, CheckpointWriteError
+from .folder import Contents, Entry
+from .lease import Lease
+from .locations import StorePath
+from .store import Store, Stored
+from .stores import store_of
+
+__all__ = ["StoreFolder"]
+
+#: Names the checkpoints that were put: a list of a store may lag behind what is in it.
+SAVED: Final = ".crosstrain.saved"
+_MOST_NAMES: Final = 100
+# Of one that is replaced again and again while it is read.
+_TRIES: Final = 3
+
+
+class _StoreClaim:
+    """The lease of a folder.
+
+    Args:
+        store: the folder.
+    """
+
+    removed: Sequence[str] = ()
+
+    def __init__(self, store: Store) -> None:
+        self.lease = Lease(store)
+        if self.lease.first:
+            self.removed = ["an upload"] * store.end_uploads()
+
+    def renew(self) -> None:
+        """Does nothing: each write asks the store, in whichever thread it is."""
+
+    def release(self) -> None:
+        self.lease.release()
+
+
+class StoreFolder:
+    """A folder in a store, as fsspec reaches them.
+
+    Args:
+        place: the folder.
+
+    Raises:
+        CheckpointStoreMissing: if the package that reaches such a store is not installed.
+        ValueError: if there is no such kind of store.
+    """
+
+    def __init__(self, place: StorePath) -> None:
+        self._place = place
+        self._store = store_of(place)
+        self._claim: _StoreClaim | None = None
+
+    @property
+    def place(self) -> StorePath:
+        """Where it is."""
+        return self._place
+
+    def make(self) -> None:
+        """Makes it, if it is not there."""
+        self._store.make()
+
+    def exists(self) -> bool:
+        """Tells whether it is there."""
+        return True
+
+    def claim(self) -> _StoreClaim:
+        """Takes it for this process."""
+        self._claim = _StoreClaim(self._store)
+        return self._claim
+
+    def entries(self, endings: tuple[str, ...]) -> list[Entry]:
+        """Lists what is named like a checkpoint."""
+        there = {one.name: one for one in self._store.list()}
+        for name in self._saved():
+            if name not in there:
+                with contextlib.suppress(FileNotFoundError):
+                    there[name] = self._store.head(name)
+        return [
+            Entry(name, not one.is_folder, one.is_folder, int(one.modified * 1e9))
+            for name, one in sorted(there.items())
+            if name.endswith(endings) and not name.startswith(".")
+        ]
+
+    def _saved(self) -> list[str]:
+        try:
+            values: Any = json.loads(self._store.get(SAVED))
+        except (FileNotFoundError, ValueError):
+            return []
+        names: list[Any] = values if type(values) is list else []
+        return [name for name in names if type(name) is str and name and "/" not in name]
+
+    def write(self, name: str, contents: Contents) -> None:
+        """Writes a file, whole or not at all."""
+        place = self._place / name
+        step = "staging"
+        try:
+            with _staged(contents.needed, place) as file:
+                fill_file(
+                    file.fileno(),
+                    contents.produce,
+                    contents.trailer,
+                    parallel=contents.parallel,
+                )
+                step = "reading back"
+                contents.check(file.fileno())
+                self.copy(name, file.fileno())
+        except OSError as error:
+            if isinstance(error, CheckpointError):
+                raise
+            why = f"{step} it failed with {error.strerror or error}"
+            raise CheckpointWriteError.of(place, why, error) from None
+
+    def copy(self, name: str, descriptor: int) -> None:
+        """Puts a file of this machine, whole or not at all.
+
+        Args:
+            name: what it is called there.
+            descriptor: the file, open for reading; its position is not used.
+
+        Raises:
+            CheckpointWriteError: if a step is refused.
+        """
+        step = "looking who else saves there, before uploading"
+        try:
+            self._renew()
+            step = "uploading"
+            self._store.upload(name, descriptor, os.fstat(descriptor).st_size)
+            step = "noting"
+            saved = [name, *(one for one in self._saved() if one != name)][:_MOST_NAMES]
+            self._store.put(SAVED, json.dumps(saved).encode())
+        except OSError as error:
+            if isinstance(error, CheckpointError):
+                raise
+            why = f"{step} it failed with {error.strerror or error}"
+            raise CheckpointWriteError.of(self._place / name, why, error) from None
+
+    def _renew(self) -> None:
+        if self._claim is not None:
+            self._claim.lease.renew()
+
+    @contextlib.contextmanager
+    def open(self, name: str) -> Generator[IO[bytes]]:
+        """Opens a file."""
+        for tries_left in reversed(range(_TRIES)):
+            told = self._file(name)
+            with _staged(told.size, self._place / name) as file:
+                try:
+                    self._store.fetch(name, told.size, file.fileno())
+                    is_same = self._file(name).version == told.version
+                except OSError:
+                    # It may have been replaced by a shorter one.
+                    if not tries_left or self._file(name).version == told.version:
+                        raise
+                    is_same = False
+                if is_same or not tries_left:
+                    yield file
+                    return
+
+    def _file(self, name: str) -> Stored:
+        told = self._store.head(name)
+        if told.is_folder:
+            raise IsADirectoryError(f"{self._place / name} is a folder")
+        return told
+
+    @contextlib.contextmanager
+    def peek(self, name: str) -> Generator[_Peek]:
+        """Opens a file of which little is to be read."""
+        yield _Peek(self._store, name, self._file(name).size)
+
+    def remove(self, name: str) -> None:
+        """Removes a file, if it is there."""
+        self._renew()
+        self._store.remove(name)
+
+    def remove_parts(self, name: str) -> None:
+        """Does nothing: a store has no checkpoints in parts."""
+
+
+class _Peek:
+    """A file of a store, of which few bytes are fetched.
+
+    Args:
+        store: the folder.
+        name: of the file.
+        length: its bytes.
+    """
+
+    def __init__(self, store: Store, name: str, length: int) -> None:
+        self._store = store
+        self._name = name
+        self.length = length
+
+    def read(self, count: int, at: int) -> bytes:
+        """Reads bytes at a position: fewer where the file ends."""
+        end = min(at + count, self.length)
+        if not 0 <= at < end:
+            return b""
+        return self._store.get(self._name, at, end)
+
+
+@contextlib.contextmanager
+def _staged(needed: int, place: StorePath) -> Generator[IO[bytes]]:
+    """Opens a file without a name, for what is on its way."""
+    folder = Path(tempfile.gettempdir())
+    check_free_space(folder / place.name, needed, f"{place} is staged there; see TMPDIR. ")
+    with tempfile.TemporaryFile(dir=folder) as file:
+        yield file

@@ -1,0 +1,237 @@
+"""What the step and handlers change and read, and no checkpoint holds, is told; logs are not."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from crosstrain.engine import (
+    Checks,
+    DeterministicEngine,
+    Events,
+    ResumeError,
+    ResumeWarning,
+    create_supervised_trainer,
+    resume_or_start,
+)
+
+Case = Callable[[Any, nn.Module, Any], None]
+CASES: dict[str, tuple[str, Case]] = {}
+
+
+def _case(told: str) -> Callable[[Case], Case]:
+    def add(function: Case) -> Case:
+        CASES[function.__name__.strip("_")] = (told, function)
+        return function
+
+    return add
+
+
+def _set_rate(optimizer: Any, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+@_case("its 'scheduler'")
+def _scheduler(trainer: Any, model: nn.Module, optimizer: Any) -> None:
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: scheduler.step())
+
+
+@_case("its 'average'")
+def _average(trainer: Any, model: nn.Module, optimizer: Any) -> None:
+    average = torch.optim.swa_utils.AveragedModel(model)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: average.update_parameters(model))
+
+
+@_case("its 'total'")
+def _average_by_hand(trainer: Any, model: nn.Module, optimizer: Any) -> None:
+    total = copy.deepcopy(model)
+
+    @trainer.on(Events.ITERATION_COMPLETED)
+    def add() -> None:
+        with torch.no_grad():
+            for one, other in zip(total.parameters(), model.parameters(), strict=True):
+                one.add_(other)
+
+
+@_case("its 'best'")
+def _best(trainer: Any, model: nn.Module, optimizer: Any) -> None:
+    best = float("inf")
+
+    @trainer.on(Events.ITERATION_COMPLETED)
+    def compare() -> None:
+        nonlocal best
+        if trainer.state.output < best:
+            best = trainer.state.output
+            _set_rate(optimizer, best)
+
+
+@_case("its 'sums'")
+def _mapping(trainer: Any, model: nn.Module, optimizer: Any) -> None:
+    sums = {"loss": 0.0}
+
+    @trainer.on(Events.ITERATION_COMPLETED)
+    def add() -> None:
+        sums["loss"] += trainer.state.output
+        _set_rate(optimizer, 0.1 / (1 + sums["loss"]))
+
+
+@_case("its 'object.calls'")
+def _object(trainer: Any, model: nn.Module, optimizer: Any) -> None:
+    class Decay:
+        def __init__(self) -> None:
+            self.calls = 0
+
+        def __call__(self, engine: Any) -> None:
+            self.calls += 1
+            _set_rate(optimizer, 0.1 / self.calls)
+
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, Decay())
+
+
+@_case(r"trainer\.state\.alpha")
+def _of_state(trainer: Any, model: nn.Module, optimizer: Any) -> None:
+    trainer.add_event_handler(Events.STARTED, lambda: setattr(trainer.state, "alpha", 0.1))
+
+    @trainer.on(Events.ITERATION_COMPLETED)
+    def decay(engine: Any) -> None:
+        engine.state.alpha *= 0.9
+        _set_rate(optimizer, engine.state.alpha)
+
+
+def _make(**options: Any) -> tuple[Any, nn.Module, Any]:
+    model = nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    trainer = create_supervised_trainer(
+        model, optimizer, nn.functional.mse_loss, deterministic=True, **options
+    )
+    return trainer, model, optimizer
+
+
+def _data() -> Any:
+    return [(torch.ones(2, 3) * i, torch.ones(2, 1)) for i in range(4)]
+
+
+def _said(folder: Path, attach: Case, more: dict[str, Any] | None = None) -> list[str]:
+    torch.manual_seed(3)
+    trainer, model, optimizer = _make()
+    attach(trainer, model, optimizer)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        to_save = {"model": model, "optimizer": optimizer, **(more or {})}
+        resume_or_start(trainer, to_save, folder, 1, signals=())
+        trainer.run(_data(), max_epochs=2)
+    return [str(item.message) for item in caught if item.category is ResumeWarning]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_changed_and_read_is_told_once(name: str, tmp_path: Path) -> None:
+    told, attach = CASES[name]
+    (said,) = _said(tmp_path, attach)
+    with pytest.warns(match=told):
+        warnings.warn(said, stacklevel=1)
+    assert "to_save" in said
+
+
+def test_what_is_named_is_not_told(tmp_path: Path) -> None:
+    def attach(trainer: Any, model: nn.Module, optimizer: Any) -> None:
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2)
+        named["scheduler"] = scheduler
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: scheduler.step())
+        trainer.state_dict_user_keys.append("alpha")
+        trainer.state.alpha = 1.0
+        CASES["of_state"][1](trainer, model, optimizer)
+
+    named: dict[str, Any] = {}
+    trainer, model, optimizer = _make()
+    attach(trainer, model, optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ResumeWarning)
+        to_save = {"model": model, "optimizer": optimizer, **named}
+        resume_or_start(trainer, to_save, tmp_path, 1, signals=())
+        trainer.run(_data(), max_epochs=2)
+
+
+def test_logs_and_what_stays_the_same_are_not_told(tmp_path: Path) -> None:
+    """What is appended to, counted up and printed; a teacher, an evaluator and its data."""
+    losses: list[float] = []
+    seen: dict[int, float] = {}
+    count = 0
+
+    def attach(trainer: Any, model: nn.Module, optimizer: Any) -> None:
+        teacher = nn.Linear(3, 1)
+        evaluator = DeterministicEngine(lambda engine, batch: float(model(batch[0]).sum()))
+        history: list[Any] = []
+
+        @trainer.on(Events.ITERATION_COMPLETED)
+        def log(engine: Any) -> None:
+            nonlocal count
+            losses.append(engine.state.output)
+            seen[engine.state.iteration] = engine.state.output
+            count += 1
+            history.append(teacher(torch.ones(1, 3)).detach())
+            print(sum(losses) / len(losses))
+            evaluator.run(_data())
+
+    assert not _said(tmp_path, attach)
+    assert count == len(losses) == len(seen) == 8
+
+
+def test_a_step_of_the_users_own_is_looked_into() -> None:
+    hidden: list[Any] = [None]
+
+    def step(engine: Any, batch: Any) -> float:
+        before = hidden[0]
+        hidden[0] = batch if before is None else before * 0.5 + batch
+        return float(hidden[0])
+
+    engine = DeterministicEngine(step, seed=1, checks=Checks(unnamed="error"))
+    engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: engine.state_dict())
+    with pytest.raises(ResumeError, match="the step, its 'hidden'"):
+        engine.run([1.0, 2.0])
+    engine = DeterministicEngine(step, seed=1, checks=Checks(unnamed="off"))
+    engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: engine.state_dict())
+    engine.run([1.0, 2.0])
+
+
+def test_generators_of_another_loader_are_told() -> None:
+    loader: Any = DataLoader([1, 2, 3], shuffle=True, generator=torch.Generator().manual_seed(1))  # type: ignore[arg-type]
+    engine = DeterministicEngine(lambda engine, batch: next(iter(loader)), seed=1)
+    engine.run([1, 2])
+    with pytest.warns(ResumeWarning, match="its 'loader', its generator"):
+        engine.state_dict()
+
+
+@pytest.mark.parametrize("event", [Events.EPOCH_STARTED, Events.GET_BATCH_STARTED])
+def test_the_last_output_and_metrics_are_there_before_the_first_batch(event: Any) -> None:
+    def play(state: Any = None) -> tuple[list[Any], Any]:
+        rows: list[Any] = []
+        states: dict[int, Any] = {}
+        engine = DeterministicEngine(lambda engine, batch: batch * 2.0, seed=1)
+        engine.add_event_handler(
+            event, lambda: rows.append((engine.state.output, dict(engine.state.metrics)))
+        )
+
+        @engine.on(Events.EPOCH_COMPLETED)
+        def save() -> None:
+            engine.state.metrics["last"] = engine.state.output
+            states[engine.state.epoch] = engine.state_dict()
+
+        if state is not None:
+            engine.load_state_dict(state)
+        engine.run([1, 2], max_epochs=3)
+        return rows, states
+
+    rows, states = play()
+    rest, _ = play(states[2])
+    assert rest == rows[-len(rest) :]
+    assert rest[0] == (4.0, {"last": 4.0})
