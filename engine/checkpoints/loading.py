@@ -8,13 +8,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import distributed
-
 from crosstrain.engine.engine import Engine
 from crosstrain.engine.errors import warn_user
 from crosstrain.engine.nests import walk_objects
 from crosstrain.engine.proof import Checks, Proof
-from crosstrain.engine.ranks.line import has_ranks
+from crosstrain.engine.ranks.line import Line, has_ranks
 from crosstrain.engine.ranks.world import this_rank, world_size
 from crosstrain.engine.spread import parameter_names
 from crosstrain.engine.storage.errors import (
@@ -203,6 +201,7 @@ def verified_parts(path: Location) -> Parts:
 
     Raises:
         CheckpointError: in all processes, what one of them finds.
+        RankFailed: if one of them does not come.
     """
     error: CheckpointError | None = None
     found: Parts | None = None
@@ -213,9 +212,9 @@ def verified_parts(path: Location) -> Parts:
     except CheckpointError as caught:
         error = caught
     if has_ranks():
-        told: list[Any] = [None] * distributed.get_world_size()
-        gather: Any = distributed.all_gather_object
-        gather(told, None if error is None else str(error))
+        with Line() as line:
+            mine = None if error is None else str(error)
+            told = line.meet(f"verifying {path.name}", mine, of=line.everyone)
         theirs = next(((r, text) for r, text in enumerate(told) if text is not None), None)
         if error is None and theirs is not None:
             error = CheckpointCorrupt(f"{theirs[1]} (found by rank {theirs[0]})")

@@ -10,9 +10,10 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import Any
+from typing import Any, Final
 
 __all__ = ["STOP_SIGNALS", "StopSignals"]
 
@@ -20,10 +21,15 @@ _logger = logging.getLogger(__name__)
 
 #: Schedulers send the first, a terminal the second, and when it closes the third.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# Seconds after the first signal within which another is the same one, sent twice.
+_SAME: Final = 1.0
 
 
 class StopSignals:
     """Remembers the first of some signals; a second Ctrl-C interrupts at once, as Python does.
+
+    Within a second of the first signal it is the same one: torchrun passes on to its ranks what a
+    scheduler may have sent to them too.
 
     SIGHUP is left as it is where somebody has set it already, as `nohup` does.
 
@@ -42,6 +48,7 @@ class StopSignals:
         self._previous: dict[signal.Signals, Any] = {}
         self._process = 0
         self.received: signal.Signals | None = None
+        self._received_at = 0.0
 
     def install(self) -> None:
         """Begins to listen; what was set for the signals before is kept for `restore`."""
@@ -75,10 +82,10 @@ class StopSignals:
         if os.getpid() != self._process:
             self._handle_in_child(received)
         elif self.received is None:
-            self.received = received
+            self.received, self._received_at = received, time.monotonic()
             if self._noticed is not None:
                 self._noticed(number)
-        elif received == signal.SIGINT:
+        elif received == signal.SIGINT and time.monotonic() > self._received_at + _SAME:
             self.restore()
             raise KeyboardInterrupt
 

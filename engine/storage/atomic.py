@@ -266,19 +266,29 @@ def check_free_space(path: Path, needed: int, why: str = "") -> None:
 
 
 @contextlib.contextmanager
-def open_regular(path: Path) -> Generator[IO[bytes]]:
+def open_regular(path: Path, *, linked: bool = True) -> Generator[IO[bytes]]:
     """Opens a file for reading, if it is one: nothing that is only named like one is waited for.
 
-    A link is followed, since people link checkpoints into other folders; what it leads to must be a
-    regular file too.
+    Args:
+        path: the file.
+        linked: follows a link, since people link checkpoints into other folders; what it leads to
+            must be a regular file too. If false, a link is refused: a folder of parts is a whole.
 
     Raises:
-        CheckpointCorrupt: if it is a FIFO, a socket, or a device.
+        CheckpointCorrupt: if it is a FIFO, a socket, or a device; or a link, where none may be.
         IsADirectoryError: if it is a folder.
         OSError: if it cannot be opened.
     """
     # Opening a FIFO without O_NONBLOCK waits until somebody writes into it.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags if linked else flags | os.O_NOFOLLOW)
+    except OSError as error:
+        # Some systems have another number for it.
+        if error.errno != errno.ENOENT and not linked and path.is_symlink():
+            text = f"{path.name} in it is a link, and a checkpoint in parts holds files only"
+            raise CheckpointCorrupt(text) from error
+        raise
     try:
         mode = os.fstat(descriptor).st_mode
         if stat.S_ISDIR(mode):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from crosstrain.engine.guards import is_mapping
 from crosstrain.engine.spread import at_path
 
+from .atomic import open_regular
 from .errors import CheckpointCorrupt, CheckpointError, CheckpointNotFound
 from .manifest import INDEX, MANIFEST, Manifest, rank_file
 from .parts_index import Entry, decode_index
@@ -29,9 +31,14 @@ _MAX_MANIFEST = 64 << 20
 
 
 def hash_file(path: Path) -> str:
-    """Returns the sha256 of a file, in hexadecimal."""
+    """Returns the sha256 of a file, in hexadecimal.
+
+    Raises:
+        CheckpointCorrupt: if it is no regular file.
+        OSError: if it cannot be read.
+    """
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path, linked=False) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
@@ -65,11 +72,11 @@ class Parts:
         """
         folder = Path(path).expanduser()
         try:
-            if not (folder / MANIFEST).is_file():
-                raise FileNotFoundError
-            if (folder / MANIFEST).stat().st_size > _MAX_MANIFEST:
+            with open_regular(folder / MANIFEST, linked=False) as file:
+                encoded = file.read(_MAX_MANIFEST + 1)
+            if len(encoded) > _MAX_MANIFEST:
                 raise CheckpointCorrupt(f"its manifest has more than {_MAX_MANIFEST:,} bytes")
-            manifest = Manifest.decode((folder / MANIFEST).read_bytes())
+            manifest = Manifest.decode(encoded)
             if not manifest.in_parts:
                 raise CheckpointCorrupt("its manifest is that of a checkpoint in one file")
             return cls(folder, manifest)
@@ -89,19 +96,22 @@ class Parts:
         """Checks that each file is there and as it was written.
 
         Args:
-            share: (r, n) checks every n-th file from the r-th on, for n processes to share it.
+            share: (r, n): process r of n checks its share. Where n processes have written it, that
+                is what r has written: the same that it is about to read.
 
         Raises:
             CheckpointCorrupt: if one is not.
         """
         rank, size = share
-        for name in sorted(self.manifest.files)[rank::size]:
+        for name in sorted(self.manifest.files):
+            if _writer_of(name) % size != rank:
+                continue
             expected, digest = self.manifest.files[name]
             path = self.path / name
             try:
                 found = path.lstat().st_size
                 if path.is_symlink() or not path.is_file():
-                    raise CheckpointCorrupt(f"{path} is no file")
+                    raise CheckpointCorrupt(f"{path} is no file, but a link or a folder")
                 if found != expected:
                     told = f"{found:,} bytes and was written with {expected:,}"
                     raise CheckpointCorrupt(f"{path} is damaged: it has {told}")
@@ -138,13 +148,21 @@ class Parts:
             CheckpointCorrupt: if it does not fit.
         """
         try:
-            return decode_index((self.path / INDEX).read_bytes(), self.manifest.files)
+            with open_regular(self.path / INDEX, linked=False) as file:
+                encoded = file.read(self.manifest.files[INDEX][0])
+            return decode_index(encoded, self.manifest.files)
         except OSError as error:
             raise CheckpointCorrupt(
                 f"{self.path / INDEX} cannot be read: {error.strerror or error}"
             ) from error
         except CheckpointCorrupt as error:
             raise CheckpointCorrupt(f"{self.path} is not a good checkpoint: {error}") from None
+
+
+def _writer_of(name: str) -> int:
+    """Returns which process has written a file of a checkpoint in parts."""
+    number = re.match(r"(?:__|rank-)([0-9]+)", name)
+    return int(number[1]) if number else 0
 
 
 def own_states(

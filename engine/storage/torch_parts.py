@@ -8,7 +8,6 @@ never read. The processes talk through a function that they are given, not throu
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
@@ -29,8 +28,10 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from .errors import CheckpointCorrupt
+from .atomic import open_regular
+from .errors import CheckpointCorrupt, CheckpointError
 from .parts_index import Chunk, Entry
+from .safe_load import load_part
 
 __all__ = ["read_parts", "write_parts"]
 
@@ -261,9 +262,9 @@ class _Reader(StorageReader):
         return done
 
     def _load(self, chunk: Chunk) -> torch.Tensor:
-        with (self._folder / chunk.file).open("rb") as file:
-            data = os.pread(file.fileno(), chunk.length, chunk.at)
-        tensor: Any = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        path = self._folder / chunk.file
+        with open_regular(path, linked=False) as file:
+            tensor: Any = load_part(file, chunk.at, chunk.length, path)
         if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != chunk.sizes:
             raise CheckpointCorrupt(f"{chunk.file} holds another part at {chunk.at}")
         return tensor
@@ -279,7 +280,7 @@ def read_parts(
 ) -> None:
     """Fills tensors, whole ones and this process's parts of spread ones; sends nothing.
 
-    Each part is loaded with `weights_only=True`, and nothing else is.
+    Each part comes in by the same door as a file: no code is run.
 
     Args:
         folder: the checkpoint.
@@ -288,6 +289,7 @@ def read_parts(
 
     Raises:
         CheckpointCorrupt: if a part is not what the index says.
+        CheckpointUnsafe: if it needs classes that are neither tensors nor plain types.
     """
     if not targets:
         return
@@ -301,6 +303,8 @@ def read_parts(
         plan = reader.prepare_local_plan(planner.create_local_plan())
         plan = planner.finish_plan(planner.create_global_plan([plan])[0])
         reader.read_data(plan, planner).wait()
+    except CheckpointError:
+        raise
     except Exception as error:
         # torch raises a dozen kinds, from AssertionError to RuntimeError, for damaged files.
         raise CheckpointCorrupt(

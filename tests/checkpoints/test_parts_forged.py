@@ -26,6 +26,7 @@ from crosstrain.engine import (
     read_checkpoint,
     resume_or_start,
 )
+from crosstrain.engine.storage.parts_read import Parts, hash_file
 
 FORGERIES = 60
 
@@ -115,6 +116,62 @@ def test_forgeries_end_in_documented_errors(
                 refused += 1
         main(["inspect", str(folder)])
     assert refused > FORGERIES
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "index.json", "rank-0.pt", "__0_0.distcp"])
+def test_a_link_in_a_folder_of_parts_is_not_followed(
+    saved: Path, tmp_path: Path, name: str
+) -> None:
+    folder = tmp_path / saved.name
+    shutil.copytree(saved, folder)
+    (folder / name).rename(tmp_path / "elsewhere")
+    (folder / name).symlink_to(tmp_path / "elsewhere")
+    for use in (read_checkpoint, lambda path: Checkpoint.load_objects(objects(), path)):
+        with pytest.raises(CheckpointError, match="link"):
+            use(folder)
+    assert main(["inspect", str(folder)]) == 1
+
+
+def test_a_part_comes_in_by_the_door_of_a_file(saved: Path, tmp_path: Path) -> None:
+    """Of a record that is marked as a folder torch reads nothing, and hands out other memory."""
+    folder = tmp_path / saved.name
+    shutil.copytree(saved, folder)
+    part = bytearray((folder / "__0_0.distcp").read_bytes())
+    entry = part.index(b"PK\1\2")
+    while not part[entry + 46 :].startswith(b"archive/data/"):
+        entry = part.index(b"PK\1\2", entry + 1)
+    part[entry + 38] |= 0x10
+    (folder / "__0_0.distcp").write_bytes(part)
+    sign(folder)
+    for use in (read_checkpoint, lambda path: Checkpoint.load_objects(objects(), path)):
+        with pytest.raises(CheckpointError, match="is marked as a folder"):
+            use(folder)
+
+
+def test_each_process_verifies_what_it_has_written(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is what it reads then; and together they verify everything, however many they are."""
+    found = Parts.open(saved)
+    names = [*found.manifest.files, "__1_0.distcp", "__1_1.distcp", "rank-1.pt", "__12_0.distcp"]
+    files = dict.fromkeys(names, (3, hashlib.sha256(b"abc").hexdigest()))
+    for name in names:
+        (tmp_path / name).write_bytes(b"abc")
+    many = Parts(tmp_path, replace(found.manifest, files=files))
+    looked: list[str] = []
+
+    def watched(path: Path) -> str:
+        looked.append(path.name)
+        return hash_file(path)
+
+    monkeypatch.setattr("crosstrain.engine.storage.parts_read.hash_file", watched)
+    many.verify((1, 2))
+    assert sorted(looked) == ["__1_0.distcp", "__1_1.distcp", "rank-1.pt"]
+    for size in (1, 2, 3, 20):
+        looked.clear()
+        for rank in range(size):
+            many.verify((rank, size))
+        assert sorted(looked) == sorted(names)
 
 
 def test_five_thousand_objects(tmp_path: Path) -> None:

@@ -43,6 +43,22 @@ def test_a_handler_only_sets_flags(
     assert capsys.readouterr() == ("", "")
 
 
+def test_a_signal_that_is_sent_twice_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a scheduler to each process, and by torchrun to its ranks; a later Ctrl-C ends at once."""
+    told: list[int] = []
+    signals = StopSignals(noticed=told.append)
+    signals.install()
+    try:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert told == [signal.SIGINT]
+        monkeypatch.setattr("crosstrain.engine.checkpoints.stop_signals._SAME", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signals.restore()
+
+
 @pytest.mark.parametrize("mine", [signal.SIG_IGN, lambda number, frame: None])
 def test_a_hangup_that_somebody_has_set_is_left_alone(mine: object, hangup: None) -> None:
     """As under nohup."""
