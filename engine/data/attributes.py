@@ -7,6 +7,7 @@ tensors) that have changed since the data was first opened are therefore part of
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, MutableMapping
 from types import FunctionType, MethodType, ModuleType
 from typing import Any, Final, cast
@@ -28,6 +29,8 @@ _ENTRIES: Final = 4096
 _BYTES: Final = 1 << 20
 _SCALARS: Final = (bool, int, float, str, type(None))
 _ABSENT: Final = object()
+# What `functools.lru_cache` makes of a function.
+_CACHED: Final = type(functools.lru_cache(lambda: None))
 # What is not looked into for caches.
 _LARGE: Final = (torch.Tensor, torch.nn.Module, ModuleType, FunctionType, MethodType, type)
 
@@ -226,9 +229,8 @@ def _caches(owner: Any) -> dict[str, int]:
 
 
 def _count(name: str, value: Any, found: dict[str, int], plain: bool = False) -> None:
-    info = getattr(value, "cache_info", None)
-    if info is not None and callable(info) and callable(getattr(value, "cache_clear", None)):
-        found[name] = info().currsize
+    if isinstance(value, _CACHED):
+        found[name] = value.cache_info().currsize
     elif type(value) is dict:
         if plain:
             found[name] = len(value)
