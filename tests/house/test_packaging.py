@@ -36,7 +36,7 @@ def wheel(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(repo_root / name, source)
-    for package in (*PACKAGES, "crosstrain"):
+    for package in (*PACKAGES, "package"):
         shutil.copytree(
             repo_root / package,
             source / package,
@@ -52,7 +52,7 @@ def wheel(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tree_files(repo_root: Path) -> Iterator[str]:
-    for path in (repo_root / "crosstrain").iterdir():
+    for path in (repo_root / "package").iterdir():
         if path.is_file():
             yield f"crosstrain/{path.name}"
     for package in PACKAGES:
@@ -94,16 +94,17 @@ def test_wheel_metadata(repo_root: Path, wheel: Path) -> None:
     assert "[crosstrain.backends]" in entry_points
 
 
-def test_unpacked_wheel_runs(wheel: Path, tmp_path: Path) -> None:
+def test_unpacked_wheel_runs(wheel: Path, repo_root: Path, tmp_path: Path) -> None:
+    """Also for whoever stands in a clone, where Python looks first: no folder there hides it."""
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
     program = (
-        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        f"import sys; sys.path.insert(1, {str(tmp_path)!r})\n"
         "import crosstrain.backends, crosstrain.ci.cli, crosstrain.engine\n"
         "for module in (crosstrain.backends, crosstrain.ci.cli, crosstrain.engine):\n"
         "    print(module.__file__)\n"
     )
-    result = run(sys.executable, "-I", "-c", program, cwd=tmp_path)
+    result = run(sys.executable, "-c", program, cwd=repo_root)
     assert result.returncode == 0, result.stderr
     assert all(line.startswith(str(tmp_path)) for line in result.stdout.splitlines())
 

@@ -1,7 +1,7 @@
 """One PyTorch training step for every backend, and runs that resume exactly.
 
-What is used is in `crosstrain.engine`, `crosstrain.backends` and `crosstrain.ci`, which are folders
-beside this one. Here is only what belongs to the name itself, so importing it costs nothing.
+What is used is in `crosstrain.engine`, `crosstrain.backends` and `crosstrain.ci`, in the sources
+folders beside this one. Here is only what belongs to the name itself: importing it costs nothing.
 """
 
 from typing import Any
