@@ -43,6 +43,14 @@ _ELSEWHERE: Final = (
     "at the epoch's end. Make a loader of its own for that, with another generator."
 )
 
+# What it changes a little may show in a gradient before it shows in the loss.
+_OUTSIDE: Final = (
+    "The model, or the loss function, has state outside its state_dict: a plain attribute, a "
+    "buffer with persistent=False, a counter, a generator. Register it as a buffer, or give the "
+    "object state_dict and load_state_dict and name it in to_save. So it is with what "
+    "prepare_batch or a handler of EPOCH_STARTED keeps."
+)
+
 _RESUMED: Final = MappingProxyType(
     {
         "batch": (
@@ -79,12 +87,7 @@ _RESUMED: Final = MappingProxyType(
             ),
         ),
         "loss": (
-            (
-                "The model, or the loss function, has state outside its state_dict: a plain "
-                "attribute, a buffer with persistent=False, a counter, a generator. Register it as "
-                "a buffer, or give the object state_dict and load_state_dict and name it in "
-                "to_save. So it is with what prepare_batch or a handler of EPOCH_STARTED keeps."
-            ),
+            _OUTSIDE,
             (
                 "The step draws from a second loader, or from an iterator, which begins anew in a "
                 "new process. Wrap it as docs/exact_resume.md says, and name it in to_save."
@@ -104,6 +107,7 @@ _RESUMED: Final = MappingProxyType(
                 "A backward hook, or the backward pass of a function of your own, has state that "
                 "is not saved. Put it into a buffer of the model."
             ),
+            _OUTSIDE,
         ),
         "parameter": (
             (
