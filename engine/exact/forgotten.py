@@ -106,6 +106,8 @@ class _Walk:
         self._seen = known
         # A counter that is named lies in an object that is: its values are its own.
         self._named = frozenset(known)
+        # Of which objects which attributes were looked at already.
+        self._noted: set[tuple[int, str]] = set()
         self.found: dict[tuple[str, str], Any] = {}
         self.functions: list[Any] = []
 
@@ -124,16 +126,37 @@ class _Walk:
                 for own, value in functions_in(plain):
                     self.function(value, f"{name}, its {own}", depth - 1)
             elif owner is None:
-                self.value(plain, name, "object", depth, True)
+                self._object(plain, "__call__", name, depth)
             return
         if owner is not None and not isinstance(owner, types.ModuleType):
-            self.value(owner, name, "object", depth, True)
+            self._object(owner, plain.__name__, name, depth)
         if is_others(plain) or id(plain.__code__) in self._seen or depth <= 0:
             return
         self._seen.add(id(plain.__code__))
         self.functions.append(plain)
         for variable, value in _variables(plain):
             self.value(value, name, variable, depth - 1, variable in _names_read(plain))
+
+    def _object(self, value: Any, method: str, name: str, depth: int) -> None:
+        """Looks into an object by what one of its methods reads, and what that calls."""
+        if not self._is_plain(value):
+            self.value(value, name, "object", depth, True)
+            return
+        if depth <= 0 or id(value) in self._named:
+            return
+        read = _attributes_read(type(value), method)
+        for own, item in attributes_of(value).items():
+            if (id(value), own) not in self._noted:
+                if own in read:
+                    self._noted.add((id(value), own))
+                self.value(item, name, f"object.{own}", depth - 1, own in read)
+
+    def _is_plain(self, value: Any) -> bool:
+        """Tells whether an object is one that is looked into: its attributes are its state."""
+        kind: Any = type(value)
+        closed = (*_CLOSED, *SOURCES, *_SCALARS, *_COLLECTIONS, torch.Tensor, numpy.ndarray, State)
+        other = isinstance(value, (*closed, torch.nn.Module)) or is_others(kind)
+        return not other and not _has_state(value)
 
     def value(self, value: Any, owner: str, name: str, depth: int, read: bool) -> None:
         """Notes a value, if it is read, or looks into what it is made of."""
@@ -282,26 +305,48 @@ def _names_read_of_state(functions: Iterable[Any]) -> set[str]:
     return {name for function in functions for name in _reads_of(function.__code__)[1]}
 
 
-@lru_cache(maxsize=256)
-def _attributes_read(kind: type) -> frozenset[str]:
-    """Returns the attributes of its own object that the methods of a class read."""
+def _attributes_read(kind: type, method: str | None = None) -> frozenset[str]:
+    """Returns the attributes of its own object that a class reads.
+
+    Args:
+        kind: the class.
+        method: the method that is called, with those of the object that it calls; all, by default.
+    """
+    reads = _reads_by_method(kind)
+    if method not in reads:
+        return frozenset().union(*reads.values())
     found: set[str] = set()
+    left = [method]
+    while left:
+        for name in reads.get(left.pop(), frozenset()) - found:
+            found.add(name)
+            left.append(name)
+    return frozenset(found)
+
+
+@lru_cache(maxsize=256)
+def _reads_by_method(kind: type) -> dict[str, frozenset[str]]:
+    """Returns which attributes of its own object each method of a class reads."""
+    found: dict[str, frozenset[str]] = {}
     for each in kind.__mro__:
-        if is_others(each) or each is object:
-            continue
-        tree = _tree(each)
+        tree = None if is_others(each) or each is object else _tree(each)
         if tree is None:
             continue
         for node, above in _walk_with_parents(tree):
+            if isinstance(node, ast.FunctionDef):
+                # It may read nothing.
+                found.setdefault(node.name, frozenset())
+            method = next((one.name for one in above if isinstance(one, ast.FunctionDef)), None)
             if (
-                isinstance(node, ast.Attribute)
+                method is not None
+                and isinstance(node, ast.Attribute)
                 and isinstance(node.ctx, ast.Load)
                 and isinstance(node.value, ast.Name)
                 and node.value.id == "self"
                 and _is_read(node, above)
             ):
-                found.add(node.attr)
-    return frozenset(found)
+                found[method] = found.get(method, frozenset()) | {node.attr}
+    return found
 
 
 def _walk_with_parents(tree: ast.AST) -> Iterator[tuple[ast.AST, tuple[ast.AST, ...]]]:

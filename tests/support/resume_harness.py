@@ -5,6 +5,7 @@ Its functions run in the children of a `ForkServer`, which have nothing but impo
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -205,6 +206,8 @@ class Training:
             "scheduler": scheduler,
             "trainer": self.trainer,
         }
+        # States are taken by hand here: the trainer cannot know of which objects.
+        self.trainer.checks = dataclasses.replace(self.trainer.checks, unnamed="off")
         self.record = Record(self.trainer)
         self.loader = DataLoader(Digits(SAMPLES), BATCH, shuffle=True, num_workers=workers)
 
@@ -267,12 +270,13 @@ def train_leg(
     if source is not None:
         restore(training.objects, torch.load(source, weights_only=True)["states"])
     states: list[bytes] = []
+    trainer, objects = training.trainer, training.objects
 
-    @training.trainer.on(Events.ITERATION_COMPLETED(once=stop or ITERATIONS))
+    @trainer.on(Events.ITERATION_COMPLETED(once=stop or ITERATIONS))
     def leave() -> None:
-        states.append(saved(training.objects))
+        states.append(saved(objects))
         if stop is not None:
-            training.trainer.terminate()
+            trainer.terminate()
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ResumeWarning)
