@@ -57,7 +57,7 @@ class Dataflow:
         self.data = data
         # What handlers change of the dataset, which no state_dict has.
         self._attributes = (
-            Attributes(data.dataset, collate_fn=data.collate_fn)
+            Attributes(data.dataset, collate_fn=getattr(data, "collate_fn", None))
             if is_loader(data)
             else Attributes(data)
         )

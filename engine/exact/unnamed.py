@@ -180,11 +180,11 @@ def functions_of(data: Any) -> dict[str, Any]:
     if isinstance(data, DataLoader):
         loader: Any = data
         for name in ("collate_fn", "worker_init_fn"):
-            if inspect.isroutine(getattr(loader, name)):
-                found[f"the {name}"] = getattr(loader, name)
-        owners = {"dataset": loader.dataset, "collate_fn": loader.collate_fn}
-        for name in ("sampler", "batch_sampler"):
-            owners[name] = getattr(loader, name)
+            if inspect.isroutine(function := getattr(loader, name, None)):
+                found[f"the {name}"] = function
+        # One that is a DataLoader by name only, and wraps another, may have none of them.
+        names = ("dataset", "collate_fn", "sampler", "batch_sampler")
+        owners = {name: getattr(loader, name, None) for name in names}
     else:
         owners = {"data": data}
     for name, owner in owners.items():

@@ -124,7 +124,7 @@ def test_full_disk_at_many_sizes(
         return os.statvfs_result(values)
 
     for value, room in enumerate(range(0, size, size // 25), 2):
-        _resize(small_disk, (size // page + 2) * page + room // page * page)
+        _resize(small_disk, (size // page + 1) * page + room // page * page)
         with pytest.raises(CheckpointWriteError, match="ENOSPC") as checked:
             saver.save(value)
         assert "are free in" in str(checked.value)

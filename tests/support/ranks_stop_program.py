@@ -68,7 +68,7 @@ def ended(event: Any, call: str, ranks: list[int]) -> list[str]:
     if RANK in ranks:
         engine.add_event_handler(event, lambda: getattr(engine, call)())
     # Ranks that wait for nobody part: those that are asked need time to hear of it.
-    engine.run(max_epochs=3 if len(ranks) == SIZE else 30, epoch_length=8)
+    engine.run(max_epochs=3 if len(ranks) == SIZE else 300, epoch_length=8)
     return [line for line in trace if not line.startswith("ITERATION")]
 
 
