@@ -106,7 +106,9 @@ def test_every_device_gets_the_same_batches(straight: Straight) -> None:
     runs = [torch.load(straight(name))["rows"] for name in ("fp32", "xla", "xla-bf16", "spmd-4")]
     batches = [[row[1] for row in rows.values()] for rows in runs]
     assert all(found == batches[0] for found in batches)
-    assert len({rows[harness.ITERATIONS][2] for rows in runs}) == len(runs)
+    # Not constants are compared. Devices of one precision may well agree to the bit on some CPUs.
+    losses = [rows[harness.ITERATIONS][2] for rows in runs]
+    assert losses[0] != losses[2]
 
 
 @on_xla.needs_xla
