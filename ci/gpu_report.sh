@@ -113,7 +113,7 @@ run() {
 tests() {
     local specs="$required"
     local files=(tests/conformance/test_conformance.py tests/backends/test_hardware_backends.py tests/backends/test_placement.py)
-    [ -n "$cpu" ] || files+=(tests/backends/test_cuda.py)
+    [ -n "$cpu" ] || files+=(tests/backends/test_cuda.py tests/training/test_captured.py)
     if [ -z "$cpu" ] && [ -z "$apex_missing" ]; then
         files+=(tests/backends/test_apex.py)
         specs="$specs,$apex_specs"

@@ -6,10 +6,12 @@ Runs where there is a GPU: `tox -e cuda`, which fails where there is none.
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from elastic_storm import ITERATIONS, results, start
 from step_runs import digits
 
 from crosstrain import backends
@@ -148,3 +150,24 @@ def test_a_graph_of_the_step_has_the_bits_of_the_same_step_called(backend_spec: 
         weights = [value.cpu().tolist() for value in model.state_dict().values()]
         found.append((losses, weights, trainer.state.applied_steps))
     assert found[0] == found[1]
+
+
+@on_cuda
+@pytest.mark.parametrize("kind", ["images", "overflows", "words"])
+def test_logical_shards_have_the_same_bits_after_kills(kind: str, tmp_path: Path) -> None:
+    """Four shards in one process, under torchrun and so over NCCL: twice, and killed in between."""
+    found = []
+    for name, kills in (("straight", ()), ("again", ()), ("killed", (5, 11))):
+        folder = tmp_path / name
+        folder.mkdir()
+        for kill_after in (*kills, 0):
+            told = ["--kill-after", str(kill_after)] if kill_after else []
+            told += ["--save"] if kills else []
+            done = start(1, folder, kind, "--device", "cuda", *told)
+            assert bool(done.returncode) is bool(kill_after), done.stderr
+        found += results(folder, 1, kind)
+    straight, again, killed = found
+    assert again == straight
+    assert killed["digest"] == straight["digest"]
+    assert 0 < len(killed["losses"]) < ITERATIONS
+    assert killed["losses"] == straight["losses"][-len(killed["losses"]) :]

@@ -1,4 +1,4 @@
-"""Trainings whose step is a graph, on the emulated device: each program in a process of its own."""
+"""Trainings whose step is replayed as a graph, each program in a process of its own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import random
 import shutil
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,13 @@ from crosstrain.engine import (
 )
 
 Change = Callable[[Any, torch.nn.Module, torch.optim.Optimizer], None]
-SPECS = ("emulated", "emulated:bf16", "emulated:fp16")
+
+# What is trained on, as the program's caller says: the specs of a device, by precision.
+DEVICE = sys.argv[3] if len(sys.argv) > 3 else "emulated"
+SPECS = {
+    "emulated": {"fp32": "emulated", "bf16": "emulated:bf16", "fp16": "emulated:fp16"},
+    "cuda": {"fp32": "cuda", "bf16": "cuda-amp:bf16", "fp16": "cuda-amp"},
+}[DEVICE]
 
 
 def rows(number: int) -> DataLoader[Any]:
@@ -48,7 +55,7 @@ def network() -> torch.nn.Module:
     return torch.nn.Sequential(*parts, torch.nn.Dropout(0.3), torch.nn.Linear(8, 2))
 
 
-def make(spec: str, capture: bool, **options: Any) -> tuple[Any, Any, Any]:
+def make(precision: str, capture: bool, **options: Any) -> tuple[Any, Any, Any]:
     """Makes a trainer, its model and its optimizer."""
     manual_seed(3)
     model = options.pop("model", None) or network()
@@ -59,7 +66,7 @@ def make(spec: str, capture: bool, **options: Any) -> tuple[Any, Any, Any]:
         model,
         optimizer,
         options.pop("loss", steep),
-        backend=spec,
+        backend=SPECS.get(precision, precision),
         deterministic=True,
         max_norm=1.0,
         capture=capture,
@@ -80,15 +87,17 @@ def ended(trainer: Any, model: torch.nn.Module) -> dict[str, Any]:
     return {
         "weights": torch.cat(weights).tolist(),
         "steps": [state.iteration, state.optim_steps, state.applied_steps],
-        "draws": trainer.backend.rng_state()["emulated"].tolist()[:40],
+        "draws": trainer.backend.rng_state()[DEVICE].tolist()[:40],
     }
 
 
-def both(spec: str, change: Change | None = None, number: int = 14, **options: Any) -> list[Any]:
+def both(
+    precision: str, change: Change | None = None, number: int = 14, **options: Any
+) -> list[Any]:
     """Trains with a graph and without, and returns what each came to, with all losses."""
     found: list[Any] = []
     for capture in (True, False):
-        trainer, model, optimizer = make(spec, capture, **dict(options))
+        trainer, model, optimizer = make(precision, capture, **dict(options))
         if change is not None:
             change(trainer, model, optimizer)
         losses: list[float] = []
@@ -104,12 +113,13 @@ def bits(folder: Path) -> dict[str, Any]:
     """Compares graphs with the same step called each time."""
     del folder
     told: dict[str, Any] = {}
-    for spec in SPECS:
+    for precision in SPECS:
         for window in (1, 3):
-            told[f"{spec}, windows of {window}"] = both(spec, gradient_accumulation_steps=window)
+            found = both(precision, gradient_accumulation_steps=window)
+            told[f"{precision}, windows of {window}"] = found
     sgd = {"kind": torch.optim.SGD, "told": {"fused": True, "momentum": 0.9}}
-    told["SGD"] = both("emulated", **sgd)
-    told["AdamW, not fused"] = both("emulated", told={"foreach": True, "capturable": True})
+    told["SGD"] = both("fp32", **sgd)
+    told["AdamW, not fused"] = both("fp32", told={"foreach": True, "capturable": True})
     return told
 
 
@@ -135,7 +145,7 @@ def _loaded(trainer: Any, model: Any, optimizer: Any) -> None:
         state["state"][0] = {k: v.clone() for k, v in kept[0].items()}
         optimizer.load_state_dict(state)
         if isinstance(optimizer.param_groups[0]["lr"], torch.Tensor):
-            optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"].to("emulated")
+            optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"].to(DEVICE)
 
     def parameter() -> Any:
         return optimizer.param_groups[0]["params"][0]
@@ -153,7 +163,7 @@ def _exchanged(trainer: Any, model: Any, optimizer: Any) -> None:
     @trainer.on(Events.EPOCH_COMPLETED(once=1))
     def exchange() -> None:
         model[2] = torch.nn.Tanh()
-        model[1].running_mean = torch.ones(8, device="emulated")
+        model[1].running_mean = torch.ones(8, device=DEVICE)
         optimizer.zero_grad()
 
 
@@ -173,17 +183,17 @@ def changes(folder: Path) -> dict[str, Any]:
     """Changes what a graph holds in the middle of a run."""
     del folder
     made = (_frozen, _loaded, _moved, _exchanged, _scheduled, _evaluated)
-    return {change.__name__: both("emulated", change) for change in made}
+    return {change.__name__: both("fp32", change) for change in made}
 
 
-def resumed(spec: str, folder: Path, at: int | None = None) -> dict[str, Any]:
+def resumed(precision: str, folder: Path, at: int | None = None) -> dict[str, Any]:
     """Trains with a graph, from the beginning or from an iteration of the run in that folder."""
-    place = folder / spec.replace(":", "-")
+    place = folder / precision
     if at is not None:
         source, place = place, Path(f"{place}-{at}")
         place.mkdir()
         shutil.copy(source / f"checkpoint_{at}.pt", place)
-    trainer, model, optimizer = make(spec, True, gradient_accumulation_steps=2)
+    trainer, model, optimizer = make(precision, True, gradient_accumulation_steps=2)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
     trainer.add_event_handler(StepEvents.OPTIM_STEP_APPLIED, lambda: scheduler.step())
     objects = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
@@ -195,16 +205,16 @@ def resumed(spec: str, folder: Path, at: int | None = None) -> dict[str, Any]:
 def resumes(folder: Path) -> dict[str, Any]:
     """Goes on from each iteration, in windows, with a smaller last batch, over skipped steps."""
     told: dict[str, Any] = {}
-    for spec, points in (("emulated", (1, 2)), ("emulated:fp16", (1, 2, 4, 5, 7))):
-        straight = resumed(spec, folder)
-        wrong = [at for at in points if resumed(spec, folder, at) != straight]
-        told[spec] = {"steps": straight["steps"], "wrong": wrong}
+    for precision, points in (("fp32", (1, 2)), ("fp16", (1, 2, 4, 5, 7))):
+        straight = resumed(precision, folder)
+        wrong = [at for at in points if resumed(precision, folder, at) != straight]
+        told[precision] = {"steps": straight["steps"], "wrong": wrong}
     return told
 
 
 def _trained(as_graph: bool) -> dict[str, Any]:
     manual_seed(3)
-    backend = get("emulated:bf16").open()
+    backend = get(SPECS["bf16"]).open()
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), torch.tensor(0.1), fused=True)
     backend.prepare(model, optimizer)
@@ -248,25 +258,41 @@ def _weights(model: torch.nn.Module) -> dict[str, Any]:
     return {name: value.double().cpu().tolist() for name, value in model.state_dict().items()}
 
 
+@contextmanager
+def _host_reads() -> Iterator[Callable[[], int]]:
+    """Counts where the host waits for the device."""
+    if DEVICE == "emulated":
+        with emulated.host_reads() as counted:
+            yield lambda: sum(counted.values())
+        return
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield lambda: len(told)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 def reads(folder: Path) -> dict[str, Any]:
     """Counts what 100 steady steps read, and what of the model's Python code runs in them."""
     del folder
     told: dict[str, Any] = {}
-    for spec in ("emulated", "emulated:fp16"):
-        trainer, model, _ = make(spec, True, gradient_accumulation_steps=2)
+    for precision in ("fp32", "fp16"):
+        trainer, model, _ = make(precision, True, gradient_accumulation_steps=2)
         calls: list[Any] = []
         model[4].register_forward_hook(lambda *_, calls=calls: calls.append(0))
-        with emulated.host_reads() as counted:
+        with _host_reads() as count:
             seen: list[Any] = []
             for at in (20, 120):
                 trainer.add_event_handler(
                     Events.ITERATION_COMPLETED(once=at),
-                    lambda _, seen=seen, calls=calls, counted=counted: seen.append(
-                        (sum(counted.values()), len(calls))
+                    lambda _, seen=seen, calls=calls, count=count: seen.append(
+                        (count(), len(calls))
                     ),
                 )
             trainer.run(rows(484), max_epochs=1)
-        told[spec] = [after - before for before, after in zip(*seen, strict=True)]
+        told[precision] = [after - before for before, after in zip(*seen, strict=True)]
     return told
 
 
@@ -309,7 +335,7 @@ def refusals(folder: Path) -> dict[str, Any]:
     """Asks for graphs of what cannot be one; nothing of the step is done then."""
     del folder
     told: dict[str, Any] = {}
-    backend = get("emulated")
+    backend = get(SPECS["fp32"])
 
     def on_host(batch: Any, device: Any, non_blocking: bool) -> Any:
         del device, non_blocking
@@ -323,20 +349,20 @@ def refusals(folder: Path) -> dict[str, Any]:
     fused = {"fused": True}
     cases: dict[str, tuple[str, dict[str, Any], Any]] = {
         "cpu": ("cpu", {}, None),
-        "reads": ("emulated", {"loss": _reading}, None),
-        "draws": ("emulated", {"model": torch.nn.Sequential(_Chance(), network())}, None),
-        "capturable": ("emulated", {"told": {"fused": True}}, None),
-        "scaler": ("emulated:fp16", {"told": {"foreach": True, "capturable": True}}, None),
-        "rate": ("emulated", {**sgd, "told": {}}, None),
-        "counts": ("emulated", {"kind": _Counting, "told": fused}, None),
-        "listens": ("emulated", {}, listen),
-        "cycles": ("emulated", {}, _cycled),
-        "shards": ("emulated", {"shards": 2}, None),
-        "host": ("emulated", {"prepare_batch": on_host}, None),
+        "reads": ("fp32", {"loss": _reading}, None),
+        "draws": ("fp32", {"model": torch.nn.Sequential(_Chance(), network())}, None),
+        "capturable": ("fp32", {"told": {"fused": True}}, None),
+        "scaler": ("fp16", {"told": {"foreach": True, "capturable": True}}, None),
+        "rate": ("fp32", {**sgd, "told": {}}, None),
+        "counts": ("fp32", {"kind": _Counting, "told": fused}, None),
+        "listens": ("fp32", {}, listen),
+        "cycles": ("fp32", {}, _cycled),
+        "shards": ("fp32", {"shards": 2}, None),
+        "host": ("fp32", {"prepare_batch": on_host}, None),
     }
-    for name, (spec, options, change) in cases.items():
+    for name, (precision, options, change) in cases.items():
         try:
-            trainer, model, optimizer = make(spec, True, **options)
+            trainer, model, optimizer = make(precision, True, **options)
             if change is not None:
                 change(trainer, optimizer)
             before = _weights(model)
@@ -356,7 +382,8 @@ def refusals(folder: Path) -> dict[str, Any]:
 def main(name: str, folder: Path) -> None:
     """Writes what one of the programs came to."""
     warnings.simplefilter("ignore")
-    emulated.register()
+    if DEVICE == "emulated":
+        emulated.register()
     (folder / "told.json").write_text(json.dumps(globals()[name](folder)))
 
 

@@ -72,7 +72,7 @@ class Words(nn.Module):
         found: torch.Tensor = self.encoder(self.embedding(x))
         if int(x[0, 0]) % 2:
             found = found + self.sometimes(found)
-        prediction: torch.Tensor = self.head(found).transpose(1, 2)
+        prediction: torch.Tensor = self.head(found)
         return prediction
 
 
@@ -85,20 +85,25 @@ def words() -> tuple[Any, list[Any], Any]:
 
 
 def loss_of_words(y_pred: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    return nn.functional.cross_entropy(y_pred, y, ignore_index=0)
+    # One row a word: of more dimensions, torch has no deterministic loss on CUDA.
+    return nn.functional.cross_entropy(y_pred.flatten(0, 1), y.flatten(), ignore_index=0)
 
 
 def count_words(batch: Any) -> Any:
     return (batch[1] != 0).sum()
 
 
-# What there is to train: model, optimizers and data; spec, shards, window, and the loss.
+# What there is to train: model, optimizers and data; precision, shards, and window.
 KINDS: dict[str, Any] = {
-    "images": (images, "cpu", 4, 1),
-    "overflows": (images, "cpu:fp16", 4, 3),
-    "words": (words, "cpu:bf16", 4, 1),
-    "eight": (words, "cpu", 8, 3),
-    "own": (images, "cpu:fp16", 4, 1),
+    "images": (images, "fp32", 4, 1),
+    "overflows": (images, "fp16", 4, 3),
+    "words": (words, "bf16", 4, 1),
+    "eight": (words, "fp32", 8, 3),
+    "own": (images, "fp16", 4, 1),
+}
+SPECS = {
+    "cpu": {"fp32": "cpu", "bf16": "cpu:bf16", "fp16": "cpu:fp16"},
+    "cuda": {"fp32": "cuda", "bf16": "cuda-amp:bf16", "fp16": "cuda-amp"},
 }
 
 
@@ -125,13 +130,14 @@ def own_step(make: Any, settings: dict[str, Any]) -> tuple[Any, Any, list[Any], 
     return trainer, model, optimizers, data
 
 
-def trainer_of(kind: str) -> tuple[Any, Any, list[Any], Any]:
+def trainer_of(kind: str, device: str) -> tuple[Any, Any, list[Any], Any]:
     torch.manual_seed(3)
-    make, spec, shards, window = KINDS[kind]
+    make, precision, shards, window = KINDS[kind]
+    spec = SPECS[device][precision]
     model, optimizers, data = make()
     settings: dict[str, Any] = {}
-    if spec == "cpu:fp16":
-        settings["scaler"] = GradScaler("cpu", init_scale=2.0**18, growth_interval=4)
+    if precision == "fp16":
+        settings["scaler"] = GradScaler(device, init_scale=2.0**18, growth_interval=4)
     if kind == "own":
         chosen = {"spec": spec, "shards": shards, "backend": settings}
         return own_step((model, optimizers, data), chosen)
@@ -154,11 +160,15 @@ def trainer_of(kind: str) -> tuple[Any, Any, list[Any], Any]:
 
 
 def train(
-    kind: str, folder: Path | None, kill_after: int, trace: Path | None = None
+    kind: str,
+    folder: Path | None,
+    kill_after: int,
+    trace: Path | None = None,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Trains to the end, or until it kills itself; returns what the training has come to."""
     manual_seed(3)
-    trainer, model, optimizers, data = trainer_of(kind)
+    trainer, model, optimizers, data = trainer_of(kind, device)
     state: Any = trainer.state
     state.drawn = []
     trainer.state_dict_user_keys.append("drawn")
@@ -199,13 +209,16 @@ def main() -> None:
     parser.add_argument("kinds", nargs="+")
     parser.add_argument("--save", action="store_true")
     parser.add_argument("--trace", type=Path)
+    parser.add_argument("--device", choices=sorted(SPECS), default="cpu")
     parser.add_argument("--kill-after", type=int, default=0)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
     torch.set_num_threads(1)
     folder: Path = args.folder
     told = {
-        kind: train(kind, folder / kind if args.save else None, args.kill_after, args.trace)
+        kind: train(
+            kind, folder / kind if args.save else None, args.kill_after, args.trace, args.device
+        )
         for kind in args.kinds
     }
     rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
@@ -219,7 +232,9 @@ def digest(value: Any) -> str:
     def add(part: Any) -> None:
         if isinstance(part, torch.Tensor):
             found.update(f"{part.dtype} {tuple(part.shape)}".encode())
-            found.update(part.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            found.update(
+                part.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().tobytes()
+            )
         elif isinstance(part, dict):
             for key, item in part.items():
                 found.update(repr(key).encode())

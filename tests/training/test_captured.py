@@ -1,4 +1,4 @@
-"""A step that is replayed as a graph, on the emulated device, beside the same step called."""
+"""A step that is a graph, beside the same step called, on the devices that have graphs."""
 
 from __future__ import annotations
 
@@ -18,35 +18,41 @@ from crosstrain.engine import Captured, create_supervised_trainer
 
 Tell = Callable[[str], dict[str, Any]]
 
-needs_device = pytest.mark.skipif(
-    Version(torch.__version__).release < (2, 13), reason="a device in Python needs torch 2.13"
+emulated = pytest.param(
+    "emulated",
+    marks=pytest.mark.skipif(
+        Version(torch.__version__).release < (2, 13), reason="a device in Python needs torch 2.13"
+    ),
+)
+cuda = pytest.param(
+    "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
 )
 
 
-@pytest.fixture(scope="module")
-def tell(tmp_path_factory: pytest.TempPathFactory) -> Tell:
+@pytest.fixture(scope="module", params=[emulated, cuda])
+def tell(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tell:
     """Runs one of the programs in a process of its own, which has the device for good."""
 
     def run(name: str) -> dict[str, Any]:
         folder = tmp_path_factory.mktemp(name)
         program = str(SUPPORT / "captured_program.py")
-        subprocess.run([sys.executable, program, name, str(folder)], check=True, timeout=280)
+        subprocess.run(
+            [sys.executable, program, name, str(folder), request.param], check=True, timeout=280
+        )
         found: dict[str, Any] = json.loads((folder / "told.json").read_text())
         return found
 
     return run
 
 
-@needs_device
 def test_a_graph_has_the_bits_of_the_same_step_called(tell: Tell) -> None:
     """In windows, with a smaller last batch, clipped, drawing on the device, over skipped steps."""
     told = tell("bits")
     for captured, called in told.values():
         assert captured == called
-    assert 0 < told["emulated:fp16, windows of 1"][0]["steps"][2] < 8
+    assert 0 < told["fp16, windows of 1"][0]["steps"][2] < 8
 
 
-@needs_device
 def test_what_changes_in_a_run_is_noticed(tell: Tell) -> None:
     """Frozen, loaded, moved and exchanged parts, rates of a scheduler, an evaluation."""
     told = tell("changes")
@@ -56,26 +62,22 @@ def test_what_changes_in_a_run_is_noticed(tell: Tell) -> None:
     assert len({str(captured["weights"]) for captured, _ in told.values()}) == 6
 
 
-@needs_device
 def test_a_run_goes_on_bit_for_bit(tell: Tell) -> None:
     """In windows, from files that a thread has written while graphs were replayed."""
     told = tell("resumes")
     assert [found["wrong"] for found in told.values()] == [[], []]
-    assert told["emulated:fp16"]["steps"][2] < told["emulated"]["steps"][2]
+    assert told["fp16"]["steps"][2] < told["fp32"]["steps"][2]
 
 
-@needs_device
 def test_a_step_of_ones_own_is_captured(tell: Tell) -> None:
     told = tell("own")
     assert told["graph"] == told["called"]
 
 
-@needs_device
 def test_a_replay_reads_nothing_and_runs_no_python_of_the_model(tell: Tell) -> None:
-    assert tell("reads") == {"emulated": [0, 0], "emulated:fp16": [0, 0]}
+    assert tell("reads") == {"fp32": [0, 0], "fp16": [0, 0]}
 
 
-@needs_device
 def test_what_cannot_be_a_graph_is_refused_with_its_reason(tell: Tell) -> None:
     told = tell("refusals")
     for name, words in {
