@@ -67,6 +67,8 @@ class ApexBackend(CudaBackend):
         self._loss_scale = loss_scale
         self._num_losses = num_losses
         self._models: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+        # Whether prepare() was called: models may be gone since.
+        self._initialised = False
         self._optimizers: list[torch.optim.Optimizer] = []
         self._stepped: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._used_scale = 1.0
@@ -108,7 +110,7 @@ class ApexBackend(CudaBackend):
         models, optimizers = sort_objects(objects)
         if self._is_known(models, optimizers):
             return objects
-        if self._optimizers or len(self._models):
+        if self._initialised:
             raise BackendError(
                 "apex.amp can be initialised once only, and prepare() has done so. Give it all "
                 "models and all optimizers in one call."
@@ -125,6 +127,7 @@ class ApexBackend(CudaBackend):
             models, optimizers = amp.initialize(models, optimizers, **settings)
         else:
             models = amp.initialize(models, **settings)
+        self._initialised = True
         self._models.update(models)
         self._optimizers = optimizers
         for optimizer in optimizers:
@@ -215,7 +218,7 @@ class ApexBackend(CudaBackend):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns every loss scaler and, with O2, the fp32 masters and their gradients."""
-        if not self._enabled or not len(self._models):
+        if not self._enabled or not self._initialised:
             return {}
         scalers = {name: dict(value) for name, value in self._opened_amp().state_dict().items()}
         state: dict[str, Any] = {"amp": scalers, "opt_level": self.option}
@@ -241,7 +244,7 @@ class ApexBackend(CudaBackend):
                 f"This is apex:{self.option}, and the state is one of apex:{level}: loss scalers "
                 "and masters cannot be carried over. Load it on the backend that wrote it."
             )
-        if not len(self._models):
+        if not self._initialised:
             raise BackendError("apex.amp is initialised by prepare(): call it before loading.")
         amp = self._opened_amp()
         here, there = sorted(amp.state_dict()), sorted(state["amp"])
@@ -269,7 +272,7 @@ class ApexBackend(CudaBackend):
         lost, begun = name_parts(state), list[str]()
         if not self._enabled:
             return TakenOver(lost, begun)
-        if not len(self._models):
+        if not self._initialised:
             raise BackendError("apex.amp is initialised by prepare(): call it before loading.")
         if self._has_masters:
             self._renew_masters()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Generator, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -131,9 +132,28 @@ class DeviceGraphs:
         except BaseException:
             # A recording that failed leaves its stream the present one.
             torch.accelerator.set_stream(present)
+            self._end_failed()
             raise
         if self._pool is None:
             self._pool = graph.pool()
+
+    def _end_failed(self) -> None:
+        """Has the device's generator draw again after a recording that failed.
+
+        CUDA's takes itself for recorded until a recording ends well, and refuses to draw. Its state
+        belongs to the graphs that were recorded before, so it is not exchanged.
+        """
+        with warnings.catch_warnings():
+            # That the graph is empty is what it is for.
+            warnings.simplefilter("ignore")
+            # If the device is lost, what is told is what came first.
+            with (
+                suppress(RuntimeError),
+                self._module.graph(
+                    graph_class(self.device.type)(), stream=self._stream, **self._options
+                ),
+            ):
+                pass
 
 
 class DeviceGraph:

@@ -20,7 +20,7 @@ from torch.utils import backend_registration
 from crosstrain.backends.errors import BackendUnavailable, Missing
 
 from .autocasting import libraries
-from .graphs import EmulatedGraph, graph, refuse_waiting
+from .graphs import EmulatedGraph, graph, refuse_waiting, stuck
 from .memory import install as install_memory
 from .memory import is_pinned
 from .streams import Event, Queue, Stream, current, current_queue, pending
@@ -427,6 +427,8 @@ class _Call:
         """Runs it; what it draws comes from the device's generator."""
         if torch.Tag.nondeterministic_seeded not in self.func.tags:
             return self.func(*self.args, **self.kwargs)
+        if self.index in stuck:
+            raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
         host = torch.default_generator
         kept = host.get_state()
         host.set_state(_MACHINE.states[self.index])

@@ -14,7 +14,11 @@ import torch
 
 from .streams import Queue, Stream, current_queue, synchronize
 
-__all__ = ["EmulatedGraph", "graph", "refuse_waiting"]
+__all__ = ["EmulatedGraph", "graph", "refuse_waiting", "stuck"]
+
+
+#: The devices whose generators take themselves for recorded, after a recording that failed.
+stuck: set[int] = set()
 
 
 class EmulatedGraph:
@@ -35,12 +39,22 @@ class EmulatedGraph:
         if queue.is_default or queue.recorded is not None:
             raise RuntimeError("A graph is recorded on a stream that is not the default one, once.")
         self._work = []
-        self._queue, queue.recorded = queue, self._work
+        self._queue, queue.recorded, queue.spoilt = queue, self._work, False
+        stuck.discard(queue.index)
 
     def capture_end(self) -> None:
-        """Ends what `capture_begin` began."""
-        if self._queue is not None:
-            self._queue.recorded = None
+        """Ends what `capture_begin` began.
+
+        Raises:
+            RuntimeError: if something was asked that cannot be part of a graph. Then, as CUDA's,
+                the device's generator refuses to draw until the next recording.
+        """
+        if self._queue is None:
+            return
+        self._queue.recorded = None
+        if self._queue.spoilt:
+            stuck.add(self._queue.index)
+            raise RuntimeError("operation failed due to a previous error during capture")
 
     def replay(self) -> None:
         """Does the work again, on the present stream."""
@@ -92,4 +106,5 @@ def refuse_waiting(what: str) -> None:
     Raises:
         RuntimeError: always.
     """
-    raise RuntimeError(f"{what}: operation not permitted when stream is capturing")
+    queue = current_queue(torch.accelerator.current_device_index())
+    raise queue.refusal(f"{what}: operation not permitted when stream is capturing")

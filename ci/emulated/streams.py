@@ -33,6 +33,8 @@ class Queue:
         self.added = 0
         #: What is recorded of it for a graph, and not done; None: it is not recorded.
         self.recorded: list[Callable[[], Any]] | None = None
+        #: Whether something was asked of it while it was recorded that cannot be part of a graph.
+        self.spoilt = False
         self._done = 0
         self._todo: deque[Callable[[], None]] = deque()
 
@@ -50,13 +52,18 @@ class Queue:
             RuntimeError: if it is recorded for a graph, in which nothing is done.
         """
         if self.recorded is not None:
-            raise RuntimeError("synchronize: operation not permitted when stream is capturing")
+            raise self.refusal("synchronize: operation not permitted when stream is capturing")
         with LOCK, torch.no_grad():
             while self._done < position:
                 self._done += 1
                 self._todo.popleft()()
             if not self._todo:
                 _busy.pop(id(self), None)
+
+    def refusal(self, words: str) -> RuntimeError:
+        """Returns the error of what cannot be recorded; the recording ends with another one."""
+        self.spoilt = True
+        return RuntimeError(words)
 
     def run(self) -> None:
         """Does all work that is queued."""
@@ -132,7 +139,9 @@ class Stream(_NativeStream, metaclass=_Kind):  # type: ignore[misc]
 
     def _wait_for(self, queue: Queue, position: int) -> None:
         if self.queue.recorded is not None and queue is not self.queue:
-            raise RuntimeError("wait: dependency created on uncaptured work in another stream")
+            raise self.queue.refusal(
+                "wait: dependency created on uncaptured work in another stream"
+            )
         if queue.is_default or queue is self.queue:
             return  # What a default stream computes is done when it is called.
         if self.queue.is_default:

@@ -264,14 +264,21 @@ class Captured:
                 told = self.function(*held)
         except Exception as error:
             raise BackendError(
-                f"The step could not be recorded as a graph: {error}. What is recorded may not "
-                "wait for the device (.item(), .cpu(), `if tensor`, nonzero, an index by a mask) "
-                "nor copy from the host (torch.tensor(...)); printing, numbers for a log and "
+                f"The step could not be recorded as a graph: {_first(error)}. What is recorded may "
+                "not wait for the device (.item(), .cpu(), `if tensor`, nonzero, an index by a "
+                "mask) nor copy from the host (torch.tensor(...)); printing, numbers for a log and "
                 "copies belong into handlers. Or leave capture out."
             ) from error
         left = [(p, p.grad) for p in self._parameters]
         _LOG.info("The step was recorded as a graph of %s.", self.backend.device)
         return _Recorded(graph, statics, given, left, told, self._rates, StepHooks(stepped))
+
+
+def _first(error: BaseException) -> BaseException:
+    """Returns what an error came of: the device's module ends a recording by another one."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
 
 
 class _Recorded:

@@ -26,10 +26,9 @@ if _ABSENT is not None:
 class ApexOnCpu(ApexBackend):
     """The same calls of apex where there is no GPU: `enabled=False` leaves the numbers alone."""
 
-    device = torch.device("cpu")
-
     def __init__(self, option: str | None = None) -> None:
         super().__init__(option, enabled=False)
+        self.device = torch.device("cpu")
 
     @classmethod
     def probe(cls, option: str | None = None) -> Availability:
