@@ -13,7 +13,7 @@ usage: ci/gpu_report.sh [OPTION...]
   --out DIR    where the report goes (default: docs/hardware)
   --name NAME  its name (default: the date and the device); to go on with a report of another day
   --only PART  run only tests, matrix or benchmarks; may be repeated. The others' results are kept
-  --jobs N     cells of the matrix at a time (default: one for two cores, at most 8)
+  --jobs N     tests, and cells of the matrix, at a time (default: one for two cores, at most 8)
   --cpu        dry run without a GPU: the same steps with cpu, cpu:bf16 and cpu:fp16; needs --out
   --short      a few tests, one scenario, few rounds: shows that the script works, and no more
 
@@ -119,7 +119,7 @@ tests() {
         specs="$specs,$apex_specs"
     fi
     [ -z "$short" ] || files=(tests/backends/test_placement.py)
-    run tests "$python" -m pytest -q -p no:cacheprovider --backends="$specs" \
+    run tests "$python" -m pytest -q -p no:cacheprovider -n "$jobs" --dist=load --backends="$specs" \
         --require-backends="$specs" "${files[@]}"
 }
 
@@ -138,7 +138,8 @@ benchmarks() {
         # So few, on a machine that others use, say nothing about the ratio.
         arguments+=(--rounds 3 --steps 4)
     else
-        arguments+=(--check)
+        # fp32 takes 0.2 s a step on the largest GPUs.
+        arguments+=(--check --steps 6)
     fi
     run benchmarks "$python" benchmarks/gpu_step.py "${arguments[@]}"
 }

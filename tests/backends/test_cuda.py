@@ -145,7 +145,7 @@ def test_a_graph_of_the_step_has_the_bits_of_the_same_step_called(backend_spec: 
             Events.ITERATION_COMPLETED, lambda e, told=losses: told.append(e.state.output)
         )
         backend.seed(5)
-        with backend.deterministic():
+        with backend, backend.deterministic():
             trainer.run(batches, max_epochs=3)
         weights = [value.cpu().tolist() for value in model.state_dict().values()]
         found.append((losses, weights, trainer.state.applied_steps))
