@@ -50,6 +50,8 @@ class Dataflow:
     apart = False
     #: Whether a pass that was opened can stay so while handlers prepare the data for the next one.
     stays_open: ClassVar[bool] = False
+    #: How many workers the run that was saved had, where handlers fetch as well; else None.
+    workers_then: int | None = None
     #: Why a batch of it cannot be fetched once more; None where it can.
     unrepeatable: str | None = None
 
@@ -184,12 +186,8 @@ class Dataflow:
         """Returns what was found of what the dataset keeps, if a run cannot go on with it."""
         return None
 
-    def draws_by_workers(self, state: Mapping[str, Any]) -> str | None:
-        """Returns why fetching by others draws otherwise than in the run that was saved, if it may.
-
-        Args:
-            state: what `state` returned then.
-        """
+    def draws_by_workers(self) -> str | None:
+        """Returns why fetching by others draws otherwise than in the run that was saved, if so."""
         return None
 
     def kept(self) -> Any:

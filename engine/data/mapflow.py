@@ -159,8 +159,7 @@ class MapFlow(Dataflow):
         if self._left is not None and not differing(self._own.raw(), self._left[1]):
             now = self._left[0]
         now = self._own.take() if now is None else now
-        found = {**self._at_opening, "now": now, "dataset": self.dataset_state()}
-        return {**found, "workers": self._loader.num_workers}
+        return {**self._at_opening, "now": now, "dataset": self.dataset_state()}
 
     def samples(self) -> Any:
         """Returns the dataset's first, middle and last samples, each under the same streams."""
@@ -191,7 +190,7 @@ class MapFlow(Dataflow):
         """
         places = changed_places(state)
         self._draws = None
-        if places or anew or self._loader.num_workers or _workers_of(state):
+        if places or anew or self._loader.num_workers or self.workers_then:
             self._probe, self._anew = Probe(self._attributes, places), anew
 
     def keeps_anew(self, state: Mapping[str, Any]) -> bool:
@@ -224,13 +223,9 @@ class MapFlow(Dataflow):
             "and draw after it; or use num_workers=0, then and now"
         )
 
-    def draws_by_workers(self, state: Mapping[str, Any]) -> str | None:
-        """Returns why fetching by others draws otherwise than in the run that was saved, if it may.
-
-        Args:
-            state: what `state` returned then.
-        """
-        then, now = _workers_of(state), self._loader.num_workers
+    def draws_by_workers(self) -> str | None:
+        """Returns why fetching by others draws otherwise than in the run that was saved, if so."""
+        then, now = self.workers_then, self._loader.num_workers
         if then is None or then == now:
             return None
         if self._own.moves or not draws_at_once(self._sampler.sampler):
@@ -300,11 +295,6 @@ class MapFlow(Dataflow):
             found.pop("batches", None)
         samples = data_length(self.data.dataset)
         return found if samples is None else {**found, "samples": samples}
-
-
-def _workers_of(state: Mapping[str, Any]) -> int | None:
-    """Returns with how many workers a run was saved; None of older versions' states."""
-    return state.get("workers")
 
 
 def _keyed(dataset: Any, batched: bool) -> Any:
