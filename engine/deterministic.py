@@ -13,9 +13,11 @@ import torch
 from crosstrain.backends import random_state
 from crosstrain.engine.data.attributes import plain_or_none
 from crosstrain.engine.data.cursor import Cursor
+from crosstrain.engine.data.own_data import own_data
 from crosstrain.engine.data.sampling import ReproducibleBatchSampler, update_dataloader
 from crosstrain.engine.data.shares import BatchShare, Shards, check_shards, world_of
 from crosstrain.engine.data.streams import ALL_STREAMS, StreamKey
+from crosstrain.engine.exact.fetches import who_fetches
 from crosstrain.engine.exact.forgotten import Forgotten
 from crosstrain.engine.exact.laid_over import LaidOver
 from crosstrain.engine.exact.porting import port
@@ -482,10 +484,27 @@ class DeterministicEngine(Engine):
                 if beginning and self._compared:
                     strictness = "off"
                 cursor.go_to(position, data, self._key, self.proof, strictness, other)
+                self._tell_of_workers(position, data)
         if not beginning:
             restore_random_states(snapshot["rng_states"], self.backend)
         if self._reseeds:
             cursor.seed_anew(self._key)
+
+    def _tell_of_workers(self, position: Mapping[str, Any], data: Any) -> None:
+        """Says that a handler fetches as well, and draws otherwise with other workers."""
+        if self.checks.unnamed == "off":
+            return
+        if (why := self._cursor.draws_by_workers(position)) is None:
+            return
+        who = who_fetches(self._functions(), own_data(data), {id(self)})
+        if who is not None:
+            self.proof.differs(
+                f"A resumed run may draw other values once {who}, has been iterated over: it is "
+                f"a loader of the dataset that is trained on, and {why}. Go on with that number of "
+                "workers, or iterate there over a loader that keeps its num_workers. If nothing "
+                "is fetched there: checks=Checks(unnamed='off').",
+                "warn",
+            )
 
     def _prove(self, data: Any) -> None:
         """Has data that was set at a resumed epoch's beginning fetched twice, and compared."""

@@ -439,6 +439,10 @@ class Cursor:
         if (found := self._flow.probed()) is not None:
             proof.differs(f"The data may not go on as it was: {found}.", "warn")
 
+    def draws_by_workers(self, position: Mapping[str, Any]) -> str | None:
+        """Returns why fetching by others draws otherwise than when a position was written."""
+        return None if self._flow is None else self._flow.draws_by_workers(position["flow"])
+
     def lost(self) -> list[str]:
         """Returns the names of what has changed of the dataset and is too large to save."""
         return [] if self._flow is None else self._flow.lost()

@@ -185,6 +185,14 @@ class Dataflow:
         """Returns what was found of what the dataset keeps, if a run cannot go on with it."""
         return None
 
+    def draws_by_workers(self, state: Mapping[str, Any]) -> str | None:
+        """Returns why fetching by others draws otherwise than in the run that was saved, if it may.
+
+        Args:
+            state: what `state` returned then.
+        """
+        return None
+
     def kept(self) -> Any:
         """Returns what opening a pass moves, to be put back after a rehearsal."""
         return None

@@ -22,6 +22,7 @@ from .batch_before import Noted
 from .flows import Dataflow, Iterate
 from .generators import OwnStates, Raw, differing, generators_in
 from .keeping import Probe, changed_places
+from .order import draws_at_once
 from .sampling import KeyedSampler, rebuilt
 from .shares import ALONE, BatchShare, check_divisible
 from .streams import KeyedBatchDataset, KeyedDataset, StreamKey, rank_seed, sample_key
@@ -88,6 +89,8 @@ class MapFlow(Dataflow):
         # Asked by the loader that is opened next; whether it fetches otherwise than then.
         self._probe: Probe | None = None
         self._anew = False
+        # Whether fetching draws, if that is known.
+        self._draws: bool | None = None
         self._suspects = sorted(generators_in(data.dataset, "dataset"))
         _warn_of_generators(self._suspects)
 
@@ -156,7 +159,8 @@ class MapFlow(Dataflow):
         if self._left is not None and not differing(self._own.raw(), self._left[1]):
             now = self._left[0]
         now = self._own.take() if now is None else now
-        return {**self._at_opening, "now": now, "dataset": self.dataset_state()}
+        found = {**self._at_opening, "now": now, "dataset": self.dataset_state()}
+        return {**found, "workers": self._loader.num_workers}
 
     def samples(self) -> Any:
         """Returns the dataset's first, middle and last samples, each under the same streams."""
@@ -186,7 +190,8 @@ class MapFlow(Dataflow):
             anew: whether fetching here was seen to change what it had not changed then.
         """
         places = changed_places(state)
-        if places or anew or self._loader.num_workers:
+        self._draws = None
+        if places or anew or self._loader.num_workers or _workers_of(state):
             self._probe, self._anew = Probe(self._attributes, places), anew
 
     def keeps_anew(self, state: Mapping[str, Any]) -> bool:
@@ -201,6 +206,7 @@ class MapFlow(Dataflow):
         workers = self._loader.num_workers
         if probe is None:
             return None
+        self._draws = probe.draws
         if probe.draws_unseen:
             return (
                 "a sample was fetched twice under the same random streams, as if the dataset had "
@@ -217,6 +223,23 @@ class MapFlow(Dataflow):
             "kept are drawn anew, or the other way round. Keep what follows from the index alone, "
             "and draw after it; or use num_workers=0, then and now"
         )
+
+    def draws_by_workers(self, state: Mapping[str, Any]) -> str | None:
+        """Returns why fetching by others draws otherwise than in the run that was saved, if it may.
+
+        Args:
+            state: what `state` returned then.
+        """
+        then, now = _workers_of(state), self._loader.num_workers
+        if then is None or then == now:
+            return None
+        if self._own.moves or not draws_at_once(self._sampler.sampler):
+            what = "its samplers, which are asked for more than was taken,"
+        elif self.data.collate_fn is not default_collate or self._draws is not False:
+            what = "its dataset and its collate_fn, here or in the workers,"
+        else:
+            return None
+        return f"what {what} draw follows from num_workers, which was {then} and is {now}"
 
     def prepare(self, state: Mapping[str, Any]) -> None:
         """Sets the samplers to what they were when a state was written, before handlers run.
@@ -277,6 +300,11 @@ class MapFlow(Dataflow):
             found.pop("batches", None)
         samples = data_length(self.data.dataset)
         return found if samples is None else {**found, "samples": samples}
+
+
+def _workers_of(state: Mapping[str, Any]) -> int | None:
+    """Returns with how many workers a run was saved; None of older versions' states."""
+    return state.get("workers")
 
 
 def _keyed(dataset: Any, batched: bool) -> Any:
