@@ -141,6 +141,9 @@ class UsesWalk:
 
     def value(self, value: Any, owner: str, name: str, depth: int, uses: frozenset[Use]) -> None:
         """Notes a value, if it is read, or looks into what it is made of."""
+        if isinstance(value, type):
+            self._space(_values_of(value), owner, name, depth, uses)
+            return
         if len(self._seen) > _SEEN or isinstance(value, (*_CLOSED, *SOURCES)):
             return
         if isinstance(value, (*_SCALARS, torch.Tensor, numpy.ndarray, *_COLLECTIONS)):
@@ -156,9 +159,21 @@ class UsesWalk:
                 self._seen.add(id(value))
                 self.found[owner, name] = _state_signature(value)
         elif callable(value) and (inspect.isroutine(value) or isinstance(value, partial)):
+            if inspect.isfunction(value) and not is_others(value):
+                self._space(vars(value), owner, name, depth, uses)
             self.function(value, f"{owner}, its {name}", depth - 1)
         elif not isinstance(value, torch.nn.Module) and not is_others(type(value)) and depth > 0:
             self._attributes(value, owner, name, depth, uses)
+
+    def _space(
+        self, own: Mapping[str, Any], owner: str, name: str, depth: int, uses: frozenset[Use]
+    ) -> None:
+        """Looks at those values of a class, or of a function, that are used by their names."""
+        for use in uses:
+            if use.path and use.path[0] in own:
+                rest = Use(use.path[1:], use.read or use.into is not None)
+                inner = f"{name}.{use.path[0]}"
+                self.value(own[use.path[0]], owner, inner, depth - 1, frozenset({rest}))
 
     def _note(self, value: Any, owner: str, name: str) -> None:
         # A counter that is named lies in an object that is: its values are its own.
@@ -182,7 +197,7 @@ class UsesWalk:
     ) -> None:
         """Looks into those attributes of an object that are used, and what its methods use."""
         kind: Any = type(value)
-        own = attributes_of(value)
+        own = {**_values_of(kind), **attributes_of(value)}
         whole = any(not use.path for use in uses)
         # What is passed on may be used in any way.
         called = dir(kind) if whole else [use.path[0] for use in uses if use.path]
@@ -191,6 +206,8 @@ class UsesWalk:
             self._variables(function, owner, depth - 1)
         by_name: dict[str, set[Use]] = {attribute: set() for attribute in own if whole}
         for use in (*uses, *more):
+            if use.path[:1] == ("__class__",):
+                use = use._replace(path=use.path[1:])
             if use.path and use.path[0] in own:
                 rest = Use(use.path[1:], use.read or use.into is not None)
                 by_name.setdefault(use.path[0], set()).add(rest)
@@ -208,6 +225,17 @@ class UsesWalk:
             self._waiting = [one for one in self._waiting if one[3] not in self._read]
             for owner, name, value, _ in left:
                 self.value(value, owner, name, _DEPTH, ALL)
+
+
+def _values_of(kind: Any) -> dict[str, Any]:
+    """Returns what classes of the user's hold themselves, such as a counter of all instances."""
+    return {
+        name: value
+        for each in reversed(kind.__mro__)
+        if each is not object and not is_others(each)
+        for name, value in vars(each).items()
+        if not name.startswith("__") and isinstance(value, (*_PLAIN, *_COLLECTIONS))
+    }
 
 
 def _has_state(value: Any) -> bool:

@@ -75,6 +75,40 @@ def _best(trainer: Any, model: nn.Module, optimizer: Any) -> None:
             _set_rate(optimizer, best)
 
 
+@_case("its 'counted.calls'")
+def _function_s_attribute(trainer: Any, model: nn.Module, optimizer: Any) -> None:
+    def counted() -> None:
+        counted.calls += 1  # type: ignore[attr-defined]
+        _set_rate(optimizer, 1 / counted.calls)  # type: ignore[attr-defined]
+
+    counted.calls = 0  # type: ignore[attr-defined]
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, counted)
+
+
+@_case("its 'Counting.calls'")
+def _class_s_attribute(trainer: Any, model: nn.Module, optimizer: Any) -> None:
+    class Counting:
+        calls = 0
+
+        def __call__(self) -> None:
+            Counting.calls += 1
+            _set_rate(optimizer, 1 / Counting.calls)
+
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, Counting())
+
+
+@_case("its 'object.calls'")
+def _own_class_s_attribute(trainer: Any, model: nn.Module, optimizer: Any) -> None:
+    class Counting:
+        calls = 0
+
+        def __call__(self) -> None:
+            self.__class__.calls += 1
+            _set_rate(optimizer, 1 / self.calls)
+
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, Counting())
+
+
 @_case("its 'sums'")
 def _mapping(trainer: Any, model: nn.Module, optimizer: Any) -> None:
     sums = {"loss": 0.0}
