@@ -73,7 +73,10 @@ class ApexBackend(CudaBackend):
         self._stepped: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._used_scale = 1.0
         scaled = self.option in ("O1", "O2") or loss_scale not in (None, 1.0)
-        self.capabilities = frozenset({"loss_scaling"} if enabled and scaled else set[str]())
+        words = {"loss_scaling": scaled, "master_weights": self._has_masters}
+        self.capabilities = frozenset(
+            word for word, applies in words.items() if enabled and applies
+        )
 
     @classmethod
     def probe(cls, option: str | None = None) -> Availability:

@@ -13,9 +13,11 @@ import torch
 from crosstrain.backends import random_state
 from crosstrain.engine.data.attributes import plain_or_none
 from crosstrain.engine.data.cursor import Cursor
+from crosstrain.engine.data.own_data import is_map_style, own_data
 from crosstrain.engine.data.sampling import ReproducibleBatchSampler, update_dataloader
 from crosstrain.engine.data.shares import BatchShare, Shards, check_shards, world_of
 from crosstrain.engine.data.streams import ALL_STREAMS, StreamKey
+from crosstrain.engine.exact.fetches import who_fetches
 from crosstrain.engine.exact.forgotten import Forgotten
 from crosstrain.engine.exact.laid_over import LaidOver
 from crosstrain.engine.exact.porting import port
@@ -165,6 +167,8 @@ class DeterministicEngine(Engine):
         # What the step and handlers refer to, as the run's first epoch begins.
         self._begun: Forgotten | None = None
         self._told: set[str] = set()
+        # The data, and which handler fetches from it, too.
+        self._fetches: tuple[Any, str | None] | None = None
         self._conditions: dict[str, Any] | None = None
 
     @property
@@ -212,7 +216,9 @@ class DeterministicEngine(Engine):
             "ends": self.asked & END_EPOCH > 0 and not ended,
             "quiet": bool(self.asked & QUIET_EPOCH),
         }
-        values["position"] = self._cursor.position()
+        position = values["position"] = self._cursor.position()
+        if position is not None and self._who_fetches() is not None:
+            position["workers"] = own_data(self.state.dataloader).num_workers
         values["rng_states"] = random_states(self.backend)
         values["epoch_rng_states"] = None if values["progress"]["ended"] else self._epoch_states
         values["backend"] = None if self.backend is None else self.backend.state_dict()
@@ -482,10 +488,32 @@ class DeterministicEngine(Engine):
                 if beginning and self._compared:
                     strictness = "off"
                 cursor.go_to(position, data, self._key, self.proof, strictness, other)
+                self._tell_of_workers()
         if not beginning:
             restore_random_states(snapshot["rng_states"], self.backend)
         if self._reseeds:
             cursor.seed_anew(self._key)
+
+    def _who_fetches(self) -> str | None:
+        """Returns which handler may iterate over the training's loader, too."""
+        data = own_data(self.state.dataloader)
+        if not is_map_style(data) or self.checks.unnamed == "off":
+            return None
+        if self._fetches is None or self._fetches[0] is not data:
+            self._fetches = data, who_fetches(self._functions(), data, {id(self)})
+        return self._fetches[1]
+
+    def _tell_of_workers(self) -> None:
+        """Says that a handler fetches as well, and draws otherwise with other workers."""
+        why, who = self._cursor.draws_by_workers(), self._who_fetches()
+        if why is not None and who is not None:
+            self.proof.differs(
+                f"A resumed run may draw other values once {who}, has been iterated over: it is "
+                f"a loader of the dataset that is trained on, and {why}. Go on with that number of "
+                "workers, or iterate there over a loader that keeps its num_workers. If nothing "
+                "is fetched there: checks=Checks(unnamed='off').",
+                "warn",
+            )
 
     def _prove(self, data: Any) -> None:
         """Has data that was set at a resumed epoch's beginning fetched twice, and compared."""
@@ -526,7 +554,7 @@ class DeterministicEngine(Engine):
         return StreamKey(seed, 0, self._streams)
 
     def _begins(self) -> None:
-        self._begun = None
+        self._begun = self._fetches = None
         self.state.seed = agreed_seed(self.state.seed, self.backend)
         self._cursor.watch(self.state.dataloader)
         snapshot = self._full_snapshot()

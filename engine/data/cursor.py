@@ -265,6 +265,7 @@ class Cursor:
         flow, self._prepared = self._prepared_for(data), None
         before_handlers, self._opened_before = self._opened_before, None
         _check_data(position, flow.fingerprint())
+        flow.workers_then = position.get("workers")
         self._flow = flow
         self._pass, self._exchanges = position["pass"], position["exchanges"]
         self.consumed = position["batch"]
@@ -412,6 +413,7 @@ class Cursor:
         if is_comparable(before, world_of(self._backend)) is not None:
             return False
         kept = flow.kept()
+        flow.workers_then = position.get("workers")
         self._flow, self._prepared = flow, flow
         self._pass, self.consumed = position["pass"], position["batch"]
         flow.probe(position["flow"])
@@ -438,6 +440,10 @@ class Cursor:
         assert self._flow is not None
         if (found := self._flow.probed()) is not None:
             proof.differs(f"The data may not go on as it was: {found}.", "warn")
+
+    def draws_by_workers(self) -> str | None:
+        """Returns why fetching by others draws otherwise than in the run that was saved, if so."""
+        return None if self._flow is None else self._flow.draws_by_workers()
 
     def lost(self) -> list[str]:
         """Returns the names of what has changed of the dataset and is too large to save."""

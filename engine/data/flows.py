@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Final
 from crosstrain.backends import random_state
 from crosstrain.engine.digest import digest
 from crosstrain.engine.errors import ResumeWarning, warn_user
+from crosstrain.engine.guards import is_mapping
 from crosstrain.engine.loader_workers import workers_left_alone
 from crosstrain.engine.progress import data_length
 
@@ -50,6 +51,8 @@ class Dataflow:
     apart = False
     #: Whether a pass that was opened can stay so while handlers prepare the data for the next one.
     stays_open: ClassVar[bool] = False
+    #: How many workers the run that was saved had, where handlers fetch as well; else None.
+    workers_then: int | None = None
     #: Why a batch of it cannot be fetched once more; None where it can.
     unrepeatable: str | None = None
 
@@ -182,6 +185,10 @@ class Dataflow:
 
     def probed(self) -> str | None:
         """Returns what was found of what the dataset keeps, if a run cannot go on with it."""
+        return None
+
+    def draws_by_workers(self) -> str | None:
+        """Returns why fetching by others draws otherwise than in the run that was saved, if so."""
         return None
 
     def kept(self) -> Any:
@@ -551,6 +558,7 @@ class StatefulFlow(Dataflow):
             return state
         if opening is not None:
             self._stays |= digest(state["data"]) == digest(opening["data"])
+            self._stays |= _only_counts(state["data"])
             if self._stays:
                 self.unrepeatable = None
                 return {**state, **opening, "replay": self._since}
@@ -610,3 +618,21 @@ class StatefulFlow(Dataflow):
         workers = getattr(self._source, "num_workers", None)
         found = super().fingerprint()
         return found if workers is None else {**found, "workers": workers}
+
+
+def _only_counts(state: Any) -> bool:
+    """Tells whether a state of torchdata's loader holds nothing of its iterable dataset.
+
+    It goes on by throwing batches away then, as many as its workers have given. After a second
+    resume it counts some of these twice, and the run would go on with other batches.
+    """
+    if not is_mapping(state):
+        return False
+    snapshot = state.get("_snapshot")
+    workers: Any = snapshot.get("_worker_snapshots") if is_mapping(snapshot) else {0: state}
+    fetchers = [
+        one.get("fetcher_state") for one in workers.values() if one.get("dataset_state") is None
+    ]
+    return len(fetchers) == len(workers) and all(
+        is_mapping(one) and one.get("dataset_iter_state", 0) is None for one in fetchers
+    )

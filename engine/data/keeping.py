@@ -39,8 +39,8 @@ class Probe:
     def __init__(self, attributes: Attributes, places: Iterable[str]) -> None:
         self._attributes = attributes
         self._places = frozenset(places)
-        # Memory that the workers share: whether it was asked, and the two answers.
-        answers: Any = torch.zeros(3, dtype=torch.uint8)
+        # Memory that the workers share: whether it was asked, and the answers.
+        answers: Any = torch.zeros(4, dtype=torch.uint8)
         self._answers: Any = answers.share_memory_()
 
     @property
@@ -52,6 +52,11 @@ class Probe:
     def draws_unseen(self) -> bool:
         """Whether it gives another sample under the same random streams."""
         return bool(self._answers[2])
+
+    @property
+    def draws(self) -> bool | None:
+        """Whether fetching draws from the random streams; None if nothing was fetched."""
+        return bool(self._answers[3]) if self._answers[0] else None
 
     def on(self, dataset: Any) -> Any:
         """Returns a dataset that asks when its first sample is fetched."""
@@ -85,8 +90,11 @@ class Probe:
                 drew = key.asked or digest(random_state.capture()) != before
                 return _Fetched(item, digest(attributes.take()), drew)
 
+            # If it fails, it may.
+            self._answers[3] = 1
             try:
                 first, second = fetched(), fetched()
+                self._answers[3] = first.drew
                 self._answers[2] = first.item != second.item
                 # The second time it came from where it was kept.
                 self._answers[1] = first.drew and not second.drew

@@ -22,6 +22,7 @@ from .batch_before import Noted
 from .flows import Dataflow, Iterate
 from .generators import OwnStates, Raw, differing, generators_in
 from .keeping import Probe, changed_places
+from .order import draws_at_once
 from .sampling import KeyedSampler, rebuilt
 from .shares import ALONE, BatchShare, check_divisible
 from .streams import KeyedBatchDataset, KeyedDataset, StreamKey, rank_seed, sample_key
@@ -88,6 +89,8 @@ class MapFlow(Dataflow):
         # Asked by the loader that is opened next; whether it fetches otherwise than then.
         self._probe: Probe | None = None
         self._anew = False
+        # Whether fetching draws, if that is known.
+        self._draws: bool | None = None
         self._suspects = sorted(generators_in(data.dataset, "dataset"))
         _warn_of_generators(self._suspects)
 
@@ -186,7 +189,8 @@ class MapFlow(Dataflow):
             anew: whether fetching here was seen to change what it had not changed then.
         """
         places = changed_places(state)
-        if places or anew or self._loader.num_workers:
+        self._draws = None
+        if places or anew or self._loader.num_workers or self.workers_then:
             self._probe, self._anew = Probe(self._attributes, places), anew
 
     def keeps_anew(self, state: Mapping[str, Any]) -> bool:
@@ -201,6 +205,7 @@ class MapFlow(Dataflow):
         workers = self._loader.num_workers
         if probe is None:
             return None
+        self._draws = probe.draws
         if probe.draws_unseen:
             return (
                 "a sample was fetched twice under the same random streams, as if the dataset had "
@@ -217,6 +222,19 @@ class MapFlow(Dataflow):
             "kept are drawn anew, or the other way round. Keep what follows from the index alone, "
             "and draw after it; or use num_workers=0, then and now"
         )
+
+    def draws_by_workers(self) -> str | None:
+        """Returns why fetching by others draws otherwise than in the run that was saved, if so."""
+        then, now = self.workers_then, self._loader.num_workers
+        if then is None or then == now:
+            return None
+        if self._own.moves or not draws_at_once(self._sampler.sampler):
+            what = "its samplers, which are asked for more than was taken,"
+        elif self.data.collate_fn is not default_collate or self._draws is not False:
+            what = "its dataset and its collate_fn, here or in the workers,"
+        else:
+            return None
+        return f"what {what} draw follows from num_workers, which was {then} and is {now}"
 
     def prepare(self, state: Mapping[str, Any]) -> None:
         """Sets the samplers to what they were when a state was written, before handlers run.

@@ -25,7 +25,15 @@ from torch.utils.data.distributed import DistributedSampler
 
 from crosstrain.backends import random_state
 
-__all__ = ["Batch", "batches_from", "computes_its_order", "is_seekable", "pinned", "samples_from"]
+__all__ = [
+    "Batch",
+    "batches_from",
+    "computes_its_order",
+    "draws_at_once",
+    "is_seekable",
+    "pinned",
+    "samples_from",
+]
 
 # The versions of torch whose samplers draw as it is done here.
 _TESTED: Final = "2.9 and 2.13"
@@ -60,6 +68,14 @@ def pinned(sampler: Any) -> Any:
 def is_seekable(sampler: Any) -> bool:
     """Tells whether a sampler's order can be entered anywhere without iterating up to there."""
     return _kind(sampler) in (SequentialSampler, *_CHUNKS) or computes_its_order(sampler)
+
+
+def draws_at_once(sampler: Any) -> bool:
+    """Tells whether all that iterating over a sampler draws is drawn before its first sample."""
+    if _kind(sampler) is BatchSampler:
+        return draws_at_once(sampler.sampler)
+    # Without a generator of its own, torch's RandomSampler draws the seed of one.
+    return is_seekable(sampler)
 
 
 def _kind(sampler: Any) -> Any:

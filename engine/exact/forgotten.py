@@ -9,14 +9,12 @@ handlers of STARTED, which fire once more on a resume, have then done their part
 
 from __future__ import annotations
 
-import ast
 import collections
 import inspect
-import textwrap
 import types
 from collections.abc import Iterable, Iterator, Mapping
-from functools import lru_cache, partial
-from typing import Any, Final, cast
+from functools import partial
+from typing import Any, Final
 
 import numpy
 import torch
@@ -29,6 +27,7 @@ from crosstrain.engine.dispatch import Dispatcher
 from crosstrain.engine.guards import OTHER_PACKAGES
 from crosstrain.engine.state import State
 
+from .reads import attributes_read, names_read, names_read_of_state
 from .unnamed import GLOBAL_GENERATORS, SOURCES, attributes_of, functions_in, is_others
 
 __all__ = ["Forgotten"]
@@ -41,25 +40,6 @@ _SCALARS: Final = (bool, int, float, complex, str, bytes, type(None))
 _COLLECTIONS: Final = (dict, list, tuple, set, collections.deque, collections.OrderedDict)
 # They are the data's and the loop's own matter.
 _CLOSED: Final = (DataLoader, Dataset, Sampler, Dispatcher, types.ModuleType, type, ResumableSource)
-# What changes a collection and does not look at it.
-_WRITES: Final = frozenset(
-    {"add", "append", "appendleft", "clear", "extend", "insert", "update", "write", "writerow"}
-)
-_SHOWS: Final = frozenset(
-    {
-        "add_scalar",
-        "debug",
-        "dumps",
-        "error",
-        "info",
-        "log",
-        "print",
-        "set_description",
-        "set_postfix",
-        "warning",
-        "write",
-    }
-)
 _STATE: Final = frozenset(vars(State()))
 
 
@@ -85,7 +65,7 @@ class Forgotten:
             walk.function(function, name, _DEPTH)
         self.found = walk.found
         kept = {*_STATE, *keys}
-        for name in sorted(_names_read_of_state(walk.functions) - kept):
+        for name in sorted(names_read_of_state(walk.functions) - kept):
             if name in vars(state):
                 self.found["trainer.state", name] = _signature(vars(state)[name])
 
@@ -135,7 +115,7 @@ class _Walk:
         self._seen.add(id(plain.__code__))
         self.functions.append(plain)
         for variable, value in _variables(plain):
-            self.value(value, name, variable, depth - 1, variable in _names_read(plain))
+            self.value(value, name, variable, depth - 1, variable in names_read(plain))
 
     def _object(self, value: Any, method: str, name: str, depth: int) -> None:
         """Looks into an object by what one of its methods reads, and what that calls."""
@@ -144,7 +124,7 @@ class _Walk:
             return
         if depth <= 0 or id(value) in self._named:
             return
-        read = _attributes_read(type(value), method)
+        read = attributes_read(type(value), method)
         for own, item in attributes_of(value).items():
             if (id(value), own) not in self._noted:
                 if own in read:
@@ -184,7 +164,7 @@ class _Walk:
             return
         else:
             kind: Any = type(value)
-            read_here = _attributes_read(kind)
+            read_here = attributes_read(kind)
             for own, item in attributes_of(value).items():
                 self.value(item, owner, f"{name}.{own}", depth - 1, own in read_here)
 
@@ -264,127 +244,3 @@ def _code_names(code: types.CodeType) -> set[str]:
         if isinstance(constant, types.CodeType):
             found |= _code_names(constant)
     return found
-
-
-# ------------------------------------------------------------------- what is read, by the source
-
-
-def _tree(thing: Any) -> ast.AST | None:
-    try:
-        return ast.parse(textwrap.dedent(inspect.getsource(thing)))
-    except (OSError, TypeError, SyntaxError, ValueError):
-        # Typed in, made by exec, a lambda in the middle of a line.
-        return None
-
-
-@lru_cache(maxsize=256)
-def _reads_of(code: Any) -> tuple[frozenset[str], frozenset[str]]:
-    """Returns the variables that a function reads, and the attributes of `.state`."""
-    tree = _tree(code)
-    if tree is None:
-        return frozenset(), frozenset()
-    names: set[str] = set()
-    of_state: set[str] = set()
-    for node, above in _walk_with_parents(tree):
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
-            if _is_read(node, above):
-                names.add(node.id)
-        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-            inner = node.value
-            of = inner.attr if isinstance(inner, ast.Attribute) else getattr(inner, "id", None)
-            if of == "state" and _is_read(node, above):
-                of_state.add(node.attr)
-    return frozenset(names), frozenset(of_state)
-
-
-def _names_read(function: types.FunctionType) -> frozenset[str]:
-    return _reads_of(function.__code__)[0]
-
-
-def _names_read_of_state(functions: Iterable[Any]) -> set[str]:
-    return {name for function in functions for name in _reads_of(function.__code__)[1]}
-
-
-def _attributes_read(kind: type, method: str | None = None) -> frozenset[str]:
-    """Returns the attributes of its own object that a class reads.
-
-    Args:
-        kind: the class.
-        method: the method that is called, with those of the object that it calls; all, by default.
-    """
-    reads = _reads_by_method(kind)
-    if method not in reads:
-        return frozenset().union(*reads.values())
-    found: set[str] = set()
-    left = [method]
-    while left:
-        for name in reads.get(left.pop(), frozenset()) - found:
-            found.add(name)
-            left.append(name)
-    return frozenset(found)
-
-
-@lru_cache(maxsize=256)
-def _reads_by_method(kind: type) -> dict[str, frozenset[str]]:
-    """Returns which attributes of its own object each method of a class reads."""
-    found: dict[str, frozenset[str]] = {}
-    for each in kind.__mro__:
-        tree = None if is_others(each) or each is object else _tree(each)
-        if tree is None:
-            continue
-        for node, above in _walk_with_parents(tree):
-            if isinstance(node, ast.FunctionDef):
-                # It may read nothing.
-                found.setdefault(node.name, frozenset())
-            method = next((one.name for one in above if isinstance(one, ast.FunctionDef)), None)
-            if (
-                method is not None
-                and isinstance(node, ast.Attribute)
-                and isinstance(node.ctx, ast.Load)
-                and isinstance(node.value, ast.Name)
-                and node.value.id == "self"
-                and _is_read(node, above)
-            ):
-                found[method] = found.get(method, frozenset()) | {node.attr}
-    return found
-
-
-def _walk_with_parents(tree: ast.AST) -> Iterator[tuple[ast.AST, tuple[ast.AST, ...]]]:
-    stack: list[tuple[ast.AST, tuple[ast.AST, ...]]] = [(tree, ())]
-    while stack:
-        node, above = stack.pop()
-        yield node, above
-        inner = (*above, node)
-        stack.extend((child, inner) for child in ast.iter_child_nodes(node))
-
-
-def _is_read(node: ast.AST, above: tuple[ast.AST, ...]) -> bool:
-    """Tells whether a value that is loaded is looked at: neither only written to, nor shown."""
-    for parent in reversed(above):
-        if isinstance(parent, ast.Call) and _called(parent.func) in _SHOWS:
-            return False
-        if isinstance(parent, ast.stmt):
-            break
-    for index in range(len(above) - 1, -1, -1):
-        parent = above[index]
-        if isinstance(parent, ast.Subscript) and parent.value is node:
-            if not isinstance(parent.ctx, ast.Load):
-                return False
-            node = parent
-        elif isinstance(parent, ast.Attribute) and parent.value is node:
-            if not isinstance(parent.ctx, ast.Load):
-                return False
-            call, statement = (above[index - 1], above[index - 2]) if index > 1 else (None, None)
-            if parent.attr in _WRITES and isinstance(call, ast.Call) and call.func is parent:
-                # What it returns is thrown away: by a statement, or by a handler.
-                return not isinstance(statement, (ast.Expr, ast.Lambda, ast.Tuple))
-            node = parent
-        else:
-            return True
-    return True
-
-
-def _called(function: ast.expr) -> str | None:
-    if isinstance(function, ast.Attribute):
-        return function.attr
-    return cast("str | None", getattr(function, "id", None))

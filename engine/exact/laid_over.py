@@ -35,6 +35,7 @@ class LaidOver:
         """Gives each object that has changed the state that was kept; returns their names."""
         changed: list[str] = []
         for name, (_, kept) in self._kept.items():
+            kept.end()
             if not kept.holds():
                 changed.append(name)
                 kept.lay()
@@ -56,16 +57,33 @@ class _Kept:
         """Tells whether the object still has this state."""
         return _same(self._value.state_dict(), self._state)
 
+    def end(self) -> None:
+        """Ends what was done for the handlers."""
+
     def lay(self) -> None:
         """Gives the object this state."""
         self._value.load_state_dict(_copied(self._state))
 
 
 class _KeptOptimizer(_Kept):
-    """The state of an optimizer, which its `load_state_dict` would cast to its parameters' type."""
+    """The state of an optimizer, which its `load_state_dict` would cast to its parameters' type.
+
+    A handler that adds a group of parameters when an epoch begins adds one that is there already:
+    the checkpoint has it, and it was added again before the optimizer took its state. So that group
+    is left as it is.
+    """
 
     def __init__(self, value: Optimizer) -> None:
         self._value = value
+        present = [{*map(id, group["params"])} for group in value.param_groups]
+        add = value.add_param_group
+
+        def add_new(group: dict[str, Any]) -> None:
+            if {*map(id, _parameters_of(group))} not in present:
+                add(group)
+
+        self._adds = vars(value).get("add_param_group")
+        vars(value)["add_param_group"] = add_new
         self._groups = [_copied(_without_parameters(group)) for group in value.param_groups]
         # Where each tensor lies is kept, too: some lie elsewhere than the parameter.
         self._states = [
@@ -89,6 +107,13 @@ class _KeptOptimizer(_Kept):
             )
         )
 
+    def end(self) -> None:
+        """Lets groups be added as ever."""
+        if self._adds is None:
+            vars(self._value).pop("add_param_group", None)
+        else:
+            vars(self._value)["add_param_group"] = self._adds
+
     def lay(self) -> None:
         """Gives the optimizer this state; groups that were added are left as they are."""
         value = self._value
@@ -104,6 +129,16 @@ class _KeptOptimizer(_Kept):
 
 def _kept(value: Any) -> _Kept:
     return _KeptOptimizer(value) if isinstance(value, Optimizer) else _Kept(value)
+
+
+def _parameters_of(group: dict[str, Any]) -> list[torch.Tensor]:
+    """Returns the parameters of a group that is to be added, which may come as a generator."""
+    given = group["params"]
+    if not isinstance(given, torch.Tensor):
+        given = group["params"] = list(given)
+        # A parameter may come with its name.
+        return [one[1] if isinstance(one, tuple) else one for one in given]
+    return [given]
 
 
 def _without_parameters(group: Mapping[str, Any]) -> dict[str, Any]:

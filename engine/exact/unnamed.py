@@ -32,6 +32,7 @@ from crosstrain.engine.guards import OTHER_PACKAGES, is_users_object
 __all__ = [
     "GLOBAL_GENERATORS",
     "SOURCES",
+    "Walk",
     "attributes_of",
     "functions_in",
     "functions_of",
@@ -92,13 +93,13 @@ def unnamed_sources(functions: Mapping[str, Any], known: Iterable[int]) -> list[
         functions: the step and the handlers, by what to call them.
         known: what a checkpoint takes care of, by `id`; it is not looked into.
     """
-    walk = _Walk(set(known))
+    walk = Walk(set(known))
     for name, function in functions.items():
         walk.function(function, name, _DEPTH)
     return list(walk.found.values())
 
 
-class _Walk:
+class Walk:
     """Looks into functions and objects, each once."""
 
     def __init__(self, known: set[int]) -> None:
@@ -128,8 +129,12 @@ class _Walk:
             return
         for value in (*(plain.__defaults__ or ()), *(plain.__kwdefaults__ or {}).values()):
             self.value(value, f"{name}, a default", depth - 1)
-        for variable, value in _variables(plain):
+        for variable, value in self.variables(plain):
             self.value(value, f"{name}, its {variable!r}", depth - 1)
+
+    def variables(self, function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+        """Yields what a function refers to, by name."""
+        yield from _variables(function)
 
     def value(self, value: Any, name: str, depth: int) -> None:
         """Looks at a value, and into it where it may hold more."""

@@ -1,7 +1,10 @@
-"""Files that are whole or absent: written aside, flushed to disk, renamed, the folder flushed.
+"""Files that are whole or absent: written aside, flushed to disk, named, the folder flushed.
 
 The order of the steps is the one of "All File Systems Are Not Created Equal" (Pillai et al., OSDI
 2014): a file system may reorder whatever is not separated by an fsync.
+
+Aside is a file without a name, where the file system has such: nobody who lists the folder sees it,
+and the kernel frees it however the process ends. Elsewhere it is one with a name of its own.
 """
 
 from __future__ import annotations
@@ -13,10 +16,11 @@ import stat
 from collections.abc import Callable, Generator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO
+from typing import IO, Final, Self
 
 from .errors import CheckpointCorrupt, CheckpointWriteError
 from .leftovers import FILES, new_name
+from .mounted import is_of_this_machine
 from .tree_hash import Tree, TreeHash
 
 __all__ = [
@@ -32,6 +36,12 @@ __all__ = [
 _BUFFER = 1 << 20
 # What is smaller is buffered, and hashed where it is: handing it over would cost more.
 _LARGE = 1 << 18
+# Readable, too: it is checked before it gets its name.
+_NEW: Final = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_EXCL
+# By these a file system, or a kernel, says that it has no files without a name, ...
+_NO_UNNAMED: Final = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOSYS)
+# ... or that none of them can be given one.
+_NO_LINKS: Final = (errno.EPERM, errno.EACCES, errno.EXDEV, errno.ENOENT, *_NO_UNNAMED)
 
 
 class HashingFile:
@@ -136,32 +146,21 @@ def write_file(
     Raises:
         CheckpointWriteError: if the file system refuses a step; it names the file, step and cause.
     """
-    target = path if atomic else None
-    aside = path.with_name(new_name(FILES)) if atomic else path
     step = "creating"
     try:
-        if target is None:
-            aside.unlink(missing_ok=True)
-        with _descriptor(aside) as descriptor:
+        with _Aside(path, named=not atomic) as aside:
             step = "writing"
-            fill_file(descriptor, produce, trailer, parallel=parallel)
+            fill_file(aside.descriptor, produce, trailer, parallel=parallel)
             step = "reading back"
-            check(descriptor)
+            check(aside.descriptor)
             step = "flushing"
-            os.fsync(descriptor)
-        step = "renaming"
-        if target is not None:
-            os.replace(aside, target)
+            os.fsync(aside.descriptor)
+            step = "naming"
+            aside.give_name()
         step = "flushing the folder of"
         flush_folder(path.parent)
-    except BaseException as error:
-        if target is not None:
-            # What failed is what matters; the next start removes what cannot be removed now.
-            with contextlib.suppress(OSError):
-                aside.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise _write_error(path, step, error) from error
-        raise
+    except OSError as error:
+        raise _write_error(path, step, error) from error
 
 
 def fill_file(
@@ -192,18 +191,112 @@ def fill_file(
     os.pwrite(descriptor, patch.to_bytes(2, "little"), file.size - len(appendix) - 2)
 
 
-@contextlib.contextmanager
-def _descriptor(path: Path) -> Generator[int]:
-    # Readable, too: it is checked before it gets its name.
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_EXCL, 0o666)
-    try:
-        yield descriptor
-    except BaseException:
-        with contextlib.suppress(OSError):
+class _Aside:
+    """A new file that is open, readable too, and has its name only when it is given it.
+
+    Left by an exception, it is gone.
+
+    Args:
+        path: what it is to be called.
+        named: opens it under its name; what was there is removed first.
+
+    Raises:
+        OSError: if the file system refuses it.
+    """
+
+    def __init__(self, path: Path, *, named: bool) -> None:
+        self._path = path
+        #: The name that it has now; None if it has none.
+        self._name: Path | None = None
+        unnamed = None if named else _open_unnamed(path.parent)
+        if unnamed is not None:
+            self.descriptor = unnamed
+            return
+        if named:
+            path.unlink(missing_ok=True)
+        name = path if named else path.with_name(new_name(FILES))
+        self.descriptor = os.open(name, _NEW, 0o666)
+        self._name = name
+
+    def give_name(self) -> None:
+        """Gives it its name, in place of a file that has it."""
+        if self._name is None:
+            self._link()
+        if self._name is not None and self._name != self._path:
+            self._close()
+            os.replace(self._name, self._path)
+            self._name = self._path
+
+    def _link(self) -> None:
+        """Gives it its first name: its own where that is free, or one to be renamed."""
+        aside = self._path.with_name(new_name(FILES))
+        for name in (self._path, aside):
+            try:
+                # Without a descriptor of a folder, which an absolute path does not need, Python
+                # links the link in /proc, not the file behind it.
+                source = f"/proc/self/fd/{self.descriptor}"
+                os.link(source, name, src_dir_fd=self.descriptor)
+            except FileExistsError:
+                # A link replaces nothing, a rename does.
+                continue
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                self._copy(aside)
+                return
+            self._name = name
+            return
+
+    def _copy(self, name: Path) -> None:
+        """Goes on with a flushed copy that has a name."""
+        other = os.open(name, _NEW, 0o666)
+        unnamed, self.descriptor, self._name = self.descriptor, other, name
+        try:
+            size = os.fstat(unnamed).st_size
+            at = 0
+            while at < size:
+                at += os.sendfile(other, unnamed, at, size - at)
+            os.fsync(other)
+        finally:
+            os.close(unnamed)
+
+    def _close(self) -> None:
+        descriptor, self.descriptor = self.descriptor, -1
+        if descriptor >= 0:
             os.close(descriptor)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            # A network file system may report a failed write only here.
+            self._close()
+            return
+        # What failed is what matters; the next start removes what cannot be removed now.
+        with contextlib.suppress(OSError):
+            self._close()
+        if self._name is not None and self._name != self._path:
+            with contextlib.suppress(OSError):
+                self._name.unlink(missing_ok=True)
+
+
+def _open_unnamed(folder: Path) -> int | None:
+    """Opens a new file without a name in a folder; None where there are none that can be named."""
+    kind = getattr(os, "O_TMPFILE", None)
+    if kind is None:
+        return None
+    try:
+        descriptor = os.open(folder, kind | os.O_RDWR | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno in _NO_UNNAMED:
+            return None
         raise
-    # A network file system may report a failed write only here.
+    # Of network file systems some have them in name only. Without /proc it would never get a name.
+    if is_of_this_machine(descriptor):
+        return descriptor
     os.close(descriptor)
+    return None
 
 
 def flush_folder(folder: Path) -> None:

@@ -20,11 +20,12 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Final, Self
+from typing import Any, ClassVar, Self
 
 from crosstrain.engine.errors import warn_user
 
 from .errors import CheckpointBusy, CheckpointWarning
+from .mounted import is_of_this_machine
 
 __all__ = ["LOCK_NAME", "FolderLock"]
 
@@ -32,8 +33,6 @@ LOCK_NAME = ".crosstrain.lock"
 
 # File systems that have no locks say so by one of these.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
-# File systems of one machine, whose folders its kernel locks for all of its processes.
-_OF_THIS_MACHINE: Final = re.compile("bcachefs|btrfs|ext[234]|f2fs|jfs|overlay|ramfs|tmpfs|xfs|zfs")
 
 
 class FolderLock:
@@ -281,19 +280,11 @@ def _no_lock() -> OSError:
 
 
 def _is_of_this_machine(folder: Path) -> bool:
-    """Tells whether a folder is on a file system that only this machine's processes see.
-
-    By the table of what is mounted; false where there is none, or it does not tell.
-    """
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            told = Path(f"/proc/self/fdinfo/{descriptor}").read_text()
-        finally:
-            os.close(descriptor)
-        mounted = Path("/proc/self/mountinfo").read_text()
     except OSError:
         return False
-    number = re.search(r"^mnt_id:\s*(\d+)$", told, re.MULTILINE)
-    found = number and re.search(rf"^{number[1]} .* - (\S+) ", mounted, re.MULTILINE)
-    return bool(found and _OF_THIS_MACHINE.fullmatch(found[1]))
+    try:
+        return is_of_this_machine(descriptor)
+    finally:
+        os.close(descriptor)

@@ -212,9 +212,14 @@ def _dense(tensor: torch.Tensor, path: tuple[Any, ...]) -> torch.Tensor:
 
 
 def _array(array: np.ndarray[Any, Any], path: tuple[Any, ...]) -> torch.Tensor:
+    if isinstance(array, np.ma.MaskedArray):
+        advice = "store its data and its mask: array.data, numpy.ma.getmaskarray(array)"
+        raise _refusal(path, array, "its mask has no place in a tensor", advice)
     try:
-        # A copy: the tensor must not change when the array does, nor refuse to be read-only.
-        return torch.from_numpy(np.array(array, order="C"))  # pyright: ignore[reportUnknownMemberType]
+        # A copy: the tensor must not change when the array does, nor refuse to be read-only. torch
+        # takes the machine's order of bytes only.
+        native = array.dtype.newbyteorder("=")
+        return torch.from_numpy(np.array(array, native, order="C"))  # pyright: ignore[reportUnknownMemberType]
     except TypeError:
         advice = "store it as numbers of a type that torch has, or as text"
         raise _refusal(path, array, f"torch has no type for its {array.dtype}", advice) from None

@@ -202,7 +202,8 @@ class TrainingStep:
         self.loss_fn = loss_fn
         self.backend = backend
         self.options = options or StepOptions()
-        _check_trainable(self.models, self.optimizers, loss_fn)
+        masters = "master_weights" in backend.capabilities
+        _check_trainable(self.models, self.optimizers, loss_fn, masters)
         self._split, self._forward = self.options.splitter(), self.options.forward(model)
         self._output = self.options.output_transform
         # The window: how many iterations are in it, and how many shall be (0 once it was stepped).
@@ -487,8 +488,15 @@ def _check_trainable(
     models: Sequence[torch.nn.Module],
     optimizers: Sequence[torch.optim.Optimizer],
     loss_fn: Any,
+    masters: bool,
 ) -> None:
     """Checks that a training step can train these models with these optimizers.
+
+    Args:
+        models: the models.
+        optimizers: the optimizers.
+        loss_fn: the loss function.
+        masters: whether the backend has optimizers step copies of the weights in place of these.
 
     Raises:
         TypeError: if the loss function cannot be called.
@@ -505,7 +513,7 @@ def _check_trainable(
     for index, optimizer in enumerate(optimizers):
         _check_takes_no_closure(index, optimizer)
         parameters = gradients.parameters_of(optimizer)
-        if not any(id(parameter) in known for parameter in parameters):
+        if not masters and not any(id(parameter) in known for parameter in parameters):
             raise ValueError(
                 f"Optimizer {index} ({type(optimizer).__name__}) holds no parameter of the model: "
                 "it would never get a gradient. Make it with model.parameters() of the model that "

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
 import os
+import re
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +18,7 @@ import pytest
 import torch
 from checkpoint_objects import BATCHES, made, names
 from fork_server import ForkServer
+from saving_programs import refusing
 
 from crosstrain.engine import (
     Checkpoint,
@@ -24,6 +29,7 @@ from crosstrain.engine import (
     DiskSaver,
     Engine,
     Events,
+    read_checkpoint,
 )
 from crosstrain.engine.storage import lock
 
@@ -165,19 +171,72 @@ def test_a_second_saver_leaves_alone_what_the_first_one_writes(tmp_path: Path) -
         assert at_work.exists()
 
 
-def test_a_folder_holds_checkpoints_and_nothing_else(tmp_path: Path) -> None:
-    """Also while a run goes on: whoever lists it and takes the last has a checkpoint."""
+@contextlib.contextmanager
+def listed(folder: Path) -> Iterator[set[tuple[str, ...]]]:
+    """Lists a folder again and again, in a thread; yields all that was ever seen."""
+    seen: set[tuple[str, ...]] = set()
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.is_set():
+            # A list may be read in two parts: what is in one part of it was there at one time.
+            seen.add(tuple(sorted(os.listdir(folder))))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        over.set()
+        thread.join()
+
+
+# What of the unfinished is seen where it cannot be hidden: hidden from `ls`, and never the last.
+NAMED = re.compile(r"\.crosstrain-.*\.(tmp|parts)")
+OPTIONS: dict[str, dict[str, bool]] = {
+    "at once": {},
+    "background": {"background": True},
+    "overlap": {"background": True, "overlap": True},
+    "named": {},
+    "parts": {"parts": True},
+    "background parts": {"parts": True, "background": True},
+}
+
+
+@pytest.mark.parametrize("mode", OPTIONS)
+def test_a_folder_holds_checkpoints_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """Also while a run goes on and saves: whoever lists it and takes the last has a checkpoint."""
     if not lock._is_of_this_machine(tmp_path):
         pytest.skip("a network file system: its lock is a file in the folder")
-    objects, seen = made(), []
-    handler = Checkpoint(objects, DiskSaver(tmp_path), n_saved=2)
+    if mode == "named":
+        monkeypatch.setattr(os, "open", refusing("open", errno.EOPNOTSUPP))
+    objects = made()
+    handler = Checkpoint(objects, DiskSaver(tmp_path, **OPTIONS[mode]), n_saved=2)
     objects["trainer"].add_event_handler(Events.ITERATION_COMPLETED(every=2), handler)
-    objects["trainer"].add_event_handler(
-        Events.ITERATION_COMPLETED, lambda: seen.append(os.listdir(tmp_path))
-    )
-    objects["trainer"].run(BATCHES)
-    assert [len(listed) for listed in seen[:5]] == [0, 1, 1, 2, 2]
-    assert all(name.endswith(".pt") for listed in seen for name in listed)
+    with listed(tmp_path) as seen:
+        objects["trainer"].run(BATCHES, max_epochs=4)
+        handler.wait()
+    assert len(seen) > 3
+    assert len(os.listdir(tmp_path)) == 2
+    hidden_too = mode == "named" or "parts" in mode
+    for found in seen:
+        whole = [name for name in found if name.startswith("checkpoint_")]
+        assert len(whole) <= 3
+        assert all(name in whole or (hidden_too and NAMED.fullmatch(name)) for name in found)
+        assert not whole or found[-1] in whole
+
+
+def test_where_no_link_is_allowed_it_is_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "link", refusing("link", errno.EPERM))
+    with DiskSaver(tmp_path) as saver:
+        saver({"weight": torch.arange(3000.0)}, "a.pt")
+        saver({"weight": torch.arange(5000.0)}, "a.pt")
+    assert torch.equal(read_checkpoint(tmp_path / "a.pt")["weight"], torch.arange(5000.0))
+    assert os.listdir(tmp_path) == ["a.pt"]
 
 
 def test_a_folder_that_was_made_anew_is_locked_anew(server: ForkServer, tmp_path: Path) -> None:
@@ -262,7 +321,6 @@ def test_what_a_killed_process_left_is_removed(
 def test_a_file_system_without_locks_is_told_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_file: bool
 ) -> None:
-    import errno
     import fcntl
 
     left = tmp_path / ".crosstrain-0123456789abcdef.tmp"

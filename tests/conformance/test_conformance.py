@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from broken_backends import BROKEN, ProbeRaises, ProbeSetsVariable
+from broken_backends import BROKEN, ProbeRaises, ProbeSetsVariable, WithMasters
 from broken_steps import LosesGradients, OwnStream
 
 from crosstrain.backends import Availability, BackendUnavailable, UnknownBackend
@@ -46,6 +46,10 @@ def test_the_null_backend_conforms(check: str) -> None:
 @pytest.mark.parametrize("option", ["fsdp", "fsdp-bf16", "fsdp-fp16"])
 def test_sharding_conforms_in_one_process(option: str) -> None:
     assert check_backend(f"cpu:{option}") == []
+
+
+def test_optimizers_may_hold_copies_of_the_weights() -> None:
+    assert check_backend(WithMasters, checks=["prepare", "agreement", "clipping"]) == []
 
 
 def test_each_check_says_what_it_is_for() -> None:

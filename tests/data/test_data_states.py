@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from crosstrain.engine import Checks, DeterministicEngine, Events, ResumeError, ResumeWarning
 
@@ -454,3 +455,38 @@ def test_a_pass_that_has_ended_is_entered_at_its_end_without_a_comparison() -> N
     straight, states, _ = _play(make())
     rest, _, _ = _play(make(), state=states[3], checks=Checks(batch_before="off"))
     assert rest == {at: row for at, row in straight.items() if at > 3}
+
+
+class Bare(IterableDataset[Any]):
+    """Has no state: whoever goes on throws away what was fetched before."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(torch.arange(self.size))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("stops", [(2, 5, 8), (5, 11, 16)])
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated", "ignore:.*tells no position")
+def test_a_loader_that_counts_what_it_threw_away_twice_goes_on_where_it_was(
+    workers: int, stops: tuple[int, ...]
+) -> None:
+    """torchdata's, with workers and a dataset without a state, is beside itself the second time."""
+
+    def loader() -> Any:
+        return StatefulDataLoader(Bare(40), 2, num_workers=workers)
+
+    state: dict[str, Any] = {}
+    seen: list[Any] = []
+    for stop in stops:
+        engine = DeterministicEngine(lambda _, batch: seen.append(batch.tolist()))
+        if state:
+            engine.load_state_dict(state)
+        engine.add_event_handler(
+            Events.ITERATION_COMPLETED(once=stop),
+            lambda e: (state.update(e.state_dict()), e.terminate()),
+        )
+        engine.run(loader())
+    assert seen == [batch.tolist() for batch in loader()][: stops[-1]]

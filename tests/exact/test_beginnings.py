@@ -71,7 +71,7 @@ class Process:
         self.data, self.total, self.seen = Negatives(), Total(), {}  # type: ignore[var-annotated]
         self.model = nn.Sequential(nn.Linear(2, 4), nn.Dropout(0.2), nn.Linear(4, 1))
         self.model.register_buffer("hidden", torch.zeros(1))
-        self.optimizer = torch.optim.Adam(self.model.parameters(), 0.1)
+        self.optimizer = torch.optim.Adam(self.trained(), 0.1)
         loss = nn.functional.mse_loss
         self.trainer = create_supervised_trainer(
             self.model, self.optimizer, loss, deterministic=True
@@ -80,6 +80,9 @@ class Process:
         self.trainer.add_event_handler(Events.ITERATION_COMPLETED, self.note)
         objects = {"model": self.model, "optimizer": self.optimizer, "total": self.total}
         self.run = resume_or_start(self.trainer, objects, folder, every=1, background=False)
+
+    def trained(self) -> Any:
+        return self.model.parameters()
 
     def begin(self) -> None:
         self.data.draw()
@@ -115,6 +118,36 @@ def stop_at(process: Process, iteration: int) -> None:
     process.trainer.add_event_handler(Events.ITERATION_STARTED(once=iteration + 1), stop)
     with pytest.raises(Stopped):
         process.start()
+
+
+class Unfreezing(Process):
+    """Its second layer gets a group of its own when the second epoch begins."""
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        super().__init__(folder, seed)
+        self.trainer.add_event_handler(Events.EPOCH_STARTED(once=2), self.add)
+
+    def trained(self) -> Any:
+        return self.model[0].parameters()
+
+    def add(self) -> None:
+        second: Any = self.model[2]
+        self.optimizer.add_param_group({"params": second.parameters(), "lr": 0.05})
+
+
+@pytest.mark.parametrize("stopped", [2, 4, 5, 7, 11])
+def test_a_group_that_a_beginning_adds_is_there_once(tmp_path: Path, stopped: int) -> None:
+    straight = Unfreezing(tmp_path / "straight", 1).start()
+    process = Unfreezing(tmp_path / "stopped", 1)
+    stop_at(process, stopped)
+    again = Unfreezing(tmp_path / "stopped", 2).start()
+    assert {**process.seen, **again.seen} == straight.seen
+    assert again.weights() == straight.weights()
+    assert (
+        again.optimizer.state_dict()["param_groups"]
+        == (straight.optimizer.state_dict()["param_groups"])
+    )
+    assert "add_param_group" not in vars(again.optimizer)
 
 
 @pytest.mark.parametrize("stopped", [2, 4, 5, 7, 11])

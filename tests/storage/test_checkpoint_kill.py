@@ -18,6 +18,7 @@ WAYS = [
     ("", "sync"),
     ("", "background"),
     ("", "same-name"),
+    ("", "named"),
     ("file://", "background"),
     ("file://", "same-name"),
 ]
@@ -47,11 +48,14 @@ def test_killed_at_each_system_call_of_a_save(
             if not finished:
                 assert code == -signal.SIGKILL
                 kills += 1
+            if not scheme and mode in ("sync", "background"):
+                # What is unfinished has no name.
+                assert all(name.endswith(".pt") for name in os.listdir(tmp_path))
             if saved or list(tmp_path.glob("*.pt")):
                 found = load_newest(folder)
                 assert found in (saved, value)
                 saved = found
-    # Opening, writing, flushing, renaming, flushing the folder, removing: twice each.
+    # Opening, writing, flushing, naming, flushing the folder, removing: twice each.
     assert kills >= 20
     assert saved == value
     assert not list(tmp_path.glob(".crosstrain-*.tmp")), "the last start removes what is left over"

@@ -253,6 +253,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("generator", torch.Generator(), "get_state"),
     ("array of objects", np.array([print], dtype=object), "torch has no type"),
     ("array of text", np.array(["a"]), "torch has no type"),
+    ("masked array", np.ma.array([1, 2], mask=[0, 1]), "getmaskarray"),
     ("numpy date", np.datetime64("2026-01-01"), "plain form"),
     ("key", {Colour.RED: 1}, "key of a dictionary"),
     ("in a set", {Colour.RED}, "in a set"),
@@ -268,6 +269,15 @@ def test_what_has_no_plain_form_is_refused_by_its_place(
         saver({"model": [torch.ones(2), value]}, "x.pt")
     assert advice in str(error.value)
     assert not list(tmp_path.glob("*.pt"))
+
+
+@pytest.mark.parametrize("kind", [">f8", "<f8", ">i2", ">c16"])
+def test_arrays_of_either_order_of_bytes_keep_their_values(tmp_path: Path, kind: str) -> None:
+    array = np.arange(6).reshape(2, 3).T.astype(kind)
+    with DiskSaver(tmp_path, atomic=True) as saver:
+        saver({"array": array}, "x.pt")
+    found = load_file(tmp_path / "x.pt").state["array"]
+    assert found.numpy().tolist() == array.tolist()
 
 
 def test_deep_nests_are_refused_before_python_gives_up(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from crosstrain.engine import Checkpoint, DiskSaver, Engine, read_checkpoint
 
 #: The names in each folder, by the inode of the folder, and theirs.
 Names = dict[int, dict[str, int]]
-_STEPS = ("fsync", "replace", "rename", "unlink", "mkdir", "rmdir")
+_STEPS = ("fsync", "link", "replace", "rename", "unlink", "mkdir", "rmdir")
 
 
 @dataclass
@@ -84,9 +84,9 @@ class Disk:
             self._flushed[status.st_ino] = self._names().get(status.st_ino, {})
             self._when[status.st_ino] = len(self.moments)
         else:
-            # It may be open for writing only.
-            path = os.readlink(f"/proc/self/fd/{descriptor}")
-            self._contents[status.st_ino] = Path(path).read_bytes()
+            # It may be open for writing only, and have no name.
+            path = Path(f"/proc/self/fd/{descriptor}")
+            self._contents[status.st_ino] = path.read_bytes()
 
     def _names(self) -> Names:
         found: Names = {}

@@ -83,7 +83,8 @@ def _parts(folder: Path) -> Iterator[str]:
     for part in PARTS:
         found = _result(folder, part)
         if found is None:
-            yield f"| {part} | has not run | | |"
+            begun = (folder / f"{part}.txt").exists()
+            yield f"| {part} | {'was cut off' if begun else 'has not run'} | | |"
         else:
             verdict = "passed" if found.code == 0 else f"failed with exit code {found.code}"
             yield f"| {part} | {verdict} | {duration(found.seconds)} | {found.ended} |"
@@ -117,7 +118,13 @@ def _matrix(folder: Path) -> Iterator[str]:
     run = _run(folder)
     yield from ("## Matrix", "")
     if run is None:
-        yield from (f"There is no matrix/{FILE_NAME}: it has not run, or not to its end.", "")
+        printed = _content(folder / "matrix.txt").splitlines()
+        cells = [line for line in printed if re.match(r"\[ *\d+/\d+\]", line)]
+        if cells:
+            yield from ("It was cut off, and left no page. What it had printed:", "")
+            yield from (*_fenced("\n".join(cells)), "")
+        else:
+            yield from (f"There is no matrix/{FILE_NAME}: it has not run, or not to its end.", "")
         return
     page, data = (f"{folder.name}/matrix/{name}" for name in ("index.html", FILE_NAME))
     yield f"[The page]({page}) has figures and curves, [this file]({data}) the data."

@@ -114,8 +114,18 @@ def test_the_page_of_a_machine_shows_what_failed(tmp_path: Path) -> None:
     text = markdown(folder)
     assert text.startswith("# 2026-11-24-nvidia-h200\n")
     assert "| matrix | failed with exit code 1 | 65.0 s |" in text
-    assert "| tests | has not run |" in text
+    assert "| tests | was cut off |" in text
+    assert "| benchmarks | has not run |" in text
     assert "its amp was removed" in text
     assert "middle on cuda, failed:" in text
     assert "From iteration 5 on the losses differ." in text
     assert "FAILED it" in text
+
+
+def test_the_page_of_a_machine_shows_what_a_matrix_that_was_cut_off_had_printed(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "matrix.txt").write_text("$ it\n[ 1/12] passed  cpu  middle\n")
+    text = markdown(tmp_path)
+    assert "| matrix | was cut off |" in text
+    assert "\n[ 1/12] passed  cpu  middle\n" in text

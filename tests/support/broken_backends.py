@@ -204,6 +204,57 @@ class WrapsModelAgain(CpuBackend):
         )
 
 
+class WithMasters(CpuBackend):
+    """Keeps its promises: optimizers step copies of the weights, as those of apex's O2 do."""
+
+    def __init__(self, option: str | None = None) -> None:
+        super().__init__(option)
+        self.capabilities |= {"master_weights"}
+        self.pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def prepare(self, *objects: Any) -> tuple[Any, ...]:
+        prepared = super().prepare(*objects)
+        groups = [
+            group
+            for thing in prepared
+            if isinstance(thing, torch.optim.Optimizer)
+            for group in thing.param_groups
+        ]
+        known = {id(master) for _, master in self.pairs}
+        for group in groups:
+            if not any(id(one) in known for one in group["params"]):
+                pairs = [(one, one.detach().clone()) for one in group["params"]]
+                group["params"] = [master for _, master in pairs]
+                self.pairs += pairs
+        return prepared
+
+    def backward(self, loss: torch.Tensor, optimizer: Any) -> None:
+        super().backward(loss, optimizer)
+        for weight, master in self.pairs:
+            if weight.grad is not None:
+                master.grad = weight.grad if master.grad is None else master.grad + weight.grad
+                weight.grad = None
+
+    def step(self, optimizer: Any, max_norm: float | None = None) -> Any:
+        result = super().step(optimizer, max_norm)
+        with torch.no_grad():
+            for weight, master in self.pairs:
+                weight.copy_(master)
+        return result
+
+
+@broken("prepare")
+class MastersStayAlone(WithMasters):
+    step = CpuBackend.step
+
+
+@broken("prepare")
+class MastersUntold(WithMasters):
+    def __init__(self, option: str | None = None) -> None:
+        super().__init__(option)
+        self.capabilities -= {"master_weights"}
+
+
 @broken("autocast")
 class AutocastLeaks(CpuBackend):
     @contextmanager

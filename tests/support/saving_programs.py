@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import signal
 from collections.abc import Callable
@@ -14,7 +15,20 @@ import torch
 from crosstrain.engine import Checkpoint, DiskSaver, Engine
 
 # What of the operating system a save uses, each a moment at which it can be stopped or fail.
-SYSCALLS = ("open", "write", "pwrite", "fsync", "replace", "close", "unlink")
+SYSCALLS = ("open", "write", "pwrite", "fsync", "link", "replace", "close", "unlink")
+
+
+def refusing(name: str, code: int) -> Callable[..., Any]:
+    """Returns a system call that always fails; `open` for unnamed files only."""
+    call: Callable[..., Any] = getattr(os, name)
+
+    @functools.wraps(call)
+    def refused(*args: Any, **kwargs: Any) -> Any:
+        if name == "open" and args[1] & os.O_TMPFILE != os.O_TMPFILE:
+            return call(*args, **kwargs)
+        raise OSError(code, os.strerror(code))
+
+    return refused
 
 
 class Counter:
@@ -48,7 +62,8 @@ class Saver:
 
     Args:
         folder: where to.
-        mode: `sync`, `background`, or `same-name`, which always writes over one file.
+        mode: `sync`, `background`, or `same-name`, which always writes over one file; `named`,
+            for the rest of the process, as on file systems without unnamed files.
         elements: the counter's size.
     """
 
@@ -56,6 +71,8 @@ class Saver:
         self.counter = Counter(elements)
         self.engine = Engine(lambda engine, batch: None)
         self.engine.state.epoch_length, self.engine.state.max_epochs = 1, 10**9
+        if mode == "named":
+            os.open = refusing("open", errno.EOPNOTSUPP)
         saver = DiskSaver(folder, require_empty=False, background=mode == "background")
         pattern = "checkpoint.pt" if mode == "same-name" else None
         to_save = {"counter": self.counter, "engine": self.engine}
@@ -167,7 +184,7 @@ def _wrap(disturb: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
             if name == "close" and args[0] in reading:
                 reading.remove(args[0])
                 return call(*args)
-            return disturb((lambda *a: call(*a, **kwargs)) if kwargs else call, args, writes)
+            return disturb(functools.wraps(call)(lambda *a: call(*a, **kwargs)), args, writes)
 
         return counted
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from broken_backends import WithMasters
 from step_runs import OPTIMIZERS, every_optimizer, small_scaler
 from torch import Tensor, nn
 from training_runs import (
@@ -62,6 +63,16 @@ def test_a_deterministic_trainer_computes_the_same_under_its_seed() -> None:
     assert type(trainer_of(network())) is Engine
     trainer.run(batches(4))
     train_by_hand(plain, sgd(plain), batches(4), [1] * 4, seed=trainer.state.seed)
+    assert_same(state_of(model), state_of(plain))
+
+
+@pytest.mark.parametrize("window", [1, 3])
+def test_an_optimizer_may_step_copies_of_the_weights(window: int) -> None:
+    model, plain = network(), network()
+    settings: dict[str, Any] = {"gradient_accumulation_steps": window, "max_norm": 0.5}
+    copies = WithMasters()
+    losses = train(trainer_of(model, backend=copies, **settings), batches(6), max_epochs=2)
+    assert losses == train(trainer_of(plain, **settings), batches(6), max_epochs=2)
     assert_same(state_of(model), state_of(plain))
 
 
