@@ -5,12 +5,14 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Generator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from forked import ForkedPopen
 from hypothesis import settings
 
 # Here and in the processes that tests start, before torch is imported. The networks are too small
@@ -67,6 +69,14 @@ def pytest_sessionstart() -> None:
 
         if on_xla.HERE:
             backends.get("xla").open().close()
+
+
+@pytest.fixture(scope="module")
+def forked_programs() -> Generator[None]:
+    """Has the Python programs that a module's tests start forked off one that knows torch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "Popen", ForkedPopen)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from processes import SUPPORT, results, torchrun
+from processes import results, run_program, run_world
 
 from crosstrain.backends import BackendError, UnknownBackend, get
 from crosstrain.backends.fsdp import Sharding
@@ -26,11 +24,9 @@ def close(mine: Any, theirs: Any, rel: float = 1e-12, absolute: float = 1e-12) -
 @pytest.mark.slow
 def test_sharded_models_train_as_whole_ones(tmp_path: Path) -> None:
     """Weights, norms and loss scales are those of one process and of DDP; the parts are parts."""
-    environment = {"OMP_NUM_THREADS": "1"}
-    program = [sys.executable, str(SUPPORT / "fsdp_program.py"), str(tmp_path)]
-    subprocess.run(program, check=True, timeout=120)
+    run_program("fsdp_program.py", str(tmp_path))
     for size in (2, 4):
-        torchrun(size, "fsdp_program.py", str(tmp_path), **environment)
+        run_world(size, "fsdp_program.py", str(tmp_path))
     (alone,) = results(tmp_path, 1)
     for size in (1, 2, 4):
         told = results(tmp_path, size)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
-from processes import SUPPORT, results, torchrun
+from processes import results, run_program, run_world
 from torch.nn.parallel import DistributedDataParallel
 
 from crosstrain.backends import BackendError, get
@@ -18,13 +16,11 @@ from crosstrain.backends.process_group import join_alone, replicate
 
 def test_processes_train_as_one(tmp_path: Path) -> None:
     """Two and four processes end with the weights of one, and each rank with the same bits."""
-    subprocess.run(
-        [sys.executable, str(SUPPORT / "ranks_program.py"), str(tmp_path)], check=True, timeout=120
-    )
+    run_program("ranks_program.py", str(tmp_path))
     (alone,) = results(tmp_path, 1)
     assert alone["wrapped"] == "Sequential"
     for size in (2, 4):
-        torchrun(size, "ranks_program.py", str(tmp_path))
+        run_world(size, "ranks_program.py", str(tmp_path))
         told = results(tmp_path, size)
         assert [one["rank"] for one in told] == list(range(size))
         # Within a window nothing is shared yet.

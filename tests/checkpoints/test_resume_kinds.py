@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from processes import SUPPORT, results, torchrun
+from processes import results, run_program, run_world
 from shares_program import ITERATIONS
 
 from crosstrain.backends import get
@@ -23,10 +20,9 @@ def start(size: int, folder: Path, spec: str, until: int = 0) -> list[dict[str, 
     """Starts the program in some processes; returns what each rank tells."""
     arguments = [str(folder), str(folder / "saved"), spec, str(until)]
     if size == 1:
-        command = [sys.executable, str(SUPPORT / PROGRAM), *arguments]
-        subprocess.run(command, check=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        run_program(PROGRAM, *arguments)
     else:
-        torchrun(size, PROGRAM, *arguments, OMP_NUM_THREADS="1")
+        run_world(size, PROGRAM, *arguments)
     return results(folder, size)
 
 

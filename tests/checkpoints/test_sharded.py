@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import SUPPORT, torchrun
+from processes import SUPPORT, run_program, run_world
 
 from crosstrain.backends import get
 from crosstrain.ci.cli import main
@@ -38,10 +38,9 @@ PROGRAM = "sharded_program.py"
 def world(size: int, folder: Path, *tasks: str, program: str = PROGRAM) -> list[Any]:
     """Does tasks in a world of processes; returns what each rank tells of them."""
     if size == 1:
-        command = [sys.executable, str(SUPPORT / program), str(folder), *tasks]
-        subprocess.run(command, check=True, timeout=120)
+        run_program(program, str(folder), *tasks)
     else:
-        torchrun(size, program, str(folder), *tasks, OMP_NUM_THREADS="1")
+        run_world(size, program, str(folder), *tasks)
     return [json.loads((folder / f"told-{rank}.json").read_text()) for rank in range(size)]
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from typing import Any
 
 import pytest
-from processes import SUPPORT, results, torchrun
+from processes import results, run_program, run_world
 from shares_program import BATCH, FIRST, ITERATIONS, KINDS, SAMPLES
 
 SIZES = 2, 4
@@ -19,10 +17,9 @@ Told = dict[str, Any]
 def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Told]]:
     """What each process tells, by the number of processes; 2 are started first, then 1, then 4."""
     folder = tmp_path_factory.mktemp("shares")
-    torchrun(2, "shares_program.py", str(folder), OMP_NUM_THREADS="1")
-    program = [sys.executable, str(SUPPORT / "shares_program.py"), str(folder)]
-    subprocess.run(program, check=True, timeout=120)
-    torchrun(4, "shares_program.py", str(folder), OMP_NUM_THREADS="1")
+    run_world(2, "shares_program.py", str(folder))
+    run_program("shares_program.py", str(folder))
+    run_world(4, "shares_program.py", str(folder))
     return {size: results(folder, size) for size in (1, 2, 4)}
 
 

@@ -1,20 +1,62 @@
-"""Worlds of several processes, started by torchrun for a test."""
+"""Worlds of several processes, each told its place as torchrun does."""
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
+
+from forked import ForkedPopen
 
 # The folder of the programs that tests start.
 SUPPORT = Path(__file__).resolve().parent
 
 
+def run_world(processes: int, program: str, *arguments: str, **extra: str) -> str:
+    """Runs a program of the tests in a world of processes; returns what they printed.
+
+    They are forked (see `forked`), and no torchrun looks after them: those that restart or kill a
+    rank start it themselves.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+    with tempfile.TemporaryFile("w+") as printed:
+        started = [
+            ForkedPopen(
+                [sys.executable, str(SUPPORT / program), *arguments],
+                env={**os.environ, **world, **extra, "RANK": rank, "LOCAL_RANK": rank},
+                stdout=printed,
+                stderr=subprocess.STDOUT,
+            )
+            for rank in map(str, range(processes))
+        ]
+        try:
+            codes = [process.wait(timeout=240) for process in started]
+        finally:
+            for process in started:
+                process.kill()
+                process.wait()
+        printed.seek(0)
+        told = printed.read()
+    assert codes == [0] * processes, told
+    return told
+
+
 def torchrun(processes: int, program: str, *arguments: str, **extra: str) -> str:
-    """Runs a program of the tests in a world of processes; returns what they printed."""
+    """Runs a program of the tests under torchrun; returns what they printed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes", "1"]
     command += ["--nproc-per-node", str(processes), str(SUPPORT / program), *arguments]
     done = subprocess.run(
@@ -22,6 +64,17 @@ def torchrun(processes: int, program: str, *arguments: str, **extra: str) -> str
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+def run_program(program: str, *arguments: str, timeout: float = 120) -> None:
+    """Runs a program of the tests alone, forked."""
+    command = [sys.executable, str(SUPPORT / program), *arguments]
+    with ForkedPopen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
+        try:
+            code = process.wait(timeout)
+        finally:
+            process.kill()
+    assert code == 0
 
 
 def results(folder: Path, size: int) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from elastic_program import KINDS, Words, count_words, loss_of_words
 from fork_server import ForkServer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from processes import SUPPORT, torchrun
+from processes import SUPPORT, run_world
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
@@ -51,7 +51,7 @@ def told(folder: Path, size: int) -> list[dict[str, Any]]:
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What each kind of training comes to in one process that nobody stops."""
     folder = tmp_path_factory.mktemp("alone")
-    torchrun(1, PROGRAM, str(folder), *KINDS, OMP_NUM_THREADS="1")
+    run_world(1, PROGRAM, str(folder), *KINDS)
     return told(folder, 1)[0]
 
 
@@ -59,7 +59,7 @@ def test_trainings_have_the_same_bits_on_one_two_and_four_processes(
     tmp_path: Path, alone: dict[str, Any]
 ) -> None:
     for size in (2, 4):
-        torchrun(size, PROGRAM, str(tmp_path), *KINDS, OMP_NUM_THREADS="1")
+        run_world(size, PROGRAM, str(tmp_path), *KINDS)
     assert alone["overflows"]["skipped"] > 0
     for size in (2, 4):
         for rank, theirs in enumerate(told(tmp_path, size)):
@@ -79,7 +79,7 @@ def test_a_run_that_is_killed_goes_on_with_any_number_of_processes(
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
         assert done.returncode != 0
         log += done.stderr
-    log += torchrun(4, PROGRAM, str(tmp_path), kind, "--save", OMP_NUM_THREADS="1")
+    log += run_world(4, PROGRAM, str(tmp_path), kind, "--save")
     for resumed in told(tmp_path, 4):
         assert resumed[kind]["digest"] == alone[kind]["digest"]
         left = len(resumed[kind]["losses"])
@@ -95,7 +95,7 @@ def test_traces_of_any_number_of_processes_are_identical(tmp_path: Path) -> None
     for size in (1, 2):
         path = tmp_path / f"{size}.trace"
         told = ("words", "--trace", str(path))
-        torchrun(size, PROGRAM, str(tmp_path), *told, OMP_NUM_THREADS="1")
+        run_world(size, PROGRAM, str(tmp_path), *told)
         traces.append(Trace(path))
     found = compare(*traces)
     assert found.difference is None

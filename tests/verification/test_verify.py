@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +17,9 @@ from crosstrain.ci import Verdict, VerifyError, cli, verify
 from crosstrain.ci.verification.command import print_verdict
 
 TARGETS = SUPPORT / "verify_targets.py"
+
+# In test_verify_command.py each process is an interpreter of its own, as for everybody else.
+pytestmark = pytest.mark.usefixtures("forked_programs")
 
 # What each fault is found by: stopped after this iteration, the status, the first thing that
 # differs, the iteration, and a word of the advice.
@@ -84,26 +86,6 @@ def test_a_dataset_with_its_own_generator_is_also_warned_of(
 
 def command(*arguments: str | Path) -> int:
     return cli.main(["verify", *map(str, arguments)])
-
-
-def test_an_exact_training_passes_every_way(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    report = tmp_path / "verdict.json"
-    options = ("--at", "5,6", "--kills", "2", "--workers", "0,1", "--seed", "4", "--json", report)
-    assert command(f"{TARGETS}:exact", "--backend", "cpu:bf16", *options) == 0
-    assert "It resumes exactly" in capsys.readouterr().out
-    verdict: dict[str, Any] = json.loads(report.read_text())
-    assert verdict["status"] == "exact"
-    assert verdict["iterations"] == 12
-    assert [run["name"] for run in verdict["runs"]] == [
-        "stopped after 5",
-        "stopped after 6",
-        "killed 2 times",
-    ]
-    assert [run["resumed_from"] for run in verdict["runs"][:2]] == [[5], [6]]
-    assert verdict["runs"][0]["workers"] == [0, 1]
-    assert verdict["runs"][2]["killed"] >= 1
 
 
 def test_the_transformer_of_the_examples_resumes_exactly(repo_root: Path, tmp_path: Path) -> None:
