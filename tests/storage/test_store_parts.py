@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 from pathlib import Path
 from random import Random
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import ForkedPopen
 from processes import SUPPORT
 from s3_server import Proxy, Request, uploads
 
@@ -145,7 +145,7 @@ def test_a_save_that_fails_leaves_nothing(
 
 
 class World:
-    """Two ranks of the program, started as torchrun would, without its start of several seconds.
+    """Two ranks of the program, each told its place as torchrun does, and forked (see `forked`).
 
     Args:
         folder: for what they tell.
@@ -158,14 +158,14 @@ class World:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         self.log = (folder / "log").open("wb")
-        self.ranks: list[subprocess.Popen[bytes]] = []
+        self.ranks: list[ForkedPopen] = []
         for rank in ("0", "1"):
             world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
             world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             command = [sys.executable, str(PROGRAM), str(folder), *tasks]
             environment = {**os.environ, **world}
             self.ranks.append(
-                subprocess.Popen(command, stdout=self.log, stderr=self.log, env=environment)
+                ForkedPopen(command, stdout=self.log, stderr=self.log, env=environment)
             )
 
     def end(self) -> list[int]:
