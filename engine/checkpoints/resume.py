@@ -30,6 +30,7 @@ from crosstrain.engine.storage.manifest import Manifest
 from crosstrain.engine.storage.parts_read import Parts
 from crosstrain.engine.storage.safe_load import LoadedFile, load_file
 
+from .claim import Claim
 from .handler import Checkpoint
 from .layouts import (
     PARTS,
@@ -109,7 +110,8 @@ def resume_or_start(
         TypeError: if an object lacks `state_dict` or `load_state_dict`, or `every` is no event.
         CheckpointStoreMissing: if the package that reaches such a store is not installed.
         ValueError: if `to_save` leaves out what the trainer trains, or `every` is below 1.
-        CheckpointBusy: if another process saves into the folder.
+        CheckpointBusy: if another process saves into the folder, or another trainer of this one,
+            whose run has not ended.
         CheckpointError: if there are checkpoints and none is good, or it does not fit the objects.
         ResumeError: if the run would not go on as the one that was saved.
     """
@@ -130,6 +132,7 @@ def resume_or_start(
     look = _Look(objects, filename_prefix, resume_from, line or own, (folder, *second))
     saver: DiskSaver | None = None
     copies: RemoteCopies | None = None
+    claim = Claim(folder, filename_prefix, trainer)
     try:
         saver = look.open(
             lambda folder: DiskSaver(
@@ -139,9 +142,11 @@ def resume_or_start(
                 overlap=overlap,
             )
         )
+        claim.take()
         copies = look.copies(second, n_saved)
         look.restore(trainer.checks)
     except BaseException:
+        claim.give_back()
         if copies is not None:
             copies.close()
         if saver is not None:
@@ -157,7 +162,7 @@ def resume_or_start(
     if copies is not None:
         copies.keeps(look.own_files(trainer.state.iteration, remote=True))
     remote_event = None if every_remote is None else event_of(every_remote)
-    return begin(trainer, checkpoint, latest, signals, event, copies, remote_event)
+    return begin(trainer, checkpoint, claim, latest, signals, event, copies, remote_event)
 
 
 def _second_tier(
