@@ -23,6 +23,7 @@ from crosstrain.engine.ranks.world import this_rank
 from crosstrain.engine.storage.errors import CheckpointError
 from crosstrain.engine.storage.locations import Location
 
+from .claim import Claim
 from .handler import Checkpoint, CheckpointEvents
 from .loading import Latest, PassedOver
 from .objects import check_objects, unsaved_objects
@@ -43,6 +44,7 @@ class ResumableRun:
     Args:
         trainer: the engine. It keeps this, and is not kept by it.
         checkpoint: the handler that saves.
+        claim: keeps other trainers out of the place, until the run has ended.
         latest: the checkpoint that was restored, and those passed over.
         signals: what ends the run in order.
         remote: copies some of the checkpoints to a store; None if none are to be.
@@ -52,11 +54,13 @@ class ResumableRun:
         self,
         trainer: Engine,
         checkpoint: Checkpoint,
+        claim: Claim,
         latest: Latest,
         signals: Sequence[signal.Signals],
         remote: RemoteCopies | None = None,
     ) -> None:
         self.checkpoint = checkpoint
+        self._claim = claim
         self._remote = remote
         self._remote_due = False
         self._to_copy: int | None = None
@@ -156,6 +160,7 @@ class ResumableRun:
 
     def _begin(self) -> None:
         trainer = self._trainer
+        self._claim.take()
         self._signals.install()
         if self._finished is not None and trainer.state.iteration == 0:
             # run() takes a state at its limit for a reason to train anew, from trained weights.
@@ -177,6 +182,7 @@ class ResumableRun:
 
     def _end(self) -> None:
         self._signals.restore()
+        self._claim.give_back()
         self._tell_proof()
         trainer, ranks = self._trainer, self._ranks
         alone = ranks is None or not trainer.ended_in_order
@@ -300,6 +306,7 @@ class ResumableRun:
 def begin(
     trainer: Engine,
     checkpoint: Checkpoint,
+    claim: Claim,
     latest: Latest,
     signals: Sequence[signal.Signals],
     event: Any,
@@ -309,8 +316,9 @@ def begin(
     """Returns a run whose objects have been restored, attached to its engine, and says from what.
 
     Args:
-        trainer: see `ResumableRun`, as for the next three.
+        trainer: see `ResumableRun`, as for the next four.
         checkpoint: likewise.
+        claim: likewise.
         latest: likewise.
         signals: likewise.
         event: when a checkpoint is due.
@@ -325,7 +333,7 @@ def begin(
             ("unknown", "unknown") if manifest is None else (manifest.iteration, manifest.epoch)
         )
         say(f"Resumed from {latest.path}: iteration {iteration}, epoch {epoch}.")
-    run = ResumableRun(trainer, checkpoint, latest, signals, remote)
+    run = ResumableRun(trainer, checkpoint, claim, latest, signals, remote)
     run.attach(event, remote_event)
     return run
 

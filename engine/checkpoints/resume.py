@@ -30,6 +30,7 @@ from crosstrain.engine.storage.manifest import Manifest
 from crosstrain.engine.storage.parts_read import Parts
 from crosstrain.engine.storage.safe_load import LoadedFile, load_file
 
+from .claim import Claim
 from .handler import Checkpoint
 from .layouts import (
     PARTS,
@@ -45,7 +46,7 @@ from .objects import restore, to_own
 from .remote import RemoteCopies
 from .resumable import ResumableRun, begin, event_of, with_trainer
 from .retention import Item
-from .saver import DiskSaver, no_parts_in
+from .saver import DiskSaver
 from .stop_signals import STOP_SIGNALS
 
 __all__ = ["resume_or_start"]
@@ -109,9 +110,9 @@ def resume_or_start(
         TypeError: if an object lacks `state_dict` or `load_state_dict`, or `every` is no event.
         CheckpointStoreMissing: if the package that reaches such a store is not installed.
         ValueError: if `to_save` leaves out what the trainer trains, or `every` is below 1.
-        CheckpointBusy: if another process saves into the folder.
-        CheckpointError: if there are checkpoints and none is good, or it does not fit the objects;
-            or if a sharded model's are to go to a store.
+        CheckpointBusy: if another process saves into the folder, or another trainer of this one,
+            whose run has not ended.
+        CheckpointError: if there are checkpoints and none is good, or it does not fit the objects.
         ResumeError: if the run would not go on as the one that was saved.
     """
     event = event_of(every)
@@ -127,12 +128,11 @@ def resume_or_start(
     # Processes that train a sharded model without agreeing on their runs still read together.
     own = Line() if line is None and has_ranks() and is_sharded(objects) else None
     folder = location_of(dirname)
-    if isinstance(folder, StorePath) and is_sharded(objects):
-        raise no_parts_in(folder)
     second = _second_tier(folder, remote, every_remote, objects)
     look = _Look(objects, filename_prefix, resume_from, line or own, (folder, *second))
     saver: DiskSaver | None = None
     copies: RemoteCopies | None = None
+    claim = Claim(folder, filename_prefix, trainer)
     try:
         saver = look.open(
             lambda folder: DiskSaver(
@@ -142,9 +142,11 @@ def resume_or_start(
                 overlap=overlap,
             )
         )
+        claim.take()
         copies = look.copies(second, n_saved)
         look.restore(trainer.checks)
     except BaseException:
+        claim.give_back()
         if copies is not None:
             copies.close()
         if saver is not None:
@@ -160,7 +162,7 @@ def resume_or_start(
     if copies is not None:
         copies.keeps(look.own_files(trainer.state.iteration, remote=True))
     remote_event = None if every_remote is None else event_of(every_remote)
-    return begin(trainer, checkpoint, latest, signals, event, copies, remote_event)
+    return begin(trainer, checkpoint, claim, latest, signals, event, copies, remote_event)
 
 
 def _second_tier(

@@ -2,9 +2,11 @@
 
 A scheduler, an average of the weights, a counter in a closure, a best loss, an attribute of
 `trainer.state`: whatever is changed in the course of a run, and looked at later, is what a resumed
-run begins without, unless it is named. What a function only appends to, adds to or prints is taken
-for a log. Changes are found by comparing with what there was when the run's first epoch began: the
-handlers of STARTED, which fire once more on a resume, have then done their part.
+run begins without, unless it is named. What is only appended to, added to or printed is taken for a
+log, also where its length or its values decide no more than what it takes next. Of an object that a
+function reaches, what it uses is looked at, and what the methods use that it calls. Changes are
+found by comparing with what there was when the run's first epoch began: the handlers of STARTED,
+which fire once more on a resume, have then done their part.
 """
 
 from __future__ import annotations
@@ -27,19 +29,21 @@ from crosstrain.engine.dispatch import Dispatcher
 from crosstrain.engine.guards import OTHER_PACKAGES
 from crosstrain.engine.state import State
 
-from .reads import attributes_read, names_read, names_read_of_state
+from .reads import ALL, Use, names_read_of_state, uses_of, uses_of_self
 from .unnamed import GLOBAL_GENERATORS, SOURCES, attributes_of, functions_in, is_others
 
-__all__ = ["Forgotten"]
+__all__ = ["Forgotten", "UsesWalk"]
 
 _DEPTH: Final = 4
-_SEEN: Final = 1000
+_SEEN: Final = 4000
 _ENTRIES: Final = 4096
 _BYTES: Final = 1 << 20
 _SCALARS: Final = (bool, int, float, complex, str, bytes, type(None))
 _COLLECTIONS: Final = (dict, list, tuple, set, collections.deque, collections.OrderedDict)
 # They are the data's and the loop's own matter.
 _CLOSED: Final = (DataLoader, Dataset, Sampler, Dispatcher, types.ModuleType, type, ResumableSource)
+_PLAIN: Final = (*_SCALARS, torch.Tensor, numpy.ndarray)
+_CALLED: Final = Use(("__call__",), True)
 _STATE: Final = frozenset(vars(State()))
 
 
@@ -60,9 +64,10 @@ class Forgotten:
         state: Any,
         keys: Iterable[str] = (),
     ) -> None:
-        walk = _Walk(set(known))
+        walk = UsesWalk(known)
         for name, function in functions.items():
             walk.function(function, name, _DEPTH)
+        walk.settle()
         self.found = walk.found
         kept = {*_STATE, *keys}
         for name in sorted(names_read_of_state(walk.functions) - kept):
@@ -79,24 +84,28 @@ class Forgotten:
         ]
 
 
-class _Walk:
-    """Looks into functions and what they refer to, each once."""
+class UsesWalk:
+    """Looks into functions and what they use, by what they do with it.
 
-    def __init__(self, known: set[int]) -> None:
-        self._seen = known
-        # A counter that is named lies in an object that is: its values are its own.
-        self._named = frozenset(known)
-        # Of which objects which attributes were looked at already.
-        self._noted: set[tuple[int, str]] = set()
+    Args:
+        known: what is not looked into, by `id`.
+    """
+
+    def __init__(self, known: Iterable[int]) -> None:
+        self._known = frozenset(known)
+        self._seen: set[Any] = set()
+        # What is looked at only to be written into a collection: a state, if that is read.
+        self._waiting: list[tuple[str, str, Any, int]] = []
+        self._read: set[int] = set()
         self.found: dict[tuple[str, str], Any] = {}
         self.functions: list[Any] = []
 
     def function(self, function: Any, name: str, depth: int) -> None:
-        """Looks into what a function reads: its variables, its object's attributes."""
+        """Looks into what a function uses: its variables, its object's attributes."""
         if isinstance(function, partial):
             made: partial[Any] = function
             for index, value in enumerate((*made.args, *made.keywords.values())):
-                self.value(value, name, f"argument {index}", depth - 1, True)
+                self.value(value, name, f"argument {index}", depth - 1, ALL)
             function = made.func
         owner = getattr(function, "__self__", None)
         plain = inspect.unwrap(getattr(function, "__func__", function))
@@ -106,67 +115,99 @@ class _Walk:
                 for own, value in functions_in(plain):
                     self.function(value, f"{name}, its {own}", depth - 1)
             elif owner is None:
-                self._object(plain, "__call__", name, depth)
+                self.value(plain, name, "object", depth + 1, frozenset({_CALLED}))
             return
         if owner is not None and not isinstance(owner, types.ModuleType):
-            self._object(owner, plain.__name__, name, depth)
-        if is_others(plain) or id(plain.__code__) in self._seen or depth <= 0:
+            self.value(owner, name, "object", depth + 1, frozenset({Use((plain.__name__,), True)}))
+        self._variables(plain, name, depth)
+
+    def _variables(self, plain: types.FunctionType, name: str, depth: int) -> None:
+        code: Any = plain.__code__
+        if is_others(plain) or id(code) in self._seen or depth <= 0:
             return
-        self._seen.add(id(plain.__code__))
+        self._seen.add(id(code))
         self.functions.append(plain)
-        for variable, value in _variables(plain):
-            self.value(value, name, variable, depth - 1, variable in names_read(plain))
+        variables, uses = dict(_variables(plain)), uses_of(code)
+        for variable, value in variables.items():
+            some = ALL if uses is None else uses.get(variable, frozenset[Use]())
+            read = frozenset(use for use in some if use.into is None)
+            for use in some - read:
+                other = variables.get(use.into)  # type: ignore[arg-type]
+                if isinstance(other, _COLLECTIONS):
+                    self._waiting.append((name, variable, value, id(other)))
+                else:
+                    read |= {use._replace(read=True, into=None)}
+            self.value(value, name, variable, depth - 1, read)
 
-    def _object(self, value: Any, method: str, name: str, depth: int) -> None:
-        """Looks into an object by what one of its methods reads, and what that calls."""
-        if not self._is_plain(value):
-            self.value(value, name, "object", depth, True)
-            return
-        if depth <= 0 or id(value) in self._named:
-            return
-        read = attributes_read(type(value), method)
-        for own, item in attributes_of(value).items():
-            if (id(value), own) not in self._noted:
-                if own in read:
-                    self._noted.add((id(value), own))
-                self.value(item, name, f"object.{own}", depth - 1, own in read)
-
-    def _is_plain(self, value: Any) -> bool:
-        """Tells whether an object is one that is looked into: its attributes are its state."""
-        kind: Any = type(value)
-        closed = (*_CLOSED, *SOURCES, *_SCALARS, *_COLLECTIONS, torch.Tensor, numpy.ndarray, State)
-        other = isinstance(value, (*closed, torch.nn.Module)) or is_others(kind)
-        return not other and not _has_state(value)
-
-    def value(self, value: Any, owner: str, name: str, depth: int, read: bool) -> None:
+    def value(self, value: Any, owner: str, name: str, depth: int, uses: frozenset[Use]) -> None:
         """Notes a value, if it is read, or looks into what it is made of."""
         if len(self._seen) > _SEEN or isinstance(value, (*_CLOSED, *SOURCES)):
             return
         if isinstance(value, (*_SCALARS, torch.Tensor, numpy.ndarray, *_COLLECTIONS)):
-            if read and id(value) not in self._named and not isinstance(value, torch.nn.Parameter):
-                self.found[owner, name] = _signature(value)
-            if type(value) in (dict, list, tuple) and depth > 0 and id(value) not in self._seen:
-                self._seen.add(id(value))
-                some: Any = value
-                items = some.items() if type(value) is dict else enumerate(some)
-                for key, item in list(items)[:64]:
-                    if not isinstance(item, (*_SCALARS, torch.Tensor, numpy.ndarray)):
-                        self.value(item, owner, f"{name}[{key!r}]", depth - 1, False)
+            if any(use.read for use in uses) and not isinstance(value, torch.nn.Parameter):
+                self._note(value, owner, name)
+            if type(value) in (dict, list, tuple) and depth > 0:
+                self._items(value, owner, name, depth)
             return
-        if isinstance(value, State) or id(value) in self._seen or id(value) in GLOBAL_GENERATORS:
+        if isinstance(value, State) or {id(value)} & (self._known | GLOBAL_GENERATORS):
             return
-        self._seen.add(id(value))
         if _has_state(value):
-            self.found[owner, name] = _state_signature(value)
+            if id(value) not in self._seen:
+                self._seen.add(id(value))
+                self.found[owner, name] = _state_signature(value)
         elif callable(value) and (inspect.isroutine(value) or isinstance(value, partial)):
             self.function(value, f"{owner}, its {name}", depth - 1)
-        elif isinstance(value, torch.nn.Module) or is_others(type(value)) or depth <= 0:
+        elif not isinstance(value, torch.nn.Module) and not is_others(type(value)) and depth > 0:
+            self._attributes(value, owner, name, depth, uses)
+
+    def _note(self, value: Any, owner: str, name: str) -> None:
+        # A counter that is named lies in an object that is: its values are its own.
+        if id(value) not in self._known:
+            self._read.add(id(value))
+            self.found[owner, name] = _signature(value)
+
+    def _items(self, value: Any, owner: str, name: str, depth: int) -> None:
+        if id(value) in self._seen or id(value) in self._known:
             return
-        else:
-            kind: Any = type(value)
-            read_here = attributes_read(kind)
-            for own, item in attributes_of(value).items():
-                self.value(item, owner, f"{name}.{own}", depth - 1, own in read_here)
+        self._seen.add(id(value))
+        items = value.items() if type(value) is dict else enumerate(value)
+        for key, item in list(items)[:64]:
+            if not isinstance(item, (*_SCALARS, torch.Tensor, numpy.ndarray)):
+                # The collection's own signature has those that it holds.
+                uses = frozenset[Use]() if isinstance(item, _COLLECTIONS) else ALL
+                self.value(item, owner, f"{name}[{key!r}]", depth - 1, uses)
+
+    def _attributes(
+        self, value: Any, owner: str, name: str, depth: int, uses: frozenset[Use]
+    ) -> None:
+        """Looks into those attributes of an object that are used, and what its methods use."""
+        kind: Any = type(value)
+        own = attributes_of(value)
+        whole = any(not use.path for use in uses)
+        # What is passed on may be used in any way.
+        called = dir(kind) if whole else [use.path[0] for use in uses if use.path]
+        more, functions = uses_of_self(kind, called)
+        for function in functions:
+            self._variables(function, owner, depth - 1)
+        by_name: dict[str, set[Use]] = {attribute: set() for attribute in own if whole}
+        for use in (*uses, *more):
+            if use.path and use.path[0] in own:
+                rest = Use(use.path[1:], use.read or use.into is not None)
+                by_name.setdefault(use.path[0], set()).add(rest)
+        for attribute, found in by_name.items():
+            item, some = own[attribute], frozenset(found)
+            if not some and not isinstance(item, _COLLECTIONS):
+                some = frozenset[Use]() if isinstance(item, _PLAIN) else ALL
+            if (id(value), attribute, some) not in self._seen:
+                self._seen.add((id(value), attribute, some))
+                self.value(item, owner, f"{name}.{attribute}", depth - 1, some)
+
+    def settle(self) -> None:
+        """Notes what was written into collections that are read after all."""
+        while left := [one for one in self._waiting if one[3] in self._read]:
+            self._waiting = [one for one in self._waiting if one[3] not in self._read]
+            for owner, name, value, _ in left:
+                self.value(value, owner, name, _DEPTH, ALL)
 
 
 def _has_state(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""What functions and classes read of their variables and attributes, by their source."""
+"""What functions do with their variables, and methods with their own object, by their source."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import ast
 import inspect
 import textwrap
 import types
-from collections.abc import Iterable, Iterator
-from functools import lru_cache
-from typing import Any, Final, cast
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property, lru_cache
+from typing import Any, Final, NamedTuple
 
 from .unnamed import is_others
 
-__all__ = ["attributes_read", "names_read", "names_read_of_state", "tree_of", "with_parents"]
+__all__ = ["ALL", "Use", "methods_of", "names_read_of_state", "uses_of", "uses_of_self"]
 
 # What changes a collection and does not look at it.
 _WRITES: Final = frozenset(
@@ -33,94 +33,85 @@ _SHOWS: Final = frozenset(
         "write",
     }
 )
+# What does nothing but give a value: what goes in, comes out.
+_QUIET: Final = frozenset(
+    {
+        "abs",
+        "bool",
+        "clone",
+        "copy",
+        "cpu",
+        "deepcopy",
+        "detach",
+        "dict",
+        "float",
+        "int",
+        "item",
+        "len",
+        "list",
+        "max",
+        "mean",
+        "min",
+        "numpy",
+        "round",
+        "set",
+        "sorted",
+        "state_dict",
+        "str",
+        "sum",
+        "tolist",
+        "tuple",
+    }
+)
+_Above = tuple[ast.AST, ...]
 
 
-def tree_of(thing: Any) -> ast.AST | None:
-    """Returns the syntax tree of a function's code, or of a class; None where there is none."""
-    try:
-        return ast.parse(textwrap.dedent(inspect.getsource(thing)))
-    except (OSError, TypeError, SyntaxError, ValueError):
-        # Typed in, made by exec, a lambda in the middle of a line.
-        return None
-
-
-@lru_cache(maxsize=256)
-def _reads_of(code: Any) -> tuple[frozenset[str], frozenset[str]]:
-    """Returns the variables that a function reads, and the attributes of `.state`."""
-    tree = tree_of(code)
-    if tree is None:
-        return frozenset(), frozenset()
-    names: set[str] = set()
-    of_state: set[str] = set()
-    for node, above in with_parents(tree):
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
-            if _is_read(node, above):
-                names.add(node.id)
-        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-            inner = node.value
-            of = inner.attr if isinstance(inner, ast.Attribute) else getattr(inner, "id", None)
-            if of == "state" and _is_read(node, above):
-                of_state.add(node.attr)
-    return frozenset(names), frozenset(of_state)
-
-
-def names_read(function: types.FunctionType) -> frozenset[str]:
-    """Returns the variables that a function reads."""
-    return _reads_of(function.__code__)[0]
-
-
-def names_read_of_state(functions: Iterable[Any]) -> set[str]:
-    """Returns the attributes that functions read of anything that is called `state`."""
-    return {name for function in functions for name in _reads_of(function.__code__)[1]}
-
-
-def attributes_read(kind: type, method: str | None = None) -> frozenset[str]:
-    """Returns the attributes of its own object that a class reads.
+class Use(NamedTuple):
+    """What is done with a variable.
 
     Args:
-        kind: the class.
-        method: the method that is called, with those of the object that it calls; all, by default.
+        path: the attributes of it that lead to what is used; a call and its length are methods.
+        read: whether that is looked at, and not only written to or shown.
+        into: the variable of a collection that it ends in, if it is looked at for nothing else.
     """
-    reads = _reads_by_method(kind)
-    if method not in reads:
-        return frozenset().union(*reads.values())
-    found: set[str] = set()
-    left = [method]
-    while left:
-        for name in reads.get(left.pop(), frozenset()) - found:
-            found.add(name)
-            left.append(name)
-    return frozenset(found)
+
+    path: tuple[str, ...]
+    read: bool
+    into: str | None = None
 
 
-@lru_cache(maxsize=256)
-def _reads_by_method(kind: type) -> dict[str, frozenset[str]]:
-    """Returns which attributes of its own object each method of a class reads."""
-    found: dict[str, frozenset[str]] = {}
-    for each in kind.__mro__:
-        tree = None if is_others(each) or each is object else tree_of(each)
-        if tree is None:
+#: Everything that a class does with its own attributes.
+ALL: Final = frozenset({Use((), True)})
+
+
+def _tree(code: types.CodeType) -> ast.AST | None:
+    """Returns the syntax tree of a function; None where there is no source, as of `exec`."""
+    try:
+        source = textwrap.dedent(inspect.getsource(code))
+    except (OSError, TypeError):
+        return None
+    if code.co_name != "<lambda>":
+        try:
+            return ast.parse(source)
+        except SyntaxError:
+            return None
+    start = source.find("lambda")
+    for text in (source, *(source[start:end] for end in range(len(source), start, -1))):
+        try:
+            tree = ast.parse(f"({text})" if text is not source else text)
+        except SyntaxError:
+            # It lies in the middle of a statement.
             continue
-        for node, above in with_parents(tree):
-            if isinstance(node, ast.FunctionDef):
-                # It may read nothing.
-                found.setdefault(node.name, frozenset())
-            method = next((one.name for one in above if isinstance(one, ast.FunctionDef)), None)
-            if (
-                method is not None
-                and isinstance(node, ast.Attribute)
-                and isinstance(node.ctx, ast.Load)
-                and isinstance(node.value, ast.Name)
-                and node.value.id == "self"
-                and _is_read(node, above)
-            ):
-                found[method] = found.get(method, frozenset()) | {node.attr}
-    return found
+        found: list[ast.stmt] = [
+            ast.Expr(one) for one in ast.walk(tree) if isinstance(one, ast.Lambda)
+        ]
+        if found:
+            return ast.Module(found, [])
+    return None
 
 
-def with_parents(tree: ast.AST) -> Iterator[tuple[ast.AST, tuple[ast.AST, ...]]]:
-    """Yields each node of a tree, with what it lies in, from the outside."""
-    stack: list[tuple[ast.AST, tuple[ast.AST, ...]]] = [(tree, ())]
+def _with_parents(tree: ast.AST) -> Iterator[tuple[ast.AST, _Above]]:
+    stack: list[tuple[ast.AST, _Above]] = [(tree, ())]
     while stack:
         node, above = stack.pop()
         yield node, above
@@ -128,7 +119,45 @@ def with_parents(tree: ast.AST) -> Iterator[tuple[ast.AST, tuple[ast.AST, ...]]]
         stack.extend((child, inner) for child in ast.iter_child_nodes(node))
 
 
-def _is_read(node: ast.AST, above: tuple[ast.AST, ...]) -> bool:
+@lru_cache(maxsize=512)
+def uses_of(code: types.CodeType) -> Mapping[str, frozenset[Use]] | None:
+    """Returns what a function does with each of its variables; None where that is not known."""
+    tree = _tree(code)
+    if tree is None:
+        return None
+    found: dict[str, set[Use]] = {}
+    for node, above in _with_parents(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+            found.setdefault(node.id, set()).add(_use(node, above))
+    return {name: frozenset(uses) for name, uses in found.items()}
+
+
+def _use(node: ast.Name, above: _Above) -> Use:
+    path: list[str] = []
+    end: ast.AST = node
+    outer = list(above)
+    while outer and isinstance(outer[-1], ast.Attribute):
+        end = outer.pop()
+        path.append(end.attr)  # type: ignore[attr-defined]
+    parent = outer[-1] if outer else None
+    if isinstance(parent, ast.Call):
+        if parent.func is end:
+            path.append("__call__")
+        elif _called(parent.func) == "len":
+            path.append("__len__")
+    if not _is_read(node, above):
+        return Use(tuple(path), False)
+    text = ast.unparse(end)
+    into = _ends_in(end, tuple(outer))
+    if into is None or not into.isidentifier():
+        itself = into is not None and (text == into or text.startswith(f"{into}."))
+        return Use(tuple(path), not itself)
+    if text == into or text.startswith(f"{into}."):
+        return Use(tuple(path), False)
+    return Use(tuple(path), False, into)
+
+
+def _is_read(node: ast.AST, above: _Above) -> bool:
     """Tells whether a value that is loaded is looked at: neither only written to, nor shown."""
     for parent in reversed(above):
         if isinstance(parent, ast.Call) and _called(parent.func) in _SHOWS:
@@ -137,24 +166,145 @@ def _is_read(node: ast.AST, above: tuple[ast.AST, ...]) -> bool:
             break
     for index in range(len(above) - 1, -1, -1):
         parent = above[index]
-        if isinstance(parent, ast.Subscript) and parent.value is node:
+        if isinstance(parent, (ast.Subscript, ast.Attribute)) and parent.value is node:
             if not isinstance(parent.ctx, ast.Load):
                 return False
-            node = parent
-        elif isinstance(parent, ast.Attribute) and parent.value is node:
-            if not isinstance(parent.ctx, ast.Load):
-                return False
-            call, statement = (above[index - 1], above[index - 2]) if index > 1 else (None, None)
-            if parent.attr in _WRITES and isinstance(call, ast.Call) and call.func is parent:
-                # What it returns is thrown away: by a statement, or by a handler.
-                return not isinstance(statement, (ast.Expr, ast.Lambda, ast.Tuple))
+            call = above[index - 1] if index else None
+            if isinstance(call, ast.Call) and _written(call) is node:
+                return not _thrown_away(above[: index - 1])
             node = parent
         else:
             return True
     return True
 
 
+def _written(call: ast.Call) -> ast.AST | None:
+    """Returns what a call writes to, if it does nothing else."""
+    function = call.func
+    writes = isinstance(function, ast.Attribute) and function.attr in _WRITES
+    return function.value if writes else None  # type: ignore[attr-defined]
+
+
+def _thrown_away(above: _Above) -> bool:
+    """Tells whether what a call returns is thrown away: by a statement, or by a handler."""
+    outer = next((one for one in reversed(above) if not isinstance(one, ast.IfExp)), None)
+    return isinstance(outer, (ast.Expr, ast.Lambda, ast.Tuple))
+
+
+def _ends_in(node: ast.AST, above: _Above) -> str | None:
+    """Returns the collection, or the variable, that a value ends in, if it is used for no more."""
+    for index in range(len(above) - 1, -1, -1):
+        parent = above[index]
+        if isinstance(parent, ast.Call):
+            if (target := _written(parent)) is not None:
+                return ast.unparse(target) if _thrown_away(above[:index]) else None
+            if _called(parent.func) not in _QUIET:
+                return None
+        elif isinstance(parent, (ast.If, ast.IfExp)):
+            if parent.test is not node:
+                return None
+            one, other = parent.body, parent.orelse
+            parts = [*(one if isinstance(one, list) else [one])]
+            parts += other if isinstance(other, list) else [other]
+            targets = {target for part in parts for target in _targets(part)}
+            return targets.pop() if len(targets) == 1 else None
+        elif isinstance(parent, (ast.Assign, ast.AugAssign)):
+            targets = set(_targets(parent))
+            return targets.pop() if len(targets) == 1 else None
+        elif isinstance(parent, (ast.stmt, ast.comprehension, ast.Lambda, ast.NamedExpr)):
+            return None
+        node = parent
+    return None
+
+
+def _targets(part: ast.AST) -> list[str]:
+    """Returns what a statement, or a part of one, writes to; "" among them: more than that."""
+    if isinstance(part, (ast.Pass, ast.Constant)):
+        return []
+    if isinstance(part, ast.Expr):
+        return _targets(part.value)
+    calls = [one for one in ast.walk(part) if isinstance(one, ast.Call)]
+    written = _written(part) if isinstance(part, ast.Call) else None
+    if any(_called(one.func) not in _QUIET for one in calls if one is not part):
+        return [""]
+    if written is not None:
+        return [ast.unparse(written)]
+    if not isinstance(part, (ast.Assign, ast.AugAssign)):
+        return [""]
+    targets = part.targets if isinstance(part, ast.Assign) else [part.target]
+    return [
+        ast.unparse(one.value if isinstance(one, ast.Subscript) else one)
+        if isinstance(one, (ast.Subscript, ast.Name, ast.Attribute))
+        else ""
+        for one in targets
+    ]
+
+
 def _called(function: ast.expr) -> str | None:
     if isinstance(function, ast.Attribute):
         return function.attr
-    return cast("str | None", getattr(function, "id", None))
+    return function.id if isinstance(function, ast.Name) else None
+
+
+# ---------------------------------------------------------------------------------- of classes
+
+
+def methods_of(kind: type, name: str) -> list[types.FunctionType]:
+    """Returns what a class and those that it derives from call by a name, if users wrote it."""
+    found: list[types.FunctionType] = []
+    for each in kind.__mro__:
+        if each is object or is_others(each):
+            continue
+        thing: Any = vars(each).get(name)
+        if isinstance(thing, property):
+            thing = thing.fget
+        elif isinstance(thing, cached_property):
+            thing = thing.func
+        plain = inspect.unwrap(thing) if callable(thing) else None
+        if inspect.isfunction(plain) and plain.__code__.co_argcount:
+            found.append(plain)
+    return found
+
+
+def uses_of_self(kind: type, names: Iterable[str]) -> tuple[set[Use], list[types.FunctionType]]:
+    """Returns what methods do with their own object, and they and those of it that they call.
+
+    Args:
+        kind: its class.
+        names: the methods; other names are passed over.
+    """
+    found: set[Use] = set()
+    functions: list[types.FunctionType] = []
+    left, seen = list(names), set[str]()
+    while left:
+        if (name := left.pop()) in seen:
+            continue
+        seen.add(name)
+        for function in methods_of(kind, name):
+            functions.append(function)
+            uses = uses_of(function.__code__)
+            own = ALL if uses is None else uses.get(function.__code__.co_varnames[0], ())
+            found.update(own)
+            left.extend(use.path[0] for use in own if use.path)
+    return found, functions
+
+
+# ------------------------------------------------------------------------------- of the state
+
+
+def names_read_of_state(functions: Iterable[Any]) -> set[str]:
+    """Returns the attributes that functions read of anything that is called `state`."""
+    return {name for function in functions for name in _reads_of_state(function.__code__)}
+
+
+@lru_cache(maxsize=512)
+def _reads_of_state(code: types.CodeType) -> frozenset[str]:
+    tree = _tree(code)
+    found: set[str] = set()
+    for node, above in () if tree is None else _with_parents(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            inner = node.value
+            of = inner.attr if isinstance(inner, ast.Attribute) else getattr(inner, "id", None)
+            if of == "state" and _is_read(node, above):
+                found.add(node.attr)
+    return frozenset(found)

@@ -21,6 +21,7 @@ from resumable_program import ITERATIONS, train
 
 from crosstrain.engine import (
     Checkpoint,
+    CheckpointBusy,
     CheckpointMismatch,
     CheckpointNotFound,
     DiskSaver,
@@ -259,6 +260,23 @@ def test_prefixes_keep_runs_of_one_folder_apart(tmp_path: Path) -> None:
     assert run.resumed_from is None
     _, run = run_to(tmp_path, 9, filename_prefix="a")
     assert run.resumed_from == tmp_path / "a_checkpoint_5.pt"
+
+
+def test_a_second_trainer_of_a_process_is_kept_out_until_the_first_has_ended(
+    tmp_path: Path,
+) -> None:
+    objects, run = prepare(tmp_path)
+    with pytest.raises(CheckpointBusy, match="Another trainer of this process has"):
+        prepare(tmp_path)
+    prepare(tmp_path, filename_prefix="other")
+    objects["trainer"].run(BATCHES, max_epochs=1)
+    later, again = prepare(tmp_path)
+    assert again.resumed_from == tmp_path / "checkpoint_10.pt"
+    with pytest.raises(CheckpointBusy, match="its run has not ended"):
+        objects["trainer"].run(BATCHES, max_epochs=2)
+    later["trainer"].run(BATCHES, max_epochs=2)
+    for each in (run, again):
+        each.checkpoint.save_handler.close()
 
 
 def test_all_other_handlers_have_run_before_the_save(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset
+from torchdata import nodes
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from crosstrain.engine import Checks, DeterministicEngine, Events, ResumeError, ResumeWarning
@@ -215,6 +216,53 @@ def test_a_state_that_keeps_its_start_is_entered_there(batched: bool) -> None:
     with pytest.warns(ResumeWarning, match="tells no position"):
         _, _, engine = _play(_loader(Stream("start")), state=states[2])
     assert "batch 2 of pass 1 fetched once more" in engine.proof.checked[0]
+
+
+def _nodes() -> Any:
+    rows = nodes.Mapper(nodes.IterableWrapper(range(SIZE)), lambda row: row * 2)
+    return nodes.Loader(nodes.Mapper(nodes.Batcher(rows, BATCH), torch.tensor))
+
+
+@pytest.mark.filterwarnings("ignore:.*fetched and thrown away")
+def test_a_pipeline_of_nodes_goes_on_from_a_pass_s_last_batch_and_end() -> None:
+    """Its state of an end begins the next pass when it is loaded."""
+    _resumes(_nodes)
+    states: dict[int, Any] = {}
+
+    def keep(engine: Any, data: Any) -> None:
+        engine.add_event_handler(
+            Events.ITERATION_COMPLETED,
+            lambda: states.update({engine.state.iteration: engine.state_dict()}),
+        )
+
+    straight, _, _ = _play(_nodes(), keep)
+    for iteration, state in dict(states).items():
+        rest, _, _ = _play(_nodes(), state=state)
+        assert rest == {at: row for at, row in straight.items() if at > iteration}
+
+
+class Pairs:
+    """Zips two loaders, of which the shorter begins anew when it ends."""
+
+    def __init__(self) -> None:
+        self.longer = DataLoader(range(SIZE), batch_size=BATCH, shuffle=True)  # type: ignore[arg-type]
+        self.shorter = DataLoader(range(100, 104), batch_size=2, shuffle=True)  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return len(self.longer)
+
+    def __iter__(self) -> Iterator[Any]:
+        for one, other in zip(self.longer, self._cycle(), strict=False):
+            yield torch.cat([one, other])
+
+    def _cycle(self) -> Iterator[Any]:
+        while True:
+            yield from self.shorter
+
+
+@pytest.mark.filterwarnings("ignore:.*fetched and thrown away")
+def test_two_loaders_in_one_iterable_go_on_together() -> None:
+    _resumes(Pairs)
 
 
 def test_a_state_that_takes_arguments_is_none_of_ours() -> None:

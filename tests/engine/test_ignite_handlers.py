@@ -19,6 +19,7 @@ from typing import Any
 import ignite.engine
 import pytest
 import torch
+from ignite.contrib.engines import common
 from ignite.contrib.engines.common import setup_tb_logging
 from ignite.handlers import (
     Checkpoint,
@@ -320,6 +321,24 @@ def test_checkpoint(tmp_path: Path) -> None:
         return sorted(path.name for path in folder.iterdir())
 
     assert on_both(use) == ["checkpoint_10.pt", "checkpoint_15.pt"]
+
+
+def test_the_common_handlers_keep_as_many_checkpoints_as_they_say(tmp_path: Path) -> None:
+    def use(training: Training) -> list[str]:
+        folder = tmp_path / training.library.__name__
+        common.setup_common_training_handlers(
+            training.trainer,
+            to_save={"trainer": training.trainer, "model": training.model},
+            save_every_iters=2,
+            save_handler=DiskSaver(folder, require_empty=False),
+            with_pbars=False,
+            clear_cuda_cache=False,
+        )
+        training.trainer.run(training.loader, max_epochs=2)
+        return sorted(path.name for path in folder.glob("*.pt"))
+
+    (name,) = on_both(use)
+    assert name.endswith("_16.pt")
 
 
 def test_best_checkpoints_by_score(tmp_path: Path) -> None:

@@ -53,6 +53,19 @@ def _ask_length(data: Any) -> Any:
     return lambda engine: setattr(engine.state, "share", engine.state.iteration / len(data))
 
 
+class _Harness:
+    """Holds the loader that is trained with, and fetches from another."""
+
+    def __init__(self, data: Any) -> None:
+        self.data, self.others = data, [1, 2]
+
+    def own(self) -> None:
+        list(self.data)
+
+    def other(self) -> None:
+        list(self.others)
+
+
 def _play(kind: str, workers: int, fetch: Fetch, state: Any = None, **options: Any) -> list[str]:
     data = _loader(kind, workers)
     engine = DeterministicEngine(lambda engine, batch: batch + torch.rand(()), seed=1, **options)
@@ -80,12 +93,20 @@ def test_a_handler_that_fetches_is_told_of_other_workers(kind: str) -> None:
     assert not _play(kind, 1, _evaluate, state, checks=Checks(unnamed="off"))
 
 
+def test_a_method_that_fetches_is_told() -> None:
+    (state,) = _play("own generator", 0, lambda data: _Harness(data).own)
+    (said,) = _play("own generator", 1, lambda data: _Harness(data).own, state)
+    assert "_Harness.own" in said
+    assert "'object.data'" in said
+
+
 @pytest.mark.parametrize(
     ("kind", "workers", "fetch"),
     [
         ("shuffled", 1, _evaluate),
         ("own generator", 0, _evaluate),
         ("own generator", 1, _ask_length),
+        ("own generator", 1, lambda data: _Harness(data).other),
     ],
 )
 def test_what_draws_the_same_is_not_told(kind: str, workers: int, fetch: Fetch) -> None:

@@ -108,6 +108,78 @@ def _of_state(trainer: Any, model: nn.Module, optimizer: Any) -> None:
         _set_rate(optimizer, engine.state.alpha)
 
 
+class _Box:
+    """What a harness keeps: a log, what it trains by, and a method that reads another one."""
+
+    def __init__(self) -> None:
+        self.rows: list[float] = []
+        self.best = float("inf")
+        self.calls = 0
+
+    def note(self, value: float) -> None:
+        self.rows.append(value)
+
+    def report(self) -> float:
+        return sum(self.rows)
+
+    def rate(self) -> float:
+        self.calls += 1
+        return 0.1 / self.calls
+
+
+@_case("its 'box.best'")
+def _attribute_from_outside(trainer: Any, model: nn.Module, optimizer: Any) -> None:
+    box = _Box()
+
+    @trainer.on(Events.ITERATION_COMPLETED)
+    def compare() -> None:
+        if trainer.state.output < box.best:
+            box.best = trainer.state.output
+            _set_rate(optimizer, box.best)
+
+
+@_case("its 'box.calls'")
+def _called_method(trainer: Any, model: nn.Module, optimizer: Any) -> None:
+    box = _Box()
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: _set_rate(optimizer, box.rate()))
+
+
+@_case("its 'object.box.calls'")
+def _method_of_an_attribute(trainer: Any, model: nn.Module, optimizer: Any) -> None:
+    class Harness:
+        def __init__(self) -> None:
+            self.box = _Box()
+
+        def handle(self) -> None:
+            _set_rate(optimizer, self.box.rate())
+
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, Harness().handle)
+
+
+@_case("its 'seen'")
+def _length_decides(trainer: Any, model: nn.Module, optimizer: Any) -> None:
+    seen: list[float] = []
+
+    @trainer.on(Events.ITERATION_COMPLETED)
+    def grow() -> None:
+        seen.append(1.0)
+        if len(seen) > 2:
+            _set_rate(optimizer, 0.01)
+
+
+@_case("its 'count'")
+def _ends_in_what_is_read(trainer: Any, model: nn.Module, optimizer: Any) -> None:
+    count: list[float] = []
+    rates: list[float] = []
+
+    @trainer.on(Events.ITERATION_COMPLETED)
+    def grow() -> None:
+        count.append(1.0)
+        rates.append(0.1 / len(count))
+
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: _set_rate(optimizer, rates[-1]))
+
+
 def _make(**options: Any) -> tuple[Any, nn.Module, Any]:
     model = nn.Linear(3, 1)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -184,6 +256,68 @@ def test_logs_and_what_stays_the_same_are_not_told(tmp_path: Path) -> None:
 
     assert not _said(tmp_path, attach)
     assert count == len(losses) == len(seen) == 8
+
+
+def _states_taken(trainer: Any) -> None:
+    states: list[Any] = []
+    trainer.add_event_handler(
+        Events.ITERATION_COMPLETED,
+        lambda: states.append(trainer.state_dict()) if len(states) < 2 else None,
+    )
+
+
+def _states_by_number(trainer: Any) -> None:
+    fetched: list[Any] = []
+    states: dict[int, Any] = {}
+
+    @trainer.on(Events.ITERATION_COMPLETED)
+    def keep(engine: Any) -> None:
+        fetched.append(engine.state.output)
+        states.update({len(fetched): engine.state_dict()})
+
+
+def _first_few(trainer: Any) -> None:
+    first: list[Any] = []
+    smooth = {"loss": 0.0}
+    count = 0
+
+    @trainer.on(Events.ITERATION_COMPLETED)
+    def keep(engine: Any) -> None:
+        nonlocal count
+        count = count + 1
+        smooth["loss"] = 0.9 * smooth["loss"] + 0.1 * engine.state.output
+        if engine.state.output not in first:
+            first.append(engine.state.output)
+
+
+def _log_in_an_object(trainer: Any) -> None:
+    box = _Box()
+
+    @trainer.on(Events.ITERATION_COMPLETED)
+    def keep(engine: Any) -> None:
+        box.note(engine.state.output)
+        box.calls = box.calls + 1
+
+
+def _log_in_a_harness(trainer: Any) -> None:
+    class Harness:
+        def __init__(self) -> None:
+            self.box = _Box()
+
+        def handle(self, engine: Any) -> None:
+            self.box.note(engine.state.output)
+
+        def report(self) -> float:
+            return self.box.report()
+
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, Harness().handle)
+
+
+@pytest.mark.parametrize(
+    "attach", [_states_taken, _states_by_number, _first_few, _log_in_an_object, _log_in_a_harness]
+)
+def test_what_decides_only_what_it_takes_next_is_a_log(attach: Any, tmp_path: Path) -> None:
+    assert not _said(tmp_path, lambda trainer, model, optimizer: attach(trainer))
 
 
 def test_a_step_of_the_users_own_is_looked_into() -> None:

@@ -1,0 +1,61 @@
+"""Which trainer of this process has a place for its run: two would write over each other's files.
+
+Another process is kept out by the folder's lock, which all of a process share: several handlers may
+save into one folder, under names of their own.
+"""
+
+from __future__ import annotations
+
+import weakref
+from pathlib import Path
+from typing import ClassVar
+
+from crosstrain.engine.engine import Engine
+from crosstrain.engine.storage.errors import CheckpointBusy
+from crosstrain.engine.storage.locations import Location
+
+__all__ = ["Claim"]
+
+
+class Claim:
+    """Keeps other trainers of this process out of a place, from `take` to `give_back`.
+
+    A trainer that is freed has no place any more.
+
+    Args:
+        place: the folder, which exists, or its URL in a store.
+        prefix: the first part of the files' names.
+        trainer: whose run it is.
+    """
+
+    _trainers: ClassVar[weakref.WeakValueDictionary[tuple[str, str], Engine]] = (
+        weakref.WeakValueDictionary()
+    )
+
+    def __init__(self, place: Location, prefix: str, trainer: Engine) -> None:
+        where = place.resolve() if isinstance(place, Path) else place
+        self._key = (str(where), prefix)
+        self._trainer = weakref.ref(trainer)
+
+    def take(self) -> None:
+        """Takes the place; once more, if it has it.
+
+        Raises:
+            CheckpointBusy: if another trainer has it.
+        """
+        trainer, other = self._trainer(), self._trainers.get(self._key)
+        if other is not None and other is not trainer:
+            place, prefix = self._key
+            raise CheckpointBusy(
+                f"Another trainer of this process has {place} for its checkpoints, filename_prefix="
+                f"{prefix!r}, and its run has not ended: each would go on from the other's, and "
+                "remove them. Give this one a folder or a filename_prefix of its own, or let the "
+                "other run to its end before."
+            )
+        if trainer is not None:
+            self._trainers[self._key] = trainer
+
+    def give_back(self) -> None:
+        """Lets others have the place, if this trainer has it."""
+        if self._trainers.get(self._key) is self._trainer():
+            self._trainers.pop(self._key, None)
