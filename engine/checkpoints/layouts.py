@@ -30,6 +30,7 @@ __all__ = [
     "doubt_of",
     "endings",
     "is_checkpoint",
+    "is_there",
     "layout_of",
     "list_checkpoints",
     "newest_first",
@@ -105,7 +106,7 @@ class _File:
 
 
 class _Parts:
-    """A folder into which each process has written what it held."""
+    """A folder into which each process has written what it held; see `store_parts` for a store."""
 
     ending = ENDING
 
@@ -137,8 +138,23 @@ _LAYOUTS: tuple[Layout, ...] = (FILE, PARTS)
 
 
 def layout_of(path: Location) -> Layout:
-    """Returns the form that a checkpoint has, by what is at its path."""
+    """Returns the form that a checkpoint has: by what is at its path; in a store, by its name."""
     return PARTS if is_in_parts(path) else FILE
+
+
+def is_there(parts: Location) -> bool:
+    """Tells whether there is a checkpoint in parts, good or damaged.
+
+    Args:
+        parts: where it would be.
+    """
+    try:
+        PARTS.manifest(parts)
+    except CheckpointNotFound:
+        return False
+    except CheckpointError:
+        return True
+    return True
 
 
 def is_checkpoint(path: Location) -> bool:

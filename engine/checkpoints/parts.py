@@ -46,7 +46,7 @@ def filled(
         targets[name] = _target(value, rest, index[name])
         container, key = at_path(states, path)
         container[key] = targets[name]
-    read_parts(found.path, index, targets)
+    read_parts(found, index, targets)
     found.check_same()
     return dict(states)
 

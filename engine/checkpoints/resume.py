@@ -46,7 +46,7 @@ from .objects import restore, to_own
 from .remote import RemoteCopies
 from .resumable import ResumableRun, begin, event_of, with_trainer
 from .retention import Item
-from .saver import DiskSaver, no_parts_in
+from .saver import DiskSaver
 from .stop_signals import STOP_SIGNALS
 
 __all__ = ["resume_or_start"]
@@ -112,8 +112,7 @@ def resume_or_start(
         ValueError: if `to_save` leaves out what the trainer trains, or `every` is below 1.
         CheckpointBusy: if another process saves into the folder, or another trainer of this one,
             whose run has not ended.
-        CheckpointError: if there are checkpoints and none is good, or it does not fit the objects;
-            or if a sharded model's are to go to a store.
+        CheckpointError: if there are checkpoints and none is good, or it does not fit the objects.
         ResumeError: if the run would not go on as the one that was saved.
     """
     event = event_of(every)
@@ -129,8 +128,6 @@ def resume_or_start(
     # Processes that train a sharded model without agreeing on their runs still read together.
     own = Line() if line is None and has_ranks() and is_sharded(objects) else None
     folder = location_of(dirname)
-    if isinstance(folder, StorePath) and is_sharded(objects):
-        raise no_parts_in(folder)
     second = _second_tier(folder, remote, every_remote, objects)
     look = _Look(objects, filename_prefix, resume_from, line or own, (folder, *second))
     saver: DiskSaver | None = None

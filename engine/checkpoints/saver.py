@@ -34,11 +34,11 @@ from crosstrain.engine.storage.safe_load import check_written
 from crosstrain.engine.storage.staging import HostBuffers, HostState, Snapshot, host_state, on_host
 from crosstrain.engine.storage.tree_hash import Tree
 
-from .layouts import FILE, PARTS, endings, layout_of, list_checkpoints, newest_time
+from .layouts import FILE, PARTS, endings, is_there, layout_of, list_checkpoints, newest_time
 from .save_handler import BaseSaveHandler, RunFacts
 from .save_job import SaveJob
 
-__all__ = ["DiskSaver", "no_parts_in"]
+__all__ = ["DiskSaver"]
 
 _logger = logging.getLogger(__name__)
 
@@ -56,8 +56,8 @@ class DiskSaver(BaseSaveHandler):
     power cut before that leaves what was there. It has a manifest, by which a load finds damage.
 
     Where FSDP has spread a model over processes, each writes what it holds: the name then ends with
-    `.sharded`, the folder has to be on a file system that all of them see, and they call this
-    together. Else one process writes, and the others return at once.
+    `.sharded`, the folder has to be on a file system or in a store that all of them see, and they
+    call this together. Else one process writes, and the others return at once.
 
     Args:
         dirname: the folder, or its URL in a store.
@@ -107,6 +107,8 @@ class DiskSaver(BaseSaveHandler):
         self._claim: Claim | None = None
         self._lines: tuple[Line, Line] | None = None
         self._newest_ns: int | None = None
+        # Of what is in a store: whether a name is one of parts.
+        self._in_parts: dict[str, bool] = {}
         self._versions = software_versions()
         self._buffers = HostBuffers()
         self._job: SaveJob | None = None
@@ -165,7 +167,13 @@ class DiskSaver(BaseSaveHandler):
     def path_of(self, filename: str) -> Location:
         """Returns where the checkpoint of a name is: the file, or the folder of its parts."""
         parts = PARTS.path_of(self.dirname, filename)
-        return parts if layout_of(parts) is PARTS else self.dirname / filename
+        in_parts = layout_of(parts) is PARTS
+        if in_parts and isinstance(self.dirname, StorePath):
+            # Its name tells the form there, whether it is there or not.
+            if filename not in self._in_parts:
+                self._in_parts[filename] = is_there(parts)
+            in_parts = self._in_parts[filename]
+        return parts if in_parts else self.dirname / filename
 
     def prepare(self, run: RunFacts) -> None:
         """Hears what the next checkpoint is of."""
@@ -203,7 +211,10 @@ class DiskSaver(BaseSaveHandler):
         """
         self.wait()
         run, self._run = self._run, RunFacts()
-        if self._always_in_parts or has_spread(checkpoint):
+        in_parts = self._always_in_parts or has_spread(checkpoint)
+        if isinstance(self.dirname, StorePath):
+            self._in_parts[filename] = in_parts
+        if in_parts:
             self._save_parts(checkpoint, filename, run)
         elif this_rank() == self.save_on_rank:
             self._save_file(checkpoint, filename, run)
@@ -293,8 +304,6 @@ class DiskSaver(BaseSaveHandler):
                 "overlap=True copies in the thread that writes, which a sharded model cannot have: "
                 "its processes write together. Leave it out; background=True is enough"
             )
-        if not isinstance(self.dirname, Path):
-            raise no_parts_in(self.dirname)
         if run.bare and run.names:
             checkpoint = {run.names[0]: checkpoint}
         path = PARTS.path_of(self.dirname, filename)
@@ -314,7 +323,7 @@ class DiskSaver(BaseSaveHandler):
         writers.agree(path, error)
         assert staged is not None
         assert told is not None
-        write = partial(write_in_parts, self.dirname, staged, told, writers)
+        write = partial(write_in_parts, self._folder, staged, told, writers)
         if snapshot is None:
             write()
         else:
@@ -357,21 +366,31 @@ class DiskSaver(BaseSaveHandler):
             self._remove_now(filename)
 
     def _remove_now(self, filename: str) -> None:
+        known = self._in_parts.pop(filename, None)
         if this_rank() != self.save_on_rank:
             return
+        if known is not True:
+            self._remove_file(filename)
+        if known is not False:
+            parts = PARTS.path_of(self.dirname, filename)
+            try:
+                self._folder.remove_parts(parts.name)
+            except OSError as error:
+                # No error: it would end this process only, and the others would wait for it.
+                warn_user(_not_removed(parts, error), CheckpointWarning)
+
+    def _remove_file(self, filename: str) -> None:
+        place = self.dirname / filename
         try:
             self._folder.remove(filename)
         except OSError as error:
             if isinstance(error, CheckpointError):
                 raise
-            place = self.dirname / filename
-            raise CheckpointWriteError(_not_removed(place, error), error, place) from error
-        parts = PARTS.path_of(self.dirname, filename)
-        try:
-            self._folder.remove_parts(parts.name)
-        except OSError as error:
-            # No error: it would end this process only, and the others would wait for it.
-            warn_user(_not_removed(parts, error), CheckpointWarning)
+            told = _not_removed(place, error)
+            if not any(list(self._in_parts.values())):
+                raise CheckpointWriteError(told, error, place) from error
+            # It is of before a resume, and the others would wait for this process.
+            warn_user(told, CheckpointWarning)
 
     def wait(self) -> None:
         """Waits until what was saved is on the disk.
@@ -406,15 +425,6 @@ class DiskSaver(BaseSaveHandler):
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def no_parts_in(location: StorePath) -> CheckpointError:
-    """Returns the error of a sharded model whose checkpoints are to go to a store."""
-    return CheckpointWriteError(
-        f"Checkpoints in parts, as of sharded models, are not saved into a store such as {location}"
-        ": save into a folder on a file system that all processes see",
-        path=location,
-    )
 
 
 def _not_removed(place: Location, error: OSError) -> str:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Protocol
 
 from .archive import Readable
 from .atomic import HashingFile
 from .locations import Location
+from .manifest import Manifest
 from .tree_hash import Tree
 
-__all__ = ["Claim", "Contents", "Entry", "Folder"]
+__all__ = ["Aside", "Claim", "Contents", "Entry", "Folder"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,8 @@ class Entry:
     Args:
         name: its name.
         is_file: whether it is a file.
-        is_folder: whether it is a folder; what is neither cannot be a checkpoint.
+        is_folder: whether it is a folder, or what stands for one in a store; what is neither cannot
+            be a checkpoint.
         modified_ns: when it was written, in ns; 0 if that is not told.
         lost: why there is nothing behind its name; None if there is.
     """
@@ -76,6 +79,92 @@ class Claim(Protocol):
         ...
 
 
+class Aside(Protocol):
+    """Where the files of a checkpoint in parts are until it has its name.
+
+    Every process has one: the first begins, all join, each writes its files and delivers them, and
+    the first commits.
+    """
+
+    #: Whether what is written has to be flushed.
+    flushes: bool
+
+    @property
+    def root(self) -> Path:
+        """The folder, as torch's writer is told it."""
+        ...
+
+    def begin(self, needed: int) -> str:
+        """Makes what all processes share; returns by what the others join it.
+
+        Args:
+            needed: the bytes of all files, at most.
+
+        Raises:
+            OSError: if that cannot be.
+        """
+        ...
+
+    def join(self, token: str, needed: int, rank: int) -> None:
+        """Takes part.
+
+        Args:
+            token: what `begin` has returned.
+            needed: the bytes of this process's files, at most.
+            rank: of this process.
+
+        Raises:
+            OSError: if it cannot.
+        """
+        ...
+
+    def create(self, name: str) -> AbstractContextManager[IO[bytes]]:
+        """Opens a new file for writing."""
+        ...
+
+    def rename(self, name: str, new: str) -> None:
+        """Renames a file of this process."""
+        ...
+
+    def write(self, name: str, contents: Contents) -> tuple[int, str]:
+        """Writes a file; returns its size and sha256.
+
+        Raises:
+            OSError: if a step is refused.
+            CheckpointError: what the check raises.
+        """
+        ...
+
+    def deliver(self) -> None:
+        """Brings this process's files to where the others see them.
+
+        Raises:
+            OSError: if that cannot be.
+        """
+        ...
+
+    def commit(self, index: bytes, manifest: Manifest) -> None:
+        """Gives the checkpoint its name, when all have delivered; called in the first process.
+
+        Args:
+            index: what its index says.
+            manifest: what it says of itself and all files but the index.
+
+        Raises:
+            OSError: if that cannot be.
+            CheckpointBusy: if another run has the folder by now.
+        """
+        ...
+
+    def drop(self) -> None:
+        """Removes what there is of it; called in the first process, where one has failed."""
+        ...
+
+    def close(self) -> None:
+        """Frees what this process has open."""
+        ...
+
+
 class Folder(Protocol):
     """A folder of checkpoints."""
 
@@ -119,6 +208,14 @@ class Folder(Protocol):
 
         Raises:
             CheckpointWriteError: if a step is refused; says which, and why.
+        """
+        ...
+
+    def aside(self, manifest: Manifest) -> Aside:
+        """Returns where the files of a new checkpoint in parts go first.
+
+        Args:
+            manifest: what it says of itself, without its files.
         """
         ...
 

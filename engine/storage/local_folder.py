@@ -14,7 +14,9 @@ from .archive import Window
 from .atomic import check_free_space, make_folder, open_regular, write_file
 from .folder import Contents, Entry
 from .leftovers import PARTS, new_name, remove_leftovers
+from .local_parts import LocalAside
 from .lock import FolderLock
+from .manifest import Manifest
 
 __all__ = ["LocalFolder"]
 
@@ -90,6 +92,10 @@ class LocalFolder:
             atomic=contents.atomic,
             parallel=contents.parallel,
         )
+
+    def aside(self, manifest: Manifest) -> LocalAside:
+        """Returns where the files of a new checkpoint in parts go first."""
+        return LocalAside(self._path, manifest.file)
 
     def open(self, name: str) -> contextlib.AbstractContextManager[IO[bytes]]:
         """Opens a file."""

@@ -5,48 +5,40 @@ Verified first, and no code is run: what is not plain is refused, as in a file.
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from crosstrain.engine.guards import is_mapping
 from crosstrain.engine.spread import at_path
 
 from .atomic import open_regular
 from .errors import CheckpointCorrupt, CheckpointError, CheckpointNotFound
+from .locations import Location, StorePath, location_of
 from .manifest import INDEX, MANIFEST, Manifest, rank_file
+from .parts_fetch import Fetched
+from .parts_files import ENDING, MAX_MANIFEST, folder_of_parts, hash_file
 from .parts_index import Entry, decode_index
 from .safe_load import load_file
+from .store_parts import read_manifest
+from .stores import store_of
 
 __all__ = ["ENDING", "Parts", "Place", "hash_file", "is_in_parts", "own_states"]
 
-#: How the name of such a folder ends.
-ENDING = ".sharded"
 Place = tuple[tuple[Any, ...], str]
-# A manifest lists a file or two of each process, and the names of the objects.
-_MAX_MANIFEST = 64 << 20
-
-
-def hash_file(path: Path) -> str:
-    """Returns the sha256 of a file, in hexadecimal.
-
-    Raises:
-        CheckpointCorrupt: if it is no regular file.
-        OSError: if it cannot be read.
-    """
-    digest = hashlib.sha256()
-    with open_regular(path, linked=False) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def is_in_parts(path: str | os.PathLike[str]) -> bool:
-    """Tells whether a path is a folder that is, or calls itself, a checkpoint in parts."""
-    folder = Path(path).expanduser()
+    """Tells whether a path is a folder that is, or calls itself, a checkpoint in parts.
+
+    Nothing is asked of a store: its name tells it there.
+    """
+    folder = location_of(path)
+    if isinstance(folder, StorePath):
+        return folder.name.endswith(ENDING)
     return folder.is_dir() and (folder.name.endswith(ENDING) or (folder / MANIFEST).is_file())
 
 
@@ -55,49 +47,63 @@ class Parts:
     """A checkpoint in parts, as far as its manifest tells.
 
     Args:
-        path: its folder.
+        path: its folder; in a store, its manifest, which stands for it.
         manifest: the manifest.
+        fetched: its files, where they are in a store.
     """
 
-    path: Path
+    path: Location
     manifest: Manifest
+    fetched: Fetched | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Parts:
-        """Reads the manifest of a folder, and nothing else.
+        """Reads the manifest, and nothing else.
 
         Raises:
             CheckpointNotFound: if there is no such folder, or it has no manifest.
             CheckpointCorrupt: if the manifest is damaged.
         """
-        folder = Path(path).expanduser()
+        place = location_of(path)
         try:
-            with open_regular(folder / MANIFEST, linked=False) as file:
-                encoded = file.read(_MAX_MANIFEST + 1)
-            if len(encoded) > _MAX_MANIFEST:
-                raise CheckpointCorrupt(f"its manifest has more than {_MAX_MANIFEST:,} bytes")
-            manifest = Manifest.decode(encoded)
+            manifest = _manifest_at(place)
             if not manifest.in_parts:
                 raise CheckpointCorrupt("its manifest is that of a checkpoint in one file")
-            return cls(folder, manifest)
+            if isinstance(place, Path):
+                return cls(place, manifest)
+            files = place.parent / folder_of_parts(place.name, manifest.saved_at_ns)
+            return cls(place, manifest, Fetched(files, manifest.files))
         except (FileNotFoundError, NotADirectoryError):
-            raise CheckpointNotFound(
-                f"{folder} is no checkpoint in parts: there is no {MANIFEST} in it. A folder "
-                "without one was not written by DiskSaver, or not to its end"
-            ) from None
+            raise _no_manifest(place) from None
         except OSError as error:
-            raise CheckpointCorrupt(
-                f"{folder / MANIFEST} cannot be read: {error.strerror or error}"
-            ) from error
+            where = place / MANIFEST if isinstance(place, Path) else place
+            raise CheckpointCorrupt(f"{where} cannot be read: {error.strerror or error}") from error
         except CheckpointError as error:
-            raise CheckpointCorrupt(f"{folder} is not a good checkpoint: {error}") from None
+            raise CheckpointCorrupt(f"{place} is not a good checkpoint: {error}") from None
+
+    def place_of(self, name: str) -> Location:
+        """Returns where a file is."""
+        return (self.path if self.fetched is None else self.fetched.place) / name
+
+    def open_file(self, name: str) -> contextlib.AbstractContextManager[IO[bytes]]:
+        """Opens a file; of a store, it is fetched and verified the first time.
+
+        Raises:
+            CheckpointCorrupt: if it is no regular file, or damaged.
+            OSError: if it cannot be opened.
+        """
+        if self.fetched is not None:
+            return self.fetched.open(name)
+        assert isinstance(self.path, Path)
+        return open_regular(self.path / name, linked=False)
 
     def verify(self, share: tuple[int, int] = (0, 1)) -> None:
         """Checks that each file is there and as it was written.
 
         Args:
             share: (r, n): process r of n checks its share. Where n processes have written it, that
-                is what r has written: the same that it is about to read.
+                is what r has written: the same that it is about to read. Of a store, what is
+                checked is fetched, and kept.
 
         Raises:
             CheckpointCorrupt: if one is not.
@@ -106,20 +112,13 @@ class Parts:
         for name in sorted(self.manifest.files):
             if _writer_of(name) % size != rank:
                 continue
-            expected, digest = self.manifest.files[name]
-            path = self.path / name
+            path = self.place_of(name)
             try:
-                found = path.lstat().st_size
-                if path.is_symlink() or not path.is_file():
-                    raise CheckpointCorrupt(f"{path} is no file, but a link or a folder")
-                if found != expected:
-                    told = f"{found:,} bytes and was written with {expected:,}"
-                    raise CheckpointCorrupt(f"{path} is damaged: it has {told}")
-                if hash_file(path) != digest:
-                    raise CheckpointCorrupt(
-                        f"{path} is damaged, or of another checkpoint: its sha256 is not the one "
-                        "that the manifest tells"
-                    )
+                if isinstance(path, Path):
+                    _verify_file(path, *self.manifest.files[name])
+                else:
+                    with self.open_file(name):
+                        pass
             except FileNotFoundError:
                 raise CheckpointCorrupt(f"{path} is missing") from None
             except OSError as error:
@@ -130,11 +129,14 @@ class Parts:
     def check_same(self) -> None:
         """Makes sure, when all was read, that it was all of one checkpoint.
 
-        Files are found by the folder's name, which a save under the same name gives to another.
+        Files are found by the folder's name, which a save under the same name gives to another. Not
+        in a store: there they have a folder of their own, and each was held against its hash.
 
         Raises:
             CheckpointError: if the folder is gone, or another one.
         """
+        if self.fetched is not None:
+            return
         if Parts.open(self.path).manifest != self.manifest:
             raise CheckpointCorrupt(
                 f"{self.path} was replaced by another checkpoint while it was being read: what was "
@@ -148,15 +150,50 @@ class Parts:
             CheckpointCorrupt: if it does not fit.
         """
         try:
-            with open_regular(self.path / INDEX, linked=False) as file:
+            with self.open_file(INDEX) as file:
                 encoded = file.read(self.manifest.files[INDEX][0])
             return decode_index(encoded, self.manifest.files)
         except OSError as error:
             raise CheckpointCorrupt(
-                f"{self.path / INDEX} cannot be read: {error.strerror or error}"
+                f"{self.place_of(INDEX)} cannot be read: {error.strerror or error}"
             ) from error
         except CheckpointCorrupt as error:
             raise CheckpointCorrupt(f"{self.path} is not a good checkpoint: {error}") from None
+
+
+def _manifest_at(place: Location) -> Manifest:
+    if not isinstance(place, Path):
+        return read_manifest(store_of(place.parent), place.name)
+    with open_regular(place / MANIFEST, linked=False) as file:
+        encoded = file.read(MAX_MANIFEST + 1)
+    if len(encoded) > MAX_MANIFEST:
+        raise CheckpointCorrupt(f"its manifest has more than {MAX_MANIFEST:,} bytes")
+    return Manifest.decode(encoded)
+
+
+def _no_manifest(place: Location) -> CheckpointNotFound:
+    if not isinstance(place, Path):
+        return CheckpointNotFound(
+            f"There is no checkpoint {place}: its manifest would have that name, and is put last"
+        )
+    return CheckpointNotFound(
+        f"{place} is no checkpoint in parts: there is no {MANIFEST} in it. A folder "
+        "without one was not written by DiskSaver, or not to its end"
+    )
+
+
+def _verify_file(path: Path, expected: int, digest: str) -> None:
+    found = path.lstat().st_size
+    if path.is_symlink() or not path.is_file():
+        raise CheckpointCorrupt(f"{path} is no file, but a link or a folder")
+    if found != expected:
+        told = f"{found:,} bytes and was written with {expected:,}"
+        raise CheckpointCorrupt(f"{path} is damaged: it has {told}")
+    if hash_file(path) != digest:
+        raise CheckpointCorrupt(
+            f"{path} is damaged, or of another checkpoint: its sha256 is not the one that the "
+            "manifest tells"
+        )
 
 
 def _writer_of(name: str) -> int:
@@ -177,8 +214,8 @@ def own_states(
     Raises:
         CheckpointError: if they are not in the form that is written.
     """
-    first: Any = load_file(found.path / rank_file(0)).state
-    own: Any = first if rank == 0 else load_file(found.path / rank_file(rank)).state
+    first: Any = _rank_states(found, 0)
+    own: Any = first if rank == 0 else _rank_states(found, rank)
     try:
         states = own["states"]
         if not is_mapping(states):
@@ -195,7 +232,15 @@ def own_states(
             container[key] = None
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointCorrupt(
-            f"{found.path / rank_file(rank)} is not what DiskSaver writes "
+            f"{found.place_of(rank_file(rank))} is not what DiskSaver writes "
             f"({type(error).__name__}: {error})"
         ) from None
     return dict(states), places, names
+
+
+def _rank_states(found: Parts, rank: int) -> Any:
+    path = found.place_of(rank_file(rank))
+    if found.fetched is None:
+        return load_file(path).state
+    with found.open_file(rank_file(rank)) as file:
+        return load_file(path, opened=file).state

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
-import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,13 +13,12 @@ from crosstrain.engine.guards import is_exact_list, is_mapping
 from crosstrain.engine.proof import Strictness
 from crosstrain.engine.ranks.line import Line
 
-from .atomic import HashingFile, check_free_space, flush_folder, write_file
+from .atomic import HashingFile
 from .errors import CheckpointError, CheckpointWriteError
-from .leftovers import ASIDE, PARTS, new_name
+from .folder import Aside, Contents, Folder
 from .locations import Location
-from .manifest import INDEX, MANIFEST, Manifest, rank_file
-from .parts_index import Entry, encode_index
-from .parts_read import hash_file
+from .manifest import Manifest, rank_file
+from .parts_index import encode_index
 from .safe_load import check_written
 from .staging import state_bytes
 from .tree_hash import Tree
@@ -96,7 +91,7 @@ class Staged:
     strictness: Strictness = "error"
 
 
-def write_in_parts(folder: Path, staged: Staged, manifest: Manifest, writers: Writers) -> None:
+def write_in_parts(folder: Folder, staged: Staged, manifest: Manifest, writers: Writers) -> None:
     """Writes a checkpoint; all processes call it together, and all return when it is whole.
 
     Args:
@@ -111,28 +106,38 @@ def write_in_parts(folder: Path, staged: Staged, manifest: Manifest, writers: Wr
     # torch takes half a second to import it, and most runs never need it.
     from .torch_parts import write_parts
 
-    path, aside = folder / manifest.file, None
+    path, aside = folder.place / manifest.file, folder.aside(manifest)
 
     def agree(error: Exception | None, value: Any = None) -> list[Any]:
         return writers.agree(path, error, value)
 
     try:
-        needed = sum(agree(None, state_bytes([staged.states, staged.parts])))
-        aside = _fresh_folder(folder, needed, writers, agree)
+        needed = agree(None, state_bytes([staged.states, staged.parts]))
+        _begin(aside, needed, writers, agree)
         entries, parts = write_parts(aside, staged.shards, staged.parts, writers.rank, agree)
         files = {**parts, **_write_own(aside, staged, manifest, writers, agree)}
-        files = {name: entry for found in agree(None, files) for name, entry in found.items()}
-        error: Exception | None = None
+        told = agree(_met(aside.deliver), files)
         if writers.rank == 0:
-            try:
-                _commit(folder, aside, entries, manifest, files)
-            except (OSError, CheckpointError) as caught:
-                error = caught
-        agree(error)
+            files = {name: entry for found in told for name, entry in found.items()}
+            whole = replace(manifest, files=files)
+            agree(_met(lambda: aside.commit(encode_index(entries), whole)))
+        else:
+            agree(None)
     except BaseException:
-        if writers.rank == 0 and aside is not None:
-            shutil.rmtree(aside, ignore_errors=True)
+        if writers.rank == 0:
+            aside.drop()
         raise
+    finally:
+        aside.close()
+
+
+def _met(work: Callable[[], object]) -> Exception | None:
+    """Returns what a step has met; None if nothing."""
+    try:
+        work()
+    except (OSError, CheckpointError) as error:
+        return error
+    return None
 
 
 def _told(error: Exception, path: Location) -> Exception:
@@ -141,33 +146,22 @@ def _told(error: Exception, path: Location) -> Exception:
     return CheckpointWriteError.of(path, str(error.strerror or error), error)
 
 
-def _fresh_folder(folder: Path, needed: int, writers: Writers, agree: Any) -> Path:
-    """Returns a new folder that all processes see."""
+def _begin(aside: Aside, needed: list[int], writers: Writers, agree: Any) -> None:
+    """Makes what all processes share, and has all of them see it."""
+    rank, spare = writers.rank, _SPARE_BYTES
+    begun: list[str] = []
     error: Exception | None = None
-    path = folder / new_name(PARTS)
-    if writers.rank == 0:
-        try:
-            check_free_space(path, needed + _SPARE_BYTES * writers.size)
-            path.mkdir()
-        except OSError as caught:
-            error = caught
-    name: str = agree(error, path.name)[0]
-    path = folder / name
-    if not path.is_dir():
-        error = CheckpointWriteError(
-            f"{path} was made by rank 0 and is not there for rank {writers.rank}: save into a "
-            "folder on a file system that all processes share"
-        )
-    agree(error)
-    return path
+    if rank == 0:
+        error = _met(lambda: begun.append(aside.begin(sum(needed) + spare * writers.size)))
+    token: str = agree(error, begun[0] if begun else "")[0]
+    agree(_met(lambda: aside.join(token, needed[rank] + spare, rank)))
 
 
 def _write_own(
-    aside: Path, staged: Staged, manifest: Manifest, writers: Writers, agree: Any
+    aside: Aside, staged: Staged, manifest: Manifest, writers: Writers, agree: Any
 ) -> dict[str, tuple[int, str]]:
     """Writes what is this process's own; returns size and hash of its file."""
     states, same = _without_repeated(staged.states, writers, agree)
-    path = aside / rank_file(writers.rank)
     own = {
         "states": states,
         "same": [list(path) for path in same],
@@ -176,9 +170,8 @@ def _write_own(
     }
     error: Exception | None = None
     try:
-        _write_rank_file(path, own, manifest, writers, staged.strictness)
         # It is small, as a rule, and a manifest of its own stands behind what was hashed.
-        mine = {path.name: (path.stat().st_size, hash_file(path))}
+        mine = _write_rank_file(aside, own, manifest, writers, staged.strictness)
     except (OSError, CheckpointError) as caught:
         error, mine = caught, {}
     agree(error)
@@ -186,16 +179,17 @@ def _write_own(
 
 
 def _write_rank_file(
-    path: Path, own: Any, manifest: Manifest, writers: Writers, strictness: Strictness
-) -> None:
+    aside: Aside, own: Any, manifest: Manifest, writers: Writers, strictness: Strictness
+) -> dict[str, tuple[int, str]]:
     """Writes a rank's file: itself an ordinary checkpoint, with a manifest of its own."""
+    name = rank_file(writers.rank)
 
     def produce(file: HashingFile) -> None:
         torch.save(own, file)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
     def trailer(tree: Tree) -> tuple[bytes, int]:
         told = Manifest(
-            file=path.name,
+            file=name,
             size=0,
             sha256="",
             saved_at_ns=manifest.saved_at_ns,
@@ -211,9 +205,9 @@ def _write_rank_file(
         return encoded, len(encoded)
 
     def check(descriptor: int) -> None:
-        check_written(descriptor, own["states"], path, strictness)
+        check_written(descriptor, own["states"], aside.root / name, strictness)
 
-    write_file(path, produce, trailer, check=check, parallel=False)
+    return {name: aside.write(name, Contents(0, produce, trailer, check, parallel=False))}
 
 
 def _without_repeated(
@@ -266,36 +260,3 @@ def _without(value: Any, same: set[tuple[Any, ...]], path: tuple[Any, ...]) -> A
     for key, item in items:
         changed[key] = _without(item, same, (*path, key))
     return value
-
-
-def _commit(
-    folder: Path,
-    aside: Path,
-    entries: Mapping[str, Entry],
-    manifest: Manifest,
-    files: Mapping[str, tuple[int, str]],
-) -> None:
-    """Writes index and manifest, and gives the folder its name."""
-    _write_flushed(aside / INDEX, encode_index(entries))
-    found = {**files, INDEX: ((aside / INDEX).stat().st_size, hash_file(aside / INDEX))}
-    # The manifest vouches for what is on the disk, so all else is flushed before it.
-    flush_folder(aside)
-    _write_flushed(aside / MANIFEST, replace(manifest, files=found).encode())
-    flush_folder(aside)
-    target = folder / manifest.file
-    kept = folder / f"{ASIDE}{manifest.file}"
-    with contextlib.suppress(FileNotFoundError):
-        # A folder cannot be renamed over one that is not empty. The next start puts this one back,
-        # if this process is killed before the new one has the name.
-        os.rename(target, kept)
-    os.rename(aside, target)
-    flush_folder(folder)
-    if kept.exists():
-        shutil.rmtree(kept)
-
-
-def _write_flushed(path: Path, data: bytes) -> None:
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())

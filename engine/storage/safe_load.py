@@ -18,7 +18,6 @@ from bisect import bisect_right
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import IO, Any
 
 import torch
@@ -97,7 +96,11 @@ def verify_file(path: Location) -> Manifest | None:
 
 
 def load_file(
-    path: Location, *, take: Take | None = None, names: Collection[str] | None = None
+    path: Location,
+    *,
+    take: Take | None = None,
+    names: Collection[str] | None = None,
+    opened: IO[bytes] | None = None,
 ) -> LoadedFile:
     """Reads a checkpoint onto the CPU, after checking that it is whole and safe.
 
@@ -111,6 +114,7 @@ def load_file(
             to be in memory of their own at once: they are read and verified in one pass.
         names: the objects whose states are needed, if not all are: of a file that tells the hashes
             of its blocks, only theirs are read and verified, and the state holds no others.
+        opened: the file, where it is open already; it stays the caller's to close.
 
     Returns:
         The state, with the manifest if the file has one.
@@ -122,7 +126,7 @@ def load_file(
             types, or would take more memory than its size explains. Names the classes, and how to
             allow them.
     """
-    with _opened(path) as file:
+    with _opened(path, opened) as file:
         whole = _Whole(file)
         mapped = take is not None and can_map()
         whole.verify(whole.beside_tensors() if mapped else None)
@@ -144,7 +148,7 @@ def load_file(
         return LoadedFile(path, whole.manifest, state, memory)
 
 
-def load_part(file: IO[bytes], at: int, length: int, path: Path) -> Any:
+def load_part(file: IO[bytes], at: int, length: int, path: Location) -> Any:
     """Reads what `torch.save` has written into a part of a file: through the same door as a file.
 
     This is how parts of sharded checkpoints (`.distcp`) are read: each of their tensors is an
@@ -223,9 +227,10 @@ def _to_blame(state: Any) -> list[str]:
 
 
 @contextlib.contextmanager
-def _opened(path: Location) -> Generator[IO[bytes]]:
-    """Opens a file, and puts its name in front of what is raised about it."""
-    with _named(path), open_place(path) as file:
+def _opened(path: Location, opened: IO[bytes] | None = None) -> Generator[IO[bytes]]:
+    """Opens a file, if it is not open, and puts its name in front of what is raised about it."""
+    ready = contextlib.nullcontext(opened) if opened is not None else open_place(path)
+    with _named(path), ready as file:
         yield file
 
 

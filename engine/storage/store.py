@@ -8,6 +8,7 @@ is what is behind it: the errors of the packages themselves are not passed on.
 from __future__ import annotations
 
 import base64
+import contextlib
 import copy
 import errno
 import hashlib
@@ -198,6 +199,16 @@ class Store:
         """Makes the folder, where the store has such a thing."""
         if not self._is_object_store:
             self.ask("making", lambda: self.fs.makedirs(self.root, exist_ok=True))
+
+    def unmake(self) -> None:
+        """Removes the folder, where the store has such a thing, and if it is empty."""
+        if not self._is_object_store:
+            self.ask("removing", self._unmake)
+
+    def _unmake(self) -> None:
+        # An empty folder that stays harms nobody.
+        with contextlib.suppress(OSError):
+            self.fs.rmdir(self.root)
 
     def put(self, name: str, data: bytes) -> None:
         """Puts a small object, in place of one that is there."""

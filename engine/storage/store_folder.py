@@ -10,18 +10,20 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
 from collections.abc import Generator, Sequence
-from pathlib import Path
 from typing import IO, Any, Final
 
-from .atomic import check_free_space, fill_file
+from .atomic import fill_file
 from .errors import CheckpointError, CheckpointWriteError
 from .folder import Contents, Entry
 from .lease import Lease
 from .locations import StorePath
+from .manifest import Manifest
+from .parts_files import ENDING
 from .store import Store, Stored
+from .store_parts import StoreAside, remove_orphans, remove_parts
 from .stores import store_of
+from .unnamed import unnamed
 
 __all__ = ["StoreFolder"]
 
@@ -44,7 +46,8 @@ class _StoreClaim:
     def __init__(self, store: Store) -> None:
         self.lease = Lease(store)
         if self.lease.first:
-            self.removed = ["an upload"] * store.end_uploads()
+            left = store.end_uploads() + remove_orphans(store)
+            self.removed = ["an upload"] * left
 
     def renew(self) -> None:
         """Does nothing: each write asks the store, in whichever thread it is."""
@@ -95,7 +98,7 @@ class StoreFolder:
                 with contextlib.suppress(FileNotFoundError):
                     there[name] = self._store.head(name)
         return [
-            Entry(name, not one.is_folder, one.is_folder, int(one.modified * 1e9))
+            _entry(name, one)
             for name, one in sorted(there.items())
             if name.endswith(endings) and not name.startswith(".")
         ]
@@ -113,7 +116,7 @@ class StoreFolder:
         place = self._place / name
         step = "staging"
         try:
-            with _staged(contents.needed, place) as file:
+            with unnamed(contents.needed, place) as file:
                 fill_file(
                     file.fileno(),
                     contents.produce,
@@ -157,12 +160,16 @@ class StoreFolder:
         if self._claim is not None:
             self._claim.lease.renew()
 
+    def aside(self, manifest: Manifest) -> StoreAside:
+        """Returns where the files of a new checkpoint in parts go first."""
+        return StoreAside(self._store, manifest, self._renew, self.copy)
+
     @contextlib.contextmanager
     def open(self, name: str) -> Generator[IO[bytes]]:
         """Opens a file."""
         for tries_left in reversed(range(_TRIES)):
             told = self._file(name)
-            with _staged(told.size, self._place / name) as file:
+            with unnamed(told.size, self._place / name) as file:
                 try:
                     self._store.fetch(name, told.size, file.fileno())
                     is_same = self._file(name).version == told.version
@@ -192,7 +199,8 @@ class StoreFolder:
         self._store.remove(name)
 
     def remove_parts(self, name: str) -> None:
-        """Does nothing: a store has no checkpoints in parts."""
+        """Removes a checkpoint in parts, if it is there."""
+        remove_parts(self._store, name, self._renew)
 
 
 class _Peek:
@@ -217,10 +225,8 @@ class _Peek:
         return self._store.get(self._name, at, end)
 
 
-@contextlib.contextmanager
-def _staged(needed: int, place: StorePath) -> Generator[IO[bytes]]:
-    """Opens a file without a name, for what is on its way."""
-    folder = Path(tempfile.gettempdir())
-    check_free_space(folder / place.name, needed, f"{place} is staged there; see TMPDIR. ")
-    with tempfile.TemporaryFile(dir=folder) as file:
-        yield file
+def _entry(name: str, one: Stored) -> Entry:
+    # The manifest of one in parts stands for the folder that it would be on a disk.
+    is_parts = name.endswith(ENDING) and not one.is_folder
+    is_file = not (one.is_folder or is_parts)
+    return Entry(name, is_file, is_parts, int(one.modified * 1e9))

@@ -28,9 +28,10 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from .atomic import open_regular
 from .errors import CheckpointCorrupt, CheckpointError
+from .folder import Aside
 from .parts_index import Chunk, Entry
+from .parts_read import Parts
 from .safe_load import load_part
 
 __all__ = ["read_parts", "write_parts"]
@@ -94,34 +95,44 @@ class _HashingStream:
 
 
 class _HashingFiles(FileSystem):
-    """Files whose size and hash are known when they are written: nothing is read back."""
+    """Files whose size and hash are known when they are written: nothing is read back.
 
-    def __init__(self) -> None:
+    Args:
+        aside: where they go.
+    """
+
+    def __init__(self, aside: Aside) -> None:
+        self._aside = aside
         self.found: dict[str, tuple[int, str]] = {}
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[Any, None, None]:
-        """Opens a file; one that is written is hashed."""
-        with super().create_stream(path, mode) as stream:
-            if "w" not in mode:
-                yield stream
-                return
+        """Opens a new file, which is hashed."""
+        assert mode == "wb", mode
+        with self._aside.create(Path(path).name) as stream:
             hashing = _HashingStream(stream)
             yield hashing
         self.found[Path(path).name] = (hashing.size, hashing.digest())
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
         """Renames a file, whose hash goes with it."""
-        super().rename(path, new_path)
+        self._aside.rename(Path(path).name, Path(new_path).name)
         self.found[Path(new_path).name] = self.found.pop(Path(path).name)
+
+    def mkdir(self, path: str | os.PathLike[str]) -> None:
+        """Does nothing: where the files go is there."""
+
+    def exists(self, path: str | os.PathLike[str]) -> bool:
+        """Tells whether a file was written."""
+        return Path(path).name in self.found
 
 
 class _Writer(FileSystemWriter):
-    """Writes files, flushed and hashed."""
+    """Writes files, hashed, and flushed where they are to stay."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder, sync_files=True)
-        self.fs: Any = _HashingFiles()
+    def __init__(self, aside: Aside) -> None:
+        super().__init__(aside.root, sync_files=aside.flushes)
+        self.fs: Any = _HashingFiles(aside)
 
     def storage_meta(self) -> StorageMeta | None:
         """Returns nothing: where the files were written tells nobody anything."""
@@ -129,16 +140,16 @@ class _Writer(FileSystemWriter):
 
 
 def write_parts(
-    folder: Path,
+    aside: Aside,
     tensors: Mapping[str, Any],
     copies: Mapping[str, torch.Tensor],
     rank: int,
     agree: Agree,
 ) -> tuple[dict[str, Entry], dict[str, tuple[int, str]]]:
-    """Writes this process's parts of tensors into a folder; called by all processes together.
+    """Writes this process's parts of tensors; called by all processes together.
 
     Args:
-        folder: an existing, empty folder that all see.
+        aside: where they go; nothing is there.
         tensors: the spread tensors by name; their values are not looked at.
         copies: this process's part of each, on the CPU.
         rank: of this process.
@@ -150,7 +161,7 @@ def write_parts(
     Raises:
         CheckpointError: in all processes, if one fails.
     """
-    writer: Any = _Writer(folder)
+    writer: Any = _Writer(aside)
     planner: Any = _Planner(copies)
     writer.set_up_storage_writer(rank == 0)
     planner.set_up_planner(dict(tensors), None, rank == 0)
@@ -200,12 +211,12 @@ class _Reader(StorageReader):
     """Reads parts by an index that was checked.
 
     Args:
-        folder: the checkpoint.
+        found: the checkpoint.
         index: its index.
     """
 
-    def __init__(self, folder: Path, index: Mapping[str, Entry]) -> None:
-        self._folder = folder
+    def __init__(self, found: Parts, index: Mapping[str, Entry]) -> None:
+        self._found = found
         self._index = index
         self._chunks = {
             (name, chunk.offsets): chunk for name, entry in index.items() for chunk in entry.chunks
@@ -262,8 +273,8 @@ class _Reader(StorageReader):
         return done
 
     def _load(self, chunk: Chunk) -> torch.Tensor:
-        path = self._folder / chunk.file
-        with open_regular(path, linked=False) as file:
+        with self._found.open_file(chunk.file) as file:
+            path = self._found.place_of(chunk.file)
             tensor: Any = load_part(file, chunk.at, chunk.length, path)
         if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != chunk.sizes:
             raise CheckpointCorrupt(f"{chunk.file} holds another part at {chunk.at}")
@@ -276,14 +287,14 @@ class _Reader(StorageReader):
 
 
 def read_parts(
-    folder: Path, index: Mapping[str, Entry], targets: Mapping[str, torch.Tensor]
+    found: Parts, index: Mapping[str, Entry], targets: Mapping[str, torch.Tensor]
 ) -> None:
     """Fills tensors, whole ones and this process's parts of spread ones; sends nothing.
 
     Each part comes in by the same door as a file: no code is run.
 
     Args:
-        folder: the checkpoint.
+        found: the checkpoint.
         index: its index, checked.
         targets: tensors of the saved sizes, by name.
 
@@ -293,7 +304,7 @@ def read_parts(
     """
     if not targets:
         return
-    reader: Any = _Reader(folder, {name: index[name] for name in targets})
+    reader: Any = _Reader(found, {name: index[name] for name in targets})
     planner: Any = DefaultLoadPlanner()
     try:
         # The steps of torch's `load` for one process: nothing here needs the others.
@@ -308,6 +319,6 @@ def read_parts(
     except Exception as error:
         # torch raises a dozen kinds, from AssertionError to RuntimeError, for damaged files.
         raise CheckpointCorrupt(
-            f"{folder} is not a good checkpoint: torch cannot load its parts: "
+            f"{found.path} is not a good checkpoint: torch cannot load its parts: "
             f"{type(error).__name__}: {error}"
         ) from error

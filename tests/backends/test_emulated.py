@@ -19,6 +19,8 @@ from processes import SUPPORT
 from crosstrain import backends
 from crosstrain.ci.matrix.selection import available_specs
 
+pytestmark = pytest.mark.usefixtures("forked_programs")
+
 if Version(torch.__version__).release < (2, 13):
     pytest.skip("a device in Python needs torch 2.13 or newer", allow_module_level=True)
 

@@ -14,6 +14,8 @@ from fork_server import ForkServer
 
 from crosstrain.engine import Checkpoint, DiskSaver, Engine
 
+pytestmark = pytest.mark.usefixtures("forked_programs")
+
 
 def join(rank: int, port: int) -> None:
     """Joins a process group of two."""

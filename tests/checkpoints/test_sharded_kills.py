@@ -17,6 +17,8 @@ from processes import SUPPORT
 
 from crosstrain.engine import Checkpoint, read_checkpoint
 
+pytestmark = pytest.mark.usefixtures("forked_programs")
+
 PROGRAM = SUPPORT / "sharded_storm_program.py"
 
 

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 
+pytestmark = pytest.mark.usefixtures("forked_programs")
+
 ITERATIONS = 2 * 8
 
 

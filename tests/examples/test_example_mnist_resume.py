@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.usefixtures("forked_programs")
+
 EPOCHS, ITERATIONS = 2, 2 * 23
 
 

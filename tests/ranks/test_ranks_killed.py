@@ -22,6 +22,8 @@ from crosstrain.ci.cli import main
 from crosstrain.ci.trials.digests import leaf_digests
 from crosstrain.engine import Checkpoint
 
+pytestmark = pytest.mark.usefixtures("forked_programs")
+
 EXAMPLE = SUPPORT.parent.parent / "examples" / "digits.py"
 
 

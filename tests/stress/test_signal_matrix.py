@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from signal_matrix import Cell, play
 
+pytestmark = pytest.mark.usefixtures("forked_programs")
+
 CELLS = [
     Cell("loader", "group", signal.SIGTERM),
     Cell("last", "trainer", signal.SIGHUP),

@@ -10,6 +10,8 @@ from storm import storm
 
 from crosstrain.ci.trials.processes import TrainingFailed
 
+pytestmark = pytest.mark.usefixtures("forked_programs")
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize(

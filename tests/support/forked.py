@@ -134,6 +134,7 @@ def _become(request: dict[str, Any]) -> None:
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
+    sys.path[1:1] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdin, sys.stdout = open(0), open(1, "w")  # noqa: SIM115 - they stay open
     sys.stderr = open(2, "w", buffering=1, errors="backslashreplace")  # noqa: SIM115

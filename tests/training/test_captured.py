@@ -16,6 +16,8 @@ from processes import SUPPORT
 from crosstrain.backends import BackendError, get
 from crosstrain.engine import Captured, create_supervised_trainer
 
+pytestmark = pytest.mark.usefixtures("forked_programs")
+
 Tell = Callable[[str], dict[str, Any]]
 
 emulated = pytest.param(

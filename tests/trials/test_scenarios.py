@@ -21,6 +21,8 @@ from crosstrain.ci.matrix.run_one import main, play_cell
 from crosstrain.ci.trials.course import Course, deviation, first_difference, first_distance
 from crosstrain.ci.trials.scenarios import LOSS_TOLERANCE, SCENARIOS
 
+pytestmark = pytest.mark.usefixtures("forked_programs")
+
 # Backends of another package: one that loses its loss scale, one that draws its dropout from a
 # stream that it does not save, and one that nobody has.
 BACKENDS = """

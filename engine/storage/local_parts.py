@@ -1,0 +1,114 @@
+"""A checkpoint in parts on a disk: its files go into a folder aside, which then gets its name."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Generator
+from dataclasses import replace
+from pathlib import Path
+from typing import IO
+
+from .atomic import check_free_space, flush_folder, write_file
+from .errors import CheckpointWriteError
+from .folder import Contents
+from .leftovers import ASIDE, PARTS, new_name
+from .manifest import INDEX, MANIFEST, Manifest
+from .parts_files import hash_file
+
+__all__ = ["LocalAside"]
+
+
+class LocalAside:
+    """A folder aside, on a file system that all processes see.
+
+    Args:
+        folder: of the checkpoints.
+        name: of the new one.
+    """
+
+    # What is behind the manifest has to be on the disk before it.
+    flushes = True
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self._folder = folder
+        self._name = name
+        self._path: Path | None = None
+
+    @property
+    def root(self) -> Path:
+        """The folder."""
+        assert self._path is not None
+        return self._path
+
+    def begin(self, needed: int) -> str:
+        """Makes it."""
+        path = self._folder / new_name(PARTS)
+        check_free_space(path, needed)
+        path.mkdir()
+        return path.name
+
+    def join(self, token: str, needed: int, rank: int) -> None:
+        """Looks that it is there."""
+        self._path = self._folder / token
+        if not self._path.is_dir():
+            raise CheckpointWriteError(
+                f"{self._path} was made by rank 0 and is not there for rank {rank}: save into a "
+                "folder on a file system that all processes share"
+            )
+
+    @contextlib.contextmanager
+    def create(self, name: str) -> Generator[IO[bytes]]:
+        """Opens a new file."""
+        with (self.root / name).open("wb") as file:
+            yield file
+
+    def rename(self, name: str, new: str) -> None:
+        """Renames a file."""
+        os.rename(self.root / name, self.root / new)
+
+    def write(self, name: str, contents: Contents) -> tuple[int, str]:
+        """Writes a file; returns its size and sha256."""
+        path = self.root / name
+        write_file(path, contents.produce, contents.trailer, check=contents.check, parallel=False)
+        return path.stat().st_size, hash_file(path)
+
+    def deliver(self) -> None:
+        """Does nothing: the files are where they belong."""
+
+    def commit(self, index: bytes, manifest: Manifest) -> None:
+        """Writes index and manifest, and gives the folder its name."""
+        aside, folder = self.root, self._folder
+        _write_flushed(aside / INDEX, index)
+        found = {INDEX: ((aside / INDEX).stat().st_size, hash_file(aside / INDEX))}
+        # The manifest vouches for what is on the disk, so all else is flushed before it.
+        flush_folder(aside)
+        told = replace(manifest, files={**manifest.files, **found})
+        _write_flushed(aside / MANIFEST, told.encode())
+        flush_folder(aside)
+        target = folder / self._name
+        kept = folder / f"{ASIDE}{self._name}"
+        with contextlib.suppress(FileNotFoundError):
+            # A folder cannot be renamed over one that is not empty. The next start puts this one
+            # back, if this process is killed before the new one has the name.
+            os.rename(target, kept)
+        os.rename(aside, target)
+        flush_folder(folder)
+        if kept.exists():
+            shutil.rmtree(kept)
+
+    def drop(self) -> None:
+        """Removes it."""
+        if self._path is not None:
+            shutil.rmtree(self._path, ignore_errors=True)
+
+    def close(self) -> None:
+        """Does nothing: nothing is open."""
+
+
+def _write_flushed(path: Path, data: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,73 @@
+"""The files of a checkpoint in parts that is in a store: each fetched once, verified, and kept."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import weakref
+from collections.abc import Generator, Mapping
+from typing import IO
+
+from .errors import CheckpointCorrupt
+from .locations import StorePath
+from .parts_files import hash_open
+from .stores import store_of
+from .unnamed import unnamed
+
+__all__ = ["Fetched"]
+
+
+class Fetched:
+    """What this process has needed so far, in files without names that go with this object.
+
+    Args:
+        place: the folder of the files.
+        files: the size and the sha256 of each.
+    """
+
+    def __init__(self, place: StorePath, files: Mapping[str, tuple[int, str]]) -> None:
+        self.place = place
+        self._files = files
+        self._store = store_of(place)
+        self._kept: dict[str, int] = {}
+        weakref.finalize(self, _close, self._kept)
+
+    @contextlib.contextmanager
+    def open(self, name: str) -> Generator[IO[bytes]]:
+        """Opens a file; the first time, it is fetched and verified.
+
+        Raises:
+            CheckpointCorrupt: if it is not there as it was written.
+            CheckpointWriteError: if there is no room for it.
+            OSError: if the store cannot be read.
+        """
+        if name not in self._kept:
+            self._fetch(name)
+        os.lseek(self._kept[name], 0, os.SEEK_SET)
+        with open(self._kept[name], "rb", closefd=False) as file:
+            yield file
+
+    def _fetch(self, name: str) -> None:
+        size, digest = self._files[name]
+        where = self.place / name
+        try:
+            found = self._store.head(name).size
+            if found != size:
+                told = f"{found:,} bytes and was written with {size:,}"
+                raise CheckpointCorrupt(f"{where} is damaged: it has {told}")
+            with unnamed(size, where) as file:
+                self._store.fetch(name, size, file.fileno())
+                file.seek(0)
+                if hash_open(file) != digest:
+                    raise CheckpointCorrupt(
+                        f"{where} is damaged, or of another checkpoint: its sha256 is not the one "
+                        "that the manifest tells"
+                    )
+                self._kept[name] = os.dup(file.fileno())
+        except FileNotFoundError:
+            raise CheckpointCorrupt(f"{where} is missing") from None
+
+
+def _close(descriptors: dict[str, int]) -> None:
+    while descriptors:
+        os.close(descriptors.popitem()[1])
