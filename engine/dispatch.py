@@ -251,8 +251,8 @@ class HandlerTable:
         """Returns the slot of an event, or None if it is not registered."""
         name = event if isinstance(event, str) else getattr(event, "name", None)
         slot = self._slots.get(name) if isinstance(name, str) else None
-        if slot is None:
-            return None
+        if slot is None or slot.event is event:
+            return slot
         if is_event(event) and is_event(slot.event) and event.value != slot.event.value:
             return None
         return slot

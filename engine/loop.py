@@ -249,13 +249,16 @@ class Loop(Requests):
         starting, completing = slot(Events.ITERATION_STARTED), slot(Events.ITERATION_COMPLETED)
         started = starting.event
         fire = self._fire_observed if self._observed else self._fire
-        process, step_done = self._process_function, self._step_done
+        process = self._process_function
         sync = None if self.backend is None else self.backend.sync
+        # What is done after each step. An engine without any has nothing that reads
+        # `place.stepped` while the loop runs, and does not pay for it.
+        following = [call for call in (self._step_done, sync) if call is not None]
         # Events that nobody listens to are passed by, unless they are logged or timed, or a pause
         # has been: something may have been asked for meanwhile.
         alert = self._observed or self.asked != 0
         count = place.within or 0
-        place.stepped = self.state.iteration
+        stepped = place.stepped = self.state.iteration
         renewed = False
         try:
             if place.owed:
@@ -296,11 +299,11 @@ class Loop(Requests):
                 else:
                     self.last_event_name = started
                 state.raw_output = process(self, state.batch)
-                if step_done is not None:
-                    step_done()
-                if sync is not None:
-                    sync()
-                place.stepped = state.iteration
+                if following:
+                    for call in following:
+                        call()
+                    place.stepped = state.iteration
+                stepped = state.iteration
                 if completing.handlers or alert:
                     fire(completing)
                 if self.asked:
@@ -308,7 +311,7 @@ class Loop(Requests):
                     alert = True
                 if count == state.epoch_length:
                     return
-                if place.stepped == state.max_iters:
+                if stepped == state.max_iters:
                     self.asked |= END_RUN
                     raise EndRun
         except EndEpoch:
@@ -319,8 +322,8 @@ class Loop(Requests):
         except (EndRun, GeneratorExit):
             raise
         except BaseException as error:
-            place.broken = self.state.iteration > place.stepped
-            if not self._goes_on(error, place.stepped - place.began):
+            place.broken = self.state.iteration > stepped
+            if not self._goes_on(error, stepped - place.began):
                 raise
 
     def _goes_on(self, error: BaseException, done: int) -> bool:

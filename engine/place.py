@@ -13,7 +13,8 @@ class Place:
 
     Args:
         began: after which iteration the epoch began that is open, or was the last to be.
-        stepped: the last iteration whose step is done.
+        stepped: the last iteration whose step is done; within an epoch it is kept only where
+            something is called after each step, as a `DeterministicEngine` has it.
         within: how many iterations the epoch that is begun next has behind it already; None: as
             many as the state's counters leave.
         open: whether an epoch has begun and has neither ended nor been left by the run.
