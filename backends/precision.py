@@ -158,6 +158,7 @@ class Precision:
                 norm = clip(optimizer, max_norm)
             scaler.step(optimizer)
         except BaseException:
+            # Whatever ended it, Ctrl-C too: the scaler would take the next step for the second one.
             self._forget_steps()
             raise
         record.waiting, record.stepped, record.unscaled = False, True, False

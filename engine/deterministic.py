@@ -1,4 +1,9 @@
-"""Deterministic training: the same data for a seed, and runs that resume bit for bit anywhere."""
+"""Deterministic training: the same data for a seed, and runs that resume bit for bit anywhere.
+
+One class in one file: saving a state, taking it and going on from it are three sides of one
+contract, and whoever changes one has to see the others. What each needs has its own file in `data`
+and `exact`.
+"""
 
 from __future__ import annotations
 

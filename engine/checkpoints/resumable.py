@@ -272,6 +272,7 @@ class ResumableRun:
         try:
             self.checkpoint(trainer)
         except BaseException:
+            # Nothing was saved, whatever ended it: the next that is due is not left out.
             self._saved, self._to_copy = before, None
             raise
 

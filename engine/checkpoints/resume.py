@@ -146,6 +146,7 @@ def resume_or_start(
         copies = look.copies(second, n_saved)
         look.restore(trainer.checks)
     except BaseException:
+        # Whatever ended it, Ctrl-C too: the folder, its lock and the place are free again.
         claim.give_back()
         if copies is not None:
             copies.close()
@@ -275,6 +276,7 @@ class _Look:
                     # It does not write files here, and so takes no folder.
                     savers.append(make(answer.folder))
         except BaseException:
+            # Whatever ended it: a saver that nobody gets would keep the folder's lock.
             for saver in savers:
                 saver.close()
             raise

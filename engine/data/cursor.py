@@ -1,4 +1,8 @@
-"""Cursor: where a deterministic run is in its data, and how it gets there."""
+"""Cursor: where a deterministic run is in its data, and how it gets there.
+
+The position, the ways to it (onwards, back to a saved one, over to other data) and the proof that
+the data there is what it was are one file: each moves the same few values, and none is right alone.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 A pass is one iteration over the data from its beginning. Pass p of a run is opened with the global
 generators seeded with seed + p; after that, what is drawn for the data follows from (seed, p,
-position), as far as the kind of data allows.
+position), as far as the kind of data allows. The kinds are one file, since each is told from the
+others by what it keeps of the same promise.
 """
 
 from __future__ import annotations

@@ -128,6 +128,7 @@ class _Lock(ABC):
             self.descriptor = descriptor
             self.taken = self._take()
         except BaseException:
+            # Whatever ended it: nobody else knows the descriptor.
             os.close(descriptor)
             raise
         self._close = weakref.finalize(self, os.close, descriptor)
