@@ -107,7 +107,8 @@ def introduce(
         if not isinstance(engine, Engine):
             continue
         engine.saved_beside = recordable(dict(objects))
-        engine.named_beside = tuple(value for _, value in walk_objects(objects))
+        others = (value for _, value in walk_objects(objects))
+        engine.named_beside = tuple(value for value in others if value is not engine)
         state = None if states is None else states.get(name)
         if is_mapping(state) and engine.checks.structure != "off":
             known = named(engine.objects, engine.saved_beside)
