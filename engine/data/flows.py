@@ -110,10 +110,11 @@ class Dataflow:
         ordered: list[str] = []
         if is_loader(data):
             fetched += _called(data, "dataset") + _called(data, "collate_fn")
-            ordered += _called(data, "sampler")
-            if not isinstance(data.batch_sampler, (BatchSampler, type(None))):
-                # torch's own has no part in it.
-                ordered = _called(data, "batch_sampler")
+            # torch's own batch sampler has no part in it; its sampler need not be the loader's.
+            grouped = isinstance(data.batch_sampler, BatchSampler)
+            own = data if data.batch_sampler is None else data.batch_sampler
+            ordered += _called(own, "sampler") if grouped or own is data else []
+            ordered += [] if grouped or own is data else _called(data, "batch_sampler")
         kinds = f"the data, of class {type(data).__name__}"
         return Suspects(
             f"It is ordered by {', '.join(ordered) or kinds}. ",
@@ -215,6 +216,10 @@ class Dataflow:
 
     def draws_by_workers(self) -> str | None:
         """Returns why fetching by others draws otherwise than in the run that was saved, if so."""
+        return None
+
+    def begun(self) -> dict[str, Any] | None:
+        """Returns the state of data of which no pass was opened; None where it has none."""
         return None
 
     def kept(self) -> Any:
@@ -631,6 +636,15 @@ class StatefulFlow(Dataflow):
     def rehearsal(self, batch: int, state: Mapping[str, Any] | None) -> int | None:
         """Returns that the next batch is fetched twice, if there is a state to go back to."""
         return None if state is None else 0
+
+    def begun(self) -> dict[str, Any] | None:
+        """Returns the data's own state, where it can be given back before the data is opened."""
+        if is_loader(self._owner) or self._restarts:
+            return None
+        try:
+            return self._now()
+        except Exception:  # noqa: BLE001  before its first batch, data may refuse in any way
+            return None
 
     def kept(self) -> Any:
         """Returns what has changed of the dataset."""

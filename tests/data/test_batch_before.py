@@ -10,7 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, random_split
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Sampler,
+    random_split,
+)
 
 from crosstrain.engine import (
     Checks,
@@ -177,6 +184,10 @@ ENDINGS: dict[str, tuple[Callable[[int], Any], str]] = {
     ),
     "a sampler": (
         lambda turn: loader(sampler=Unseeded(), shuffle=False),
+        "its indices began.* class Unseeded",
+    ),
+    "a sampler in a batch sampler": (
+        lambda turn: DataLoader(Rows(), batch_sampler=BatchSampler(Unseeded(), 4, False)),
         "its indices began.* class Unseeded",
     ),
     "a generator in a closure": (

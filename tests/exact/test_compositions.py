@@ -124,6 +124,7 @@ FOUND: dict[str, dict[str, Any]] = {
 }
 # Those of the long runs, by their seeds: silent once, or told by another name.
 SEEDS = (1, 9, 12, 30, 40, 502, 575, 648, 1444, 1500, 3098, 5215, 20005, 20084, 20174, 20316, 20460)
+SEEDS += (20876, 20959, 20995, 21170)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -146,6 +147,21 @@ def test_what_was_silent_once_is_not(name: str | int) -> None:
 def test_plain_compositions_are_exact(name: str) -> None:
     changed = {**PLAIN.__dict__, "optimizer": name, "model": "counts", "workers": (0, 0)}
     assert judge(Composition(**changed)).outcome == IDENTICAL
+
+
+@pytest.mark.parametrize("how", ["nothing", "global", "hidden"])
+@pytest.mark.parametrize("saving", ["epoch", "by hand, epoch"])
+def test_data_with_a_state_that_is_set_anew_is_compared(how: str, saving: str) -> None:
+    changed = {
+        "seed": 20995,
+        "dataset": "stateful",
+        "draws": ("nothing", how, "nothing"),
+        "handlers": (("exchanges the data", "EPOCH_STARTED", "always"),),
+        "saving": saving,
+    }
+    verdict = judge(Composition(**{**PLAIN.__dict__, **changed}))
+    assert verdict.outcome == (TOLD if how == "hidden" else IDENTICAL), verdict
+    assert not verdict.alarms
 
 
 @pytest.mark.parametrize(("place", "second"), itertools.product(["in the step"], ["in a handler"]))
