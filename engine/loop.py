@@ -253,7 +253,8 @@ class Loop(Requests):
         sync = None if self.backend is None else self.backend.sync
         # What is done after each step. An engine without any has nothing that reads
         # `place.stepped` while the loop runs, and does not pay for it.
-        following = [call for call in (self._step_done, sync) if call is not None]
+        # (None, not an empty list: whether a list is empty takes longer to ask, each time.)
+        following = [call for call in (self._step_done, sync) if call is not None] or None
         # Events that nobody listens to are passed by, unless they are logged or timed, or a pause
         # has been: something may have been asked for meanwhile.
         alert = self._observed or self.asked != 0
@@ -299,7 +300,7 @@ class Loop(Requests):
                 else:
                     self.last_event_name = started
                 state.raw_output = process(self, state.batch)
-                if following:
+                if following is not None:
                     for call in following:
                         call()
                     place.stepped = state.iteration
