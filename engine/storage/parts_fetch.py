@@ -38,8 +38,7 @@ class Fetched:
 
         Raises:
             CheckpointCorrupt: if it is not there as it was written.
-            CheckpointWriteError: if there is no room for it.
-            OSError: if the store cannot be read.
+            OSError: if the store cannot be read, or there is no room for it.
         """
         if name not in self._kept:
             self._fetch(name)
@@ -55,7 +54,7 @@ class Fetched:
             if found != size:
                 told = f"{found:,} bytes and was written with {size:,}"
                 raise CheckpointCorrupt(f"{where} is damaged: it has {told}")
-            with unnamed(size, where) as file:
+            with unnamed(size) as file:
                 self._store.fetch(name, size, file.fileno())
                 file.seek(0)
                 if hash_open(file) != digest:
