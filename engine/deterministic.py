@@ -23,7 +23,7 @@ from crosstrain.engine.data.sampling import ReproducibleBatchSampler, update_dat
 from crosstrain.engine.data.shares import BatchShare, Shards, check_shards, world_of
 from crosstrain.engine.data.streams import ALL_STREAMS, StreamKey
 from crosstrain.engine.exact.fetches import who_fetches
-from crosstrain.engine.exact.forgotten import Forgotten
+from crosstrain.engine.exact.forgotten import SCALARS, Forgotten
 from crosstrain.engine.exact.laid_over import LaidOver
 from crosstrain.engine.exact.porting import port
 from crosstrain.engine.exact.rank_states import RANKS, SHARDS, check_same_shards, gathered, own_part
@@ -271,8 +271,14 @@ class DeterministicEngine(Engine):
         return {**functions, **functions_of(self.state.dataloader)}
 
     def _named_elsewhere(self) -> set[int]:
-        known = {*self.named_beside, id(self.state.dataloader), id(self)}
-        return known | {id(value) for value in self._structured().values()}
+        known = {id(self.state.dataloader), id(self)}
+        known |= {id(value) for value in self._structured().values()}
+        for value in self.named_beside:
+            # As they are now. Numbers and words are one object wherever they stand.
+            held = getattr(value, "__dict__", {}).values()
+            known.add(id(value))
+            known |= {id(one) for one in held if not isinstance(one, SCALARS)}
+        return known
 
     def _structured(self) -> dict[str, Any]:
         return named(self.objects, self.saved_beside)
@@ -417,16 +423,16 @@ class DeterministicEngine(Engine):
         if self.backend is not None:
             self.backend.load_state_dict(snapshot["backend"])
 
-    def _restore_structure(self, snapshot: Mapping[str, Any]) -> Restored:
+    def _restore_structure(self, snapshot: Mapping[str, Any], again: bool = False) -> Restored:
         """Puts back what no state_dict holds; tells nothing yet."""
         if self.checks.structure == "off" or "structure" not in snapshot:
             return Restored()
         objects = named(self.objects, self.saved_beside)
-        return self._structure.restore(snapshot["structure"], objects)
+        return self._structure.restore(snapshot["structure"], objects, again)
 
     def _settle_structure(self, snapshot: Mapping[str, Any]) -> None:
         """Puts it back over what handlers that fired again have changed, and tells."""
-        found = self._restore_structure(snapshot)
+        found = self._restore_structure(snapshot, again=True)
         found.put_back = list(dict.fromkeys(self._put_back + found.put_back))
         found.tell(self.proof, self.checks.structure)
 

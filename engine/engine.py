@@ -60,8 +60,8 @@ class Engine(SeenByIgnite, Loop):
         self.loaded_with: dict[str, Any] = {}
         #: What a checkpoint saves beside this engine, by name: its structure is recorded as well.
         self.saved_beside: dict[str, Any] = {}
-        #: What a checkpoint saves beside it, and what that holds, by `id`: it has been named.
-        self.named_beside: frozenset[int] = frozenset()
+        #: The objects that a checkpoint saves beside it: they have been named.
+        self.named_beside: tuple[Any, ...] = ()
         #: How strict a resume of this engine is about each thing that it measures.
         self.checks = Checks()
         #: What the last resume of this engine was found to be; empty where a run began anew.

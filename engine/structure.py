@@ -212,12 +212,16 @@ class Structure:
         self._digests[name] = (weakref.ref(buffer), version, made)
         return made
 
-    def restore(self, record: Mapping[str, Any], objects: Mapping[str, Any]) -> Restored:
+    def restore(
+        self, record: Mapping[str, Any], objects: Mapping[str, Any], again: bool = False
+    ) -> Restored:
         """Puts back what can be put back of a structure; compares the rest.
 
         Args:
             record: what `record` returned.
             objects: those that it is put back into, as of `recordable`.
+            again: whether handlers have run since it was put back: what they have changed of
+                attributes that the record leaves out is put back as well.
         """
         found = Restored()
         for name, then in record["modules"].items():
@@ -229,6 +233,8 @@ class Structure:
         for name, then in record.get("attributes", {}).items():
             if name in objects:
                 self._changed[name] = set(then)
+                if again:
+                    then = {**self._begun.get(name, {}), **then}
                 found.put_back += _put_attributes(name, objects[name], then)
                 self._begun[name] = _plain_attributes(objects[name])
         names = _names(objects)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -24,6 +24,7 @@ from crosstrain.engine.nests import (
 )
 from crosstrain.engine.proof import Checks, Proof
 from crosstrain.engine.ranks.world import this_rank
+from crosstrain.engine.shown import shown
 from crosstrain.engine.spread import spread
 from crosstrain.engine.storage.errors import (
     CheckpointContentError,
@@ -107,18 +108,13 @@ def introduce(
         if not isinstance(engine, Engine):
             continue
         engine.saved_beside = recordable(dict(objects))
-        engine.named_beside = frozenset(_identities(objects))
+        others = (value for _, value in walk_objects(objects))
+        engine.named_beside = tuple(value for value in others if value is not engine)
         state = None if states is None else states.get(name)
         if is_mapping(state) and engine.checks.structure != "off":
             known = named(engine.objects, engine.saved_beside)
             added += [(engine, what) for what in rebuild_groups(state.get("structure"), known)]
     return added
-
-
-def _identities(objects: Mapping[str, Any]) -> Iterator[int]:
-    for _, value in walk_objects(objects):
-        yield id(value)
-        yield from map(id, getattr(value, "__dict__", {}).values())
 
 
 def _state_of(value: Any, rank: int) -> Any:
@@ -445,8 +441,8 @@ class _Load:
 
 
 def _listed(names: list[Any]) -> str:
-    shown = ", ".join(map(str, names[:6]))
-    return f"{shown} and {len(names) - 6} more" if len(names) > 6 else shown or "nothing"
+    told = ", ".join(map(shown, names[:6]))
+    return f"{told} and {len(names) - 6} more" if len(names) > 6 else told or "nothing"
 
 
 def _by_own_names(module: torch.nn.Module, state: Any, own: Mapping[str, Any]) -> Any:

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from crosstrain.engine.storage.background import BackgroundJob
+from crosstrain.engine.ranks.line import Line
+from crosstrain.engine.ranks.world import this_rank
+from crosstrain.engine.shown import shown
 from crosstrain.engine.storage.errors import CheckpointError, CheckpointWriteError
+from crosstrain.engine.storage.folder import Claim
 from crosstrain.engine.storage.folders import open_place
 from crosstrain.engine.storage.locations import StorePath
+from crosstrain.engine.storage.parts_copy import PartsToCopy
+from crosstrain.engine.storage.parts_write import Writers
 from crosstrain.engine.storage.store_folder import StoreFolder
 
+from .layouts import FILE, PARTS, layout_of
+from .loading import Latest
 from .retention import Item, Retention
+from .save_job import JointJob, own_lines
 
 __all__ = ["RemoteCopies"]
 
@@ -21,77 +29,111 @@ _logger = logging.getLogger(__name__)
 
 
 class RemoteCopies:
-    """Copies files to a store, one at a time, in a thread; the newest `n_saved` are kept there.
+    """Copies checkpoints to a store, one at a time, in a thread; the newest `n_saved` are kept.
 
     A copy may take longer than the time between two saves on the disk: it does not hold these up,
-    and what it copies is the file as it was, whatever becomes of its name.
+    and what it copies is the checkpoint as it was, whatever becomes of its name.
+
+    One process copies files. Of a checkpoint in parts each process copies what it has written; then
+    all of them make this object, and call what it has, together.
 
     Args:
         location: the folder in the store.
         n_saved: how many copies to keep there; None keeps all.
+        in_parts: whether all processes copy together.
 
     Raises:
         CheckpointBusy: if another process saves there.
         CheckpointWriteError: if the store cannot be used.
     """
 
-    def __init__(self, location: StorePath, n_saved: int | None) -> None:
+    def __init__(self, location: StorePath, n_saved: int | None, in_parts: bool = False) -> None:
         self.location = location
         self._folder = StoreFolder(location)
         self._n_saved = n_saved
         self._kept: list[Item] = []
-        self._job: BackgroundJob | None = None
+        self._job: JointJob | None = None
+        self._claim: Claim | None = None
+        self._lines: tuple[Line | None, Line | None] = (None, None)
+        if this_rank() == 0:
+            self._claim = self._open()
+        if in_parts:
+            self._lines = own_lines("copies")
+
+    def _open(self) -> Claim:
         try:
             self._folder.make()
-            self._claim = self._folder.claim()
+            claim = self._folder.claim()
         except OSError as error:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointWriteError(
-                f"Checkpoints cannot be copied to {location}: {error.strerror or error}",
+                f"Checkpoints cannot be copied to {self.location}: {error.strerror or error}",
                 error,
-                location,
+                self.location,
             ) from None
-        if self._claim.removed:
+        if claim.removed:
             _logger.info(
                 "Ended %d upload(s) to %s that a killed process had not finished.",
-                len(self._claim.removed),
-                location,
+                len(claim.removed),
+                shown(self.location),
             )
+        return claim
 
     def keeps(self, items: Iterable[Item]) -> None:
         """Hears which copies of this run are there: they are removed when newer ones are."""
         self._kept = sorted(items)
 
+    def catch_up(self, latest: Latest) -> None:
+        """Begins to copy what the run goes on from, if it is on the disk only.
+
+        A kill may have come between the save there and its copy, and the run may be complete.
+        """
+        path, manifest = latest.path, latest.manifest
+        if not isinstance(path, Path) or path.parent != latest.folder or manifest is None:
+            return
+        name = path.with_suffix(FILE.ending).name
+        there = {item.filename for item in self._kept}
+        if manifest.iteration is not None and name not in there:
+            self.copy(path, manifest.iteration)
+
     def copy(self, path: Path, iteration: int) -> None:
         """Begins to copy a checkpoint; waits for the copy before it first.
 
         Args:
-            path: the file.
+            path: the file, or the folder of the parts.
             iteration: of the run.
 
         Raises:
             CheckpointError: what the copy before it raised.
         """
         self.wait()
-        with contextlib.ExitStack() as stack:
-            # Opened here: the next save may remove the file.
-            file = stack.enter_context(open_place(path))
-            kept, removed = Retention(self._n_saved, False, self._kept).with_added(
-                Item(iteration, path.name)
-            )
-            held = stack.pop_all()
+        writing, voting = self._lines
+        # Opened here: the next save may remove it.
+        put: Callable[[StoreFolder], None]
+        if layout_of(path) is PARTS:
+            put = PartsToCopy(path, Writers(writing)).put
+        else:
+            put = _file(path) if this_rank() == 0 else _nothing
+        item = Item(iteration, path.with_suffix(FILE.ending).name)
 
         def work() -> None:
-            with held:
-                self._folder.copy(path.name, file.fileno())
+            put(self._folder)
             # Only now: the new one was compared with what was put.
-            for name in removed:
-                self._folder.remove(name)
-            self._kept = kept
-            _logger.info("Copied %s to %s.", path.name, self.location)
+            self._keep_newest(item)
+            if this_rank() == 0:
+                _logger.info("Copied %s to %s.", shown(path.name), shown(self.location))
 
-        self._job = BackgroundJob(work, f"copying {path.name} to {self.location}")
+        self._job = JointJob(work, f"copying {path.name} to {self.location}", voting)
+
+    def _keep_newest(self, item: Item) -> None:
+        kept, removed = Retention(self._n_saved, False, self._kept).with_added(item)
+        if self._claim is not None:
+            for name in removed:
+                # Of a run from before it was sharded, or after, there are the others, too.
+                self._folder.remove(name)
+                self._folder.remove_parts(PARTS.path_of(self.location, name).name)
+        self._kept = kept
 
     def ask(self) -> None:
         """Raises what the last copy has met, if it has ended; does not wait."""
@@ -107,14 +149,34 @@ class RemoteCopies:
         job = self._job
         if job is None:
             return
-        job.join()
+        error = job.finish()
         self._job = None
-        if job.error is not None:
-            raise job.error
+        if error is not None:
+            raise error
 
     def close(self) -> None:
         """Waits, and gives the folder up."""
         try:
             self.wait()
         finally:
-            self._claim.release()
+            if self._claim is not None:
+                self._claim.release()
+            for line in filter(None, self._lines):
+                line.close()
+
+
+def _file(path: Path) -> Callable[[StoreFolder], None]:
+    """Opens a file, and returns what copies it."""
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(open_place(path))
+        held = stack.pop_all()
+
+    def put(folder: StoreFolder) -> None:
+        with held:
+            folder.copy(path.name, file.fileno())
+
+    return put
+
+
+def _nothing(folder: StoreFolder) -> None:
+    """Copies nothing: another process copies the file."""

@@ -128,7 +128,7 @@ def resume_or_start(
     # Processes that train a sharded model without agreeing on their runs still read together.
     own = Line() if line is None and has_ranks() and is_sharded(objects) else None
     folder = location_of(dirname)
-    second = _second_tier(folder, remote, every_remote, objects)
+    second = _second_tier(folder, remote, every_remote)
     look = _Look(objects, filename_prefix, resume_from, line or own, (folder, *second))
     saver: DiskSaver | None = None
     copies: RemoteCopies | None = None
@@ -145,6 +145,11 @@ def resume_or_start(
         claim.take()
         copies = look.copies(second, n_saved)
         look.restore(trainer.checks)
+        latest = look.latest
+        assert latest is not None
+        if copies is not None:
+            copies.keeps(look.own_files(trainer.state.iteration, remote=True))
+            copies.catch_up(latest)
     except BaseException:
         # Whatever ended it, Ctrl-C too: the folder, its lock and the place are free again.
         claim.give_back()
@@ -156,24 +161,18 @@ def resume_or_start(
     finally:
         if own is not None:
             own.close()
-    latest = look.latest
-    assert latest is not None
     checkpoint = Checkpoint(objects, saver, filename_prefix, n_saved=n_saved)
     checkpoint.load_state_dict({"_saved": look.own_files(trainer.state.iteration)})
-    if copies is not None:
-        copies.keeps(look.own_files(trainer.state.iteration, remote=True))
     remote_event = None if every_remote is None else event_of(every_remote)
     return begin(trainer, checkpoint, claim, latest, signals, event, copies, remote_event)
 
 
-def _second_tier(
-    folder: Location, remote: Any, every_remote: Any, objects: Mapping[str, Any]
-) -> tuple[StorePath, ...]:
+def _second_tier(folder: Location, remote: Any, every_remote: Any) -> tuple[StorePath, ...]:
     """Returns where checkpoints are copied to, if they are.
 
     Raises:
         TypeError: if `every_remote` is no event.
-        ValueError: if the two tiers are not a disk and a store, or the model is sharded.
+        ValueError: if the two tiers are not a disk and a store.
     """
     if remote is None:
         if every_remote is not None:
@@ -189,11 +188,6 @@ def _second_tier(
         raise ValueError(
             f"The first tier is a folder on the disk and the second, remote, a URL; got {folder} "
             f"and {there}"
-        )
-    if is_sharded(objects):
-        raise ValueError(
-            f"remote={str(there)!r} takes checkpoints of one file, and this model is sharded: "
-            "leave it out, and save into a folder that outlives the machines"
         )
     return (there,)
 
@@ -414,15 +408,17 @@ class _Look:
         return answer._replace(path=path, folder=folder)
 
     def copies(self, second: tuple[StorePath, ...], n_saved: int | None) -> RemoteCopies | None:
-        """Returns what copies to the second tier; nothing on other ranks than the one that saves.
+        """Returns what copies to the second tier; nothing on ranks that have nothing to copy.
 
         Raises:
             CheckpointError: if it cannot be used.
             RankFailed: if another rank cannot.
         """
-        line = self.line
+        line, in_parts = self.line, is_sharded(self.objects)
         with nullcontext() if line is None else line.together("opening the second tier"):
-            return RemoteCopies(second[0], n_saved) if second and this_rank() == 0 else None
+            if not second or not (in_parts or this_rank() == 0):
+                return None
+            return RemoteCopies(second[0], n_saved, in_parts)
 
     def own_files(self, iteration: int, *, remote: bool = False) -> list[Item]:
         """Returns the checkpoints that a run has saved up to an iteration: those it may remove.

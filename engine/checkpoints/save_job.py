@@ -1,16 +1,83 @@
-"""SaveJob: a checkpoint on its way to the disk, written by a thread while training goes on."""
+"""A checkpoint on its way to the disk, written by a thread while training goes on."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
 
-from crosstrain.engine.ranks.line import Line
+from crosstrain.engine.ranks.line import Line, has_ranks
 from crosstrain.engine.storage.background import BackgroundJob
 from crosstrain.engine.storage.locations import Location
 from crosstrain.engine.storage.staging import Snapshot
 
-__all__ = ["SaveJob"]
+__all__ = ["JointJob", "SaveJob", "own_lines"]
+
+
+def own_lines(of: str) -> tuple[Line | None, Line | None]:
+    """Returns lines to the other processes: one for the thread that works, one to vote on.
+
+    Args:
+        of: whose they are, in a word; all processes ask for the same ones in the same order.
+
+    Returns:
+        The lines; None and None where there are no other processes.
+    """
+    if not has_ranks():
+        return None, None
+    with Line() as line:
+        number = line.count(f"{of}/{line.rank}")
+    return Line(f"{of}/{number}/write"), Line(f"{of}/{number}/vote")
+
+
+class JointJob:
+    """A piece of work that the processes do together, each in a thread of its own.
+
+    Args:
+        work: this process's part of it.
+        name: what it is, for the log and for debuggers.
+        line: to the other processes, which all learn in the same iteration that it has ended; None
+            if this one works alone.
+    """
+
+    def __init__(self, work: Callable[[], None], name: str, line: Line | None = None) -> None:
+        self._line = line
+        self._vote: Callable[[], bool] | None = None
+        self._ended = False
+        self._thread = BackgroundJob(work, name)
+
+    @property
+    def working(self) -> bool:
+        """Whether this process is still working."""
+        return self._thread.running
+
+    @property
+    def running(self) -> bool:
+        """Whether a process is still working; all ask together, and get the same answer.
+
+        What is answered is the vote that was begun when it was asked the last time: so nobody
+        waits for it.
+        """
+        if self._line is None:
+            return self._thread.running
+        if self._ended:
+            return False
+        if self._vote is not None and self._vote():
+            self._ended = True
+            return False
+        self._vote = self._line.begin_vote(not self._thread.running)
+        return True
+
+    def finish(self) -> BaseException | None:
+        """Waits for the end of the work; all processes call it together.
+
+        Returns:
+            What this process has met.
+        """
+        if self._vote is not None and not self._ended:
+            self._vote()
+        self._vote, self._ended = None, True
+        self._thread.join()
+        return self._thread.error
 
 
 class SaveJob:
@@ -40,12 +107,9 @@ class SaveJob:
         self._snapshot = snapshot
         self._write = write
         self._remove = remove
-        self._line = line
-        self._vote: Callable[[], bool] | None = None
-        self._ended = False
         self._to_remove: list[str] | None = []
         self._guard = threading.Lock()
-        self._thread = BackgroundJob(self._run, f"saving {path}")
+        self._job = JointJob(self._run, f"saving {path}", line)
 
     def _run(self) -> None:
         self._snapshot.finish()
@@ -66,24 +130,12 @@ class SaveJob:
     @property
     def writing(self) -> bool:
         """Whether this process is still writing."""
-        return self._thread.running
+        return self._job.working
 
     @property
     def running(self) -> bool:
-        """Whether a process is still writing; all that write ask together, and get the same answer.
-
-        What is answered is the vote that was begun when it was asked the last time: so nobody
-        waits for it.
-        """
-        if self._line is None:
-            return self._thread.running
-        if self._ended:
-            return False
-        if self._vote is not None and self._vote():
-            self._ended = True
-            return False
-        self._vote = self._line.begin_vote(not self._thread.running)
-        return True
+        """Whether a process is still writing; see `JointJob`."""
+        return self._job.running
 
     def finish(self) -> None:
         """Waits until the checkpoint is on the disk; all processes that write call it together.
@@ -91,11 +143,8 @@ class SaveJob:
         Raises:
             CheckpointError: if it could not be saved.
         """
-        if self._vote is not None and not self._ended:
-            self._vote()
-        self._vote, self._ended = None, True
-        self._thread.join()
+        error = self._job.finish()
         self._snapshot.close()
-        if self._thread.error is not None:
+        if error is not None:
             self.failure_told = True
-            raise self._thread.error
+            raise error

@@ -16,8 +16,9 @@ from crosstrain.engine.errors import warn_user
 from crosstrain.engine.guards import is_mapping
 from crosstrain.engine.nests import walk_objects
 from crosstrain.engine.proof import Strictness
-from crosstrain.engine.ranks.line import Line, has_ranks
+from crosstrain.engine.ranks.line import Line
 from crosstrain.engine.ranks.world import this_rank, world_size
+from crosstrain.engine.shown import shown
 from crosstrain.engine.spread import has_spread, parameter_names, split
 from crosstrain.engine.storage.atomic import HashingFile
 from crosstrain.engine.storage.errors import (
@@ -36,7 +37,7 @@ from crosstrain.engine.storage.tree_hash import Tree
 
 from .layouts import FILE, PARTS, endings, is_there, layout_of, list_checkpoints, newest_time
 from .save_handler import BaseSaveHandler, RunFacts
-from .save_job import SaveJob
+from .save_job import SaveJob, own_lines
 
 __all__ = ["DiskSaver"]
 
@@ -105,7 +106,7 @@ class DiskSaver(BaseSaveHandler):
         self._background = background
         self._run = RunFacts()
         self._claim: Claim | None = None
-        self._lines: tuple[Line, Line] | None = None
+        self._lines: tuple[Line | None, Line | None] | None = None
         self._newest_ns: int | None = None
         # Of what is in a store: whether a name is one of parts.
         self._in_parts: dict[str, bool] = {}
@@ -133,7 +134,7 @@ class DiskSaver(BaseSaveHandler):
                 _logger.info(
                     "Removed %d leftover(s) from %s that a killed process had not finished.",
                     len(self._claim.removed),
-                    self.dirname,
+                    shown(self.dirname),
                 )
             found = self._folder.entries(endings()) if require_empty else []
             present = [entry.name for entry in found]
@@ -331,12 +332,8 @@ class DiskSaver(BaseSaveHandler):
 
     def _own_lines(self) -> tuple[Line | None, Line | None]:
         """Returns lines to the other processes: one for the thread that writes, one to vote on."""
-        if not has_ranks():
-            return None, None
         if self._lines is None:
-            with Line() as line:
-                number = line.count(f"savers/{line.rank}")
-            self._lines = Line(f"saver/{number}/write"), Line(f"saver/{number}/vote")
+            self._lines = own_lines("savers")
         return self._lines
 
     def _stage(self, checkpoint: Any, run: RunFacts) -> tuple[Staged, Snapshot | None]:
@@ -417,7 +414,7 @@ class DiskSaver(BaseSaveHandler):
             if self._claim is not None:
                 self._claim.release()
             lines, self._lines = self._lines, None
-            for line in lines or ():
+            for line in filter(None, lines or ()):
                 line.close()
 
     def __enter__(self) -> Self:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy
 import torch
@@ -26,6 +26,7 @@ from crosstrain.engine.proof import Proof, Strictness
 __all__ = [
     "Held",
     "Noted",
+    "Suspects",
     "compare",
     "compare_twice",
     "differs",
@@ -42,6 +43,22 @@ _NAMED: Final = 256
 _SHOWN: Final = 16
 _LEVELS: Final = 5
 _LEAVES: Final = frozenset({int, float, bool, str, bytes, type(None), numpy.ndarray})
+
+
+class Suspects(NamedTuple):
+    """What batches are fetched with, each as a phrase: what a difference may come from.
+
+    Args:
+        order: what decides which samples a batch has.
+        content: what makes the samples and the batch.
+        generators: random generators that were found there, by name.
+        changed: what has changed there in the course of the run, by name.
+    """
+
+    order: str = ""
+    content: str = ""
+    generators: Sequence[str] = ()
+    changed: Sequence[str] = ()
 
 
 class Noted:
@@ -183,7 +200,7 @@ def compare(
     held: Held | None,
     indices: Any,
     place: str,
-    suspects: Sequence[str],
+    suspects: Suspects,
     proof: Proof,
     strictness: Strictness,
     note: str = "",
@@ -195,7 +212,7 @@ def compare(
         held: the batch; None where the data has no such batch any more.
         indices: what its sampler gave.
         place: which batch it is, for messages.
-        suspects: generators that were found in the data, by name.
+        suspects: what it was fetched with.
         proof: takes down what was found.
         strictness: how strict the check is.
         note: what else is to be said of a difference.
@@ -227,7 +244,7 @@ def compare(
 
 def differs(before: Mapping[str, Any], held: Held, indices: Any) -> bool:
     """Tells whether a batch is another than the one that a state keeps."""
-    return _difference(before, held, indices, ())[0] is not None
+    return _difference(before, held, indices, Suspects())[0] is not None
 
 
 def compare_twice(
@@ -235,7 +252,7 @@ def compare_twice(
     held: Held,
     indices: Any,
     place: str,
-    suspects: Sequence[str],
+    suspects: Suspects,
     proof: Proof,
     strictness: Strictness,
 ) -> None:
@@ -248,7 +265,7 @@ def compare_twice(
         held: the batch, as it was the second time.
         indices: what its sampler gave then.
         place: which batch it is, for messages.
-        suspects: generators that were found in the data, by name.
+        suspects: what it was fetched with.
         proof: takes down what was found.
         strictness: how strict the check is.
 
@@ -269,24 +286,31 @@ def compare_twice(
 
 
 def _difference(
-    before: Mapping[str, Any], held: Held | None, indices: Any, suspects: Sequence[str]
+    before: Mapping[str, Any], held: Held | None, indices: Any, suspects: Suspects
 ) -> tuple[str | None, str]:
     """Returns what differs, and its usual causes."""
     if held is None:
-        return "the data has no such batch any more", _ORDER
+        return "the data has no such batch any more", suspects.order + _ORDER
     then, now = before["indices"], None if indices is None else _record_indices(indices)
     if then is not None and now is not None and then != now:
-        return f"its indices began with {then['first']} and begin with {now['first']}", _ORDER
+        difference = f"its indices began with {then['first']} and begin with {now['first']}"
+        return difference, suspects.order + _ORDER
     changed = set(before["changed"])
     fresh = [leaf for leaf in _leaves(held)[0] if leaf.path not in changed]
     wanted = [Leaf(*leaf) for leaf in before["parts"]]
     found = next(differences(wanted, fresh), None)
     if found is None:
         return None, ""
-    if suspects:
-        named = f"Random generators that the data holds: {', '.join(suspects)}. "
-        return f"in it {found}", named + _CONTENT
-    return f"in it {found}", _CONTENT
+    named = suspects.content
+    if suspects.generators:
+        named += f"Random generators that the data holds: {', '.join(suspects.generators)}. "
+    if suspects.changed:
+        named += (
+            f"What has changed of it in the course of the run: {', '.join(suspects.changed)}. If a "
+            "handler does that between a batch and the next, batches that were fetched before "
+            "cannot be compared; what comes goes on as it was. "
+        )
+    return f"in it {found}", named + _CONTENT
 
 
 _ORDER: Final = (

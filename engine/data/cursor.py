@@ -297,8 +297,8 @@ class Cursor:
         self._open_flow(key, position["flow"], again)
         if again:
             self._fetch_before(before, key, position["flow"])
-            self._compare(before, proof, strictness)
             self._tell_kept(proof)
+            self._compare(before, proof, strictness)
             if flow.keeps_anew(position["flow"]):
                 flow.probe(position["flow"], True)
                 self._open_flow(key, position["flow"], again)
@@ -326,8 +326,11 @@ class Cursor:
             ResumeError: if the two differ, and that is an error.
         """
         before = self._flow
-        self._flow = self._prepared = self._prepared_for(data)
-        self._rehearse(key, None, proof, strictness)
+        self._flow = self._prepared = flow = self._prepared_for(data)
+        begun = flow.begun()
+        self._rehearse(key, begun, proof, strictness)
+        if begun is not None:
+            flow.prepare(begun)
         self._flow, self.opened = before, False
 
     def _rehearse(
@@ -423,8 +426,8 @@ class Cursor:
         flow.probe(position["flow"])
         self._open_flow(key, position["flow"], 1)
         self._fetch_before(before, key, position["flow"])
-        self._compare(before, proof, "warn", _HANDLERS_CHANGE)
         self._tell_kept(proof)
+        self._compare(before, proof, "warn", _HANDLERS_CHANGE)
         if flow.stays_open and not position["flow"].get("dataset", {}).get("now"):
             # Opening it once more would move twice what it draws from unseen.
             self._opened_before = _Opened(

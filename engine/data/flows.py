@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import chain, islice, repeat
 from typing import Any, ClassVar, Final
 
+from torch.utils.data import BatchSampler
+
 from crosstrain.backends import random_state
 from crosstrain.engine.digest import digest
 from crosstrain.engine.errors import ResumeWarning, warn_user
@@ -23,8 +25,9 @@ from crosstrain.engine.progress import data_length
 
 from .apart import Apart
 from .attributes import Attributes
-from .batch_before import Held, Noted, hold, record
+from .batch_before import Held, Noted, Suspects, hold, record
 from .generators import OwnStates, same
+from .keeping import changed_places
 from .sampling import is_loader, rebuilt
 from .shares import ALONE, BatchShare
 from .streams import StreamKey
@@ -66,6 +69,8 @@ class Dataflow:
             else Attributes(data)
         )
         self._dataset_at_opening: dict[str, Any] = {}
+        # The names of those that had changed when a state was written that was gone on from.
+        self._changed: set[str] = set()
         # Whether handlers have seen the dataset as it was, and may have changed it since.
         self._dataset_prepared = False
         #: The batches that were fetched and not given yet, held; a backend may fetch ahead.
@@ -98,7 +103,27 @@ class Dataflow:
         """The indices of each batch that is to be given; None where there are none."""
         return None
 
-    def suspects(self) -> list[str]:
+    def suspects(self) -> Suspects:
+        """Returns what batches are fetched with: what a difference may come from."""
+        data = self.data
+        fetched: list[str] = []
+        ordered: list[str] = []
+        if is_loader(data):
+            fetched += _called(data, "dataset") + _called(data, "collate_fn")
+            # torch's own batch sampler has no part in it; its sampler need not be the loader's.
+            grouped = isinstance(data.batch_sampler, BatchSampler)
+            own = data if data.batch_sampler is None else data.batch_sampler
+            ordered += _called(own, "sampler") if grouped or own is data else []
+            ordered += [] if grouped or own is data else _called(data, "batch_sampler")
+        kinds = f"the data, of class {type(data).__name__}"
+        return Suspects(
+            f"It is ordered by {', '.join(ordered) or kinds}. ",
+            f"It is fetched with {', '.join(fetched) or kinds}. ",
+            self._generators(),
+            sorted({*self._changed, *self._attributes.take()}),
+        )
+
+    def _generators(self) -> list[str]:
         """Returns the names of generators that the data holds and that no key reaches."""
         return []
 
@@ -117,6 +142,7 @@ class Dataflow:
             when: `opening`: as they were when the pass was opened; `now`: as the state was written.
         """
         if state is not None and "dataset" in state:
+            self._changed |= changed_places(state)
             self._attributes.give(state["dataset"][when])
 
     def _prepare_dataset(self, state: Mapping[str, Any]) -> None:
@@ -192,6 +218,10 @@ class Dataflow:
         """Returns why fetching by others draws otherwise than in the run that was saved, if so."""
         return None
 
+    def begun(self) -> dict[str, Any] | None:
+        """Returns the state of data of which no pass was opened; None where it has none."""
+        return None
+
     def kept(self) -> Any:
         """Returns what opening a pass moves, to be put back after a rehearsal."""
         return None
@@ -221,6 +251,15 @@ class Dataflow:
         if self.owners:
             found["processes"] = self.owners
         return found
+
+
+def _called(loader: Any, name: str) -> list[str]:
+    """Returns what to call a part of a loader; nothing for torch's own functions."""
+    part: Any = getattr(loader, name, None)
+    if not hasattr(part, "__qualname__"):
+        return [f"the {name}, of class {type(part).__name__}"]
+    own = part.__module__.partition(".")[0] != "torch"
+    return [f"the {name} {part.__qualname__}"] if own else []
 
 
 class NoData(Dataflow):
@@ -597,6 +636,15 @@ class StatefulFlow(Dataflow):
     def rehearsal(self, batch: int, state: Mapping[str, Any] | None) -> int | None:
         """Returns that the next batch is fetched twice, if there is a state to go back to."""
         return None if state is None else 0
+
+    def begun(self) -> dict[str, Any] | None:
+        """Returns the data's own state, where it can be given back before the data is opened."""
+        if is_loader(self._owner) or self._restarts:
+            return None
+        try:
+            return self._now()
+        except Exception:  # noqa: BLE001  before its first batch, data may refuse in any way
+            return None
 
     def kept(self) -> Any:
         """Returns what has changed of the dataset."""

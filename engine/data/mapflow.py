@@ -149,7 +149,7 @@ class MapFlow(Dataflow):
         """The indices of each batch that is to be given."""
         return self._sampler.given
 
-    def suspects(self) -> list[str]:
+    def _generators(self) -> list[str]:
         """Returns the names of generators that the dataset and what fetches from it hold."""
         return self._suspects
 
@@ -210,8 +210,9 @@ class MapFlow(Dataflow):
             return (
                 "a sample was fetched twice under the same random streams, as if the dataset had "
                 "kept nothing of what it fetched, and was another one the second time. Generators "
-                f"that were found in it: {', '.join(self._suspects) or 'none'}. Samples that it "
-                "has not kept yet will differ. Draw from current_sample() or the global generators"
+                f"that were found in it: {', '.join(self._suspects) or 'none'}. "
+                f"{self.suspects().content}Samples that it has not kept yet will differ. Draw from "
+                "current_sample() or the global generators"
             )
         if not probe.keeps_draws or not (workers or self._anew):
             return None

@@ -32,17 +32,18 @@ from crosstrain.engine.state import State
 from .reads import ALL, Use, names_read_of_state, uses_of, uses_of_self
 from .unnamed import GLOBAL_GENERATORS, SOURCES, attributes_of, functions_in, is_others
 
-__all__ = ["Forgotten", "UsesWalk"]
+__all__ = ["SCALARS", "Forgotten", "UsesWalk"]
 
 _DEPTH: Final = 4
 _SEEN: Final = 4000
 _ENTRIES: Final = 4096
 _BYTES: Final = 1 << 20
-_SCALARS: Final = (bool, int, float, complex, str, bytes, type(None))
+#: What has no identity of its own: equal ones may be one object, whoever holds them.
+SCALARS: Final = (bool, int, float, complex, str, bytes, type(None))
 _COLLECTIONS: Final = (dict, list, tuple, set, collections.deque, collections.OrderedDict)
 # They are the data's and the loop's own matter.
 _CLOSED: Final = (DataLoader, Dataset, Sampler, Dispatcher, types.ModuleType, type, ResumableSource)
-_PLAIN: Final = (*_SCALARS, torch.Tensor, numpy.ndarray)
+_PLAIN: Final = (*SCALARS, torch.Tensor, numpy.ndarray)
 _CALLED: Final = Use(("__call__",), True)
 _STATE: Final = frozenset(vars(State()))
 
@@ -76,11 +77,18 @@ class Forgotten:
 
     def changed(self, before: Forgotten) -> list[str]:
         """Returns the names of what is other than it was before."""
-        nothing = object()
+        # What is reached by another way than then, such as another handler, need not have changed.
+        known = [(name, signature) for (_, name), signature in before.found.items()]
+
+        def is_as_before(place: tuple[str, str], signature: Any) -> bool:
+            if place in before.found:
+                return bool(before.found[place] == signature)
+            return (place[1], signature) in known
+
         return [
             f"{owner}.{name}" if owner == "trainer.state" else f"{owner}, its {name!r}"
             for (owner, name), signature in self.found.items()
-            if signature is not None and before.found.get((owner, name), nothing) != signature
+            if signature is not None and not is_as_before((owner, name), signature)
         ]
 
 
@@ -146,7 +154,7 @@ class UsesWalk:
             return
         if len(self._seen) > _SEEN or isinstance(value, (*_CLOSED, *SOURCES)):
             return
-        if isinstance(value, (*_SCALARS, torch.Tensor, numpy.ndarray, *_COLLECTIONS)):
+        if isinstance(value, (*SCALARS, torch.Tensor, numpy.ndarray, *_COLLECTIONS)):
             if any(use.read for use in uses) and not isinstance(value, torch.nn.Parameter):
                 self._note(value, owner, name)
             if type(value) in (dict, list, tuple) and depth > 0:
@@ -187,7 +195,7 @@ class UsesWalk:
         self._seen.add(id(value))
         items = value.items() if type(value) is dict else enumerate(value)
         for key, item in list(items)[:64]:
-            if not isinstance(item, (*_SCALARS, torch.Tensor, numpy.ndarray)):
+            if not isinstance(item, (*SCALARS, torch.Tensor, numpy.ndarray)):
                 # The collection's own signature has those that it holds.
                 uses = frozenset[Use]() if isinstance(item, _COLLECTIONS) else ALL
                 self.value(item, owner, f"{name}[{key!r}]", depth - 1, uses)
@@ -273,7 +281,7 @@ def _state_signature(value: Any) -> Any:
 
 def _signature(value: Any, depth: int = 4) -> Any:
     """Returns what changes when a plain value does; None where it cannot be told."""
-    if isinstance(value, _SCALARS):
+    if isinstance(value, SCALARS):
         return type(value).__name__, repr(value)
     if isinstance(value, torch.Tensor):
         if value.nbytes <= _BYTES:

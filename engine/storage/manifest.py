@@ -48,7 +48,7 @@ _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 MAX_MANIFEST_BYTES = 65_535
 _FORMAT = "crosstrain checkpoint"
 _PARTS_FORMAT = "crosstrain sharded checkpoint"
-# 2 has the hashes of blocks; a checkpoint in parts is of schema 1.
+# 2 has the hashes of blocks, as `tree_hash` makes them; a checkpoint in parts is of schema 1.
 _SCHEMA = 1
 _SCHEMA_OF_BLOCKS = 2
 _END_OF_TIME = 2**63

@@ -26,7 +26,7 @@ from .safe_load import load_file
 from .store_parts import read_manifest
 from .stores import store_of
 
-__all__ = ["ENDING", "Parts", "Place", "hash_file", "is_in_parts", "own_states"]
+__all__ = ["ENDING", "Parts", "Place", "hash_file", "is_in_parts", "own_states", "writer_of"]
 
 Place = tuple[tuple[Any, ...], str]
 
@@ -110,7 +110,7 @@ class Parts:
         """
         rank, size = share
         for name in sorted(self.manifest.files):
-            if _writer_of(name) % size != rank:
+            if writer_of(name) % size != rank:
                 continue
             path = self.place_of(name)
             try:
@@ -196,7 +196,7 @@ def _verify_file(path: Path, expected: int, digest: str) -> None:
         )
 
 
-def _writer_of(name: str) -> int:
+def writer_of(name: str) -> int:
     """Returns which process has written a file of a checkpoint in parts."""
     number = re.match(r"(?:__|rank-)([0-9]+)", name)
     return int(number[1]) if number else 0

@@ -23,7 +23,7 @@ from .safe_load import check_written
 from .staging import state_bytes
 from .tree_hash import Tree
 
-__all__ = ["Staged", "Writers", "write_in_parts"]
+__all__ = ["Staged", "Writers", "met", "write_in_parts"]
 
 _SPARE_BYTES = 2 << 20
 # Smaller tensors are written by each process: to compare them would cost more.
@@ -61,6 +61,34 @@ class Writers:
             cause = error if isinstance(error, OSError) else None
             raise CheckpointWriteError.of(path, why, cause) from error
         return [one for _, one in told]
+
+    def begin(self, aside: Aside, needed: int, path: Location) -> None:
+        """Makes what all processes share, and has all of them see it.
+
+        Args:
+            aside: where the checkpoint is until it has its name.
+            needed: the bytes of what this process writes there.
+            path: where it will be.
+
+        Raises:
+            CheckpointError: in all processes, if that cannot be.
+        """
+        told = self.agree(path, None, needed)
+        begun: list[str] = []
+        error: Exception | None = None
+        if self.rank == 0:
+            error = met(lambda: begun.append(aside.begin(sum(told) + _SPARE_BYTES * self.size)))
+        token: str = self.agree(path, error, begun[0] if begun else "")[0]
+        self.agree(path, met(lambda: aside.join(token, needed + _SPARE_BYTES, self.rank)))
+
+
+def met(work: Callable[[], object]) -> Exception | None:
+    """Returns what a step has met; None if nothing."""
+    try:
+        work()
+    except (OSError, CheckpointError) as error:
+        return error
+    return None
 
 
 def _described(error: Exception | None) -> str | None:
@@ -112,15 +140,14 @@ def write_in_parts(folder: Folder, staged: Staged, manifest: Manifest, writers: 
         return writers.agree(path, error, value)
 
     try:
-        needed = agree(None, state_bytes([staged.states, staged.parts]))
-        _begin(aside, needed, writers, agree)
+        writers.begin(aside, state_bytes([staged.states, staged.parts]), path)
         entries, parts = write_parts(aside, staged.shards, staged.parts, writers.rank, agree)
         files = {**parts, **_write_own(aside, staged, manifest, writers, agree)}
-        told = agree(_met(aside.deliver), files)
+        told = agree(met(aside.deliver), files)
         if writers.rank == 0:
             files = {name: entry for found in told for name, entry in found.items()}
             whole = replace(manifest, files=files)
-            agree(_met(lambda: aside.commit(encode_index(entries), whole)))
+            agree(met(lambda: aside.commit(encode_index(entries), whole)))
         else:
             agree(None)
     except BaseException:
@@ -131,30 +158,10 @@ def write_in_parts(folder: Folder, staged: Staged, manifest: Manifest, writers: 
         aside.close()
 
 
-def _met(work: Callable[[], object]) -> Exception | None:
-    """Returns what a step has met; None if nothing."""
-    try:
-        work()
-    except (OSError, CheckpointError) as error:
-        return error
-    return None
-
-
 def _told(error: Exception, path: Location) -> Exception:
     if isinstance(error, CheckpointError) or not isinstance(error, OSError):
         return error
     return CheckpointWriteError.of(path, str(error.strerror or error), error)
-
-
-def _begin(aside: Aside, needed: list[int], writers: Writers, agree: Any) -> None:
-    """Makes what all processes share, and has all of them see it."""
-    rank, spare = writers.rank, _SPARE_BYTES
-    begun: list[str] = []
-    error: Exception | None = None
-    if rank == 0:
-        error = _met(lambda: begun.append(aside.begin(sum(needed) + spare * writers.size)))
-    token: str = agree(error, begun[0] if begun else "")[0]
-    agree(_met(lambda: aside.join(token, needed[rank] + spare, rank)))
 
 
 def _write_own(

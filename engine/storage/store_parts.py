@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Final
@@ -91,6 +91,10 @@ class StoreAside:
         """Opens a new file."""
         with open(os.dup(self._stage(name).fileno()), "wb") as file:
             yield file
+
+    def take(self, files: Mapping[str, IO[bytes]]) -> None:
+        """Takes open files of this machine for its own: they are put as they are."""
+        self._files.update(files)
 
     def rename(self, name: str, new: str) -> None:
         """Renames a file."""

@@ -10,7 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, random_split
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Sampler,
+    random_split,
+)
 
 from crosstrain.engine import (
     Checks,
@@ -173,12 +180,19 @@ ENDINGS: dict[str, tuple[Callable[[int], Any], str]] = {
             random_split(Rows(40), [20, 20], torch.Generator().manual_seed(turn))[0],
             shuffle=False,
         ),
-        r"in it \['x'\] \(float32 \(4, 1\)\) has other contents.* unseeded split",
+        r"in it \['x'\] \(float32 \(4, 1\)\) has other contents.* class Subset.* unseeded split",
     ),
-    "a sampler": (lambda turn: loader(sampler=Unseeded(), shuffle=False), "its indices began with"),
+    "a sampler": (
+        lambda turn: loader(sampler=Unseeded(), shuffle=False),
+        "its indices began.* class Unseeded",
+    ),
+    "a sampler in a batch sampler": (
+        lambda turn: DataLoader(Rows(), batch_sampler=BatchSampler(Unseeded(), 4, False)),
+        "its indices began.* class Unseeded",
+    ),
     "a generator in a closure": (
         lambda turn: loader(HiddenNoise()),
-        r"in it \['x'\] .* has other contents",
+        r"in it \['x'\] .* has other contents.*class HiddenNoise",
     ),
     "a generator made when it is needed": (
         lambda turn: loader(LazyNoise(), 2),
@@ -190,7 +204,7 @@ ENDINGS: dict[str, tuple[Callable[[int], Any], str]] = {
     ),
     "collate_fn": (
         lambda turn: loader(collate_fn=noisy_collate),
-        r"in it \['x'\] .* has other contents",
+        r"in it \['x'\] .* has other contents.* class Rows, the collate_fn noisy_collate",
     ),
     "other content": (
         lambda turn: loader(Rows(offset=turn)),
@@ -207,7 +221,10 @@ ENDINGS: dict[str, tuple[Callable[[int], Any], str]] = {
         ),
         r"in it \['x'\] was float64 \(4, 1\) and is float32 \(4, 1\)",
     ),
-    "a list": (lambda turn: [torch.zeros(2) + turn] * 5, "in it it .float32 .2,.. has other"),
+    "a list": (
+        lambda turn: [torch.zeros(2) + turn] * 5,
+        "in it it .float32 .2,.. has .*class list",
+    ),
 }
 
 
@@ -221,6 +238,30 @@ def test_what_differs_is_an_error_before_a_step_is_done(name: str) -> None:
         with pytest.raises(ResumeError, match=rf"(?s)was fetched once more, and {message}"):
             resume(states[key], make(1), lambda _, batch: steps.append(batch))
     assert not steps
+
+
+def test_what_a_handler_changes_of_the_dataset_is_named() -> None:
+    def run(state: dict[str, Any] | None = None) -> dict[str, Any]:
+        data = loader(Rows())
+        engine = DeterministicEngine(nothing, seed=4)
+
+        @engine.on(Events.GET_BATCH_COMPLETED)
+        def shift() -> None:
+            data.dataset.rows = data.dataset.rows + 1
+
+        if state is not None:
+            engine.load_state_dict(state)
+        kept: dict[str, Any] = {}
+        engine.add_event_handler(
+            Events.ITERATION_COMPLETED(once=3), lambda: kept.update(engine.state_dict())
+        )
+        engine.run(data)
+        return kept
+
+    with pytest.raises(
+        ResumeError, match=r"class Rows.*course of the run: dataset\.rows\..*handler"
+    ):
+        run(run())
 
 
 def test_the_check_can_warn_or_be_left_out() -> None:

@@ -248,6 +248,70 @@ def test_what_is_changed_and_read_is_told_once(name: str, tmp_path: Path) -> Non
     assert "to_save" in said
 
 
+class _Numbers:
+    """A named object that holds each small number, as counters and sizes do."""
+
+    def __init__(self) -> None:
+        self.epoch = 0
+        vars(self).update({f"n{i}": i for i in range(200)})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epoch = state["epoch"]
+
+
+def test_a_number_that_a_named_object_has_too_is_told(tmp_path: Path) -> None:
+    """Small numbers are one object wherever they stand: one is not named because another is."""
+
+    def attach(trainer: Any, model: nn.Module, optimizer: Any) -> None:
+        count = 0
+
+        @trainer.on(Events.ITERATION_COMPLETED)
+        def decay() -> None:
+            nonlocal count
+            count += 1
+            _set_rate(optimizer, 0.1 / count)
+
+    (said,) = _said(tmp_path, attach, {"numbers": _Numbers()})
+    assert "its 'count'" in said
+
+
+SIZE = 77
+
+
+def test_a_constant_is_not_told_because_a_named_object_had_its_value(tmp_path: Path) -> None:
+    numbers = _Numbers()
+
+    def attach(trainer: Any, model: nn.Module, optimizer: Any) -> None:
+        @trainer.on(Events.ITERATION_COMPLETED)
+        def decay() -> None:
+            vars(numbers).pop(f"n{SIZE}", None)
+            _set_rate(optimizer, 0.1 / SIZE)
+
+    assert not _said(tmp_path, attach, {"numbers": numbers})
+
+
+def test_what_another_handler_reaches_later_has_not_changed(tmp_path: Path) -> None:
+    """What two handlers share is found by the first: which may be gone later."""
+
+    def attach(trainer: Any, model: nn.Module, optimizer: Any) -> None:
+        def size() -> int:
+            return SIZE
+
+        @trainer.on(Events.EPOCH_COMPLETED)
+        def after() -> None:
+            _set_rate(optimizer, 0.1 / size())
+
+        @trainer.on(Events.EPOCH_STARTED(once=1))
+        def before() -> None:
+            _set_rate(optimizer, 0.2 / size())
+            trainer.remove_event_handler(before, Events.EPOCH_STARTED(once=1))
+
+    assert not _said(tmp_path, attach)
+
+
 def test_what_is_named_is_not_told(tmp_path: Path) -> None:
     def attach(trainer: Any, model: nn.Module, optimizer: Any) -> None:
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2)

@@ -179,6 +179,31 @@ def test_what_a_handler_of_the_beginning_does_again_is_put_right(tmp_path: Path)
     assert_same(run(), run(**states))
 
 
+def test_attributes_that_a_resumed_beginning_changes_are_put_back(tmp_path: Path) -> None:
+    """At the straight run's STARTED there is no second epoch yet."""
+
+    def run(resumed: bool) -> Setup:
+        one = Setup(lambda net: net, None)
+
+        @one.trainer.on(Events.STARTED(once=2))
+        def raise_dropout() -> None:
+            one.net.drop.p = 0.5
+            fired.append(resumed)
+
+        to_save = {"trainer": one.trainer, "net": one.net, "optimizer": one.optimizer}
+        if resumed:
+            Checkpoint.load_objects(to_save, *tmp_path.glob("*.pt"))
+        else:
+            checkpoint = Checkpoint(to_save, str(tmp_path), n_saved=1)
+            one.trainer.add_event_handler(Events.EPOCH_COMPLETED(once=2), checkpoint)
+        one.trainer.run(one.data, max_epochs=EPOCHS)
+        return one
+
+    fired: list[bool] = []
+    assert_same(run(False), run(True))
+    assert fired == [True]
+
+
 @pytest.mark.parametrize("strictness", ["error", "warn", "off"])
 def test_groups_that_cannot_be_rebuilt_are_told(strictness: Any, tmp_path: Path) -> None:
     def start(names: list[str]) -> Setup:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import sys
@@ -29,6 +31,7 @@ from crosstrain.engine import (
     read_checkpoint,
 )
 from crosstrain.engine.storage.store import Store
+from crosstrain.engine.storage.store_parts import remove_parts
 from crosstrain.engine.storage.stores import store_of
 
 PROGRAM = SUPPORT / "sharded_store_program.py"
@@ -243,6 +246,85 @@ def test_a_rank_that_dies_while_it_uploads(
         *["checkpoint_9"] * 2,
     ]
     assert uploads(s3_address, s3_url.split("/")[2]) == 0
+
+
+@pytest.mark.slow
+def test_every_second_one_goes_from_the_disk_to_the_store(
+    proxy: Proxy, s3_url: str, s3_address: str, tmp_path: Path
+) -> None:
+    """A rank that dies while it copies costs the copy only, and a lost disk what was not copied."""
+    killed: list[str] = []
+
+    def kill(request: Request) -> None:
+        own = request.is_part and "checkpoint_12" in request.path and "__1_0" in request.path
+        if own and not killed:
+            killed.append(request.path)
+            os.kill(int((tmp_path / "pid-1").read_text()), signal.SIGKILL)
+
+    proxy.disturb = kill
+    disk, tiers = tmp_path / "disk", f"tiers={s3_url}"
+    first = World(tmp_path, f"run={tmp_path}/straight", tiers)
+    codes = first.end()
+    assert codes[1] == -signal.SIGKILL, first.text()
+    assert codes[0] not in (0, -signal.SIGKILL), first.text()
+    digests = [one["digest"] for one in first.told(f"run={tmp_path}/straight")]
+    newest = [Checkpoint.latest(place).describe() for place in (disk, s3_url)]
+    assert newest[0].endswith("checkpoint_12.sharded")
+    assert newest[1].endswith("checkpoint_6.sharded")
+
+    # The machines are others, whose disk is empty.
+    kept = disk.rename(tmp_path / "kept")
+    second = World(tmp_path, tiers)
+    assert second.end() == [0, 0], second.text()
+    for rank, one in enumerate(second.told(tiers)):
+        assert one["place"] == f"{s3_url}/checkpoint_6.sharded"
+        assert one["digest"] == digests[rank]
+    assert sorted(path.name for path in disk.iterdir()) == [
+        "checkpoint_12.sharded",
+        "checkpoint_9.sharded",
+    ]
+    both = [*["checkpoint_12"] * 2, *["checkpoint_6"] * 2]
+    assert [name.split(".")[0] for name in names(s3_url)] == both
+
+    # The same as the first, but for a disk that is there: what is on it only is copied then.
+    store = store_of(StorePath(s3_url))
+    remove_parts(store, "checkpoint_12.sharded", lambda: None)
+    shutil.rmtree(disk)
+    kept.rename(disk)
+    third = World(tmp_path, tiers)
+    assert third.end() == [0, 0], third.text()
+    for rank, one in enumerate(third.told(tiers)):
+        assert one["place"] == str(disk / "checkpoint_12.sharded")
+        assert one["digest"] == digests[rank]
+    assert [name.split(".")[0] for name in names(s3_url)] == both
+    # File by file what was saved.
+    copied = store_of(StorePath(s3_url) / names(s3_url)[0])
+    for path in (disk / "checkpoint_12.sharded").iterdir():
+        if path.name != "manifest.json":
+            assert copied.get(path.name) == path.read_bytes()
+    assert Checkpoint.latest(s3_url).describe().endswith("checkpoint_12.sharded")
+    assert uploads(s3_address, s3_url.split("/")[2]) == 0
+
+
+@pytest.mark.slow
+def test_a_copy_that_one_rank_cannot_make_ends_the_run_on_all(
+    proxy: Proxy, s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CROSSTRAIN_STORE_TIMEOUT", "0.5")
+    proxy.disturb = lambda request: 500 if request.is_part and "__1_0" in request.path else None
+    odd = f"odd={tmp_path}/odd"
+    world = World(tmp_path, odd, odd, f"tiers={s3_url}")
+    assert world.end() == [1, 1], world.text()
+    # Names that are no UTF-8 are told between the ranks, too: saved, and resumed from.
+    for told in world.told(odd):
+        assert os.fsencode(told["from"]) == b"\xe9\x1b[2J\n_checkpoint_12.sharded"
+    assert "\x1b" not in world.text()
+    why = "checkpoint_6.sharded was not saved: rank 1: uploading __1_0.distcp it failed with"
+    for rank in (0, 1):
+        told = rf"\[rank{rank}\]: crosstrain\.\S*CheckpointWriteError: .*{why}"
+        assert re.search(told, world.text()), world.text()
+    assert names(s3_url) == []
+    assert not Checkpoint.latest(tmp_path / "disk").passed_over
 
 
 def one_in_five_writes(request: Request) -> Any:

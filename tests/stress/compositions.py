@@ -1,4 +1,6 @@
-"""Plays many composed runs and lists those that end in a silent difference or a crash.
+"""Plays many composed runs and lists those that differ and do not say why, or crash.
+
+Runs that are identical and were warned of all the same are counted, and listed with --alarms.
 
     python tests/stress/compositions.py --count 2000
     python tests/stress/compositions.py --seed 17
@@ -17,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
-from compositions import CRASHED, SILENT, Verdict, compose, judge
+from compositions import CRASHED, FAILED, Verdict, compose, judge
 
 
 def main() -> int:
@@ -26,6 +28,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--seed", type=int, default=None, help="only this one, with its details")
+    parser.add_argument("--alarms", action="store_true", help="list what was warned of in vain")
     parser.add_argument("--failures", type=Path, default=Path("compositions-failed.jsonl"))
     options = parser.parse_args()
     if options.seed is not None:
@@ -43,7 +46,11 @@ def main() -> int:
             except Exception:  # noqa: BLE001  any is a failure
                 verdict = Verdict(CRASHED, traceback.format_exc()[-800:])
             counts[verdict.outcome] += 1
-            if verdict.outcome in (SILENT, CRASHED):
+            counts["identical, but warned of"] += bool(verdict.alarms)
+            if options.alarms:
+                for alarm in verdict.alarms:
+                    print(f"{seed}: warned of, and identical: {alarm}")
+            if verdict.outcome in FAILED:
                 failed += 1
                 print(f"{seed}: {verdict.outcome}: {verdict.detail}\n  {composition.text()}")
                 record = {"seed": seed, "outcome": verdict.outcome, "detail": verdict.detail}

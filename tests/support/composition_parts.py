@@ -62,20 +62,23 @@ def _next_number(held: list[int]) -> float:
 
 
 KINDS = ("torch", "numpy", "numpy legacy", "python", "count", "number")
-PLACES = (
-    "attribute",
-    "private",
-    "dict",
-    "list",
-    "slots",
-    "closure",
-    "partial",
-    "default",
-    "module",
-    "class",
-    "function",
-    "lazy",
-)
+# Where a generator may lie, and by which words a message may say so.
+PLACES: dict[str, tuple[str, ...]] = {
+    "attribute": (".rng",),
+    "private": ("._rng",),
+    "dict": (".config",),
+    "list": (".transforms",),
+    "slots": (".helper",),
+    "closure": ("'source'",),
+    "partial": ("argument 0",),
+    "default": ("a default",),
+    "module": ("'GLOBALS'",),
+    "class": (".shared",),
+    "function": ("'source'", ".rng"),
+    "lazy": ("'held'",),
+}
+# What holds a generator that was hidden, and the place, of the composition that was made last.
+HIDDEN: list[tuple[Any, str]] = []
 
 
 def hide(owner: Any, place: str, kind: str, seed: int) -> Callable[[], float]:
@@ -126,7 +129,9 @@ def hide(owner: Any, place: str, kind: str, seed: int) -> Callable[[], float]:
 
 def hidden(owner: Any, choose: random.Random) -> Callable[[], float]:
     """Hides a generator of any kind in any place."""
-    return hide(owner, choose.choice(PLACES), choose.choice(KINDS), choose.randrange(1000))
+    place = choose.choice(tuple(PLACES))
+    HIDDEN.append((owner, place))
+    return hide(owner, place, choose.choice(KINDS), choose.randrange(1000))
 
 
 GLOBAL_DRAWS: dict[str, Callable[[], float]] = {
@@ -280,6 +285,19 @@ SAMPLERS = (
     "batches of true length",
     "budget",
 )
+# Those of no class of torch's.
+OWN_SAMPLERS: dict[str, type] = {
+    "own": OwnSampler,
+    "lazy": LazySampler,
+    "self-advancing": SelfAdvancing,
+    "set_epoch": EpochSampler,
+    "endless": Endless,
+    "endless with length": EndlessWithLength,
+    "endless that goes on": EndlessWithLength,
+    "batches": Batches,
+    "batches of true length": Batches,
+    "budget": Budget,
+}
 
 
 def sampler_arguments(name: str, how: str, choose: random.Random) -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """Composed runs: any building blocks together, stopped anywhere, gone on with from fresh objects.
 
 A composition is played three times: straight through; until it is killed; and from the last
-checkpoint on, with other workers and another global seed. What comes of it is one of `Outcome`.
-The promise is that it is never `SILENT`: a resumed run gives the batches, losses and weights of the
-straight one, or an error or a warning says that and why it does not.
+checkpoint on, with other workers and another global seed. What comes of it is one of the outcomes.
+The promise is that it is none of `FAILED`: a resumed run gives the batches, losses and weights of
+the straight one, or an error or a warning says that it does not, and names what makes the
+difference. Where it does, what it names is taken out, and the rest is played: so each cause has to
+be named, and none hides behind another.
 """
 
 from __future__ import annotations
@@ -16,12 +18,13 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import composition_parts as parts
 import torch
+from composition_causes import Cause, causes_of, without
 from torch import nn
 
 from crosstrain.backends import get
@@ -43,7 +46,9 @@ from crosstrain.engine import (
 )
 from crosstrain.engine.digest import digest
 
-IDENTICAL, TOLD, REFUSED, SILENT, CRASHED = "identical", "told", "refused", "SILENT", "CRASHED"
+IDENTICAL, TOLD, REFUSED = "identical", "told", "refused"
+SILENT, MISNAMED, CRASHED = "SILENT", "MISNAMED", "CRASHED"
+FAILED = (SILENT, MISNAMED, CRASHED)
 EPOCHS = 3
 LONGEST = 60
 
@@ -237,6 +242,7 @@ class Made:
     def __init__(self, composition: Composition, resumed: bool) -> None:
         self.composition = composition
         parts.GLOBALS.clear()
+        parts.HIDDEN.clear()
         choose = random.Random(composition.seed)
         self.data, self.dataset = parts.make_data(
             composition.dataset,
@@ -315,7 +321,12 @@ class Made:
             on = on(every=3)
         elif when == "once 2":
             on = on(once=2)
-        self.trainer.add_event_handler(on, lambda: function(self))
+
+        def handler() -> None:
+            function(self)
+
+        handler.__qualname__ = function.__name__
+        self.trainer.add_event_handler(on, handler)
 
     def final(self) -> str:
         """Returns a digest of what was trained."""
@@ -426,12 +437,16 @@ class Verdict:
     """What came of a composition.
 
     Args:
-        outcome: one of the five words.
+        outcome: one of the six words.
         detail: what was said, or what differs.
+        named: the causes that were named.
+        alarms: what was said of a run that is identical all the same.
     """
 
     outcome: str
     detail: str = ""
+    named: list[Cause] = field(default_factory=list)
+    alarms: list[str] = field(default_factory=list)
 
 
 # Blocks that do not fit together, whoever trains them.
@@ -439,13 +454,36 @@ _THEIR_OWN = ("Expected more than 1 value per channel", "object has no attribute
 _OURS = (ResumeError, CheckpointError, DataUsedUp, EmptyData)
 
 
+_DEPTH = 8
+
+
 def judge(composition: Composition) -> Verdict:
+    """Plays a composition, and what is left of it without the causes that it names, and so on.
+
+    Returns:
+        The verdict, or the first one of the rest that failed; `alarms` are those of all.
+    """
+    first = verdict = judge_once(composition)
+    for _ in range(_DEPTH):
+        if verdict.outcome != TOLD:
+            break
+        composition = without(composition, verdict.named)
+        verdict = judge_once(composition)
+        first.alarms += verdict.alarms
+        if verdict.outcome in FAILED:
+            verdict.detail += f", in what is left: {composition.text()}"
+            return verdict
+    return first
+
+
+def judge_once(composition: Composition) -> Verdict:
     """Plays a composition straight, killed and resumed, and compares."""
     logging.disable(logging.CRITICAL)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         straight = play(composition, root / "straight")
+        causes = causes_of(composition, parts.HIDDEN)
         if straight.error is not None:
             return _refused(straight.error, "the straight run")
         if len(straight.rows) < 2:
@@ -461,21 +499,33 @@ def judge(composition: Composition) -> Verdict:
                 root / "killed", root / "resumed", ignore=shutil.ignore_patterns(".*", "*lock*")
             )
         resumed = play(composition, root / "resumed", resumed=True)
-        if resumed.error is not None:
-            return _refused(resumed.error, "the resume")
         told = killed.said + resumed.said
+        if resumed.error is not None:
+            refused = _refused(resumed.error, "the resume")
+            said = [*told, refused.detail]
+            return refused if refused.outcome != TOLD else _named(said, causes, refused.detail)
         if resumed.began == 0:
             # Killed before the first checkpoint: it has begun anew, with another seed.
             return Verdict(IDENTICAL, "nothing was saved")
         rest = [row for row in straight.rows if row[0] > resumed.began]
         if resumed.rows == rest and resumed.final == straight.final:
-            return Verdict(IDENTICAL)
-        if told:
-            return Verdict(TOLD, told[0])
-        return Verdict(SILENT, _difference(rest, resumed, straight, kill))
+            return Verdict(IDENTICAL, alarms=told)
+        return _named(told, causes, _difference(rest, resumed, straight, kill))
+
+
+def _named(said: list[str], causes: list[Cause], difference: str) -> Verdict:
+    """Judges what was said of a difference: it has to name a block that can make one."""
+    if not said:
+        return Verdict(SILENT, difference)
+    named = [cause for cause in causes if cause.is_named_in(said)]
+    if named:
+        return Verdict(TOLD, said[-1], named)
+    names = ", ".join(cause.name for cause in causes) or "none"
+    return Verdict(MISNAMED, f"{difference}. Said: {' | '.join(said)}. Possible causes: {names}")
 
 
 def _refused(error: BaseException, where: str) -> Verdict:
+    resumed = where == "the resume"
     if isinstance(error, TooLong):
         # Only the straight run may: from there on all have an end.
         return Verdict(REFUSED if where == "the straight run" else SILENT, f"{where}: has no end")
@@ -483,7 +533,7 @@ def _refused(error: BaseException, where: str) -> Verdict:
     if where == "the straight run" and any(own in text for own in _THEIR_OWN):
         return Verdict(REFUSED, text)
     if isinstance(error, _OURS):
-        return Verdict(REFUSED if where != "the resume" else TOLD, text)
+        return Verdict(TOLD if resumed else REFUSED, text)
     # Ours says what to do; another's says what its own function found.
     frames = []
     trace = error.__traceback__
@@ -492,7 +542,9 @@ def _refused(error: BaseException, where: str) -> Verdict:
         trace = trace.tb_next
     raised_by_us = frames[-1].startswith("crosstrain.")
     deliberate = isinstance(error, (ValueError, TypeError, RuntimeError)) and len(str(error)) > 60
-    return Verdict(REFUSED if raised_by_us and deliberate else CRASHED, text)
+    if raised_by_us and deliberate:
+        return Verdict(TOLD if resumed else REFUSED, text)
+    return Verdict(CRASHED, text)
 
 
 def _difference(rest: list[Row], resumed: Played, straight: Played, kill: int) -> str:

@@ -1,0 +1,71 @@
+"""Copies a checkpoint in parts from a disk to a store: each process puts the files that are its."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import IO
+
+from .errors import CheckpointError
+from .manifest import INDEX
+from .parts_read import Parts, writer_of
+from .parts_write import Writers, met
+from .store_folder import StoreFolder
+
+__all__ = ["PartsToCopy"]
+
+
+class PartsToCopy:
+    """The files of a checkpoint that this process copies, held open, whatever becomes of them.
+
+    What it meets when it opens them is told when all processes copy, to all of them.
+
+    Args:
+        path: the checkpoint's folder, on a file system that all processes see.
+        writers: the processes.
+    """
+
+    def __init__(self, path: Path, writers: Writers) -> None:
+        self.name = path.name
+        self._writers = writers
+        self._held = contextlib.ExitStack()
+        self._files: dict[str, IO[bytes]] = {}
+        self._error: Exception | None = None
+        try:
+            self._found = Parts.open(path)
+            for name in self._found.manifest.files:
+                # What is of no process in particular is the first's.
+                if writer_of(name) % writers.size == writers.rank:
+                    self._files[name] = self._held.enter_context(self._found.open_file(name))
+        except (OSError, CheckpointError) as error:
+            self._error = error
+
+    def put(self, folder: StoreFolder) -> None:
+        """Puts them; all processes call it together, and return when the checkpoint is whole there.
+
+        Args:
+            folder: where to.
+
+        Raises:
+            CheckpointError: in all processes, if one fails; then nothing is there.
+        """
+        writers, path = self._writers, folder.place / self.name
+        with self._held:
+            writers.agree(path, self._error)
+            manifest = self._found.manifest
+            index = self._files.pop(INDEX).read() if writers.rank == 0 else b""
+            aside = folder.aside(manifest)
+            try:
+                writers.begin(aside, 0, path)
+                aside.take(self._files)
+                writers.agree(path, met(aside.deliver))
+                if writers.rank == 0:
+                    writers.agree(path, met(lambda: aside.commit(index, manifest)))
+                else:
+                    writers.agree(path, None)
+            except BaseException:
+                if writers.rank == 0:
+                    aside.drop()
+                raise
+            finally:
+                aside.close()
