@@ -14,6 +14,7 @@ from crosstrain.engine.nests import walk_objects
 from crosstrain.engine.proof import Checks, Proof
 from crosstrain.engine.ranks.line import Line, has_ranks
 from crosstrain.engine.ranks.world import this_rank, world_size
+from crosstrain.engine.shown import shown
 from crosstrain.engine.spread import parameter_names
 from crosstrain.engine.storage.errors import (
     CheckpointCorrupt,
@@ -166,7 +167,7 @@ class Latest:
         """Says in words what was found."""
         found = "no good checkpoint" if self.path is None else f"newest good one: {self.path.name}"
         over = "; ".join(f"{item.path.name}: {item.reason}" for item in self.passed_over)
-        return f"{self.folder}: {found}" + (f". Passed over: {over}" if over else "")
+        return shown(f"{self.folder}: {found}" + (f". Passed over: {over}" if over else ""))
 
 
 def find_latest(folder: Location, objects: Collection[str] = ()) -> Latest:
@@ -186,7 +187,7 @@ def find_latest(folder: Location, objects: Collection[str] = ()) -> Latest:
 
 def pass_over(path: Location, reason: str, passed_over: list[PassedOver]) -> None:
     """Notes, in the log too, why a checkpoint is not the one."""
-    _logger.warning("Passed over %s: %s", path, reason)
+    _logger.warning("Passed over %s: %s", shown(path), shown(reason))
     passed_over.append(PassedOver(path, reason))
 
 

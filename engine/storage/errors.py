@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 
+from crosstrain.engine.shown import harmless
+
 from .locations import Location
 
 __all__ = [
@@ -21,7 +23,14 @@ __all__ = [
 
 
 class CheckpointError(Exception):
-    """The base of every error of a checkpoint."""
+    """The base of every error of a checkpoint; what it says holds nothing that a terminal obeys.
+
+    Args:
+        message: what went wrong. It may name files, and what is in them, as others called them.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(harmless(message))
 
 
 class CheckpointNotFound(CheckpointError, FileNotFoundError):

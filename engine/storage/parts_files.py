@@ -33,7 +33,7 @@ _PIECE: Final = 1 << 19
 ENDING: Final = ".sharded"
 #: A manifest lists a file or two of each process, and the names of the objects.
 MAX_MANIFEST: Final = 64 << 20
-_FOLDER: Final = re.compile(r"(.+)\.([0-9]{1,19})\.parts")
+_FOLDER: Final = re.compile(r"(.+)\.([0-9]{1,19})\.parts", re.DOTALL)
 
 
 def folder_of_parts(name: str, saved_at_ns: int) -> str:

@@ -312,8 +312,13 @@ def test_a_copy_that_one_rank_cannot_make_ends_the_run_on_all(
 ) -> None:
     monkeypatch.setenv("CROSSTRAIN_STORE_TIMEOUT", "0.5")
     proxy.disturb = lambda request: 500 if request.is_part and "__1_0" in request.path else None
-    world = World(tmp_path, f"tiers={s3_url}")
+    odd = f"odd={tmp_path}/odd"
+    world = World(tmp_path, odd, odd, f"tiers={s3_url}")
     assert world.end() == [1, 1], world.text()
+    # Names that are no UTF-8 are told between the ranks, too: saved, and resumed from.
+    for told in world.told(odd):
+        assert os.fsencode(told["from"]) == b"\xe9\x1b[2J\n_checkpoint_12.sharded"
+    assert "\x1b" not in world.text()
     why = "checkpoint_6.sharded was not saved: rank 1: uploading __1_0.distcp it failed with"
     for rank in (0, 1):
         told = rf"\[rank{rank}\]: crosstrain\.\S*CheckpointWriteError: .*{why}"

@@ -88,6 +88,7 @@ LEVELS = {
             "progress",
             "proof",
             "random_states",
+            "shown",
             "splitmix",
             "spread",
             "state",
