@@ -101,7 +101,7 @@ class StoreAside:
         self._files[new] = self._files.pop(name)
 
     def write(self, name: str, contents: Contents) -> tuple[int, str]:
-        """Writes a file; returns its size and sha256."""
+        """Writes a file; returns its size and hash."""
         file = self._stage(name)
         fill_file(file.fileno(), contents.produce, contents.trailer, parallel=False)
         contents.check(file.fileno())
