@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -21,6 +22,7 @@ from crosstrain.engine.checkpoints import (
     location_of,
 )
 from crosstrain.engine.guards import is_collection, is_mapping
+from crosstrain.engine.shown import shown
 
 __all__ = ["Finding", "Part", "add_arguments", "examine", "run"]
 
@@ -96,7 +98,7 @@ def _parts(state: Any, manifest: Manifest | None) -> Iterator[Part]:
             storages[storage.data_ptr()] = storage.nbytes()
             tensors += 1
         states = tuple(dict.fromkeys(_random_states(value)))
-        yield Part(_printable(name), tensors, sum(storages.values()), states)
+        yield Part(shown(name), tensors, sum(storages.values()), states)
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -118,19 +120,13 @@ def _random_states(value: Any) -> Iterator[str]:
     if is_mapping(value):
         for key, item in value.items():
             if isinstance(key, str) and ("rng" in key or "random" in key):
-                yield from map(_printable, _filled(item) if is_mapping(item) else [key])
+                yield from map(shown, _filled(item) if is_mapping(item) else [key])
             else:
                 yield from _random_states(item)
 
 
 def _filled(states: Mapping[Any, Any]) -> list[Any]:
     return [name for name, state in states.items() if not (is_mapping(state) and not state)]
-
-
-def _printable(text: object) -> str:
-    """Returns a text that does nothing to a terminal: the file's author chose it."""
-    shown = str(text)
-    return shown if shown.isprintable() else ascii(shown)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -158,18 +154,24 @@ def run(args: argparse.Namespace) -> int:
     try:
         files = _checkpoints(path)
     except CheckpointError as error:
-        print(_printable(error))
+        _print(shown(error))
         return 1
     findings = [examine(file) for file in files]
     if args.json:
-        print(json.dumps([_as_json(finding) for finding in findings], indent=1))
+        _print(json.dumps([_as_json(finding) for finding in findings], indent=1))
     elif findings:
-        print("\n\n".join("\n".join(_lines(finding)) for finding in findings))
+        _print("\n\n".join("\n".join(_lines(finding)) for finding in findings))
     else:
-        where = _printable(path)
-        print(f"There is no checkpoint in {where}: no file there ends with .pt or {PARTS.ending}")
+        where = shown(path)
+        _print(f"There is no checkpoint in {where}: no file there ends with .pt or {PARTS.ending}")
     verified = all(finding.good and finding.manifest is not None for finding in findings)
     return 0 if findings and verified else 1
+
+
+def _print(text: str) -> None:
+    """Prints, escaped, what the output's encoding does not have, too."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def _checkpoints(path: Location) -> list[Location]:
@@ -187,14 +189,14 @@ def _as_json(finding: Finding) -> dict[str, Any]:
 def _lines(finding: Finding) -> Iterator[str]:
     manifest = finding.manifest
     if not finding.good:
-        yield f"{_printable(finding.path)}: BAD"
-        yield f"  {_printable(finding.problem)}"
+        yield f"{shown(finding.path)}: BAD"
+        yield f"  {shown(finding.problem)}"
         return
     if manifest is None:
-        yield f"{_printable(finding.path)}: loads, but cannot be verified"
+        yield f"{shown(finding.path)}: loads, but cannot be verified"
         yield "  no manifest: another program wrote it, and damage in its tensors cannot be found"
     else:
-        yield f"{_printable(finding.path)}: good"
+        yield f"{shown(finding.path)}: good"
         yield from _told(manifest, finding.path, finding.files)
     yield from _table(finding.parts)
 
@@ -202,9 +204,9 @@ def _lines(finding: Finding) -> Iterator[str]:
 def _told(manifest: Manifest, path: Location, files: int) -> Iterator[str]:
     saved = datetime.fromtimestamp(manifest.saved_at_ns / 1e9, UTC).isoformat(sep=" ")
     versions: Mapping[str, str] = manifest.versions
-    renamed = "" if manifest.file == path.name else f", as {_printable(manifest.file)}"
+    renamed = "" if manifest.file == path.name else f", as {shown(manifest.file)}"
     if files:
-        yield f"  verified    {manifest.size:,} bytes in {files} files, each by its sha256"
+        yield f"  verified    {manifest.size:,} bytes in {files} files, each by its hash"
     else:
         yield f"  verified    {manifest.size:,} bytes, sha256 {manifest.sha256}"
     yield f"  saved       {saved[:19]} UTC{renamed}"
@@ -213,12 +215,12 @@ def _told(manifest: Manifest, path: Location, files: int) -> Iterator[str]:
     written = "all of them" if files else f"rank {manifest.rank}"
     yield f"  world size  {manifest.world_size}, written by {written}"
     yield "  versions    " + ", ".join(
-        f"{_printable(name)} {_printable(text)}" for name, text in versions.items()
+        f"{shown(name)} {shown(text)}" for name, text in versions.items()
     )
 
 
 def _or_unknown(value: object) -> str:
-    return "unknown" if value is None else _printable(value)
+    return "unknown" if value is None else shown(value)
 
 
 def _table(parts: tuple[Part, ...]) -> Iterator[str]:

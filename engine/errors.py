@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import warnings
 
+from .shown import harmless
+
 __all__ = ["DataUsedUp", "EmptyData", "RankFailed", "ResumeError", "ResumeWarning", "warn_user"]
 
 # Between a line of the user's and ours there may be a context manager's frame.
@@ -24,7 +26,14 @@ class ResumeWarning(UserWarning):
 
 
 class ResumeError(ValueError):
-    """A resumed run was found not to go on as the run that was saved: what differs, and why."""
+    """A resumed run was found not to go on as the run that was saved: what differs, and why.
+
+    Args:
+        message: that. It may name what is in a file, as others called it.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(harmless(message))
 
 
 class RankFailed(RuntimeError):
@@ -52,7 +61,7 @@ def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
     level, frame = 1, inspect.currentframe()
     while frame is not None and _is_ours(frame.f_globals.get("__name__", "")):
         level, frame = level + 1, frame.f_back
-    warnings.warn(message, category, stacklevel=level)
+    warnings.warn(harmless(message), category, stacklevel=level)
 
 
 def _is_ours(module: str) -> bool:

@@ -14,12 +14,14 @@ from crosstrain.engine.nests import walk_objects
 from crosstrain.engine.proof import Checks, Proof
 from crosstrain.engine.ranks.line import Line, has_ranks
 from crosstrain.engine.ranks.world import this_rank, world_size
+from crosstrain.engine.shown import shown
 from crosstrain.engine.spread import parameter_names
 from crosstrain.engine.storage.errors import (
     CheckpointCorrupt,
     CheckpointError,
     CheckpointNotFound,
     CheckpointWarning,
+    is_lack,
 )
 from crosstrain.engine.storage.locations import Location, location_of
 from crosstrain.engine.storage.manifest import Manifest
@@ -166,7 +168,7 @@ class Latest:
         """Says in words what was found."""
         found = "no good checkpoint" if self.path is None else f"newest good one: {self.path.name}"
         over = "; ".join(f"{item.path.name}: {item.reason}" for item in self.passed_over)
-        return f"{self.folder}: {found}" + (f". Passed over: {over}" if over else "")
+        return shown(f"{self.folder}: {found}" + (f". Passed over: {over}" if over else ""))
 
 
 def find_latest(folder: Location, objects: Collection[str] = ()) -> Latest:
@@ -179,6 +181,8 @@ def find_latest(folder: Location, objects: Collection[str] = ()) -> Latest:
                 manifest = told.layout.verify(told.path)
                 return Latest(folder, told.path, manifest, tuple(passed_over))
             except CheckpointError as error:
+                if is_lack(error):
+                    raise
                 reason = str(error)
         pass_over(told.path, reason, passed_over)
     return Latest(folder, None, None, tuple(passed_over))
@@ -186,7 +190,7 @@ def find_latest(folder: Location, objects: Collection[str] = ()) -> Latest:
 
 def pass_over(path: Location, reason: str, passed_over: list[PassedOver]) -> None:
     """Notes, in the log too, why a checkpoint is not the one."""
-    _logger.warning("Passed over %s: %s", path, reason)
+    _logger.warning("Passed over %s: %s", shown(path), shown(reason))
     passed_over.append(PassedOver(path, reason))
 
 

@@ -24,6 +24,7 @@ from crosstrain.engine.nests import (
 )
 from crosstrain.engine.proof import Checks, Proof
 from crosstrain.engine.ranks.world import this_rank
+from crosstrain.engine.shown import shown
 from crosstrain.engine.spread import spread
 from crosstrain.engine.storage.errors import (
     CheckpointContentError,
@@ -440,8 +441,8 @@ class _Load:
 
 
 def _listed(names: list[Any]) -> str:
-    shown = ", ".join(map(str, names[:6]))
-    return f"{shown} and {len(names) - 6} more" if len(names) > 6 else shown or "nothing"
+    told = ", ".join(map(shown, names[:6]))
+    return f"{told} and {len(names) - 6} more" if len(names) > 6 else told or "nothing"
 
 
 def _by_own_names(module: torch.nn.Module, state: Any, own: Mapping[str, Any]) -> Any:

@@ -6,15 +6,19 @@ import struct
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import numpy
 import torch
 
 from crosstrain.engine.guards import is_mapping
 from crosstrain.engine.spread import has_spread, is_spread
 from crosstrain.engine.storage.plain import to_plain
+from crosstrain.engine.storage.tree_hash import in_threads
 
 __all__ = ["Difference", "differences"]
 
 _SHOWN = 3
+# Bytes. A thread that compares takes the time in which 1 MiB is compared only to be asked.
+_WORTH_A_THREAD = 1 << 20
 
 
 class Difference(NamedTuple):
@@ -22,6 +26,14 @@ class Difference(NamedTuple):
 
     text: str
     is_cast: bool
+
+
+class _Pair(NamedTuple):
+    """Two tensors of one shape and dtype whose bits are still to be compared, and their place."""
+
+    where: str
+    saved: torch.Tensor
+    own: torch.Tensor
 
 
 def differences(saved: Any, own: Any) -> tuple[list[Difference], list[str]]:
@@ -39,13 +51,36 @@ def differences(saved: Any, own: Any) -> tuple[list[Difference], list[str]]:
         CheckpointContentError: if the object's state holds what no checkpoint can carry.
     """
     extra: list[str] = []
-    found: list[Difference] = []
-    for each in _walk(_plain(saved), _plain(own), "", extra):
-        found.append(each)
-        if sum(not one.is_cast for one in found) >= _SHOWN:
-            break
+    walked = list(_walk(_plain(saved), _plain(own), "", extra))
+    pairs = [each for each in walked if isinstance(each, _Pair)]
+    # Other devices' libraries need not bear threads; what takes no time is not worth one.
+    apart = [each for each in pairs if each.own.is_cpu and each.own.nbytes >= _WORTH_A_THREAD]
+    told = dict(zip(map(id, apart), in_threads(_compare, apart), strict=True))
+    found = [
+        difference
+        for each in walked
+        if (difference := _difference(each, told.get(id(each)))) is not None
+    ]
     found.sort(key=lambda each: each.is_cast)
     return found[:_SHOWN], extra
+
+
+def _difference(each: Difference | _Pair, same: bool | None) -> Difference | None:
+    """Returns what differs.
+
+    Args:
+        each: what the walk has found.
+        same: whether the tensors are equal, if they were compared already.
+    """
+    if isinstance(each, Difference):
+        return each
+    if _compare(each) if same is None else same:
+        return None
+    return Difference(f"{each.where} has other values than were saved", False)
+
+
+def _compare(pair: _Pair) -> bool:
+    return _equal_bits(pair.saved, pair.own)
 
 
 def _plain(state: Any) -> Any:
@@ -64,9 +99,9 @@ def _local_nest(state: Any) -> Any:
     return state
 
 
-def _walk(saved: Any, own: Any, where: str, extra: list[str]) -> Iterator[Difference]:
+def _walk(saved: Any, own: Any, where: str, extra: list[str]) -> Iterator[Difference | _Pair]:
     if isinstance(saved, torch.Tensor):
-        if (found := _tensors_differ(saved, own, where or "the state")) is not None:
+        if (found := _tensors(saved, own, where or "the state")) is not None:
             yield found
     elif is_mapping(saved):
         yield from _mappings(saved, own, where, extra)
@@ -83,7 +118,7 @@ def _walk(saved: Any, own: Any, where: str, extra: list[str]) -> Iterator[Differ
 
 def _mappings(
     saved: Mapping[Any, Any], own: Any, where: str, extra: list[str]
-) -> Iterator[Difference]:
+) -> Iterator[Difference | _Pair]:
     if not is_mapping(own):
         yield Difference(f"{where or 'the state'} is a {type(own).__name__}, no mapping", False)
         return
@@ -109,7 +144,7 @@ def _short(value: Any) -> str:
     return text if len(text) < 60 else text[:57] + "..."
 
 
-def _tensors_differ(saved: torch.Tensor, own: Any, where: str) -> Difference | None:
+def _tensors(saved: torch.Tensor, own: Any, where: str) -> Difference | _Pair | None:
     if not isinstance(own, torch.Tensor):
         return Difference(f"{where} was saved as a tensor and is {_short(own)}", False)
     one, other = _local(saved), _local(own)
@@ -121,9 +156,7 @@ def _tensors_differ(saved: torch.Tensor, own: Any, where: str) -> Difference | N
     if one.dtype != other.dtype:
         cast = _equal_bits(one.to(other.dtype), other)
         return Difference(f"{where} was saved as {one.dtype} and is {other.dtype}", cast)
-    if not _equal_bits(one, other):
-        return Difference(f"{where} has other values than were saved", False)
-    return None
+    return _Pair(where, one, other)
 
 
 def _local(tensor: Any) -> torch.Tensor:
@@ -135,7 +168,9 @@ def _equal_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     if one.data_ptr() == other.data_ptr() != 0 and one.stride() == other.stride():
         # An optimizer takes the loaded tensors themselves.
         return one.device == other.device
-    return torch.equal(*_as_integers(_on_host(one), _on_host(other)))
+    first, second = _as_integers(_on_host(one), _on_host(other))
+    # torch.equal would keep the other threads waiting: it does not let go of the interpreter.
+    return numpy.array_equal(first.numpy(), second.numpy())
 
 
 def _on_host(tensor: torch.Tensor) -> torch.Tensor:

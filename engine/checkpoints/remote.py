@@ -9,6 +9,7 @@ from pathlib import Path
 
 from crosstrain.engine.ranks.line import Line
 from crosstrain.engine.ranks.world import this_rank
+from crosstrain.engine.shown import shown
 from crosstrain.engine.storage.errors import CheckpointError, CheckpointWriteError
 from crosstrain.engine.storage.folder import Claim
 from crosstrain.engine.storage.folders import open_place
@@ -75,7 +76,7 @@ class RemoteCopies:
             _logger.info(
                 "Ended %d upload(s) to %s that a killed process had not finished.",
                 len(claim.removed),
-                self.location,
+                shown(self.location),
             )
         return claim
 
@@ -121,7 +122,7 @@ class RemoteCopies:
             # Only now: the new one was compared with what was put.
             self._keep_newest(item)
             if this_rank() == 0:
-                _logger.info("Copied %s to %s.", path.name, self.location)
+                _logger.info("Copied %s to %s.", shown(path.name), shown(self.location))
 
         self._job = JointJob(work, f"copying {path.name} to {self.location}", voting)
 

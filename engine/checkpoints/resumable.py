@@ -20,6 +20,7 @@ from crosstrain.engine.progress import is_done
 from crosstrain.engine.proof import Proof
 from crosstrain.engine.ranks.agreement import agreement_of
 from crosstrain.engine.ranks.world import this_rank
+from crosstrain.engine.shown import shown
 from crosstrain.engine.storage.errors import CheckpointError
 from crosstrain.engine.storage.locations import Location
 
@@ -215,7 +216,7 @@ class ResumableRun:
             self._proof = trainer.proof
             # An engine that resumes exactly says it itself.
             if this_rank() == 0 and not trainer.resumes_data:
-                _logger.info("Resumed at iteration %d. %s.", self._saved, self._proof)
+                _logger.info("Resumed at iteration %d. %s.", self._saved, shown(self._proof))
 
     def _after_iteration(self) -> None:
         trainer = self._trainer
@@ -297,7 +298,7 @@ class ResumableRun:
             "The next batch could not be fetched (%s: %s), while the run was about to end: it ends "
             "with the iterations that are complete.",
             type(error).__name__,
-            error,
+            shown(error),
         )
         trainer.terminate_epoch(skip_epoch_completed=True)
         self._save_if_due(trainer, done=False)
@@ -343,6 +344,7 @@ def say(message: str) -> None:
     """Tells the user something once, on rank 0: in the log, or, where there is none, on stderr."""
     if this_rank() != 0:
         return
+    message = shown(message)
     if _logger.hasHandlers():
         _logger.info(message)
     else:

@@ -18,6 +18,7 @@ from crosstrain.engine.nests import walk_objects
 from crosstrain.engine.proof import Strictness
 from crosstrain.engine.ranks.line import Line
 from crosstrain.engine.ranks.world import this_rank, world_size
+from crosstrain.engine.shown import shown
 from crosstrain.engine.spread import has_spread, parameter_names, split
 from crosstrain.engine.storage.atomic import HashingFile
 from crosstrain.engine.storage.errors import (
@@ -133,7 +134,7 @@ class DiskSaver(BaseSaveHandler):
                 _logger.info(
                     "Removed %d leftover(s) from %s that a killed process had not finished.",
                     len(self._claim.removed),
-                    self.dirname,
+                    shown(self.dirname),
                 )
             found = self._folder.entries(endings()) if require_empty else []
             present = [entry.name for entry in found]

@@ -16,6 +16,7 @@ from torch import distributed
 
 from crosstrain.backends.process_group import group_store, timeout
 from crosstrain.engine.errors import RankFailed
+from crosstrain.engine.shown import harmless, shown
 
 from .store import AskedStore
 
@@ -196,11 +197,13 @@ class Line:
             RankFailed: if a rank does something else, cannot do it, has ended, or does not come
                 within CROSSTRAIN_TIMEOUT seconds.
         """
+        # The store takes text that is UTF-8, and a file's name may be none.
+        what = shown(what)
         rank, counter = self.rank, f"{self._name}meetings/{self.rank}"
         number = self.count(counter)
         base = f"{self._name}meeting/{number}"
         if error is not None:
-            self.first(f"{base}/error", f"{rank} {type(error).__name__}: {error}")
+            self.first(f"{base}/error", f"{rank} {type(error).__name__}: {harmless(error)}")
         first = self.first(f"{base}/what", what)
         if first != what:
             self.first(f"{base}/differs", f"Rank {rank} was {what}, and another rank {first}.")

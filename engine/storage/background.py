@@ -6,6 +6,8 @@ import logging
 import threading
 from collections.abc import Callable
 
+from crosstrain.engine.shown import shown
+
 __all__ = ["BackgroundJob"]
 
 _logger = logging.getLogger(__name__)
@@ -32,7 +34,7 @@ class BackgroundJob:
             self._work()
         except BaseException as error:  # noqa: BLE001 - raised again in the thread that asks
             # Logged as well: nobody may ask before the program ends.
-            _logger.error("%s failed: %s", self.name, error)
+            _logger.error("%s failed: %s", shown(self.name), shown(error))
             self.error = error
         finally:
             self._done.set()

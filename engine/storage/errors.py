@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+from typing import Final
+
+from crosstrain.engine.shown import harmless
 
 from .locations import Location
 
@@ -17,11 +20,21 @@ __all__ = [
     "CheckpointUnsafe",
     "CheckpointWarning",
     "CheckpointWriteError",
+    "is_lack",
 ]
+
+_LACKS: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 
 class CheckpointError(Exception):
-    """The base of every error of a checkpoint."""
+    """The base of every error of a checkpoint; what it says holds nothing that a terminal obeys.
+
+    Args:
+        message: what went wrong. It may name files, and what is in them, as others called them.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(harmless(message))
 
 
 class CheckpointNotFound(CheckpointError, FileNotFoundError):
@@ -30,6 +43,15 @@ class CheckpointNotFound(CheckpointError, FileNotFoundError):
 
 class CheckpointCorrupt(CheckpointError):
     """The file is damaged or incomplete, or is no checkpoint; nothing was loaded from it."""
+
+
+def is_lack(error: CheckpointError) -> bool:
+    """Tells whether a checkpoint could not be read for want of something on this machine.
+
+    It may be good then, and to go on from an older one would lose what was trained since.
+    """
+    cause = error.__cause__
+    return isinstance(cause, OSError) and cause.errno in _LACKS
 
 
 class CheckpointUnsafe(CheckpointError):

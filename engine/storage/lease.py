@@ -29,6 +29,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
+from crosstrain.engine.shown import shown
+
 from .errors import CheckpointBusy
 from .store import Store
 
@@ -214,7 +216,7 @@ class _Held:
         try:
             self.store.within(_SHORT).put(_name(self._number), self._holder.encode())
         except OSError as error:
-            _logger.info("%s: %s", self.store.place, error.strerror)
+            _logger.info("%s: %s", shown(self.store.place), shown(error.strerror))
 
     def end(self) -> None:
         """Gives the folder up; not in a forked process, whose it never was."""
@@ -323,9 +325,9 @@ def _wait_for_end_of(found: _Holder, number: int, store: Store) -> None:
     _logger.warning(
         "%s was held by process %d on host %s, which has not given it up: looking for %.0f s "
         "whether it still lives.",
-        store.place,
+        shown(store.place),
         found.pid,
-        found.host,
+        shown(found.host),
         patience,
     )
     until = time.monotonic() + patience

@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 from typing import Final, TypeVar
 
+from crosstrain.engine.shown import shown
+
 __all__ = ["PATIENCE", "Patience", "patience_seconds"]
 
 _logger = logging.getLogger(__name__)
@@ -91,7 +93,9 @@ class Patience:
                 if left <= 0 or is_final(error) or (tries >= _DOUBTFUL_TRIES and _doubtful(error)):
                     raise
                 # Its text may hold a URL with credentials.
-                _logger.info("%s failed (%s) and is tried again.", what, type(error).__name__)
+                _logger.info(
+                    "%s failed (%s) and is tried again.", shown(what), type(error).__name__
+                )
             time.sleep(min(pause * self._random.uniform(0.5, 1.0), left))
             pause = min(2 * pause, _LONGEST_PAUSE)
 

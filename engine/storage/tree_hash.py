@@ -1,8 +1,9 @@
 """The hash of a file as a tree: made while it is written, verified in parts and by several threads.
 
-Leaves are the sha256 of each MiB. A block is a run of leaves, and its hash is that of their hashes
-one after the other; so a manifest holds few hashes however long the file is. The root is that of
-the blocks' hashes.
+Leaves are the BLAKE3 of each MiB: as safe a hash as sha256, and four times as fast on a core that
+has instructions for either. A block is a run of leaves, and its hash is the sha256 of their hashes
+one after the other; so a manifest holds few hashes however long the file is. The root is the
+sha256 of the blocks' hashes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final, TypeVar
 
+from blake3 import blake3
+
 from .errors import CheckpointCorrupt
 
 __all__ = ["LEAF", "MAX_BLOCKS", "Place", "Tree", "TreeCheck", "TreeHash", "fill", "in_threads"]
@@ -23,7 +26,7 @@ __all__ = ["LEAF", "MAX_BLOCKS", "Place", "Tree", "TreeCheck", "TreeHash", "fill
 #: The bytes of a leaf.
 LEAF: Final = 1 << 20
 # So many at once are read, and hashed while they are in a core's cache.
-_PIECE: Final = 1 << 18
+_PIECE: Final = 1 << 19
 #: More hashes would leave the names of objects no room in the manifest, which is a zip comment.
 MAX_BLOCKS: Final = 64
 # More threads than this wait for the memory.
@@ -64,7 +67,7 @@ class TreeHash:
 
     def __init__(self) -> None:
         self._leaves: list[bytes] = []
-        self._leaf = hashlib.sha256()
+        self._leaf = blake3()
         self._filled = 0
 
     def update(self, data: memoryview | bytes) -> None:
@@ -78,7 +81,7 @@ class TreeHash:
             self._filled += len(piece)
             if self._filled == LEAF:
                 self._leaves.append(self._leaf.digest())
-                self._leaf, self._filled = hashlib.sha256(), 0
+                self._leaf, self._filled = blake3(), 0
 
     def tree(self) -> Tree:
         """Returns the hashes of what was taken so far."""
@@ -154,7 +157,7 @@ class TreeCheck:
             if _of_leaves(found) != self._tree.blocks[block]:
                 begin, end = block * size, min((block + 1) * size, self._tree.size)
                 raise CheckpointCorrupt(
-                    "its contents have changed since it was saved (the sha256 of its bytes "
+                    "its contents have changed since it was saved (the hash of its bytes "
                     f"{begin:,} to {end:,} is another): the disk or a copy has damaged it"
                 )
         self._left -= wanted
@@ -166,7 +169,7 @@ class TreeCheck:
         buffer = memoryview(bytearray(min(_PIECE, size)))
         found: list[bytes] = []
         for leaf in range(first, end):
-            digest = hashlib.sha256()
+            digest = blake3()
             for at, view in kept.pieces(leaf * LEAF, min((leaf + 1) * LEAF, size), buffer):
                 fill(self._descriptor, view, at)
                 kept.copy_small(at, view)

@@ -4,7 +4,9 @@ A test that starts twenty programs spends most of its time importing torch. `For
 `subprocess.Popen`, and starts `python -m MODULE` and `python FILE.py` as children of this process
 that are forked off another, the zygote, which has torch and the engine imported and has done
 nothing else. They have arguments, environment, folder, session, standard streams and process id of
-their own, and end as interpreters do; what they share is the seed of Python's hashes.
+their own, and end as interpreters do; what they share is the seed of Python's hashes. Those that
+start others, such as torchrun, fork a zygote of their own first, so what they start is forked, too.
+/proc shows the environment of each.
 
 Started as a program it is the zygote.
 """
@@ -28,30 +30,28 @@ from pathlib import Path
 from typing import Any
 
 PRELOADED = (
-    "torch.distributed",
+    "torch.distributed.fsdp",
+    "torch.distributed.run",
     "torch.utils.data",
     "torch._dynamo",
     "crosstrain.ci.trials.life",
     "crosstrain.engine.storage.torch_parts",
 )
+# What starts programs itself.
+_STARTERS = ("torch.distributed.run", "crosstrain.ci.cli", "pytest")
 _SUBREAPER = 36  # of prctl
+# Room for the environment of a program, where /proc looks for it: that of the zygote.
+_ROOM = {"CROSSTRAIN_TEST_ROOM": "-" * 2**15}
 # A test may put `ForkedPopen` in its place.
 _Popen = subprocess.Popen
+_execute_child: Any = _Popen._execute_child  # type: ignore[attr-defined]
 
 
 class _Zygote:
-    """The process that has torch imported; it ends with this one."""
+    """The process that has torch imported; it ends with this one, to which the line is."""
 
-    def __init__(self) -> None:
-        self._line, other = socket.socketpair()
-        with other:
-            number = str(other.fileno())
-            self._process = _Popen(
-                [sys.executable, __file__, number],
-                pass_fds=[other.fileno()],
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
+    def __init__(self, line: socket.socket) -> None:
+        self._line = line
         self._one_at_a_time = threading.Lock()
 
     def fork(self, request: dict[str, Any], streams: Sequence[int]) -> int:
@@ -71,21 +71,36 @@ class _Zygote:
 
 @functools.cache
 def _zygote(of: int) -> _Zygote:
-    return _Zygote()
+    del of  # this process: one that is forked off it has none yet
+    line, other = socket.socketpair()
+    with other:
+        number = str(other.fileno())
+        _Popen(
+            [sys.executable, __file__, number],
+            pass_fds=[other.fileno()],
+            env={**os.environ, **_ROOM},
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    return _Zygote(line)
 
 
 class ForkedPopen(subprocess.Popen[Any]):
     """A process as `subprocess.Popen` starts it; of a Python program, a fork."""
 
     def _execute_child(self, *told: Any) -> None:
-        words, cwd, env, new_session = list(told[0]), told[5], told[6], told[21]
-        is_file = len(words) > 1 and str(words[1]).endswith(".py")
-        if words[0] != sys.executable or not (is_file or words[1] == "-m"):
-            super()._execute_child(*told)  # type: ignore[misc]
+        words = list(map(str, told[0]))
+        at_once = words[1:2] == ["-u"]
+        argv = words[1 + at_once :]
+        is_program = bool(argv) and (argv[0].endswith(".py") or argv[0] == "-m")
+        if words[0] != sys.executable or not is_program:
+            _execute_child(self, *told)
             return
+        cwd, env, new_session = told[5], told[6], told[21]
         given, taken, errors = told[10], told[13], told[15]
         request = {
-            "argv": [str(word) for word in words[1:]],
+            "argv": argv,
+            "at_once": at_once,
             "env": dict(os.environ if env is None else env),
             "cwd": os.path.abspath(cwd or "."),
             "new_session": bool(new_session),
@@ -103,7 +118,7 @@ def _serve(line: socket.socket) -> dict[str, Any]:
     while True:
         header, streams, _, _ = socket.recv_fds(line, 8, 3)
         if not header:
-            sys.exit()
+            os._exit(0)  # an orderly end would take apart all of torch
         size, data = int.from_bytes(header, "little"), b""
         while len(data) < size:
             data += line.recv(size - len(data))
@@ -134,14 +149,50 @@ def _become(request: dict[str, Any]) -> None:
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
+    _show_environment()
     sys.path[1:1] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.stdin, sys.stdout = open(0), open(1, "w")  # noqa: SIM115 - they stay open
-    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace")  # noqa: SIM115
+    # A child of this process has others in their place, and shall not close those.
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", 1 if request["at_once"] else -1, closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", 1, errors="backslashreplace", closefd=False)  # noqa: SIM115
     sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
     # Makes anew the pool of threads that a fork loses, ahead of the first backward pass.
     torch.set_num_threads(1)
+    if request["argv"][:1] == ["-m"] and request["argv"][1] in _STARTERS:
+        _fork_own_children()
     _end(_exit_code(request["argv"], request["cwd"]))
+
+
+def _show_environment() -> None:
+    """Puts the environment where /proc shows it: where it lay when the interpreter was started."""
+    words = Path("/proc/self/stat").read_text().rpartition(") ")[2].split()
+    start, end = map(int, words[47:49])  # its fields 50 and 51
+    variables = "".join(f"{name}={value}\0" for name, value in os.environ.items())
+    data = os.fsencode(variables).ljust(end - start, b"\0")
+    assert len(data) == end - start, "the environment is larger than a forked program's may be"
+    # Of the C library's variables none lies there any more: all have been set anew.
+    ctypes.memmove(start, data, len(data))
+
+
+def _fork_own_children() -> None:
+    """Has the processes that this one starts forked off one that is like it, and does nothing."""
+    line, other = socket.socketpair()
+    if os.fork() == 0:
+        line.close()
+        for stream in range(3):
+            # Who reads what this process prints is not to wait for the end of that one.
+            os.dup2(os.open(os.devnull, os.O_RDWR), stream)
+        # It ends with the line, and not before.
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        _become(_serve(other))
+    other.close()
+    zygote = _Zygote(line)
+    globals()["_zygote"] = lambda of: zygote
+    subprocess.Popen._execute_child = ForkedPopen._execute_child  # type: ignore[attr-defined]
 
 
 def _exit_code(argv: list[str], folder: str) -> int:

@@ -56,14 +56,22 @@ def run_world(processes: int, program: str, *arguments: str, **extra: str) -> st
 
 
 def torchrun(processes: int, program: str, *arguments: str, **extra: str) -> str:
-    """Runs a program of the tests under torchrun; returns what they printed."""
+    """Runs a program of the tests under torchrun, all forked; returns what they printed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes", "1"]
     command += ["--nproc-per-node", str(processes), str(SUPPORT / program), *arguments]
-    done = subprocess.run(
-        command, env={**os.environ, **extra}, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    with ForkedPopen(
+        command,
+        env={**os.environ, **extra},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        try:
+            told: str = process.communicate(timeout=240)[0]
+        finally:
+            process.kill()
+    assert process.returncode == 0, told
+    return told
 
 
 def run_program(program: str, *arguments: str, timeout: float = 120) -> None:

@@ -1,9 +1,9 @@
 """A rank of a world of sharded trainings, whose checkpoints go to a store in several parts each.
 
 Called with a folder for what it tells, and tasks of the form `NAME=PLACE`: `run` trains with
-checkpoints in a folder or at a URL; `tiers` with a folder, which is beside what it tells, and every
-second checkpoint at a URL; `refused` saves where the store refuses it, then where it does
-not.
+checkpoints in a folder or at a URL; `odd` likewise, with names that are no UTF-8; `tiers` with a
+folder beside what it tells, and every second checkpoint at a URL; `refused` saves where the store
+refuses it, then where it does not.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ def build(backend: Any) -> tuple[Any, torch.optim.Optimizer]:
     return model, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
 
 
-def run(backend: Any, place: str, **tiers: Any) -> dict[str, Any]:
+def run(backend: Any, place: str, **options: Any) -> dict[str, Any]:
     """Trains, or goes on; tells a digest of this rank's parts."""
     model, optimizer = build(backend)
     trainer = create_supervised_trainer(
         model, optimizer, torch.nn.functional.mse_loss, backend=backend, deterministic=True
     )
     objects = {"model": model, "optimizer": optimizer}
-    resumed = resume_or_start(trainer, objects, place, every=3, **tiers)
+    resumed = resume_or_start(trainer, objects, place, every=3, **options)
     x = torch.randn(48, 512, generator=torch.Generator().manual_seed(1))
     data = torch.utils.data.TensorDataset(x, x[:, :2])
     loader = torch.utils.data.DataLoader(data, batch_size=8, shuffle=True)
@@ -92,7 +92,9 @@ def main(folder: Path, tasks: list[str]) -> None:
         told: dict[str, Any] = {}
         for task in tasks:
             name, _, place = task.partition("=")
-            if name == "tiers":
+            if name == "odd":
+                told[task] = run(backend, place, filename_prefix=os.fsdecode(b"\xe9\x1b[2J\n"))
+            elif name == "tiers":
                 disk = str(folder / "disk")
                 told[task] = run(backend, disk, remote=place, every_remote=6)
             else:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import ForkedPopen
 from processes import SUPPORT
 
 from crosstrain.ci import VerifyError, cli, verify
@@ -19,7 +20,14 @@ from crosstrain.ci import VerifyError, cli, verify
 TARGETS = SUPPORT / "verify_targets.py"
 
 
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the processes that a test starts, and torchrun's, forked off one that knows torch."""
+    monkeypatch.setattr(subprocess, "Popen", ForkedPopen)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_an_exact_training_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # Parts of the weights, and a loss scale of all.
     backend = "cpu:fsdp-fp16"
@@ -43,6 +51,7 @@ def test_an_exact_training_passes(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_a_fault_of_one_rank_is_named_with_it() -> None:
     """Its batches part the weights of all, and these are not what is told."""
     verdict = verify(f"{TARGETS}:own_generator_on_rank_1", nproc_per_node=2, at=[8], kills=0)
@@ -57,6 +66,7 @@ def test_a_fault_of_one_rank_is_named_with_it() -> None:
     assert verdict.as_json()["difference"]["rank"] == 1
 
 
+@pytest.mark.usefixtures("forked")
 def test_what_a_rank_raises_is_told() -> None:
     with pytest.raises(VerifyError, match=r"Rank [01]: RuntimeError: the third iteration is bad"):
         verify(f"{TARGETS}:fails", nproc_per_node=2)
@@ -134,6 +144,7 @@ def test_no_process_is_too_few() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_a_training_in_logical_shards_is_exact_on_any_number_of_processes() -> None:
     verdict = verify(f"{TARGETS}:shards", nproc_per_node=[2, 1], at=[5], kills=0)
     assert verdict.status == "exact"
