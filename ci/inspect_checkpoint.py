@@ -206,7 +206,7 @@ def _told(manifest: Manifest, path: Location, files: int) -> Iterator[str]:
     versions: Mapping[str, str] = manifest.versions
     renamed = "" if manifest.file == path.name else f", as {shown(manifest.file)}"
     if files:
-        yield f"  verified    {manifest.size:,} bytes in {files} files, each by its sha256"
+        yield f"  verified    {manifest.size:,} bytes in {files} files, each by its hash"
     else:
         yield f"  verified    {manifest.size:,} bytes, sha256 {manifest.sha256}"
     yield f"  saved       {saved[:19]} UTC{renamed}"

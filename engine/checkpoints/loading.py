@@ -21,6 +21,7 @@ from crosstrain.engine.storage.errors import (
     CheckpointError,
     CheckpointNotFound,
     CheckpointWarning,
+    is_lack,
 )
 from crosstrain.engine.storage.locations import Location, location_of
 from crosstrain.engine.storage.manifest import Manifest
@@ -180,6 +181,8 @@ def find_latest(folder: Location, objects: Collection[str] = ()) -> Latest:
                 manifest = told.layout.verify(told.path)
                 return Latest(folder, told.path, manifest, tuple(passed_over))
             except CheckpointError as error:
+                if is_lack(error):
+                    raise
                 reason = str(error)
         pass_over(told.path, reason, passed_over)
     return Latest(folder, None, None, tuple(passed_over))

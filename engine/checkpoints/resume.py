@@ -24,6 +24,7 @@ from crosstrain.engine.storage.errors import (
     CheckpointCorrupt,
     CheckpointError,
     CheckpointNotFound,
+    is_lack,
 )
 from crosstrain.engine.storage.locations import Location, StorePath, location_of
 from crosstrain.engine.storage.manifest import Manifest
@@ -315,6 +316,8 @@ class _Look:
                 try:
                     self._loaded = load_file(told.path, take=self._kept)
                 except CheckpointError as error:
+                    if is_lack(error):
+                        raise
                     reason = str(error)
             if reason is None:
                 found = told
@@ -335,18 +338,25 @@ class _Look:
         return to_own(self.objects, state, None if manifest is None else manifest.bare, {})
 
     def _bad_part(self, path: Location) -> str | None:
-        """Verifies a checkpoint in parts, each rank its share; returns what is wrong on one."""
-        line, mine = self.line, None
+        """Verifies a checkpoint in parts, each rank its share; returns what is wrong on one.
+
+        Raises:
+            CheckpointError: on all ranks, if one has not what it takes to read it.
+        """
+        line, mine, lacks = self.line, None, False
         try:
             self._parts = Parts.open(path)
             self._parts.verify((0, 1) if line is None else (line.rank, line.size))
             self._parts.index()
         except CheckpointError as error:
-            mine = str(error)
-        told = (
-            [mine] if line is None else line.meet(f"verifying {path.name}", mine, of=line.everyone)
-        )
-        return next((text for text in told if text is not None), None)
+            mine, lacks = str(error), is_lack(error)
+        told = [(mine, lacks)]
+        if line is not None:
+            told = line.meet(f"verifying {path.name}", told[0], of=line.everyone)
+        for rank, (text, lacks) in enumerate(told):
+            if lacks:
+                raise CheckpointCorrupt(f"{text} (found by rank {rank})")
+        return next((text for text, _ in told if text is not None), None)
 
     def _read_too(self, answer: _Answer) -> None:
         """Reads, on another rank, what rank 0 has read."""

@@ -331,27 +331,35 @@ def _write_error(path: Path, step: str, error: OSError) -> CheckpointWriteError:
     )
 
 
-def check_free_space(path: Path, needed: int, why: str = "") -> None:
+def free_space(folder: Path) -> int | None:
+    """Returns how many bytes are free in a folder; None if its file system does not tell.
+
+    Raises:
+        OSError: if it cannot be asked.
+    """
+    space = os.statvfs(folder)
+    # One that counts no blocks at all does not tell its size.
+    return space.f_bavail * space.f_frsize if space.f_blocks else None
+
+
+def check_free_space(path: Path, needed: int) -> None:
     """Makes sure, before anything is written, that a file fits on its file system.
 
     Args:
         path: the file that is about to be written.
         needed: its size in bytes.
-        why: why it is there, as a sentence.
 
     Raises:
         CheckpointWriteError: if less is free.
     """
     try:
-        space = os.statvfs(path.parent)
+        free = free_space(path.parent)
     except OSError as error:
         raise _write_error(path, "asking for the free space for", error) from error
-    free = space.f_bavail * space.f_frsize
-    # A file system that counts no blocks at all does not tell its size.
-    if space.f_blocks and free < needed:
+    if free is not None and free < needed:
         raise CheckpointWriteError(
             f"Checkpoint {path} was not saved: it needs {needed:,} bytes and {free:,} are free in "
-            f"{path.parent} (ENOSPC). {why}Checkpoints that were saved before are as they were. "
+            f"{path.parent} (ENOSPC). Checkpoints that were saved before are as they were. "
             "Free some space, or keep fewer checkpoints (n_saved); a new one is written before an "
             "old one is removed, so there must be room for one more than n_saved.",
             path=path,

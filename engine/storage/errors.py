@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from typing import Final
 
 from crosstrain.engine.shown import harmless
 
@@ -19,7 +20,10 @@ __all__ = [
     "CheckpointUnsafe",
     "CheckpointWarning",
     "CheckpointWriteError",
+    "is_lack",
 ]
+
+_LACKS: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 
 class CheckpointError(Exception):
@@ -39,6 +43,15 @@ class CheckpointNotFound(CheckpointError, FileNotFoundError):
 
 class CheckpointCorrupt(CheckpointError):
     """The file is damaged or incomplete, or is no checkpoint; nothing was loaded from it."""
+
+
+def is_lack(error: CheckpointError) -> bool:
+    """Tells whether a checkpoint could not be read for want of something on this machine.
+
+    It may be good then, and to go on from an older one would lose what was trained since.
+    """
+    cause = error.__cause__
+    return isinstance(cause, OSError) and cause.errno in _LACKS
 
 
 class CheckpointUnsafe(CheckpointError):

@@ -127,7 +127,7 @@ class Aside(Protocol):
         ...
 
     def write(self, name: str, contents: Contents) -> tuple[int, str]:
-        """Writes a file; returns its size and sha256.
+        """Writes a file; returns its size and hash.
 
         Raises:
             OSError: if a step is refused.

@@ -69,7 +69,7 @@ class LocalAside:
         os.rename(self.root / name, self.root / new)
 
     def write(self, name: str, contents: Contents) -> tuple[int, str]:
-        """Writes a file; returns its size and sha256."""
+        """Writes a file; returns its size and hash."""
         path = self.root / name
         write_file(path, contents.produce, contents.trailer, check=contents.check, parallel=False)
         return path.stat().st_size, hash_file(path)

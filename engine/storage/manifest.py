@@ -24,6 +24,7 @@ import torch
 from crosstrain.engine.guards import is_exact_dict, is_exact_list
 
 from .errors import CheckpointContentError, CheckpointCorrupt
+from .parts_files import BLAKE3
 from .tree_hash import LEAF, MAX_BLOCKS, Tree
 
 __all__ = [
@@ -44,13 +45,14 @@ METADATA: Final = ".metadata"
 PART: Final = re.compile(r"__[0-9]{1,9}_[0-9]{1,9}\.distcp")
 _OWN: Final = re.compile(r"rank-[0-9]{1,9}\.pt")
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
+_OF_FILE: Final = re.compile(f"(?:{BLAKE3})?[0-9a-f]{{64}}")
 
 MAX_MANIFEST_BYTES = 65_535
 _FORMAT = "crosstrain checkpoint"
 _PARTS_FORMAT = "crosstrain sharded checkpoint"
-# 2 has the hashes of blocks, as `tree_hash` makes them; a checkpoint in parts is of schema 1.
+# 2 has the hashes of blocks, as `tree_hash` makes them; of parts, those that `parts_files` makes.
 _SCHEMA = 1
-_SCHEMA_OF_BLOCKS = 2
+_NEW_SCHEMA = 2
 _END_OF_TIME = 2**63
 _DIGEST_MARK = b"\nsha256:"
 # No clock is wrong by more: what tells a later time was not saved then.
@@ -83,7 +85,7 @@ class Manifest:
         versions: of Python and the packages that decide what a state means.
         block_size: the bytes of a block; 0 in files of schema 1, and of parts.
         blocks: the hash of each block, as of `tree_hash`.
-        files: of a checkpoint in parts, the size and the sha256 of each file but the manifest.
+        files: of a checkpoint in parts, the size and the hash of each file but the manifest.
     """
 
     file: str
@@ -138,12 +140,13 @@ class Manifest:
         files = values.pop("files")
         if not self.blocks:
             del values["block_size"], values["blocks"]
+        new = bool(self.blocks) or any(told.startswith(BLAKE3) for _, told in self.files.values())
+        schema = _NEW_SCHEMA if new else _SCHEMA
         if self.in_parts:
             for name in ("size", "sha256", "bare", "rank"):
                 del values[name]
-            told = {"format": _PARTS_FORMAT, "schema": _SCHEMA, "folder": values.pop("file")}
+            told = {"format": _PARTS_FORMAT, "schema": schema, "folder": values.pop("file")}
             return _closed({**told, "files": files, **values})
-        schema = _SCHEMA_OF_BLOCKS if self.blocks else _SCHEMA
         encoded = _closed({"format": _FORMAT, "schema": schema, **values})
         if len(encoded) > MAX_MANIFEST_BYTES:
             raise CheckpointContentError(
@@ -183,12 +186,15 @@ def _of_parts(values: dict[str, Any]) -> Manifest:
     Raises:
         CheckpointCorrupt: if it lists what cannot be in one, or lacks what has to be.
     """
+    _check_schema(values)
     files = _files(values.get("files"))
     listed = {name: list(entry) for name, entry in files.items()}
     kept = {name: value for name, value in values.items() if name not in ("files", "folder")}
     whole: dict[str, Any] = {
         **kept,
         "format": _FORMAT,
+        # Of parts, the schemas differ in their files' hashes only.
+        "schema": _SCHEMA,
         "file": values.get("folder"),
         "size": sum(size for size, _ in files.values()),
         "sha256": hashlib.sha256(json.dumps(listed).encode()).hexdigest(),
@@ -212,8 +218,8 @@ def _files(values: Any) -> dict[str, tuple[int, str]]:
             raise CheckpointCorrupt(f"its manifest lists the file {name!r}, which none has")
         if type(size) is not int or not 0 <= size < 2**63 or type(digest) is not str:
             raise CheckpointCorrupt(f"its manifest tells no size and hash of {name}")
-        if not _SHA256.fullmatch(digest):
-            raise CheckpointCorrupt(f"its manifest tells no sha256 of {name}")
+        if not _OF_FILE.fullmatch(digest):
+            raise CheckpointCorrupt(f"its manifest tells no hash of {name}")
         found[name] = (size, digest)
     return found
 
@@ -235,17 +241,21 @@ _KINDS: dict[str, tuple[type, ...]] = {
 _KINDS_OF_BLOCKS: dict[str, tuple[type, ...]] = {"block_size": (int,), "blocks": (list,)}
 
 
+def _check_schema(values: dict[str, Any]) -> int:
+    schema = values.get("schema")
+    if type(schema) is not int or schema not in (_SCHEMA, _NEW_SCHEMA):
+        raise CheckpointCorrupt(
+            f"its manifest has schema {schema!r} and this version of crosstrain reads schemas "
+            f"{_SCHEMA} and {_NEW_SCHEMA}: install the version that wrote it, or a newer one"
+        )
+    return schema
+
+
 def _checked(decoded: dict[str, Any]) -> dict[str, Any]:
     values = decoded
     if values.get("format") != _FORMAT:
         raise CheckpointCorrupt(f"its manifest is not one of a {_FORMAT}")
-    schema = values.get("schema")
-    if type(schema) is not int or schema not in (_SCHEMA, _SCHEMA_OF_BLOCKS):
-        raise CheckpointCorrupt(
-            f"its manifest has schema {schema!r} and this version of crosstrain reads schemas "
-            f"{_SCHEMA} and {_SCHEMA_OF_BLOCKS}: install the version that wrote it, or a newer one"
-        )
-    in_blocks = schema == _SCHEMA_OF_BLOCKS
+    in_blocks = _check_schema(values) == _NEW_SCHEMA
     kinds_of = {**_KINDS, **(_KINDS_OF_BLOCKS if in_blocks else {})}
     names = set(kinds_of)
     if set(values) != names | {"format", "schema"}:

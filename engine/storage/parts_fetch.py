@@ -10,7 +10,7 @@ from typing import IO
 
 from .errors import CheckpointCorrupt
 from .locations import StorePath
-from .parts_files import hash_open
+from .parts_files import has_hash
 from .stores import store_of
 from .unnamed import unnamed
 
@@ -22,7 +22,7 @@ class Fetched:
 
     Args:
         place: the folder of the files.
-        files: the size and the sha256 of each.
+        files: the size and the hash of each.
     """
 
     def __init__(self, place: StorePath, files: Mapping[str, tuple[int, str]]) -> None:
@@ -38,8 +38,7 @@ class Fetched:
 
         Raises:
             CheckpointCorrupt: if it is not there as it was written.
-            CheckpointWriteError: if there is no room for it.
-            OSError: if the store cannot be read.
+            OSError: if the store cannot be read, or there is no room for it.
         """
         if name not in self._kept:
             self._fetch(name)
@@ -55,12 +54,12 @@ class Fetched:
             if found != size:
                 told = f"{found:,} bytes and was written with {size:,}"
                 raise CheckpointCorrupt(f"{where} is damaged: it has {told}")
-            with unnamed(size, where) as file:
+            with unnamed(size) as file:
                 self._store.fetch(name, size, file.fileno())
                 file.seek(0)
-                if hash_open(file) != digest:
+                if not has_hash(file, digest):
                     raise CheckpointCorrupt(
-                        f"{where} is damaged, or of another checkpoint: its sha256 is not the one "
+                        f"{where} is damaged, or of another checkpoint: its hash is not the one "
                         "that the manifest tells"
                     )
                 self._kept[name] = os.dup(file.fileno())

@@ -20,13 +20,13 @@ from .errors import CheckpointCorrupt, CheckpointError, CheckpointNotFound
 from .locations import Location, StorePath, location_of
 from .manifest import INDEX, MANIFEST, Manifest, rank_file
 from .parts_fetch import Fetched
-from .parts_files import ENDING, MAX_MANIFEST, folder_of_parts, hash_file
+from .parts_files import ENDING, MAX_MANIFEST, folder_of_parts, has_hash
 from .parts_index import Entry, decode_index
 from .safe_load import load_file
 from .store_parts import read_manifest
 from .stores import store_of
 
-__all__ = ["ENDING", "Parts", "Place", "hash_file", "is_in_parts", "own_states", "writer_of"]
+__all__ = ["ENDING", "Parts", "Place", "is_in_parts", "own_states", "writer_of"]
 
 Place = tuple[tuple[Any, ...], str]
 
@@ -189,11 +189,12 @@ def _verify_file(path: Path, expected: int, digest: str) -> None:
     if found != expected:
         told = f"{found:,} bytes and was written with {expected:,}"
         raise CheckpointCorrupt(f"{path} is damaged: it has {told}")
-    if hash_file(path) != digest:
-        raise CheckpointCorrupt(
-            f"{path} is damaged, or of another checkpoint: its sha256 is not the one that the "
-            "manifest tells"
-        )
+    with open_regular(path, linked=False) as file:
+        if not has_hash(file, digest):
+            raise CheckpointCorrupt(
+                f"{path} is damaged, or of another checkpoint: its hash is not the one that the "
+                "manifest tells"
+            )
 
 
 def writer_of(name: str) -> int:

@@ -116,7 +116,7 @@ class StoreFolder:
         place = self._place / name
         step = "staging"
         try:
-            with unnamed(contents.needed, place) as file:
+            with unnamed(contents.needed) as file:
                 fill_file(
                     file.fileno(),
                     contents.produce,
@@ -169,7 +169,7 @@ class StoreFolder:
         """Opens a file."""
         for tries_left in reversed(range(_TRIES)):
             told = self._file(name)
-            with unnamed(told.size, self._place / name) as file:
+            with unnamed(told.size) as file:
                 try:
                     self._store.fetch(name, told.size, file.fileno())
                     is_same = self._file(name).version == told.version

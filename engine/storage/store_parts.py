@@ -80,10 +80,10 @@ class StoreAside:
     def join(self, token: str, needed: int, rank: int) -> None:
         """Looks whether there is room for what this process stages."""
         self._parts = store_of(self._store.place / token)
-        unnamed(needed, self._parts.place).close()
+        unnamed(needed).close()
 
     def _stage(self, name: str) -> IO[bytes]:
-        file = self._files[name] = unnamed(0, self._there.place)
+        file = self._files[name] = unnamed(0)
         return file
 
     @contextlib.contextmanager
@@ -101,7 +101,7 @@ class StoreAside:
         self._files[new] = self._files.pop(name)
 
     def write(self, name: str, contents: Contents) -> tuple[int, str]:
-        """Writes a file; returns its size and sha256."""
+        """Writes a file; returns its size and hash."""
         file = self._stage(name)
         fill_file(file.fileno(), contents.produce, contents.trailer, parallel=False)
         contents.check(file.fileno())
@@ -128,7 +128,7 @@ class StoreAside:
         self.deliver()
         told = replace(manifest, files={**manifest.files, INDEX: _told(self._files[INDEX])})
         self._look_for_all(told)
-        with unnamed(0, self._store.place / told.file) as file:
+        with unnamed(0) as file:
             file.write(told.encode())
             file.flush()
             self._committing = True

@@ -7,7 +7,6 @@ never read. The processes talk through a function that they are given, not throu
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from torch.futures import Future
 
 from .errors import CheckpointCorrupt, CheckpointError
 from .folder import Aside
+from .parts_files import PartsHash
 from .parts_index import Chunk, Entry
 from .parts_read import Parts
 from .safe_load import load_part
@@ -61,7 +61,7 @@ class _HashingStream:
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
-        self._hash = hashlib.sha256()
+        self._hash = PartsHash()
         self.size = 0
 
     def write(self, data: Any) -> int:
@@ -90,8 +90,8 @@ class _HashingStream:
         self._stream.close()
 
     def digest(self) -> str:
-        """Returns the sha256 of what was written, in hexadecimal."""
-        return self._hash.hexdigest()
+        """Returns the hash of what was written."""
+        return self._hash.told()
 
 
 class _HashingFiles(FileSystem):

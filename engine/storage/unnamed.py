@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import errno
 import tempfile
 from pathlib import Path
 from typing import IO
 
-from .atomic import check_free_space
-from .locations import StorePath
+from .atomic import free_space
 
 __all__ = ["unnamed"]
 
 
-def unnamed(needed: int, place: StorePath) -> IO[bytes]:
+def unnamed(needed: int) -> IO[bytes]:
     """Opens a file without a name among the temporary ones (`TMPDIR`).
 
     Args:
         needed: how many bytes it is to take at most.
-        place: what it is of, in the store.
 
     Raises:
-        CheckpointWriteError: if there is no room for it.
+        OSError: if there is no room for it.
     """
     folder = Path(tempfile.gettempdir())
-    check_free_space(folder / place.name, needed, f"{place} is staged there; see TMPDIR. ")
+    free = free_space(folder)
+    if free is not None and free < needed:
+        raise OSError(
+            errno.ENOSPC,
+            f"ENOSPC: it takes {needed:,} bytes on its way and {free:,} are free in {folder}; free "
+            "some there, or set TMPDIR to another folder",
+        )
     return tempfile.TemporaryFile(dir=folder)

@@ -18,6 +18,7 @@ from crosstrain.backends import get
 from crosstrain.ci.cli import main
 from crosstrain.engine import (
     Checkpoint,
+    CheckpointCorrupt,
     CheckpointError,
     CheckpointNotFound,
     DiskSaver,
@@ -26,7 +27,8 @@ from crosstrain.engine import (
     read_checkpoint,
     resume_or_start,
 )
-from crosstrain.engine.storage.parts_read import Parts, hash_file
+from crosstrain.engine.storage.parts_files import has_hash
+from crosstrain.engine.storage.parts_read import Parts
 
 FORGERIES = 60
 
@@ -154,17 +156,18 @@ def test_each_process_verifies_what_it_has_written(
     """It is what it reads then; and together they verify everything, however many they are."""
     found = Parts.open(saved)
     names = [*found.manifest.files, "__1_0.distcp", "__1_1.distcp", "rank-1.pt", "__12_0.distcp"]
-    files = dict.fromkeys(names, (3, hashlib.sha256(b"abc").hexdigest()))
+    name_of = {hashlib.sha256(name.encode()).hexdigest(): name for name in names}
+    files = {name: (len(name), told) for told, name in name_of.items()}
     for name in names:
-        (tmp_path / name).write_bytes(b"abc")
+        (tmp_path / name).write_text(name)
     many = Parts(tmp_path, replace(found.manifest, files=files))
     looked: list[str] = []
 
-    def watched(path: Path) -> str:
-        looked.append(path.name)
-        return hash_file(path)
+    def watched(file: Any, told: str) -> bool:
+        looked.append(name_of[told])
+        return has_hash(file, told)
 
-    monkeypatch.setattr("crosstrain.engine.storage.parts_read.hash_file", watched)
+    monkeypatch.setattr("crosstrain.engine.storage.parts_read.has_hash", watched)
     many.verify((1, 2))
     assert sorted(looked) == ["__1_0.distcp", "__1_1.distcp", "rank-1.pt"]
     for size in (1, 2, 3, 20):
@@ -172,6 +175,20 @@ def test_each_process_verifies_what_it_has_written(
         for rank in range(size):
             many.verify((rank, size))
         assert sorted(looked) == sorted(names)
+
+
+def test_parts_of_schema_1_load(saved: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(saved, tmp_path / "saved"))
+    assert b'"schema": 2' in (folder / "manifest.json").read_bytes()
+    sign(folder)
+    text = (folder / "manifest.json").read_bytes().rpartition(b"\nsha256:")[0]
+    assert json.loads(text)["schema"] == 1
+    Checkpoint.load_objects(objects(), folder)
+    part = next(folder.glob("*.distcp"))
+    data = part.read_bytes()
+    part.write_bytes(data[:50] + bytes([data[50] ^ 1]) + data[51:])
+    with pytest.raises(CheckpointCorrupt, match="its hash is not the one"):
+        Checkpoint.load_objects(objects(), folder)
 
 
 def test_five_thousand_objects(tmp_path: Path) -> None:

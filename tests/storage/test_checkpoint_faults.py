@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 from fork_server import ForkServer
 from saving_programs import Saver, load_newest, save_and_fail
 
-from crosstrain.engine import CheckpointWriteError, DiskSaver
+from crosstrain.engine import CheckpointError, CheckpointWriteError, DiskSaver
 
 
 @pytest.fixture(scope="module")
@@ -25,44 +26,52 @@ def server() -> Iterator[ForkServer]:
 
 
 @pytest.mark.parametrize(
-    ("mode", "code", "short"),
+    ("scheme", "mode", "code", "short"),
     [
-        ("sync", errno.EIO, False),
-        ("named", errno.ENOSPC, True),
-        ("background", errno.ENOSPC, False),
-        ("same-name", errno.EIO, False),
+        ("", "sync", errno.EIO, False),
+        ("", "named", errno.ENOSPC, True),
+        ("", "background", errno.ENOSPC, False),
+        ("", "same-name", errno.EIO, False),
+        ("file://", "background", errno.ENOSPC, False),
+        ("file://", "same-name", errno.ENOSPC, True),
     ],
-    ids=["sync", "named with short writes", "background", "same name"],
 )
 def test_each_system_call_fails_by_turns(
-    server: ForkServer, tmp_path: Path, mode: str, code: int, short: bool
+    server: ForkServer, tmp_path: Path, scheme: str, mode: str, code: int, short: bool
 ) -> None:
-    folder, told = tmp_path / "checkpoints", tmp_path / "told"
-    Saver(str(folder), mode if mode == "same-name" else "sync").save(1)
+    folder, told = f"{scheme}{tmp_path}/checkpoints", tmp_path / "told"
+    Saver(folder, mode if mode == "same-name" else "sync").save(1)
     saved = 1
     seen: set[str] = set()
     moment = 0
     while True:
         moment += 1
         value = saved + 1
-        arguments = (str(folder), mode, value, moment, code, str(told), short)
+        arguments = (folder, mode, value, moment, code, str(told), short)
         assert server.run(save_and_fail, *arguments) == 0
         failed, raised = told.read_text().splitlines()
         saved_now = load_newest(folder)
         if not failed:
             break
         seen.add(failed)
+        if scheme and not raised:
+            # What fails once is tried again.
+            assert saved_now == value, failed
+            saved = saved_now
+            continue
         kind, name, message = raised.split("|", 2)
         assert (kind, name) == ("CheckpointWriteError", errno.errorcode[code])
-        assert str(folder) in message
+        assert folder in message
         assert os.strerror(code) in message
         # From its name on, the new one is there, whole, whatever fails afterwards.
         assert saved_now in (saved, value)
         saved = saved_now
     named = {"named": {"replace"}, "same-name": {"link", "replace"}}.get(mode, {"link"})
+    if scheme:
+        named = {"replace"}
     assert seen >= {"open", "write", "pwrite", "fsync", "close", *named}
     assert saved_now == value
-    assert not list(folder.glob(".crosstrain-*.tmp"))
+    assert not list((tmp_path / "checkpoints").glob(".crosstrain-*.tmp"))
 
 
 def test_file_size_limit_at_many_sizes(tmp_path: Path) -> None:
@@ -139,6 +148,40 @@ def test_full_disk_at_many_sizes(
     _resize(small_disk, 16 << 20)
     saver.save(100)
     assert load_newest(small_disk) == 100
+
+
+@pytest.mark.parametrize("full", ["store", "staging"])
+def test_a_store_on_a_full_disk(
+    small_disk: Path, tmp_path: Path, full: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = small_disk if full == "store" else tmp_path / "store"
+    saver = Saver(f"file://{place}", "background")
+    saver.save(1)
+    (file,) = place.glob("*.pt")
+    size, page = file.stat().st_size, resource.getpagesize()
+    there = size if full == "store" else 0
+    if full == "staging":
+        monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
+    for value, room in enumerate(range(0, size, size // 8), 2):
+        # The lock is written again meanwhile.
+        _resize(small_disk, (there // page + 4) * page + room // page * page)
+        why = (
+            "uploading it failed" if full == "store" else "staging it failed.* are free in .*TMPDIR"
+        )
+        with pytest.raises(
+            CheckpointWriteError, match=rf"{value}\.pt was not saved: {why}"
+        ) as told:
+            saver.save(value)
+        assert told.value.errno == errno.ENOSPC
+        if full == "store":
+            assert load_newest(f"file://{place}") == 1
+    if full == "staging":
+        _resize(small_disk, 4 * page)
+        with pytest.raises(CheckpointError, match=r"cannot be read: ENOSPC: it takes .* are free"):
+            load_newest(f"file://{place}")
+    _resize(small_disk, 16 << 20)
+    saver.save(100)
+    assert load_newest(f"file://{place}") == 100
 
 
 def test_retention_keeps_its_count_after_a_failed_save(

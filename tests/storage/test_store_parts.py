@@ -27,8 +27,10 @@ from crosstrain.engine import (
     CheckpointWarning,
     CheckpointWriteError,
     DiskSaver,
+    Engine,
     StorePath,
     read_checkpoint,
+    resume_or_start,
 )
 from crosstrain.engine.storage.store import Store
 from crosstrain.engine.storage.store_parts import remove_parts
@@ -99,6 +101,27 @@ def test_damage_is_found(url: str) -> None:
     store.put("checkpoint_1.sharded", store.get("checkpoint_1.sharded")[:-9])
     with pytest.raises(CheckpointCorrupt, match="its manifest is damaged"):
         read_checkpoint(f"{url}/checkpoint_1.sharded")
+
+
+@pytest.mark.parametrize("parts", [False, True])
+def test_what_there_is_no_room_for_is_not_passed_over(
+    tmp_path: Path, parts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To go on from an older one, for which there is, would lose what was trained since."""
+    url = f"file://{tmp_path}"
+    with DiskSaver(url, parts=parts) as saver:
+        for number, size in ((1, 10), (2, 100_000)):
+            states = {"trainer": {"a": 1}, "holder": {"a": torch.ones(size)}}
+            saver(states, f"checkpoint_{number}.pt")
+    told = list(os.statvfs("/"))
+    # Bytes in a block, and blocks in all, free, and free for users.
+    told[0:2], told[2:5] = [1, 1], [1 << 40, 50_000, 50_000]
+    monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result(told))
+    why = r"checkpoint_2\S+ cannot be read: ENOSPC: it takes .* 50,000 are free"
+    with pytest.raises(CheckpointCorrupt, match=why):
+        Checkpoint.latest(url)
+    with pytest.raises(CheckpointCorrupt, match=why):
+        resume_or_start(Engine(lambda *_: None), {"holder": Holder()}, url, every=1)
 
 
 class Holder:

@@ -1,11 +1,14 @@
 """A storm of kills while checkpoints are on their way to an S3 server.
 
-    python tests/stress/store_storm.py --kills 200
+    python tests/stress/store_storm.py --kills 200 [--ranks 2]
 
 One process after the other trains, saves every second iteration, and is killed with SIGKILL while
 a part of a checkpoint, or the request that completes it, is on its way. The next goes on. What was
 said to be saved has to be there each time; the losses and the last weights have to be those of a
 training that was left alone, to the bit; and no upload may be left at the end. Exit code 0 says so.
+
+With `--ranks` the model is sharded over so many processes, each of which uploads its part; one of
+them is killed, or all at once, and those that are left have to end by themselves.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import argparse
 import os
 import random
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -26,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
 from fork_server import ForkServer
 from s3_server import Proxy, Request, make_bucket, reached, s3_server, uploads
-from store_program import EPOCH, train
+from store_program import EPOCH, train, train_rank
 
 from crosstrain.engine import Checkpoint
 
@@ -52,9 +56,14 @@ class Storm:
 
 
 class _Watch:
-    """Says when the n-th checkpoint of a life is on its way, and slows it down."""
+    """Says when the n-th checkpoint of a life is on its way, and slows it down.
 
-    def __init__(self) -> None:
+    Args:
+        held: for how many seconds each of its requests is held up.
+    """
+
+    def __init__(self, held: float) -> None:
+        self._held = held
         self.arrived = threading.Event()
         self.what = ""
         self.wanted = 0
@@ -70,26 +79,60 @@ class _Watch:
         if self._begun >= self.wanted and (request.is_part or request.completes):
             self.what = "a part" if request.is_part else "the completing request"
             self.arrived.set()
-            time.sleep(0.02)
+            time.sleep(self._held)
 
 
-def storm(kills: int, folder: Path, seed: int, tell: bool = False) -> Storm:
+@dataclass
+class _World:
+    """The processes of a life.
+
+    Args:
+        server: forks them off.
+        ranks: how many there are; 0: one, whose model is not sharded.
+        iterations: see `store_program`.
+    """
+
+    server: ForkServer
+    ranks: int
+    iterations: int
+
+    def start(self, url: str, place: Path, every: int) -> list[int]:
+        """Starts the processes of a life; returns their ids."""
+        order = (url, str(place), self.iterations, every)
+        if not self.ranks:
+            return [self.server.start(train, *order)]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        return [
+            self.server.start(train_rank, *order, rank, self.ranks, port)
+            for rank in range(self.ranks)
+        ]
+
+    def run(self, url: str, place: Path) -> None:
+        """Starts them, with checkpoints at the end only, and waits."""
+        codes = [self.server.wait(pid) for pid in self.start(url, place, 10**6)]
+        assert not any(codes), codes
+
+
+def storm(kills: int, folder: Path, seed: int, ranks: int = 0, tell: bool = False) -> Storm:
     """Kills a training again and again while it uploads.
 
     Args:
         kills: how often.
         folder: an empty one.
         seed: of the moments.
+        ranks: over how many processes the model is sharded; 0: it is not.
         tell: whether to print how far it is.
     """
-    result, draw, watch = Storm(), random.Random(seed), _Watch()
+    result, draw, watch = Storm(), random.Random(seed), _Watch(0.15 if ranks else 0.02)
     iterations = (kills * _EVERY * (_SAVES - 1) // EPOCH + 2) * EPOCH
     straight, stormy = folder / "straight", folder / "stormy"
     for place in (straight, stormy):
         place.mkdir(parents=True)
     with s3_server() as address, ForkServer("store_program", "torch._dynamo", "s3fs") as alone:
         make_bucket(address, "storm")
-        assert alone.run(train, str(straight / "c"), str(straight), iterations, 10**6) == 0
+        _World(alone, ranks, iterations).run(str(straight / "c"), straight)
         proxy = Proxy(address)
         proxy.disturb = watch
         with (
@@ -97,13 +140,14 @@ def storm(kills: int, folder: Path, seed: int, tell: bool = False) -> Storm:
             ForkServer("store_program", "torch._dynamo", "s3fs") as server,
         ):
             url = "s3://storm/run"
+            world = _World(server, ranks, iterations)
             for number in range(kills):
-                _live(server, url, stormy, iterations, watch, draw, result)
+                _live(world, url, stormy, watch, draw, result)
                 if tell:
                     print(f"\rkill {number + 1} of {kills}, saved {_saved(stormy)}", end="")
                     sys.stdout.flush()
             watch.begin(10**6)
-            assert server.run(train, url, str(stormy), iterations, 10**6) == 0
+            world.run(url, stormy)
         proxy.close()
         if left := uploads(address, "storm"):
             result.problems.append(f"{left} uploads are left")
@@ -112,24 +156,28 @@ def storm(kills: int, folder: Path, seed: int, tell: bool = False) -> Storm:
 
 
 def _live(
-    server: ForkServer,
+    world: _World,
     url: str,
     place: Path,
-    iterations: int,
     watch: _Watch,
     draw: random.Random,
     result: Storm,
 ) -> None:
-    watch.begin(draw.randint(1, _SAVES))
-    pid = server.start(train, url, str(place), iterations, _EVERY)
+    # Each rank has an upload in parts of its own.
+    watch.begin(draw.randint(1, _SAVES * max(world.ranks, 1)))
+    pids = world.start(url, place, _EVERY)
     if not watch.arrived.wait(120):
         result.problems.append("a life has uploaded nothing within 120 s")
     time.sleep(draw.uniform(0.0, 0.4))
-    os.kill(pid, signal.SIGKILL)
-    if server.wait(pid) != -signal.SIGKILL:
-        result.problems.append("a life has ended by itself")
+    killed = [draw.choice(pids)] if draw.random() < 0.5 else pids
+    for pid in killed:
+        os.kill(pid, signal.SIGKILL)
+    for pid in pids:
+        code = world.server.wait(pid)
+        if (code != -signal.SIGKILL) if pid in killed else code in (0, -signal.SIGKILL):
+            result.problems.append(f"a life has ended with {code}")
     result.kills += 1
-    result.during[watch.what] += 1
+    result.during[f"{watch.what}, {len(killed)} of {len(pids)}" if world.ranks else watch.what] += 1
     found, told = Checkpoint.latest(url), _saved(place)
     if found.passed_over:
         result.problems.append(f"passed over after a kill: {found.describe()}")
@@ -139,20 +187,25 @@ def _live(
 
 
 def _saved(place: Path) -> int:
-    path = place / "saved"
-    return int(path.read_text() or 0) if path.exists() else 0
+    return max((int(path.read_text() or 0) for path in place.glob("saved*")), default=0)
 
 
 def _compare(straight: Path, stormy: Path, result: Storm) -> None:
-    expected = dict(line.split() for line in (straight / "losses").read_text().splitlines())
-    lines = [line.split() for line in (stormy / "losses").read_text().splitlines()]
-    result.lost = len(lines) - len(expected)
+    for path in straight.glob("losses*"):
+        _compare_process(straight, stormy, path.name.removeprefix("losses"), result)
+
+
+def _compare_process(straight: Path, stormy: Path, own: str, result: Storm) -> None:
+    losses = f"losses{own}"
+    expected = dict(line.split() for line in (straight / losses).read_text().splitlines())
+    lines = [line.split() for line in (stormy / losses).read_text().splitlines()]
+    result.lost = max(result.lost, len(lines) - len(expected))
     if {number for number, _ in lines} != set(expected):
         result.problems.append("iterations are missing")
     wrong = [number for number, loss in lines if expected.get(number) != loss]
     if wrong:
         result.problems.append(f"the loss of iteration {wrong[0]} is another")
-    if (straight / "end").read_text() != (stormy / "end").read_text():
+    if (straight / f"end{own}").read_text() != (stormy / f"end{own}").read_text():
         result.problems.append("the last weights are others")
 
 
@@ -160,11 +213,12 @@ def main() -> int:
     """Runs a storm and says how it ended."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--kills", type=int, default=200, help="default: %(default)s")
+    parser.add_argument("--ranks", type=int, default=0, help="processes of a sharded model")
     parser.add_argument("--seed", type=int, default=0, help="of the kills' moments")
     args = parser.parse_args()
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        result = storm(args.kills, Path(folder), args.seed, tell=True)
+        result = storm(args.kills, Path(folder), args.seed, args.ranks, tell=True)
     print(f"\n{result.kills} kills in {time.perf_counter() - began:.0f} s: {dict(result.during)}")
     print(f"{result.lost} iterations were trained again, {result.lost / result.kills:.1f} a kill.")
     for problem in result.problems:

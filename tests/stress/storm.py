@@ -27,7 +27,7 @@ _EVERY = 2
 _EPOCH, _LIFE = 30, 6
 
 
-def storm(backend: str, kills: int, workers: int, folder: Path, seed: int) -> str:
+def storm(backend: str, kills: int, workers: int, folder: Path, seed: int, scheme: str = "") -> str:
     """Runs a training straight through, and once more under kills.
 
     Args:
@@ -36,6 +36,7 @@ def storm(backend: str, kills: int, workers: int, folder: Path, seed: int) -> st
         workers: worker processes of the loader, in every second life; none in the others.
         folder: where both keep their checkpoints; an empty one.
         seed: of the moments of the kills.
+        scheme: `file://`: the second one keeps its checkpoints in the folder as in a store.
 
     Returns:
         The first thing that differs, as a sentence; empty where no bit does.
@@ -48,28 +49,28 @@ def storm(backend: str, kills: int, workers: int, folder: Path, seed: int) -> st
         (folder / name).mkdir(parents=True)
     straight, stormy = Course(), Course()
     order = Order(backend, str(folder / "straight"), "digits", options, seed=2026)
-    _live(straight, order, None, 0.0)
-    order = replace(order, folder=str(folder / "stormy"), every=_EVERY)
+    log = folder / "stderr.txt"
+    _live(straight, order, log, None, 0.0)
+    order = replace(order, folder=f"{scheme}{folder}/stormy", every=_EVERY)
     moments = random.Random(seed)
     for kill in range(kills):
         # One in ten while it starts; the others some iterations on, anywhere within one.
         starting = moments.random() < 0.1
         after = 0 if starting else moments.randint(1, 2 * _LIFE - 1)
         delay = moments.uniform(0, 3) if starting else moments.uniform(0, 0.03)
-        done = _live(stormy, replace(order, workers=workers * (kill % 2)), after, delay)
+        done = _live(stormy, replace(order, workers=workers * (kill % 2)), log, after, delay)
         if done:
             raise TrainingFailed(f"The training ended after {kill} kills of {kills}.")
         print(f"\rkill {kill + 1} of {kills}, iteration {stormy.total}", end="")
         sys.stdout.flush()
     print()
-    _live(stormy, order, None, 0.0)
+    _live(stormy, order, log, None, 0.0)
     return first_difference(straight, stormy)
 
 
-def _live(course: Course, order: Order, after: int | None, delay: float) -> bool:
+def _live(course: Course, order: Order, log: Path, after: int | None, delay: float) -> bool:
     """Follows one process to its end, and kills it some iterations on; tells if it ended itself."""
-    assert order.folder is not None
-    with Life(Path(order.folder) / "stderr.txt", order) as life:
+    with Life(log, order) as life:
         if after == 0:
             life.kill_after(delay)
         seen = 0
@@ -91,13 +92,15 @@ def main() -> int:
     add_backend_argument(parser)
     parser.add_argument("--kills", type=int, default=100, help="default: %(default)s")
     parser.add_argument("--workers", type=int, default=1, help="default: %(default)s")
+    parser.add_argument("--scheme", default="", choices=["", "file://"], help="a store's, or none")
     parser.add_argument("--seed", type=int, default=0, help="of the kills' moments")
     args = parser.parse_args()
     started = time.perf_counter()
     try:
         get(args.backend)
         with tempfile.TemporaryDirectory() as folder:
-            difference = storm(args.backend, args.kills, args.workers, Path(folder), args.seed)
+            given = (args.backend, args.kills, args.workers, Path(folder), args.seed)
+            difference = storm(*given, args.scheme)
     except (BackendError, TrainingFailed) as error:
         print(f"storm: {error}", file=sys.stderr)
         return 2

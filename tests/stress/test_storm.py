@@ -15,15 +15,16 @@ pytestmark = pytest.mark.usefixtures("forked_programs")
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("spec", "kills"),
+    ("spec", "kills", "scheme"),
     [
-        ("cpu", 4),
-        pytest.param("xla", 2, marks=on_xla.needs_xla),
-        pytest.param("xla:bf16", 2, marks=on_xla.needs_xla),
+        ("cpu", 4, ""),
+        ("cpu", 2, "file://"),
+        pytest.param("xla", 2, "", marks=on_xla.needs_xla),
+        pytest.param("xla:bf16", 2, "", marks=on_xla.needs_xla),
     ],
 )
-def test_a_short_storm(tmp_path: Path, spec: str, kills: int) -> None:
-    assert storm(spec, kills=kills, workers=1, folder=tmp_path, seed=3) == ""
+def test_a_short_storm(tmp_path: Path, spec: str, kills: int, scheme: str) -> None:
+    assert storm(spec, kills, workers=1, folder=tmp_path, seed=3, scheme=scheme) == ""
 
 
 def test_a_training_that_fails_is_told(tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ LEVELS = {
 THIRD_PARTY = {
     "torch": ("backends/*.py", "engine/*.py", "ci/*.py"),
     "numpy": ("backends/*.py", "engine/*.py", "ci/*.py"),
-    "blake3": ("engine/storage/tree_hash.py",),
+    "blake3": ("engine/storage/tree_hash.py", "engine/storage/parts_files.py"),
     "fsspec": ("engine/storage/stores.py",),
     "rich": ("ci/*.py",),
     "jinja2": ("ci/matrix/report*.py",),
