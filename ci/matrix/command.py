@@ -146,13 +146,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     from crosstrain.ci.trials.scenarios import SCENARIOS
 
     from .progress import print_summary
-    from .run_all import Cell, CellPlan
-    from .selection import (
-        check_target,
-        chosen_scenarios,
-        exclusive_specs,
-        selected,
-    )
+    from .selection import check_target, chosen_scenarios, selected
 
     check_target(args.target)
     scenarios = chosen_scenarios(args.scenarios, SCENARIOS)
@@ -163,23 +157,10 @@ def _run(args: argparse.Namespace, console: Console) -> int:
             console.print(
                 f"{spec} is required and missing: {_why(selection.found[spec])}", markup=False
             )
+    titles = {name: SCENARIOS[name].title for name in scenarios}
     with contextlib.ExitStack() as stack:
         place = args.report or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        plan = CellPlan(
-            # Scenario by scenario, so that a broken one shows before all of a backend has run.
-            cells=tuple(
-                Cell(spec, scenario)
-                for scenario in scenarios
-                for spec in selection.backends
-                if selection.found[spec].ok
-            ),
-            folder=place.resolve(),
-            timeout=args.timeout,
-            jobs=args.jobs or max(1, min(_MOST_JOBS, _cores() // 2)),
-            exclusive=exclusive_specs(selection.backends),
-            target=args.target,
-        )
-        titles = {name: SCENARIOS[name].title for name in scenarios}
+        plan = _plan(args, selection, scenarios, place.resolve())
         began, started = time.monotonic(), datetime.datetime.now(datetime.UTC)
         outcomes, stopped_by = _outcomes(plan, selection, list(titles), console)
         result = Run(
@@ -205,6 +186,28 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     if stopped_by is not None:
         return 128 + stopped_by
     return BROKEN if report.broken() else OK
+
+
+def _plan(
+    args: argparse.Namespace, selection: Selection, scenarios: Sequence[str], place: Path
+) -> CellPlan:
+    from .run_all import Cell, CellPlan
+    from .selection import exclusive_specs
+
+    return CellPlan(
+        # Scenario by scenario, so that a broken one shows before all of a backend has run.
+        cells=tuple(
+            Cell(spec, scenario)
+            for scenario in scenarios
+            for spec in selection.backends
+            if selection.found[spec].ok
+        ),
+        folder=place,
+        timeout=args.timeout,
+        jobs=args.jobs or max(1, min(_MOST_JOBS, _cores() // 2)),
+        exclusive=exclusive_specs(selection.backends),
+        target=args.target,
+    )
 
 
 def _why(found: Availability) -> str:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forked import run as run_forked
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +30,7 @@ def environment(
 
 
 def run(environment: dict[str, str], cwd: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *words],
-        env=environment,
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return run_forked([sys.executable, *words], env=environment, cwd=cwd)
 
 
 def test_it_is_found_and_can_be_required(environment: tuple[Path, dict[str, str]]) -> None:

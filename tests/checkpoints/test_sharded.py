@@ -8,7 +8,6 @@ import os
 import pickle
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import run
 from processes import SUPPORT, run_program, run_world
 
 from crosstrain.backends import get
@@ -363,7 +363,7 @@ def test_killed_run_goes_on_with_the_same_bits(tmp_path: Path) -> None:
         command += ["--nproc-per-node", "2", "--max-restarts", "1"]
         command += [str(SUPPORT / "sharded_resume_program.py"), str(folder), kill_at]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+        done = run(command, env=environment)
         assert done.returncode == 0, done.stdout + done.stderr
         told = [json.loads((folder / f"told-{rank}.json").read_text()) for rank in (0, 1)]
         digests.append([one["digest"] for one in told])

@@ -13,6 +13,8 @@ from typing import Any
 import on_xla
 import pytest
 import torch
+from forked import ForkedPopen
+from forked import run as run_forked
 from rich.console import Console
 
 from crosstrain.ci.demo.report import DemoRun, print_table
@@ -27,12 +29,8 @@ SPECS = [
 
 
 def demo(console_script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [str(console_script), "demo", *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "COLUMNS": "120"},
-    )
+    command = [console_script, "demo", *arguments]
+    return run_forked(command, env={**os.environ, "COLUMNS": "120"})
 
 
 @pytest.fixture(scope="module", params=SPECS)
@@ -109,15 +107,13 @@ def test_example_is_the_same_training_and_survives_a_kill(
     folder = tmp_path / "digits"
     script = [sys.executable, str(repo_root / "examples" / "digits.py")]
     command = [*script, *ARGUMENTS, spec, "--workers", "1", "--out", str(folder)]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, start_new_session=True
-    ) as first:
+    with ForkedPopen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as first:
         assert first.stdout is not None
         assert first.stdout.readline().startswith("epoch 1: loss ")
         os.killpg(first.pid, signal.SIGKILL)
     # Other workers than before: they do not matter.
     command[command.index("--workers") + 1] = "0"
-    second = subprocess.run(command, capture_output=True, text=True)
+    second = run_forked(command)
     assert second.returncode == 0, second.stderr
     assert "resumed from" in second.stdout
     assert "epoch 2: loss " in second.stdout

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,21 @@ class Example:
         return [json.loads(line) for line in (self._place / "report").read_text().splitlines()]
 
 
+@pytest.fixture(scope="module")
+def undisturbed(
+    server: ForkServer, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], list[Any]]:
+    """Gives what a run on a backend does that nobody stops; each is run once for all tests."""
+
+    @functools.cache
+    def rows(spec: str) -> list[Any]:
+        straight = Example(server, tmp_path_factory.mktemp("straight") / "example")
+        assert straight.run(spec) == 0
+        return straight.rows()
+
+    return rows
+
+
 @pytest.fixture
 def example(server: ForkServer, tmp_path: Path) -> Example:
     return Example(server, tmp_path / "example")
@@ -57,18 +73,17 @@ def example(server: ForkServer, tmp_path: Path) -> Example:
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_killed_on_each_backend_it_ends_with_the_same_bits(
-    server: ForkServer, tmp_path: Path, example: Example, spec: str
+    undisturbed: Callable[[str], list[Any]], example: Example, spec: str
 ) -> None:
-    straight = Example(server, tmp_path / "straight")
-    assert straight.run(spec) == 0
+    straight = undisturbed(spec)
     assert example.run(spec, workers=1, at_17="SIGKILL") == -signal.SIGKILL
     assert example.run(spec, at_44="SIGKILL") == -signal.SIGKILL
     assert example.run(spec) == 0
     rows = example.rows()
     # Every tenth iteration is saved, in the background: some are done twice.
     assert len(rows) > ITERATIONS + 1
-    assert {row[0]: row[1:] for row in rows} == {row[0]: row[1:] for row in straight.rows()}
-    assert all(row in straight.rows() for row in rows)
+    assert {row[0]: row[1:] for row in rows} == {row[0]: row[1:] for row in straight}
+    assert all(row in straight for row in rows)
 
 
 @pytest.mark.parametrize(
@@ -82,13 +97,11 @@ def test_killed_on_each_backend_it_ends_with_the_same_bits(
     ids=" ".join,
 )
 def test_its_checkpoint_is_carried_to_another_backend(
-    server: ForkServer, tmp_path: Path, example: Example, stations: tuple[str, str, str]
+    undisturbed: Callable[[str], list[Any]], example: Example, stations: tuple[str, str, str]
 ) -> None:
-    still = Example(server, tmp_path / "still")
-    assert still.run(stations[0]) == 0
     for spec, stop in zip(stations, ({"at_13": "SIGTERM"}, {"at_41": "SIGTERM"}, {}), strict=True):
         assert example.run(spec, **stop) == 0
-    rows, wanted = example.rows(), still.rows()
+    rows, wanted = example.rows(), undisturbed(stations[0])
     iterations = [row for row in rows if row[0] != "end"]
     assert [row[0] for row in iterations] == list(range(1, ITERATIONS + 1))
     assert [row[1] for row in iterations] == [row[1] for row in wanted[:-1]]

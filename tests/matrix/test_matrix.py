@@ -12,6 +12,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from forked import run as run_forked
 from report_samples import sample_run
 
 from crosstrain.ci.matrix.report import Report
@@ -24,15 +25,7 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if name != MARK
 
 
 def matrix(script: Path, *arguments: str | Path, cwd: Path) -> Result:
-    return subprocess.run(
-        [script, "matrix", *map(str, arguments)],
-        cwd=cwd,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=280,
-    )
+    return run_forked([script, "matrix", *arguments], cwd=cwd, env=ENVIRONMENT)
 
 
 @pytest.fixture(scope="module")
@@ -144,9 +137,8 @@ def test_a_wrong_argument_is_named(
 @pytest.fixture(scope="module")
 def absent(console_script: Path) -> str:
     """A backend that cannot run here."""
-    listed = subprocess.run(
-        [console_script, "doctor", "--json"], capture_output=True, text=True, check=True
-    )
+    listed = run_forked([console_script, "doctor", "--json"])
+    assert listed.returncode == 0, listed.stderr
     found = json.loads(listed.stdout)["backends"]
     specs: list[str] = [one["spec"] for one in found if not one["ok"]]
     if not specs:

@@ -11,7 +11,7 @@ from plugin_project import USES, outcomes, project, run  # noqa: F401 (a fixture
 import crosstrain.engine  # noqa: F401
 
 pytest_plugins = ("pytester",)
-pytestmark = pytest.mark.usefixtures("project")
+pytestmark = pytest.mark.usefixtures("project", "forked_programs")
 
 
 @pytest.mark.slow
@@ -71,10 +71,11 @@ def test_its_tests_may_be_spread_over_processes(pytester: pytest.Pytester) -> No
         def test_together(backend): assert backend.world.size == 2
         """,
     )
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", "2"]
-    result = pytester.run(*command, "--backends=cpu,cpu:bf16")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n"]
+    result = pytester.run(*command, "2", "--backends=cpu,cpu:bf16")
     result.assert_outcomes(passed=3)
     assert result.ret == 0
+    command.append("1")
     lacking = pytester.run(*command, "--backends=cpu", "--require-backends=absent", "test_one.py")
     lacking.assert_outcomes(passed=1, errors=1)
     lacking.stdout.fnmatch_lines(["*Nobody has such a device. Remedy: Invent one.*"])

@@ -1,12 +1,12 @@
 """Python programs that need not import torch: each is forked off a process that has done it.
 
 A test that starts twenty programs spends most of its time importing torch. `ForkedPopen` is
-`subprocess.Popen`, and starts `python -m MODULE` and `python FILE.py` as children of this process
-that are forked off another, the zygote, which has torch and the engine imported and has done
-nothing else. They have arguments, environment, folder, session, standard streams and process id of
-their own, and end as interpreters do; what they share is the seed of Python's hashes. Those that
-start others, such as torchrun, fork a zygote of their own first, so what they start is forked, too.
-/proc shows the environment of each.
+`subprocess.Popen`, `run` is `subprocess.run`, and they start `python -m MODULE`, `python FILE.py`
+and `crosstrain` as children of this process that are forked off another, the zygote, which has
+torch and the engine imported and has done nothing else. They have arguments, environment, folder,
+session, standard streams and process id of their own, and end as interpreters do; what they share
+is the seed of Python's hashes. Those that start others, such as torchrun, fork a zygote of their
+own first, so what they start is forked, too. /proc shows the environment of each.
 
 Started as a program it is the zygote.
 """
@@ -38,7 +38,13 @@ PRELOADED = (
     "crosstrain.engine.storage.torch_parts",
 )
 # What starts programs itself.
-_STARTERS = ("torch.distributed.run", "crosstrain.ci.cli", "pytest")
+_COMMAND = str(Path(sys.executable).with_name("crosstrain"))
+_STARTERS = (
+    "torch.distributed.run",
+    "pytest",
+    "crosstrain.ci.cli",
+    "crosstrain.ci.matrix.run_one",
+)
 _SUBREAPER = 36  # of prctl
 # Room for the environment of a program, where /proc looks for it: that of the zygote.
 _ROOM = {"CROSSTRAIN_TEST_ROOM": "-" * 2**15}
@@ -91,9 +97,9 @@ class ForkedPopen(subprocess.Popen[Any]):
     def _execute_child(self, *told: Any) -> None:
         words = list(map(str, told[0]))
         at_once = words[1:2] == ["-u"]
-        argv = words[1 + at_once :]
-        is_program = bool(argv) and (argv[0].endswith(".py") or argv[0] == "-m")
-        if words[0] != sys.executable or not is_program:
+        argv = words if words[0] == _COMMAND else words[1 + at_once :]
+        is_program = bool(argv) and (argv[0].endswith(".py") or argv[0] in ("-m", _COMMAND))
+        if words[0] not in (sys.executable, _COMMAND) or not is_program:
             _execute_child(self, *told)
             return
         cwd, env, new_session = told[5], told[6], told[21]
@@ -111,6 +117,25 @@ class ForkedPopen(subprocess.Popen[Any]):
         self.pid = _zygote(os.getpid()).fork(request, streams)
         self._child_created = True
         self._close_pipe_fds(*told[10:16])  # type: ignore[attr-defined]
+
+
+def run(
+    command: Sequence[Any], timeout: float = 280, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """Runs a program to its end, forked; returns what it printed, and its exit code.
+
+    Args:
+        command: the program and its arguments.
+        timeout: the seconds that it may take.
+        **options: further ones of `subprocess.Popen`.
+    """
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
+    with ForkedPopen([*map(str, command)], text=True, **{**pipes, **options}) as process:
+        try:
+            out, errors = process.communicate(timeout=timeout)
+        finally:
+            process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, errors)
 
 
 def _serve(line: socket.socket) -> dict[str, Any]:
@@ -161,7 +186,8 @@ def _become(request: dict[str, Any]) -> None:
     sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
     # Makes anew the pool of threads that a fork loses, ahead of the first backward pass.
     torch.set_num_threads(1)
-    if request["argv"][:1] == ["-m"] and request["argv"][1] in _STARTERS:
+    first, *others = request["argv"]
+    if first == _COMMAND or (first == "-m" and others[0] in _STARTERS):
         _fork_own_children()
     _end(_exit_code(request["argv"], request["cwd"]))
 

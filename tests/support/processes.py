@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from forked import ForkedPopen
+from forked import ForkedPopen, run
 
 # The folder of the programs that tests start.
 SUPPORT = Path(__file__).resolve().parent
@@ -59,19 +59,9 @@ def torchrun(processes: int, program: str, *arguments: str, **extra: str) -> str
     """Runs a program of the tests under torchrun, all forked; returns what they printed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes", "1"]
     command += ["--nproc-per-node", str(processes), str(SUPPORT / program), *arguments]
-    with ForkedPopen(
-        command,
-        env={**os.environ, **extra},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
-        try:
-            told: str = process.communicate(timeout=240)[0]
-        finally:
-            process.kill()
-    assert process.returncode == 0, told
-    return told
+    done = run(command, 240, env={**os.environ, **extra})
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
 
 
 def run_program(program: str, *arguments: str, timeout: float = 120) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from elastic_examples import LAYERS, OPTIMIZERS, Workers
 from elastic_program import KINDS, Words, count_words, loss_of_words
 from fork_server import ForkServer
+from forked import run
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from processes import SUPPORT, run_world
@@ -76,7 +76,7 @@ def test_a_run_that_is_killed_goes_on_with_any_number_of_processes(
         command += ["--nproc-per-node", str(size), str(SUPPORT / PROGRAM), str(tmp_path), kind]
         command += ["--save", "--kill-after", str(kill_after)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+        done = run(command, 240, env=environment)
         assert done.returncode != 0
         log += done.stderr
     log += run_world(4, PROGRAM, str(tmp_path), kind, "--save")
