@@ -18,11 +18,11 @@ import torch
 from crosstrain.backends import random_state
 from crosstrain.engine.data.attributes import plain_or_none
 from crosstrain.engine.data.cursor import Cursor
-from crosstrain.engine.data.own_data import is_map_style, own_data
+from crosstrain.engine.data.own_data import own_data
 from crosstrain.engine.data.sampling import ReproducibleBatchSampler, update_dataloader
 from crosstrain.engine.data.shares import BatchShare, Shards, check_shards, world_of
 from crosstrain.engine.data.streams import ALL_STREAMS, StreamKey
-from crosstrain.engine.exact.fetches import who_fetches
+from crosstrain.engine.exact.fetches import Fetched, who_fetches
 from crosstrain.engine.exact.forgotten import SCALARS, Forgotten
 from crosstrain.engine.exact.laid_over import LaidOver
 from crosstrain.engine.exact.porting import port
@@ -172,8 +172,8 @@ class DeterministicEngine(Engine):
         # What the step and handlers refer to, as the run's first epoch begins.
         self._begun: Forgotten | None = None
         self._told: set[str] = set()
-        # The data, and which handler fetches from it, too.
-        self._fetches: tuple[Any, str | None] | None = None
+        # The data, and which loaders handlers fetch from, it or others.
+        self._fetches: tuple[Any, Fetched] | None = None
         self._conditions: dict[str, Any] | None = None
 
     @property
@@ -222,8 +222,11 @@ class DeterministicEngine(Engine):
             "quiet": bool(self.asked & QUIET_EPOCH),
         }
         position = values["position"] = self._cursor.position()
-        if position is not None and self._who_fetches() is not None:
-            position["workers"] = own_data(self.state.dataloader).num_workers
+        if position is not None:
+            fetched = self._who_fetches()
+            position["loaders"] = fetched.record()
+            if fetched.training is not None:
+                position["workers"] = own_data(self.state.dataloader).num_workers
         values["rng_states"] = random_states(self.backend)
         values["epoch_rng_states"] = None if values["progress"]["ended"] else self._epoch_states
         values["backend"] = None if self.backend is None else self.backend.state_dict()
@@ -267,7 +270,10 @@ class DeterministicEngine(Engine):
         functions = {"the step": self._process_function}
         for event, function in self._handlers.all_bound():
             name = getattr(function, "__qualname__", type(function).__qualname__)
-            functions[f"{name} (a handler of {event})"] = function
+            called = f"{name} (a handler of {event})"
+            # Lambdas of one function are called alike.
+            count = 1 + sum(one.startswith(called) for one in functions)
+            functions[called if count == 1 else f"{called}, number {count}"] = function
         return {**functions, **functions_of(self.state.dataloader)}
 
     def _named_elsewhere(self) -> set[int]:
@@ -499,32 +505,39 @@ class DeterministicEngine(Engine):
                 if beginning and self._compared:
                     strictness = "off"
                 cursor.go_to(position, data, self._key, self.proof, strictness, other)
-                self._tell_of_workers()
+                self._tell_of_workers(position)
         if not beginning:
             restore_random_states(snapshot["rng_states"], self.backend)
         if self._reseeds:
             cursor.seed_anew(self._key)
 
-    def _who_fetches(self) -> str | None:
-        """Returns which handler may iterate over the training's loader, too."""
+    def _who_fetches(self) -> Fetched:
+        """Returns which loaders handlers may iterate over, the training's own among them."""
         data = own_data(self.state.dataloader)
-        if not is_map_style(data) or self.checks.unnamed == "off":
-            return None
+        if self.checks.unnamed == "off":
+            return Fetched()
         if self._fetches is None or self._fetches[0] is not data:
             self._fetches = data, who_fetches(self._functions(), data, {id(self)})
         return self._fetches[1]
 
-    def _tell_of_workers(self) -> None:
-        """Says that a handler fetches as well, and draws otherwise with other workers."""
-        why, who = self._cursor.draws_by_workers(), self._who_fetches()
-        if why is not None and who is not None:
-            self.proof.differs(
-                f"A resumed run may draw other values once {who}, has been iterated over: it is "
-                f"a loader of the dataset that is trained on, and {why}. Go on with that number of "
-                "workers, or iterate there over a loader that keeps its num_workers. If nothing "
-                "is fetched there: checks=Checks(unnamed='off').",
-                "warn",
+    def _tell_of_workers(self, position: Mapping[str, Any]) -> None:
+        """Says that a handler fetches, and draws otherwise with other workers than then."""
+        fetched = self._who_fetches()
+        if (why := self._cursor.draws_by_workers()) is not None and fetched.training is not None:
+            self._tell_of_loader(
+                f"{fetched.training}, has been iterated over: it is a loader of the dataset that "
+                f"is trained on, and {why}"
             )
+        for name, why in fetched.differences(position.get("loaders", {})):
+            self._tell_of_loader(f"{name}, has been iterated over: {why}")
+
+    def _tell_of_loader(self, what: str) -> None:
+        self.proof.differs(
+            f"A resumed run may draw other values once {what}. Go on with that number of workers, "
+            "or iterate there over a loader that keeps its num_workers. If nothing is fetched "
+            "there: checks=Checks(unnamed='off').",
+            "warn",
+        )
 
     def _prove(self, data: Any) -> None:
         """Has data that was set at a resumed epoch's beginning fetched twice, and compared."""
@@ -569,6 +582,9 @@ class DeterministicEngine(Engine):
         self.state.seed = agreed_seed(self.state.seed, self.backend)
         self._cursor.watch(self.state.dataloader)
         snapshot = self._full_snapshot()
+        if snapshot is not None and snapshot["position"] is not None:
+            # Before any handler fires that iterates over one of them.
+            self._who_fetches().go_on(snapshot["position"].get("loaders", {}))
         if snapshot is not None and self.restartable and self._place.owed & RUN_ENDS:
             # It ends as it had ended: another run, of this process, would begin another epoch.
             self.state.epoch = snapshot["progress"]["epoch"]

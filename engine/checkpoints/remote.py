@@ -7,10 +7,15 @@ import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from crosstrain.engine.errors import warn_user
 from crosstrain.engine.ranks.line import Line
 from crosstrain.engine.ranks.world import this_rank
 from crosstrain.engine.shown import shown
-from crosstrain.engine.storage.errors import CheckpointError, CheckpointWriteError
+from crosstrain.engine.storage.errors import (
+    CheckpointError,
+    CheckpointWarning,
+    CheckpointWriteError,
+)
 from crosstrain.engine.storage.folder import Claim
 from crosstrain.engine.storage.folders import open_place
 from crosstrain.engine.storage.locations import StorePath
@@ -128,12 +133,27 @@ class RemoteCopies:
 
     def _keep_newest(self, item: Item) -> None:
         kept, removed = Retention(self._n_saved, False, self._kept).with_added(item)
-        if self._claim is not None:
-            for name in removed:
-                # Of a run from before it was sharded, or after, there are the others, too.
-                self._folder.remove(name)
-                self._folder.remove_parts(PARTS.path_of(self.location, name).name)
-        self._kept = kept
+        left = [old for old in self._kept if old.filename in removed and not self._remove(old)]
+        # What could not be removed is tried again with the next one.
+        self._kept = [*left, *kept]
+
+    def _remove(self, old: Item) -> bool:
+        """Removes a copy; tells whether it is gone."""
+        if self._claim is None:
+            return True
+        try:
+            # Of a run from before it was sharded, or after, there are the others, too.
+            self._folder.remove(old.filename)
+            self._folder.remove_parts(PARTS.path_of(self.location, old.filename).name)
+        except OSError as error:
+            if isinstance(error, CheckpointError):
+                raise
+            # No error: the new one is there, and it would end this process only.
+            why = error.strerror or error
+            text = f"Old copy {self.location / old.filename} could not be removed: {why}"
+            warn_user(text, CheckpointWarning)
+            return False
+        return True
 
     def ask(self) -> None:
         """Raises what the last copy has met, if it has ended; does not wait."""

@@ -276,6 +276,25 @@ def test_every_sampler_resumes_at_every_place(name: str) -> None:
         assert check(name, HANDLERS[:3], (0, 0), False, place) == "exact"
 
 
+@pytest.mark.parametrize(
+    "name", ["counting", "advancing", "in place", "late", "batches of counting"]
+)
+def test_orders_of_three_passes_are_those_of_the_plain_loader(name: str) -> None:
+    """A sampler that counts its own epochs gives another order in each, whoever runs over it."""
+    plain = make(name, 0, False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wanted = [[batch[0].tolist() for batch in plain] for _ in range(3)]
+    seen: list[list[Any]] = []
+    engine = DeterministicEngine(lambda engine, batch: seen[-1].append(batch[0].tolist()), seed=1)
+    engine.add_event_handler(Events.EPOCH_STARTED, lambda: seen.append([]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        engine.run(make(name, 0, False), max_epochs=3)
+    assert seen == wanted
+    assert seen[0] != seen[1] != seen[2]
+
+
 @settings(
     deadline=None,
     max_examples=12,

@@ -69,6 +69,8 @@ class Process:
     def __init__(self, folder: Path, seed: int) -> None:
         manual_seed(seed)
         self.data, self.total, self.seen = Negatives(), Total(), {}  # type: ignore[var-annotated]
+        # What no state has: it is what it was only if the beginning draws it again.
+        self.drawn: dict[int, float] = {}
         self.model = nn.Sequential(nn.Linear(2, 4), nn.Dropout(0.2), nn.Linear(4, 1))
         self.model.register_buffer("hidden", torch.zeros(1))
         self.optimizer = torch.optim.Adam(self.trained(), 0.1)
@@ -86,6 +88,7 @@ class Process:
 
     def begin(self) -> None:
         self.data.draw()
+        self.drawn[self.trainer.state.epoch] = numpy.random.rand() + float(torch.rand(()))
         self.total.reset()
         self.model.hidden.zero_()  # type: ignore[operator,union-attr]
         for group in self.optimizer.param_groups:
@@ -159,6 +162,8 @@ def test_what_handlers_of_an_epochs_beginning_draw_and_reset_is_as_it_was(
     stop_at(process, stopped)
     again = Process(tmp_path / "stopped", 2).start()
     assert again.run.resumed_from is not None
+    assert again.drawn
+    assert again.drawn.items() <= straight.drawn.items()
     assert {**process.seen, **again.seen} == straight.seen
     assert again.weights() == straight.weights()
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from crosstrain.engine import Checks, DeterministicEngine, Engine, Events, ResumeWarning
 
@@ -98,6 +98,132 @@ def test_a_method_that_fetches_is_told() -> None:
     (said,) = _play("own generator", 1, lambda data: _Harness(data).own, state)
     assert "_Harness.own" in said
     assert "'object.data'" in said
+
+
+class _Stream(IterableDataset[float]):
+    def __iter__(self) -> Iterator[float]:
+        return iter([1.0, 2.0])
+
+
+def _noisy(samples: list[float]) -> Any:
+    return torch.tensor(samples) + torch.rand(())
+
+
+OTHERS: dict[str, tuple[Callable[[int], Any], str | None]] = {
+    "a dataset that draws": (lambda n: DataLoader(_Data(True), 2, num_workers=n), "_Data"),
+    "a collator that draws": (
+        lambda n: DataLoader(_Data(False), 2, num_workers=n, collate_fn=_noisy),
+        "_Data or what collates its samples",
+    ),
+    "a sampler that draws late": (
+        lambda n: DataLoader(_Data(False), sampler=_Lazy(), num_workers=n),
+        "BatchSampler",
+    ),
+    "a stream": (lambda n: DataLoader(_Stream(), num_workers=n), "_Stream"),
+    "nothing draws": (lambda n: DataLoader(_Data(False), 2, num_workers=n, shuffle=True), None),
+    "nothing can be fetched": (lambda n: DataLoader(_Keys(), num_workers=n), "_Keys"),
+}
+
+
+class _Keys(_Data):
+    """Its indices are no numbers."""
+
+    def __init__(self) -> None:
+        super().__init__(False)
+
+    def __getitem__(self, index: Any) -> float:
+        return {"a": 1.0}[index]
+
+
+def _play_with_others(name: str, workers: int, state: Any = None) -> tuple[Any, list[Any]]:
+    """Trains on a list, and iterates over another loader after the epoch."""
+    others = OTHERS[name][0](workers)
+    engine = DeterministicEngine(lambda engine, batch: float(torch.rand(())), seed=1)
+    states: list[Any] = []
+    rows: list[Any] = []
+    # No worker is started here: what matters is that the handler could.
+    handler = (lambda: engine.state.epoch > 9 and list(others)) if workers else lambda: list(others)
+    if name == "nothing can be fetched":
+        handler = lambda: engine.state.epoch > 9 and list(others)  # noqa: E731
+    engine.add_event_handler(Events.EPOCH_COMPLETED, handler)
+    engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: rows.append(engine.state.output))
+    if state is None:
+        engine.add_event_handler(
+            Events.ITERATION_COMPLETED(once=2), lambda: states.append(engine.state_dict())
+        )
+    else:
+        engine.load_state_dict(state)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        engine.run([1.0, 2.0, 3.0], max_epochs=2)
+    said = [str(item.message) for item in caught if "num_workers" in str(item.message)]
+    return (states[0] if states else said), rows
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_loader_of_another_dataset_is_told_where_it_draws(name: str) -> None:
+    told = OTHERS[name][1]
+    state, rows = _play_with_others(name, 0)
+    said, rest = _play_with_others(name, 1, state)
+    if told is None:
+        assert not said
+    else:
+        (message,) = said
+        assert f"'others', has been iterated over: what its {told}" in message
+        assert "num_workers, which was 0 and is 1" in message
+    # Looking at it has changed nothing; with as many workers nothing is said.
+    said, rest = _play_with_others(name, 0, state)
+    assert (said, rest) == ([], rows[2:])
+
+
+def _evaluated(loader: Any, states: list[Any], state: Any = None) -> tuple[list[Any], list[str]]:
+    """Trains on a list, and iterates over a loader after each second iteration."""
+    engine = DeterministicEngine(lambda engine, batch: float(torch.rand(())), seed=1)
+    rows: list[Any] = []
+    engine.add_event_handler(Events.ITERATION_COMPLETED(every=2), lambda: list(loader))
+    engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: rows.append(engine.state.output))
+    engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: states.append(engine.state_dict()))
+    if state is not None:
+        engine.load_state_dict(state)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        engine.run([1.0] * 7, max_epochs=1)
+    return rows, [str(item.message) for item in caught if "_workers" in str(item.message)]
+
+
+def _persistent(draws: bool = False, workers: int = 1, **more: Any) -> Any:
+    return DataLoader(
+        _Data(draws), 4, num_workers=workers, persistent_workers=workers > 0, shuffle=True, **more
+    )
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_persistent_workers_of_an_evaluation_draw_their_seed_once(own: bool) -> None:
+    """They had drawn it before the run was stopped: dropout would be another one after it."""
+
+    def make() -> Any:
+        return _persistent(generator=torch.Generator().manual_seed(2) if own else None)
+
+    states: list[Any] = []
+    rows, _ = _evaluated(make(), states)
+    for done in (1, 3, 5):
+        assert _evaluated(make(), [], states[done - 1]) == (rows[done:], [])
+
+
+def test_what_draws_in_persistent_workers_is_told() -> None:
+    states: list[Any] = []
+    _evaluated(_persistent(True), states)
+    _, (said,) = _evaluated(_persistent(True), [], states[2])
+    assert "its 'loader', has been iterated over: what its _Data or what collates" in said
+    assert "draws in its persistent workers" in said
+    assert _evaluated(_persistent(True), [], states[0])[1] == []
+
+
+def test_workers_that_stay_no_longer_are_told() -> None:
+    states: list[Any] = []
+    _evaluated(_persistent(), states)
+    _, (said,) = _evaluated(_persistent(workers=0), [], states[2])
+    assert "had num_workers=1, persistent_workers=True and has num_workers=0" in said
 
 
 @pytest.mark.parametrize(

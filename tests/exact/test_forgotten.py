@@ -293,6 +293,18 @@ def test_a_constant_is_not_told_because_a_named_object_had_its_value(tmp_path: P
     assert not _said(tmp_path, attach, {"numbers": numbers})
 
 
+def test_each_of_two_handlers_of_one_name_is_looked_at(tmp_path: Path) -> None:
+    def attach(trainer: Any, model: nn.Module, optimizer: Any) -> None:
+        count = [1]
+        event = Events.ITERATION_COMPLETED
+        trainer.add_event_handler(event, lambda: _set_rate(optimizer, 0.1 / len(count)))
+        trainer.add_event_handler(event, lambda: count.append(1) if count else None)
+        trainer.add_event_handler(event, lambda: None)
+
+    (said,) = _said(tmp_path, attach)
+    assert "its 'count'" in said
+
+
 def test_what_another_handler_reaches_later_has_not_changed(tmp_path: Path) -> None:
     """What two handlers share is found by the first: which may be gone later."""
 

@@ -8,6 +8,7 @@ import pickle
 import random
 import shutil
 import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from crosstrain.engine import (
     StorePath,
     read_checkpoint,
 )
+from crosstrain.engine.checkpoints.remote import RemoteCopies
 from crosstrain.engine.storage import lease
 from crosstrain.engine.storage.store import Store
 from crosstrain.engine.storage.stores import store_of
@@ -200,6 +202,34 @@ def test_a_copy_that_fails_ends_the_run(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(CheckpointWriteError, match=r"checkpoint_4\.pt was not saved.*full"):
         outcome(str(tmp_path / "disk"), tmp_path, remote=url)
     assert Checkpoint.latest(tmp_path / "disk")
+
+
+def test_an_old_copy_that_cannot_be_removed_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remove, refused = Store.remove, ["checkpoint_4.pt", "checkpoint_8.pt"]
+
+    def refuse(store: Store, name: str) -> None:
+        if name in refused:
+            refused.remove(name)
+            raise OSError(5, "the store is out of order")
+        remove(store, name)
+
+    monkeypatch.setattr(Store, "remove", refuse)
+    url = f"memory://{tmp_path.name}-stays/run"
+    copies = RemoteCopies(StorePath(url), 1)
+    with DiskSaver(tmp_path) as saver, warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for number in (4, 8, 12, 16):
+            saver(state(float(number)), f"checkpoint_{number}.pt")
+            copies.copy(tmp_path / f"checkpoint_{number}.pt", number)
+    copies.close()
+    assert [str(one.message).split("/")[-1] for one in told] == [
+        "checkpoint_4.pt could not be removed: the store is out of order",
+        "checkpoint_8.pt could not be removed: the store is out of order",
+    ]
+    # They went with the next one.
+    assert names(url) == ["checkpoint_16.pt"]
 
 
 def test_tiers_that_make_no_sense(tmp_path: Path) -> None:

@@ -230,6 +230,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--receivers", nargs="+", default=RECEIVERS, choices=RECEIVERS)
     given = parser.parse_args(arguments)
+    for number in SIGNALS:
+        # What was started by nohup, or with an &, ignores some, and its children would.
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
     draw, bad = random.Random(given.seed), 0
     for cell in (one for one in cells(given.receivers) if given.only in str(one)):
         for _ in range(given.repeat):

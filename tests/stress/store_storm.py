@@ -169,6 +169,7 @@ def _live(
     if not watch.arrived.wait(120):
         result.problems.append("a life has uploaded nothing within 120 s")
     time.sleep(draw.uniform(0.0, 0.4))
+    during = watch.what
     killed = [draw.choice(pids)] if draw.random() < 0.5 else pids
     for pid in killed:
         os.kill(pid, signal.SIGKILL)
@@ -177,7 +178,7 @@ def _live(
         if (code != -signal.SIGKILL) if pid in killed else code in (0, -signal.SIGKILL):
             result.problems.append(f"a life has ended with {code}")
     result.kills += 1
-    result.during[f"{watch.what}, {len(killed)} of {len(pids)}" if world.ranks else watch.what] += 1
+    result.during[f"{during}, {len(killed)} of {len(pids)}" if world.ranks else during] += 1
     found, told = Checkpoint.latest(url), _saved(place)
     if found.passed_over:
         result.problems.append(f"passed over after a kill: {found.describe()}")

@@ -94,8 +94,15 @@ def causes_of(composition: Composition, hidden: Iterable[tuple[Any, str]]) -> li
         found.append(Cause("the second loader", ((".others",),), (("second", "none"),)))
     if composition.workers[0] != composition.workers[1]:
         then, now = composition.workers
-        words = ((f"was {then} and is {now}",), (f"workers: {then} then, {now} now",))
+        words = (
+            (f"was {then} and is {now}",),
+            (f"workers: {then} then, {now} now",),
+            (f"had num_workers={then}", f"has num_workers={now}"),
+        )
         found.append(Cause("the workers", words, (("workers", (0, 0)),)))
+    if composition.persistent and all(composition.workers):
+        words = (("draws in its persistent workers", "self.held_out"),)
+        found.append(Cause("persistent workers", words, (("persistent", False),)))
     if composition.model in _MODELS:
         words = _MODELS[composition.model]
         found.append(Cause(f"the model {composition.model}", words, (("model", "plain"),)))

@@ -267,8 +267,14 @@ class Made:
             )
         self.trainer = self._trainer(backend)
         self.evaluator = create_supervised_evaluator(self.model, backend=backend)
-        held = parts.Mapped("nothing", choose)
-        self.held_out = parts.DataLoader(held, batch_size=BATCH_OF_EVALUATION, shuffle=True)
+        workers, stay = composition.workers[resumed], composition.persistent
+        self.held_out = parts.DataLoader(
+            parts.Mapped("global" if stay else "nothing", choose),
+            batch_size=BATCH_OF_EVALUATION,
+            shuffle=True,
+            num_workers=workers,
+            persistent_workers=stay and workers > 0,
+        )
         self.to_save: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer}
         if composition.scheduler:
             scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 2, 0.7)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from training_runs import assert_same, batches, loss_fn, network, sgd, state_of
 
 from crosstrain import backends
 from crosstrain.engine import (
+    Checkpoint,
     DeterministicEngine,
     Engine,
     Events,
@@ -136,6 +138,26 @@ def test_sparse_gradients_are_part_of_the_window() -> None:
         return Run(model=nn.Sequential(nn.EmbeddingBag(17, 10, sparse=True, mode="sum")))
 
     assert_resumes(make, 2, [((x * 16).long(), y) for x, y in batches(4)])
+
+
+def test_sparse_gradients_of_a_window_can_be_saved(tmp_path: Path) -> None:
+    data = [((x * 16).long(), y) for x, y in batches(4)]
+
+    def run(resumed: bool) -> Run:
+        torch.manual_seed(3)
+        one = Run(model=nn.Sequential(nn.EmbeddingBag(17, 10, sparse=True, mode="sum")))
+        to_save = {"trainer": one.trainer, "model": one.model, "optimizer": one.optimizer}
+        if resumed:
+            Checkpoint.load_objects(to_save, *tmp_path.glob("*.pt"))
+        else:
+            event = Events.ITERATION_COMPLETED(once=2)
+            one.trainer.add_event_handler(event, Checkpoint(to_save, str(tmp_path)))
+        one.trainer.run(data, max_epochs=2)
+        return one
+
+    whole, rest = run(False), run(True)
+    assert rest.losses == whole.losses[2:]
+    torch.testing.assert_close(rest.model.state_dict(), whole.model.state_dict(), rtol=0, atol=0)
 
 
 def test_tied_weights_and_frozen_ones_are_part_of_the_window() -> None:
