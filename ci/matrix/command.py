@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["add_arguments", "run", "write_reports"]
 
-# Exit codes; the last two are those of a shell for a process that a signal ended.
+# Exit codes; after a signal it is that of a shell for a process that a signal ended.
 OK, BROKEN = 0, 1
 
 _TIMEOUT = 600.0
