@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 __all__ = ["add_arguments", "run", "write_reports"]
 
-# Exit codes; the last two are those of a shell for a process that a signal ended.
-OK, BROKEN, INTERRUPTED, TERMINATED = 0, 1, 130, 143
+# Exit codes; after a signal it is that of a shell for a process that a signal ended.
+OK, BROKEN = 0, 1
 
 _TIMEOUT = 600.0
 _MOST_JOBS = 4
