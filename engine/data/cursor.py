@@ -489,11 +489,14 @@ class Cursor:
         opening = {**state, "dataset": {**dataset, "now": dataset["opening"]}}
         assert self._flow is not None
         prepared = self._flow.kept()
-        self._open_flow(key, opening, 1)
-        self._fetch_first()
-        if self._last is None or differs(before, self._last, plain_indices(self._last_indices)):
-            self._last, self._last_indices = first
-            self._flow.put_back(prepared)
+        # Twice: a generator that no state has may have come to that batch by the attempt before.
+        for _ in range(2):
+            self._open_flow(key, opening, 1)
+            self._fetch_first()
+            if self._last is None or differs(before, self._last, plain_indices(self._last_indices)):
+                self._last, self._last_indices = first
+                self._flow.put_back(prepared)
+                break
 
     def _fetch_first(self) -> None:
         found = next(self, _NONE) is not _NONE
