@@ -524,18 +524,16 @@ class DeterministicEngine(Engine):
         """Says that a handler fetches, and draws otherwise with other workers than then."""
         fetched = self._who_fetches()
         if (why := self._cursor.draws_by_workers()) is not None and fetched.training is not None:
-            self._tell_of_loader(
-                f"{fetched.training}, has been iterated over: it is a loader of the dataset that "
-                f"is trained on, and {why}"
-            )
+            why = f"it is a loader of the dataset that is trained on, and {why}"
+            self._tell_of_loader(fetched.training, why)
         for name, why in fetched.differences(position.get("loaders", {})):
-            self._tell_of_loader(f"{name}, has been iterated over: {why}")
+            self._tell_of_loader(name, why)
 
-    def _tell_of_loader(self, what: str) -> None:
+    def _tell_of_loader(self, where: str, why: str) -> None:
         self.proof.differs(
-            f"A resumed run may draw other values once {what}. Go on with that number of workers, "
-            "or iterate there over a loader that keeps its num_workers. If nothing is fetched "
-            "there: checks=Checks(unnamed='off').",
+            f"A resumed run may draw other values once {where}, has been iterated over: {why}. Go "
+            "on with that number of workers, or iterate there over a loader that keeps its "
+            "num_workers. If nothing is fetched there: checks=Checks(unnamed='off').",
             "warn",
         )
 
