@@ -85,7 +85,22 @@ class Noted:
 def hold(item: Any) -> Held:
     """Returns a batch whose containers nobody else changes: what it has in it is not copied."""
     versions: list[tuple[torch.Tensor, int]] = []
+    if (type(item) is list or type(item) is tuple) and _are_tensors(item, versions):
+        return list(item), versions
+    versions.clear()
     return _hold(item, versions, _LEVELS), versions
+
+
+def _are_tensors(items: Sequence[Any], versions: list[tuple[torch.Tensor, int]]) -> bool:
+    """Tells whether a batch is tensors only, as most are, held without a call each."""
+    try:
+        for item in items:
+            if type(item) is not torch.Tensor:
+                return False
+            versions.append((item, item._version))
+    except RuntimeError:  # of inference mode
+        return False
+    return True
 
 
 def _hold(item: Any, versions: list[tuple[torch.Tensor, int]], levels: int) -> Any:
