@@ -23,6 +23,8 @@ Words = tuple[tuple[str, ...], ...]
 
 # Of a handler, what a message may name it by. The others' work is all in what is saved.
 _HANDLERS: dict[str, Words] = {
+    # Refused at EPOCH_STARTED, whichever run comes to it there.
+    "ends the epoch": (("terminate_epoch()", "Events.EPOCH_STARTED"),),
     "changes the dataset": (("shift",), ("handlers of EPOCH_STARTED",)),
     "freezes": (("requires_grad",), ("first.weight",)),
     "adds a group": (("parameter group",), ("param_group",)),
