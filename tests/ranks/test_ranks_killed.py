@@ -151,14 +151,33 @@ def test_torchrun_itself_is_asked_to_end(tmp_path: Path, straight: dict[str, Any
     assert state_of(tmp_path / "run") == straight
 
 
+def without_torchrun(how: str, size: int) -> list[subprocess.Popen[str]]:
+    """Starts ranks by themselves: torchrun would end the others before they could say anything."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    place |= {"OMP_NUM_THREADS": "1"}
+    return [
+        subprocess.Popen(
+            [sys.executable, str(SUPPORT / "ranks_fail_program.py"), how],
+            env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        for rank in range(size)
+    ]
+
+
 @pytest.mark.slow
-def test_exception_on_one_rank_frees_the_others(tmp_path: Path) -> None:
+def test_exception_on_one_rank_frees_the_others() -> None:
     """From the collective operation that they wait in; the cause is shown, and nobody hangs."""
-    process = start(0, str(SUPPORT / "ranks_fail_program.py"), "raise")
-    printed = finish(process, 120)
-    assert process.returncode == 1
-    assert "ValueError: no such batch" in printed
-    assert "RankFailed: Rank 1 failed at iteration 3: ValueError: no such batch" in printed
+    processes = without_torchrun("raise", 2)
+    first, second = (finish(process, 120, errors=True) for process in processes)
+    assert [process.returncode for process in processes] == [1, 1]
+    assert "RankFailed: Rank 1 failed at iteration 3: ValueError: no such batch" in first
+    assert "ValueError: no such batch" in second
 
 
 @pytest.mark.slow
@@ -178,23 +197,9 @@ def test_rank_that_waits_in_vain_is_ended(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_rank_that_was_killed_is_the_one_that_is_named(tmp_path: Path) -> None:
+def test_rank_that_was_killed_is_the_one_that_is_named() -> None:
     """Not the one whose connection breaks first: of four, three live and say the same."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    place = {"WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    # Without torchrun, which would end the other three before they could say anything.
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(SUPPORT / "ranks_fail_program.py"), "killed"],
-            env={**os.environ, **place, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        for rank in "0123"
-    ]
+    processes = without_torchrun("killed", 4)
     printed = [finish(process, 120, errors=True) for process in processes]
     assert [process.returncode for process in processes] == [1, -signal.SIGKILL, 1, 1]
     for rank in (0, 2, 3):
