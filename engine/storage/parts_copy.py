@@ -9,7 +9,7 @@ from typing import IO
 from .errors import CheckpointError
 from .manifest import INDEX
 from .parts_read import Parts, writer_of
-from .parts_write import Writers, met
+from .parts_write import Writers, filling, met
 from .store_folder import StoreFolder
 
 __all__ = ["PartsToCopy"]
@@ -55,7 +55,7 @@ class PartsToCopy:
             manifest = self._found.manifest
             index = self._files.pop(INDEX).read() if writers.rank == 0 else b""
             aside = folder.aside(manifest)
-            try:
+            with filling(aside, writers):
                 writers.begin(aside, 0, path)
                 aside.take(self._files)
                 writers.agree(path, met(aside.deliver))
@@ -63,9 +63,3 @@ class PartsToCopy:
                     writers.agree(path, met(lambda: aside.commit(index, manifest)))
                 else:
                     writers.agree(path, None)
-            except BaseException:
-                if writers.rank == 0:
-                    aside.drop()
-                raise
-            finally:
-                aside.close()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +24,7 @@ from .safe_load import check_written
 from .staging import state_bytes
 from .tree_hash import Tree
 
-__all__ = ["Staged", "Writers", "met", "write_in_parts"]
+__all__ = ["Staged", "Writers", "filling", "met", "write_in_parts"]
 
 _SPARE_BYTES = 2 << 20
 # Smaller tensors are written by each process: to compare them would cost more.
@@ -139,7 +140,7 @@ def write_in_parts(folder: Folder, staged: Staged, manifest: Manifest, writers: 
     def agree(error: Exception | None, value: Any = None) -> list[Any]:
         return writers.agree(path, error, value)
 
-    try:
+    with filling(aside, writers):
         writers.begin(aside, state_bytes([staged.states, staged.parts]), path)
         entries, parts = write_parts(aside, staged.shards, staged.parts, writers.rank, agree)
         files = {**parts, **_write_own(aside, staged, manifest, writers, agree)}
@@ -150,7 +151,20 @@ def write_in_parts(folder: Folder, staged: Staged, manifest: Manifest, writers: 
             agree(met(lambda: aside.commit(encode_index(entries), whole)))
         else:
             agree(None)
+
+
+@contextmanager
+def filling(aside: Aside, writers: Writers) -> Generator[None]:
+    """Holds what is aside until it has its name; what is not filled to its end is dropped.
+
+    Args:
+        aside: where a checkpoint is until it has its name.
+        writers: the processes that fill it; the first one drops it.
+    """
+    try:
+        yield
     except BaseException:
+        # Whatever ended it, Ctrl-C too: nobody else would remove what is there of it.
         if writers.rank == 0:
             aside.drop()
         raise

@@ -66,11 +66,9 @@ class _Harness:
         list(self.others)
 
 
-def _play(kind: str, workers: int, fetch: Fetch, state: Any = None, **options: Any) -> list[str]:
-    data = _loader(kind, workers)
-    engine = DeterministicEngine(lambda engine, batch: batch + torch.rand(()), seed=1, **options)
+def _run(engine: DeterministicEngine, data: Any, state: Any) -> tuple[list[Any], list[str]]:
+    """Runs two epochs; returns the state after two iterations, or what going on from one says."""
     states: list[Any] = []
-    engine.add_event_handler(Events.EPOCH_STARTED(once=2), fetch(data))
     if state is None:
         engine.add_event_handler(
             Events.ITERATION_COMPLETED(once=2), lambda: states.append(engine.state_dict())
@@ -80,7 +78,14 @@ def _play(kind: str, workers: int, fetch: Fetch, state: Any = None, **options: A
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         engine.run(data, max_epochs=2)
-    said = [str(item.message) for item in caught if item.category is ResumeWarning]
+    return states, [str(item.message) for item in caught if item.category is ResumeWarning]
+
+
+def _play(kind: str, workers: int, fetch: Fetch, state: Any = None, **options: Any) -> list[str]:
+    data = _loader(kind, workers)
+    engine = DeterministicEngine(lambda engine, batch: batch + torch.rand(()), seed=1, **options)
+    engine.add_event_handler(Events.EPOCH_STARTED(once=2), fetch(data))
+    states, said = _run(engine, data, state)
     return states if state is None else said
 
 
@@ -139,7 +144,6 @@ def _play_with_others(name: str, workers: int, state: Any = None) -> tuple[Any, 
     """Trains on a list, and iterates over another loader after the epoch."""
     others = OTHERS[name][0](workers)
     engine = DeterministicEngine(lambda engine, batch: float(torch.rand(())), seed=1)
-    states: list[Any] = []
     rows: list[Any] = []
     # No worker is started here: what matters is that the handler could.
     handler = (lambda: engine.state.epoch > 9 and list(others)) if workers else lambda: list(others)
@@ -147,16 +151,8 @@ def _play_with_others(name: str, workers: int, state: Any = None) -> tuple[Any, 
         handler = lambda: engine.state.epoch > 9 and list(others)  # noqa: E731
     engine.add_event_handler(Events.EPOCH_COMPLETED, handler)
     engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: rows.append(engine.state.output))
-    if state is None:
-        engine.add_event_handler(
-            Events.ITERATION_COMPLETED(once=2), lambda: states.append(engine.state_dict())
-        )
-    else:
-        engine.load_state_dict(state)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        engine.run([1.0, 2.0, 3.0], max_epochs=2)
-    said = [str(item.message) for item in caught if "num_workers" in str(item.message)]
+    states, told = _run(engine, [1.0, 2.0, 3.0], state)
+    said = [message for message in told if "num_workers" in message]
     return (states[0] if states else said), rows
 
 
