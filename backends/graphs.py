@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager, suppress
@@ -84,6 +85,18 @@ def why_not_captured(
     return None
 
 
+@contextmanager
+def _no_collection() -> Generator[None, None, None]:
+    """Holds Python's collector back: a graph that it frees spoils the one that is recorded."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 class DeviceGraphs:
     """Makes graphs on one device; all of them share one pool of memory and one stream.
 
@@ -127,7 +140,10 @@ class DeviceGraphs:
         pool = {} if self._pool is None else {"pool": self._pool}
         present: Any = self._module.current_stream(self.device)
         try:
-            with self._module.graph(graph, stream=self._stream, **pool, **self._options):
+            with (
+                _no_collection(),
+                self._module.graph(graph, stream=self._stream, **pool, **self._options),
+            ):
                 yield
         except BaseException:
             # A recording that failed leaves its stream the present one.
@@ -149,6 +165,7 @@ class DeviceGraphs:
             # If the device is lost, what is told is what came first.
             with (
                 suppress(RuntimeError),
+                _no_collection(),
                 self._module.graph(
                     graph_class(self.device.type)(), stream=self._stream, **self._options
                 ),

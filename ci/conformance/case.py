@@ -109,12 +109,13 @@ class Case:
         self._load()
 
     def _load(self) -> None:
-        """Open and close it once: libraries that are loaded may set variables, once and for all."""
-        # If it does not open, the check of opening says so.
-        with contextlib.suppress(Exception):
-            backend = self.new()
-            backend.open()
-            backend.close()
+        """Open, use and close it once: what is loaded may set variables, once and for all.
+
+        torch sets one of CUDA's when the device is first asked for something.
+        """
+        # If it does not open, the check of opening says so; if it puts nothing, that of putting.
+        with contextlib.suppress(Exception), self.opened() as backend:
+            backend.put(torch.zeros(1))
 
     def new(self) -> Any:
         """Make a backend that is not opened; whether it is one is what the checks find out."""

@@ -20,6 +20,9 @@ __all__ = ["EmulatedGraph", "graph", "refuse_waiting", "stuck"]
 #: The devices whose generators take themselves for recorded, after a recording that failed.
 stuck: set[int] = set()
 
+# The queues that are recorded now.
+_recording: list[Queue] = []
+
 
 class EmulatedGraph:
     """Work that was recorded on a stream."""
@@ -41,6 +44,7 @@ class EmulatedGraph:
         self._work = []
         self._queue, queue.recorded, queue.spoilt = queue, self._work, False
         stuck.discard(queue.index)
+        _recording.append(queue)
 
     def capture_end(self) -> None:
         """Ends what `capture_begin` began.
@@ -52,6 +56,8 @@ class EmulatedGraph:
         if self._queue is None:
             return
         self._queue.recorded = None
+        with contextlib.suppress(ValueError):
+            _recording.remove(self._queue)
         if self._queue.spoilt:
             stuck.add(self._queue.index)
             raise RuntimeError("operation failed due to a previous error during capture")
@@ -76,6 +82,11 @@ class EmulatedGraph:
     def reset(self) -> None:
         """Gives up what was recorded."""
         self._work = []
+
+    def __del__(self) -> None:
+        """Spoils what is recorded meanwhile, as the end of one of CUDA's does."""
+        for queue in _recording if self._work else ():
+            queue.spoilt = True
 
     def pool(self) -> tuple[int, int]:
         """Returns a name for its memory, which is no scarce thing here."""

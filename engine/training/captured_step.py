@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,7 +57,15 @@ class CapturedStep(TrainingStep):
     ) -> None:
         super().__init__(model, optimizer, loss_fn, backend, options)
         trained = [*self.models, *([loss_fn] if isinstance(loss_fn, torch.nn.Module) else [])]
-        self._graph = Captured(self._work, backend, trained, self.optimizers)
+        # It holds this step weakly: the graphs' memory is free as soon as the trainer is dropped.
+        own = weakref.ref(self)
+
+        def work(*given: Any) -> Any:
+            step = own()
+            assert step is not None, "it is called by the step alone"
+            return step._work(*given)
+
+        self._graph = Captured(work, backend, trained, self.optimizers)
         self._returns_prediction = not self.options.keeps_loss
 
     def state_dict(self) -> dict[str, Any]:

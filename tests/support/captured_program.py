@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import shutil
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -252,6 +254,43 @@ def own(folder: Path) -> dict[str, Any]:
     """Trains with a step of the user's own: as a graph, and called."""
     del folder
     return {"graph": _trained(True), "called": _trained(False)}
+
+
+def freed(folder: Path) -> dict[str, Any]:
+    """Drops trainers, and records a step in which Python's collector would drop others."""
+    del folder
+
+    def held(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        return steep(found, wanted)
+
+    kept = weakref.ref(held)
+    trainer, _, _ = make("fp32", True, loss=held)
+    trainer.run(rows(8), max_epochs=2)
+    gc.disable()
+    del trainer, held
+    gone = kept() is None
+    gc.enable()
+    old: list[Any] = []
+    for _ in range(12):
+        trainer, _, _ = make("fp32", True)
+        trainer.run(rows(8), max_epochs=2)
+        old.append(trainer)
+    del trainer
+    calls: list[int] = []
+
+    def collecting(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        calls.append(len(old))
+        # What is young is collected soon.
+        cycle: list[Any] = [old.pop()]
+        cycle.append(cycle)
+        del cycle
+        filled = [[number] for number in range(5000)]
+        return steep(found, wanted) + 0 * len(filled)
+
+    trainer, _, _ = make("fp32", True, loss=collecting)
+    trainer.run(rows(8), max_epochs=8)
+    assert gc.isenabled()
+    return {"calls": calls, "steps": trainer.state.iteration, "gone": gone}
 
 
 def _weights(model: torch.nn.Module) -> dict[str, Any]:

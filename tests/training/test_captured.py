@@ -76,6 +76,13 @@ def test_a_step_of_ones_own_is_captured(tell: Tell) -> None:
     assert told["graph"] == told["called"]
 
 
+def test_a_graph_is_freed_with_its_trainer_and_not_while_another_is_recorded(tell: Tell) -> None:
+    told = tell("freed")
+    assert told["gone"]
+    assert len(told["calls"]) < told["steps"] == 16
+    assert min(told["calls"]) > 0, "a graph is left to free in the call that was recorded"
+
+
 def test_a_replay_reads_nothing_and_runs_no_python_of_the_model(tell: Tell) -> None:
     assert tell("reads") == {"fp32": [0, 0], "fp16": [0, 0]}
 
