@@ -9,7 +9,6 @@ were copied into a parameter, and the file's size and time are compared with tho
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 import sys
 import weakref
@@ -27,8 +26,8 @@ from .tree_hash import Place, fill, in_threads
 
 __all__ = ["Mapped", "Stamp", "can_map", "check_stamp", "path_of_descriptor", "stamp_of"]
 
-# Below it, huge pages gain nothing.
-_HUGE = 2 << 20
+# What is larger is read by a thread of its own.
+_LARGE = 2 << 20
 
 # Size and time of the last write, in nanoseconds.
 Stamp = tuple[int, int]
@@ -143,7 +142,8 @@ class Mapped:
         ]
         there = [(tensor, at) for tensor, at in there if at in self._storages]
         wanted = [at for at in dict.fromkeys(at for _, at in there) if at not in self._own]
-        made = {at: _fresh(self._storages[at][0].nbytes()) for at in wanted}
+        sizes = {at: self._storages[at][0].nbytes() for at in wanted}
+        made = {at: torch.empty(size, dtype=torch.uint8) for at, size in sizes.items()}
         read([(self._storages[at][1], _bytes_of(memory)) for at, memory in made.items()])
         self._own |= {at: memory.untyped_storage() for at, memory in made.items()}
         for tensor, at in there:
@@ -152,8 +152,8 @@ class Mapped:
     def _read(self, places: list[Place]) -> None:
         """Reads into fresh memory: to copy from the mapping would cost more."""
         # The small ones together: to hand one over costs more than to read it.
-        small = [place for place in places if len(place[1]) < _HUGE]
-        runs = [small, *([place] for place in places if len(place[1]) >= _HUGE)]
+        small = [place for place in places if len(place[1]) < _LARGE]
+        runs = [small, *([place] for place in places if len(place[1]) >= _LARGE)]
         in_threads(self._fill, [run for run in runs if run])
 
     def _fill(self, run: list[Place]) -> None:
@@ -186,13 +186,3 @@ def _tensors(nest: Any) -> Iterator[torch.Tensor]:
 def _bytes_of(memory: torch.Tensor) -> memoryview:
     numbers: Any = memory.numpy()
     return memoryview(numbers)
-
-
-def _fresh(nbytes: int) -> torch.Tensor:
-    """Returns memory; much of it in huge pages, which cost a third of small ones to come by."""
-    if nbytes < _HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(nbytes, dtype=torch.uint8)
-    # Private: a forked process must not share it.
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
