@@ -12,6 +12,7 @@ from crosstrain.engine.storage.errors import (
     CheckpointCorrupt,
     CheckpointError,
     CheckpointNotFound,
+    is_lack,
 )
 from crosstrain.engine.storage.folder import Entry
 from crosstrain.engine.storage.folders import folder_at
@@ -190,15 +191,17 @@ def list_checkpoints(folder: Location, names: re.Pattern[str] | None = None) -> 
 
     Raises:
         CheckpointNotFound: if there is no such folder.
+        CheckpointCorrupt: if this machine has not what it takes to read it, or one in it: it may be
+            the newest good one.
     """
     try:
         present = folder_at(folder).entries(endings())
     except FileNotFoundError:
         raise CheckpointNotFound(f"There is no folder {folder}") from None
     except OSError as error:
-        raise CheckpointNotFound(
-            f"{folder} cannot be read as a folder: {error.strerror or error}"
-        ) from error
+        kind = CheckpointCorrupt if is_lack(error) else CheckpointNotFound
+        text = f"{folder} cannot be read as a folder: {error.strerror or error}"
+        raise kind(text) from error
     found: list[Told] = []
     for entry in present:
         layout = next(layout for layout in _LAYOUTS if entry.name.endswith(layout.ending))
@@ -223,10 +226,15 @@ def _told(path: Location, layout: Layout, entry: Entry) -> Told | None:
     try:
         return Told(path, layout, layout.manifest(path), entry.modified_ns)
     except CheckpointError as error:
+        if is_lack(error):
+            raise
         doubt = error
     except FileNotFoundError:
         return None
     except OSError as error:
+        if is_lack(error):
+            text = f"{path} cannot be read: {error.strerror or error}"
+            raise CheckpointCorrupt(text) from error
         doubt = CheckpointCorrupt(f"it cannot be read: {error.strerror or error}")
     return Told(path, layout, doubt, entry.modified_ns)
 

@@ -21,6 +21,7 @@ from crosstrain.engine.storage.folders import open_place
 from crosstrain.engine.storage.locations import StorePath
 from crosstrain.engine.storage.parts_copy import PartsToCopy
 from crosstrain.engine.storage.parts_write import Writers
+from crosstrain.engine.storage.safe_load import verify_file
 from crosstrain.engine.storage.store_folder import StoreFolder
 
 from .layouts import FILE, PARTS, layout_of
@@ -90,24 +91,30 @@ class RemoteCopies:
         self._kept = sorted(items)
 
     def catch_up(self, latest: Latest) -> None:
-        """Begins to copy what the run goes on from, if it is on the disk only.
+        """Begins to copy what the run goes on from, if a good one is on the disk only.
 
-        A kill may have come between the save there and its copy, and the run may be complete.
+        A kill may have come between the save there and its copy, and the run may be complete. Of a
+        file that both have, the copy is compared with that on the disk, and put again if it is
+        another.
         """
         path, manifest = latest.path, latest.manifest
         if not isinstance(path, Path) or path.parent != latest.folder or manifest is None:
             return
         name = path.with_suffix(FILE.ending).name
         there = {item.filename for item in self._kept}
-        if manifest.iteration is not None and name not in there:
-            self.copy(path, manifest.iteration)
+        if manifest.iteration is not None and (name not in there or layout_of(path) is FILE):
+            self.copy(path, manifest.iteration, compare=name in there)
 
-    def copy(self, path: Path, iteration: int) -> None:
+    def copy(self, path: Path, iteration: int, *, compare: bool = False) -> None:
         """Begins to copy a checkpoint; waits for the copy before it first.
+
+        It is held against its own manifest before it is put; a damaged one is not, and is told as
+        an error.
 
         Args:
             path: the file, or the folder of the parts.
             iteration: of the run.
+            compare: leaves a file that is there already, if it has the same bytes.
 
         Raises:
             CheckpointError: what the copy before it raised.
@@ -119,7 +126,7 @@ class RemoteCopies:
         if layout_of(path) is PARTS:
             put = PartsToCopy(path, Writers(writing)).put
         else:
-            put = _file(path) if this_rank() == 0 else _nothing
+            put = _file(path, compare) if this_rank() == 0 else _nothing
         item = Item(iteration, path.with_suffix(FILE.ending).name)
 
         def work() -> None:
@@ -127,7 +134,7 @@ class RemoteCopies:
             # Only now: the new one was compared with what was put.
             self._keep_newest(item)
             if this_rank() == 0:
-                _logger.info("Copied %s to %s.", shown(path.name), shown(self.location))
+                _logger.info("%s is in %s, too.", shown(path.name), shown(self.location))
 
         self._job = JointJob(work, f"copying {path.name} to {self.location}", voting)
 
@@ -185,15 +192,17 @@ class RemoteCopies:
                 line.close()
 
 
-def _file(path: Path) -> Callable[[StoreFolder], None]:
-    """Opens a file, and returns what copies it."""
+def _file(path: Path, compare: bool) -> Callable[[StoreFolder], None]:
+    """Opens a file, and returns what verifies and copies it; see `RemoteCopies.copy`."""
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(open_place(path))
         held = stack.pop_all()
 
     def put(folder: StoreFolder) -> None:
         with held:
-            folder.copy(path.name, file.fileno())
+            verify_file(path, file)
+            if not (compare and folder.holds(path.name, file.fileno())):
+                folder.copy(path.name, file.fileno())
 
     return put
 

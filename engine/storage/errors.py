@@ -45,13 +45,13 @@ class CheckpointCorrupt(CheckpointError):
     """The file is damaged or incomplete, or is no checkpoint; nothing was loaded from it."""
 
 
-def is_lack(error: CheckpointError) -> bool:
+def is_lack(error: Exception) -> bool:
     """Tells whether a checkpoint could not be read for want of something on this machine.
 
     It may be good then, and to go on from an older one would lose what was trained since.
     """
-    cause = error.__cause__
-    return isinstance(cause, OSError) and cause.errno in _LACKS
+    causes = (error, error.__cause__)
+    return any(isinstance(each, OSError) and each.errno in _LACKS for each in causes)
 
 
 class CheckpointUnsafe(CheckpointError):

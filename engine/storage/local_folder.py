@@ -12,6 +12,7 @@ from typing import IO
 
 from .archive import Window
 from .atomic import check_free_space, make_folder, open_regular, write_file
+from .errors import is_lack
 from .folder import Contents, Entry
 from .leftovers import PARTS, new_name, remove_leftovers
 from .local_parts import LocalAside
@@ -130,6 +131,8 @@ def _entry(path: Path) -> Entry | None:
         lost = f"it is a link to {os.readlink(path)}, where nothing is: is that disk mounted?"
         return Entry(path.name, False, False, lost=lost)
     except OSError as error:
+        if is_lack(error):
+            raise
         lost = f"it cannot be read: {error.strerror or error}"
         return Entry(path.name, False, False, lost=lost)
     mode = told.st_mode

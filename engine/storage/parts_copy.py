@@ -8,7 +8,7 @@ from typing import IO
 
 from .errors import CheckpointError
 from .manifest import INDEX
-from .parts_read import Parts, writer_of
+from .parts_read import Parts, check_hash, writer_of
 from .parts_write import Writers, filling, met
 from .store_folder import StoreFolder
 
@@ -18,7 +18,8 @@ __all__ = ["PartsToCopy"]
 class PartsToCopy:
     """The files of a checkpoint that this process copies, held open, whatever becomes of them.
 
-    What it meets when it opens them is told when all processes copy, to all of them.
+    Each is compared with what the manifest tells before any is put: a copy replaces no good one by
+    a damaged one. What it meets when it opens them is told when all processes copy, to all of them.
 
     Args:
         path: the checkpoint's folder, on a file system that all processes see.
@@ -40,6 +41,11 @@ class PartsToCopy:
         except (OSError, CheckpointError) as error:
             self._error = error
 
+    def _verify(self) -> None:
+        for name, file in self._files.items():
+            check_hash(file, self._found.manifest.files[name][1], self._found.place_of(name))
+            file.seek(0)
+
     def put(self, folder: StoreFolder) -> None:
         """Puts them; all processes call it together, and return when the checkpoint is whole there.
 
@@ -51,7 +57,7 @@ class PartsToCopy:
         """
         writers, path = self._writers, folder.place / self.name
         with self._held:
-            writers.agree(path, self._error)
+            writers.agree(path, self._error or met(self._verify))
             manifest = self._found.manifest
             index = self._files.pop(INDEX).read() if writers.rank == 0 else b""
             aside = folder.aside(manifest)

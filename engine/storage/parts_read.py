@@ -26,7 +26,7 @@ from .safe_load import load_file
 from .store_parts import read_manifest
 from .stores import store_of
 
-__all__ = ["ENDING", "Parts", "Place", "is_in_parts", "own_states", "writer_of"]
+__all__ = ["ENDING", "Parts", "Place", "check_hash", "is_in_parts", "own_states", "writer_of"]
 
 Place = tuple[tuple[Any, ...], str]
 
@@ -190,11 +190,20 @@ def _verify_file(path: Path, expected: int, digest: str) -> None:
         told = f"{found:,} bytes and was written with {expected:,}"
         raise CheckpointCorrupt(f"{path} is damaged: it has {told}")
     with open_regular(path, linked=False) as file:
-        if not has_hash(file, digest):
-            raise CheckpointCorrupt(
-                f"{path} is damaged, or of another checkpoint: its hash is not the one that the "
-                "manifest tells"
-            )
+        check_hash(file, digest, path)
+
+
+def check_hash(file: IO[bytes], digest: str, path: Location) -> None:
+    """Holds an open file, from its position on, against the hash that the manifest tells.
+
+    Raises:
+        CheckpointCorrupt: if it has another.
+    """
+    if not has_hash(file, digest):
+        raise CheckpointCorrupt(
+            f"{path} is damaged, or of another checkpoint: its hash is not the one that the "
+            "manifest tells"
+        )
 
 
 def writer_of(name: str) -> int:

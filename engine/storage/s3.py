@@ -107,7 +107,7 @@ class S3Store(Store):
         Raises:
             OSError: if the store refuses it, or has not what was put.
         """
-        part_size = max(PIECE, -(-size // _MOST_PARTS))
+        part_size = _part_size(size)
         tries = 1
         while True:
             try:
@@ -119,13 +119,19 @@ class S3Store(Store):
                 tries += 1
         self._check(name, descriptor, size, told)
 
+    def _md5(self, descriptor: int, size: int) -> str | None:
+        """Returns what S3 should tell as the ETag of a file that was put by `upload`."""
+        part_size = _part_size(size)
+        begins = range(0, max(size, 1), part_size)
+        return _etag([_md5(os.pread(descriptor, part_size, begin)) for begin in begins])
+
     def _upload_once(self, name: str, descriptor: int, size: int, part_size: int) -> str:
         """Returns what S3 should tell as the object's ETag."""
         key = self._key(name)
         if size <= part_size:
             body = os.pread(descriptor, size, 0)
             self._call("put_object", **key, Body=body)
-            return _md5(body).hex()
+            return _etag([_md5(body)])
         begun: Any = self._call("create_multipart_upload", **key)
         upload = {**key, "UploadId": begun["UploadId"]}
         try:
@@ -152,8 +158,7 @@ class S3Store(Store):
 
         in_pieces(one, size, part_size)
         told = [{"PartNumber": number, "ETag": parts[number][0]} for number in sorted(parts)]
-        whole = _md5(b"".join(parts[number][1] for number in sorted(parts)))
-        etag = f"{whole.hex()}-{len(parts)}"
+        etag = _etag([parts[number][1] for number in sorted(parts)])
         try:
             self._call("complete_multipart_upload", **upload, MultipartUpload={"Parts": told})
         except FileNotFoundError as error:
@@ -201,6 +206,16 @@ class S3Store(Store):
                     UploadId=one["UploadId"],
                 )
         return len(left)
+
+
+def _part_size(size: int) -> int:
+    """Returns in parts of how many bytes a file is put."""
+    return max(PIECE, -(-size // _MOST_PARTS))
+
+
+def _etag(parts: list[bytes]) -> str:
+    """Returns what S3 tells of an object, by the md5 of each of its parts."""
+    return parts[0].hex() if len(parts) == 1 else f"{_md5(b''.join(parts)).hex()}-{len(parts)}"
 
 
 def _md5(data: bytes) -> bytes:

@@ -74,11 +74,12 @@ class LoadedFile:
     mapped: Mapped | None = None
 
 
-def verify_file(path: Location) -> Manifest | None:
+def verify_file(path: Location, opened: IO[bytes] | None = None) -> Manifest | None:
     """Checks that a checkpoint is whole, without reading its contents into memory.
 
     Args:
         path: the file.
+        opened: the file, where it is open already; it stays the caller's to close.
 
     Returns:
         Its manifest, every byte of the file being as it was written; None if the file has none,
@@ -89,7 +90,7 @@ def verify_file(path: Location) -> Manifest | None:
         CheckpointCorrupt: if it is damaged.
         CheckpointUnsafe: if its archive is made to take more memory than it has bytes.
     """
-    with _opened(path) as file:
+    with _opened(path, opened) as file:
         whole = _Whole(file)
         whole.verify()
         return whole.manifest

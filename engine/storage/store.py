@@ -268,6 +268,18 @@ class Store:
             digest.update(os.pread(descriptor, PIECE, begin))
         return digest.hexdigest()
 
+    def holds(self, name: str, descriptor: int, size: int) -> bool:
+        """Tells whether an object is there and has the bytes of an open file.
+
+        By the md5 that the store tells, or all is read.
+        """
+        try:
+            self._check(name, descriptor, size, self._md5(descriptor, size))
+        except OSError:
+            # Whatever it was, it is not known to be good.
+            return False
+        return True
+
     def _check(self, name: str, descriptor: int, size: int, md5: str | None) -> None:
         """Makes sure that the store has what was put: by the md5 that it tells, or all is read."""
         found = self.head(name)

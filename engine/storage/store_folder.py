@@ -140,21 +140,43 @@ class StoreFolder:
             descriptor: the file, open for reading; its position is not used.
 
         Raises:
-            CheckpointWriteError: if a step is refused.
+            CheckpointWriteError: if a step is refused; says whether it is saved all the same.
         """
         step = "looking who else saves there, before uploading"
         try:
             self._renew()
             step = "uploading"
             self._store.upload(name, descriptor, os.fstat(descriptor).st_size)
-            step = "noting"
-            saved = [name, *(one for one in self._saved() if one != name)][:_MOST_NAMES]
-            self._store.put(SAVED, json.dumps(saved).encode())
         except OSError as error:
             if isinstance(error, CheckpointError):
                 raise
             why = f"{step} it failed with {error.strerror or error}"
             raise CheckpointWriteError.of(self._place / name, why, error) from None
+        self._note(name)
+
+    def _note(self, name: str) -> None:
+        """Notes the name of what was put, for lists that lag behind."""
+        try:
+            saved = [name, *(one for one in self._saved() if one != name)][:_MOST_NAMES]
+            self._store.put(SAVED, json.dumps(saved).encode())
+        except OSError as error:
+            place = self._place / name
+            raise CheckpointWriteError(
+                f"Checkpoint {place} is saved, but noting its name in {SAVED} failed with "
+                f"{error.strerror or error}: where the store's lists lag behind, it may not be "
+                "found for a while",
+                error,
+                place,
+            ) from None
+
+    def holds(self, name: str, descriptor: int) -> bool:
+        """Tells whether a file of a name is there, with the bytes of one of this machine.
+
+        Args:
+            name: what it is called there.
+            descriptor: the file, open for reading.
+        """
+        return self._store.holds(name, descriptor, os.fstat(descriptor).st_size)
 
     def _renew(self) -> None:
         if self._claim is not None:

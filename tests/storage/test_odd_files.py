@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import socket
@@ -19,6 +20,8 @@ from crosstrain.engine import (
     CheckpointError,
     CheckpointNotFound,
     DiskSaver,
+    Engine,
+    resume_or_start,
 )
 from crosstrain.engine.storage.safe_load import load_file, load_part
 
@@ -63,6 +66,50 @@ def test_what_is_no_file_is_refused_and_passed_over(tmp_path: Path, kind: str) -
     with DiskSaver(tmp_path, require_empty=False) as saver:
         saver({"a": torch.zeros(2)}, "good_3.pt")
     assert Checkpoint.latest(tmp_path).path == tmp_path / "good_3.pt"
+
+
+class Holder:
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+LACKS: dict[str, tuple[str, int, str]] = {
+    "files for a file": ("open", errno.EMFILE, "checkpoint_2"),
+    "files for the folder": ("listdir", errno.ENFILE, ""),
+    "memory": ("stat", errno.ENOMEM, "checkpoint_2"),
+}
+
+
+@pytest.mark.parametrize("lack", LACKS)
+@pytest.mark.parametrize("parts", [False, True])
+def test_what_a_listing_lacks_is_an_error_and_no_older_checkpoint_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lack: str, parts: bool
+) -> None:
+    """To go on from an older one, or to begin anew, would lose what was trained since."""
+    with DiskSaver(tmp_path, parts=parts) as saver:
+        for number in (1, 2):
+            states = {"trainer": {"a": 1}, "holder": {"a": torch.ones(2)}}
+            saver(states, f"checkpoint_{number}.pt")
+    function, number, where = LACKS[lack]
+    real = getattr(os, function)
+
+    def refuse(path: Any, *arguments: Any, **options: Any) -> Any:
+        if where in str(path) and str(tmp_path) in str(path):
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path, *arguments, **options)
+
+    for look in (
+        lambda: Checkpoint.latest(tmp_path),
+        lambda: resume_or_start(Engine(lambda *_: None), {"holder": Holder()}, tmp_path, every=1),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(os, function, refuse)
+            with pytest.raises((CheckpointCorrupt, OSError), match=os.strerror(number)) as caught:
+                look()
+        assert not isinstance(caught.value, CheckpointNotFound)
 
 
 def test_a_link_to_a_good_checkpoint_is_read(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from resumable_program import ITERATIONS, train
 from crosstrain.engine import (
     Checkpoint,
     CheckpointBusy,
+    CheckpointCorrupt,
     CheckpointError,
     CheckpointNotFound,
     CheckpointStoreMissing,
@@ -202,6 +203,76 @@ def test_a_copy_that_fails_ends_the_run(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(CheckpointWriteError, match=r"checkpoint_4\.pt was not saved.*full"):
         outcome(str(tmp_path / "disk"), tmp_path, remote=url)
     assert Checkpoint.latest(tmp_path / "disk")
+
+
+def flipped(whole: bytes) -> bytes:
+    """Returns a checkpoint of `state` with one byte of its tensor changed."""
+    at = whole.index(torch.full((20,), 3.0).numpy().tobytes())
+    return whole[:at] + b"\x01" + whole[at + 1 :]
+
+
+@pytest.mark.parametrize("parts", [False, True])
+def test_what_is_damaged_on_the_disk_is_not_copied(tmp_path: Path, parts: bool) -> None:
+    url = f"memory://{tmp_path.name}-{parts}/run"
+    with DiskSaver(tmp_path / "run", parts=parts) as saver:
+        saver(state(3.0), "checkpoint_3.pt")
+    path = tmp_path / "run" / ("checkpoint_3.sharded" if parts else "checkpoint_3.pt")
+    damaged = path / "rank-0.pt" if parts else path
+    damaged.write_bytes(flipped(damaged.read_bytes()))
+    copies = RemoteCopies(StorePath(url), 1)
+    copies.copy(path, 3)
+    with pytest.raises(CheckpointCorrupt, match=damaged.name):
+        copies.close()
+    assert names(url) == []
+
+
+def test_a_damaged_copy_is_put_again_by_the_next_start(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "disk"
+    with DiskSaver(folder) as saver:
+        saver(state(3.0), "checkpoint_3.pt")
+    latest = Checkpoint.latest(folder)
+    assert latest.manifest is not None
+    told = latest.manifest.__class__(**{**vars(latest.manifest), "iteration": 3})
+    latest = latest.__class__(latest.folder, latest.path, told, ())
+    store, whole = store_of(StorePath(url)), (folder / "checkpoint_3.pt").read_bytes()
+    put: list[str] = []
+    upload = type(store).upload
+
+    def counted(self: Store, name: str, *args: Any) -> None:
+        put.append(name)
+        upload(self, name, *args)
+
+    monkeypatch.setattr(type(store), "upload", counted)
+    store.make()
+    store.put("checkpoint_3.pt", flipped(whole))
+    for _ in range(2):
+        copies = RemoteCopies(StorePath(url), 2)
+        copies.keeps([Checkpoint.Item(3, "checkpoint_3.pt")])
+        copies.catch_up(latest)
+        copies.close()
+        assert store.get("checkpoint_3.pt") == whole
+    # The second start has found it good.
+    assert put == ["checkpoint_3.pt"]
+
+
+def test_what_is_saved_and_not_noted_is_not_told_as_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put = Store.put
+
+    def refuse(store: Store, name: str, data: bytes) -> None:
+        if name == ".crosstrain.saved":
+            raise OSError(5, "the store is out of order")
+        put(store, name, data)
+
+    monkeypatch.setattr(Store, "put", refuse)
+    url = f"memory://{tmp_path.name}-unnoted/run"
+    why = r"checkpoint_1\.pt is saved, but noting its name.*out of order"
+    with DiskSaver(url) as saver, pytest.raises(CheckpointWriteError, match=why):
+        saver(state(1.0), "checkpoint_1.pt")
+    assert read_checkpoint(f"{url}/checkpoint_1.pt")["other"]["value"] == 1.0
 
 
 def test_an_old_copy_that_cannot_be_removed_is_a_warning(
