@@ -32,12 +32,12 @@ from crosstrain.engine.guards import OTHER_PACKAGES, is_users_object
 __all__ = [
     "GLOBAL_GENERATORS",
     "SOURCES",
-    "Walk",
     "attributes_of",
     "functions_in",
     "functions_of",
     "is_others",
     "unnamed_sources",
+    "variables_of",
 ]
 
 _EXAMPLES: Final[tuple[Iterable[Any], ...]] = ([], (), range(0), {}, set(), "")
@@ -93,13 +93,13 @@ def unnamed_sources(functions: Mapping[str, Any], known: Iterable[int]) -> list[
         functions: the step and the handlers, by what to call them.
         known: what a checkpoint takes care of, by `id`; it is not looked into.
     """
-    walk = Walk(set(known))
+    walk = _Walk(set(known))
     for name, function in functions.items():
         walk.function(function, name, _DEPTH)
     return list(walk.found.values())
 
 
-class Walk:
+class _Walk:
     """Looks into functions and objects, each once."""
 
     def __init__(self, known: set[int]) -> None:
@@ -129,12 +129,8 @@ class Walk:
             return
         for value in (*(plain.__defaults__ or ()), *(plain.__kwdefaults__ or {}).values()):
             self.value(value, f"{name}, a default", depth - 1)
-        for variable, value in self.variables(plain):
+        for variable, value in variables_of(plain):
             self.value(value, f"{name}, its {variable!r}", depth - 1)
-
-    def variables(self, function: types.FunctionType) -> Iterator[tuple[str, Any]]:
-        """Yields what a function refers to, by name."""
-        yield from _variables(function)
 
     def value(self, value: Any, name: str, depth: int) -> None:
         """Looks at a value, and into it where it may hold more."""
@@ -162,13 +158,9 @@ class Walk:
             self._seen.add(id(value))
             self.function(value, name, depth - 1)
         elif not is_others(type(value)):
-            self.attributes(value, name, depth)
-
-    def attributes(self, value: Any, name: str, depth: int) -> None:
-        """Looks into an object's attributes."""
-        self._seen.add(id(value))
-        for own, item in attributes_of(value).items():
-            self.value(item, f"{name}, .{own}", depth - 1)
+            self._seen.add(id(value))
+            for own, item in attributes_of(value).items():
+                self.value(item, f"{name}, .{own}", depth - 1)
 
 
 def _generators_of(loader: Any) -> Iterator[tuple[str, Any]]:
@@ -233,7 +225,7 @@ def is_others(thing: Any) -> bool:
     return root in OTHER_PACKAGES or root in sys.stdlib_module_names
 
 
-def _variables(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+def variables_of(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
     """Yields the closure's variables and the globals that the function's code names."""
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
