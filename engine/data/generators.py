@@ -38,7 +38,8 @@ GENERATORS: Final = (
     numpy.random.Generator,
     numpy.random.RandomState,
 )
-# What is looked into: further than this, generators belong to something else.
+_LOOKED_INTO: Final = (Dataset, Sampler, list, tuple, dict, *GENERATORS)
+# How far is looked: further than this, generators belong to something else.
 _DEPTH: Final = 4
 _MANY: Final = 64
 # They are nobody's own.
@@ -50,38 +51,39 @@ _GLOBAL: Final = (
 TRANSFORMS: Final = ("transform", "transforms", "target_transform", "collate_fn")
 
 
-def generators_in(
-    thing: Any, name: str, through: tuple[type, ...] = (Dataset, Sampler)
-) -> dict[str, Any]:
+def generators_in(thing: Any, name: str, apart: tuple[Any, ...] = ()) -> dict[str, Any]:
     """Returns the random generators that an object holds, by name, each once.
 
-    Looked into are its attributes, and theirs where they are lists, transforms, or of some types.
+    Looked into are its attributes, and theirs where they are lists, transforms, samplers, data or
+    objects of the user's.
 
     Args:
         thing: a sampler, a dataset, any object.
         name: what it is called in the names.
-        through: those types.
+        apart: data that is not looked into; then no other dataset is, either.
 
     Returns:
         `torch.Generator`, `random.Random`, `numpy.random.Generator` and `RandomState` objects.
     """
     found: dict[str, Any] = {}
-    _collect(thing, name, (*through, list, tuple, dict, *GENERATORS), _DEPTH, found)
+    _collect(thing, name, apart, _DEPTH, found)
     return found
 
 
 def _collect(
-    thing: Any, name: str, through: tuple[type, ...], depth: int, found: dict[str, Any]
+    thing: Any, name: str, apart: tuple[Any, ...], depth: int, found: dict[str, Any]
 ) -> None:
+    if apart and (isinstance(thing, Dataset) or any(thing is one for one in apart)):
+        return
     if isinstance(thing, GENERATORS):
         if not any(thing is known for known in (*_GLOBAL, *found.values())):
             found[name] = thing
     elif depth > 0:
-        for part, value in _parts(thing, through):
-            _collect(value, f"{name}{part}", through, depth - 1, found)
+        for part, value in _parts(thing):
+            _collect(value, f"{name}{part}", apart, depth - 1, found)
 
 
-def _parts(thing: Any, through: tuple[type, ...]) -> Iterator[tuple[str, Any]]:
+def _parts(thing: Any) -> Iterator[tuple[str, Any]]:
     if is_collection(thing, (list, tuple, dict)):
         pairs = thing.items() if type(thing) is dict else enumerate(thing)
         items = list(islice(pairs, _MANY + 1))
@@ -90,7 +92,7 @@ def _parts(thing: Any, through: tuple[type, ...]) -> Iterator[tuple[str, Any]]:
         return
     attributes: dict[str, Any] = getattr(thing, "__dict__", {})
     for name, value in attributes.items():
-        if isinstance(value, through) or name in TRANSFORMS or is_users_object(value):
+        if isinstance(value, _LOOKED_INTO) or name in TRANSFORMS or is_users_object(value):
             yield f".{name}", value
 
 
@@ -106,14 +108,14 @@ class OwnStates:
     and what they give by `state_dict`, if they take it back by `load_state_dict`.
 
     Args:
-        through: as of `generators_in`.
+        apart: as of `generators_in`.
         **owners: the objects, by what they are called in messages.
     """
 
-    def __init__(self, through: tuple[type, ...] = (Dataset, Sampler), **owners: Any) -> None:
+    def __init__(self, apart: tuple[Any, ...] = (), **owners: Any) -> None:
         self.generators: dict[str, Any] = {}
         for name, owner in owners.items():
-            for where, generator in generators_in(owner, name, through).items():
+            for where, generator in generators_in(owner, name, apart).items():
                 if not any(generator is known for known in self.generators.values()):
                     self.generators[where] = generator
         self._epochs = {

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch.utils.data import (
-    Sampler,
     default_collate,  # pyright: ignore[reportUnknownVariableType]
 )
 
@@ -61,7 +60,7 @@ class MapFlow(Dataflow):
         # Its attributes are this pass's: the user's loader is left as it is.
         self._loader = rebuilt(data)
         self._own = OwnStates(
-            (Sampler,),
+            (data.dataset,),
             generator=data.generator,
             sampler=getattr(sampler, "sampler", None) if batched else sampler,
             batch_sampler=sampler,

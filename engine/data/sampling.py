@@ -141,10 +141,12 @@ class KeyedSampler:
             return chain(first, order)
         # What everybody sees is what the first batches leave, wherever the pass is entered.
         many, entry = (1 if self._seekable else _AHEAD), self._own.raw()
+        drawn_from = random_state.capture()
         first, order = self._from(self.order(0), many)
         self.visible = self._own.raw()
         if start and self._seekable:
             self._own.put(entry)
+            random_state.restore(drawn_from)
             first, order = self._from(self.order(start), many)
         elif start:
             left = first[start:]

@@ -32,10 +32,10 @@ from crosstrain.engine.state import State
 from .reads import ALL, Use, names_read_of_state, uses_of, uses_of_self
 from .unnamed import (
     GLOBAL_GENERATORS,
-    SOURCES,
     attributes_of,
     functions_in,
     is_others,
+    is_source,
     variables_of,
 )
 
@@ -159,7 +159,7 @@ class UsesWalk:
         if isinstance(value, type):
             self._space(_values_of(value), owner, name, depth, uses)
             return
-        if len(self._seen) > _SEEN or isinstance(value, (*_CLOSED, *SOURCES)):
+        if len(self._seen) > _SEEN or isinstance(value, _CLOSED) or is_source(value):
             return
         if isinstance(value, (*SCALARS, torch.Tensor, numpy.ndarray, *_COLLECTIONS)):
             if any(use.read for use in uses) and not isinstance(value, torch.nn.Parameter):

@@ -9,6 +9,7 @@ own batches are exact. That is said when the state is first taken.
 from __future__ import annotations
 
 import inspect
+import io
 import itertools
 import random
 import sys
@@ -22,7 +23,6 @@ import numpy
 import torch
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from crosstrain.engine.data.generators import generators_in
 from crosstrain.engine.data.source import ResumableSource
@@ -31,33 +31,22 @@ from crosstrain.engine.guards import OTHER_PACKAGES, is_users_object
 
 __all__ = [
     "GLOBAL_GENERATORS",
-    "SOURCES",
     "attributes_of",
     "functions_in",
     "functions_of",
     "is_others",
+    "is_source",
     "unnamed_sources",
     "variables_of",
 ]
 
-_EXAMPLES: Final[tuple[Iterable[Any], ...]] = ([], (), range(0), {}, set(), "")
-SOURCES: Final[tuple[type, ...]] = (
+# Iterators are sources, too: see `is_source`.
+_SOURCES: Final = (
     torch.Generator,
     random.Random,
     numpy.random.Generator,
     numpy.random.RandomState,
-    types.GeneratorType,
     ResumableSource,
-    _BaseDataLoaderIter,
-    itertools.chain,
-    itertools.count,
-    itertools.cycle,
-    itertools.islice,
-    enumerate,
-    filter,
-    map,
-    zip,
-    *(type(iter(example)) for example in _EXAMPLES),
 )
 # They are part of every state.
 GLOBAL_GENERATORS: Final = frozenset(
@@ -136,7 +125,7 @@ class _Walk:
         """Looks at a value, and into it where it may hold more."""
         if id(value) in self._seen or id(value) in GLOBAL_GENERATORS or len(self._seen) > _SEEN:
             return
-        if isinstance(value, SOURCES):
+        if is_source(value):
             self._seen.add(id(value))
             if inspect.isgenerator(value) and value.gi_frame is None:
                 return
@@ -223,6 +212,23 @@ def is_others(thing: Any) -> bool:
     """Tells whether a function or a class is no user's: of a known package, or of Python's own."""
     root = (thing.__module__ or "").partition(".")[0]
     return root in OTHER_PACKAGES or root in sys.stdlib_module_names
+
+
+def is_source(value: Any) -> bool:
+    """Tells whether a value has a position or random states of its own.
+
+    A generator of random numbers is one, and an iterator that cannot be looked into: of a known
+    package, or not written in Python. A file is an iterator by its type only.
+    """
+    if isinstance(value, _SOURCES):
+        return True
+    kind: Any = type(value)
+    if not isinstance(value, Iterator) or isinstance(value, io.IOBase):
+        return False
+    # What has a state is told where that changes.
+    return not (inspect.isfunction(kind.__next__) and not is_others(kind)) and not hasattr(
+        kind, "state_dict"
+    )
 
 
 def variables_of(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
