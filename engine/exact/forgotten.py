@@ -14,7 +14,7 @@ from __future__ import annotations
 import collections
 import inspect
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, Final
 
@@ -30,7 +30,14 @@ from crosstrain.engine.guards import OTHER_PACKAGES
 from crosstrain.engine.state import State
 
 from .reads import ALL, Use, names_read_of_state, uses_of, uses_of_self
-from .unnamed import GLOBAL_GENERATORS, attributes_of, functions_in, is_others, is_source
+from .unnamed import (
+    GLOBAL_GENERATORS,
+    attributes_of,
+    functions_in,
+    is_others,
+    is_source,
+    variables_of,
+)
 
 __all__ = ["SCALARS", "Forgotten", "UsesWalk"]
 
@@ -135,7 +142,7 @@ class UsesWalk:
             return
         self._seen.add(id(code))
         self.functions.append(plain)
-        variables, uses = dict(_variables(plain)), uses_of(code)
+        variables, uses = dict(variables_of(plain)), uses_of(code)
         for variable, value in variables.items():
             some = ALL if uses is None else uses.get(variable, frozenset[Use]())
             read = frozenset(use for use in some if use.into is None)
@@ -265,9 +272,7 @@ def _state_signature(value: Any) -> Any:
     """Returns what changes when an object's state does; None where it cannot be told."""
     if isinstance(value, torch.nn.Module):
         tensors = [*value.parameters(), *value.buffers()]
-        return [
-            (id(tensor), -1 if tensor.is_inference() else tensor._version) for tensor in tensors
-        ]
+        return [(id(tensor), _version(tensor)) for tensor in tensors]
     if isinstance(value, Optimizer):
         tensors = [p for group in value.param_groups for p in group["params"]]
         return len(value.state), [
@@ -302,22 +307,3 @@ def _signature(value: Any, depth: int = 4) -> Any:
 
 def _version(tensor: torch.Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
-
-
-def _variables(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
-    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        try:
-            yield name, cell.cell_contents
-        except ValueError:
-            continue  # It is not set yet.
-    for name in sorted(_code_names(function.__code__)):
-        if name in function.__globals__:
-            yield name, function.__globals__[name]
-
-
-def _code_names(code: types.CodeType) -> set[str]:
-    found = set(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            found |= _code_names(constant)
-    return found

@@ -31,13 +31,13 @@ from crosstrain.engine.guards import OTHER_PACKAGES, is_users_object
 
 __all__ = [
     "GLOBAL_GENERATORS",
-    "Walk",
     "attributes_of",
     "functions_in",
     "functions_of",
     "is_others",
     "is_source",
     "unnamed_sources",
+    "variables_of",
 ]
 
 # Iterators are sources, too: see `is_source`.
@@ -82,13 +82,13 @@ def unnamed_sources(functions: Mapping[str, Any], known: Iterable[int]) -> list[
         functions: the step and the handlers, by what to call them.
         known: what a checkpoint takes care of, by `id`; it is not looked into.
     """
-    walk = Walk(set(known))
+    walk = _Walk(set(known))
     for name, function in functions.items():
         walk.function(function, name, _DEPTH)
     return list(walk.found.values())
 
 
-class Walk:
+class _Walk:
     """Looks into functions and objects, each once."""
 
     def __init__(self, known: set[int]) -> None:
@@ -118,12 +118,8 @@ class Walk:
             return
         for value in (*(plain.__defaults__ or ()), *(plain.__kwdefaults__ or {}).values()):
             self.value(value, f"{name}, a default", depth - 1)
-        for variable, value in self.variables(plain):
+        for variable, value in variables_of(plain):
             self.value(value, f"{name}, its {variable!r}", depth - 1)
-
-    def variables(self, function: types.FunctionType) -> Iterator[tuple[str, Any]]:
-        """Yields what a function refers to, by name."""
-        yield from _variables(function)
 
     def value(self, value: Any, name: str, depth: int) -> None:
         """Looks at a value, and into it where it may hold more."""
@@ -151,13 +147,9 @@ class Walk:
             self._seen.add(id(value))
             self.function(value, name, depth - 1)
         elif not is_others(type(value)):
-            self.attributes(value, name, depth)
-
-    def attributes(self, value: Any, name: str, depth: int) -> None:
-        """Looks into an object's attributes."""
-        self._seen.add(id(value))
-        for own, item in attributes_of(value).items():
-            self.value(item, f"{name}, .{own}", depth - 1)
+            self._seen.add(id(value))
+            for own, item in attributes_of(value).items():
+                self.value(item, f"{name}, .{own}", depth - 1)
 
 
 def _generators_of(loader: Any) -> Iterator[tuple[str, Any]]:
@@ -239,7 +231,7 @@ def is_source(value: Any) -> bool:
     )
 
 
-def _variables(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+def variables_of(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
     """Yields the closure's variables and the globals that the function's code names."""
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
