@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import chain, islice, repeat
 from typing import Any, ClassVar, Final
 
-from torch.utils.data import BatchSampler
+from torch.utils.data import BatchSampler, DataLoader
 
 from crosstrain.backends import random_state
 from crosstrain.engine.digest import digest
@@ -112,6 +112,8 @@ class Dataflow:
         ordered: list[str] = []
         if is_loader(data):
             fetched += _called(data, "dataset") + _called(data, "collate_fn")
+            if type(data) is not DataLoader:
+                fetched.append(f"the loader, of class {type(data).__name__}")
             # torch's own batch sampler has no part in it; its sampler need not be the loader's.
             grouped = isinstance(data.batch_sampler, BatchSampler)
             own = data if data.batch_sampler is None else data.batch_sampler
@@ -320,7 +322,8 @@ class ReplayedFlow(Dataflow):
         super().__init__(data)
         # Workers that outlive a pass would carry random states from it into the next.
         self._loader: Any = rebuilt(data, persistent_workers=False) if is_loader(data) else None
-        self._own = OwnStates(data=data)
+        own = {} if self._loader is None else {"loader": self._loader}
+        self._own = OwnStates(data=data, **own)
         self._at_opening: dict[str, Any] = {}
         self._opened = False
         if isinstance(data, Iterator):

@@ -215,6 +215,17 @@ class OwnStates:
             **self._attributes(copies),
         }
 
+    def loaders(self) -> Raw:
+        """Returns those of `raw` that are the loader's own, such as the passes that it counts."""
+        found = self._attributes(True)
+        return {place: value for place, value in found.items() if place[1].startswith("loader.")}
+
+    def put_loaders(self, raw: Raw) -> None:
+        """Sets what `loaders` returned, and takes away what there was none of."""
+        for _, name in self.loaders().keys() - raw.keys():
+            self._set_attribute(name)
+        self.put_some(raw)
+
     def put(self, raw: Raw, copies: bool = True) -> None:
         """Sets what `raw` returned, and takes away plain attributes that there were none of.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -82,6 +82,8 @@ class MapFlow(Dataflow):
         self._opening: Raw = {}
         # Since the pass was left: what a state has of the samplers, and what they are.
         self._left: tuple[dict[str, Any], Raw] | None = None
+        # What the loader is to have when its pass has begun.
+        self._awaited: Raw | None = None
         # Asked by the loader that is opened next; whether it fetches otherwise than then.
         self._probe: Probe | None = None
         self._anew = False
@@ -106,6 +108,7 @@ class MapFlow(Dataflow):
         seen = self._own.raw()
         if state is not None:
             self._own.give(state)
+        loaders = self._own.loaders()
         self._at_opening, self._opening, self._left = self._own.take(), self._own.raw(), None
         self._draw_base_seed()
         self._sampler.begin(key, batch - again)
@@ -124,12 +127,23 @@ class MapFlow(Dataflow):
         probe = self._probe
         keyed = self._dataset if probe is None else probe.on(self._dataset)
         vars(self._loader)["dataset"] = keyed
-        batches = _iterator_of(self._loader, self._sampler)
+        # What the loader changes itself when it is iterated over, it changes again. What it has not
+        # changed was of a pass that it had not begun.
+        now = self._own.loaders()
+        self._awaited = now if state is not None and differing(now, loaders) else None
+        self._own.put_loaders(loaders)
+        batches = _iterator_of(self._loader, self._sampler, self._enter)
         if not prepared:
             self.give_dataset(state, "now")
         if self._loader.num_workers == 0:
             return self._iterate(Secluded(batches, self.held.append, key.streams))
         return self._iterate(Noted(batches, self.held.append))
+
+    def _enter(self) -> None:
+        """Gives the loader what it had in the run that was saved, once its pass has begun."""
+        if self._awaited is not None:
+            self._own.put_loaders(self._awaited)
+            self._awaited = None
 
     def _draw_base_seed(self) -> None:
         # torch draws it first, whatever the number of workers, then the sampler's.
@@ -140,7 +154,12 @@ class MapFlow(Dataflow):
         now = None
         if self._left is not None and not differing(self._own.raw(), self._left[1]):
             now = self._left[0]
-        now = self._own.take() if now is None else now
+        if now is None:
+            loaders = self._own.loaders()
+            if self._awaited is not None:
+                self._own.put_loaders(self._awaited)
+            now = self._own.take()
+            self._own.put_loaders(loaders)
         return {**self._at_opening, "now": now, "dataset": self.dataset_state()}
 
     def samples(self) -> Any:
@@ -244,6 +263,7 @@ class MapFlow(Dataflow):
 
         Orders are drawn ahead. What somebody else has changed since the pass was opened stays.
         """
+        self._enter()
         if not self._own.moves or self._left is not None:
             return
         now, taken = self._own.raw(), self._own.take()
@@ -291,20 +311,29 @@ def _warn_of_generators(found: list[str]) -> None:
         )
 
 
-def _iterator_of(loader: Any, sampler: KeyedSampler) -> Iterator[Any]:
+def _iterator_of(loader: Any, sampler: KeyedSampler, entered: Callable[[], None]) -> Iterator[Any]:
     """Returns an iterator over a loader that is known to ask its sampler.
 
-    torch's loaders ask when they are iterated over, those of others with their first batch.
+    torch's loaders ask when they are iterated over, those of others with their first
+    batch; `entered` is called then.
 
     Raises:
         RuntimeError: with that batch, if it has not.
     """
     with workers_left_alone(loader):
-        iterator = iter(loader)
-    return iterator if sampler.asked else _checked(iterator, sampler, type(loader).__name__)
+        iterator: Iterator[Any] = iter(loader)
+    if sampler.asked:
+        entered()
+        return iterator
+    return _checked(iterator, sampler, type(loader).__name__, entered)
 
 
-def _checked(iterator: Iterator[Any], sampler: KeyedSampler, name: str) -> Iterator[Any]:
+def _checked(
+    iterator: Iterator[Any],
+    sampler: KeyedSampler,
+    name: str,
+    entered: Callable[[], None],
+) -> Iterator[Any]:
     for batch in iterator:
         if not sampler.asked:
             raise RuntimeError(
@@ -312,6 +341,7 @@ def _checked(iterator: Iterator[Any], sampler: KeyedSampler, name: str) -> Itera
                 "over, so its order can be neither known nor entered in the middle. Give "
                 "DeterministicEngine.run() a torch.utils.data.DataLoader."
             )
+        entered()
         yield batch
         break
     yield from iterator
