@@ -47,8 +47,6 @@ _HANDLERS_CHANGE: Final = (
     " It is of the epoch before, and there are handlers of EPOCH_STARTED: if they change the data "
     "for their epoch, and all of it, the run goes on as it was all the same."
 )
-
-
 _NO_PLACE: Final = (
     " So its state_dict does not tell what comes next: a shuffle buffer or what was read ahead is "
     "lost, an order is drawn anew, or load_state_dict does not take all of it. Have the state hold "
@@ -274,44 +272,72 @@ class Cursor:
         self._pass, self._exchanges = position["pass"], position["exchanges"]
         self.consumed = position["batch"]
         if before_handlers is not None and before_handlers.flow is flow:
-            self._iterator, self._ended = before_handlers.iterator, before_handlers.ended
-            self._last, self._last_indices = before_handlers.last, before_handlers.indices
-            self._shares, self._held, self._indices = flow.shares, flow.held, flow.indices
-            self.fetched, self.opened, self.share = self.consumed, True, None
+            self._go_on_in(before_handlers)
             return
         before: Any = position.get("before")
-        again = 0
-        if strictness != "off":
-            reason = other or is_comparable(before, world_of(self._backend))
-            again = int(reason is None)
-            if reason is not None:
-                proof.unchecked.append(f"the batch before: {reason}")
-                self._compare_samples(before, proof, strictness)
-                if other is None:
-                    self._hear_witness(key, position["flow"], proof, strictness)
-                if (doubt := flow.doubt(position["flow"], self._pass)) is not None:
-                    proof.differs(f"The data may not go on as it was: {doubt}.", "warn")
-                self._rehearse(key, position["flow"], proof, strictness)
-        if again:
-            flow.probe(position["flow"])
-        self._open_flow(key, position["flow"], again)
-        if again:
-            self._fetch_before(before, key, position["flow"])
+        state = position["flow"]
+        if strictness == "off":
+            self._open_flow(key, state)
+        elif (reason := other or is_comparable(before, world_of(self._backend))) is None:
+            self._open_after(before, key, state, proof, strictness)
+        else:
+            proof.unchecked.append(f"the batch before: {reason}")
+            self._compare_samples(before, proof, strictness)
+            if other is None:
+                self._hear_witness(key, state, proof, strictness)
+            if (doubt := flow.doubt(state, self._pass)) is not None:
+                proof.differs(f"The data may not go on as it was: {doubt}.", "warn")
+            self._rehearse(key, state, proof, strictness)
+            self._open_flow(key, state)
+
+    def _go_on_in(self, found: _Opened) -> None:
+        """Goes on in a pass that was opened, and compared, before handlers ran."""
+        self._note_opened(found.flow, found.iterator)
+        self._ended = found.ended
+        self._last, self._last_indices = found.last, found.indices
+
+    def _open_after(
+        self,
+        before: Mapping[str, Any],
+        key: StreamKey,
+        state: Mapping[str, Any],
+        proof: Proof,
+        strictness: Strictness,
+    ) -> None:
+        """Opens data after the batch before, which is fetched once more and compared."""
+        flow = self._open_at(before, key, state, proof, strictness)
+        if flow.keeps_anew(state):
+            flow.probe(state, True)
+            self._open_flow(key, state, 1)
+            self._fetch_first()
             self._tell_kept(proof)
-            self._compare(before, proof, strictness)
-            if flow.keeps_anew(position["flow"]):
-                flow.probe(position["flow"], True)
-                self._open_flow(key, position["flow"], again)
-                self._fetch_first()
-                self._tell_kept(proof)
-                self._open_flow(key, position["flow"])
-            # Fetching may have changed it.
-            flow.give_dataset(position["flow"], "now")
-            if position["flow"].get("dataset", {}).get("now"):
-                # It may have come from what the dataset keeps: the next one need not.
-                self._rehearse(key, position["flow"], proof, strictness, 0)
-                self._open_flow(key, position["flow"])
-                flow.give_dataset(position["flow"], "now")
+            self._open_flow(key, state)
+        # Fetching may have changed it.
+        flow.give_dataset(state, "now")
+        if state.get("dataset", {}).get("now"):
+            # It may have come from what the dataset keeps: the next one need not.
+            self._rehearse(key, state, proof, strictness, 0)
+            self._open_flow(key, state)
+            flow.give_dataset(state, "now")
+
+    def _open_at(
+        self,
+        before: Mapping[str, Any],
+        key: StreamKey,
+        state: Mapping[str, Any],
+        proof: Proof,
+        strictness: Strictness,
+        note: str = "",
+    ) -> Dataflow:
+        """Opens data at the batch before, and compares it; returns the dataflow."""
+        flow = self._flow
+        assert flow is not None
+        flow.probe(state)
+        self._open_flow(key, state, 1)
+        self._fetch_before(before, key, state)
+        self._tell_kept(proof)
+        self._compare(before, proof, strictness, note)
+        return flow
 
     def rehearse(self, data: Any, key: StreamKey, proof: Proof, strictness: Strictness) -> None:
         """Fetches the first batch of data that is opened next twice, and compares.
@@ -423,11 +449,7 @@ class Cursor:
         flow.workers_then = position.get("workers")
         self._flow, self._prepared = flow, flow
         self._pass, self.consumed = position["pass"], position["batch"]
-        flow.probe(position["flow"])
-        self._open_flow(key, position["flow"], 1)
-        self._fetch_before(before, key, position["flow"])
-        self._tell_kept(proof)
-        self._compare(before, proof, "warn", _HANDLERS_CHANGE)
+        self._open_at(before, key, position["flow"], proof, "warn", _HANDLERS_CHANGE)
         if flow.stays_open and not position["flow"].get("dataset", {}).get("now"):
             # Opening it once more would move twice what it draws from unseen.
             self._opened_before = _Opened(
@@ -621,11 +643,14 @@ class Cursor:
         rank = world_of(self._backend).rank if flow.owners else 0
         key = key._replace(epoch=self._pass, rank=rank)
         seed_host(key.host_seed)
-        self._iterator = flow.open(key, self.consumed, state, again)
-        self._shares, self.share = flow.shares, None
-        self._held, self._indices = flow.held, flow.indices
+        self._note_opened(flow, flow.open(key, self.consumed, state, again))
         if not self.consumed or again:
             self._last = self._last_indices = None
+
+    def _note_opened(self, flow: Dataflow, iterator: Iterator[Any]) -> None:
+        """Takes batches from a pass that was opened at the position."""
+        self._iterator, self._held = iterator, flow.held
+        self._shares, self._indices, self.share = flow.shares, flow.indices, None
         self.fetched, self.opened, self._ended = self.consumed, True, False
 
     def _flow_of(self, data: Any) -> Dataflow:

@@ -13,7 +13,7 @@ import numpy
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from crosstrain.backends import random_state
+from crosstrain.backends.random_state import with_arrays, without_arrays
 from crosstrain.engine.guards import is_collection, is_users_object
 
 __all__ = [
@@ -236,22 +236,18 @@ class OwnStates:
         for kind, name in self._attributes(False):
             if (kind, name) not in raw:
                 self._set_attribute(name)
-        for (kind, name), value in raw.items():
-            self._put(kind, name, copied(value) if copies else value)
+        self.put_some({place: copied(value) for place, value in raw.items()} if copies else raw)
 
     def put_some(self, raw: Raw) -> None:
         """Sets some of what `raw` returned."""
         for (kind, name), value in raw.items():
-            self._put(kind, name, value)
-
-    def _put(self, kind: str, name: str, value: Any) -> None:
-        if kind == "generator":
-            _set_raw_state(self.generators[name], value)
-        elif kind == "epoch":
-            if self._epochs[name].epoch != value:
-                self._epochs[name].set_epoch(value)
-        else:
-            self._set_attribute(name, value)
+            if kind == "generator":
+                _set_raw_state(self.generators[name], value)
+            elif kind == "epoch":
+                if self._epochs[name].epoch != value:
+                    self._epochs[name].set_epoch(value)
+            else:
+                self._set_attribute(name, value)
 
     def _set_attribute(self, name: str, *value: Any) -> None:
         where, _, attribute = name.rpartition(".")
@@ -296,7 +292,7 @@ def _samplers_in(owners: Mapping[str, Any]) -> dict[str, Any]:
 def _look_for_samplers(name: str, thing: Any, depth: int, found: dict[str, Any]) -> None:
     known = any(thing is one for one in found.values())
     # A loader takes any iterable for a sampler.
-    samples = _is_sampler(thing) or name in ("sampler", "batch_sampler") or _helps(thing)
+    samples = isinstance(thing, Sampler) or name in ("sampler", "batch_sampler") or _helps(thing)
     if known or depth == 0 or not samples or not hasattr(thing, "__dict__"):
         return
     found[name] = thing
@@ -380,7 +376,7 @@ def same(one: Any, other: Any) -> bool:
 def packed(value: Any) -> dict[str, Any]:
     """Returns a plain attribute as what loads without pickle, and in few words."""
     if isinstance(value, numpy.ndarray):
-        found: Any = random_state.without_arrays({"values": value.view(f"u{value.itemsize}")})
+        found: Any = without_arrays({"values": value.view(f"u{value.itemsize}")})
         return {"kind": "array", "dtype": str(value.dtype), **found}
     if type(value) is list and len(value) > _MANY and {*map(type, value)} == {int}:
         try:
@@ -418,10 +414,6 @@ def _set_raw_state(generator: Any, state: Any) -> None:
         generator.bit_generator.state = state
 
 
-def _is_sampler(thing: Any) -> bool:
-    return isinstance(thing, Sampler)
-
-
 def is_stateful(thing: Any) -> bool:
     """Tells whether an object has `state_dict` and `load_state_dict`, which take what ours give.
 
@@ -448,14 +440,10 @@ def _takes(method: Any, count: int) -> bool:
 
 def generator_state(generator: Any) -> Any:
     """Returns the state of a random generator, as tensors and plain types."""
+    state = _raw_state(generator)
     if isinstance(generator, torch.Generator):
-        return generator.get_state()
-    if isinstance(generator, random.Random):
-        return list(generator.getstate())
-    if isinstance(generator, numpy.random.RandomState):
-        state: Any = generator.get_state(legacy=False)
-        return random_state.without_arrays(state)
-    return random_state.without_arrays(generator.bit_generator.state)
+        return state
+    return list(state) if isinstance(generator, random.Random) else without_arrays(state)
 
 
 def _set_state(kind: str, owner: Any, state: Any) -> None:
@@ -470,13 +458,10 @@ def _set_state(kind: str, owner: Any, state: Any) -> None:
 def set_generator_state(owner: Any, state: Any) -> None:
     """Sets the state of a random generator to what `generator_state` returned."""
     if isinstance(owner, torch.Generator):
-        owner.set_state(state.cpu())
+        state = state.cpu()
     elif isinstance(owner, random.Random):
         version, words, gauss = state
-        owner.setstate((version, tuple(words), gauss))
-    elif isinstance(owner, numpy.random.RandomState):
-        present: Any = owner.get_state(legacy=False)
-        owner.set_state(random_state.with_arrays(state, present))
+        state = version, tuple(words), gauss
     else:
-        bits = owner.bit_generator
-        bits.state = random_state.with_arrays(state, bits.state)
+        state = with_arrays(state, _raw_state(owner))
+    _set_raw_state(owner, state)

@@ -7,9 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch.utils.data import (
-    default_collate,  # pyright: ignore[reportUnknownVariableType]
-)
+from torch.utils.data import default_collate
 
 from crosstrain.backends import World, random_state
 from crosstrain.engine.errors import ResumeWarning, warn_user
@@ -18,12 +16,12 @@ from crosstrain.engine.progress import data_length
 
 from .apart import Secluded
 from .batch_before import Noted
-from .flows import Dataflow, Iterate
+from .flows import Dataflow, Iterate, changed_places
 from .generators import OwnStates, Raw, differing, generators_in
-from .keeping import Probe, changed_places
+from .keeping import Probe
 from .order import draws_at_once
 from .sampling import KeyedSampler, rebuilt
-from .shares import ALONE, BatchShare, check_divisible
+from .shares import ALONE, check_divisible
 from .streams import KeyedBatchDataset, KeyedDataset, StreamKey, rank_seed, sample_key
 
 __all__ = ["MapFlow"]
@@ -84,7 +82,6 @@ class MapFlow(Dataflow):
         self._opening: Raw = {}
         # Since the pass was left: what a state has of the samplers, and what they are.
         self._left: tuple[dict[str, Any], Raw] | None = None
-        self._prepared = False
         # What the loader is to have when its pass has begun.
         self._awaited: Raw | None = None
         # Asked by the loader that is opened next; whether it fetches otherwise than then.
@@ -92,8 +89,8 @@ class MapFlow(Dataflow):
         self._anew = False
         # Whether fetching draws, if that is known.
         self._draws: bool | None = None
-        self._suspects = sorted(generators_in(data.dataset, "dataset"))
-        _warn_of_generators(self._suspects)
+        self._generators = sorted(generators_in(data.dataset, "dataset"))
+        _warn_of_generators(self._generators)
 
     def open(
         self, key: StreamKey, batch: int, state: Mapping[str, Any] | None, again: int = 0
@@ -115,12 +112,12 @@ class MapFlow(Dataflow):
         self._at_opening, self._opening, self._left = self._own.take(), self._own.raw(), None
         self._draw_base_seed()
         self._sampler.begin(key, batch - again)
-        if state is not None and not self._prepared and "now" in state:
+        self.shares, self.indices = self._sampler.shares, self._sampler.given
+        if state is not None and not prepared and "now" in state:
             self._own.give(state["now"], False)
         elif state is not None or not self._own.moves:
             # What handlers have chosen, such as a sampler's epoch, holds for the next pass.
             self._own.put_some(seen)
-        self._prepared = False
         if self._sampler.is_over:
             # No workers need to be started to learn that.
             return iter(())
@@ -148,23 +145,9 @@ class MapFlow(Dataflow):
             self._own.put_loaders(self._awaited)
             self._awaited = None
 
-    @property
-    def shares(self) -> deque[BatchShare] | None:
-        """What is this process's of each batch that is to be given; None: all of it."""
-        return self._sampler.shares
-
     def _draw_base_seed(self) -> None:
         # torch draws it first, whatever the number of workers, then the sampler's.
         _ = torch.empty((), dtype=torch.int64).random_(generator=self.data.generator)
-
-    @property
-    def indices(self) -> deque[Any] | None:
-        """The indices of each batch that is to be given."""
-        return self._sampler.given
-
-    def _generators(self) -> list[str]:
-        """Returns the names of generators that the dataset and what fetches from it hold."""
-        return self._suspects
 
     def state(self) -> dict[str, Any]:
         """Returns the samplers' states: as they were when this pass was opened, and as they are."""
@@ -228,7 +211,7 @@ class MapFlow(Dataflow):
             return (
                 "a sample was fetched twice under the same random streams, as if the dataset had "
                 "kept nothing of what it fetched, and was another one the second time. Generators "
-                f"that were found in it: {', '.join(self._suspects) or 'none'}. "
+                f"that were found in it: {', '.join(self._generators) or 'none'}. "
                 f"{self.suspects().content}Samples that it has not kept yet will differ. Draw from "
                 "current_sample() or the global generators"
             )
@@ -256,15 +239,10 @@ class MapFlow(Dataflow):
         return f"what {what} draw follows from num_workers, which was {then} and is {now}"
 
     def prepare(self, state: Mapping[str, Any]) -> None:
-        """Sets the samplers to what they were when a state was written, before handlers run.
-
-        Args:
-            state: what `state` returned; `open` is given it next.
-        """
+        """Sets the samplers, too, to what they were when a state was written."""
         if "now" in state:
             self._own.give(state["now"], False)
-            self._prepared = True
-        self._prepare_dataset(state)
+        super().prepare(state)
 
     def rehearsal(self, batch: int, state: Mapping[str, Any] | None) -> int | None:
         """Returns which batch is fetched twice: the one before, or the first."""
@@ -272,12 +250,11 @@ class MapFlow(Dataflow):
 
     def kept(self) -> Any:
         """Returns the samplers' states, and what has changed of the dataset."""
-        prepared = self._prepared, self._dataset_prepared
-        return self._own.take(), self._attributes.take(), prepared
+        return self._own.take(), self._attributes.take(), self._dataset_prepared
 
     def put_back(self, kept: Any) -> None:
         """Puts back what `kept` returned."""
-        states, attributes, (self._prepared, self._dataset_prepared) = kept
+        states, attributes, self._dataset_prepared = kept
         self._own.give(states)
         self._attributes.give(attributes)
 
@@ -310,7 +287,7 @@ class MapFlow(Dataflow):
         """Returns the numbers of batches and samples, and what orders them."""
         sampler, inner = self._sampler.sampler, self._sampler.inner
         found = {**super().fingerprint(), "sampler": type(inner or sampler).__name__}
-        if self._own.moves and not self._sampler.is_finite:
+        if self._own.moves and not self._sampler.is_seekable:
             # Its length is what it says now: it may be another in each pass, or none at all.
             found.pop("batches", None)
         samples = data_length(self.data.dataset)
