@@ -36,6 +36,7 @@ from crosstrain.engine.exact.snapshot import (
     report_differences,
     step_state,
 )
+from crosstrain.engine.exact.trained import functions_of_trained, holders_of_state
 from crosstrain.engine.exact.unnamed import functions_of, unnamed_sources
 from crosstrain.engine.ranks.agreed_seed import agreed_seed
 from crosstrain.engine.training.own_step import OwnStep
@@ -260,20 +261,26 @@ class DeterministicEngine(Engine):
             # Lambdas of one function are called alike.
             count = 1 + sum(one.startswith(called) for one in functions)
             functions[called if count == 1 else f"{called}, number {count}"] = function
-        return {**functions, **functions_of(self.state.dataloader)}
+        data = functions_of(self.state.dataloader)
+        return {**functions, **data, **functions_of_trained(self._structured())}
 
     def _named_elsewhere(self) -> set[int]:
         known = {id(self.state.dataloader), id(self)}
-        known |= {id(value) for value in self._structured().values()}
-        for value in self.named_beside:
+        for value in (*self.named_beside, *named(self.objects, self.saved_beside).values()):
             # As they are now. Numbers and words are one object wherever they stand.
-            held = getattr(value, "__dict__", {}).values()
             known.add(id(value))
-            known |= {id(one) for one in held if not isinstance(one, SCALARS)}
+            for owner in holders_of_state(value):
+                held = getattr(owner, "__dict__", {}).values()
+                known |= {id(one) for one in held if not isinstance(one, SCALARS)}
         return known
 
     def _structured(self) -> dict[str, Any]:
-        return named(self.objects, self.saved_beside)
+        """Returns what structure is recorded of: what is saved, and the loss, which need not be."""
+        found = named(self.objects, self.saved_beside)
+        loss = getattr(self._step, "loss_fn", None)
+        if isinstance(loss, torch.nn.Module) and all(loss is not one for one in found.values()):
+            found.setdefault("loss_fn", loss)
+        return found
 
     def _forgotten(self) -> Forgotten:
         keys = self.state_dict_user_keys

@@ -54,8 +54,7 @@ class Engine(SeenByIgnite, Loop):
         if isinstance(backend, (str, type)):
             raise TypeError(
                 f"backend must be an opened backend or None, not {backend!r}. "
-                "crosstrain.backends.get(spec).open() opens the one that a spec names, "
-                "such as 'cpu' or 'cuda-amp'."
+                "crosstrain.backends.get(spec).open() opens the one that a spec names."
             )
         super().__init__(process_function, backend)
         self._user_keys: list[str] = []

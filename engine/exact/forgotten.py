@@ -32,10 +32,12 @@ from crosstrain.engine.state import State
 from .reads import ALL, Use, names_read_of_state, uses_of, uses_of_self
 from .unnamed import (
     GLOBAL_GENERATORS,
+    TORCHS_OWN,
     attributes_of,
     functions_in,
     is_others,
     is_source,
+    is_users_file,
     variables_of,
 )
 
@@ -50,6 +52,7 @@ SCALARS: Final = (bool, int, float, complex, str, bytes, type(None))
 _COLLECTIONS: Final = (dict, list, tuple, set, collections.deque, collections.OrderedDict)
 # They are the data's and the loop's own matter.
 _CLOSED: Final = (DataLoader, Dataset, Sampler, Dispatcher, types.ModuleType, type, ResumableSource)
+_RECORDED: Final = (bool, int, float, str)
 _PLAIN: Final = (*SCALARS, torch.Tensor, numpy.ndarray)
 _CALLED: Final = Use(("__call__",), True)
 _STATE: Final = frozenset(vars(State()))
@@ -132,7 +135,11 @@ class UsesWalk:
             elif owner is None:
                 self.value(plain, name, "object", depth + 1, frozenset({_CALLED}))
             return
-        if owner is not None and not isinstance(owner, types.ModuleType):
+        if isinstance(owner, torch.nn.Module):
+            self._attributes(
+                owner, name, "self", depth + 1, frozenset({Use((plain.__name__,), True)})
+            )
+        elif owner is not None and not isinstance(owner, types.ModuleType):
             self.value(owner, name, "object", depth + 1, frozenset({Use((plain.__name__,), True)}))
         self._variables(plain, name, depth)
 
@@ -158,6 +165,9 @@ class UsesWalk:
         """Notes a value, if it is read, or looks into what it is made of."""
         if isinstance(value, type):
             self._space(_values_of(value), owner, name, depth, uses)
+            return
+        if is_users_file(value):
+            self._space(vars(value), owner, name, depth, uses)
             return
         if len(self._seen) > _SEEN or isinstance(value, _CLOSED) or is_source(value):
             return
@@ -213,6 +223,10 @@ class UsesWalk:
         """Looks into those attributes of an object that are used, and what its methods use."""
         kind: Any = type(value)
         own = {**_values_of(kind), **attributes_of(value)}
+        if isinstance(value, torch.nn.Module):
+            # Numbers and words of what is trained are recorded, and put back.
+            recorded = {name for name, one in own.items() if type(one) in _RECORDED}
+            own = {name: own[name] for name in own.keys() - recorded - TORCHS_OWN}
         whole = any(not use.path for use in uses)
         # What is passed on may be used in any way.
         called = dir(kind) if whole else [use.path[0] for use in uses if use.path]

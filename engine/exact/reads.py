@@ -16,7 +16,18 @@ __all__ = ["ALL", "Use", "names_read_of_state", "uses_of", "uses_of_self"]
 
 # What changes a collection and does not look at it.
 _WRITES: Final = frozenset(
-    {"add", "append", "appendleft", "clear", "extend", "insert", "update", "write", "writerow"}
+    {
+        "__setitem__",
+        "add",
+        "append",
+        "appendleft",
+        "clear",
+        "extend",
+        "insert",
+        "update",
+        "write",
+        "writerow",
+    }
 )
 _SHOWS: Final = frozenset(
     {

@@ -31,15 +31,19 @@ from crosstrain.engine.guards import OTHER_PACKAGES, is_users_object
 
 __all__ = [
     "GLOBAL_GENERATORS",
+    "TORCHS_OWN",
     "attributes_of",
     "functions_in",
     "functions_of",
     "is_others",
     "is_source",
+    "is_users_file",
     "unnamed_sources",
     "variables_of",
 ]
 
+#: The attributes that every module has.
+TORCHS_OWN: Final = frozenset(vars(torch.nn.Module()))
 # Iterators are sources, too: see `is_source`.
 _SOURCES: Final = (
     torch.Generator,
@@ -103,7 +107,12 @@ class _Walk:
                 self.value(value, f"{name}, its argument {index}", depth - 1)
             function = made.func
         owner = getattr(function, "__self__", None)
-        if owner is not None:
+        if isinstance(owner, torch.nn.Module):
+            # It may be known: what it holds beside its state is not.
+            for own, item in attributes_of(owner).items():
+                if own not in TORCHS_OWN:
+                    self.value(item, f"{name}, .{own}", depth - 1)
+        elif owner is not None:
             self.value(owner, name, depth)
         plain = inspect.unwrap(getattr(function, "__func__", function))
         if not inspect.isfunction(plain):
@@ -120,6 +129,10 @@ class _Walk:
             self.value(value, f"{name}, a default", depth - 1)
         for variable, value in variables_of(plain):
             self.value(value, f"{name}, its {variable!r}", depth - 1)
+            if is_users_file(value):
+                # Of a file of the user's, what the function names.
+                for own in _names(plain.__code__) & vars(value).keys():
+                    self.value(vars(value)[own], f"{name}, its {variable}.{own}", depth - 1)
 
     def value(self, value: Any, name: str, depth: int) -> None:
         """Looks at a value, and into it where it may hold more."""
@@ -189,7 +202,7 @@ def functions_of(data: Any) -> dict[str, Any]:
 def functions_in(step: Any) -> Iterator[tuple[str, Any]]:
     """Yields the functions among the attributes of a step of ours, and among its options."""
     for name, value in attributes_of(step).items():
-        if inspect.isroutine(value) or isinstance(value, partial):
+        if inspect.isroutine(value) or isinstance(value, (partial, torch.nn.Module)):
             yield name, value
         elif is_dataclass(value) and not isinstance(value, type):
             for item in fields(value):
@@ -212,6 +225,15 @@ def is_others(thing: Any) -> bool:
     """Tells whether a function or a class is no user's: of a known package, or of Python's own."""
     root = (thing.__module__ or "").partition(".")[0]
     return root in OTHER_PACKAGES or root in sys.stdlib_module_names
+
+
+def is_users_file(value: Any) -> bool:
+    """Tells whether a value is a module of Python's that the user wrote: a file, not installed."""
+    place = getattr(value, "__file__", None) if isinstance(value, types.ModuleType) else None
+    if place is None or "site-packages" in place:
+        return False
+    root = value.__name__.partition(".")[0]
+    return root not in OTHER_PACKAGES and root not in sys.stdlib_module_names
 
 
 def is_source(value: Any) -> bool:
