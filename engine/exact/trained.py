@@ -49,8 +49,8 @@ def functions_of_trained(objects: Mapping[str, Any]) -> dict[str, Any]:
                 found.update(_hooks(module, where, _OF_MODULES))
                 if not is_others(type(module)):
                     found[f"the forward of {where}"] = module.forward
-            for path, parameter in value.named_parameters():
-                found.update(_hooks(parameter, f"{name}.{path}", _OF_TENSORS))
+                for own, parameter in module._parameters.items():
+                    found.update(_hooks(parameter, f"{where}.{own}", _OF_TENSORS))
         elif isinstance(value, Optimizer):
             found.update(_hooks(value, name, _OF_OPTIMIZERS))
     return found
@@ -72,5 +72,6 @@ def holders_of_state(value: Any) -> list[Any]:
 
 def _hooks(owner: Any, where: str, kinds: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
     for attribute, called in kinds.items():
-        for number, hook in enumerate((getattr(owner, attribute, None) or {}).values()):
+        hooks: Mapping[int, Any] | None = getattr(owner, attribute, None)
+        for number, hook in enumerate(hooks.values() if hooks else ()):
             yield f"{called} of {where}" + (f", number {number + 1}" if number else ""), hook
