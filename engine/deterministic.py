@@ -7,11 +7,10 @@ and `exact`.
 
 from __future__ import annotations
 
-import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -37,6 +36,7 @@ from crosstrain.engine.exact.snapshot import (
     report_differences,
     step_state,
 )
+from crosstrain.engine.exact.trained import functions_of_trained, holders_of_state
 from crosstrain.engine.exact.unnamed import functions_of, unnamed_sources
 from crosstrain.engine.ranks.agreed_seed import agreed_seed
 from crosstrain.engine.training.own_step import OwnStep
@@ -62,8 +62,7 @@ __all__ = [
     "update_dataloader",
 ]
 
-P = ParamSpec("P")
-R = TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def manual_seed(seed: int) -> None:
@@ -78,19 +77,13 @@ def manual_seed(seed: int) -> None:
     random_state.seed(seed)
 
 
-def keep_random_state(function: Callable[P, R]) -> Callable[P, R]:
+def keep_random_state(function: F) -> F:
     """Decorates a function so that it leaves the host's random states as it found them.
 
     Args:
         function: a handler, or any function; what it returns is returned.
     """
-
-    @functools.wraps(function)
-    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        with random_state.preserved():
-            return function(*args, **kwargs)
-
-    return wrapper
+    return random_state.preserved()(function)
 
 
 class DeterministicEngine(Engine):
@@ -235,24 +228,18 @@ class DeterministicEngine(Engine):
             "output": plain_or_none(state.output),
             "metrics": plain_or_none(state.metrics) or {},
         }
-        self._tell_unnamed()
-        self._tell_forgotten()
-        if self.checks.unnamed != "off" and (lost := self._cursor.lost()):
-            Proof().differs(
-                f"A resumed run will begin without what has changed of {', '.join(lost)}: it is "
-                "too large to be a part of the trainer's state. Keep it in an object that is named "
-                "in to_save, or let a handler of EPOCH_STARTED make it anew. If what is trained on "
-                "does not depend on it: checks=Checks(unnamed='off').",
-                self.checks.unnamed,
-            )
-        values["structure"] = self._structure.record(named(self.objects, self.saved_beside))
+        if self.checks.unnamed != "off":
+            self._tell_unnamed()
+            self._tell_forgotten()
+            self._tell_lost()
+        values["structure"] = self._structure.record(self._structured())
         values["environment"] = self._environment()
         values["exact"] = exact
         return values
 
     def _tell_unnamed(self) -> None:
         """Says once what the step and handlers draw from that no checkpoint holds."""
-        if self._told_unnamed or self.checks.unnamed == "off":
+        if self._told_unnamed:
             return
         self._told_unnamed = True
         found = unnamed_sources(self._functions(), self._named_elsewhere())
@@ -274,20 +261,26 @@ class DeterministicEngine(Engine):
             # Lambdas of one function are called alike.
             count = 1 + sum(one.startswith(called) for one in functions)
             functions[called if count == 1 else f"{called}, number {count}"] = function
-        return {**functions, **functions_of(self.state.dataloader)}
+        data = functions_of(self.state.dataloader)
+        return {**functions, **data, **functions_of_trained(self._structured())}
 
     def _named_elsewhere(self) -> set[int]:
         known = {id(self.state.dataloader), id(self)}
-        known |= {id(value) for value in self._structured().values()}
-        for value in self.named_beside:
+        for value in (*self.named_beside, *named(self.objects, self.saved_beside).values()):
             # As they are now. Numbers and words are one object wherever they stand.
-            held = getattr(value, "__dict__", {}).values()
             known.add(id(value))
-            known |= {id(one) for one in held if not isinstance(one, SCALARS)}
+            for owner in holders_of_state(value):
+                held = getattr(owner, "__dict__", {}).values()
+                known |= {id(one) for one in held if not isinstance(one, SCALARS)}
         return known
 
     def _structured(self) -> dict[str, Any]:
-        return named(self.objects, self.saved_beside)
+        """Returns what structure is recorded of: what is saved, and the loss, which need not be."""
+        found = named(self.objects, self.saved_beside)
+        loss = getattr(self._step, "loss_fn", None)
+        if isinstance(loss, torch.nn.Module) and all(loss is not one for one in found.values()):
+            found.setdefault("loss_fn", loss)
+        return found
 
     def _forgotten(self) -> Forgotten:
         keys = self.state_dict_user_keys
@@ -296,7 +289,7 @@ class DeterministicEngine(Engine):
     def _tell_forgotten(self) -> None:
         """Says what the step and handlers have changed, and read, that no checkpoint holds."""
         begun = self._begun
-        if begun is None or self.checks.unnamed == "off":
+        if begun is None:
             return
         changed = [name for name in self._forgotten().changed(begun) if name not in self._told]
         if changed:
@@ -308,6 +301,17 @@ class DeterministicEngine(Engine):
                 "other things in an object that has one, or in trainer.state, with their names in "
                 "trainer.state_dict_user_keys. If what is trained does not depend on it: "
                 "checks=Checks(unnamed='off').",
+                self.checks.unnamed,
+            )
+
+    def _tell_lost(self) -> None:
+        """Says what has changed of the dataset and is too large to save."""
+        if lost := self._cursor.lost():
+            Proof().differs(
+                f"A resumed run will begin without what has changed of {', '.join(lost)}: it is "
+                "too large to be a part of the trainer's state. Keep it in an object that is named "
+                "in to_save, or let a handler of EPOCH_STARTED make it anew. If what is trained on "
+                "does not depend on it: checks=Checks(unnamed='off').",
                 self.checks.unnamed,
             )
 
@@ -329,7 +333,7 @@ class DeterministicEngine(Engine):
             TypeError: if it is not a mapping.
             ValueError: if a key is missing or unexpected, or has an illegal value.
         """
-        if not isinstance(state_dict, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not isinstance(state_dict, Mapping):
             raise TypeError(
                 f"Argument state_dict should be a dictionary, but given {type(state_dict)}"
             )
@@ -364,7 +368,7 @@ class DeterministicEngine(Engine):
 
     def _begin_anew(self) -> None:
         self._cursor.reset()
-        self._structure.begin(named(self.objects, self.saved_beside))
+        self._structure.begin(self._structured())
         self._snapshot = self._laid_over = None
         self.state.seed = self._given_seed
 
@@ -374,8 +378,8 @@ class DeterministicEngine(Engine):
             self._data_iter = None
             if isinstance(self._step, OwnStep):
                 self._step.watch()
-            if self._snapshot is not None:
-                self._take_up(self._snapshot)
+            if (snapshot := self._full_snapshot()) is not None:
+                self._take_up(snapshot)
         arithmetic = (
             nullcontext() if self.backend is None else self.backend.deterministic(self._warn_only)
         )
@@ -390,8 +394,8 @@ class DeterministicEngine(Engine):
 
     def _keep_for_another_run(self) -> None:
         """Keeps what handlers have done in a run that had nothing left to do."""
-        snapshot = self._snapshot
-        if snapshot is None or "format" not in snapshot or self._place.open:
+        snapshot = self._full_snapshot()
+        if snapshot is None or self._place.open:
             return
         self._snapshot = {
             **snapshot,
@@ -403,8 +407,6 @@ class DeterministicEngine(Engine):
 
     def _take_up(self, snapshot: Mapping[str, Any]) -> None:
         """Restores what comes before the data: the step's and the backend's state, the place."""
-        if "format" not in snapshot:
-            return
         progress, place = snapshot["progress"], self._place
         place.ended = progress["ended"]
         place.within = 0 if progress["ended"] else progress["done"]
@@ -433,8 +435,7 @@ class DeterministicEngine(Engine):
         """Puts back what no state_dict holds; tells nothing yet."""
         if self.checks.structure == "off" or "structure" not in snapshot:
             return Restored()
-        objects = named(self.objects, self.saved_beside)
-        return self._structure.restore(snapshot["structure"], objects, again)
+        return self._structure.restore(snapshot["structure"], self._structured(), again)
 
     def _settle_structure(self, snapshot: Mapping[str, Any]) -> None:
         """Puts it back over what handlers that fired again have changed, and tells."""

@@ -36,6 +36,7 @@ class Engine(SeenByIgnite, Loop):
 
     Raises:
         ValueError: if `process_function` is None or cannot be called with (engine, batch).
+        TypeError: if `backend` is a spec, and no opened backend.
     """
 
     #: Whether a run that goes on inside an epoch goes on with the data that it has not seen.
@@ -50,6 +51,11 @@ class Engine(SeenByIgnite, Loop):
                 "(engine, batch), got None"
             )
         check_signature(process_function, "process_function", self, None)
+        if isinstance(backend, (str, type)):
+            raise TypeError(
+                f"backend must be an opened backend or None, not {backend!r}. "
+                "crosstrain.backends.get(spec).open() opens the one that a spec names."
+            )
         super().__init__(process_function, backend)
         self._user_keys: list[str] = []
         #: Whether the user was told of what `resumes_data` means where it is false.

@@ -97,16 +97,8 @@ class Apart:
 
     def states(self) -> dict[str, Any]:
         """Returns the states of these streams, as tensors and plain types."""
-        python, state = random.getstate(), torch.default_generator.get_state()
-        random.setstate(self._python)
-        torch.default_generator.set_state(self._torch)
-        self._numpy.begin()
-        try:
-            return random_state.capture()
-        finally:
-            self._numpy.end()
-            random.setstate(python)
-            torch.default_generator.set_state(state)
+        found: dict[str, Any] = self.call(random_state.capture)
+        return found
 
 
 class _Gauss:

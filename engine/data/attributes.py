@@ -44,30 +44,23 @@ class Attributes:
     """
 
     def __init__(self, dataset: Any, **more: Any) -> None:
-        self._owners = dict(_owners("dataset", dataset, _DEPTH))
+        owners = dict(_owners("dataset", dataset, _DEPTH))
         for name, one in more.items():
             # Functions and objects of torch's keep nothing.
             one = getattr(one, "__self__", one)
-            if is_users_object(one) and not any(one is known for known in self._owners.values()):
-                self._owners.update(_owners(name, one, _DEPTH))
-        self._made = {name: _plain(owner) for name, owner in self._owners.items()}
-        self._others = {name: _others(owner) for name, owner in self._owners.items()}
-        self._lengths = {name: _lengths(others) for name, others in self._others.items()}
-        self._contents = {name: _contents(others) for name, others in self._others.items()}
-        self._caches = {name: _caches(owner) for name, owner in self._owners.items()}
+            if is_users_object(one) and not any(one is known for known in owners.values()):
+                owners.update(_owners(name, one, _DEPTH))
+        self._owners = {name: _Owner(owner) for name, owner in owners.items()}
         self._told: set[str] = set()
 
     def take(self) -> dict[str, Any]:
         """Returns the attributes that have changed, as tensors and plain types, by name."""
-        found: dict[str, Any] = {}
-        for name, owner in self._owners.items():
-            if self._is_remade(name):
-                continue
-            made = self._made[name]
-            for attribute, value in _plain(owner, copies=False).items():
-                if attribute not in made or not same(value, made[attribute]):
-                    found[f"{name}.{attribute}"] = packed(value)
-        return found
+        return {
+            f"{name}.{attribute}": packed(value)
+            for name, owner in self._owners.items()
+            if not owner.is_remade()
+            for attribute, value in owner.changed()
+        }
 
     def give(self, states: Mapping[str, Any]) -> None:
         """Sets what `take` returned, and all others to what they were made with.
@@ -75,73 +68,93 @@ class Attributes:
         Args:
             states: the attributes by name.
         """
-        for name, owner in self._owners.items():
-            if self._is_remade(name):
-                continue
-            attributes: dict[str, Any] = vars(owner)
-            made = self._made[name]
-            for attribute, value in _plain(owner, copies=False).items():
-                place = f"{name}.{attribute}"
-                if place in states:
-                    continue
-                if attribute not in made:
-                    del attributes[attribute]
-                elif not same(value, made[attribute]):
-                    attributes[attribute] = copied(made[attribute])
+        by_owner: dict[str, dict[str, Any]] = {name: {} for name in self._owners}
         for place, state in states.items():
             name, _, attribute = place.rpartition(".")
-            if name in self._owners and not self._is_remade(name):
-                attributes = vars(self._owners[name])
-                # A copy: fetching may write into it, and it may be given once more.
-                value = copied(unpacked(state))
-                if attribute not in attributes or not same(attributes[attribute], value):
-                    attributes[attribute] = value
+            if name in by_owner:
+                by_owner[name][attribute] = state
+        for name, own in by_owner.items():
+            if not self._owners[name].is_remade():
+                self._owners[name].give(own)
 
     def lost(self) -> list[str]:
         """Returns the names of what has changed and is too large to save, each once."""
         found: list[str] = []
         for name, owner in self._owners.items():
-            now, then = _others(owner), self._others[name]
-            for attribute, value in now.items():
-                before = then.get(attribute, self._made[name].get(attribute, _ABSENT))
-                known_content = self._contents[name].get(attribute)
-                other = (
-                    _grown(before, value)
-                    or known_content != _content(value)
-                    or (
-                        _lengths({attribute: value})
-                        != {attribute: self._lengths[name].get(attribute)}
-                        and attribute in self._lengths[name]
-                    )
-                )
-                if other:
-                    found.append(f"{name}.{attribute}")
-            if self._is_remade(name):
-                # Numbers go with what was made anew; what was collected is lost.
-                made = self._made[name]
-                found += [
-                    f"{name}.{attribute}"
-                    for attribute, value in _plain(owner, copies=False).items()
-                    if type(value) not in _SCALARS and not same(value, made.get(attribute, _ABSENT))
-                ]
-            known = self._caches[name]
-            grown = [one for one, size in _caches(owner).items() if size != known.get(one, 0)]
-            found += [f"{name}.{one}" if one.isidentifier() else one for one in grown]
+            found += [f"{name}.{attribute}" for attribute in owner.lost()]
+            found += [f"{name}.{one}" if one.isidentifier() else one for one in owner.grown()]
         found = [one for one in dict.fromkeys(found) if one not in self._told]
         self._told.update(found)
         return found
 
     def has_grown(self) -> bool:
         """Tells whether something that collects samples, and is no attribute, has grown."""
-        return any(_caches(owner) != self._caches[name] for name, owner in self._owners.items())
+        return any(owner.has_grown() for owner in self._owners.values())
 
-    def _is_remade(self, name: str) -> bool:
-        """Whether an object has got something that cannot be saved, such as a file that it opened.
+
+class _Owner:
+    """An object whose attributes may change, and what it was made with.
+
+    Args:
+        thing: the object.
+    """
+
+    def __init__(self, thing: Any) -> None:
+        self._thing = thing
+        self._made = _plain(thing)
+        self._others = _others(thing)
+        self._contents = {name: _content(value) for name, value in self._others.items()}
+        self._caches = _caches(thing)
+
+    def changed(self) -> Iterator[tuple[str, Any]]:
+        """Yields the plain attributes that have changed, by name."""
+        for name, value in _plain(self._thing, copies=False).items():
+            if name not in self._made or not same(value, self._made[name]):
+                yield name, value
+
+    def give(self, states: Mapping[str, Any]) -> None:
+        """Sets packed attributes by name, and all others to what they were made with."""
+        attributes: dict[str, Any] = vars(self._thing)
+        for name in [name for name, _ in self.changed() if name not in states]:
+            if name in self._made:
+                attributes[name] = copied(self._made[name])
+            else:
+                del attributes[name]
+        for name, state in states.items():
+            # A copy: fetching may write into it, and it may be given once more.
+            value = copied(unpacked(state))
+            if name not in attributes or not same(attributes[name], value):
+                attributes[name] = value
+
+    def lost(self) -> list[str]:
+        """Returns the names of attributes that have changed and cannot be saved."""
+        found = [
+            name
+            for name, value in _others(self._thing).items()
+            if _is_another(self._others.get(name, self._made.get(name, _ABSENT)), value)
+            or self._contents.get(name) != _content(value)
+        ]
+        if self.is_remade():
+            # Numbers go with what was made anew; what was collected is lost.
+            found += [name for name, value in self.changed() if type(value) not in _SCALARS]
+        return found
+
+    def grown(self) -> list[str]:
+        """Returns what has another size of that which collects samples, and is no attribute."""
+        now = _caches(self._thing)
+        return [one for one, size in now.items() if size != self._caches.get(one, 0)]
+
+    def has_grown(self) -> bool:
+        """Tells whether there is such a thing, or one less."""
+        return _caches(self._thing) != self._caches
+
+    def is_remade(self) -> bool:
+        """Tells whether it has got something that cannot be saved, such as a file that it opened.
 
         What it keeps beside that would not fit without it.
         """
-        now, then = _others(self._owners[name]), self._others[name]
-        return any(value is not then.get(attribute) for attribute, value in now.items())
+        now = _others(self._thing)
+        return any(value is not self._others.get(name) for name, value in now.items())
 
 
 def _owners(
@@ -181,12 +194,10 @@ def _others(owner: Any) -> dict[str, Any]:
     return {name: value for name, value in vars(owner).items() if _size(value) > _ENTRIES}
 
 
-def _contents(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: _content(value) for name, value in attributes.items()}
-
-
 def _content(value: Any) -> Any:
-    """Returns what tells whether a large array was written into: some of its numbers."""
+    """Returns what tells whether a large value was written into: its length, or some numbers."""
+    if type(value) in (list, dict):
+        return "length", len(value)
     if isinstance(value, torch.Tensor) and not value.requires_grad and not value.is_inference():
         return value._version
     if isinstance(value, numpy.ndarray) and value.dtype.kind in "biuf" and value.size:
@@ -194,10 +205,6 @@ def _content(value: Any) -> Any:
         some = value.reshape(-1) if value.flags.c_contiguous else value.ravel()[:_ENTRIES]
         return digest(some[:: max(1, some.size // _ENTRIES)])
     return None
-
-
-def _lengths(attributes: Mapping[str, Any]) -> dict[str, int]:
-    return {name: len(value) for name, value in attributes.items() if type(value) in (list, dict)}
 
 
 def _caches(owner: Any) -> dict[str, int]:
@@ -274,7 +281,7 @@ def _has_arrays(value: Any) -> bool:
     return isinstance(value, numpy.ndarray)
 
 
-def _grown(before: Any, value: Any) -> bool:
+def _is_another(before: Any, value: Any) -> bool:
     """Tells whether data or a cache, too large to be saved, is another one than it was."""
     if type(value) in (list, dict):
         return before is not value or type(before) is not type(value)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy
 import torch
@@ -47,8 +47,6 @@ _HANDLERS_CHANGE: Final = (
     " It is of the epoch before, and there are handlers of EPOCH_STARTED: if they change the data "
     "for their epoch, and all of it, the run goes on as it was all the same."
 )
-
-
 _NO_PLACE: Final = (
     " So its state_dict does not tell what comes next: a shuffle buffer or what was read ahead is "
     "lost, an order is drawn anew, or load_state_dict does not take all of it. Have the state hold "
@@ -65,6 +63,22 @@ class _Opened:
     ended: bool
     last: Held | None
     indices: Any
+
+
+class _Check(NamedTuple):
+    """What the data of a resume is opened with, and how it is compared.
+
+    Args:
+        key: the run's seed and streams.
+        state: what the dataflow's `state` returned; None where a new pass is opened.
+        proof: takes down what the comparison found.
+        strictness: how strict it is.
+    """
+
+    key: StreamKey
+    state: Any
+    proof: Proof
+    strictness: Strictness
 
 
 class Cursor:
@@ -160,6 +174,12 @@ class Cursor:
         """Whether the step of every batch that was given is done."""
         return self.fetched == self.consumed
 
+    @property
+    def _known(self) -> Dataflow:
+        """The data that the run is in, where it has come to some."""
+        assert self._flow is not None
+        return self._flow
+
     def position(self) -> dict[str, Any] | None:
         """Returns where this is, as plain values; None before the data was opened."""
         if self._flow is None:
@@ -175,8 +195,7 @@ class Cursor:
 
     def _before(self) -> dict[str, Any]:
         """Returns what a state keeps of the batch that was consumed last."""
-        flow, last = self._flow, self._last
-        assert flow is not None
+        flow, last = self._known, self._last
         if flow.unrepeatable is not None:
             return {"reason": flow.unrepeatable}
         if self.consumed == 0:
@@ -189,19 +208,18 @@ class Cursor:
 
     def _exchanged(self) -> dict[str, Any]:
         """Returns what tells data that was exchanged before its first batch."""
-        assert self._flow is not None
-        samples = self._flow.samples()
+        samples = self._known.samples()
         if samples is None:
             return {**_NONE_YET, "samples": None}
         return {**_NONE_YET, "samples": record(hold(samples), None, world_of(self._backend))}
 
     def _compare_samples(self, before: Any, proof: Proof, strictness: Strictness) -> None:
         """Compares a few samples of data that was exchanged before its first batch."""
-        assert self._flow is not None
+        flow = self._known
         if not isinstance(before, Mapping) or "samples" not in before or strictness == "off":
             return
         then = before["samples"]
-        samples = None if then is None else self._flow.samples()
+        samples = None if then is None else flow.samples()
         if then is None or samples is None:
             proof.differs(
                 "The state was written after set_data() had exchanged the data and before its "
@@ -211,7 +229,7 @@ class Cursor:
             )
             return
         what = "what set_data() had given the run"
-        compare(then, hold(samples), None, what, self._flow.suspects(), proof, strictness)
+        compare(then, hold(samples), None, what, flow.suspects(), proof, strictness)
 
     def watch(self, data: Any) -> None:
         """Notes what data is like before handlers change it.
@@ -274,44 +292,56 @@ class Cursor:
         self._pass, self._exchanges = position["pass"], position["exchanges"]
         self.consumed = position["batch"]
         if before_handlers is not None and before_handlers.flow is flow:
-            self._iterator, self._ended = before_handlers.iterator, before_handlers.ended
-            self._last, self._last_indices = before_handlers.last, before_handlers.indices
-            self._shares, self._held, self._indices = flow.shares, flow.held, flow.indices
-            self.fetched, self.opened, self.share = self.consumed, True, None
+            self._go_on_in(before_handlers)
             return
         before: Any = position.get("before")
-        again = 0
-        if strictness != "off":
-            reason = other or is_comparable(before, world_of(self._backend))
-            again = int(reason is None)
-            if reason is not None:
-                proof.unchecked.append(f"the batch before: {reason}")
-                self._compare_samples(before, proof, strictness)
-                if other is None:
-                    self._hear_witness(key, position["flow"], proof, strictness)
-                if (doubt := flow.doubt(position["flow"], self._pass)) is not None:
-                    proof.differs(f"The data may not go on as it was: {doubt}.", "warn")
-                self._rehearse(key, position["flow"], proof, strictness)
-        if again:
-            flow.probe(position["flow"])
-        self._open_flow(key, position["flow"], again)
-        if again:
-            self._fetch_before(before, key, position["flow"])
-            self._tell_kept(proof)
-            self._compare(before, proof, strictness)
-            if flow.keeps_anew(position["flow"]):
-                flow.probe(position["flow"], True)
-                self._open_flow(key, position["flow"], again)
-                self._fetch_first()
-                self._tell_kept(proof)
-                self._open_flow(key, position["flow"])
-            # Fetching may have changed it.
-            flow.give_dataset(position["flow"], "now")
-            if position["flow"].get("dataset", {}).get("now"):
-                # It may have come from what the dataset keeps: the next one need not.
-                self._rehearse(key, position["flow"], proof, strictness, 0)
-                self._open_flow(key, position["flow"])
-                flow.give_dataset(position["flow"], "now")
+        check = _Check(key, position["flow"], proof, strictness)
+        if strictness == "off":
+            self._open_flow(key, check.state)
+        elif (reason := other or is_comparable(before, world_of(self._backend))) is None:
+            self._open_after(before, check)
+        else:
+            proof.unchecked.append(f"the batch before: {reason}")
+            self._compare_samples(before, proof, strictness)
+            if other is None:
+                self._hear_witness(check)
+            if (doubt := flow.doubt(check.state, self._pass)) is not None:
+                proof.differs(f"The data may not go on as it was: {doubt}.", "warn")
+            self._rehearse(check)
+            self._open_flow(key, check.state)
+
+    def _go_on_in(self, found: _Opened) -> None:
+        """Goes on in a pass that was opened, and compared, before handlers ran."""
+        self._note_opened(found.flow, found.iterator)
+        self._ended = found.ended
+        self._last, self._last_indices = found.last, found.indices
+
+    def _open_after(self, before: Mapping[str, Any], check: _Check) -> None:
+        """Opens data after the batch before, which is fetched once more and compared."""
+        flow, key, state = self._open_at(before, check), check.key, check.state
+        if flow.keeps_anew(state):
+            flow.probe(state, True)
+            self._open_flow(key, state, 1)
+            self._fetch_first()
+            self._tell_kept(check.proof)
+            self._open_flow(key, state)
+        # Fetching may have changed it.
+        flow.give_dataset(state, "now")
+        if state.get("dataset", {}).get("now"):
+            # It may have come from what the dataset keeps: the next one need not.
+            self._rehearse(check, 0)
+            self._open_flow(key, state)
+            flow.give_dataset(state, "now")
+
+    def _open_at(self, before: Mapping[str, Any], check: _Check, note: str = "") -> Dataflow:
+        """Opens data at the batch before, and compares it; returns the dataflow."""
+        flow = self._known
+        flow.probe(check.state)
+        self._open_flow(check.key, check.state, 1)
+        self._fetch_before(before, check.key, check.state)
+        self._tell_kept(check.proof)
+        self._compare(before, check.proof, check.strictness, note)
+        return flow
 
     def rehearse(self, data: Any, key: StreamKey, proof: Proof, strictness: Strictness) -> None:
         """Fetches the first batch of data that is opened next twice, and compares.
@@ -328,22 +358,14 @@ class Cursor:
         before = self._flow
         self._flow = self._prepared = flow = self._prepared_for(data)
         begun = flow.begun()
-        self._rehearse(key, begun, proof, strictness)
+        self._rehearse(_Check(key, begun, proof, strictness))
         if begun is not None:
             flow.prepare(begun)
         self._flow, self.opened = before, False
 
-    def _rehearse(
-        self,
-        key: StreamKey,
-        state: Mapping[str, Any] | None,
-        proof: Proof,
-        strictness: Strictness,
-        again: int | None = None,
-    ) -> None:
+    def _rehearse(self, check: _Check, again: int | None = None) -> None:
         """Fetches a batch twice from the same states: what draws from elsewhere is found."""
-        flow = self._flow
-        assert flow is not None
+        flow, (key, state, proof, strictness) = self._known, check
         repeatable = flow.rehearsal(self.consumed, state)
         again = repeatable if again is None or repeatable is None else again
         if again is None or strictness == "off":
@@ -367,12 +389,9 @@ class Cursor:
             first = record(*found[0], world_of(self._backend))
             compare_twice(first, *found[1], place, flow.suspects(), proof, strictness)
 
-    def _hear_witness(
-        self, key: StreamKey, state: Mapping[str, Any], proof: Proof, strictness: Strictness
-    ) -> None:
+    def _hear_witness(self, check: _Check) -> None:
         """Opens data at an earlier state whose next batch is known, and compares."""
-        flow = self._flow
-        assert flow is not None
+        flow, (key, state, proof, strictness) = self._known, check
         witness = flow.witness(state, self._pass)
         if witness is None:
             return
@@ -423,11 +442,8 @@ class Cursor:
         flow.workers_then = position.get("workers")
         self._flow, self._prepared = flow, flow
         self._pass, self.consumed = position["pass"], position["batch"]
-        flow.probe(position["flow"])
-        self._open_flow(key, position["flow"], 1)
-        self._fetch_before(before, key, position["flow"])
-        self._tell_kept(proof)
-        self._compare(before, proof, "warn", _HANDLERS_CHANGE)
+        check = _Check(key, position["flow"], proof, "warn")
+        self._open_at(before, check, _HANDLERS_CHANGE)
         if flow.stays_open and not position["flow"].get("dataset", {}).get("now"):
             # Opening it once more would move twice what it draws from unseen.
             self._opened_before = _Opened(
@@ -444,8 +460,7 @@ class Cursor:
 
     def _tell_kept(self, proof: Proof) -> None:
         """Tells what the dataset keeps that a run cannot go on with."""
-        assert self._flow is not None
-        if (found := self._flow.probed()) is not None:
+        if (found := self._known.probed()) is not None:
             proof.differs(f"The data may not go on as it was: {found}.", "warn")
 
     def draws_by_workers(self) -> str | None:
@@ -487,15 +502,15 @@ class Cursor:
         # A handler may have changed the dataset since that batch was fetched.
         first = self._last, self._last_indices
         opening = {**state, "dataset": {**dataset, "now": dataset["opening"]}}
-        assert self._flow is not None
-        prepared = self._flow.kept()
+        flow = self._known
+        prepared = flow.kept()
         # Twice: a generator that no state has may have come to that batch by the attempt before.
         for _ in range(2):
             self._open_flow(key, opening, 1)
             self._fetch_first()
             if self._last is None or differs(before, self._last, plain_indices(self._last_indices)):
                 self._last, self._last_indices = first
-                self._flow.put_back(prepared)
+                flow.put_back(prepared)
                 break
 
     def _fetch_first(self) -> None:
@@ -506,8 +521,7 @@ class Cursor:
     def _compare(
         self, before: Mapping[str, Any], proof: Proof, strictness: Strictness, note: str = ""
     ) -> None:
-        flow = self._flow
-        assert flow is not None
+        flow = self._known
         place = f"batch {self.consumed} of pass {self._pass + 1}"
         last, indices = (None, None)
         if not self._ended:
@@ -534,11 +548,11 @@ class Cursor:
             # One that is there knows what the data was made with, and what has changed since.
             self._flow = self._prepared_for(data)
         self._prepared = None
-        assert self._flow is not None
+        flow = self._known
         if self.opened and before is not None:
             # Other data of the same kind, given to the second half of a run, goes on as well.
-            state = before.state() if before.fingerprint() == self._flow.fingerprint() else None
-            if state is not None and before is not self._flow:
+            state = before.state() if before.fingerprint() == flow.fingerprint() else None
+            if state is not None and before is not flow:
                 # This dataset is as it was given.
                 state = {name: value for name, value in state.items() if name != "dataset"}
         self._open(key, state, not self.opened)
@@ -592,12 +606,11 @@ class Cursor:
         seed = (key.seed + self._pass) % 2**63
         self._seed(seed)
         self._open_flow(key, state)
-        assert self._flow is not None
         rank = world_of(self._backend).rank
-        if self._flow.apart:
+        if self._known.apart:
             # The data goes on drawing from that seed.
             self._seed(rank_seed(step_seed(seed), rank))
-        elif rank and not self._flow.owners and self._logical is None:
+        elif rank and not self._known.owners and self._logical is None:
             # The order was drawn alike everywhere; what the training draws is to differ.
             self._seed(rank_seed(seed, rank))
 
@@ -616,16 +629,18 @@ class Cursor:
             self._backend.seed(seed)
 
     def _open_flow(self, key: StreamKey, state: Mapping[str, Any] | None, again: int = 0) -> None:
-        flow = self._flow
-        assert flow is not None
+        flow = self._known
         rank = world_of(self._backend).rank if flow.owners else 0
         key = key._replace(epoch=self._pass, rank=rank)
         seed_host(key.host_seed)
-        self._iterator = flow.open(key, self.consumed, state, again)
-        self._shares, self.share = flow.shares, None
-        self._held, self._indices = flow.held, flow.indices
+        self._note_opened(flow, flow.open(key, self.consumed, state, again))
         if not self.consumed or again:
             self._last = self._last_indices = None
+
+    def _note_opened(self, flow: Dataflow, iterator: Iterator[Any]) -> None:
+        """Takes batches from a pass that was opened at the position."""
+        self._iterator, self._held = iterator, flow.held
+        self._shares, self._indices, self.share = flow.shares, flow.indices, None
         self.fetched, self.opened, self._ended = self.consumed, True, False
 
     def _flow_of(self, data: Any) -> Dataflow:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import chain, islice, repeat
 from typing import Any, ClassVar, Final
 
-from torch.utils.data import BatchSampler
+from torch.utils.data import BatchSampler, DataLoader
 
 from crosstrain.backends import random_state
 from crosstrain.engine.digest import digest
@@ -27,12 +27,19 @@ from .apart import Apart
 from .attributes import Attributes
 from .batch_before import Held, Noted, Suspects, hold, record
 from .generators import OwnStates, same
-from .keeping import changed_places
 from .sampling import is_loader, rebuilt
 from .shares import ALONE, BatchShare
 from .streams import StreamKey
 
-__all__ = ["Dataflow", "Iterate", "NoData", "ReplayedFlow", "SequenceFlow", "StatefulFlow"]
+__all__ = [
+    "Dataflow",
+    "Iterate",
+    "NoData",
+    "ReplayedFlow",
+    "SequenceFlow",
+    "StatefulFlow",
+    "changed_places",
+]
 
 Iterate = Callable[[Any], Iterator[Any]]
 
@@ -75,6 +82,11 @@ class Dataflow:
         self._dataset_prepared = False
         #: The batches that were fetched and not given yet, held; a backend may fetch ahead.
         self.held: deque[Held] = deque()
+        #: Of each of these, what is this process's, and its indices; None: all of it, and none.
+        self.shares: deque[BatchShare] | None = None
+        self.indices: deque[Any] | None = None
+        # The names of generators that the data holds and that no key reaches.
+        self._generators: list[str] = []
 
     def open(
         self, key: StreamKey, batch: int, state: Mapping[str, Any] | None, again: int = 0
@@ -93,16 +105,6 @@ class Dataflow:
         """Returns what is needed to open this pass again, besides the key and the batch."""
         return {}
 
-    @property
-    def shares(self) -> deque[BatchShare] | None:
-        """What is this process's of each batch that is to be given; None: all of it."""
-        return None
-
-    @property
-    def indices(self) -> deque[Any] | None:
-        """The indices of each batch that is to be given; None where there are none."""
-        return None
-
     def suspects(self) -> Suspects:
         """Returns what batches are fetched with: what a difference may come from."""
         data = self.data
@@ -110,6 +112,8 @@ class Dataflow:
         ordered: list[str] = []
         if is_loader(data):
             fetched += _called(data, "dataset") + _called(data, "collate_fn")
+            if type(data) is not DataLoader:
+                fetched.append(f"the loader, of class {type(data).__name__}")
             # torch's own batch sampler has no part in it; its sampler need not be the loader's.
             grouped = isinstance(data.batch_sampler, BatchSampler)
             own = data if data.batch_sampler is None else data.batch_sampler
@@ -119,20 +123,20 @@ class Dataflow:
         return Suspects(
             f"It is ordered by {', '.join(ordered) or kinds}. ",
             f"It is fetched with {', '.join(fetched) or kinds}. ",
-            self._generators(),
+            self._generators,
             sorted({*self._changed, *self._attributes.take()}),
         )
-
-    def _generators(self) -> list[str]:
-        """Returns the names of generators that the data holds and that no key reaches."""
-        return []
 
     def prepare(self, state: Mapping[str, Any]) -> None:
         """Sets what handlers see of the data to what it was when a state was written.
 
+        They have the last word: the pass that is opened next leaves it as they do.
+
         Args:
             state: what `state` returned; `open` is given it next.
         """
+        self.give_dataset(state, "now")
+        self._dataset_prepared = True
 
     def give_dataset(self, state: Mapping[str, Any] | None, when: str) -> None:
         """Sets the dataset's attributes that had changed; none for a state of an older version.
@@ -144,11 +148,6 @@ class Dataflow:
         if state is not None and "dataset" in state:
             self._changed |= changed_places(state)
             self._attributes.give(state["dataset"][when])
-
-    def _prepare_dataset(self, state: Mapping[str, Any]) -> None:
-        """Sets the dataset to what it was, before handlers change it: they have the last word."""
-        self.give_dataset(state, "now")
-        self._dataset_prepared = True
 
     def _open_dataset(self, state: Mapping[str, Any] | None, when: str) -> None:
         """Sets the dataset to what it was, as a pass is opened, if handlers were not to do more."""
@@ -253,6 +252,12 @@ class Dataflow:
         return found
 
 
+def changed_places(state: Mapping[str, Any]) -> set[str]:
+    """Returns which of the dataset's attributes had changed when a state was written."""
+    dataset = state.get("dataset", {})
+    return {*dataset.get("opening", ()), *dataset.get("now", ())}
+
+
 def _called(loader: Any, name: str) -> list[str]:
     """Returns what to call a part of a loader; nothing for torch's own functions."""
     part: Any = getattr(loader, name, None)
@@ -317,7 +322,8 @@ class ReplayedFlow(Dataflow):
         super().__init__(data)
         # Workers that outlive a pass would carry random states from it into the next.
         self._loader: Any = rebuilt(data, persistent_workers=False) if is_loader(data) else None
-        self._own = OwnStates(data=data)
+        own = {} if self._loader is None else {"loader": self._loader}
+        self._own = OwnStates(data=data, **own)
         self._at_opening: dict[str, Any] = {}
         self._opened = False
         if isinstance(data, Iterator):
@@ -371,10 +377,6 @@ class ReplayedFlow(Dataflow):
         states, attributes, self._dataset_prepared = kept
         self._own.give(states)
         self._attributes.give(attributes)
-
-    def prepare(self, state: Mapping[str, Any]) -> None:
-        """Sets what has changed of the dataset."""
-        self._prepare_dataset(state)
 
     def fingerprint(self) -> dict[str, Any]:
         """Returns the numbers of batches and workers: each worker has its own part of the data."""
@@ -533,17 +535,14 @@ class StatefulFlow(Dataflow):
                 break
             self._since += 1
             if self._restarts and self._since == 1 and self._at_opening is not None:
-                self._draws |= digest(self._beside()) != digest(self._at_opening_beside())
+                opening = {k: v for k, v in self._at_opening.items() if k != "data"}
+                self._draws |= digest(self._beside()) != digest(opening)
             if told:
                 batch = record(hold(item), None, ALONE)
                 self._witness = {"state": awaited, "next": batch, "pass": self._epoch}
             self._look()
             yield item
         self._ended = True
-
-    def _at_opening_beside(self) -> dict[str, Any]:
-        opening = self._at_opening or {}
-        return {name: value for name, value in opening.items() if name != "data"}
 
     def _look(self) -> None:
         """Looks whether the state moves with the first batches of a pass."""
@@ -558,12 +557,10 @@ class StatefulFlow(Dataflow):
 
     def _now(self) -> dict[str, Any]:
         """Returns the data's state, as long as its pass has not ended."""
-        return {
-            "data": copy.deepcopy(self._owner.state_dict()),
-            "ended": False,
-            "dataset": self.dataset_state(),
-            **self._beside(),
-        }
+        return self._with_dataset(copy.deepcopy(self._owner.state_dict()), False)
+
+    def _with_dataset(self, data: Any, ended: bool) -> dict[str, Any]:
+        return {"data": data, "ended": ended, "dataset": self.dataset_state(), **self._beside()}
 
     def witness(self, state: Mapping[str, Any], number: int) -> Mapping[str, Any] | None:
         """Returns an earlier state of the pass, and what is known of its next batch."""
@@ -582,12 +579,7 @@ class StatefulFlow(Dataflow):
         if not self._ended and self._restarts:
             has_next: Any = getattr(self._iterator, "has_next", lambda: True)
             found = not (has_next() if self._apart is None else self._apart.call(has_next))
-        state = {
-            "data": self._owner.state_dict(),
-            "ended": self._ended or found,
-            "dataset": self.dataset_state(),
-            **self._beside(),
-        }
+        state = self._with_dataset(self._owner.state_dict(), self._ended or found)
         if self._restarts:
             state["draws"] = self._draws
         if self._witness is not None:
@@ -625,7 +617,7 @@ class StatefulFlow(Dataflow):
 
     def prepare(self, state: Mapping[str, Any]) -> None:
         """Gives data its state before handlers run: one may set this data anew, or look at it."""
-        self._prepare_dataset(state)
+        super().prepare(state)
         if is_loader(self._owner) or hasattr(self._owner, "restart_on_stop_iteration"):
             # Theirs is taken when they are iterated over, and once only.
             return

@@ -13,7 +13,7 @@ import numpy
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from crosstrain.backends import random_state
+from crosstrain.backends.random_state import with_arrays, without_arrays
 from crosstrain.engine.guards import is_collection, is_users_object
 
 __all__ = [
@@ -38,7 +38,8 @@ GENERATORS: Final = (
     numpy.random.Generator,
     numpy.random.RandomState,
 )
-# What is looked into: further than this, generators belong to something else.
+_LOOKED_INTO: Final = (Dataset, Sampler, list, tuple, dict, *GENERATORS)
+# How far is looked: further than this, generators belong to something else.
 _DEPTH: Final = 4
 _MANY: Final = 64
 # They are nobody's own.
@@ -50,38 +51,39 @@ _GLOBAL: Final = (
 TRANSFORMS: Final = ("transform", "transforms", "target_transform", "collate_fn")
 
 
-def generators_in(
-    thing: Any, name: str, through: tuple[type, ...] = (Dataset, Sampler)
-) -> dict[str, Any]:
+def generators_in(thing: Any, name: str, apart: tuple[Any, ...] = ()) -> dict[str, Any]:
     """Returns the random generators that an object holds, by name, each once.
 
-    Looked into are its attributes, and theirs where they are lists, transforms, or of some types.
+    Looked into are its attributes, and theirs where they are lists, transforms, samplers, data or
+    objects of the user's.
 
     Args:
         thing: a sampler, a dataset, any object.
         name: what it is called in the names.
-        through: those types.
+        apart: data that is not looked into; then no other dataset is, either.
 
     Returns:
         `torch.Generator`, `random.Random`, `numpy.random.Generator` and `RandomState` objects.
     """
     found: dict[str, Any] = {}
-    _collect(thing, name, (*through, list, tuple, dict, *GENERATORS), _DEPTH, found)
+    _collect(thing, name, apart, _DEPTH, found)
     return found
 
 
 def _collect(
-    thing: Any, name: str, through: tuple[type, ...], depth: int, found: dict[str, Any]
+    thing: Any, name: str, apart: tuple[Any, ...], depth: int, found: dict[str, Any]
 ) -> None:
+    if apart and (isinstance(thing, Dataset) or any(thing is one for one in apart)):
+        return
     if isinstance(thing, GENERATORS):
         if not any(thing is known for known in (*_GLOBAL, *found.values())):
             found[name] = thing
     elif depth > 0:
-        for part, value in _parts(thing, through):
-            _collect(value, f"{name}{part}", through, depth - 1, found)
+        for part, value in _parts(thing):
+            _collect(value, f"{name}{part}", apart, depth - 1, found)
 
 
-def _parts(thing: Any, through: tuple[type, ...]) -> Iterator[tuple[str, Any]]:
+def _parts(thing: Any) -> Iterator[tuple[str, Any]]:
     if is_collection(thing, (list, tuple, dict)):
         pairs = thing.items() if type(thing) is dict else enumerate(thing)
         items = list(islice(pairs, _MANY + 1))
@@ -90,7 +92,7 @@ def _parts(thing: Any, through: tuple[type, ...]) -> Iterator[tuple[str, Any]]:
         return
     attributes: dict[str, Any] = getattr(thing, "__dict__", {})
     for name, value in attributes.items():
-        if isinstance(value, through) or name in TRANSFORMS or is_users_object(value):
+        if isinstance(value, _LOOKED_INTO) or name in TRANSFORMS or is_users_object(value):
             yield f".{name}", value
 
 
@@ -106,14 +108,14 @@ class OwnStates:
     and what they give by `state_dict`, if they take it back by `load_state_dict`.
 
     Args:
-        through: as of `generators_in`.
+        apart: as of `generators_in`.
         **owners: the objects, by what they are called in messages.
     """
 
-    def __init__(self, through: tuple[type, ...] = (Dataset, Sampler), **owners: Any) -> None:
+    def __init__(self, apart: tuple[Any, ...] = (), **owners: Any) -> None:
         self.generators: dict[str, Any] = {}
         for name, owner in owners.items():
-            for where, generator in generators_in(owner, name, through).items():
+            for where, generator in generators_in(owner, name, apart).items():
                 if not any(generator is known for known in self.generators.values()):
                     self.generators[where] = generator
         self._epochs = {
@@ -213,6 +215,17 @@ class OwnStates:
             **self._attributes(copies),
         }
 
+    def loaders(self) -> Raw:
+        """Returns those of `raw` that are the loader's own, such as the passes that it counts."""
+        found = self._attributes(True)
+        return {place: value for place, value in found.items() if place[1].startswith("loader.")}
+
+    def put_loaders(self, raw: Raw) -> None:
+        """Sets what `loaders` returned, and takes away what there was none of."""
+        for _, name in self.loaders().keys() - raw.keys():
+            self._set_attribute(name)
+        self.put_some(raw)
+
     def put(self, raw: Raw, copies: bool = True) -> None:
         """Sets what `raw` returned, and takes away plain attributes that there were none of.
 
@@ -223,22 +236,18 @@ class OwnStates:
         for kind, name in self._attributes(False):
             if (kind, name) not in raw:
                 self._set_attribute(name)
-        for (kind, name), value in raw.items():
-            self._put(kind, name, copied(value) if copies else value)
+        self.put_some({place: copied(value) for place, value in raw.items()} if copies else raw)
 
     def put_some(self, raw: Raw) -> None:
         """Sets some of what `raw` returned."""
         for (kind, name), value in raw.items():
-            self._put(kind, name, value)
-
-    def _put(self, kind: str, name: str, value: Any) -> None:
-        if kind == "generator":
-            _set_raw_state(self.generators[name], value)
-        elif kind == "epoch":
-            if self._epochs[name].epoch != value:
-                self._epochs[name].set_epoch(value)
-        else:
-            self._set_attribute(name, value)
+            if kind == "generator":
+                _set_raw_state(self.generators[name], value)
+            elif kind == "epoch":
+                if self._epochs[name].epoch != value:
+                    self._epochs[name].set_epoch(value)
+            else:
+                self._set_attribute(name, value)
 
     def _set_attribute(self, name: str, *value: Any) -> None:
         where, _, attribute = name.rpartition(".")
@@ -283,7 +292,7 @@ def _samplers_in(owners: Mapping[str, Any]) -> dict[str, Any]:
 def _look_for_samplers(name: str, thing: Any, depth: int, found: dict[str, Any]) -> None:
     known = any(thing is one for one in found.values())
     # A loader takes any iterable for a sampler.
-    samples = _is_sampler(thing) or name in ("sampler", "batch_sampler") or _helps(thing)
+    samples = isinstance(thing, Sampler) or name in ("sampler", "batch_sampler") or _helps(thing)
     if known or depth == 0 or not samples or not hasattr(thing, "__dict__"):
         return
     found[name] = thing
@@ -367,7 +376,7 @@ def same(one: Any, other: Any) -> bool:
 def packed(value: Any) -> dict[str, Any]:
     """Returns a plain attribute as what loads without pickle, and in few words."""
     if isinstance(value, numpy.ndarray):
-        found: Any = random_state.without_arrays({"values": value.view(f"u{value.itemsize}")})
+        found: Any = without_arrays({"values": value.view(f"u{value.itemsize}")})
         return {"kind": "array", "dtype": str(value.dtype), **found}
     if type(value) is list and len(value) > _MANY and {*map(type, value)} == {int}:
         try:
@@ -405,10 +414,6 @@ def _set_raw_state(generator: Any, state: Any) -> None:
         generator.bit_generator.state = state
 
 
-def _is_sampler(thing: Any) -> bool:
-    return isinstance(thing, Sampler)
-
-
 def is_stateful(thing: Any) -> bool:
     """Tells whether an object has `state_dict` and `load_state_dict`, which take what ours give.
 
@@ -435,14 +440,10 @@ def _takes(method: Any, count: int) -> bool:
 
 def generator_state(generator: Any) -> Any:
     """Returns the state of a random generator, as tensors and plain types."""
+    state = _raw_state(generator)
     if isinstance(generator, torch.Generator):
-        return generator.get_state()
-    if isinstance(generator, random.Random):
-        return list(generator.getstate())
-    if isinstance(generator, numpy.random.RandomState):
-        state: Any = generator.get_state(legacy=False)
-        return random_state.without_arrays(state)
-    return random_state.without_arrays(generator.bit_generator.state)
+        return state
+    return list(state) if isinstance(generator, random.Random) else without_arrays(state)
 
 
 def _set_state(kind: str, owner: Any, state: Any) -> None:
@@ -457,13 +458,10 @@ def _set_state(kind: str, owner: Any, state: Any) -> None:
 def set_generator_state(owner: Any, state: Any) -> None:
     """Sets the state of a random generator to what `generator_state` returned."""
     if isinstance(owner, torch.Generator):
-        owner.set_state(state.cpu())
+        state = state.cpu()
     elif isinstance(owner, random.Random):
         version, words, gauss = state
-        owner.setstate((version, tuple(words), gauss))
-    elif isinstance(owner, numpy.random.RandomState):
-        present: Any = owner.get_state(legacy=False)
-        owner.set_state(random_state.with_arrays(state, present))
+        state = version, tuple(words), gauss
     else:
-        bits = owner.bit_generator
-        bits.state = random_state.with_arrays(state, bits.state)
+        state = with_arrays(state, _raw_state(owner))
+    _set_raw_state(owner, state)

@@ -10,7 +10,7 @@ under the same random streams and once under others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from crosstrain.engine.splitmix import mix
 from .attributes import Attributes
 from .streams import KeyedBatchDataset, KeyedDataset, KeyedIndex, KeyedIndices, sample_key
 
-__all__ = ["Probe", "changed_places"]
+__all__ = ["Probe"]
 
 _OTHER: Final = 0x6B656570
 
@@ -148,9 +148,3 @@ class _ProbedBatches(_Probed):
             first = list(indices.values)[:1]
             self.probe.ask(lambda: self.dataset.dataset.__getitems__(first))
         return self.dataset.__getitems__(indices)
-
-
-def changed_places(state: Mapping[str, Any]) -> set[str]:
-    """Returns which of the dataset's attributes had changed when a state was written."""
-    dataset = state.get("dataset", {})
-    return {*dataset.get("opening", ()), *dataset.get("now", ())}

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch.utils.data import (
-    Sampler,
-    default_collate,  # pyright: ignore[reportUnknownVariableType]
-)
+from torch.utils.data import default_collate
 
 from crosstrain.backends import World, random_state
 from crosstrain.engine.errors import ResumeWarning, warn_user
@@ -19,12 +16,12 @@ from crosstrain.engine.progress import data_length
 
 from .apart import Secluded
 from .batch_before import Noted
-from .flows import Dataflow, Iterate
+from .flows import Dataflow, Iterate, changed_places
 from .generators import OwnStates, Raw, differing, generators_in
-from .keeping import Probe, changed_places
+from .keeping import Probe
 from .order import draws_at_once
 from .sampling import KeyedSampler, rebuilt
-from .shares import ALONE, BatchShare, check_divisible
+from .shares import ALONE, check_divisible
 from .streams import KeyedBatchDataset, KeyedDataset, StreamKey, rank_seed, sample_key
 
 __all__ = ["MapFlow"]
@@ -61,7 +58,7 @@ class MapFlow(Dataflow):
         # Its attributes are this pass's: the user's loader is left as it is.
         self._loader = rebuilt(data)
         self._own = OwnStates(
-            (Sampler,),
+            (data.dataset,),
             generator=data.generator,
             sampler=getattr(sampler, "sampler", None) if batched else sampler,
             batch_sampler=sampler,
@@ -85,14 +82,15 @@ class MapFlow(Dataflow):
         self._opening: Raw = {}
         # Since the pass was left: what a state has of the samplers, and what they are.
         self._left: tuple[dict[str, Any], Raw] | None = None
-        self._prepared = False
+        # What the loader is to have when its pass has begun.
+        self._awaited: Raw | None = None
         # Asked by the loader that is opened next; whether it fetches otherwise than then.
         self._probe: Probe | None = None
         self._anew = False
         # Whether fetching draws, if that is known.
         self._draws: bool | None = None
-        self._suspects = sorted(generators_in(data.dataset, "dataset"))
-        _warn_of_generators(self._suspects)
+        self._generators = sorted(generators_in(data.dataset, "dataset"))
+        _warn_of_generators(self._generators)
 
     def open(
         self, key: StreamKey, batch: int, state: Mapping[str, Any] | None, again: int = 0
@@ -110,15 +108,16 @@ class MapFlow(Dataflow):
         seen = self._own.raw()
         if state is not None:
             self._own.give(state)
+        loaders = self._own.loaders()
         self._at_opening, self._opening, self._left = self._own.take(), self._own.raw(), None
         self._draw_base_seed()
         self._sampler.begin(key, batch - again)
-        if state is not None and not self._prepared and "now" in state:
+        self.shares, self.indices = self._sampler.shares, self._sampler.given
+        if state is not None and not prepared and "now" in state:
             self._own.give(state["now"], False)
         elif state is not None or not self._own.moves:
             # What handlers have chosen, such as a sampler's epoch, holds for the next pass.
             self._own.put_some(seen)
-        self._prepared = False
         if self._sampler.is_over:
             # No workers need to be started to learn that.
             return iter(())
@@ -128,37 +127,39 @@ class MapFlow(Dataflow):
         probe = self._probe
         keyed = self._dataset if probe is None else probe.on(self._dataset)
         vars(self._loader)["dataset"] = keyed
-        batches = _iterator_of(self._loader, self._sampler)
+        # What the loader changes itself when it is iterated over, it changes again. What it has not
+        # changed was of a pass that it had not begun.
+        now = self._own.loaders()
+        self._awaited = now if state is not None and differing(now, loaders) else None
+        self._own.put_loaders(loaders)
+        batches = _iterator_of(self._loader, self._sampler, self._enter)
         if not prepared:
             self.give_dataset(state, "now")
         if self._loader.num_workers == 0:
             return self._iterate(Secluded(batches, self.held.append, key.streams))
         return self._iterate(Noted(batches, self.held.append))
 
-    @property
-    def shares(self) -> deque[BatchShare] | None:
-        """What is this process's of each batch that is to be given; None: all of it."""
-        return self._sampler.shares
+    def _enter(self) -> None:
+        """Gives the loader what it had in the run that was saved, once its pass has begun."""
+        if self._awaited is not None:
+            self._own.put_loaders(self._awaited)
+            self._awaited = None
 
     def _draw_base_seed(self) -> None:
         # torch draws it first, whatever the number of workers, then the sampler's.
         _ = torch.empty((), dtype=torch.int64).random_(generator=self.data.generator)
-
-    @property
-    def indices(self) -> deque[Any] | None:
-        """The indices of each batch that is to be given."""
-        return self._sampler.given
-
-    def _generators(self) -> list[str]:
-        """Returns the names of generators that the dataset and what fetches from it hold."""
-        return self._suspects
 
     def state(self) -> dict[str, Any]:
         """Returns the samplers' states: as they were when this pass was opened, and as they are."""
         now = None
         if self._left is not None and not differing(self._own.raw(), self._left[1]):
             now = self._left[0]
-        now = self._own.take() if now is None else now
+        if now is None:
+            loaders = self._own.loaders()
+            if self._awaited is not None:
+                self._own.put_loaders(self._awaited)
+            now = self._own.take()
+            self._own.put_loaders(loaders)
         return {**self._at_opening, "now": now, "dataset": self.dataset_state()}
 
     def samples(self) -> Any:
@@ -210,7 +211,7 @@ class MapFlow(Dataflow):
             return (
                 "a sample was fetched twice under the same random streams, as if the dataset had "
                 "kept nothing of what it fetched, and was another one the second time. Generators "
-                f"that were found in it: {', '.join(self._suspects) or 'none'}. "
+                f"that were found in it: {', '.join(self._generators) or 'none'}. "
                 f"{self.suspects().content}Samples that it has not kept yet will differ. Draw from "
                 "current_sample() or the global generators"
             )
@@ -238,15 +239,10 @@ class MapFlow(Dataflow):
         return f"what {what} draw follows from num_workers, which was {then} and is {now}"
 
     def prepare(self, state: Mapping[str, Any]) -> None:
-        """Sets the samplers to what they were when a state was written, before handlers run.
-
-        Args:
-            state: what `state` returned; `open` is given it next.
-        """
+        """Sets the samplers, too, to what they were when a state was written."""
         if "now" in state:
             self._own.give(state["now"], False)
-            self._prepared = True
-        self._prepare_dataset(state)
+        super().prepare(state)
 
     def rehearsal(self, batch: int, state: Mapping[str, Any] | None) -> int | None:
         """Returns which batch is fetched twice: the one before, or the first."""
@@ -254,12 +250,11 @@ class MapFlow(Dataflow):
 
     def kept(self) -> Any:
         """Returns the samplers' states, and what has changed of the dataset."""
-        prepared = self._prepared, self._dataset_prepared
-        return self._own.take(), self._attributes.take(), prepared
+        return self._own.take(), self._attributes.take(), self._dataset_prepared
 
     def put_back(self, kept: Any) -> None:
         """Puts back what `kept` returned."""
-        states, attributes, (self._prepared, self._dataset_prepared) = kept
+        states, attributes, self._dataset_prepared = kept
         self._own.give(states)
         self._attributes.give(attributes)
 
@@ -268,6 +263,7 @@ class MapFlow(Dataflow):
 
         Orders are drawn ahead. What somebody else has changed since the pass was opened stays.
         """
+        self._enter()
         if not self._own.moves or self._left is not None:
             return
         now, taken = self._own.raw(), self._own.take()
@@ -291,7 +287,7 @@ class MapFlow(Dataflow):
         """Returns the numbers of batches and samples, and what orders them."""
         sampler, inner = self._sampler.sampler, self._sampler.inner
         found = {**super().fingerprint(), "sampler": type(inner or sampler).__name__}
-        if self._own.moves and not self._sampler.is_finite:
+        if self._own.moves and not self._sampler.is_seekable:
             # Its length is what it says now: it may be another in each pass, or none at all.
             found.pop("batches", None)
         samples = data_length(self.data.dataset)
@@ -315,20 +311,29 @@ def _warn_of_generators(found: list[str]) -> None:
         )
 
 
-def _iterator_of(loader: Any, sampler: KeyedSampler) -> Iterator[Any]:
+def _iterator_of(loader: Any, sampler: KeyedSampler, entered: Callable[[], None]) -> Iterator[Any]:
     """Returns an iterator over a loader that is known to ask its sampler.
 
-    torch's loaders ask when they are iterated over, those of others with their first batch.
+    torch's loaders ask when they are iterated over, those of others with their first
+    batch; `entered` is called then.
 
     Raises:
         RuntimeError: with that batch, if it has not.
     """
     with workers_left_alone(loader):
-        iterator = iter(loader)
-    return iterator if sampler.asked else _checked(iterator, sampler, type(loader).__name__)
+        iterator: Iterator[Any] = iter(loader)
+    if sampler.asked:
+        entered()
+        return iterator
+    return _checked(iterator, sampler, type(loader).__name__, entered)
 
 
-def _checked(iterator: Iterator[Any], sampler: KeyedSampler, name: str) -> Iterator[Any]:
+def _checked(
+    iterator: Iterator[Any],
+    sampler: KeyedSampler,
+    name: str,
+    entered: Callable[[], None],
+) -> Iterator[Any]:
     for batch in iterator:
         if not sampler.asked:
             raise RuntimeError(
@@ -336,6 +341,7 @@ def _checked(iterator: Iterator[Any], sampler: KeyedSampler, name: str) -> Itera
                 "over, so its order can be neither known nor entered in the middle. Give "
                 "DeterministicEngine.run() a torch.utils.data.DataLoader."
             )
+        entered()
         yield batch
         break
     yield from iterator

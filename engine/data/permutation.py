@@ -143,45 +143,35 @@ class FeistelNetwork:
         return self._blockwise(values, backwards=True)
 
     def _blockwise(self, values: Words, *, backwards: bool) -> Words:
-        once = self._decipher if backwards else self._encipher
         out = np.empty_like(values)
         for start in range(0, len(values), BLOCK):
-            block = once(values[start : start + BLOCK])
+            block = self._once(values[start : start + BLOCK], backwards)
             if self._walks:
                 outside = np.flatnonzero(block >= self._size)
                 while outside.size:
-                    moved = once(block[outside])
+                    moved = self._once(block[outside], backwards)
                     block[outside] = moved
                     outside = outside[moved >= self._size]
             out[start : start + BLOCK] = block
         return out
 
-    def _encipher(self, values: Words) -> Words:
+    def _once(self, values: Words, backwards: bool) -> Words:
         left, right = self._split(values)
         draw, scratch = np.empty_like(left), np.empty_like(left)
-        for turn, state in enumerate(self._states):
+        turns = range(len(self._states))
+        for turn in reversed(turns) if backwards else turns:
             # Left first: neighbouring positions differ in the right half, which feeds round 0.
             odd = turn % 2
             source, target = (left, right) if odd else (right, left)
             modulus = self._columns if odd else self._rows
-            _draw_into(draw, scratch, state, source, modulus)
-            np.add(target, draw, target)
-            # Below the modulus the difference wraps to a huge word, so the minimum is the residue.
-            np.subtract(target, modulus, scratch)
-            np.minimum(target, scratch, out=target)
-        return self._join(left, right)
-
-    def _decipher(self, values: Words) -> Words:
-        left, right = self._split(values)
-        draw, scratch = np.empty_like(left), np.empty_like(left)
-        for turn in reversed(range(len(self._states))):
-            odd = turn % 2
-            source, target = (left, right) if odd else (right, left)
-            modulus = self._columns if odd else self._rows
             _draw_into(draw, scratch, self._states[turn], source, modulus)
-            np.subtract(target, draw, target)
-            # A difference below zero has wrapped to a huge word; adding the modulus wraps it back.
-            np.add(target, modulus, scratch)
+            # A difference below zero wraps to a huge word, so the minimum is the residue.
+            if backwards:
+                np.subtract(target, draw, target)
+                np.add(target, modulus, scratch)
+            else:
+                np.add(target, draw, target)
+                np.subtract(target, modulus, scratch)
             np.minimum(target, scratch, out=target)
         return self._join(left, right)
 

@@ -16,7 +16,7 @@ from crosstrain.backends import World, random_state
 
 from .generators import OwnStates, Raw
 from .order import Batch, batches_from, computes_its_order, is_seekable, samples_from
-from .shares import ALONE, BatchShare, Dealt, deal, deal_spans
+from .shares import BatchShare, Dealt, deal, deal_spans
 from .streams import KeyedIndex, KeyedIndices, StreamKey
 
 __all__ = [
@@ -85,9 +85,9 @@ class KeyedSampler:
         self,
         sampler: Any,
         batched: bool,
-        collates: bool = True,
-        world: World = ALONE,
-        own: OwnStates | None = None,
+        collates: bool,
+        world: World,
+        own: OwnStates,
     ) -> None:
         self.sampler = sampler
         #: Of the batches that were asked for and not given yet: what is this process's; None where
@@ -102,9 +102,12 @@ class KeyedSampler:
         self.given: deque[Any] = deque()
         self._batched = batched
         self._collates = collates
-        self._seekable = is_seekable(self.inner) and (not batched or type(sampler) is BatchSampler)
+        #: Whether the order can be entered anywhere, and ends where its length says.
+        self.is_seekable = is_seekable(self.inner) and (
+            not batched or type(sampler) is BatchSampler
+        )
         self._items: Iterator[Any] = iter(())
-        self._own = OwnStates() if own is None else own
+        self._own = own
         #: The samplers' states as everybody sees them since the pass was opened, and, in a list of
         #: one, as the order has them that far.
         self.visible: Raw = {}
@@ -135,16 +138,18 @@ class KeyedSampler:
 
     def _opened(self, start: int) -> Iterator[Batch]:
         own = self._own if self._own.moves else None
-        if self._seekable and own is None:
+        if self.is_seekable and own is None:
             first, order = self._from(self.order(start), 1)
             self.visible = self._own.raw()
             return chain(first, order)
         # What everybody sees is what the first batches leave, wherever the pass is entered.
-        many, entry = (1 if self._seekable else _AHEAD), self._own.raw()
+        many, entry = (1 if self.is_seekable else _AHEAD), self._own.raw()
+        drawn_from = random_state.capture()
         first, order = self._from(self.order(0), many)
         self.visible = self._own.raw()
-        if start and self._seekable:
+        if start and self.is_seekable:
             self._own.put(entry)
+            random_state.restore(drawn_from)
             first, order = self._from(self.order(start), many)
         elif start:
             left = first[start:]
@@ -175,17 +180,12 @@ class KeyedSampler:
         # Not a generator of this object: that would be a cycle, which keeps the data.
         return (batches_from if self._batched else _singles)(self.sampler, start)
 
-    @property
-    def is_finite(self) -> bool:
-        """Whether the order is known to end where its length says."""
-        return self._seekable
-
     def walk(self, batches: int) -> None:
         """Draws the order of a pass as far as giving some batches takes it, and gives nothing."""
         order = self.order(max(0, batches - 1))
         if batches:
             next(order, None)
-        if self.is_finite and batches == len(self.sampler):
+        if self.is_seekable and batches == len(self.sampler):
             # torch draws once more to learn that there is nothing left.
             next(order, None)
 

@@ -85,33 +85,25 @@ class ResumableSource:
             raise TypeError(f"{type(self.source).__name__} is drawn from itself: use .source.")
         if not self._open:
             self._go_on()
-        if self._used_up:
-            self._begin_pass()
-        try:
-            return self._fetch()
-        except StopIteration:
-            self._used_up = True
-            if not self._endless:
-                raise
-        self._begin_pass()
-        try:
-            return self._fetch()
-        except StopIteration:
-            raise DataUsedUp(
-                f"{type(self.source).__name__} is used up, and iterating over it anew gives "
-                "nothing. Give ResumableSource() data that can be iterated over more than once, or "
-                "a function that returns it; or pass endless=False."
-            ) from None
-
-    def _fetch(self) -> Any:
-        item = next(self._cursor)
-        self._cursor.step_done()
-        return item
-
-    def _begin_pass(self) -> None:
-        with random_states_kept(self._backend):
-            self._cursor.open_next_pass(self._data, self._key)
-        self._used_up = False
+        for _ in range(2):
+            if self._used_up:
+                with random_states_kept(self._backend):
+                    self._cursor.open_next_pass(self._data, self._key)
+                self._used_up = False
+            try:
+                item = next(self._cursor)
+            except StopIteration:
+                self._used_up = True
+                if not self._endless:
+                    raise
+            else:
+                self._cursor.step_done()
+                return item
+        raise DataUsedUp(
+            f"{type(self.source).__name__} is used up, and iterating over it anew gives nothing. "
+            "Give ResumableSource() data that can be iterated over more than once, or a function "
+            "that returns it; or pass endless=False."
+        )
 
     def _go_on(self) -> None:
         loaded = self._loaded

@@ -291,9 +291,8 @@ class KeyedIndices(list[Any]):
         return mix(key, self._offset) if self._offset else key
 
     def __reduce__(self) -> tuple[Any, ...]:
-        plain = list(super().__iter__()) if self._given is None else self._given
         place = (self._base, self._streams, self._batch, self._first, self._collates, self._offset)
-        return KeyedIndices, (plain, *place)
+        return KeyedIndices, (self.values, *place)
 
 
 def plain_indices(indices: Any) -> Any:

@@ -18,9 +18,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.data import (
-    default_collate,  # pyright: ignore[reportUnknownVariableType]
-)
+from torch.utils.data import default_collate
 
 from crosstrain.backends import random_state
 from crosstrain.engine.data.attributes import Attributes
@@ -32,7 +30,7 @@ from crosstrain.engine.progress import data_length
 from .forgotten import UsesWalk
 from .reads import Use
 
-__all__ = ["Fetched", "what_draws", "who_fetches"]
+__all__ = ["Fetched", "who_fetches"]
 
 
 @dataclass
@@ -90,7 +88,7 @@ class Fetched:
             elif name == self.training or (same and not (now and before["begun"])):
                 continue
             else:
-                what = what_draws(loader)
+                what = _what_draws(loader)
                 if what is None:
                     continue
                 why = f"what {what} draws in its persistent workers goes on in the same ones only"
@@ -136,7 +134,7 @@ def who_fetches(functions: Mapping[str, Any], data: Any, known: Iterable[int]) -
     return walk.fetched
 
 
-def what_draws(loader: Any) -> str | None:
+def _what_draws(loader: Any) -> str | None:
     """Returns what of a loader draws by its number of workers; None: fetching draws nothing.
 
     Args:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import collections
 import inspect
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, Final
 
@@ -30,7 +30,16 @@ from crosstrain.engine.guards import OTHER_PACKAGES
 from crosstrain.engine.state import State
 
 from .reads import ALL, Use, names_read_of_state, uses_of, uses_of_self
-from .unnamed import GLOBAL_GENERATORS, SOURCES, attributes_of, functions_in, is_others
+from .unnamed import (
+    GLOBAL_GENERATORS,
+    TORCHS_OWN,
+    attributes_of,
+    functions_in,
+    is_others,
+    is_source,
+    is_users_file,
+    variables_of,
+)
 
 __all__ = ["SCALARS", "Forgotten", "UsesWalk"]
 
@@ -43,6 +52,7 @@ SCALARS: Final = (bool, int, float, complex, str, bytes, type(None))
 _COLLECTIONS: Final = (dict, list, tuple, set, collections.deque, collections.OrderedDict)
 # They are the data's and the loop's own matter.
 _CLOSED: Final = (DataLoader, Dataset, Sampler, Dispatcher, types.ModuleType, type, ResumableSource)
+_RECORDED: Final = (bool, int, float, str)
 _PLAIN: Final = (*SCALARS, torch.Tensor, numpy.ndarray)
 _CALLED: Final = Use(("__call__",), True)
 _STATE: Final = frozenset(vars(State()))
@@ -125,7 +135,11 @@ class UsesWalk:
             elif owner is None:
                 self.value(plain, name, "object", depth + 1, frozenset({_CALLED}))
             return
-        if owner is not None and not isinstance(owner, types.ModuleType):
+        if isinstance(owner, torch.nn.Module):
+            self._attributes(
+                owner, name, "self", depth + 1, frozenset({Use((plain.__name__,), True)})
+            )
+        elif owner is not None and not isinstance(owner, types.ModuleType):
             self.value(owner, name, "object", depth + 1, frozenset({Use((plain.__name__,), True)}))
         self._variables(plain, name, depth)
 
@@ -135,7 +149,7 @@ class UsesWalk:
             return
         self._seen.add(id(code))
         self.functions.append(plain)
-        variables, uses = dict(_variables(plain)), uses_of(code)
+        variables, uses = dict(variables_of(plain)), uses_of(code)
         for variable, value in variables.items():
             some = ALL if uses is None else uses.get(variable, frozenset[Use]())
             read = frozenset(use for use in some if use.into is None)
@@ -152,7 +166,10 @@ class UsesWalk:
         if isinstance(value, type):
             self._space(_values_of(value), owner, name, depth, uses)
             return
-        if len(self._seen) > _SEEN or isinstance(value, (*_CLOSED, *SOURCES)):
+        if is_users_file(value):
+            self._space(vars(value), owner, name, depth, uses)
+            return
+        if len(self._seen) > _SEEN or isinstance(value, _CLOSED) or is_source(value):
             return
         if isinstance(value, (*SCALARS, torch.Tensor, numpy.ndarray, *_COLLECTIONS)):
             if any(use.read for use in uses) and not isinstance(value, torch.nn.Parameter):
@@ -206,6 +223,10 @@ class UsesWalk:
         """Looks into those attributes of an object that are used, and what its methods use."""
         kind: Any = type(value)
         own = {**_values_of(kind), **attributes_of(value)}
+        if isinstance(value, torch.nn.Module):
+            # Numbers and words of what is trained are recorded, and put back.
+            recorded = {name for name, one in own.items() if type(one) in _RECORDED}
+            own = {name: own[name] for name in own.keys() - recorded - TORCHS_OWN}
         whole = any(not use.path for use in uses)
         # What is passed on may be used in any way.
         called = dir(kind) if whole else [use.path[0] for use in uses if use.path]
@@ -265,9 +286,7 @@ def _state_signature(value: Any) -> Any:
     """Returns what changes when an object's state does; None where it cannot be told."""
     if isinstance(value, torch.nn.Module):
         tensors = [*value.parameters(), *value.buffers()]
-        return [
-            (id(tensor), -1 if tensor.is_inference() else tensor._version) for tensor in tensors
-        ]
+        return [(id(tensor), _version(tensor)) for tensor in tensors]
     if isinstance(value, Optimizer):
         tensors = [p for group in value.param_groups for p in group["params"]]
         return len(value.state), [
@@ -302,22 +321,3 @@ def _signature(value: Any, depth: int = 4) -> Any:
 
 def _version(tensor: torch.Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
-
-
-def _variables(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
-    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        try:
-            yield name, cell.cell_contents
-        except ValueError:
-            continue  # It is not set yet.
-    for name in sorted(_code_names(function.__code__)):
-        if name in function.__globals__:
-            yield name, function.__globals__[name]
-
-
-def _code_names(code: types.CodeType) -> set[str]:
-    found = set(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            found |= _code_names(constant)
-    return found

@@ -121,7 +121,17 @@ def own_part(state: Mapping[str, Any], backend: Backend | None) -> dict[str, Any
         return {**own, **others[world.rank]}
     # What is reported here is not to be reported once more.
     own["environment"] = {**own["environment"], "world size": world.size}
-    parts = [{**own, **other} for other in others]
+    return _of_other_size([{**own, **other} for other in others], size, world)
+
+
+def _of_other_size(parts: Sequence[dict[str, Any]], size: int, world: World) -> dict[str, Any]:
+    """Returns the state of a rank of a world that has another size than the one before.
+
+    Args:
+        parts: what each of the ranks before had, or the one process that wrote the state.
+        size: how many there were.
+        world: which rank of how many goes on.
+    """
     lost = [f"the main process's random streams of rank {r}" for r in range(world.size, size)]
     for rank in range(size, world.size):
         lost.append(f"the main process's random streams of rank {rank}, which there was none of")
@@ -130,7 +140,7 @@ def own_part(state: Mapping[str, Any], backend: Backend | None) -> dict[str, Any
         if world.rank < size
         else {**parts[0], "rng_states": None, "epoch_rng_states": None}
     )
-    if own.get("step") is not None and _has_window(own["step"]):
+    if _has_window(parts[0].get("step")):
         went["step"] = combined([part["step"] for part in parts])
     warn_user(
         f"The state was written by {size} processes and goes on in {world.size}. The order of the "

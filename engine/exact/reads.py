@@ -12,11 +12,22 @@ from typing import Any, Final, NamedTuple
 
 from .unnamed import is_others
 
-__all__ = ["ALL", "Use", "methods_of", "names_read_of_state", "uses_of", "uses_of_self"]
+__all__ = ["ALL", "Use", "names_read_of_state", "uses_of", "uses_of_self"]
 
 # What changes a collection and does not look at it.
 _WRITES: Final = frozenset(
-    {"add", "append", "appendleft", "clear", "extend", "insert", "update", "write", "writerow"}
+    {
+        "__setitem__",
+        "add",
+        "append",
+        "appendleft",
+        "clear",
+        "extend",
+        "insert",
+        "update",
+        "write",
+        "writerow",
+    }
 )
 _SHOWS: Final = frozenset(
     {
@@ -249,7 +260,7 @@ def _called(function: ast.expr) -> str | None:
 # ---------------------------------------------------------------------------------- of classes
 
 
-def methods_of(kind: type, name: str) -> list[types.FunctionType]:
+def _methods_of(kind: type, name: str) -> list[types.FunctionType]:
     """Returns what a class and those that it derives from call by a name, if users wrote it."""
     found: list[types.FunctionType] = []
     for each in kind.__mro__:
@@ -280,7 +291,7 @@ def uses_of_self(kind: type, names: Iterable[str]) -> tuple[set[Use], list[types
         if (name := left.pop()) in seen:
             continue
         seen.add(name)
-        for function in methods_of(kind, name):
+        for function in _methods_of(kind, name):
             functions.append(function)
             uses = uses_of(function.__code__)
             own = ALL if uses is None else uses.get(function.__code__.co_varnames[0], ())

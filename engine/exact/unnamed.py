@@ -9,6 +9,7 @@ own batches are exact. That is said when the state is first taken.
 from __future__ import annotations
 
 import inspect
+import io
 import itertools
 import random
 import sys
@@ -22,7 +23,6 @@ import numpy
 import torch
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from crosstrain.engine.data.generators import generators_in
 from crosstrain.engine.data.source import ResumableSource
@@ -31,33 +31,26 @@ from crosstrain.engine.guards import OTHER_PACKAGES, is_users_object
 
 __all__ = [
     "GLOBAL_GENERATORS",
-    "SOURCES",
-    "Walk",
+    "TORCHS_OWN",
     "attributes_of",
     "functions_in",
     "functions_of",
     "is_others",
+    "is_source",
+    "is_users_file",
     "unnamed_sources",
+    "variables_of",
 ]
 
-_EXAMPLES: Final[tuple[Iterable[Any], ...]] = ([], (), range(0), {}, set(), "")
-SOURCES: Final[tuple[type, ...]] = (
+#: The attributes that every module has.
+TORCHS_OWN: Final = frozenset(vars(torch.nn.Module()))
+# Iterators are sources, too: see `is_source`.
+_SOURCES: Final = (
     torch.Generator,
     random.Random,
     numpy.random.Generator,
     numpy.random.RandomState,
-    types.GeneratorType,
     ResumableSource,
-    _BaseDataLoaderIter,
-    itertools.chain,
-    itertools.count,
-    itertools.cycle,
-    itertools.islice,
-    enumerate,
-    filter,
-    map,
-    zip,
-    *(type(iter(example)) for example in _EXAMPLES),
 )
 # They are part of every state.
 GLOBAL_GENERATORS: Final = frozenset(
@@ -93,13 +86,13 @@ def unnamed_sources(functions: Mapping[str, Any], known: Iterable[int]) -> list[
         functions: the step and the handlers, by what to call them.
         known: what a checkpoint takes care of, by `id`; it is not looked into.
     """
-    walk = Walk(set(known))
+    walk = _Walk(set(known))
     for name, function in functions.items():
         walk.function(function, name, _DEPTH)
     return list(walk.found.values())
 
 
-class Walk:
+class _Walk:
     """Looks into functions and objects, each once."""
 
     def __init__(self, known: set[int]) -> None:
@@ -114,7 +107,12 @@ class Walk:
                 self.value(value, f"{name}, its argument {index}", depth - 1)
             function = made.func
         owner = getattr(function, "__self__", None)
-        if owner is not None:
+        if isinstance(owner, torch.nn.Module):
+            # It may be known: what it holds beside its state is not.
+            for own, item in attributes_of(owner).items():
+                if own not in TORCHS_OWN:
+                    self.value(item, f"{name}, .{own}", depth - 1)
+        elif owner is not None:
             self.value(owner, name, depth)
         plain = inspect.unwrap(getattr(function, "__func__", function))
         if not inspect.isfunction(plain):
@@ -129,18 +127,18 @@ class Walk:
             return
         for value in (*(plain.__defaults__ or ()), *(plain.__kwdefaults__ or {}).values()):
             self.value(value, f"{name}, a default", depth - 1)
-        for variable, value in self.variables(plain):
+        for variable, value in variables_of(plain):
             self.value(value, f"{name}, its {variable!r}", depth - 1)
-
-    def variables(self, function: types.FunctionType) -> Iterator[tuple[str, Any]]:
-        """Yields what a function refers to, by name."""
-        yield from _variables(function)
+            if is_users_file(value):
+                # Of a file of the user's, what the function names.
+                for own in _names(plain.__code__) & vars(value).keys():
+                    self.value(vars(value)[own], f"{name}, its {variable}.{own}", depth - 1)
 
     def value(self, value: Any, name: str, depth: int) -> None:
         """Looks at a value, and into it where it may hold more."""
         if id(value) in self._seen or id(value) in GLOBAL_GENERATORS or len(self._seen) > _SEEN:
             return
-        if isinstance(value, SOURCES):
+        if is_source(value):
             self._seen.add(id(value))
             if inspect.isgenerator(value) and value.gi_frame is None:
                 return
@@ -162,13 +160,9 @@ class Walk:
             self._seen.add(id(value))
             self.function(value, name, depth - 1)
         elif not is_others(type(value)):
-            self.attributes(value, name, depth)
-
-    def attributes(self, value: Any, name: str, depth: int) -> None:
-        """Looks into an object's attributes."""
-        self._seen.add(id(value))
-        for own, item in attributes_of(value).items():
-            self.value(item, f"{name}, .{own}", depth - 1)
+            self._seen.add(id(value))
+            for own, item in attributes_of(value).items():
+                self.value(item, f"{name}, .{own}", depth - 1)
 
 
 def _generators_of(loader: Any) -> Iterator[tuple[str, Any]]:
@@ -208,7 +202,7 @@ def functions_of(data: Any) -> dict[str, Any]:
 def functions_in(step: Any) -> Iterator[tuple[str, Any]]:
     """Yields the functions among the attributes of a step of ours, and among its options."""
     for name, value in attributes_of(step).items():
-        if inspect.isroutine(value) or isinstance(value, partial):
+        if inspect.isroutine(value) or isinstance(value, (partial, torch.nn.Module)):
             yield name, value
         elif is_dataclass(value) and not isinstance(value, type):
             for item in fields(value):
@@ -233,7 +227,33 @@ def is_others(thing: Any) -> bool:
     return root in OTHER_PACKAGES or root in sys.stdlib_module_names
 
 
-def _variables(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+def is_users_file(value: Any) -> bool:
+    """Tells whether a value is a module of Python's that the user wrote: a file, not installed."""
+    place = getattr(value, "__file__", None) if isinstance(value, types.ModuleType) else None
+    if place is None or "site-packages" in place:
+        return False
+    root = value.__name__.partition(".")[0]
+    return root not in OTHER_PACKAGES and root not in sys.stdlib_module_names
+
+
+def is_source(value: Any) -> bool:
+    """Tells whether a value has a position or random states of its own.
+
+    A generator of random numbers is one, and an iterator that cannot be looked into: of a known
+    package, or not written in Python. A file is an iterator by its type only.
+    """
+    if isinstance(value, _SOURCES):
+        return True
+    kind: Any = type(value)
+    if not isinstance(value, Iterator) or isinstance(value, io.IOBase):
+        return False
+    # What has a state is told where that changes.
+    return not (inspect.isfunction(kind.__next__) and not is_others(kind)) and not hasattr(
+        kind, "state_dict"
+    )
+
+
+def variables_of(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
     """Yields the closure's variables and the globals that the function's code names."""
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:

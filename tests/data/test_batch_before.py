@@ -15,7 +15,10 @@ from torch.utils.data import (
     DataLoader,
     Dataset,
     IterableDataset,
+    RandomSampler,
     Sampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
     random_split,
 )
 
@@ -133,6 +136,42 @@ def test_the_run_goes_on_as_if_nothing_had_been_fetched() -> None:
         assert resumed == straight[key:]
 
 
+class Counting(DataLoader[Any]):
+    """Counts its passes, which is a state of its own beside the order that torch draws."""
+
+    passes = 0
+
+    def __iter__(self) -> Any:
+        self.passes += 1
+        return super().__iter__()
+
+
+ORDERS: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "shuffled": lambda rows: {"shuffle": True},
+    "with replacement": lambda rows: {"sampler": RandomSampler(rows, True)},
+    "a subset": lambda rows: {"sampler": SubsetRandomSampler(range(3, 19))},
+    "weighted": lambda rows: {"sampler": WeightedRandomSampler([1.0, 2.0] * 10, 18)},
+    "in batches": lambda rows: {
+        "batch_sampler": BatchSampler(RandomSampler(rows), 4, True),
+        "batch_size": 1,
+    },
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_loader_with_a_state_of_its_own_keeps_its_order(order: str) -> None:
+    def make() -> Any:
+        rows = Rows()
+        return Counting(rows, **{"batch_size": 4, **ORDERS[order](rows)})
+
+    straight: list[Any] = []
+    states = states_of(make(), lambda _, batch: straight.append(batch["y"].tolist()))
+    for key in range(1, len(straight)):
+        resumed: list[Any] = []
+        resume(states[key], make(), lambda _, batch, to=resumed: to.append(batch["y"].tolist()))  # type: ignore[misc]
+        assert resumed == straight[key:]
+
+
 # ---------------------------------------------------------------------- what differs
 
 
@@ -146,6 +185,17 @@ class HiddenNoise(Rows):
 
     def __getitem__(self, index: int) -> Any:
         return {"x": self.rows[index] + self.draw(), "y": index}
+
+
+class OwnNoise(Rows):
+    """Draws from a generator of its own, as is warned of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = np.random.default_rng(ENTROPY.getrandbits(64))
+
+    def __getitem__(self, index: int) -> Any:
+        return {"x": self.rows[index] + self.generator.random(), "y": index}
 
 
 class Unseeded(Sampler[int]):
@@ -193,6 +243,10 @@ ENDINGS: dict[str, tuple[Callable[[int], Any], str]] = {
     "a generator in a closure": (
         lambda turn: loader(HiddenNoise()),
         r"in it \['x'\] .* has other contents.*class HiddenNoise",
+    ),
+    "a generator of the dataset's": (
+        lambda turn: loader(OwnNoise()),
+        r"in it \['x'\] .* has other contents.*class OwnNoise",
     ),
     "a generator made when it is needed": (
         lambda turn: loader(LazyNoise(), 2),

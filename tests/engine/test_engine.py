@@ -13,7 +13,7 @@ import pytest
 import torch
 from differential import Expected
 
-from crosstrain.engine import Engine, EventEnum, Events, State
+from crosstrain.engine import DeterministicEngine, Engine, EventEnum, Events, State
 from crosstrain.engine.state import Unread
 
 
@@ -365,3 +365,9 @@ def test_the_logger_of_a_subclass_has_its_name() -> None:
         pass
 
     assert Own(nothing).logger.name == "crosstrain.engine.Own"
+
+
+@pytest.mark.parametrize("kind", [Engine, DeterministicEngine])
+def test_a_spec_in_place_of_a_backend_is_an_error_that_says_how_to_open_one(kind: Any) -> None:
+    with pytest.raises(TypeError, match=r"not 'cpu'.*get\(spec\).open\(\)"):
+        kind(lambda engine, batch: None, "cpu")

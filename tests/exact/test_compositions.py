@@ -50,6 +50,7 @@ COMPOSITIONS = st.builds(
     handlers=st.lists(_handler, max_size=2).map(tuple),
     saving=st.sampled_from(SAVING),
     scheduler=st.booleans(),
+    loader=st.sampled_from(sorted(parts.LOADERS)),
 )
 PLAIN = Composition(
     seed=1,
@@ -69,6 +70,14 @@ PLAIN = Composition(
 )
 # Compositions that once ended in a silent difference, by what they are beside the plain one.
 FOUND: dict[str, dict[str, Any]] = {
+    "a loader that counts its passes": {"loader": "counting"},
+    "a loader whose batches follow from its pass": {"loader": "scaling"},
+    "a loader that begins its pass with its first batch": {
+        "loader": "generating",
+        "sampler": "endless with length",
+        "handlers": (("ends the epoch", "ITERATION_STARTED", "always"),),
+        "saving": "epoch",
+    },
     "a state that keeps its start": {"dataset": "start-keeping", "saving": "every 1"},
     "hidden draws behind a state": {
         "dataset": "stateful",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import itertools
 import random
 import warnings
@@ -55,6 +57,11 @@ SOURCES: dict[str, Callable[[], Any]] = {
     "loader": lambda: iter(DataLoader([1, 2, 3])),
     "cycle": lambda: itertools.cycle([1]),
     "list": lambda: iter([1, 2]),
+    "array": lambda: iter(np.ones(2)),
+    "nditer": lambda: np.nditer(np.ones(2)),
+    "backwards": lambda: reversed([1, 2]),
+    "calls": lambda: iter(lambda: 1, 2),
+    "table": lambda: csv.reader(["1,2"]),
 }
 
 
@@ -127,11 +134,13 @@ def test_the_options_of_a_step_are_looked_into() -> None:
 
 def test_what_is_no_source_of_draws_is_not_told() -> None:
     model, loader, history = nn.Linear(2, 2), DataLoader([1, 2]), [1.0]
+    log = io.StringIO()
 
     def step(engine: Any, batch: Any) -> Any:
         torch.manual_seed(3)
         np.random.rand()
         random.random()
+        log.write("step")
         return model, loader, Events
 
     engine = DeterministicEngine(step, seed=1)

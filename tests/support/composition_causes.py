@@ -92,6 +92,10 @@ def causes_of(composition: Composition, hidden: Iterable[tuple[Any, str]]) -> li
     if composition.dataset in ("stateful", "start-keeping"):
         words = (("state_dict", parts.ITERABLE[composition.dataset].__name__),)
         found.append(Cause("the stream's state", words, (("dataset", "stream"),)))
+        if composition.loader in ("scaling", "generating"):
+            # The stream's own state tells where it goes on, and nothing of the loader's.
+            words = ((f"class {parts.LOADERS[composition.loader].__name__}", "contents"),)
+            found.append(Cause("the loader", words, (("loader", "plain"),)))
     if composition.second != "none":
         found.append(Cause("the second loader", ((".others",),), (("second", "none"),)))
     if composition.workers[0] != composition.workers[1]:

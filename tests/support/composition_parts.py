@@ -484,10 +484,58 @@ class Collate:
         return torch.stack(xs) + 0.1 * self.draw(), torch.stack(ys)
 
 
+class CountingLoader(DataLoader[Any]):
+    """Counts its passes."""
+
+    passes = 0
+
+    def __iter__(self) -> Any:
+        self.passes += 1
+        return super().__iter__()
+
+
+class ScalingLoader(CountingLoader):
+    """Makes something else of each batch, by its pass."""
+
+    def __iter__(self) -> Any:
+        return self._scaled(super().__iter__())
+
+    def _scaled(self, batches: Any) -> Iterator[Any]:
+        for x, y in batches:
+            yield x * (1 + self.passes / 8), y
+
+
+class GeneratingLoader(CountingLoader):
+    """Is a generator itself: what it does when a pass begins is done with the first batch."""
+
+    def __iter__(self) -> Any:
+        self.passes += 1
+        for x, y in DataLoader.__iter__(self):
+            yield x * (1 + self.passes / 8), y
+
+
+class DrawingLoader(DataLoader[Any]):
+    """Draws from the global generators when a pass begins."""
+
+    def __iter__(self) -> Any:
+        self.offset = float(torch.rand(())) + random.random()
+        return super().__iter__()
+
+
+LOADERS: dict[str, Any] = {
+    "plain": DataLoader,
+    "counting": CountingLoader,
+    "scaling": ScalingLoader,
+    "generating": GeneratingLoader,
+    "drawing": DrawingLoader,
+}
+
+
 def make_data(
     dataset: str,
     sampler: str,
     collate: str,
+    loader: str,
     draws: tuple[str, str, str],
     workers: int,
     persistent: bool,
@@ -499,6 +547,7 @@ def make_data(
         dataset: of `DATASETS`.
         sampler: of `SAMPLERS`.
         collate: `default` or `own`.
+        loader: of `LOADERS`.
         draws: what sampler, dataset and collator draw from.
         workers: how many workers a loader has.
         persistent: whether they live on.
@@ -519,10 +568,10 @@ def make_data(
         return Pair(one, DataLoader(Mapped("nothing", choose), batch_size=5, shuffle=True)), None
     if dataset in ITERABLE:
         stream = ITERABLE[dataset](draws[1], choose)
-        return DataLoader(stream, batch_size=BATCH, **more), stream
+        return LOADERS[loader](stream, batch_size=BATCH, **more), stream
     mapped = MAPPED[dataset](draws[1], choose)
     arguments = sampler_arguments(sampler, draws[0], choose)
-    return DataLoader(mapped, **arguments, **more), mapped
+    return LOADERS[loader](mapped, **arguments, **more), mapped
 
 
 # ------------------------------------------------------------------------- models, optimizers

@@ -192,6 +192,7 @@ class Composition:
     handlers: tuple[tuple[str, str, str], ...]
     saving: str
     scheduler: bool
+    loader: str = "plain"
 
     def text(self) -> str:
         """Returns it as one line."""
@@ -230,6 +231,7 @@ def compose(seed: int) -> Composition:
         ),
         saving=chosen(SAVING),
         scheduler=choose.random() < 0.3,
+        loader=chosen(("plain", "plain", *parts.LOADERS)),
     )
 
 
@@ -248,6 +250,7 @@ class Made:
             composition.dataset,
             composition.sampler,
             composition.collate,
+            composition.loader,
             composition.draws,
             composition.workers[resumed],
             composition.persistent,

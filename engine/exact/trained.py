@@ -1,0 +1,77 @@
+"""The user's functions in what is trained: what modules compute by, and hooks.
+
+A checkpoint has the states of models and optimizers. What a `forward` of the user's, or a hook of a
+module, a parameter or an optimizer, counts, draws from or keeps elsewhere is in none of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from .unnamed import is_others
+
+__all__ = ["functions_of_trained", "holders_of_state"]
+
+# By which of its methods a module says what its state is.
+_STATES: Final = ("state_dict", "get_extra_state", "_save_to_state_dict")
+# Where hooks are kept, and what to call them.
+_OF_MODULES: Final = {
+    "_forward_pre_hooks": "a forward pre-hook",
+    "_forward_hooks": "a forward hook",
+    "_backward_pre_hooks": "a backward pre-hook",
+    "_backward_hooks": "a backward hook",
+}
+_OF_TENSORS: Final = {
+    "_backward_hooks": "a hook",
+    "_post_accumulate_grad_hooks": "a hook after its gradient",
+}
+_OF_OPTIMIZERS: Final = {
+    "_optimizer_step_pre_hooks": "a step pre-hook",
+    "_optimizer_step_post_hooks": "a step post-hook",
+}
+
+
+def functions_of_trained(objects: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the functions of the user's in some objects, by what to call them.
+
+    Args:
+        objects: modules and optimizers, by name.
+    """
+    found: dict[str, Any] = {}
+    for name, value in objects.items():
+        if isinstance(value, Module):
+            for path, module in value.named_modules():
+                where = f"{name}.{path}" if path else name
+                found.update(_hooks(module, where, _OF_MODULES))
+                if not is_others(type(module)):
+                    found[f"the forward of {where}"] = module.forward
+                for own, parameter in module._parameters.items():
+                    found.update(_hooks(parameter, f"{where}.{own}", _OF_TENSORS))
+        elif isinstance(value, Optimizer):
+            found.update(_hooks(value, name, _OF_OPTIMIZERS))
+    return found
+
+
+def holders_of_state(value: Any) -> list[Any]:
+    """Returns the objects whose attributes may be a part of a named object's state.
+
+    A module's state has its parameters, its buffers and its modules', unless a class says more.
+    """
+    if not isinstance(value, Module):
+        return [value]
+    return [
+        one
+        for one in value.modules()
+        if any(getattr(type(one), name) is not getattr(Module, name) for name in _STATES)
+    ]
+
+
+def _hooks(owner: Any, where: str, kinds: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
+    for attribute, called in kinds.items():
+        hooks: Mapping[int, Any] | None = getattr(owner, attribute, None)
+        for number, hook in enumerate(hooks.values() if hooks else ()):
+            yield f"{called} of {where}" + (f", number {number + 1}" if number else ""), hook

@@ -1,0 +1,197 @@
+"""What a model's forward, or a hook, keeps beside what is saved is told; what is saved is not."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from crosstrain.engine import Checks, create_supervised_trainer
+
+Place = Callable[[nn.Sequential, torch.optim.Optimizer, Callable[[], float]], Any]
+
+
+def _forward_hook(model: nn.Sequential, optimizer: Any, draw: Callable[[], float]) -> None:
+    model[0].register_forward_hook(lambda module, given, found: found + draw())
+
+
+def _pre_hook(model: nn.Sequential, optimizer: Any, draw: Callable[[], float]) -> None:
+    model[1].register_forward_pre_hook(lambda module, given: (given[0] + draw(),))
+
+
+def _backward_hook(model: nn.Sequential, optimizer: Any, draw: Callable[[], float]) -> None:
+    def scaled(module: Any, given: Any, found: Any) -> Any:
+        return tuple(one if one is None else one * draw() for one in given)
+
+    model[1].register_full_backward_hook(scaled)
+
+
+def _tensor_hook(model: nn.Sequential, optimizer: Any, draw: Callable[[], float]) -> None:
+    model[0].weight.register_hook(lambda gradient: gradient * draw())
+
+
+def _gradient_hook(model: nn.Sequential, optimizer: Any, draw: Callable[[], float]) -> None:
+    def scaled(parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        parameter.grad.mul_(draw())
+
+    model[0].weight.register_post_accumulate_grad_hook(scaled)
+
+
+def _step_hook(model: nn.Sequential, optimizer: Any, draw: Callable[[], float]) -> None:
+    def rated(*_: Any) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1 * draw()
+
+    optimizer.register_step_pre_hook(rated)
+
+
+class Drawing(nn.Module):
+    """Adds what it draws by an object that it holds."""
+
+    def __init__(self, draw: Callable[[], float]) -> None:
+        super().__init__()
+        self.draw = draw
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self._drawn()
+
+    def _drawn(self) -> float:
+        return self.draw()
+
+
+def _attribute(model: nn.Sequential, optimizer: Any, draw: Callable[[], float]) -> None:
+    model[1] = Drawing(draw)
+
+
+PLACES: dict[str, tuple[Place, str]] = {
+    "a forward hook": (_forward_hook, "a forward hook of model.0"),
+    "a forward pre-hook": (_pre_hook, "a forward pre-hook of model.1"),
+    "a backward hook": (_backward_hook, "a backward hook of model.1"),
+    "a hook of a parameter": (_tensor_hook, "a hook of model.0.weight"),
+    "a hook after a gradient": (_gradient_hook, "a hook after its gradient of model.0.weight"),
+    "a hook of an optimizer": (_step_hook, "a step pre-hook of optimizer"),
+    "an attribute": (_attribute, "the forward of model.1"),
+}
+
+
+class Counter:
+    """Counts its calls."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self) -> float:
+        self.calls += 1
+        return 1 + self.calls / 8
+
+
+def _counter() -> Callable[[], float]:
+    return Counter()
+
+
+def _list() -> Callable[[], float]:
+    seen: list[float] = []
+
+    def draw() -> float:
+        seen.append(1 + len(seen) / 8)
+        return seen[-1]
+
+    return draw
+
+
+def _generator() -> Callable[[], float]:
+    generator = np.random.default_rng(1)
+    return lambda: float(generator.random())
+
+
+def _told(
+    place: Place | None, draw: Callable[[], float], checks: Checks | None = None, loss: Any = None
+) -> list[str]:
+    """Trains for two epochs, and returns what is said when a state is taken after each."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 1))
+    loss = nn.functional.mse_loss if loss is None else loss
+    weights = [*model.parameters(), *(loss.parameters() if isinstance(loss, nn.Module) else ())]
+    optimizer = torch.optim.SGD(weights, 0.1)
+    if place is not None:
+        place(model, optimizer, draw)
+    trainer = create_supervised_trainer(
+        model, optimizer, loss, backend="cpu", deterministic=True, checks=checks
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for epochs in (1, 2):
+            trainer.run([(torch.ones(1, 2), torch.ones(1, 1))] * 3, max_epochs=epochs)
+            trainer.state_dict()
+    return [str(one.message) for one in caught if "A resumed run will" in str(one.message)]
+
+
+@pytest.mark.parametrize("make", [_counter, _list, _generator])
+@pytest.mark.parametrize("place", PLACES)
+def test_what_a_hook_or_a_forward_keeps_is_told_by_where_it_is(
+    place: str, make: Callable[[], Callable[[], float]]
+) -> None:
+    put, called = PLACES[place]
+    said = _told(put, make())
+    assert len(said) == 1, said
+    assert called in said[0]
+    assert not _told(put, make(), Checks(unnamed="off"))
+
+
+class Saved(Drawing):
+    """Has its counter in its state, and a number that is recorded."""
+
+    def __init__(self) -> None:
+        super().__init__(Counter())
+        self.scale = 1.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.scale *= 1.5
+        return super().forward(x) * self.scale
+
+    def get_extra_state(self) -> int:
+        return self.draw.calls  # type: ignore[attr-defined]
+
+    def set_extra_state(self, state: int) -> None:
+        self.draw.calls = state  # type: ignore[attr-defined]
+
+
+class Learned(nn.Module):
+    """A loss that learns its scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.zeros(()))
+
+    def forward(self, found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        loss: torch.Tensor = ((found - wanted) ** 2).mean() * self.scale.exp() + self.scale
+        return loss
+
+
+class Annealed(nn.Module):
+    """A loss that counts its calls in a number, which is recorded."""
+
+    calls = 0
+
+    def forward(self, found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return ((found - wanted) ** 2).mean() / self.calls
+
+
+def test_what_is_saved_or_recorded_is_not_told() -> None:
+    assert not _told(None, Counter())
+    assert not _told(lambda model, optimizer, draw: model.append(nn.Dropout()), Counter())
+    assert not _told(lambda model, optimizer, draw: model.append(Saved()), Counter())
+    assert not _told(None, Counter(), loss=nn.MSELoss())
+    assert not _told(None, Counter(), loss=Annealed())
+
+
+def test_a_loss_that_learns_is_told_unless_it_is_named() -> None:
+    said = _told(None, Counter(), loss=Learned())
+    assert len(said) == 1, said
+    assert "loss_fn" in said[0]
