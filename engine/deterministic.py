@@ -34,6 +34,7 @@ from crosstrain.engine.exact.snapshot import (
     environment,
     load_step,
     report_differences,
+    settings,
     step_state,
 )
 from crosstrain.engine.exact.trained import functions_held, functions_of_trained, holders_of_state
@@ -321,7 +322,7 @@ class DeterministicEngine(Engine):
         if self._conditions is None:
             # Once: some backends' probes take long.
             self._conditions = environment(self.backend)
-        now = {**self._conditions, "threads": torch.get_num_threads()}
+        now = {**self._conditions, **settings()}
         return now if self.shards is None else {**now, SHARDS: self.shards}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
