@@ -34,9 +34,10 @@ from crosstrain.engine.exact.snapshot import (
     environment,
     load_step,
     report_differences,
+    settings,
     step_state,
 )
-from crosstrain.engine.exact.trained import functions_of_trained, holders_of_state
+from crosstrain.engine.exact.trained import functions_held, functions_of_trained, holders_of_state
 from crosstrain.engine.exact.unnamed import functions_of, unnamed_sources
 from crosstrain.engine.ranks.agreed_seed import agreed_seed
 from crosstrain.engine.training.own_step import OwnStep
@@ -261,8 +262,10 @@ class DeterministicEngine(Engine):
             # Lambdas of one function are called alike.
             count = 1 + sum(one.startswith(called) for one in functions)
             functions[called if count == 1 else f"{called}, number {count}"] = function
-        data = functions_of(self.state.dataloader)
-        return {**functions, **data, **functions_of_trained(self._structured())}
+        functions.update(functions_of(self.state.dataloader))
+        for value in self.named_beside:
+            functions.update(functions_held(value))
+        return {**functions, **functions_of_trained(self._structured())}
 
     def _named_elsewhere(self) -> set[int]:
         known = {id(self.state.dataloader), id(self)}
@@ -319,7 +322,7 @@ class DeterministicEngine(Engine):
         if self._conditions is None:
             # Once: some backends' probes take long.
             self._conditions = environment(self.backend)
-        now = {**self._conditions, "threads": torch.get_num_threads()}
+        now = {**self._conditions, **settings()}
         return now if self.shards is None else {**now, SHARDS: self.shards}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

@@ -33,11 +33,13 @@ from .reads import ALL, Use, names_read_of_state, uses_of, uses_of_self
 from .unnamed import (
     GLOBAL_GENERATORS,
     TORCHS_OWN,
+    TRAINED,
     attributes_of,
     functions_in,
     is_others,
     is_source,
     is_users_file,
+    methods_in,
     variables_of,
 )
 
@@ -135,12 +137,12 @@ class UsesWalk:
             elif owner is None:
                 self.value(plain, name, "object", depth + 1, frozenset({_CALLED}))
             return
-        if isinstance(owner, torch.nn.Module):
-            self._attributes(
-                owner, name, "self", depth + 1, frozenset({Use((plain.__name__,), True)})
-            )
-        elif owner is not None and not isinstance(owner, types.ModuleType):
-            self.value(owner, name, "object", depth + 1, frozenset({Use((plain.__name__,), True)}))
+        called = frozenset({Use((plain.__name__,), True)})
+        if isinstance(owner, TRAINED):
+            # It may be known: what it holds beside its state is not.
+            self._attributes(owner, name, "self", depth + 1, called)
+        if owner is not None and not isinstance(owner, types.ModuleType):
+            self.value(owner, name, "object", depth + 1, called)
         self._variables(plain, name, depth)
 
     def _variables(self, plain: types.FunctionType, name: str, depth: int) -> None:
@@ -165,6 +167,8 @@ class UsesWalk:
         """Notes a value, if it is read, or looks into what it is made of."""
         if isinstance(value, type):
             self._space(_values_of(value), owner, name, depth, uses)
+            for own, function in methods_in(value).items():
+                self._variables(function, f"{owner}, its {name}.{own}", depth)
             return
         if is_users_file(value):
             self._space(vars(value), owner, name, depth, uses)
@@ -223,7 +227,7 @@ class UsesWalk:
         """Looks into those attributes of an object that are used, and what its methods use."""
         kind: Any = type(value)
         own = {**_values_of(kind), **attributes_of(value)}
-        if isinstance(value, torch.nn.Module):
+        if isinstance(value, TRAINED):
             # Numbers and words of what is trained are recorded, and put back.
             recorded = {name for name, one in own.items() if type(one) in _RECORDED}
             own = {name: own[name] for name in own.keys() - recorded - TORCHS_OWN}

@@ -60,15 +60,23 @@ def environment(backend: Backend | None) -> dict[str, Any]:
         "backend": spec_of(backend),
         "devices": "" if found is None else ", ".join(found.devices),
         "world size": 1 if backend is None else backend.world.size,
-        "threads": torch.get_num_threads(),
         "cores": _cores(),
         "machine": platform.machine(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "matmul precision": torch.get_float32_matmul_precision(),
         "numpy": numpy.__version__,
         "python": ".".join(map(str, sys.version_info[:3])),
         "torch": str(torch.__version__),
         **({} if found is None else found.versions),
+        **settings(),
+    }
+
+
+def settings() -> dict[str, Any]:
+    """Returns those of an environment that a program may change at any time."""
+    return {
+        "threads": torch.get_num_threads(),
+        "matmul precision": torch.get_float32_matmul_precision(),
+        "default dtype": str(torch.get_default_dtype()),
     }
 
 

@@ -6,7 +6,9 @@ module, a parameter or an optimizer, counts, draws from or keeps elsewhere is in
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, Final
 
 from torch.nn import Module
@@ -14,7 +16,7 @@ from torch.optim import Optimizer
 
 from .unnamed import is_others
 
-__all__ = ["functions_of_trained", "holders_of_state"]
+__all__ = ["functions_held", "functions_of_trained", "holders_of_state"]
 
 # By which of its methods a module says what its state is.
 _STATES: Final = ("state_dict", "get_extra_state", "_save_to_state_dict")
@@ -53,14 +55,33 @@ def functions_of_trained(objects: Mapping[str, Any]) -> dict[str, Any]:
                     found.update(_hooks(parameter, f"{where}.{own}", _OF_TENSORS))
         elif isinstance(value, Optimizer):
             found.update(_hooks(value, name, _OF_OPTIMIZERS))
+            if not is_others(type(value)):
+                found[f"the step of {name}"] = value.step
+    return found
+
+
+def functions_held(value: Any) -> dict[str, Any]:
+    """Returns the functions among an object's attributes, such as those of a `LambdaLR`.
+
+    A state has no functions, and so nothing of what they refer to.
+    """
+    found: dict[str, Any] = {}
+    for name, held in getattr(value, "__dict__", {}).items():
+        each = held if isinstance(held, (list, tuple)) else [held]
+        for number, one in enumerate(each):
+            if inspect.isroutine(one) or isinstance(one, partial):
+                found[f"the {name} of {type(value).__name__}, number {number + 1}"] = one
     return found
 
 
 def holders_of_state(value: Any) -> list[Any]:
     """Returns the objects whose attributes may be a part of a named object's state.
 
-    A module's state has its parameters, its buffers and its modules', unless a class says more.
+    A module's state has its parameters, its buffers and its modules', and an optimizer's what torch
+    has in it, unless a class says more.
     """
+    if isinstance(value, Optimizer):
+        return [] if type(value).state_dict is Optimizer.state_dict else [value]
     if not isinstance(value, Module):
         return [value]
     return [

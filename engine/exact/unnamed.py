@@ -32,18 +32,27 @@ from crosstrain.engine.guards import OTHER_PACKAGES, is_users_object
 __all__ = [
     "GLOBAL_GENERATORS",
     "TORCHS_OWN",
+    "TRAINED",
     "attributes_of",
     "functions_in",
     "functions_of",
     "is_others",
     "is_source",
     "is_users_file",
+    "methods_in",
     "unnamed_sources",
     "variables_of",
 ]
 
-#: The attributes that every module has.
-TORCHS_OWN: Final = frozenset(vars(torch.nn.Module()))
+#: What a checkpoint has by torch's own state of it, and nothing else.
+TRAINED: Final = (torch.nn.Module, Optimizer)
+#: The attributes that torch gives each of them.
+TORCHS_OWN: Final = frozenset(
+    {
+        *vars(torch.nn.Module()),
+        *vars(torch.optim.SGD([torch.zeros(1)])),
+    }
+)
 # Iterators are sources, too: see `is_source`.
 _SOURCES: Final = (
     torch.Generator,
@@ -107,7 +116,7 @@ class _Walk:
                 self.value(value, f"{name}, its argument {index}", depth - 1)
             function = made.func
         owner = getattr(function, "__self__", None)
-        if isinstance(owner, torch.nn.Module):
+        if isinstance(owner, TRAINED):
             # It may be known: what it holds beside its state is not.
             for own, item in attributes_of(owner).items():
                 if own not in TORCHS_OWN:
@@ -148,6 +157,11 @@ class _Walk:
             self._seen.add(id(value))
             for own, generator in _generators_of(value):
                 self.value(generator, f"{name}, {own}", depth - 1)
+            return
+        if depth > 0 and isinstance(value, type):
+            self._seen.add(id(value))
+            for own, function in methods_in(value).items():
+                self.function(function, f"{name}.{own}", depth - 1)
             return
         if depth <= 0 or isinstance(value, _CLOSED):
             return
@@ -236,6 +250,18 @@ def is_users_file(value: Any) -> bool:
     return root not in OTHER_PACKAGES and root not in sys.stdlib_module_names
 
 
+def methods_in(kind: type) -> dict[str, Any]:
+    """Returns the functions that a class of the user's own files has, by name."""
+    if not is_users_file(sys.modules.get(kind.__module__)):
+        return {}
+    found: dict[str, Any] = {}
+    for name, one in vars(kind).items():
+        plain = inspect.unwrap(getattr(one, "__func__", one))
+        if inspect.isfunction(plain):
+            found[name] = plain
+    return found
+
+
 def is_source(value: Any) -> bool:
     """Tells whether a value has a position or random states of its own.
 
@@ -256,6 +282,8 @@ def is_source(value: Any) -> bool:
 def variables_of(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
     """Yields the closure's variables and the globals that the function's code names."""
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        if name == "__class__":
+            continue  # That is how `super()` finds its class.
         try:
             yield name, cell.cell_contents
         except ValueError:

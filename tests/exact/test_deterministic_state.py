@@ -170,12 +170,15 @@ def test_a_changed_environment_is_reported() -> None:
     threads = torch.get_num_threads()
     engine.load_state_dict({**states[3], "environment": {**states[3]["environment"], "torch": "1"}})
     torch.set_num_threads(threads + 1)
+    torch.set_default_dtype(torch.float64)
     try:
         with pytest.warns(ResumeWarning) as caught:
             engine.run(numbers(20))
     finally:
         torch.set_num_threads(threads)
+        torch.set_default_dtype(torch.float32)
     message = str(caught[0].message)
+    assert "default dtype was 'torch.float32' and is 'torch.float64'" in message
     assert f"threads was {threads} and is {threads + 1}" in message
     assert f"torch was '1' and is '{torch.__version__}'" in message
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,13 @@ import pytest
 import torch
 from torch import nn
 
-from crosstrain.engine import Checks, create_supervised_trainer
+from crosstrain.engine import (
+    Checks,
+    Events,
+    ResumeWarning,
+    create_supervised_trainer,
+    resume_or_start,
+)
 
 Place = Callable[[nn.Sequential, torch.optim.Optimizer, Callable[[], float]], Any]
 
@@ -69,6 +76,37 @@ def _attribute(model: nn.Sequential, optimizer: Any, draw: Callable[[], float]) 
     model[1] = Drawing(draw)
 
 
+def _step(model: nn.Sequential, optimizer: Any, draw: Callable[[], float]) -> None:
+    class Scaled(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        parameter.grad.mul_(self.draw())  # type: ignore[attr-defined]
+            return super().step(closure)
+
+    optimizer.__class__ = Scaled
+    optimizer.draw = draw
+
+
+def _function(model: nn.Sequential, optimizer: Any, draw: Callable[[], float]) -> None:
+    class Scaled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+            return gradients[0] * draw()
+
+    class Applied(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = Scaled.apply(x)
+            return found
+
+    model[1] = Applied()
+
+
 PLACES: dict[str, tuple[Place, str]] = {
     "a forward hook": (_forward_hook, "a forward hook of model.0"),
     "a forward pre-hook": (_pre_hook, "a forward pre-hook of model.1"),
@@ -76,6 +114,8 @@ PLACES: dict[str, tuple[Place, str]] = {
     "a hook of a parameter": (_tensor_hook, "a hook of model.0.weight"),
     "a hook after a gradient": (_gradient_hook, "a hook after its gradient of model.0.weight"),
     "a hook of an optimizer": (_step_hook, "a step pre-hook of optimizer"),
+    "an optimizer's step": (_step, "the step of optimizer"),
+    "a function with a gradient of its own": (_function, "the forward of model.1"),
     "an attribute": (_attribute, "the forward of model.1"),
 }
 
@@ -189,6 +229,26 @@ def test_what_is_saved_or_recorded_is_not_told() -> None:
     assert not _told(lambda model, optimizer, draw: model.append(Saved()), Counter())
     assert not _told(None, Counter(), loss=nn.MSELoss())
     assert not _told(None, Counter(), loss=Annealed())
+
+
+def test_a_function_that_a_named_object_holds_is_looked_into(tmp_path: Path) -> None:
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    factors = [1.0]
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: factors[-1])
+    trainer = create_supervised_trainer(
+        model, optimizer, nn.functional.mse_loss, backend="cpu", deterministic=True
+    )
+
+    @trainer.on(Events.ITERATION_COMPLETED)
+    def decay() -> None:
+        factors.append(factors[-1] * 0.9)
+        scheduler.step()
+
+    to_save = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    resume_or_start(trainer, to_save, tmp_path, every=1)
+    with pytest.warns(ResumeWarning, match="the lr_lambdas of LambdaLR, number 1, its 'factors'"):
+        trainer.run([(torch.ones(1, 2), torch.ones(1, 1))] * 3, max_epochs=1)
 
 
 def test_a_loss_that_learns_is_told_unless_it_is_named() -> None:
