@@ -138,7 +138,7 @@ class UsesWalk:
                 self.value(plain, name, "object", depth + 1, frozenset({_CALLED}))
             return
         called = frozenset({Use((plain.__name__,), True)})
-        if isinstance(owner, TRAINED):
+        if isinstance(owner, (*TRAINED, DataLoader)):
             # It may be known: what it holds beside its state is not.
             self._attributes(owner, name, "self", depth + 1, called)
         if owner is not None and not isinstance(owner, types.ModuleType):

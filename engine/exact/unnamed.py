@@ -198,6 +198,8 @@ def functions_of(data: Any) -> dict[str, Any]:
         # One that is a DataLoader by name only, and wraps another, may have none of them.
         names = ("dataset", "collate_fn", "sampler", "batch_sampler")
         owners = {name: getattr(loader, name, None) for name in names}
+        if is_users_object(loader):
+            found["the loader's __iter__"] = loader.__iter__
     else:
         owners = {"data": data}
     for name, owner in owners.items():

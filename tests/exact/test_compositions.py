@@ -72,6 +72,11 @@ PLAIN = Composition(
 FOUND: dict[str, dict[str, Any]] = {
     "a loader that counts its passes": {"loader": "counting"},
     "a loader whose batches follow from its pass": {"loader": "scaling"},
+    "a loader's count in front of a stream with a state": {
+        "dataset": "start-keeping",
+        "loader": "scaling",
+        "saving": "epoch",
+    },
     "a loader that begins its pass with its first batch": {
         "loader": "generating",
         "sampler": "endless with length",

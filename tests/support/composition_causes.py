@@ -94,7 +94,8 @@ def causes_of(composition: Composition, hidden: Iterable[tuple[Any, str]]) -> li
         found.append(Cause("the stream's state", words, (("dataset", "stream"),)))
         if composition.loader in ("scaling", "generating"):
             # The stream's own state tells where it goes on, and nothing of the loader's.
-            words = ((f"class {parts.LOADERS[composition.loader].__name__}", "contents"),)
+            called = f"class {parts.LOADERS[composition.loader].__name__}"
+            words = ((called, "contents"), ("the loader's __iter__", "self.passes"))
             found.append(Cause("the loader", words, (("loader", "plain"),)))
     if composition.second != "none":
         found.append(Cause("the second loader", ((".others",),), (("second", "none"),)))
