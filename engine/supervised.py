@@ -112,16 +112,7 @@ def create_supervised_trainer(
     )
     chosen = open_backend(backend, device, amp_mode, scaler)
     if shards is not None:
-        if capture:
-            raise ValueError(
-                f"shards={shards} adds gradients up pass by pass on the host's word, and "
-                "capture=True has all passes in one graph. Leave one of them out."
-            )
-        if not deterministic:
-            raise ValueError(
-                f"shards={shards} is for the same bits on any number of processes, which takes "
-                "deterministic=True."
-            )
+        _check_shards(shards, capture, deterministic)
         logical = LogicalShards(shards, chosen, model, optimizer, loss_reduction)
         model, optimizer = logical.model, logical.optimizer
         step: TrainingStep = ShardedStep(logical, loss_fn, options)
@@ -141,6 +132,19 @@ def create_supervised_trainer(
         amp: Any = chosen
         state.scaler = amp.precision.scaler
     return trainer
+
+
+def _check_shards(shards: int, capture: bool, deterministic: bool) -> None:
+    if capture:
+        raise ValueError(
+            f"shards={shards} adds gradients up pass by pass on the host's word, and "
+            "capture=True has all passes in one graph. Leave one of them out."
+        )
+    if not deterministic:
+        raise ValueError(
+            f"shards={shards} is for the same bits on any number of processes, which takes "
+            "deterministic=True."
+        )
 
 
 def _named(name: str, value: Any) -> dict[str, Any]:

@@ -49,7 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: the parser of this subcommand.
     """
-    what = parser.add_argument_group("what to run")
+    _add_what(parser.add_argument_group("what to run"))
+    _add_how(parser.add_argument_group("how"))
+    _add_reports(parser.add_argument_group("reports"))
+
+
+def _add_what(what: argparse._ArgumentGroup) -> None:
     what.add_argument(
         "--backends",
         metavar="SPEC[,SPEC...]",
@@ -79,7 +84,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODULE:FUNCTION",
         help="your own training in place of the scenarios' (see docs/matrix.md)",
     )
-    how = parser.add_argument_group("how")
+
+
+def _add_how(how: argparse._ArgumentGroup) -> None:
     how.add_argument(
         "--jobs",
         metavar="N",
@@ -93,7 +100,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=_TIMEOUT,
         help="how long a cell may take (default: %(default)g)",
     )
-    reports = parser.add_argument_group("reports")
+
+
+def _add_reports(reports: argparse._ArgumentGroup) -> None:
     reports.add_argument(
         "--report",
         metavar="DIR",

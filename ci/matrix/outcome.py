@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict, cast, get_args
 
 __all__ = [
+    "OUTCOME",
     "STATUSES",
     "Figure",
     "Hardware",
@@ -22,6 +23,9 @@ __all__ = [
     "as_number",
     "as_text",
 ]
+
+#: The file that a cell writes into its folder.
+OUTCOME = "outcome.json"
 
 Status = Literal["passed", "failed", "error", "timeout", "unavailable", "skipped"]
 STATUSES: tuple[Status, ...] = get_args(Status)

@@ -23,7 +23,7 @@ from typing import Protocol
 
 from crosstrain.ci.trials.processes import Child, ending
 
-from .outcome import InvalidOutcome, Outcome, Status
+from .outcome import OUTCOME, InvalidOutcome, Outcome, Status
 
 __all__ = ["MARK", "Cell", "CellPlan", "CellWatcher", "run_cells"]
 
@@ -201,7 +201,7 @@ class _Process:
         return outcome
 
     def _written(self, code: int, seconds: float) -> Outcome:
-        file = self._folder / "outcome.json"
+        file = self._folder / OUTCOME
         try:
             outcome = Outcome.read(file)
         except FileNotFoundError:

@@ -29,12 +29,9 @@ from crosstrain.ci.trials.scenarios import (
     Verdict,
 )
 
-from .outcome import Hardware, Outcome, Status
+from .outcome import OUTCOME, Hardware, Outcome, Status
 
-__all__ = ["OUTCOME", "main", "play_cell"]
-
-#: The file that a cell writes.
-OUTCOME = "outcome.json"
+__all__ = ["main", "play_cell"]
 
 
 def play_cell(

@@ -193,7 +193,7 @@ def _conditions(left: Mapping[str, Any], right: Mapping[str, Any]) -> Iterator[s
 
 
 def first_difference(
-    left: Trace, right: Trace, tolerance: float | None = None, after: int = 0
+    left: Trace, right: Trace, tolerance: float | None = None
 ) -> Difference | None:
     """Returns the first difference in the iterations that both have, or None.
 
@@ -203,18 +203,16 @@ def first_difference(
         left: a trace.
         right: another.
         tolerance: relative, by norms; None: bit by bit.
-        after: iterations up to this one are left out.
     """
     common = sorted(set(left.iterations) & set(right.iterations))
     kinds: tuple[str, ...] = _BY_VALUE
     if tolerance is not None and _scaled(left) != _scaled(right):
         kinds = tuple(kind for kind in kinds if kind != "gradient")
     for iteration in common:
-        if iteration > after:
-            records = left.record(iteration), right.record(iteration)
-            found = _in_iteration(*records, tolerance, kinds)
-            if found is not None:
-                return found
+        records = left.record(iteration), right.record(iteration)
+        found = _in_iteration(*records, tolerance, kinds)
+        if found is not None:
+            return found
     for trace, missing in ((left, "right"), (right, "left")):
         longer = [one for one in trace.iterations if not common or one > common[-1]]
         if longer:

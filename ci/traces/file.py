@@ -256,10 +256,6 @@ class Trace:
         """What decided the bits of the last process."""
         return self.headers[-1].environment
 
-    def header_of(self, iteration: int) -> Header:
-        """Returns the header of the process that did an iteration."""
-        return self.headers[self._places[iteration][1]]
-
     def record(self, iteration: int) -> Record:
         """Returns an iteration.
 

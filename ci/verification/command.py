@@ -34,6 +34,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "that returns crosstrain.ci.Training",
     )
     add_backend_argument(parser)
+    _add_course(parser)
+    parser.add_argument(
+        "--time-limit",
+        type=above_zero,
+        default=900.0,
+        metavar="SECONDS",
+        help="for all of it (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--keep",
+        type=folder,
+        metavar="DIR",
+        help="leave traces and checkpoints in this empty folder",
+    )
+    parser.add_argument(
+        "--json", type=file_to_write, metavar="PATH", help="write the verdict to this file"
+    )
+
+
+def _add_course(parser: argparse.ArgumentParser) -> None:
+    """Declares where the training is stopped and killed, and by what it goes on."""
     parser.add_argument(
         "--nproc-per-node",
         type=_numbers(1),
@@ -73,22 +94,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="of the straight run and the kills (default: 0)"
-    )
-    parser.add_argument(
-        "--time-limit",
-        type=above_zero,
-        default=900.0,
-        metavar="SECONDS",
-        help="for all of it (default: %(default)g)",
-    )
-    parser.add_argument(
-        "--keep",
-        type=folder,
-        metavar="DIR",
-        help="leave traces and checkpoints in this empty folder",
-    )
-    parser.add_argument(
-        "--json", type=file_to_write, metavar="PATH", help="write the verdict to this file"
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from packaging.version import Version
-from processes import SUPPORT
+from processes import SUPPORT, told_by
 
 from crosstrain import backends
 from crosstrain.ci.matrix.selection import available_specs
@@ -32,11 +32,7 @@ def tell(tmp_path_factory: pytest.TempPathFactory) -> Tell:
     """Runs one of the programs in a process of its own, which has the device for good."""
 
     def run(name: str) -> dict[str, Any]:
-        folder = tmp_path_factory.mktemp(name)
-        program = str(SUPPORT / "emulated_program.py")
-        subprocess.run([sys.executable, program, name, str(folder)], check=True, timeout=280)
-        found: dict[str, Any] = json.loads((folder / "told.json").read_text())
-        return found
+        return told_by("emulated_program.py", name, tmp_path_factory.mktemp(name))
 
     return run
 

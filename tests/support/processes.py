@@ -17,6 +17,14 @@ from forked import ForkedPopen, run
 SUPPORT = Path(__file__).resolve().parent
 
 
+def told_by(program: str, name: str, folder: Path, *arguments: str) -> dict[str, Any]:
+    """Runs a function of a program of the tests in a process; returns what it left in a folder."""
+    command = [sys.executable, str(SUPPORT / program), name, str(folder), *arguments]
+    subprocess.run(command, check=True, timeout=280)
+    told: dict[str, Any] = json.loads((folder / "told.json").read_text())
+    return told
+
+
 def run_world(processes: int, program: str, *arguments: str, **extra: str) -> str:
     """Runs a program of the tests in a world of processes; returns what they printed.
 

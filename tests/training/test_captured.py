@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from packaging.version import Version
-from processes import SUPPORT
+from processes import told_by
 
 from crosstrain.backends import BackendError, get
 from crosstrain.engine import Captured, create_supervised_trainer
@@ -36,13 +33,7 @@ def tell(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """Runs one of the programs in a process of its own, which has the device for good."""
 
     def run(name: str) -> dict[str, Any]:
-        folder = tmp_path_factory.mktemp(name)
-        program = str(SUPPORT / "captured_program.py")
-        subprocess.run(
-            [sys.executable, program, name, str(folder), request.param], check=True, timeout=280
-        )
-        found: dict[str, Any] = json.loads((folder / "told.json").read_text())
-        return found
+        return told_by("captured_program.py", name, tmp_path_factory.mktemp(name), request.param)
 
     return run
 
