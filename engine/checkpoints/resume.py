@@ -9,7 +9,7 @@ import os
 import re
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -131,10 +131,13 @@ def resume_or_start(
     folder = location_of(dirname)
     second = _second_tier(folder, remote, every_remote)
     look = _Look(objects, filename_prefix, resume_from, line or own, (folder, *second))
-    saver: DiskSaver | None = None
-    copies: RemoteCopies | None = None
     claim = Claim(folder, filename_prefix, trainer)
-    try:
+    with ExitStack() as stack:
+        if own is not None:
+            stack.callback(own.close)
+        # Whatever ends this block, Ctrl-C too: the folder, its lock and the place are free again.
+        undo = stack.enter_context(ExitStack())
+        undo.callback(claim.give_back)
         saver = look.open(
             lambda folder: DiskSaver(
                 dirname if folder is None else folder,
@@ -143,25 +146,16 @@ def resume_or_start(
                 overlap=overlap,
             )
         )
+        undo.callback(saver.close)
         claim.take()
         copies = look.copies(second, n_saved)
-        look.restore(trainer.checks)
-        latest = look.latest
-        assert latest is not None
+        if copies is not None:
+            undo.callback(copies.close)
+        latest = look.restore(trainer.checks)
         if copies is not None:
             copies.keeps(look.own_files(trainer.state.iteration, remote=True))
             copies.catch_up(latest)
-    except BaseException:
-        # Whatever ended it, Ctrl-C too: the folder, its lock and the place are free again.
-        claim.give_back()
-        if copies is not None:
-            copies.close()
-        if saver is not None:
-            saver.close()
-        raise
-    finally:
-        if own is not None:
-            own.close()
+        undo.pop_all()
     checkpoint = Checkpoint(objects, saver, filename_prefix, n_saved=n_saved)
     checkpoint.load_state_dict({"_saved": look.own_files(trainer.state.iteration)})
     remote_event = None if every_remote is None else event_of(every_remote)
@@ -373,20 +367,24 @@ class _Look:
                 "file: save into a folder of a file system that they share"
             )
 
-    def restore(self, checks: Checks) -> None:
+    def restore(self, checks: Checks) -> Latest:
         """Restores the objects from what was found; on all ranks or on none.
 
         Args:
             checks: how strict it is.
 
+        Returns:
+            What was found.
+
         Raises:
             CheckpointError: if it is damaged, or does not fit the objects.
             RankFailed: if another rank cannot.
         """
-        assert self.latest is not None
-        path, manifest = self.latest.path, self.latest.manifest
+        latest = self.latest
+        assert latest is not None
+        path, manifest = latest.path, latest.manifest
         if path is None:
-            return
+            return latest
         bare = None if manifest is None else manifest.bare
         line = self.line
         # Its name only: rank 0 has the folder's path as it was given, which may be relative.
@@ -399,6 +397,7 @@ class _Look:
                 found = self._loaded
                 restore(self.objects, found.state, path, {}, checks, bare, found.mapped)
         self._loaded = self._parts = None
+        return latest
 
     def _as_told_here(self, answer: _Answer) -> _Answer:
         """Returns the answer with places in stores as this process was told them.
