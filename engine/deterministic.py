@@ -256,9 +256,7 @@ class DeterministicEngine(Engine):
     def _functions(self) -> dict[str, Any]:
         """Returns the step and the handlers, by what to call them."""
         functions = {"the step": self._process_function}
-        for event, function in self._handlers.all_bound():
-            name = getattr(function, "__qualname__", type(function).__qualname__)
-            called = f"{name} (a handler of {event})"
+        for called, function in self._handlers.all_functions():
             # Lambdas of one function are called alike.
             count = 1 + sum(one.startswith(called) for one in functions)
             functions[called if count == 1 else f"{called}, number {count}"] = function

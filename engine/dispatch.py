@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from enum import IntEnum
+from functools import partial
 from typing import Any, TypeVar
 
 from .events import (
@@ -125,14 +126,15 @@ class Slot:
         else:
             handlers.insert(len(handlers) - 1, binding)
 
+    def bindings(self) -> Iterator[Binding]:
+        """Yields all bindings, in their order."""
+        late = self._late
+        yield from (binding for binding in self.handlers if binding[0] is not late)
+        yield from (binding for _, binding in (() if late is None else late.bindings))
+
     def bound(self) -> Iterator[Callable[..., Any]]:
         """Yields the functions that are attached, in their order."""
-        late = self._late
-        for handler, *_ in self.handlers:
-            if handler is not late:
-                yield handler
-        for _, binding in () if late is None else late.bindings:
-            yield binding[0]
+        return (handler for handler, *_ in self.bindings())
 
     @property
     def users(self) -> list[Binding]:
@@ -209,6 +211,11 @@ class _TimedSlot:
             timer(self.event, handler, began, ended)
 
 
+def _name_of(function: Any) -> str:
+    name: str = getattr(function, "__qualname__", type(function).__qualname__)
+    return name
+
+
 def _phase_of(item: tuple[Phase, Binding]) -> Phase:
     return item[0]
 
@@ -271,11 +278,21 @@ class HandlerTable:
             )
         return slot
 
-    def all_bound(self) -> Iterator[tuple[str, Callable[..., Any]]]:
-        """Yields the functions that are attached to any event, with the event's name."""
+    def all_functions(self) -> Iterator[tuple[str, Callable[..., Any]]]:
+        """Yields the handlers of all events and the filters of these, and what to call each.
+
+        Handlers that are passed more than the engine have it bound to them.
+        """
         for name, slot in self._slots.items():
-            for function in slot.bound():
-                yield name, function
+            for handler, _, extra in slot.bindings():
+                called = f"{_name_of(handler)} (a handler of {name})"
+                if extra is None:
+                    yield called, handler
+                    continue
+                _, _, window, args, kwargs = extra
+                yield called, partial(handler, *args, **kwargs) if args or kwargs else handler
+                if window is not None and window[-1] is not None:
+                    yield f"{_name_of(window[-1])} (a filter of {name})", window[-1]
 
     def bind(
         self,

@@ -11,7 +11,9 @@ which fire once more on a resume, have then done their part.
 
 from __future__ import annotations
 
+import argparse
 import collections
+import contextlib
 import inspect
 import types
 from collections.abc import Iterable, Mapping
@@ -26,10 +28,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from crosstrain.engine.data.source import ResumableSource
 from crosstrain.engine.digest import digest
 from crosstrain.engine.dispatch import Dispatcher
-from crosstrain.engine.guards import OTHER_PACKAGES
+from crosstrain.engine.guards import OTHER_PACKAGES, is_users_object
 from crosstrain.engine.state import State
 
-from .reads import ALL, Use, names_read_of_state, uses_of, uses_of_self
+from .reads import ALL, WRITES, Use, names_read_of_state, uses_of, uses_of_self
 from .unnamed import (
     GLOBAL_GENERATORS,
     TORCHS_OWN,
@@ -82,8 +84,10 @@ class Forgotten:
             walk.function(function, name, _DEPTH)
         walk.settle()
         self.found = walk.found
-        kept = {*_STATE, *keys}
-        for name in sorted(names_read_of_state(walk.functions) - kept):
+        kept, read = {*_STATE, *keys}, names_read_of_state(walk.functions)
+        if "metrics" in read:
+            self.found |= walk.metrics
+        for name in sorted(read - kept):
             if name in vars(state):
                 self.found["trainer.state", name] = _signature(vars(state)[name])
 
@@ -118,6 +122,8 @@ class UsesWalk:
         self._waiting: list[tuple[str, str, Any, int]] = []
         self._read: set[int] = set()
         self.found: dict[tuple[str, str], Any] = {}
+        # pytorch-ignite's: a state only where something reads what they come to.
+        self.metrics: dict[tuple[str, str], Any] = {}
         self.functions: list[Any] = []
 
     def function(self, function: Any, name: str, depth: int) -> None:
@@ -136,6 +142,9 @@ class UsesWalk:
                     self.function(value, f"{name}, its {own}", depth - 1)
             elif owner is None:
                 self.value(plain, name, "object", depth + 1, frozenset({_CALLED}))
+            elif isinstance(owner, _COLLECTIONS) and plain.__name__ not in WRITES:
+                # Such as the `pop` of a list.
+                self.value(owner, name, "object", depth, ALL)
             return
         called = frozenset({Use((plain.__name__,), True)})
         if isinstance(owner, (*TRAINED, DataLoader)):
@@ -151,7 +160,7 @@ class UsesWalk:
             return
         self._seen.add(id(code))
         self.functions.append(plain)
-        variables, uses = dict(variables_of(plain)), uses_of(code)
+        variables, uses = {**_defaults_of(plain), **dict(variables_of(plain))}, uses_of(code)
         for variable, value in variables.items():
             some = ALL if uses is None else uses.get(variable, frozenset[Use]())
             read = frozenset(use for use in some if use.into is None)
@@ -182,8 +191,14 @@ class UsesWalk:
                 self._items(value, owner, name, depth)
             return
         if isinstance(value, State) or {id(value)} & (self._known | GLOBAL_GENERATORS):
+            if is_users_object(value) and not isinstance(value, TRAINED) and depth > 0:
+                self._attributes(value, owner, name, depth, uses)
             return
-        if _has_state(value):
+        if type(value).__module__.startswith("ignite.metrics") and hasattr(value, "state_dict"):
+            if id(value) not in self._seen:
+                self._seen.add(id(value))
+                self.metrics[owner, type(value).__name__] = _state_signature(value)
+        elif _has_state(value):
             if id(value) not in self._seen:
                 self._seen.add(id(value))
                 self.found[owner, name] = _state_signature(value)
@@ -191,7 +206,9 @@ class UsesWalk:
             if inspect.isfunction(value) and not is_others(value):
                 self._space(vars(value), owner, name, depth, uses)
             self.function(value, f"{owner}, its {name}", depth - 1)
-        elif not isinstance(value, torch.nn.Module) and not is_others(type(value)) and depth > 0:
+        elif isinstance(value, torch.nn.Module) or depth <= 0:
+            return
+        elif not is_others(type(value)) or _is_namespace(value):
             self._attributes(value, owner, name, depth, uses)
 
     def _space(
@@ -231,6 +248,10 @@ class UsesWalk:
             # Numbers and words of what is trained are recorded, and put back.
             recorded = {name for name, one in own.items() if type(one) in _RECORDED}
             own = {name: own[name] for name in own.keys() - recorded - TORCHS_OWN}
+        elif id(value) in self._known:
+            # What its state has, under whichever name, goes on with it.
+            saved = _parts_of(value)
+            own = {name: one for name, one in own.items() if _mark(one) not in saved}
         whole = any(not use.path for use in uses)
         # What is passed on may be used in any way.
         called = dir(kind) if whole else [use.path[0] for use in uses if use.path]
@@ -258,6 +279,19 @@ class UsesWalk:
             self._waiting = [one for one in self._waiting if one[3] not in self._read]
             for owner, name, value, _ in left:
                 self.value(value, owner, name, _DEPTH, ALL)
+
+
+def _defaults_of(function: types.FunctionType) -> dict[str, Any]:
+    """Returns the defaults of a function's parameters, by name: one object for all calls."""
+    code, values = function.__code__, function.__defaults__ or ()
+    first = code.co_argcount - len(values)
+    named = zip(code.co_varnames[first : code.co_argcount], values, strict=True)
+    return {**dict(named), **(function.__kwdefaults__ or {})}
+
+
+def _is_namespace(value: Any) -> bool:
+    """Tells whether a value is an object of Python's own that is nothing but its attributes."""
+    return isinstance(value, (types.SimpleNamespace, argparse.Namespace))
 
 
 def _values_of(kind: Any) -> dict[str, Any]:
@@ -297,9 +331,28 @@ def _state_signature(value: Any) -> Any:
             tensor._version for tensor in tensors if not tensor.is_inference()
         ]
     try:
-        return _signature(value.state_dict())
+        return _signature(value.state_dict(), 8)
     except Exception:  # noqa: BLE001  an object of the user's may raise anything
         return None
+
+
+def _mark(value: Any) -> str:
+    return repr(_signature(value))
+
+
+def _parts_of(value: Any) -> set[str]:
+    """Returns marks of what an object's `state_dict` is made of; all of it, if it has none."""
+    left: list[Any] = [getattr(value, "__dict__", {})]
+    with contextlib.suppress(Exception):  # An object of the user's may raise anything.
+        left = [value.state_dict()]
+    found: set[str] = set()
+    while left and len(found) < _ENTRIES:
+        part = left.pop()
+        found.add(_mark(part))
+        if isinstance(part, _COLLECTIONS):
+            some: Any = part
+            left.extend(some.values() if isinstance(some, dict) else some)
+    return found
 
 
 def _signature(value: Any, depth: int = 4) -> Any:

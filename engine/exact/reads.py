@@ -12,10 +12,10 @@ from typing import Any, Final, NamedTuple
 
 from .unnamed import is_others
 
-__all__ = ["ALL", "Use", "names_read_of_state", "uses_of", "uses_of_self"]
+__all__ = ["ALL", "WRITES", "Use", "names_read_of_state", "uses_of", "uses_of_self"]
 
-# What changes a collection and does not look at it.
-_WRITES: Final = frozenset(
+#: What changes a collection and does not look at it.
+WRITES: Final = frozenset(
     {
         "__setitem__",
         "add",
@@ -192,7 +192,7 @@ def _is_read(node: ast.AST, above: _Above) -> bool:
 def _written(call: ast.Call) -> ast.AST | None:
     """Returns what a call writes to, if it does nothing else."""
     function = call.func
-    writes = isinstance(function, ast.Attribute) and function.attr in _WRITES
+    writes = isinstance(function, ast.Attribute) and function.attr in WRITES
     return function.value if writes else None  # type: ignore[attr-defined]
 
 

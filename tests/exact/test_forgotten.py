@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import warnings
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from ignite.metrics import RunningAverage
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -214,6 +216,62 @@ def _ends_in_what_is_read(trainer: Any, model: nn.Module, optimizer: Any) -> Non
     trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: _set_rate(optimizer, rates[-1]))
 
 
+@_case("its 'settings.rate'")
+def _namespace(trainer: Any, model: nn.Module, optimizer: Any) -> None:
+    settings = argparse.Namespace(rate=0.1)
+
+    @trainer.on(Events.ITERATION_COMPLETED)
+    def decay() -> None:
+        settings.rate *= 0.9
+        _set_rate(optimizer, settings.rate)
+
+
+@_case("its 'kept'")
+def _default(trainer: Any, model: nn.Module, optimizer: Any) -> None:
+    @trainer.on(Events.ITERATION_COMPLETED)
+    def decay(engine: Any, kept: list[float] = [0.1]) -> None:  # noqa: B006  that is the case
+        kept[0] *= 0.9
+        _set_rate(optimizer, kept[0])
+
+
+@_case("its 'argument 0'")
+def _handlers_argument(trainer: Any, model: nn.Module, optimizer: Any) -> None:
+    def decay(engine: Any, kept: list[float]) -> None:
+        kept[0] *= 0.9
+        _set_rate(optimizer, kept[0])
+
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, decay, [0.1])
+
+
+@_case("a filter of ITERATION_COMPLETED.*its 'calls'")
+def _filter(trainer: Any, model: nn.Module, optimizer: Any) -> None:
+    calls = [0]
+
+    def third(engine: Any, event: int) -> bool:
+        calls[0] += 1
+        return calls[0] % 3 == 0
+
+    def decay() -> None:
+        _set_rate(optimizer, 0.9 * optimizer.param_groups[0]["lr"])
+
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(event_filter=third), decay)
+
+
+@_case("its take, its 'object'")
+def _method_of_a_list(trainer: Any, model: nn.Module, optimizer: Any) -> None:
+    take = [0.1 - 0.001 * number for number in range(20)].pop
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: _set_rate(optimizer, take()))
+
+
+@_case("a handler of STARTED.*its 'RunningAverage'")
+def _metric_that_is_read(trainer: Any, model: nn.Module, optimizer: Any) -> None:
+    RunningAverage(output_transform=lambda output: output).attach(trainer, "loss")
+
+    @trainer.on(Events.ITERATION_COMPLETED)
+    def follow() -> None:
+        _set_rate(optimizer, min(0.1, trainer.state.metrics["loss"]))
+
+
 def _make(**options: Any) -> tuple[Any, nn.Module, Any]:
     model = nn.Linear(3, 1)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -260,6 +318,41 @@ class _Numbers:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epoch = state["epoch"]
+
+
+class _Half:
+    """A named object whose state leaves out what it also changes by."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer, self.rate, self.factor, self.seen = optimizer, 0.1, 1.0, [0.0]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"the rate": self.rate, "seen": tuple(self.seen)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.rate, self.seen = state["the rate"], list(state["seen"])
+
+    def __call__(self) -> None:
+        self.rate *= 0.9
+        self.factor *= 0.95
+        self.seen.append(sum(self.seen) + self.rate)
+        _set_rate(self.optimizer, self.rate * self.factor)
+
+
+def test_what_the_state_of_a_named_object_leaves_out_is_told(tmp_path: Path) -> None:
+    trainer, model, optimizer = _make()
+    half = _Half(optimizer)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, half)
+    to_save = {"model": model, "optimizer": optimizer, "half": half}
+    resume_or_start(trainer, to_save, tmp_path, every=2, background=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.run(_data(), max_epochs=1)
+    said = [str(one.message) for one in caught if one.category is ResumeWarning]
+    assert len(said) == 1, said
+    assert "its 'object.factor'" in said[0]
+    assert "object.rate" not in said[0]
+    assert "seen" not in said[0]
 
 
 def test_a_number_that_a_named_object_has_too_is_told(tmp_path: Path) -> None:
