@@ -268,8 +268,10 @@ class DeterministicEngine(Engine):
     def _named_elsewhere(self) -> set[int]:
         known = {id(self.state.dataloader), id(self)}
         for value in (*self.named_beside, *named(self.objects, self.saved_beside).values()):
-            # As they are now. Numbers and words are one object wherever they stand.
+            if id(value) in known:
+                continue
             known.add(id(value))
+            # As they are now. Numbers and words are one object wherever they stand.
             for owner in holders_of_state(value):
                 held = getattr(owner, "__dict__", {}).values()
                 known |= {id(one) for one in held if not isinstance(one, SCALARS)}

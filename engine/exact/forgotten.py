@@ -121,6 +121,8 @@ class UsesWalk:
         # What is looked at only to be written into a collection: a state, if that is read.
         self._waiting: list[tuple[str, str, Any, int]] = []
         self._read: set[int] = set()
+        # What the states of named objects are made of.
+        self._saved: dict[int, set[str]] = {}
         self.found: dict[tuple[str, str], Any] = {}
         # pytorch-ignite's: a state only where something reads what they come to.
         self.metrics: dict[tuple[str, str], Any] = {}
@@ -250,7 +252,9 @@ class UsesWalk:
             own = {name: own[name] for name in own.keys() - recorded - TORCHS_OWN}
         elif id(value) in self._known:
             # What its state has, under whichever name, goes on with it.
-            saved = _parts_of(value)
+            if id(value) not in self._saved:
+                self._saved[id(value)] = _parts_of(value)
+            saved = self._saved[id(value)]
             own = {name: one for name, one in own.items() if _mark(one) not in saved}
         whole = any(not use.path for use in uses)
         # What is passed on may be used in any way.

@@ -47,12 +47,7 @@ __all__ = [
 #: What a checkpoint has by torch's own state of it, and nothing else.
 TRAINED: Final = (torch.nn.Module, Optimizer)
 #: The attributes that torch gives each of them.
-TORCHS_OWN: Final = frozenset(
-    {
-        *vars(torch.nn.Module()),
-        *vars(torch.optim.SGD([torch.zeros(1)])),
-    }
-)
+TORCHS_OWN: Final = frozenset({*vars(torch.nn.Module()), "defaults", "param_groups", "state"})
 # Iterators are sources, too: see `is_source`.
 _SOURCES: Final = (
     torch.Generator,
