@@ -39,6 +39,8 @@ class Probe:
     def __init__(self, attributes: Attributes, places: Iterable[str]) -> None:
         self._attributes = attributes
         self._places = frozenset(places)
+        # Each process asks for itself: the one that gives the batch before has then answered.
+        self._asked = False
         # Memory that the workers share: whether it was asked, and the answers.
         answers: Any = torch.zeros(4, dtype=torch.uint8)
         self._answers: Any = answers.share_memory_()
@@ -69,9 +71,9 @@ class Probe:
         Args:
             fetch: fetches a sample, or a few.
         """
-        if self._answers[0]:
+        if self._asked:
             return
-        self._answers[0] = 1
+        self._asked = True
         attributes = self._attributes
         kept = attributes.take()
         base = {place: value for place, value in kept.items() if place not in self._places}
@@ -90,20 +92,21 @@ class Probe:
                 drew = key.asked or digest(random_state.capture()) != before
                 return _Fetched(item, digest(attributes.take()), drew)
 
-            # If it fails, it may.
-            self._answers[3] = 1
+            # If it fails, it may draw.
+            keeps, unseen, draws = False, False, True
             try:
                 first, second = fetched(), fetched()
-                self._answers[3] = first.drew
-                self._answers[2] = first.item != second.item
+                draws, unseen = first.drew, first.item != second.item
                 # The second time it came from where it was kept.
-                self._answers[1] = first.drew and not second.drew
+                keeps = first.drew and not second.drew
                 if digest(base) != first.kept == second.kept:
-                    self._answers[1] |= fetched(True).kept != first.kept
+                    keeps |= fetched(True).kept != first.kept
             except Exception:  # noqa: BLE001  without what it was given it may fail in any way
-                return
+                pass
             finally:
                 attributes.give(kept)
+        for place, answer in enumerate((True, keeps, unseen, draws)):
+            self._answers[place] |= answer
 
 
 class _Fetched(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -366,6 +367,27 @@ def test_what_is_kept_of_draws_is_told_where_workers_come_or_go(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         _play(plain, state=states[2])
+
+
+class SlowInTheSecond(Remembering):
+    def __getitem__(self, index: int) -> Any:
+        worker = torch.utils.data.get_worker_info()
+        time.sleep(0.15 if worker is not None and worker.id else 0.0)
+        return super().__getitem__(index)
+
+
+def _second_begins(worker: int) -> None:
+    time.sleep(0.0 if worker else 0.2)
+
+
+def test_what_is_kept_is_told_whichever_worker_begins() -> None:
+    """The first one gives the batch that is compared, while the second is still asking."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _, states, _ = _play(_loader(Remembering(), num_workers=2))
+    slow = _loader(SlowInTheSecond(), num_workers=2, worker_init_fn=_second_begins)
+    with pytest.warns(ResumeWarning, match="the dataset keeps what it has drawn"):
+        _play(slow, state=states[2])
 
 
 def test_a_cache_that_no_state_has_is_told_when_it_is_saved() -> None:
