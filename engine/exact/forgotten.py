@@ -142,7 +142,7 @@ class UsesWalk:
                 # A step of ours, with the user's functions in it.
                 for own, value in functions_in(plain):
                     self.function(value, f"{name}, its {own}", depth - 1)
-            elif owner is None:
+            elif owner is None and not inspect.isroutine(plain):
                 self.value(plain, name, "object", depth + 1, frozenset({_CALLED}))
             elif isinstance(owner, _COLLECTIONS) and plain.__name__ not in WRITES:
                 # Such as the `pop` of a list.

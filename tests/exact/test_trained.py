@@ -228,6 +228,9 @@ def test_what_is_saved_or_recorded_is_not_told() -> None:
     assert not _told(lambda model, optimizer, draw: model.append(nn.Dropout()), Counter())
     assert not _told(lambda model, optimizer, draw: model.append(Saved()), Counter())
     assert not _told(None, Counter(), loss=nn.MSELoss())
+    assert not _told(
+        lambda model, optimizer, draw: model[0].weight.register_hook(torch.zeros_like), Counter()
+    )
     assert not _told(None, Counter(), loss=Annealed())
 
 
