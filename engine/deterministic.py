@@ -254,7 +254,10 @@ class DeterministicEngine(Engine):
             )
 
     def _functions(self) -> dict[str, Any]:
-        """Returns the step and the handlers, by what to call them."""
+        """Returns what the run calls of the user's, by what to call it.
+
+        The step, handlers, what fetches the data, and what named objects and models hold.
+        """
         functions = {"the step": self._process_function}
         for called, function in self._handlers.all_functions():
             # Lambdas of one function are called alike.
@@ -290,7 +293,7 @@ class DeterministicEngine(Engine):
         return Forgotten(self._functions(), self._named_elsewhere(), self.state, keys)
 
     def _tell_forgotten(self) -> None:
-        """Says what the step and handlers have changed, and read, that no checkpoint holds."""
+        """Says what the run has changed, and reads, that no checkpoint holds."""
         begun = self._begun
         if begun is None:
             return
@@ -299,7 +302,7 @@ class DeterministicEngine(Engine):
             self._told.update(changed)
             Proof().differs(
                 f"A resumed run will begin without what has changed of {'; '.join(changed)}: the "
-                "step or a handler reads it, and no checkpoint holds it. Name what has a "
+                "run reads it, and no checkpoint holds it. Name what has a "
                 "state_dict, such as a scheduler or an average of the weights, in to_save; keep "
                 "other things in an object that has one, or in trainer.state, with their names in "
                 "trainer.state_dict_user_keys. If what is trained does not depend on it: "

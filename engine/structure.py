@@ -21,13 +21,15 @@ from torch.optim import Optimizer
 from .digest import digest
 from .proof import Proof, Strictness
 
-__all__ = ["Restored", "Structure", "named", "rebuild_groups", "recordable"]
+__all__ = ["RECORDED", "Restored", "Structure", "named", "rebuild_groups", "recordable"]
 
 # Larger buffers are recorded by their digest: they are tables that a module computes once.
 _LARGEST_BUFFER: Final = 2**20
 # What wrappers put into the names of the modules inside them.
 _WRAPPERS: Final = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _SHOWN: Final = 5
+#: The types of the attributes that are recorded.
+RECORDED: Final = (bool, int, float, str)
 # Attributes that torch keeps for itself: `training` is recorded, a scheduler sets the last.
 _TORCHS_OWN: Final = frozenset({*vars(Module()), "_opt_called", "_step_count"})
 
@@ -353,7 +355,7 @@ def _plain_attributes(value: Any) -> dict[str, Any]:
         f"{path}{name}": item
         for path, holder in _holders(value).items()
         for name, item in vars(holder).items()
-        if type(item) in (bool, int, float, str) and name not in _TORCHS_OWN
+        if type(item) in RECORDED and name not in _TORCHS_OWN
     }
 
 

@@ -30,6 +30,7 @@ from crosstrain.engine.digest import digest
 from crosstrain.engine.dispatch import Dispatcher
 from crosstrain.engine.guards import OTHER_PACKAGES, is_users_object
 from crosstrain.engine.state import State
+from crosstrain.engine.structure import RECORDED
 
 from .reads import ALL, WRITES, Use, names_read_of_state, uses_of, uses_of_self
 from .unnamed import (
@@ -56,7 +57,6 @@ SCALARS: Final = (bool, int, float, complex, str, bytes, type(None))
 _COLLECTIONS: Final = (dict, list, tuple, set, collections.deque, collections.OrderedDict)
 # They are the data's and the loop's own matter.
 _CLOSED: Final = (DataLoader, Dataset, Sampler, Dispatcher, types.ModuleType, type, ResumableSource)
-_RECORDED: Final = (bool, int, float, str)
 _PLAIN: Final = (*SCALARS, torch.Tensor, numpy.ndarray)
 _CALLED: Final = Use(("__call__",), True)
 _STATE: Final = frozenset(vars(State()))
@@ -248,7 +248,7 @@ class UsesWalk:
         own = {**_values_of(kind), **attributes_of(value)}
         if isinstance(value, TRAINED):
             # Numbers and words of what is trained are recorded, and put back.
-            recorded = {name for name, one in own.items() if type(one) in _RECORDED}
+            recorded = {name for name, one in own.items() if type(one) in RECORDED}
             own = {name: own[name] for name in own.keys() - recorded - TORCHS_OWN}
         elif id(value) in self._known:
             # What its state has, under whichever name, goes on with it.

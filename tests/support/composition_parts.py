@@ -1,7 +1,8 @@
 """Building blocks of composed runs: samplers, datasets, collators, optimizers, modules.
 
 Some keep everything where a resume finds it, some hide what they draw from where nobody looks. Each
-block is made by a function of a `random.Random`, so that a composition is remade from its seed.
+block is made by a function of a `random.Random`, so that a composition is remade from its seed. All
+are one file: blocks of a kind are listed side by side, and a new one is drawn once it is listed.
 """
 
 from __future__ import annotations
