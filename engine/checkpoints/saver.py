@@ -13,8 +13,11 @@ from typing import Any, Self
 import torch
 
 from crosstrain.engine.errors import warn_user
+from crosstrain.engine.formats.safe_load import check_written
+from crosstrain.engine.formats.staging import HostBuffers, HostState, Snapshot, host_state, on_host
 from crosstrain.engine.guards import is_mapping
 from crosstrain.engine.nests import walk_objects
+from crosstrain.engine.parts.write import Staged, Writers, write_in_parts
 from crosstrain.engine.proof import Strictness
 from crosstrain.engine.ranks.line import Line
 from crosstrain.engine.ranks.world import this_rank, world_size
@@ -27,13 +30,10 @@ from crosstrain.engine.storage.errors import (
     CheckpointWriteError,
 )
 from crosstrain.engine.storage.folder import Claim, Contents
-from crosstrain.engine.storage.folders import folder_at
 from crosstrain.engine.storage.locations import Location, StorePath, location_of
 from crosstrain.engine.storage.manifest import Manifest, later_than, software_versions
-from crosstrain.engine.storage.parts_write import Staged, Writers, write_in_parts
-from crosstrain.engine.storage.safe_load import check_written
-from crosstrain.engine.storage.staging import HostBuffers, HostState, Snapshot, host_state, on_host
 from crosstrain.engine.storage.tree_hash import Tree
+from crosstrain.engine.stores.folders import folder_at
 
 from .layouts import FILE, PARTS, endings, is_there, layout_of, list_checkpoints, newest_time
 from .save_handler import BaseSaveHandler, RunFacts

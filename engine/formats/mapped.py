@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 from crosstrain.engine.guards import is_mapping
+from crosstrain.engine.storage.errors import CheckpointCorrupt
+from crosstrain.engine.storage.locations import Location
+from crosstrain.engine.storage.tree_hash import Place, fill, in_threads
 
-from .errors import CheckpointCorrupt
-from .locations import Location
 from .staging import view_like
-from .tree_hash import Place, fill, in_threads
 
 __all__ = ["Mapped", "Stamp", "can_map", "check_stamp", "path_of_descriptor", "stamp_of"]
 

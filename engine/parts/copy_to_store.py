@@ -6,11 +6,12 @@ import contextlib
 from pathlib import Path
 from typing import IO
 
-from .errors import CheckpointError
-from .manifest import INDEX
-from .parts_read import Parts, check_hash, writer_of
-from .parts_write import Writers, filling, met
-from .store_folder import StoreFolder
+from crosstrain.engine.storage.errors import CheckpointError
+from crosstrain.engine.storage.manifest import INDEX
+from crosstrain.engine.stores.store_folder import StoreFolder
+
+from .read import Parts, check_hash, writer_of
+from .write import Writers, filling, met
 
 __all__ = ["PartsToCopy"]
 

@@ -10,19 +10,19 @@ from typing import Any
 
 import torch
 
+from crosstrain.engine.formats.safe_load import check_written
+from crosstrain.engine.formats.staging import state_bytes
 from crosstrain.engine.guards import is_exact_list, is_mapping
 from crosstrain.engine.proof import Strictness
 from crosstrain.engine.ranks.line import Line
+from crosstrain.engine.storage.atomic import HashingFile
+from crosstrain.engine.storage.errors import CheckpointError, CheckpointWriteError
+from crosstrain.engine.storage.folder import Aside, Contents, Folder
+from crosstrain.engine.storage.locations import Location
+from crosstrain.engine.storage.manifest import Manifest, rank_file
+from crosstrain.engine.storage.tree_hash import Tree
 
-from .atomic import HashingFile
-from .errors import CheckpointError, CheckpointWriteError
-from .folder import Aside, Contents, Folder
-from .locations import Location
-from .manifest import Manifest, rank_file
-from .parts_index import encode_index
-from .safe_load import check_written
-from .staging import state_bytes
-from .tree_hash import Tree
+from .index import encode_index
 
 __all__ = ["Staged", "Writers", "filling", "met", "write_in_parts"]
 

@@ -25,9 +25,8 @@ import torch
 from crosstrain.engine.errors import warn_user
 from crosstrain.engine.guards import is_mapping
 from crosstrain.engine.proof import Strictness
-
-from .archive import Archive, Window, read_archive
-from .errors import (
+from crosstrain.engine.storage.archive import Archive, Window, read_archive
+from crosstrain.engine.storage.errors import (
     CheckpointContentError,
     CheckpointCorrupt,
     CheckpointError,
@@ -35,13 +34,14 @@ from .errors import (
     CheckpointUnsafe,
     CheckpointWarning,
 )
-from .folders import folder_at, open_place
-from .locations import Location
-from .manifest import Manifest
+from crosstrain.engine.storage.locations import Location
+from crosstrain.engine.storage.manifest import Manifest
+from crosstrain.engine.storage.tree_hash import Place, TreeCheck, fill
+from crosstrain.engine.stores.folders import folder_at, open_place
+
 from .mapped import Mapped, Stamp, can_map, check_stamp, path_of_descriptor, stamp_of
 from .plain import to_plain
 from .stand_ins import PickleCheck, check_pickle
-from .tree_hash import Place, TreeCheck, fill
 
 __all__ = ["LoadedFile", "Take", "check_written", "load_file", "load_part", "verify_file"]
 

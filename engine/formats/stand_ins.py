@@ -27,9 +27,8 @@ from typing import Any, Final
 import torch
 
 from crosstrain.engine.guards import is_exact_list, is_exact_tuple
-
-from .archive import Record
-from .errors import CheckpointCorrupt, CheckpointError, CheckpointUnsafe
+from crosstrain.engine.storage.archive import Record
+from crosstrain.engine.storage.errors import CheckpointCorrupt, CheckpointError, CheckpointUnsafe
 
 __all__ = ["MAX_KEY_DEPTH", "MAX_KEY_ITEMS", "PickleCheck", "check_pickle"]
 

@@ -8,11 +8,11 @@ import weakref
 from collections.abc import Generator, Mapping
 from typing import IO
 
-from .errors import CheckpointCorrupt
-from .locations import StorePath
-from .parts_files import has_hash
-from .stores import store_of
-from .unnamed import unnamed
+from crosstrain.engine.storage.errors import CheckpointCorrupt
+from crosstrain.engine.storage.locations import StorePath
+from crosstrain.engine.storage.parts_files import has_hash
+from crosstrain.engine.stores.stores import store_of
+from crosstrain.engine.stores.unnamed import unnamed
 
 __all__ = ["Fetched"]
 

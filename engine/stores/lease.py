@@ -30,8 +30,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Final
 
 from crosstrain.engine.shown import shown
+from crosstrain.engine.storage.errors import CheckpointBusy
 
-from .errors import CheckpointBusy
 from .store import Store
 
 __all__ = ["LOCK", "Lease"]

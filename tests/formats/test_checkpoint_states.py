@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from crosstrain.engine import CheckpointContentError, DiskSaver
-from crosstrain.engine.storage.safe_load import load_file
+from crosstrain.engine.formats.safe_load import load_file
 
 DTYPES = sorted(
     {value for value in vars(torch).values() if isinstance(value, torch.dtype)}

@@ -17,9 +17,8 @@ from typing import Any
 import torch
 
 from crosstrain.engine.guards import is_exact_dict, is_exact_list
-
-from .errors import CheckpointCorrupt
-from .manifest import PART
+from crosstrain.engine.storage.errors import CheckpointCorrupt
+from crosstrain.engine.storage.manifest import PART
 
 __all__ = ["Chunk", "Entry", "decode_index", "encode_index"]
 

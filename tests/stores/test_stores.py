@@ -33,9 +33,9 @@ from crosstrain.engine import (
     read_checkpoint,
 )
 from crosstrain.engine.checkpoints.remote import RemoteCopies
-from crosstrain.engine.storage import lease
-from crosstrain.engine.storage.store import Store
-from crosstrain.engine.storage.stores import store_of
+from crosstrain.engine.stores import lease
+from crosstrain.engine.stores.store import Store
+from crosstrain.engine.stores.stores import store_of
 
 LOCK = ".crosstrain.lock"
 

@@ -12,19 +12,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from crosstrain.engine.formats.safe_load import load_file
 from crosstrain.engine.guards import is_mapping
 from crosstrain.engine.spread import at_path
+from crosstrain.engine.storage.atomic import open_regular
+from crosstrain.engine.storage.errors import CheckpointCorrupt, CheckpointError, CheckpointNotFound
+from crosstrain.engine.storage.locations import Location, StorePath, location_of
+from crosstrain.engine.storage.manifest import INDEX, MANIFEST, Manifest, rank_file
+from crosstrain.engine.storage.parts_files import ENDING, MAX_MANIFEST, folder_of_parts, has_hash
+from crosstrain.engine.stores.store_parts import read_manifest
+from crosstrain.engine.stores.stores import store_of
 
-from .atomic import open_regular
-from .errors import CheckpointCorrupt, CheckpointError, CheckpointNotFound
-from .locations import Location, StorePath, location_of
-from .manifest import INDEX, MANIFEST, Manifest, rank_file
-from .parts_fetch import Fetched
-from .parts_files import ENDING, MAX_MANIFEST, folder_of_parts, has_hash
-from .parts_index import Entry, decode_index
-from .safe_load import load_file
-from .store_parts import read_manifest
-from .stores import store_of
+from .fetch_from_store import Fetched
+from .index import Entry, decode_index
 
 __all__ = ["ENDING", "Parts", "Place", "check_hash", "is_in_parts", "own_states", "writer_of"]
 

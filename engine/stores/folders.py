@@ -6,9 +6,10 @@ import contextlib
 from pathlib import Path
 from typing import IO
 
-from .folder import Folder
-from .local_folder import LocalFolder
-from .locations import Location
+from crosstrain.engine.storage.folder import Folder
+from crosstrain.engine.storage.local_folder import LocalFolder
+from crosstrain.engine.storage.locations import Location
+
 from .store_folder import StoreFolder
 
 __all__ = ["folder_at", "open_place"]

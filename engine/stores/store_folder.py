@@ -13,13 +13,14 @@ import os
 from collections.abc import Generator, Sequence
 from typing import IO, Any, Final
 
-from .atomic import fill_file
-from .errors import CheckpointError, CheckpointWriteError
-from .folder import Contents, Entry
+from crosstrain.engine.storage.atomic import fill_file
+from crosstrain.engine.storage.errors import CheckpointError, CheckpointWriteError
+from crosstrain.engine.storage.folder import Contents, Entry
+from crosstrain.engine.storage.locations import StorePath
+from crosstrain.engine.storage.manifest import Manifest
+from crosstrain.engine.storage.parts_files import ENDING
+
 from .lease import Lease
-from .locations import StorePath
-from .manifest import Manifest
-from .parts_files import ENDING
 from .store import Store, Stored
 from .store_parts import StoreAside, remove_orphans, remove_parts
 from .stores import store_of

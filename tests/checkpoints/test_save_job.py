@@ -8,7 +8,7 @@ from types import FrameType
 
 import pytest
 
-from crosstrain.engine.storage.background import BackgroundJob
+from crosstrain.engine.checkpoints.save_job import BackgroundJob
 
 
 def test_a_wait_that_is_interrupted_can_be_gone_on_with() -> None:

@@ -16,9 +16,9 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from crosstrain.engine.errors import warn_user
+from crosstrain.engine.storage.errors import CheckpointWarning
+from crosstrain.engine.storage.locations import StorePath
 
-from .errors import CheckpointWarning
-from .locations import StorePath
 from .store import PIECE, Store, Stored, in_pieces
 
 __all__ = ["S3Store", "s3_options"]

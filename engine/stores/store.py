@@ -18,9 +18,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
-from .errors import CheckpointError
-from .leftovers import FILES, is_leftover, new_name
-from .locations import StorePath
+from crosstrain.engine.storage.errors import CheckpointError
+from crosstrain.engine.storage.leftovers import FILES, is_leftover, new_name
+from crosstrain.engine.storage.locations import StorePath
+
 from .patience import Patience, patience_seconds
 
 __all__ = ["PIECE", "Store", "Stored", "in_pieces"]

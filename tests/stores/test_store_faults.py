@@ -24,8 +24,8 @@ from crosstrain.engine import (
     StorePath,
     read_checkpoint,
 )
-from crosstrain.engine.storage import s3
-from crosstrain.engine.storage.stores import store_of
+from crosstrain.engine.stores import s3
+from crosstrain.engine.stores.stores import store_of
 
 # 6 MiB: two parts, of the smallest size that S3 takes.
 SIZE = 3 << 19

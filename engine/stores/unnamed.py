@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import IO
 
-from .atomic import free_space
+from crosstrain.engine.storage.atomic import free_space
 
 __all__ = ["unnamed"]
 

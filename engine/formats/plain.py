@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from crosstrain.engine.guards import is_array, is_collection, is_mapping
+from crosstrain.engine.storage.errors import CheckpointContentError
 
-from .errors import CheckpointContentError
 from .stand_ins import MAX_KEY_DEPTH, MAX_KEY_ITEMS
 
 __all__ = ["to_plain"]

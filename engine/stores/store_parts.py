@@ -16,12 +16,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Final
 
-from .atomic import fill_file
-from .errors import CheckpointCorrupt, CheckpointError
-from .folder import Contents
-from .locations import StorePath
-from .manifest import INDEX, Manifest
-from .parts_files import MAX_MANIFEST, folder_of_parts, hash_open, whose_parts
+from crosstrain.engine.storage.atomic import fill_file
+from crosstrain.engine.storage.errors import CheckpointCorrupt, CheckpointError
+from crosstrain.engine.storage.folder import Contents
+from crosstrain.engine.storage.locations import StorePath
+from crosstrain.engine.storage.manifest import INDEX, Manifest
+from crosstrain.engine.storage.parts_files import (
+    MAX_MANIFEST,
+    folder_of_parts,
+    hash_open,
+    whose_parts,
+)
+
 from .store import Store
 from .stores import store_of
 from .unnamed import unnamed

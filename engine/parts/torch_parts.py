@@ -27,12 +27,13 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from .errors import CheckpointCorrupt, CheckpointError
-from .folder import Aside
-from .parts_files import PartsHash
-from .parts_index import Chunk, Entry
-from .parts_read import Parts
-from .safe_load import load_part
+from crosstrain.engine.formats.safe_load import load_part
+from crosstrain.engine.storage.errors import CheckpointCorrupt, CheckpointError
+from crosstrain.engine.storage.folder import Aside
+from crosstrain.engine.storage.parts_files import PartsHash
+
+from .index import Chunk, Entry
+from .read import Parts
 
 __all__ = ["read_parts", "write_parts"]
 

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 
 from crosstrain.backends.graphs import repeatable
+from crosstrain.engine.storage.errors import CheckpointError
 
-from .errors import CheckpointError
 from .plain import to_plain
 
 __all__ = [

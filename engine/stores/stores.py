@@ -7,9 +7,10 @@ import os
 from pathlib import Path
 from typing import Any, Final
 
-from .atomic import flush_folder
-from .errors import CheckpointStoreMissing
-from .locations import StorePath
+from crosstrain.engine.storage.atomic import flush_folder
+from crosstrain.engine.storage.errors import CheckpointStoreMissing
+from crosstrain.engine.storage.locations import StorePath
+
 from .s3 import S3Store, s3_options
 from .store import Store
 

@@ -20,8 +20,8 @@ from crosstrain.engine import (
     DiskSaver,
     Engine,
 )
+from crosstrain.engine.formats.safe_load import load_file
 from crosstrain.engine.proof import Checks
-from crosstrain.engine.storage.safe_load import load_file
 
 
 def _shared_layers() -> dict[str, Any]:
