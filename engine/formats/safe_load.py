@@ -11,7 +11,6 @@ import hashlib
 import io
 import os
 import sys
-import tempfile
 import threading
 import warnings
 from bisect import bisect_right
@@ -22,17 +21,13 @@ from typing import IO, Any
 
 import torch
 
-from crosstrain.engine.errors import warn_user
 from crosstrain.engine.guards import is_mapping
-from crosstrain.engine.proof import Strictness
 from crosstrain.engine.storage.archive import Archive, Window, read_archive
 from crosstrain.engine.storage.errors import (
-    CheckpointContentError,
     CheckpointCorrupt,
     CheckpointError,
     CheckpointNotFound,
     CheckpointUnsafe,
-    CheckpointWarning,
 )
 from crosstrain.engine.storage.locations import Location
 from crosstrain.engine.storage.manifest import Manifest
@@ -40,10 +35,9 @@ from crosstrain.engine.storage.tree_hash import Place, TreeCheck, fill
 from crosstrain.engine.stores.folders import folder_at, open_place
 
 from .mapped import Mapped, Stamp, can_map, check_stamp, path_of_descriptor, stamp_of
-from .plain import to_plain
 from .stand_ins import PickleCheck, check_pickle
 
-__all__ = ["LoadedFile", "Take", "check_written", "load_file", "load_part", "verify_file"]
+__all__ = ["LoadedFile", "Take", "check_loadable", "load_file", "load_part", "verify_file"]
 
 _BLOCK = 1 << 20
 # torch.save begins each tensor at a multiple of 64; some processors need it where numbers are read.
@@ -179,52 +173,14 @@ def load_part(file: IO[bytes], at: int, length: int, path: Location) -> Any:
         return _load(io.BytesIO(data), check.names)
 
 
-def check_written(descriptor: int, state: Any, path: Location, strictness: Strictness) -> None:
-    """Holds a file that was just written to what a load of it accepts, but for its hash.
-
-    Args:
-        descriptor: the file, open for reading too.
-        state: the plain state that was written: it is looked through for what is to blame.
-        path: what the file is to be called.
-        strictness: whether what could not be loaded is an error, a warning, or not looked for.
+def check_loadable(descriptor: int) -> None:
+    """Holds an open file to what a load of it accepts, but for its hash.
 
     Raises:
-        CheckpointContentError: if the file could not be loaded; names the objects to blame.
+        CheckpointError: if a load would refuse it.
     """
-    if strictness == "off":
-        return
-    try:
-        _check(descriptor)
-    except CheckpointError as error:
-        blamed = _to_blame(state)
-        message = (
-            f"Checkpoint {path} could not be loaded again: {error}. "
-            + (f"It is in the state of {', '.join(blamed)}. " if blamed else "")
-            + "Keep it in a form of its own: as a tensor, or under fewer and shorter keys"
-        )
-        if strictness == "error":
-            raise CheckpointContentError(f"{message}. It was not saved") from error
-        warn_user(message, CheckpointWarning)
-
-
-def _check(descriptor: int) -> None:
     window = Window.whole(descriptor)
     _scan(window, read_archive(window))
-
-
-def _to_blame(state: Any) -> list[str]:
-    """Returns the names of the objects whose states could not be loaded if they stood alone."""
-    names: list[str] = []
-    for name, value in state.items() if is_mapping(state) else ():
-        with tempfile.TemporaryFile() as file:
-            # Without the data: the tensors' places are what is looked at.
-            torch.save(to_plain(value, lambda tensor, _: tensor.new_empty(0)), file)
-            file.flush()
-            try:
-                _check(file.fileno())
-            except CheckpointError:
-                names.append(repr(name))
-    return names
 
 
 @contextlib.contextmanager

@@ -23,9 +23,7 @@ __all__ = [
     "HostBuffers",
     "HostState",
     "Snapshot",
-    "host_state",
     "on_host",
-    "state_bytes",
     "view_like",
 ]
 
@@ -83,24 +81,6 @@ def on_host(state: Any) -> HostState:
 
     plain = to_plain(state, place)
     return HostState(plain, nbytes)
-
-
-def host_state(state: Any) -> Any:
-    """Returns what `on_host` does, without the number of bytes."""
-    return on_host(state).state
-
-
-def state_bytes(state: Any) -> int:
-    """Returns the bytes of all tensors of a plain state, each storage counted once."""
-    sizes: dict[int, int] = {}
-
-    def count(tensor: torch.Tensor, _: bool) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    to_plain(state, count)
-    return sum(sizes.values())
 
 
 def _is_slice(tensor: torch.Tensor) -> bool:

@@ -8,9 +8,10 @@ from typing import IO
 
 from crosstrain.engine.storage.errors import CheckpointError
 from crosstrain.engine.storage.manifest import INDEX
+from crosstrain.engine.storage.parts_files import check_hash
 from crosstrain.engine.stores.store_folder import StoreFolder
 
-from .read import Parts, check_hash, writer_of
+from .read import Parts, writer_of
 from .write import Writers, filling, met
 
 __all__ = ["PartsToCopy"]
@@ -44,7 +45,7 @@ class PartsToCopy:
 
     def _verify(self) -> None:
         for name, file in self._files.items():
-            check_hash(file, self._found.manifest.files[name][1], self._found.place_of(name))
+            check_hash(file, self._found.manifest.files[name], self._found.place_of(name))
             file.seek(0)
 
     def put(self, folder: StoreFolder) -> None:

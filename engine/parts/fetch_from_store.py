@@ -10,7 +10,7 @@ from typing import IO
 
 from crosstrain.engine.storage.errors import CheckpointCorrupt
 from crosstrain.engine.storage.locations import StorePath
-from crosstrain.engine.storage.parts_files import has_hash
+from crosstrain.engine.storage.parts_files import check_hash, check_size
 from crosstrain.engine.stores.stores import store_of
 from crosstrain.engine.stores.unnamed import unnamed
 
@@ -47,21 +47,14 @@ class Fetched:
             yield file
 
     def _fetch(self, name: str) -> None:
-        size, digest = self._files[name]
+        told = self._files[name]
         where = self.place / name
         try:
-            found = self._store.head(name).size
-            if found != size:
-                told = f"{found:,} bytes and was written with {size:,}"
-                raise CheckpointCorrupt(f"{where} is damaged: it has {told}")
-            with unnamed(size) as file:
-                self._store.fetch(name, size, file.fileno())
+            check_size(self._store.head(name).size, told, where)
+            with unnamed(told[0]) as file:
+                self._store.fetch(name, told[0], file.fileno())
                 file.seek(0)
-                if not has_hash(file, digest):
-                    raise CheckpointCorrupt(
-                        f"{where} is damaged, or of another checkpoint: its hash is not the one "
-                        "that the manifest tells"
-                    )
+                check_hash(file, told, where)
                 self._kept[name] = os.dup(file.fileno())
         except FileNotFoundError:
             raise CheckpointCorrupt(f"{where} is missing") from None

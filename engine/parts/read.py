@@ -19,14 +19,20 @@ from crosstrain.engine.storage.atomic import open_regular
 from crosstrain.engine.storage.errors import CheckpointCorrupt, CheckpointError, CheckpointNotFound
 from crosstrain.engine.storage.locations import Location, StorePath, location_of
 from crosstrain.engine.storage.manifest import INDEX, MANIFEST, Manifest, rank_file
-from crosstrain.engine.storage.parts_files import ENDING, MAX_MANIFEST, folder_of_parts, has_hash
+from crosstrain.engine.storage.parts_files import (
+    ENDING,
+    MAX_MANIFEST,
+    check_hash,
+    check_size,
+    folder_of_parts,
+)
 from crosstrain.engine.stores.store_parts import read_manifest
 from crosstrain.engine.stores.stores import store_of
 
 from .fetch_from_store import Fetched
 from .index import Entry, decode_index
 
-__all__ = ["ENDING", "Parts", "Place", "check_hash", "is_in_parts", "own_states", "writer_of"]
+__all__ = ["ENDING", "Parts", "Place", "is_in_parts", "own_states", "writer_of"]
 
 Place = tuple[tuple[Any, ...], str]
 
@@ -115,7 +121,7 @@ class Parts:
             path = self.place_of(name)
             try:
                 if isinstance(path, Path):
-                    _verify_file(path, *self.manifest.files[name])
+                    _verify_file(path, self.manifest.files[name])
                 else:
                     with self.open_file(name):
                         pass
@@ -182,28 +188,13 @@ def _no_manifest(place: Location) -> CheckpointNotFound:
     )
 
 
-def _verify_file(path: Path, expected: int, digest: str) -> None:
+def _verify_file(path: Path, told: tuple[int, str]) -> None:
     found = path.lstat().st_size
     if path.is_symlink() or not path.is_file():
         raise CheckpointCorrupt(f"{path} is no file, but a link or a folder")
-    if found != expected:
-        told = f"{found:,} bytes and was written with {expected:,}"
-        raise CheckpointCorrupt(f"{path} is damaged: it has {told}")
+    check_size(found, told, path)
     with open_regular(path, linked=False) as file:
-        check_hash(file, digest, path)
-
-
-def check_hash(file: IO[bytes], digest: str, path: Location) -> None:
-    """Holds an open file, from its position on, against the hash that the manifest tells.
-
-    Raises:
-        CheckpointCorrupt: if it has another.
-    """
-    if not has_hash(file, digest):
-        raise CheckpointCorrupt(
-            f"{path} is damaged, or of another checkpoint: its hash is not the one that the "
-            "manifest tells"
-        )
+        check_hash(file, told, path)
 
 
 def writer_of(name: str) -> int:

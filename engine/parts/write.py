@@ -10,17 +10,15 @@ from typing import Any
 
 import torch
 
-from crosstrain.engine.formats.safe_load import check_written
-from crosstrain.engine.formats.staging import state_bytes
+from crosstrain.engine.formats.safe_write import contents_of
+from crosstrain.engine.formats.staging import HostState
 from crosstrain.engine.guards import is_exact_list, is_mapping
 from crosstrain.engine.proof import Strictness
 from crosstrain.engine.ranks.line import Line
-from crosstrain.engine.storage.atomic import HashingFile
 from crosstrain.engine.storage.errors import CheckpointError, CheckpointWriteError
-from crosstrain.engine.storage.folder import Aside, Contents, Folder
+from crosstrain.engine.storage.folder import Aside, Folder
 from crosstrain.engine.storage.locations import Location
 from crosstrain.engine.storage.manifest import Manifest, rank_file
-from crosstrain.engine.storage.tree_hash import Tree
 
 from .index import encode_index
 
@@ -105,6 +103,7 @@ class Staged:
     Args:
         states: without the spread tensors.
         parts: this process's parts of these, by name.
+        nbytes: the bytes of both.
         shards: the spread tensors themselves; their values are not looked at.
         places: where they belong in the states.
         names: of the optimizers' parameters.
@@ -114,6 +113,7 @@ class Staged:
 
     states: Any
     parts: Mapping[str, torch.Tensor]
+    nbytes: int
     shards: Mapping[str, Any]
     places: list[tuple[tuple[Any, ...], str]]
     names: Mapping[tuple[Any, ...], list[str]]
@@ -141,7 +141,7 @@ def write_in_parts(folder: Folder, staged: Staged, manifest: Manifest, writers: 
         return writers.agree(path, error, value)
 
     with filling(aside, writers):
-        writers.begin(aside, state_bytes([staged.states, staged.parts]), path)
+        writers.begin(aside, staged.nbytes, path)
         entries, parts = write_parts(aside, staged.shards, staged.parts, writers.rank, agree)
         files = {**parts, **_write_own(aside, staged, manifest, writers, agree)}
         told = agree(met(aside.deliver), files)
@@ -204,31 +204,11 @@ def _write_rank_file(
 ) -> dict[str, tuple[int, str]]:
     """Writes a rank's file: itself an ordinary checkpoint, with a manifest of its own."""
     name = rank_file(writers.rank)
-
-    def produce(file: HashingFile) -> None:
-        torch.save(own, file)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-
-    def trailer(tree: Tree) -> tuple[bytes, int]:
-        told = Manifest(
-            file=name,
-            size=0,
-            sha256="",
-            saved_at_ns=manifest.saved_at_ns,
-            objects=tuple(own),
-            iteration=manifest.iteration,
-            epoch=manifest.epoch,
-            backend=manifest.backend,
-            world_size=writers.size,
-            rank=writers.rank,
-            versions=manifest.versions,
-        )
-        encoded = told.with_tree(tree).encode()
-        return encoded, len(encoded)
-
-    def check(descriptor: int) -> None:
-        check_written(descriptor, own["states"], aside.root / name, strictness)
-
-    return {name: aside.write(name, Contents(0, produce, trailer, check, parallel=False))}
+    told = replace(manifest, file=name, objects=tuple(own), rank=writers.rank)
+    path = aside.root / name
+    # There is room for it: `begin` has looked.
+    contents = contents_of(HostState(own, 0), told, path, strictness, blamed=own["states"])
+    return {name: aside.write(name, contents)}
 
 
 def _without_repeated(

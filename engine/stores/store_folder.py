@@ -13,9 +13,9 @@ import os
 from collections.abc import Generator, Sequence
 from typing import IO, Any, Final
 
-from crosstrain.engine.storage.atomic import fill_file
+from crosstrain.engine.storage.atomic import Contents, fill_file
 from crosstrain.engine.storage.errors import CheckpointError, CheckpointWriteError
-from crosstrain.engine.storage.folder import Contents, Entry
+from crosstrain.engine.storage.folder import Entry
 from crosstrain.engine.storage.locations import StorePath
 from crosstrain.engine.storage.manifest import Manifest
 from crosstrain.engine.storage.parts_files import ENDING
@@ -118,12 +118,7 @@ class StoreFolder:
         step = "staging"
         try:
             with unnamed(contents.needed) as file:
-                fill_file(
-                    file.fileno(),
-                    contents.produce,
-                    contents.trailer,
-                    parallel=contents.parallel,
-                )
+                fill_file(file.fileno(), contents)
                 step = "reading back"
                 contents.check(file.fileno())
                 self.copy(name, file.fileno())

@@ -16,9 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Final
 
-from crosstrain.engine.storage.atomic import fill_file
+from crosstrain.engine.storage.atomic import Contents, fill_file
 from crosstrain.engine.storage.errors import CheckpointCorrupt, CheckpointError
-from crosstrain.engine.storage.folder import Contents
 from crosstrain.engine.storage.locations import StorePath
 from crosstrain.engine.storage.manifest import INDEX, Manifest
 from crosstrain.engine.storage.parts_files import (
@@ -109,7 +108,7 @@ class StoreAside:
     def write(self, name: str, contents: Contents) -> tuple[int, str]:
         """Writes a file; returns its size and hash."""
         file = self._stage(name)
-        fill_file(file.fileno(), contents.produce, contents.trailer, parallel=False)
+        fill_file(file.fileno(), contents)
         contents.check(file.fileno())
         return _told(file)
 

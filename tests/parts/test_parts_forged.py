@@ -167,7 +167,7 @@ def test_each_process_verifies_what_it_has_written(
         looked.append(name_of[told])
         return has_hash(file, told)
 
-    monkeypatch.setattr("crosstrain.engine.parts.read.has_hash", watched)
+    monkeypatch.setattr("crosstrain.engine.storage.parts_files.has_hash", watched)
     many.verify((1, 2))
     assert sorted(looked) == ["__1_0.distcp", "__1_1.distcp", "rank-1.pt"]
     for size in (1, 2, 3, 20):
