@@ -47,8 +47,9 @@ from crosstrain.engine.training.ignite_steps import (
     supervised_training_step_apex,
     supervised_training_step_tpu,
 )
+from crosstrain.engine.training.options import StepOptions
 from crosstrain.engine.training.shards import LogicalShards
-from crosstrain.engine.training.step import StepEvents, StepOptions, TrainingStep
+from crosstrain.engine.training.step import StepEvents, TrainingStep
 
 from .deterministic import (
     DeterministicEngine,

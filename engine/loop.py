@@ -30,8 +30,6 @@ from .state import State
 if TYPE_CHECKING:
     from crosstrain.backends import Backend
 
-__all__ = ["Loop"]
-
 _END_RUN_EITHER_WAY = (EmptyData, DataUsedUp)
 _OF_A_BATCH = (
     Events.GET_BATCH_STARTED,
