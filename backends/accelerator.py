@@ -23,8 +23,6 @@ from .process_group import join
 from .protocol import Availability
 from .torch_backend import TorchBackend
 
-__all__ = ["AcceleratorBackend", "HpuBackend", "MpsBackend", "NpuBackend", "XpuBackend"]
-
 # Packages outside of torch that bring a type of device: torch loads them when it is imported.
 _PACKAGES = {"npu": "torch_npu", "hpu": "habana_frameworks"}
 _MAKERS = {

@@ -20,8 +20,6 @@ from .precision import as_optimizers, require_gradient
 from .preparation import place, sort_objects
 from .protocol import Availability, StepResult
 
-__all__ = ["LAST_WITH_AMP", "ApexBackend", "amp_absence", "package_versions"]
-
 # The last commit of NVIDIA's apex that has `apex.amp`.
 LAST_WITH_AMP = "e13873debc4699d39c6861074b9a3b2a02327f92"
 

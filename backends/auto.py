@@ -10,8 +10,6 @@ from typing import NamedTuple
 from .errors import BackendUnavailable
 from .protocol import Availability
 
-__all__ = ["Choice", "choose"]
-
 _log = logging.getLogger("crosstrain.backends")
 
 # From the best to the one that is always there. The CPU computes in fp32: few of them have hardware

@@ -10,8 +10,6 @@ import torch
 from .protocol import Availability
 from .torch_backend import TorchBackend
 
-__all__ = ["CpuBackend"]
-
 
 class CpuBackend(TorchBackend):
     """Trains on the CPU. `bf16` and `fp16` autocast; `fp16` scales the loss and skips overflows.

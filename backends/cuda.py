@@ -16,8 +16,6 @@ from .errors import BackendUnavailable, Missing
 from .fsdp import arithmetic_of
 from .protocol import Availability
 
-__all__ = ["CudaBackend"]
-
 
 class CudaBackend(AcceleratorBackend):
     """Trains on one NVIDIA GPU. `fp32` rounds nothing; `tf32` lets products round to TF32.

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from .cuda import CudaBackend
 
-__all__ = ["CudaAmpBackend"]
-
 
 class CudaAmpBackend(CudaBackend):
     """Trains on one NVIDIA GPU under autocast. `fp16` scales the loss and skips overflows.

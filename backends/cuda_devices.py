@@ -12,8 +12,6 @@ import torch
 
 from .errors import Missing
 
-__all__ = ["CudaDevice", "absence", "installed_devices", "needed_capability", "parse_devices"]
-
 # The compute capability from which on the hardware itself computes at an option's precision. An
 # older device may accept it and emulate: that is slower than fp32, so it does not count.
 _NEEDED: dict[str, tuple[int, int]] = {"tf32": (8, 0), "bf16": (8, 0), "fp16": (5, 3)}

@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["deterministic_kernels", "tensor_float_32"]
-
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 # With these, cuBLAS has one workspace a stream and repeats its results.

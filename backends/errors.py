@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["BackendError", "BackendUnavailable", "Missing", "UnknownBackend"]
-
 
 class Missing(NamedTuple):
     """Says why something cannot be used here, and what to do about it, each as a sentence."""

@@ -20,16 +20,6 @@ from .preparation import follow
 from .process_group import join_alone
 from .protocol import World
 
-__all__ = [
-    "Sharding",
-    "arithmetic_of",
-    "check_filled",
-    "is_sharded",
-    "open_mesh",
-    "shard",
-    "unreduced",
-]
-
 _OPTION: Final = "fsdp"
 _NORMS: Final = (torch.nn.modules.batchnorm._BatchNorm,)  # pyright: ignore[reportPrivateUsage]
 # What holds blocks, and has no computation of its own around them.

@@ -12,15 +12,6 @@ import torch
 
 from .errors import Missing
 
-__all__ = [
-    "DeviceGraph",
-    "DeviceGraphs",
-    "graph_class",
-    "is_repeatable",
-    "repeatable",
-    "why_not_captured",
-]
-
 
 def repeatable(hook: Any) -> Any:
     """Marks a hook of an optimizer's step as one that may run at any time, and more than once.

@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     import torch
     from torch.amp.grad_scaler import GradScaler
 
-__all__ = ["for_step", "from_arguments"]
-
 # From the device's type and amp_mode to the spec that does the same.
 _SPECS: dict[tuple[str | None, str | None], str] = {
     ("cpu", None): "cpu",

@@ -11,8 +11,6 @@ import torch
 from .errors import UnknownBackend
 from .protocol import Availability, StepResult, World
 
-__all__ = ["NullBackend"]
-
 
 class NullBackend:
     """Shows how the protocol is driven: `calls` lists each call's name, in order.

@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["map_tensors"]
-
 # What is returned as it is, before anything else is asked about it.
 _PLAIN = (str, bytes, int, float, bool, complex, type(None))
 

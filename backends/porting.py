@@ -7,8 +7,6 @@ from typing import Any, NamedTuple
 
 from .protocol import Backend
 
-__all__ = ["TakenOver", "carry_over", "gradient_scale", "name_parts"]
-
 
 class TakenOver(NamedTuple):
     """What became of another backend's state.

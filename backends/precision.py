@@ -16,8 +16,6 @@ from .errors import BackendError
 from .graphs import repeatable
 from .protocol import StepResult
 
-__all__ = ["DTYPES", "Precision", "as_optimizers", "clip", "require_gradient"]
-
 # The context of a pass in full precision; it can be entered again and again.
 _NOTHING = nullcontext()
 

@@ -9,8 +9,6 @@ import torch
 
 from .errors import BackendError
 
-__all__ = ["follow", "place", "sort_objects"]
-
 
 def sort_objects(
     objects: Iterable[Any],

@@ -16,8 +16,6 @@ from torch.nn.parallel import DistributedDataParallel
 from .errors import BackendError
 from .protocol import World
 
-__all__ = ["group_store", "join", "join_alone", "replicate", "timeout", "without_reduction"]
-
 _PAUSE: Final = 0.05  # seconds
 _TESTED: Final = "2.9 and 2.13"
 # torchrun sets these beside RANK, LOCAL_RANK and WORLD_SIZE.

@@ -13,8 +13,6 @@ from .errors import BackendError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Availability", "Backend", "StepResult", "World", "spec_of"]
-
 
 @dataclass(frozen=True, slots=True)
 class World:

@@ -10,8 +10,6 @@ from typing import Any, cast
 import numpy
 import torch
 
-__all__ = ["capture", "preserved", "restore", "seed", "with_arrays", "without_arrays"]
-
 
 def seed(value: int) -> None:
     """Seeds the global generators of Python, NumPy and torch (on every device that torch knows).

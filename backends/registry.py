@@ -18,18 +18,6 @@ from .tpu_host import import_risk
 if TYPE_CHECKING:
     from .auto import Choice
 
-__all__ = [
-    "AUTO",
-    "GROUP",
-    "VARIABLE",
-    "add_backend_argument",
-    "default_spec",
-    "get",
-    "names",
-    "probe",
-    "short",
-]
-
 GROUP = "crosstrain.backends"
 VARIABLE = "CROSSTRAIN_BACKEND"
 

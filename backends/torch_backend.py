@@ -19,8 +19,6 @@ from .preparation import place, sort_objects
 from .process_group import join, replicate, without_reduction
 from .protocol import Availability, StepResult, World
 
-__all__ = ["TorchBackend"]
-
 
 class TorchBackend:
     """Implements the step protocol where torch runs the device itself.

@@ -17,8 +17,6 @@ from .protocol import Availability
 from .torch_backend import TorchBackend
 from .tpu_host import hardware_absence, installed_version, tpu_chips
 
-__all__ = ["TpuBackend"]
-
 # The versions of torch that torch_tpu 0.2 is made for: from, and up to.
 _TORCH = ((2, 11), (2, 15))
 

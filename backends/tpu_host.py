@@ -10,8 +10,6 @@ from pathlib import Path
 
 from .errors import Missing
 
-__all__ = ["hardware_absence", "import_risk", "installed_version", "tpu_chips"]
-
 _BUS = Path("/sys/bus/pci/devices")
 _GOOGLE = "0x1ae0"
 

@@ -21,8 +21,6 @@ from .torch_backend import TorchBackend
 from .tpu_host import hardware_absence, installed_version, tpu_chips
 from .xla_world import join_on_tpu, refuse_processes, refuse_randperm
 
-__all__ = ["XlaBackend"]
-
 _VARIABLE = "PJRT_DEVICE"
 
 

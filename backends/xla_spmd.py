@@ -15,8 +15,6 @@ from .protocol import Availability
 from .xla import XlaBackend
 from .xla_world import refuse_processes
 
-__all__ = ["XlaSpmdBackend"]
-
 _COUNT = "CPU_NUM_DEVICES"
 
 

@@ -14,8 +14,6 @@ from torch import distributed
 from .errors import BackendError
 from .protocol import World
 
-__all__ = ["join_on_tpu", "refuse_processes", "refuse_randperm"]
-
 _WHY = (
     "torch.randperm on an XLA device draws from a state of the process that can be neither read "
     "nor set, so it cannot be repeated"

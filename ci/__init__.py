@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from crosstrain.ci.traces.recorder import TraceRecorder
     from crosstrain.ci.trials.target import Target, TargetError, Training
-    from crosstrain.ci.verification.run import Verdict, VerifyError, verify
+    from crosstrain.ci.verification.processes import VerifyError
+    from crosstrain.ci.verification.run import Verdict, verify
 
 __all__ = [
     "Target",
@@ -36,7 +37,7 @@ _HOMES = {
     "TraceRecorder": "traces.recorder",
     "Training": "trials.target",
     "Verdict": "verification.run",
-    "VerifyError": "verification.run",
+    "VerifyError": "verification.processes",
     "verify": "verification.run",
 }
 

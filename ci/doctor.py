@@ -14,8 +14,6 @@ from crosstrain.backends import Availability, get, names, probe
 
 from .options import words
 
-__all__ = ["Diagnosis", "add_arguments", "diagnose", "run"]
-
 # One stands for others; the other, made, is this process's device for good.
 _UNMADE = frozenset({"auto", "emulated"})
 

@@ -24,8 +24,6 @@ from crosstrain.engine.checkpoints import (
 from crosstrain.engine.guards import is_collection, is_mapping
 from crosstrain.engine.shown import shown
 
-__all__ = ["Finding", "Part", "add_arguments", "examine", "run"]
-
 
 @dataclass(frozen=True)
 class Part:

@@ -11,16 +11,6 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = [
-    "UsageError",
-    "above_zero",
-    "at_least",
-    "file_to_write",
-    "folder",
-    "require_extra",
-    "words",
-]
-
 
 class UsageError(Exception):
     """What was asked for cannot be done: the message says why, and what to write in its place."""

@@ -34,7 +34,13 @@ PUBLIC_BESIDE = {
 
 # Sections of the reference: a title, and the beginnings of the modules where its names are defined.
 SECTIONS = (
-    ("Checkpoints", ("crosstrain.engine.checkpoints", "crosstrain.engine.storage")),
+    (
+        "Checkpoints",
+        tuple(
+            f"crosstrain.engine.{room}"
+            for room in ("checkpoints", "parts", "formats", "stores", "storage")
+        ),
+    ),
     ("Training steps", ("crosstrain.engine.training", "crosstrain.engine.supervised")),
     (
         "Exact resume",

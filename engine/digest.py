@@ -18,8 +18,6 @@ import torch
 
 from .guards import is_array, is_collection, is_mapping, is_sequence
 
-__all__ = ["Attributes", "Leaf", "differences", "digest", "leaf_of", "leaves", "parts"]
-
 _PLAIN: Final = (bool, int, float, complex, str, bytes, type(None))
 _DEPTH: Final = 16
 

@@ -27,16 +27,6 @@ from .events import (
 )
 from .state import State
 
-__all__ = [
-    "Binding",
-    "Dispatcher",
-    "HandlerTable",
-    "HandlerTimer",
-    "Phase",
-    "Slot",
-    "check_signature",
-]
-
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 # The rest of a gate after `every` and `offset`.
 Window = tuple[int, int, frozenset[int] | None, EventFilter | None]

@@ -15,8 +15,6 @@ from typing import Any, Literal, Protocol
 
 from .events import Events
 
-__all__ = ["EarlyStopping"]
-
 
 class Stoppable(Protocol):
     """What is stopped: an `Engine`, ours or another library's."""

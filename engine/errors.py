@@ -7,8 +7,6 @@ import warnings
 
 from .shown import harmless
 
-__all__ = ["DataUsedUp", "EmptyData", "RankFailed", "ResumeError", "ResumeWarning", "warn_user"]
-
 # Between a line of the user's and ours there may be a context manager's frame.
 _BETWEEN = ("crosstrain.engine", "crosstrain.backends", "contextlib")
 

@@ -9,19 +9,6 @@ from typing import Any, Final, TypeGuard
 
 import numpy as np
 
-__all__ = [
-    "OTHER_PACKAGES",
-    "is_array",
-    "is_collection",
-    "is_exact_dict",
-    "is_exact_list",
-    "is_exact_tuple",
-    "is_mapping",
-    "is_path",
-    "is_sequence",
-    "is_users_object",
-]
-
 #: Objects of these packages are not looked into: what they keep is theirs.
 OTHER_PACKAGES: Final = frozenset(
     {"crosstrain", "ignite", "numpy", "rich", "tensorboard", "torch", "torchdata", "tqdm", "wandb"}

@@ -22,8 +22,6 @@ from typing import Any, Final
 import torch
 from torch.utils.data import DataLoader
 
-__all__ = ["workers_left_alone"]
-
 # Windows has no SIGHUP.
 _SIGNALS: Final = tuple(
     getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)

@@ -13,17 +13,6 @@ import torch
 
 from .guards import is_collection, is_mapping
 
-__all__ = [
-    "Path",
-    "has",
-    "is_branch",
-    "is_module",
-    "map_objects",
-    "name_of",
-    "unwrap",
-    "walk_objects",
-]
-
 Path = tuple[Any, ...]
 
 

@@ -9,16 +9,6 @@ from typing import Any
 from .errors import EmptyData
 from .state import State
 
-__all__ = [
-    "begin",
-    "check_count",
-    "check_limits",
-    "data_length",
-    "is_done",
-    "load_progress",
-    "resume",
-]
-
 
 def data_length(data: Any) -> int | None:
     """Returns the number of batches that `data` gives, or None where it does not tell."""

@@ -11,8 +11,6 @@ from typing import Literal, get_args
 
 from .errors import ResumeError, ResumeWarning, warn_user
 
-__all__ = ["Checks", "Proof", "Strictness"]
-
 Strictness = Literal["error", "warn", "off"]
 
 

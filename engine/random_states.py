@@ -17,8 +17,6 @@ from .guards import is_mapping
 if TYPE_CHECKING:
     from crosstrain.backends import Backend
 
-__all__ = ["random_states", "random_states_kept", "restore_random_states"]
-
 
 def random_states(backend: Backend | None) -> dict[str, Any]:
     """Returns the random states of the host and of the backend's device."""

@@ -10,22 +10,6 @@ from .dispatch import Dispatcher
 from .events import Events
 from .place import Place
 
-__all__ = [
-    "END_EPOCH",
-    "END_RUN",
-    "EPOCH_ENDS",
-    "NO_BATCHES",
-    "ON_PURPOSE",
-    "PAUSE",
-    "QUIET_EPOCH",
-    "QUIET_RUN",
-    "RUN_ENDS",
-    "EndEpoch",
-    "EndRun",
-    "Ranks",
-    "Requests",
-]
-
 # What has been asked of a run and is not done yet: bits of `Engine.asked`.
 PAUSE: Final = 1
 END_EPOCH: Final = 2

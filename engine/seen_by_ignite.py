@@ -16,8 +16,6 @@ from typing import Any
 
 from .dispatch import Binding, HandlerTable, Slot
 
-__all__ = ["Entry", "HandlersByEvent", "HandlersOfEvent", "SeenByIgnite"]
-
 # A handler as pytorch-ignite keeps it: the function, its arguments, its keyword arguments. The
 # first of the arguments is a weak reference to the engine where the handler is to get it.
 Entry = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["harmless", "shown"]
-
 
 def shown(text: object) -> str:
     """Returns a text in one line, in which what cannot be printed is escaped.

@@ -13,8 +13,6 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["FACTORS", "GOLDEN", "WORD", "Words", "finish", "mix", "mix_into", "mix_range", "word"]
-
 Words = npt.NDArray[np.uint64]
 
 WORD: Final = 2**64

@@ -17,19 +17,6 @@ import torch
 from .guards import is_exact_list, is_exact_tuple, is_mapping
 from .nests import Path, has, is_branch, unwrap, walk_objects
 
-__all__ = [
-    "Split",
-    "at_path",
-    "has_spread",
-    "is_sharded",
-    "is_spread",
-    "object_at",
-    "parameter_names",
-    "split",
-    "spread",
-    "spread_like",
-]
-
 
 @dataclass
 class Split:

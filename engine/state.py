@@ -8,8 +8,6 @@ from numbers import Number
 from types import MappingProxyType
 from typing import Any
 
-__all__ = ["State", "Unread"]
-
 # Which attribute of the state counts an event, by the event's name.
 _COUNTERS: Mapping[Any, str] = MappingProxyType(
     {

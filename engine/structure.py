@@ -21,8 +21,6 @@ from torch.optim import Optimizer
 from .digest import digest
 from .proof import Proof, Strictness
 
-__all__ = ["RECORDED", "Restored", "Structure", "named", "rebuild_groups", "recordable"]
-
 # Larger buffers are recorded by their digest: they are tables that a module computes once.
 _LARGEST_BUFFER: Final = 2**20
 # What wrappers put into the names of the modules inside them.

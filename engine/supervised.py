@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
     from crosstrain.backends import Backend
 
-__all__ = ["create_supervised_evaluator", "create_supervised_trainer"]
-
 
 def create_supervised_trainer(
     model: Any,

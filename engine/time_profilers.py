@@ -20,8 +20,6 @@ import torch
 from .dispatch import Dispatcher, Phase
 from .events import Events
 
-__all__ = ["BasicTimeProfiler", "HandlersTimeProfiler"]
-
 _BASIC = (
     Events.EPOCH_STARTED,
     Events.EPOCH_COMPLETED,

@@ -3,6 +3,8 @@
 On the command line: ``python -m crosstrain.ci.conformance mine:bf16``.
 """
 
-from .command import CHECKS, Finding, NonConformance, applicable, check_backend, main
+from .case import NonConformance
+from .checks import CHECKS
+from .command import Finding, applicable, check_backend, main
 
 __all__ = ["CHECKS", "Finding", "NonConformance", "applicable", "check_backend", "main"]

@@ -15,28 +15,6 @@ from crosstrain.backends import Backend, StepResult, get, random_state
 from crosstrain.backends.placement import map_tensors
 from crosstrain.engine import Checkpoint
 
-__all__ = [
-    "LEARNING_RATE",
-    "NOTHING",
-    "SCALING",
-    "Case",
-    "NonConformance",
-    "TargetBackend",
-    "Training",
-    "batch_of",
-    "by_hand",
-    "distance",
-    "expect",
-    "flags",
-    "is_close",
-    "loss_of",
-    "plain_model",
-    "settings_of",
-    "small_model",
-    "through_a_file",
-    "whole",
-]
-
 # Words of `Backend.capabilities`.
 NOTHING = "null"
 SCALING = "loss_scaling"

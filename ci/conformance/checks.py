@@ -37,8 +37,6 @@ from .steps import (
     check_two_optimizers,
 )
 
-__all__ = ["CHECKS", "Check"]
-
 
 @dataclass(frozen=True)
 class Check:

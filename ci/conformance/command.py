@@ -27,8 +27,6 @@ from .checks import CHECKS
 # By how much, as a share, results may differ from those of fp32 on the CPU: enough for bf16.
 _TOLERANCE = 0.05
 
-__all__ = ["CHECKS", "Finding", "NonConformance", "applicable", "check_backend", "main"]
-
 
 @dataclass(frozen=True)
 class Finding:

@@ -13,8 +13,6 @@ from crosstrain.backends import Backend
 
 from .case import Case, NonConformance, expect
 
-__all__ = ["check_batches", "check_put", "check_put_is_exact"]
-
 
 class _Pair(NamedTuple):
     x: torch.Tensor

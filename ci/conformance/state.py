@@ -26,17 +26,6 @@ from .case import (
     through_a_file,
 )
 
-__all__ = [
-    "check_checkpoint",
-    "check_deterministic_flags",
-    "check_deterministic_results",
-    "check_host_streams",
-    "check_random_states",
-    "check_resume",
-    "check_scale_is_not_dropped",
-    "check_state_is_portable",
-]
-
 
 def check_deterministic_flags(case: Case) -> None:
     """Its deterministic context restores every flag that it sets, and sets none before."""

@@ -24,18 +24,6 @@ from .case import (
     whole,
 )
 
-__all__ = [
-    "check_accumulation",
-    "check_agreement",
-    "check_autocast",
-    "check_clipping",
-    "check_missing_gradient",
-    "check_overflow",
-    "check_prepare",
-    "check_step_result",
-    "check_two_optimizers",
-]
-
 STEPS = 30
 
 

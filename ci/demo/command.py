@@ -21,8 +21,6 @@ from .report import DemoRun, draw, print_table
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["add_arguments", "run"]
-
 _EVERY = 10
 
 

@@ -11,8 +11,6 @@ from crosstrain.ci.trials.course import Course, losses_of
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["DemoRun", "draw", "print_table"]
-
 _Row = tuple[str, list[str], bool | None]
 
 # The digests of the last iteration, by what the table calls them.

@@ -10,7 +10,8 @@ use it run in processes of their own, or ask for it by `--backends emulated`.
 """
 
 from .backend import EmulatedBackend
-from .device import COUNT, NAME, host_reads, out_of_memory, pending, register
+from .device import COUNT, NAME, host_reads, out_of_memory, register
+from .streams import pending
 
 __all__ = [
     "COUNT",

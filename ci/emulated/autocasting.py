@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-__all__ = ["libraries"]
-
 # Products, which autocast runs in its type.
 _LOWER = """mm bmm addmm addmv addbmm baddbmm mv matmul linear chain_matmul prelu convolution
 conv1d conv2d conv3d conv_tbc conv_transpose1d conv_transpose2d.input conv_transpose3d.input

@@ -13,8 +13,6 @@ from crosstrain.backends.errors import BackendError, Missing
 
 from .device import COUNT, NAME, register, why_not
 
-__all__ = ["EmulatedBackend"]
-
 
 class EmulatedBackend(AcceleratorBackend):
     """Trains on a device in Python, for tests: it is slower than the CPU and as strict as a GPU.

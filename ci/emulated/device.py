@@ -23,10 +23,8 @@ from .autocasting import libraries
 from .graphs import EmulatedGraph, graph, refuse_waiting, stuck
 from .memory import install as install_memory
 from .memory import is_pinned
-from .streams import Event, Queue, Stream, current, current_queue, pending
+from .streams import Event, Queue, Stream, current, current_queue
 from .streams import install as install_streams
-
-__all__ = ["COUNT", "NAME", "host_reads", "out_of_memory", "pending", "register", "why_not"]
 
 NAME = "emulated"
 #: How many devices there are.

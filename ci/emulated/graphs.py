@@ -14,9 +14,6 @@ import torch
 
 from .streams import Queue, Stream, current_queue, synchronize
 
-__all__ = ["EmulatedGraph", "graph", "refuse_waiting", "stuck"]
-
-
 #: The devices whose generators take themselves for recorded, after a recording that failed.
 stuck: set[int] = set()
 

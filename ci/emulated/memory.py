@@ -10,8 +10,6 @@ import numpy
 import torch
 from torch.utils._device import _device_constructors
 
-__all__ = ["install", "is_pinned"]
-
 # Where pinned memory begins.
 _PINNED: set[int] = set()
 _LIBRARIES: list[Any] = []

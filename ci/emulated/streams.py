@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["Event", "Queue", "Stream", "current", "install", "pending", "synchronize"]
-
 _NativeStream: Any = torch.Stream
 _NativeEvent: Any = torch.Event
 # Work may wait for work of another queue, and a writer's thread waits for that of the training.

@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from .run_all import CellPlan
     from .selection import Selection
 
-__all__ = ["add_arguments", "run", "write_reports"]
-
 # Exit codes; after a signal it is that of a shell for a process that a signal ended.
 OK, BROKEN = 0, 1
 

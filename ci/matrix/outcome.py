@@ -10,20 +10,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypedDict, cast, get_args
 
-__all__ = [
-    "OUTCOME",
-    "STATUSES",
-    "Figure",
-    "Hardware",
-    "InvalidOutcome",
-    "Outcome",
-    "Status",
-    "as_list",
-    "as_mapping",
-    "as_number",
-    "as_text",
-]
-
 #: The file that a cell writes into its folder.
 OUTCOME = "outcome.json"
 

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from .report import Run
     from .run_all import Cell
 
-__all__ = ["MARKS", "LiveProgress", "PlainProgress", "duration", "print_summary", "progress_on"]
-
 # A sign, a colour and a word for each status: no one of them is needed to tell them apart.
 MARKS: Mapping[Status, tuple[str, str]] = {
     "passed": ("✓", "green"),

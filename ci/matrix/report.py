@@ -15,17 +15,6 @@ from typing import Any
 
 from .outcome import InvalidOutcome, Outcome, as_list, as_mapping, as_number, as_text
 
-__all__ = [
-    "BROKEN",
-    "FILE_NAME",
-    "SCHEMA",
-    "SCHEMA_VERSION",
-    "InvalidReport",
-    "Report",
-    "Run",
-    "merged",
-]
-
 SCHEMA = "crosstrain-matrix"
 SCHEMA_VERSION = 1
 FILE_NAME = "matrix.json"

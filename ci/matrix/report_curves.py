@@ -13,8 +13,6 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-__all__ = ["Curve", "Deviation", "chart", "deviation"]
-
 # The drawing, in units of its view box, which are pixels at full size.
 _WIDTH, _LEFT, _RIGHT = 520, 54, 10
 _TOP, _LOSS_HEIGHT = 18, 180

@@ -14,8 +14,6 @@ from .progress import MARKS, duration
 from .report import Report, Run
 from .report_curves import Curve, Deviation, chart, deviation
 
-__all__ = ["page"]
-
 _REFERENCE = "cpu"
 
 # The style sheet has this many colours, and this many kinds of line.

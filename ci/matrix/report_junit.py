@@ -8,8 +8,6 @@ from xml.etree import ElementTree
 from .outcome import Outcome
 from .report import Report, Run
 
-__all__ = ["junit"]
-
 # What XML 1.0 has no way to write, such as the escapes of a coloured log.
 _ILLEGAL = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 

@@ -25,8 +25,6 @@ from crosstrain.ci.trials.processes import Child, ending
 
 from .outcome import OUTCOME, InvalidOutcome, Outcome, Status
 
-__all__ = ["MARK", "Cell", "CellPlan", "CellWatcher", "run_cells"]
-
 COMMAND = ("-m", "crosstrain.ci.matrix.run_one")
 
 # Set in the environment of each cell, and so of all that it starts.

@@ -19,19 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from crosstrain.ci.trials.course import Course, losses_of
-from crosstrain.ci.trials.play import Play
+from crosstrain.ci.trials.play import NotApplicable, Play, Verdict
 from crosstrain.ci.trials.processes import TrainingFailed
-from crosstrain.ci.trials.scenarios import (
-    COMPUTES_NOTHING,
-    SCENARIOS,
-    NotApplicable,
-    Scenario,
-    Verdict,
-)
+from crosstrain.ci.trials.scenarios import COMPUTES_NOTHING, SCENARIOS, Scenario
 
 from .outcome import OUTCOME, Hardware, Outcome, Status
-
-__all__ = ["main", "play_cell"]
 
 
 def play_cell(

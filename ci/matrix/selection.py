@@ -13,15 +13,6 @@ from crosstrain.backends.registry import short
 from crosstrain.ci.options import UsageError
 from crosstrain.ci.trials.target import Target, TargetError
 
-__all__ = [
-    "Selection",
-    "available_specs",
-    "check_target",
-    "chosen_scenarios",
-    "exclusive_specs",
-    "selected",
-]
-
 # Not trained on: one records calls, the other stands for one of the rest.
 _NO_COLUMN = frozenset({"auto", "null"})
 # Trained on where it is asked for: a process that has had this device keeps it.

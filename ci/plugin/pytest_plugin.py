@@ -18,8 +18,6 @@ from .world import RankReports, folder_of_rank, run_in_world, world_size
 if TYPE_CHECKING:
     from crosstrain.backends import Backend
 
-__all__ = ["backend", "backend_spec"]
-
 _SELECTION = pytest.StashKey[Selection]()
 
 # The fixture that is parametrised. Tests that use it use this plugin, and no others do: a project

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from crosstrain.backends import Availability
 
-__all__ = ["VARIABLE", "Row", "Selection", "UnknownSpec", "from_options"]
-
 #: Names backends where `--backends` does not.
 VARIABLE = "CROSSTRAIN_BACKENDS"
 

@@ -16,8 +16,6 @@ import pytest
 
 from crosstrain.ci.trials.processes import Child, torchrun
 
-__all__ = ["FOLDER", "RankReports", "folder_of_rank", "run_in_world", "world_size"]
-
 #: Where the ranks write what became of the test; set in their environment.
 FOLDER = "CROSSTRAIN_PYTEST_WORLD"
 

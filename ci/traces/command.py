@@ -15,8 +15,6 @@ from crosstrain.ci.options import above_zero
 from .diff import Comparison, Difference, compare
 from .file import Trace, TraceError
 
-__all__ = ["add_arguments", "as_json", "run"]
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``crosstrain diff``.

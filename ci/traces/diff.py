@@ -9,15 +9,6 @@ from typing import Any, Final
 
 from .file import Record, Thing, Trace, TraceError
 
-__all__ = [
-    "Comparison",
-    "Difference",
-    "compare",
-    "default_tolerance",
-    "earliest",
-    "first_difference",
-]
-
 # What is compared across kinds of devices: their random streams differ, and so does, for all that
 # is computed, the last bit.
 _BY_VALUE: Final = ("loss", "gradient", "parameter", "buffer")

@@ -24,8 +24,6 @@ import torch
 from crosstrain.engine.guards import is_array, is_mapping, is_sequence
 from crosstrain.engine.splitmix import mix_into, word
 
-__all__ = ["Digester", "salt", "tensors_of", "text_digest"]
-
 # Elements that are multiplied at once: the table of constants and the products take 8 MiB each.
 _CHUNK: Final = 1 << 20
 _SMALLEST: Final = 1 << 12

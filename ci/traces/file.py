@@ -16,17 +16,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-__all__ = [
-    "FORMAT",
-    "Header",
-    "Record",
-    "Thing",
-    "Trace",
-    "TraceError",
-    "TraceWriter",
-    "path_of_rank",
-]
-
 #: The version of the format.
 FORMAT: Final = 1
 _NOTHING: Final = "-" * 16

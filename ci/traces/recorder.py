@@ -23,8 +23,6 @@ from crosstrain.engine.state import Unread
 from .digest import Digester, tensors_of, text_digest
 from .file import Header, Thing, TraceWriter, path_of_rank
 
-__all__ = ["TraceRecorder"]
-
 _MASK: Final = (1 << 64) - 1
 
 

@@ -7,8 +7,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Course", "deviation", "first_difference", "first_distance", "losses_of"]
-
 # What is compared of an iteration, what depends on it after what it depends on.
 _THINGS = (
     "epoch",

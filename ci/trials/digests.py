@@ -12,8 +12,6 @@ from typing import Any
 from crosstrain.backends.placement import map_tensors
 from crosstrain.engine import digest as nests
 
-__all__ = ["digest", "leaf_digests"]
-
 _DIGITS = 16
 
 

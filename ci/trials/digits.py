@@ -13,8 +13,6 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-__all__ = ["DigitsDataset", "digits_network", "read_digits"]
-
 _TRAINING_SAMPLES = 1437
 
 

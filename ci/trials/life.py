@@ -46,8 +46,6 @@ from .target import Target, TargetError, Training
 from .trainings import TRAININGS
 from .traits import traits_of
 
-__all__ = ["main"]
-
 Emit = Callable[[Mapping[str, Any]], None]
 
 # More iterations than any run has.

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Self
 
-__all__ = ["FAILED", "UNUSABLE", "Order"]
-
 #: The exit code of a process whose training raised an exception.
 FAILED: Final = 1
 #: The exit code of a process whose target or backend cannot be used.

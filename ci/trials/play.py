@@ -13,8 +13,6 @@ from .course import Course, deviation, first_difference, first_distance
 from .order import Order
 from .processes import Life
 
-__all__ = ["NotApplicable", "Play", "Verdict"]
-
 # Of these each process has as many as it likes.
 _IN_SOFTWARE = ("cpu", "emulated")
 

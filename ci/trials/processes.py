@@ -20,8 +20,6 @@ from typing import Any, Final, Self
 
 from .order import Order
 
-__all__ = ["STOPPED", "Child", "Life", "TrainingFailed", "ending", "torchrun"]
-
 #: The exit code of a process that SIGTERM has stopped.
 STOPPED: Final = 128 + signal.SIGTERM
 _LIFE: Final = "crosstrain.ci.trials.life"

@@ -12,16 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from .play import NotApplicable, Play, Verdict
-
-__all__ = [
-    "COMPUTES_NOTHING",
-    "LOSS_TOLERANCE",
-    "SCENARIOS",
-    "NotApplicable",
-    "Scenario",
-    "Verdict",
-]
+from .play import Play, Verdict
 
 #: The word in a backend's capabilities that says that it computes nothing: no scenario applies.
 COMPUTES_NOTHING = "null"

@@ -17,8 +17,6 @@ from typing import TYPE_CHECKING, Any, Self
 if TYPE_CHECKING:
     from crosstrain.engine import DeterministicEngine
 
-__all__ = ["Target", "TargetError", "Training"]
-
 _FORMS = "PACKAGE.MODULE:FUNCTION or PATH/TO/FILE.py:FUNCTION"
 _CONTRACT = "def training(backend: str, workers: int = 0) -> Training"
 

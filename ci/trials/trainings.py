@@ -22,8 +22,6 @@ from crosstrain.engine import (
 from .digits import DigitsDataset, digits_network
 from .target import Training
 
-__all__ = ["OVERFLOWS", "TRAININGS", "Builder"]
-
 # Takes an opened backend and the number of the loader's workers, and options of its own.
 Builder = Callable[..., Training]
 

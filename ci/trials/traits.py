@@ -12,8 +12,6 @@ from crosstrain.engine import Events
 
 from .target import Training
 
-__all__ = ["traits_of"]
-
 # Packages whose handlers, samplers and modules are known to keep nothing that is lost.
 _KNOWN: Final = ("crosstrain", "torch", "torchdata")
 # How many of a kind are named.

@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Final, Literal
 
-__all__ = ["Status", "causes"]
-
 Status = Literal["exact", "not exact", "not repeatable"]
 
 _RANDOM_RESUMED: Final = (

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
     from .run import RunResult, Verdict
 
-__all__ = ["add_arguments", "print_verdict", "run"]
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``crosstrain verify``.
@@ -131,7 +129,8 @@ def run(args: argparse.Namespace) -> int:
 
     from crosstrain.ci.trials.target import TargetError
 
-    from .run import VerifyError, verify
+    from .processes import VerifyError
+    from .run import verify
 
     console = Console(highlight=False)
     # Before torch is imported, which takes a while.

@@ -14,8 +14,6 @@ from typing import Any, Self
 from crosstrain.ci.trials.order import UNUSABLE, Order
 from crosstrain.ci.trials.processes import STOPPED, Life
 
-__all__ = ["End", "Kill", "Processes", "VerifyError", "moments"]
-
 
 class VerifyError(Exception):
     """A training cannot be verified; the message says why and what to do."""

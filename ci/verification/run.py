@@ -19,8 +19,6 @@ from crosstrain.ci.trials.target import Target
 from .causes import Status, causes
 from .processes import End, Processes, VerifyError, moments
 
-__all__ = ["Progress", "RunResult", "Verdict", "VerifyError", "verify"]
-
 #: Called with what a run is called, the iteration that it has done, and how many there are (0
 #: where that is not known yet).
 Progress = Callable[[str, int, int], None]

@@ -7,6 +7,9 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from crosstrain.engine.formats.safe_load import LoadedFile, load_file, verify_file
+from crosstrain.engine.parts.fill import filled
+from crosstrain.engine.parts.read import ENDING, Parts, is_in_parts, own_states
 from crosstrain.engine.storage.archive import read_comment
 from crosstrain.engine.storage.errors import (
     CheckpointCorrupt,
@@ -15,13 +18,9 @@ from crosstrain.engine.storage.errors import (
     is_lack,
 )
 from crosstrain.engine.storage.folder import Entry
-from crosstrain.engine.storage.folders import folder_at
 from crosstrain.engine.storage.locations import Location
 from crosstrain.engine.storage.manifest import Manifest
-from crosstrain.engine.storage.parts_read import ENDING, Parts, is_in_parts, own_states
-from crosstrain.engine.storage.safe_load import LoadedFile, load_file, verify_file
-
-from .parts import filled
+from crosstrain.engine.stores.folders import folder_at
 
 __all__ = [
     "FILE",

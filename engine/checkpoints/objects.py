@@ -12,6 +12,7 @@ import torch
 
 from crosstrain.engine.engine import Engine
 from crosstrain.engine.errors import warn_user
+from crosstrain.engine.formats.mapped import Mapped
 from crosstrain.engine.guards import is_mapping, is_sequence
 from crosstrain.engine.nests import (
     has,
@@ -32,7 +33,6 @@ from crosstrain.engine.storage.errors import (
     CheckpointWarning,
 )
 from crosstrain.engine.storage.locations import Location
-from crosstrain.engine.storage.mapped import Mapped
 from crosstrain.engine.structure import named, rebuild_groups, recordable
 
 from .in_place import copies_its_state, keeps_in_its_state

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import numpy
 import torch
 
+from crosstrain.engine.formats.plain import to_plain
 from crosstrain.engine.guards import is_mapping
 from crosstrain.engine.spread import has_spread, is_spread
-from crosstrain.engine.storage.plain import to_plain
 from crosstrain.engine.storage.tree_hash import in_threads
 
 __all__ = ["Difference", "differences"]

@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from crosstrain.engine.errors import warn_user
+from crosstrain.engine.formats.safe_load import verify_file
+from crosstrain.engine.parts.copy_to_store import PartsToCopy
+from crosstrain.engine.parts.write import Writers
 from crosstrain.engine.ranks.line import Line
 from crosstrain.engine.ranks.world import this_rank
 from crosstrain.engine.shown import shown
@@ -17,12 +20,9 @@ from crosstrain.engine.storage.errors import (
     CheckpointWriteError,
 )
 from crosstrain.engine.storage.folder import Claim
-from crosstrain.engine.storage.folders import open_place
 from crosstrain.engine.storage.locations import StorePath
-from crosstrain.engine.storage.parts_copy import PartsToCopy
-from crosstrain.engine.storage.parts_write import Writers
-from crosstrain.engine.storage.safe_load import verify_file
-from crosstrain.engine.storage.store_folder import StoreFolder
+from crosstrain.engine.stores.folders import open_place
+from crosstrain.engine.stores.store_folder import StoreFolder
 
 from .layouts import FILE, PARTS, layout_of
 from .loading import Latest

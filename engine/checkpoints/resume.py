@@ -15,6 +15,8 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from crosstrain.engine.engine import Engine
+from crosstrain.engine.formats.safe_load import LoadedFile, load_file
+from crosstrain.engine.parts.read import Parts
 from crosstrain.engine.proof import Checks
 from crosstrain.engine.ranks.agreement import agree
 from crosstrain.engine.ranks.line import Line, has_ranks
@@ -28,8 +30,6 @@ from crosstrain.engine.storage.errors import (
 )
 from crosstrain.engine.storage.locations import Location, StorePath, location_of
 from crosstrain.engine.storage.manifest import Manifest
-from crosstrain.engine.storage.parts_read import Parts
-from crosstrain.engine.storage.safe_load import LoadedFile, load_file
 
 from .claim import Claim
 from .handler import Checkpoint

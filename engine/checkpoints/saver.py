@@ -13,27 +13,25 @@ from typing import Any, Self
 import torch
 
 from crosstrain.engine.errors import warn_user
+from crosstrain.engine.formats.safe_write import contents_of
+from crosstrain.engine.formats.staging import HostBuffers, HostState, Snapshot, on_host
 from crosstrain.engine.guards import is_mapping
 from crosstrain.engine.nests import walk_objects
+from crosstrain.engine.parts.write import Staged, Writers, write_in_parts
 from crosstrain.engine.proof import Strictness
 from crosstrain.engine.ranks.line import Line
 from crosstrain.engine.ranks.world import this_rank, world_size
 from crosstrain.engine.shown import shown
 from crosstrain.engine.spread import has_spread, parameter_names, split
-from crosstrain.engine.storage.atomic import HashingFile
 from crosstrain.engine.storage.errors import (
     CheckpointError,
     CheckpointWarning,
     CheckpointWriteError,
 )
-from crosstrain.engine.storage.folder import Claim, Contents
-from crosstrain.engine.storage.folders import folder_at
+from crosstrain.engine.storage.folder import Claim
 from crosstrain.engine.storage.locations import Location, StorePath, location_of
 from crosstrain.engine.storage.manifest import Manifest, later_than, software_versions
-from crosstrain.engine.storage.parts_write import Staged, Writers, write_in_parts
-from crosstrain.engine.storage.safe_load import check_written
-from crosstrain.engine.storage.staging import HostBuffers, HostState, Snapshot, host_state, on_host
-from crosstrain.engine.storage.tree_hash import Tree
+from crosstrain.engine.stores.folders import folder_at
 
 from .layouts import FILE, PARTS, endings, is_there, layout_of, list_checkpoints, newest_time
 from .save_handler import BaseSaveHandler, RunFacts
@@ -42,9 +40,6 @@ from .save_job import SaveJob, own_lines
 __all__ = ["DiskSaver"]
 
 _logger = logging.getLogger(__name__)
-
-# What is not tensor data: the archive's directory, the pickle, the manifest. Generous.
-_SPARE_BYTES = 2 << 20
 
 
 class DiskSaver(BaseSaveHandler):
@@ -276,26 +271,15 @@ class DiskSaver(BaseSaveHandler):
         self, path: Location, told: Manifest, host: HostState, strictness: Strictness
     ) -> None:
         """Writes a plain state; in whichever thread."""
-
-        def produce(file: HashingFile) -> None:
-            # torch asks only for write and flush.
-            torch.save(host.state, file, **self.kwargs)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-
-        def trailer(tree: Tree) -> tuple[bytes, int]:
-            encoded = told.with_tree(tree).encode()
-            return encoded, len(encoded)
-
-        def check(descriptor: int) -> None:
-            check_written(descriptor, host.state, path, strictness)
-
-        contents = Contents(
-            host.nbytes + _SPARE_BYTES,
-            produce,
-            trailer,
-            check,
-            self._atomic,
+        contents = contents_of(
+            host,
+            told,
+            path,
+            strictness,
+            atomic=self._atomic,
             # Beside training, the thread makes do with one core.
             parallel=not self._background,
+            **self.kwargs,
         )
         self._folder.write(path.name, contents)
 
@@ -343,10 +327,13 @@ class DiskSaver(BaseSaveHandler):
         parts = {name: shard.to_local().detach() for name, shard in taken.shards.items()}  # type: ignore[attr-defined]
         nest: dict[str, Any] = {"states": taken.tree, "parts": parts}
         snapshot = Snapshot(nest, self._buffers) if self._background else None
-        plain = host_state(nest) if snapshot is None else snapshot.state
+        plain, nbytes = (
+            on_host(nest) if snapshot is None else HostState(snapshot.state, snapshot.nbytes)
+        )
         staged = Staged(
             plain["states"],
             plain["parts"],
+            nbytes,
             taken.shards,
             taken.places,
             names,

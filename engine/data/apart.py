@@ -19,8 +19,6 @@ from crosstrain.backends import random_state
 from .batch_before import hold
 from .streams import leave
 
-__all__ = ["Apart", "Secluded"]
-
 
 class Secluded:
     """Fetches in the main process, and leaves that process's own random streams as they were."""

@@ -21,8 +21,6 @@ from crosstrain.engine.guards import is_users_object
 
 from .generators import TRANSFORMS, copied, packed, same, unpacked
 
-__all__ = ["Attributes", "plain_or_none"]
-
 _DEPTH: Final = 4
 # What is larger is the data itself, and not a state of it.
 _ENTRIES: Final = 4096

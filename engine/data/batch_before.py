@@ -23,18 +23,6 @@ from crosstrain.backends import World
 from crosstrain.engine.digest import Attributes, Leaf, differences, digest, leaf_of, parts
 from crosstrain.engine.proof import Proof, Strictness
 
-__all__ = [
-    "Held",
-    "Noted",
-    "Suspects",
-    "compare",
-    "compare_twice",
-    "differs",
-    "hold",
-    "is_comparable",
-    "record",
-]
-
 # A batch as it was fetched: its containers copied, and each tensor with its version.
 Held = tuple[Any, list[tuple[torch.Tensor, int]]]
 

@@ -39,8 +39,6 @@ from .streams import StreamKey, plain_indices, rank_seed, seed_host, step_seed
 if TYPE_CHECKING:
     from crosstrain.backends import Backend
 
-__all__ = ["Cursor", "dataflow_of"]
-
 _NONE: Final = object()
 _NONE_YET: Final = {"reason": "the state was written before the first batch of a pass"}
 _HANDLERS_CHANGE: Final = (

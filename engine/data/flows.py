@@ -31,16 +31,6 @@ from .sampling import is_loader, rebuilt
 from .shares import ALONE, BatchShare
 from .streams import StreamKey
 
-__all__ = [
-    "Dataflow",
-    "Iterate",
-    "NoData",
-    "ReplayedFlow",
-    "SequenceFlow",
-    "StatefulFlow",
-    "changed_places",
-]
-
 Iterate = Callable[[Any], Iterator[Any]]
 
 # With how many batches of a run its data's state is looked at.

@@ -16,22 +16,6 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from crosstrain.backends.random_state import with_arrays, without_arrays
 from crosstrain.engine.guards import is_collection, is_users_object
 
-__all__ = [
-    "GENERATORS",
-    "TRANSFORMS",
-    "OwnStates",
-    "Raw",
-    "copied",
-    "differing",
-    "generator_state",
-    "generators_in",
-    "is_stateful",
-    "packed",
-    "same",
-    "set_generator_state",
-    "unpacked",
-]
-
 GENERATORS: Final = (
     torch.Generator,
     random.Random,

@@ -22,8 +22,6 @@ from crosstrain.engine.splitmix import mix
 from .attributes import Attributes
 from .streams import KeyedBatchDataset, KeyedDataset, KeyedIndex, KeyedIndices, sample_key
 
-__all__ = ["Probe"]
-
 _OTHER: Final = 0x6B656570
 
 

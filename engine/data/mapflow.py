@@ -24,8 +24,6 @@ from .sampling import KeyedSampler, rebuilt
 from .shares import ALONE, check_divisible
 from .streams import KeyedBatchDataset, KeyedDataset, StreamKey, rank_seed, sample_key
 
-__all__ = ["MapFlow"]
-
 
 class MapFlow(Dataflow):
     """A DataLoader over a map-style dataset: opened at any batch without fetching, streams keyed.

@@ -25,16 +25,6 @@ from torch.utils.data.distributed import DistributedSampler
 
 from crosstrain.backends import random_state
 
-__all__ = [
-    "Batch",
-    "batches_from",
-    "computes_its_order",
-    "draws_at_once",
-    "is_seekable",
-    "pinned",
-    "samples_from",
-]
-
 # The versions of torch whose samplers draw as it is done here.
 _TESTED: Final = "2.9 and 2.13"
 

@@ -9,8 +9,6 @@ from crosstrain.backends import World
 
 from .sampling import is_iterable, is_loader
 
-__all__ = ["PerRank", "check_own", "is_map_style", "is_own", "not_dealt_out", "own_data"]
-
 
 class PerRank:
     """Data of which every process has its own part already: it is taken as it is, by each.

@@ -33,8 +33,6 @@ from torch.utils.data import Sampler
 
 from crosstrain.engine.splitmix import GOLDEN, WORD, Words, mix, mix_into, word
 
-__all__ = ["FeistelNetwork", "PermutationSampler", "order_key", "permute", "unpermute"]
-
 IndexArray = npt.NDArray[np.int64]
 
 MAX_SIZE: Final = 2**48

@@ -19,15 +19,6 @@ from .order import Batch, batches_from, computes_its_order, is_seekable, samples
 from .shares import BatchShare, Dealt, deal, deal_spans
 from .streams import KeyedIndex, KeyedIndices, StreamKey
 
-__all__ = [
-    "KeyedSampler",
-    "ReproducibleBatchSampler",
-    "is_iterable",
-    "is_loader",
-    "rebuilt",
-    "update_dataloader",
-]
-
 T = TypeVar("T")
 
 # How many batches of a sampler of unknown type are drawn at once, under random states of its own.

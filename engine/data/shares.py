@@ -23,24 +23,6 @@ from .order import BLOCK, Batch, computes_its_order, pinned
 if TYPE_CHECKING:
     from crosstrain.backends import Backend
 
-__all__ = [
-    "ALONE",
-    "BatchShare",
-    "Dealt",
-    "ShardedBatch",
-    "Shards",
-    "check_divisible",
-    "check_shards",
-    "counted",
-    "deal",
-    "deal_spans",
-    "deals_out",
-    "mean_over_ranks",
-    "share_of",
-    "span",
-    "world_of",
-]
-
 ALONE: Final = World()
 
 

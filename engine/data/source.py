@@ -18,8 +18,6 @@ from .streams import ALL_STREAMS, StreamKey
 if TYPE_CHECKING:
     from crosstrain.backends import Backend
 
-__all__ = ["ResumableSource"]
-
 
 class ResumableSource:
     """Gives a second loader, a stream or a random generator a state, to be saved beside a trainer.

@@ -20,23 +20,6 @@ import torch
 
 from crosstrain.engine.splitmix import mix, mix_range
 
-__all__ = [
-    "ALL_STREAMS",
-    "KeyedBatchDataset",
-    "KeyedDataset",
-    "KeyedIndex",
-    "KeyedIndices",
-    "SampleStreams",
-    "StreamKey",
-    "current_sample",
-    "leave",
-    "plain_indices",
-    "rank_seed",
-    "sample_key",
-    "seed_host",
-    "step_seed",
-]
-
 ALL_STREAMS: Final = ("python", "numpy", "torch")
 
 _MASK: Final = (1 << 64) - 1

@@ -11,8 +11,6 @@ from .line import Line, has_ranks
 if TYPE_CHECKING:
     from crosstrain.backends import Backend
 
-__all__ = ["agreed_seed"]
-
 
 def agreed_seed(given: int | None, backend: Backend | None) -> int:
     """Returns the seed of a run: the one given, or one drawn from torch's global generator.

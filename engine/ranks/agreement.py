@@ -27,8 +27,6 @@ from .watch import Watch, describe
 if TYPE_CHECKING:
     from crosstrain.engine.engine import Engine
 
-__all__ = ["Agreement", "agree", "agreement_of"]
-
 _ENDS: Final = END_RUN | END_EPOCH
 # Within this a thread answers that lives; torchrun gives its processes 30 s between SIGTERM and
 # SIGKILL.

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
     from .line import Line
 
-__all__ = ["RankCheck", "digests"]
-
 # Words that are mixed at a time, 32 bytes for each: on a CPU, what its caches hold.
 _BLOCK: Final = 1 << 22
 _CPU_BLOCK: Final = 1 << 14

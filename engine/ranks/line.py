@@ -20,8 +20,6 @@ from crosstrain.engine.shown import harmless, shown
 
 from .store import AskedStore
 
-__all__ = ["Line", "has_ranks", "said_of"]
-
 # Seconds between two looks at the store: the first, and the most. A wait of the store's own that
 # runs out writes lines of warnings.
 _LOOKS: Final = (0.001, 0.05)

@@ -9,8 +9,6 @@ from typing import Any
 
 from torch import distributed
 
-__all__ = ["AskedStore"]
-
 
 class AskedStore:
     """Asks a store, and gives up where it does not answer within a limit.

@@ -21,8 +21,6 @@ from typing import Any, Final
 
 from crosstrain.backends import BackendError
 
-__all__ = ["VARIABLE", "end_if_stuck", "patience"]
-
 VARIABLE: Final = "CROSSTRAIN_END_STUCK"
 _PATIENCE: Final = "15"
 # Seconds between two looks.

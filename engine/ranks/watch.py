@@ -21,8 +21,6 @@ from .stuck import end_if_stuck, patience
 if TYPE_CHECKING:
     from crosstrain.engine.state import State
 
-__all__ = ["Watch", "describe"]
-
 _logger = logging.getLogger(__name__)
 
 # As long as a wait of the store can be: whoever has something to tell ends it.

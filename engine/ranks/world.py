@@ -9,8 +9,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from crosstrain.backends import World
 
-__all__ = ["this_rank", "unshared", "world_size"]
-
 
 def this_rank() -> int:
     """Returns the rank of this process: the process group's, or torchrun's before there is one."""

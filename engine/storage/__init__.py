@@ -1,1 +1,1 @@
-"""States as files: whole or absent, verified, and free of code. Knows no engine."""
+"""Files and folders: whole or absent, hashed, locked, and listed. Knows no engine and no store."""

@@ -15,6 +15,7 @@ import os
 import stat
 from collections.abc import Callable, Generator
 from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Final, Self
 
@@ -24,6 +25,7 @@ from .mounted import is_of_this_machine
 from .tree_hash import Tree, TreeHash
 
 __all__ = [
+    "Contents",
     "HashingFile",
     "check_free_space",
     "fill_file",
@@ -120,39 +122,50 @@ class HashingFile:
         return self._hash.tree()
 
 
-def write_file(
-    path: Path,
-    produce: Callable[[HashingFile], None],
-    trailer: Callable[[Tree], tuple[bytes, int]],
-    *,
-    check: Callable[[int], None] = lambda _: None,
-    atomic: bool = True,
-    parallel: bool = True,
-) -> None:
+@dataclass(frozen=True)
+class Contents:
+    """What a file is to hold.
+
+    Args:
+        produce: writes it into the file that it is given.
+        trailer: called with the hashes of that; returns bytes to append, whose number replaces the
+            last two bytes before them.
+        check: called with the descriptor of the whole file, before it gets its name; what it raises
+            ends the writing.
+        needed: its bytes at most.
+        atomic: if false, it is written under its name: for file systems without rename. A kill then
+            leaves a part of a file. One that was there is removed first, not written over: who has
+            it open goes on to read what it was.
+        parallel: hashes in a thread beside the writing.
+    """
+
+    produce: Callable[[HashingFile], None]
+    trailer: Callable[[Tree], bytes]
+    check: Callable[[int], None]
+    needed: int = 0
+    atomic: bool = True
+    parallel: bool = False
+
+
+def write_file(path: Path, contents: Contents) -> None:
     """Writes a file so that at any moment its name stands for a whole file or for none.
 
     Args:
         path: the file; one of this name is replaced.
-        produce: writes the contents into the file that it is given.
-        trailer: called with the size and the hashes of the contents; returns bytes to append, and
-            the 16-bit number that replaces the last two bytes of the contents.
-        check: called with the descriptor of the whole file, before it gets its name; what it raises
-            ends the writing.
-        atomic: if false, the file is written under its name: for file systems without rename. A
-            kill then leaves a part of a file. One that was there is removed first, not written
-            over: who has it open goes on to read what it was.
-        parallel: hashes in a thread beside the writing.
+        contents: what it is to hold.
 
     Raises:
-        CheckpointWriteError: if the file system refuses a step; it names the file, step and cause.
+        CheckpointWriteError: if it does not fit, or the file system refuses a step; it names the
+            file, step and cause.
     """
+    check_free_space(path, contents.needed)
     step = "creating"
     try:
-        with _Aside(path, named=not atomic) as aside:
+        with _Aside(path, named=not contents.atomic) as aside:
             step = "writing"
-            fill_file(aside.descriptor, produce, trailer, parallel=parallel)
+            fill_file(aside.descriptor, contents)
             step = "reading back"
-            check(aside.descriptor)
+            contents.check(aside.descriptor)
             step = "flushing"
             os.fsync(aside.descriptor)
             step = "naming"
@@ -163,32 +176,20 @@ def write_file(
         raise _write_error(path, step, error) from error
 
 
-def fill_file(
-    descriptor: int,
-    produce: Callable[[HashingFile], None],
-    trailer: Callable[[Tree], tuple[bytes, int]],
-    *,
-    parallel: bool,
-) -> None:
+def fill_file(descriptor: int, contents: Contents) -> None:
     """Writes the contents of an open file, which is empty.
-
-    Args:
-        descriptor: the file.
-        produce: see `write_file`, as for what follows.
-        trailer: likewise.
-        parallel: likewise.
 
     Raises:
         OSError: if the file system refuses it.
     """
-    with ThreadPoolExecutor(1) if parallel else contextlib.nullcontext() as hasher:
+    with ThreadPoolExecutor(1) if contents.parallel else contextlib.nullcontext() as hasher:
         file = HashingFile(descriptor, hasher)
-        produce(file)
+        contents.produce(file)
         tree = file.finish()
-    appendix, patch = trailer(tree)
-    file.write(appendix)
+    trailer = contents.trailer(tree)
+    file.write(trailer)
     file.finish()
-    os.pwrite(descriptor, patch.to_bytes(2, "little"), file.size - len(appendix) - 2)
+    os.pwrite(descriptor, len(trailer).to_bytes(2, "little"), file.size - len(trailer) - 2)
 
 
 class _Aside:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol
 
 from .archive import Readable
-from .atomic import HashingFile
+from .atomic import Contents
 from .locations import Location
 from .manifest import Manifest
-from .tree_hash import Tree
 
-__all__ = ["Aside", "Claim", "Contents", "Entry", "Folder"]
+__all__ = ["Aside", "Claim", "Entry", "Folder"]
 
 
 @dataclass(frozen=True)
@@ -35,29 +34,6 @@ class Entry:
     is_folder: bool
     modified_ns: int = 0
     lost: str | None = None
-
-
-@dataclass(frozen=True)
-class Contents:
-    """What a file is to hold.
-
-    Args:
-        needed: its bytes at most.
-        produce: writes them.
-        trailer: called with the hashes of the contents; returns bytes to append, and the 16-bit
-            number that replaces the last two bytes of the contents.
-        check: called with the descriptor of the whole file, before it gets its name; what it raises
-            ends the writing.
-        atomic: if false, it is written under its name.
-        parallel: hashes in a thread beside the writing.
-    """
-
-    needed: int
-    produce: Callable[[HashingFile], None]
-    trailer: Callable[[Tree], tuple[bytes, int]]
-    check: Callable[[int], None] = lambda _: None
-    atomic: bool = True
-    parallel: bool = True
 
 
 class Claim(Protocol):

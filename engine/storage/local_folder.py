@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import IO
 
 from .archive import Window
-from .atomic import check_free_space, make_folder, open_regular, write_file
+from .atomic import Contents, make_folder, open_regular, write_file
 from .errors import is_lack
-from .folder import Contents, Entry
+from .folder import Entry
 from .leftovers import PARTS, new_name, remove_leftovers
 from .local_parts import LocalAside
 from .lock import FolderLock
@@ -83,16 +83,7 @@ class LocalFolder:
 
     def write(self, name: str, contents: Contents) -> None:
         """Writes a file, whole or not at all."""
-        path = self._path / name
-        check_free_space(path, contents.needed)
-        write_file(
-            path,
-            contents.produce,
-            contents.trailer,
-            check=contents.check,
-            atomic=contents.atomic,
-            parallel=contents.parallel,
-        )
+        write_file(self._path / name, contents)
 
     def aside(self, manifest: Manifest) -> LocalAside:
         """Returns where the files of a new checkpoint in parts go first."""

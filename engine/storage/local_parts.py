@@ -10,9 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
-from .atomic import check_free_space, flush_folder, write_file
+from .atomic import Contents, check_free_space, flush_folder, write_file
 from .errors import CheckpointWriteError
-from .folder import Contents
 from .leftovers import ASIDE, PARTS, new_name
 from .manifest import INDEX, MANIFEST, Manifest
 from .parts_files import hash_file
@@ -71,7 +70,7 @@ class LocalAside:
     def write(self, name: str, contents: Contents) -> tuple[int, str]:
         """Writes a file; returns its size and hash."""
         path = self.root / name
-        write_file(path, contents.produce, contents.trailer, check=contents.check, parallel=False)
+        write_file(path, contents)
         return path.stat().st_size, hash_file(path)
 
     def deliver(self) -> None:

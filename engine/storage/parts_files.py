@@ -11,12 +11,16 @@ from typing import IO, Any, Final
 from blake3 import blake3
 
 from .atomic import open_regular
+from .errors import CheckpointCorrupt
+from .locations import Location
 
 __all__ = [
     "BLAKE3",
     "ENDING",
     "MAX_MANIFEST",
     "PartsHash",
+    "check_hash",
+    "check_size",
     "folder_of_parts",
     "has_hash",
     "hash_file",
@@ -81,6 +85,31 @@ def has_hash(file: IO[bytes], told: str) -> bool:
     digest = hashlib.sha256()
     _feed(digest.update, file)
     return digest.hexdigest() == told
+
+
+def check_size(found: int, told: tuple[int, str], path: Location) -> None:
+    """Holds the bytes that a file has against what the manifest tells: their number and their hash.
+
+    Raises:
+        CheckpointCorrupt: if it has another number of them.
+    """
+    if found != told[0]:
+        raise CheckpointCorrupt(
+            f"{path} is damaged: it has {found:,} bytes and was written with {told[0]:,}"
+        )
+
+
+def check_hash(file: IO[bytes], told: tuple[int, str], path: Location) -> None:
+    """Holds an open file, from its position on, against what the manifest tells, as `check_size`.
+
+    Raises:
+        CheckpointCorrupt: if it has another hash.
+    """
+    if not has_hash(file, told[1]):
+        raise CheckpointCorrupt(
+            f"{path} is damaged, or of another checkpoint: its hash is not the one that the "
+            "manifest tells"
+        )
 
 
 def _feed(update: Callable[[memoryview], object], file: IO[bytes]) -> None:

@@ -15,8 +15,6 @@ from .options import StepOptions, is_many, several
 if TYPE_CHECKING:
     from torch.amp.grad_scaler import GradScaler
 
-__all__ = ["Device", "LossFunction", "open_backend", "prepare", "step_options"]
-
 Device = str | torch.device | None
 LossFunction = Callable[[Any, Any], torch.Tensor]
 

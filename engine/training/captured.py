@@ -35,8 +35,6 @@ from .step_hooks import StepHooks
 if TYPE_CHECKING:
     from crosstrain.backends import Backend
 
-__all__ = ["Captured"]
-
 _LOG = logging.getLogger(__name__)
 # Torch's documentation warms up so often; libraries choose their kernels in the first ones.
 _REHEARSALS = 3

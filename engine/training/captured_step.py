@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
     from .options import StepOptions
 
-__all__ = ["CapturedStep"]
-
 
 class CapturedStep(TrainingStep):
     """A training step whose forward and backward pass and optimizer step are one graph.

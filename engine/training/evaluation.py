@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from crosstrain.backends import Backend
     from crosstrain.engine.engine import Engine
 
-__all__ = ["EvaluationStep", "prediction"]
-
 
 def prediction(x: Any, y: Any, y_pred: Any) -> tuple[Any, Any]:
     """Returns `(y_pred, y)`, an evaluation's default output, which metrics take."""

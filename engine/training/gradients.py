@@ -22,23 +22,6 @@ from crosstrain.engine.spread import is_spread, spread_like
 if TYPE_CHECKING:
     from crosstrain.engine.data.shares import BatchShare
 
-__all__ = [
-    "as_tensor",
-    "average",
-    "capture",
-    "capture_named",
-    "clear",
-    "combined",
-    "named",
-    "parameters_of",
-    "rescale",
-    "restore",
-    "restore_named",
-    "scaled",
-    "weighted",
-]
-
-
 _ZERO_GRAD = torch.optim.Optimizer.zero_grad
 
 

@@ -19,16 +19,6 @@ from .step import TrainingStep
 if TYPE_CHECKING:
     from torch.amp.grad_scaler import GradScaler
 
-__all__ = [
-    "convert_tensor",
-    "supervised_evaluation_step",
-    "supervised_evaluation_step_amp",
-    "supervised_training_step",
-    "supervised_training_step_amp",
-    "supervised_training_step_apex",
-    "supervised_training_step_tpu",
-]
-
 _TRAINING = """Makes a training step {where}, to give to an `Engine` of your own.
 
     Its events, `StepEvents`, are registered with the engine at the first iteration; call

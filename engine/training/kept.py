@@ -19,8 +19,6 @@ from crosstrain.engine.digest import digest
 if TYPE_CHECKING:
     from crosstrain.backends import Backend
 
-__all__ = ["Kept"]
-
 
 class Kept:
     """What models, optimizers and a backend are before a rehearsal.

@@ -14,9 +14,6 @@ from crosstrain.engine.state import Unread
 if TYPE_CHECKING:
     from crosstrain.backends import Backend
 
-__all__ = ["StepOptions", "is_many", "several"]
-
-
 _NO_PAIRS = (torch.Tensor, Mapping, str)
 
 

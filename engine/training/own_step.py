@@ -22,8 +22,6 @@ from .captured import Captured
 if TYPE_CHECKING:
     from crosstrain.engine.engine import Engine
 
-__all__ = ["OwnStep"]
-
 
 class OwnStep:
     """The state of a process function that offers none.

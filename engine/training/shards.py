@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from crosstrain.backends import Backend
     from crosstrain.engine.engine import Engine
 
-__all__ = ["LogicalShards", "Reduction", "ShardedStep"]
-
 #: What a loss is: `mean` over a shard's samples, `sum` over them, or a mean over what a function of
 #: the shard's part of the batch counts.
 Reduction = str | Callable[[Any], Any]

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from crosstrain.engine.dispatch import Slot
     from crosstrain.engine.state import State
 
-__all__ = ["StepEvents", "StepOptions", "TrainingStep", "refuse_loss"]
-
 
 class StepEvents(EventEnum):
     """The events of a training step, which a factory's trainer fires beside the engine's own.

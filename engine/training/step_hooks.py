@@ -15,8 +15,6 @@ import torch
 
 from crosstrain.backends.graphs import is_repeatable
 
-__all__ = ["StepHooks"]
-
 # Where torch keeps them; it has no public way to call one.
 _BEFORE, _AFTER = "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"
 # The key of the hook that notes a step; torch's own are numbers.

@@ -23,8 +23,6 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-__all__ = ["Exchange", "Leaf", "PartialSums", "foreach", "gather_into"]
-
 #: The values of one shard, or the sum of several: one for each slot, None where there is none.
 Leaf = list[Tensor | None]
 

@@ -18,10 +18,10 @@ import torch
 from blake3 import blake3
 
 from crosstrain.engine import Checkpoint, CheckpointCorrupt, DiskSaver, read_checkpoint
+from crosstrain.engine.formats.safe_load import load_file
+from crosstrain.engine.parts.read import own_states
 from crosstrain.engine.storage.atomic import HashingFile
 from crosstrain.engine.storage.manifest import Manifest
-from crosstrain.engine.storage.parts_read import own_states
-from crosstrain.engine.storage.safe_load import load_file
 from crosstrain.engine.storage.tree_hash import LEAF, TreeCheck, TreeHash
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="files are mapped on Linux")

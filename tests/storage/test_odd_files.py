@@ -23,7 +23,7 @@ from crosstrain.engine import (
     Engine,
     resume_or_start,
 )
-from crosstrain.engine.storage.safe_load import load_file, load_part
+from crosstrain.engine.formats.safe_load import load_file, load_part
 
 
 def _socket(path: Path) -> None:

@@ -35,7 +35,7 @@ PRELOADED = (
     "torch.utils.data",
     "torch._dynamo",
     "crosstrain.ci.trials.life",
-    "crosstrain.engine.storage.torch_parts",
+    "crosstrain.engine.parts.torch_parts",
 )
 # What starts programs itself.
 _COMMAND = str(Path(sys.executable).with_name("crosstrain"))

@@ -25,7 +25,7 @@ from crosstrain.engine import (
     create_supervised_trainer,
     resume_or_start,
 )
-from crosstrain.engine.storage import s3
+from crosstrain.engine.stores import s3
 
 # The smallest that S3 takes.
 PART = 5 << 20

@@ -26,7 +26,10 @@ RANKS = ENGINE | {"ranks"}
 DATA = RANKS | {"data"}
 TRAINING = DATA | {"training"}
 EXACT = TRAINING | {"exact"}
-STORAGE = BASE | {"storage", "ranks"}
+STORAGE = BASE | {"storage"}
+STORES = STORAGE | {"stores"}
+FORMATS = STORES | {"formats"}
+PARTS = FORMATS | {"parts", "ranks"}
 ROOMS = {
     "base": BASE,
     "events": BASE,
@@ -40,8 +43,11 @@ ROOMS = {
     "exact": TRAINING,
     "deterministic": EXACT,
     "supervised": EXACT | {"deterministic"},
-    "storage": STORAGE,
-    "checkpoints": RANKS | STORAGE,
+    "storage": BASE,
+    "stores": STORAGE,
+    "formats": STORES,
+    "parts": FORMATS | {"ranks"},
+    "checkpoints": RANKS | PARTS,
 }
 # The rooms of `ci`, in the same way. Its command line names the others by strings.
 COMMON = frozenset({"options"})
@@ -64,7 +70,17 @@ CI_ROOMS = {
     "verification": TRIALS,
 }
 FOLDERS = {
-    "engine": ("ranks", "data", "training", "exact", "storage", "checkpoints"),
+    "engine": (
+        "ranks",
+        "data",
+        "training",
+        "exact",
+        "storage",
+        "stores",
+        "formats",
+        "parts",
+        "checkpoints",
+    ),
     "ci": (
         "conformance",
         "demo",
@@ -106,7 +122,7 @@ THIRD_PARTY = {
     "torch": ("backends/*.py", "engine/*.py", "ci/*.py"),
     "numpy": ("backends/*.py", "engine/*.py", "ci/*.py"),
     "blake3": ("engine/storage/tree_hash.py", "engine/storage/parts_files.py"),
-    "fsspec": ("engine/storage/stores.py",),
+    "fsspec": ("engine/stores/by_url.py",),
     "rich": ("ci/*.py",),
     "jinja2": ("ci/matrix/report*.py",),
     "markupsafe": ("ci/matrix/report*.py",),

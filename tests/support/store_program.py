@@ -19,7 +19,7 @@ from crosstrain.engine import (
     resume_or_start,
 )
 from crosstrain.engine.spread import is_spread
-from crosstrain.engine.storage import s3
+from crosstrain.engine.stores import s3
 
 # The smallest that S3 takes.
 PART = 5 << 20

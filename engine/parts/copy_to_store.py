@@ -1,0 +1,73 @@
+"""Copies a checkpoint in parts from a disk to a store: each process puts the files that are its."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import IO
+
+from crosstrain.engine.storage.errors import CheckpointError
+from crosstrain.engine.storage.manifest import INDEX
+from crosstrain.engine.storage.parts_files import check_hash
+from crosstrain.engine.stores.store_folder import StoreFolder
+
+from .read import Parts, writer_of
+from .write import Writers, filling, met
+
+__all__ = ["PartsToCopy"]
+
+
+class PartsToCopy:
+    """The files of a checkpoint that this process copies, held open, whatever becomes of them.
+
+    Each is compared with what the manifest tells before any is put: a copy replaces no good one by
+    a damaged one. What it meets when it opens them is told when all processes copy, to all of them.
+
+    Args:
+        path: the checkpoint's folder, on a file system that all processes see.
+        writers: the processes.
+    """
+
+    def __init__(self, path: Path, writers: Writers) -> None:
+        self.name = path.name
+        self._writers = writers
+        self._held = contextlib.ExitStack()
+        self._files: dict[str, IO[bytes]] = {}
+        self._error: Exception | None = None
+        try:
+            self._found = Parts.open(path)
+            for name in self._found.manifest.files:
+                # What is of no process in particular is the first's.
+                if writer_of(name) % writers.size == writers.rank:
+                    self._files[name] = self._held.enter_context(self._found.open_file(name))
+        except (OSError, CheckpointError) as error:
+            self._error = error
+
+    def _verify(self) -> None:
+        for name, file in self._files.items():
+            check_hash(file, self._found.manifest.files[name], self._found.place_of(name))
+            file.seek(0)
+
+    def put(self, folder: StoreFolder) -> None:
+        """Puts them; all processes call it together, and return when the checkpoint is whole there.
+
+        Args:
+            folder: where to.
+
+        Raises:
+            CheckpointError: in all processes, if one fails; then nothing is there.
+        """
+        writers, path = self._writers, folder.place / self.name
+        with self._held:
+            writers.agree(path, self._error or met(self._verify))
+            manifest = self._found.manifest
+            index = self._files.pop(INDEX).read() if writers.rank == 0 else b""
+            aside = folder.aside(manifest)
+            with filling(aside, writers):
+                writers.begin(aside, 0, path)
+                aside.take(self._files)
+                writers.agree(path, met(aside.deliver))
+                if writers.rank == 0:
+                    writers.agree(path, met(lambda: aside.commit(index, manifest)))
+                else:
+                    writers.agree(path, None)

@@ -1,0 +1,247 @@
+"""Reading a checkpoint in parts: a folder into which each process has written what it holds.
+
+Verified first, and no code is run: what is not plain is refused, as in a file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from crosstrain.engine.formats.safe_load import load_file
+from crosstrain.engine.guards import is_mapping
+from crosstrain.engine.spread import at_path
+from crosstrain.engine.storage.atomic import open_regular
+from crosstrain.engine.storage.errors import CheckpointCorrupt, CheckpointError, CheckpointNotFound
+from crosstrain.engine.storage.locations import Location, StorePath, location_of
+from crosstrain.engine.storage.manifest import INDEX, MANIFEST, Manifest, rank_file
+from crosstrain.engine.storage.parts_files import (
+    ENDING,
+    MAX_MANIFEST,
+    check_hash,
+    check_size,
+    folder_of_parts,
+)
+from crosstrain.engine.stores.by_url import store_of
+from crosstrain.engine.stores.store_parts import read_manifest
+
+from .fetch_from_store import Fetched
+from .index import Entry, decode_index
+
+__all__ = ["ENDING", "Parts", "Place", "is_in_parts", "own_states", "writer_of"]
+
+Place = tuple[tuple[Any, ...], str]
+
+
+def is_in_parts(path: str | os.PathLike[str]) -> bool:
+    """Tells whether a path is a folder that is, or calls itself, a checkpoint in parts.
+
+    Nothing is asked of a store: its name tells it there.
+    """
+    folder = location_of(path)
+    if isinstance(folder, StorePath):
+        return folder.name.endswith(ENDING)
+    return folder.is_dir() and (folder.name.endswith(ENDING) or (folder / MANIFEST).is_file())
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A checkpoint in parts, as far as its manifest tells.
+
+    Args:
+        path: its folder; in a store, its manifest, which stands for it.
+        manifest: the manifest.
+        fetched: its files, where they are in a store.
+    """
+
+    path: Location
+    manifest: Manifest
+    fetched: Fetched | None = field(default=None, compare=False, repr=False)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Parts:
+        """Reads the manifest, and nothing else.
+
+        Raises:
+            CheckpointNotFound: if there is no such folder, or it has no manifest.
+            CheckpointCorrupt: if the manifest is damaged.
+        """
+        place = location_of(path)
+        try:
+            manifest = _manifest_at(place)
+            if not manifest.in_parts:
+                raise CheckpointCorrupt("its manifest is that of a checkpoint in one file")
+            if isinstance(place, Path):
+                return cls(place, manifest)
+            files = place.parent / folder_of_parts(place.name, manifest.saved_at_ns)
+            return cls(place, manifest, Fetched(files, manifest.files))
+        except (FileNotFoundError, NotADirectoryError):
+            raise _no_manifest(place) from None
+        except OSError as error:
+            where = place / MANIFEST if isinstance(place, Path) else place
+            raise CheckpointCorrupt(f"{where} cannot be read: {error.strerror or error}") from error
+        except CheckpointError as error:
+            raise CheckpointCorrupt(f"{place} is not a good checkpoint: {error}") from None
+
+    def place_of(self, name: str) -> Location:
+        """Returns where a file is."""
+        return (self.path if self.fetched is None else self.fetched.place) / name
+
+    def open_file(self, name: str) -> contextlib.AbstractContextManager[IO[bytes]]:
+        """Opens a file; of a store, it is fetched and verified the first time.
+
+        Raises:
+            CheckpointCorrupt: if it is no regular file, or damaged.
+            OSError: if it cannot be opened.
+        """
+        if self.fetched is not None:
+            return self.fetched.open(name)
+        assert isinstance(self.path, Path)
+        return open_regular(self.path / name, linked=False)
+
+    def verify(self, share: tuple[int, int] = (0, 1)) -> None:
+        """Checks that each file is there and as it was written.
+
+        Args:
+            share: (r, n): process r of n checks its share. Where n processes have written it, that
+                is what r has written: the same that it is about to read. Of a store, what is
+                checked is fetched, and kept.
+
+        Raises:
+            CheckpointCorrupt: if one is not.
+        """
+        rank, size = share
+        for name in sorted(self.manifest.files):
+            if writer_of(name) % size != rank:
+                continue
+            path = self.place_of(name)
+            try:
+                if isinstance(path, Path):
+                    _verify_file(path, self.manifest.files[name])
+                else:
+                    with self.open_file(name):
+                        pass
+            except FileNotFoundError:
+                raise CheckpointCorrupt(f"{path} is missing") from None
+            except OSError as error:
+                raise CheckpointCorrupt(
+                    f"{path} cannot be read: {error.strerror or error}"
+                ) from error
+
+    def check_same(self) -> None:
+        """Makes sure, when all was read, that it was all of one checkpoint.
+
+        Files are found by the folder's name, which a save under the same name gives to another. Not
+        in a store: there they have a folder of their own, and each was held against its hash.
+
+        Raises:
+            CheckpointError: if the folder is gone, or another one.
+        """
+        if self.fetched is not None:
+            return
+        if Parts.open(self.path).manifest != self.manifest:
+            raise CheckpointCorrupt(
+                f"{self.path} was replaced by another checkpoint while it was being read: what was "
+                "read may be of both. Load it again, into new objects"
+            )
+
+    def index(self) -> dict[str, Entry]:
+        """Returns the index of the spread tensors, held against the files.
+
+        Raises:
+            CheckpointCorrupt: if it does not fit.
+        """
+        try:
+            with self.open_file(INDEX) as file:
+                encoded = file.read(self.manifest.files[INDEX][0])
+            return decode_index(encoded, self.manifest.files)
+        except OSError as error:
+            raise CheckpointCorrupt(
+                f"{self.place_of(INDEX)} cannot be read: {error.strerror or error}"
+            ) from error
+        except CheckpointCorrupt as error:
+            raise CheckpointCorrupt(f"{self.path} is not a good checkpoint: {error}") from None
+
+
+def _manifest_at(place: Location) -> Manifest:
+    if not isinstance(place, Path):
+        return read_manifest(store_of(place.parent), place.name)
+    with open_regular(place / MANIFEST, linked=False) as file:
+        encoded = file.read(MAX_MANIFEST + 1)
+    if len(encoded) > MAX_MANIFEST:
+        raise CheckpointCorrupt(f"its manifest has more than {MAX_MANIFEST:,} bytes")
+    return Manifest.decode(encoded)
+
+
+def _no_manifest(place: Location) -> CheckpointNotFound:
+    if not isinstance(place, Path):
+        return CheckpointNotFound(
+            f"There is no checkpoint {place}: its manifest would have that name, and is put last"
+        )
+    return CheckpointNotFound(
+        f"{place} is no checkpoint in parts: there is no {MANIFEST} in it. A folder "
+        "without one was not written by DiskSaver, or not to its end"
+    )
+
+
+def _verify_file(path: Path, told: tuple[int, str]) -> None:
+    found = path.lstat().st_size
+    if path.is_symlink() or not path.is_file():
+        raise CheckpointCorrupt(f"{path} is no file, but a link or a folder")
+    check_size(found, told, path)
+    with open_regular(path, linked=False) as file:
+        check_hash(file, told, path)
+
+
+def writer_of(name: str) -> int:
+    """Returns which process has written a file of a checkpoint in parts."""
+    number = re.match(r"(?:__|rank-)([0-9]+)", name)
+    return int(number[1]) if number else 0
+
+
+def own_states(
+    found: Parts, rank: int
+) -> tuple[dict[str, Any], list[Place], dict[tuple[Any, ...], list[str]]]:
+    """Returns a rank's states without spread tensors, where these belong, and names.
+
+    Args:
+        found: the checkpoint.
+        rank: the rank.
+
+    Raises:
+        CheckpointError: if they are not in the form that is written.
+    """
+    first: Any = _rank_states(found, 0)
+    own: Any = first if rank == 0 else _rank_states(found, rank)
+    try:
+        states = own["states"]
+        if not is_mapping(states):
+            raise TypeError("its states are not by name")
+        for path in own["same"]:
+            # What is as in rank 0 is stored there only.
+            container, key = at_path(states, tuple(path))
+            source, _ = at_path(first["states"], tuple(path))
+            container[key] = source[key]
+        places = [(tuple(path), str(name)) for path, name in own["places"]]
+        names = {tuple(path): list(map(str, names)) for path, names in own["names"]}
+        for path, _ in places:
+            container, key = at_path(states, path)
+            container[key] = None
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointCorrupt(
+            f"{found.place_of(rank_file(rank))} is not what DiskSaver writes "
+            f"({type(error).__name__}: {error})"
+        ) from None
+    return dict(states), places, names
+
+
+def _rank_states(found: Parts, rank: int) -> Any:
+    path = found.place_of(rank_file(rank))
+    if found.fetched is None:
+        return load_file(path).state
+    with found.open_file(rank_file(rank)) as file:
+        return load_file(path, opened=file).state

@@ -1,0 +1,325 @@
+"""The parts of a checkpoint's spread tensors, dealt out as `torch.distributed.checkpoint` does.
+
+What is used of it is what deals the tensors out and finds the parts that a process needs, whatever
+the number of processes was. Its own metadata is a pickle: it is written for torch's own tools and
+never read. The processes talk through a function that they are given, not through a process group.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.storage import StorageReader
+from torch.futures import Future
+
+from crosstrain.engine.formats.safe_load import load_part
+from crosstrain.engine.storage.errors import CheckpointCorrupt, CheckpointError
+from crosstrain.engine.storage.folder import Aside
+from crosstrain.engine.storage.parts_files import PartsHash
+
+from .index import Chunk, Entry
+from .read import Parts
+
+__all__ = ["read_parts", "write_parts"]
+
+# Says something to all processes; returns what each said, or raises in all what one met.
+Agree = Callable[[Exception | None, Any], list[Any]]
+
+
+class _Planner(DefaultSavePlanner):
+    """Plans by the tensors, and writes the copies of their parts.
+
+    Args:
+        copies: this process's part of each tensor, on the CPU.
+    """
+
+    def __init__(self, copies: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        self._copies = copies
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        """Returns the copy of this process's part."""
+        return self._copies[index.fqn]
+
+
+class _HashingStream:
+    """A file that is written to, and hashed on the way."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._hash = PartsHash()
+        self.size = 0
+
+    def write(self, data: Any) -> int:
+        """Writes bytes; returns their number."""
+        view = memoryview(data).cast("B")
+        self._hash.update(view)
+        self._stream.write(view)
+        self.size += len(view)
+        return len(view)
+
+    def tell(self) -> int:
+        """Returns how many bytes were written."""
+        return self.size
+
+    def fileno(self) -> int:
+        """Returns the descriptor; what is buffered is written first."""
+        self._stream.flush()
+        return int(self._stream.fileno())
+
+    def flush(self) -> None:
+        """Writes what is buffered."""
+        self._stream.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._stream.close()
+
+    def digest(self) -> str:
+        """Returns the hash of what was written."""
+        return self._hash.told()
+
+
+class _HashingFiles(FileSystem):
+    """Files whose size and hash are known when they are written: nothing is read back.
+
+    Args:
+        aside: where they go.
+    """
+
+    def __init__(self, aside: Aside) -> None:
+        self._aside = aside
+        self.found: dict[str, tuple[int, str]] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[Any, None, None]:
+        """Opens a new file, which is hashed."""
+        assert mode == "wb", mode
+        with self._aside.create(Path(path).name) as stream:
+            hashing = _HashingStream(stream)
+            yield hashing
+        self.found[Path(path).name] = (hashing.size, hashing.digest())
+
+    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
+        """Renames a file, whose hash goes with it."""
+        self._aside.rename(Path(path).name, Path(new_path).name)
+        self.found[Path(new_path).name] = self.found.pop(Path(path).name)
+
+    def mkdir(self, path: str | os.PathLike[str]) -> None:
+        """Does nothing: where the files go is there."""
+
+    def exists(self, path: str | os.PathLike[str]) -> bool:
+        """Tells whether a file was written."""
+        return Path(path).name in self.found
+
+
+class _Writer(FileSystemWriter):
+    """Writes files, hashed, and flushed where they are to stay."""
+
+    def __init__(self, aside: Aside) -> None:
+        super().__init__(aside.root, sync_files=aside.flushes)
+        self.fs: Any = _HashingFiles(aside)
+
+    def storage_meta(self) -> StorageMeta | None:
+        """Returns nothing: where the files were written tells nobody anything."""
+        return None
+
+
+def write_parts(
+    aside: Aside,
+    tensors: Mapping[str, Any],
+    copies: Mapping[str, torch.Tensor],
+    rank: int,
+    agree: Agree,
+) -> tuple[dict[str, Entry], dict[str, tuple[int, str]]]:
+    """Writes this process's parts of tensors; called by all processes together.
+
+    Args:
+        aside: where they go; nothing is there.
+        tensors: the spread tensors by name; their values are not looked at.
+        copies: this process's part of each, on the CPU.
+        rank: of this process.
+        agree: what the processes talk by.
+
+    Returns:
+        In the first process the index, in others nothing; size and hash of each file written here.
+
+    Raises:
+        CheckpointError: in all processes, if one fails.
+    """
+    writer: Any = _Writer(aside)
+    planner: Any = _Planner(copies)
+    writer.set_up_storage_writer(rank == 0)
+    planner.set_up_planner(dict(tensors), None, rank == 0)
+    plans = agree(None, writer.prepare_local_plan(planner.create_local_plan()))
+    # From the same plans, each process makes the same plan for all.
+    plans, metadata = planner.create_global_plan(plans)
+    plan = planner.finish_plan(writer.prepare_global_plan(plans)[rank])
+    results = agree(*_tried(lambda: writer.write_data(plan, planner).wait()))
+    failed: Exception | None = None
+    if rank == 0:
+        failed, _ = _tried(lambda: writer.finish(metadata, results))
+    agree(failed, None)
+    return _entries(metadata, results) if rank == 0 else {}, writer.fs.found
+
+
+def _tried(work: Callable[[], Any]) -> tuple[Exception | None, Any]:
+    try:
+        return None, work()
+    except OSError as error:
+        return error, None
+
+
+def _entries(metadata: Metadata, results: Any) -> dict[str, Entry]:
+    # From what was written: which object `finish` puts it into depends on torch's version.
+    written = {one.index: one.storage_data for of_rank in results for one in of_rank}
+    found: dict[str, Entry] = {}
+    for name, told in metadata.state_dict_metadata.items():
+        assert isinstance(told, TensorStorageMetadata)
+        chunks: list[Chunk] = []
+        for chunk in told.chunks:
+            info = written.get(MetadataIndex(name, chunk.offsets))
+            if info is not None and (chunk.sizes.numel() or len(told.chunks) == 1):
+                chunks.append(
+                    Chunk(
+                        tuple(chunk.offsets),
+                        tuple(chunk.sizes),
+                        info.relative_path,
+                        info.offset,
+                        info.length,
+                    )
+                )
+        found[name] = Entry(told.properties.dtype, tuple(told.size), tuple(chunks))
+    return found
+
+
+class _Reader(StorageReader):
+    """Reads parts by an index that was checked.
+
+    Args:
+        found: the checkpoint.
+        index: its index.
+    """
+
+    def __init__(self, found: Parts, index: Mapping[str, Entry]) -> None:
+        self._found = found
+        self._index = index
+        self._chunks = {
+            (name, chunk.offsets): chunk for name, entry in index.items() for chunk in entry.chunks
+        }
+
+    def reset(self, checkpoint_id: Any = None) -> None:
+        """Does nothing: it reads one checkpoint."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Returns the index in torch's form."""
+        tensors: dict[str, Any] = {}
+        for name, entry in self._index.items():
+            chunks = [
+                ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.sizes))
+                for c in entry.chunks
+            ]
+            tensors[name] = TensorStorageMetadata(
+                TensorProperties(dtype=entry.dtype), torch.Size(entry.size), chunks
+            )
+        return Metadata(tensors)
+
+    def set_up_storage_reader(self, *args: Any, **kwargs: Any) -> None:
+        """Does nothing: it needs no metadata of torch's."""
+
+    def prepare_local_plan(self, plan: Any) -> Any:
+        """Returns the plan."""
+        return plan
+
+    def prepare_global_plan(self, plans: Any) -> Any:
+        """Returns the plans."""
+        return plans
+
+    def read_data(self, plan: Any, planner: Any) -> Future[None]:
+        """Reads each part once, and copies what is wanted of it."""
+        wanted: dict[Chunk, list[Any]] = {}
+        for item in plan.items:
+            at = (item.storage_index.fqn, tuple(item.storage_index.offset))
+            wanted.setdefault(self._chunks[at], []).append(item)
+        for chunk, items in sorted(wanted.items(), key=lambda pair: (pair[0].file, pair[0].at)):
+            tensor = self._load(chunk)
+            for item in items:
+                part = tensor
+                for dim, (begin, length) in enumerate(
+                    zip(item.storage_offsets, item.lengths, strict=True)
+                ):
+                    part = part.narrow(dim, begin, length)
+                target = planner.resolve_tensor(item).detach()
+                if target.shape != part.shape:
+                    raise CheckpointCorrupt(f"a part has shape {tuple(tensor.shape)}")
+                target.copy_(part)
+                planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def _load(self, chunk: Chunk) -> torch.Tensor:
+        with self._found.open_file(chunk.file) as file:
+            path = self._found.place_of(chunk.file)
+            tensor: Any = load_part(file, chunk.at, chunk.length, path)
+        if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != chunk.sizes:
+            raise CheckpointCorrupt(f"{chunk.file} holds another part at {chunk.at}")
+        return tensor
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        """Tells whether it can read such a checkpoint."""
+        return isinstance(checkpoint_id, Path)
+
+
+def read_parts(
+    found: Parts, index: Mapping[str, Entry], targets: Mapping[str, torch.Tensor]
+) -> None:
+    """Fills tensors, whole ones and this process's parts of spread ones; sends nothing.
+
+    Each part comes in by the same door as a file: no code is run.
+
+    Args:
+        found: the checkpoint.
+        index: its index, checked.
+        targets: tensors of the saved sizes, by name.
+
+    Raises:
+        CheckpointCorrupt: if a part is not what the index says.
+        CheckpointUnsafe: if it needs classes that are neither tensors nor plain types.
+    """
+    if not targets:
+        return
+    reader: Any = _Reader(found, {name: index[name] for name in targets})
+    planner: Any = DefaultLoadPlanner()
+    try:
+        # The steps of torch's `load` for one process: nothing here needs the others.
+        metadata = reader.read_metadata()
+        reader.set_up_storage_reader(metadata, True)
+        planner.set_up_planner(dict(targets), metadata, True)
+        plan = reader.prepare_local_plan(planner.create_local_plan())
+        plan = planner.finish_plan(planner.create_global_plan([plan])[0])
+        reader.read_data(plan, planner).wait()
+    except CheckpointError:
+        raise
+    except Exception as error:
+        # torch raises a dozen kinds, from AssertionError to RuntimeError, for damaged files.
+        raise CheckpointCorrupt(
+            f"{found.path} is not a good checkpoint: torch cannot load its parts: "
+            f"{type(error).__name__}: {error}"
+        ) from error

@@ -1,0 +1,1 @@
+"""Object stores, where nothing can be renamed or locked: put, fetched, listed through fsspec."""

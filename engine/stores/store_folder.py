@@ -1,0 +1,250 @@
+"""A folder of checkpoints in a store, where the disk of this machine is only passed through.
+
+What is written is staged in an unnamed file among the temporary ones (`TMPDIR`), which the system
+frees however this process ends; so is what is read. That is one checkpoint at a time, and the free
+space is looked at first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Generator, Sequence
+from typing import IO, Any, Final
+
+from crosstrain.engine.storage.atomic import Contents, fill_file
+from crosstrain.engine.storage.errors import CheckpointError, CheckpointWriteError
+from crosstrain.engine.storage.folder import Entry
+from crosstrain.engine.storage.locations import StorePath
+from crosstrain.engine.storage.manifest import Manifest
+from crosstrain.engine.storage.parts_files import ENDING
+
+from .by_url import store_of
+from .lease import Lease
+from .store import Store, Stored
+from .store_parts import StoreAside, remove_orphans, remove_parts
+from .temporary import temporary_file
+
+__all__ = ["StoreFolder"]
+
+#: Names the checkpoints that were put: a list of a store may lag behind what is in it.
+SAVED: Final = ".crosstrain.saved"
+_MOST_NAMES: Final = 100
+# Of one that is replaced again and again while it is read.
+_TRIES: Final = 3
+
+
+class _StoreClaim:
+    """The lease of a folder.
+
+    Args:
+        store: the folder.
+    """
+
+    removed: Sequence[str] = ()
+
+    def __init__(self, store: Store) -> None:
+        self.lease = Lease(store)
+        if self.lease.first:
+            left = store.end_uploads() + remove_orphans(store)
+            self.removed = ["an upload"] * left
+
+    def renew(self) -> None:
+        """Does nothing: each write asks the store, in whichever thread it is."""
+
+    def release(self) -> None:
+        self.lease.release()
+
+
+class StoreFolder:
+    """A folder in a store, as fsspec reaches them.
+
+    Args:
+        place: the folder.
+
+    Raises:
+        CheckpointStoreMissing: if the package that reaches such a store is not installed.
+        ValueError: if there is no such kind of store.
+    """
+
+    def __init__(self, place: StorePath) -> None:
+        self._place = place
+        self._store = store_of(place)
+        self._claim: _StoreClaim | None = None
+
+    @property
+    def place(self) -> StorePath:
+        """Where it is."""
+        return self._place
+
+    def make(self) -> None:
+        """Makes it, if it is not there."""
+        self._store.make()
+
+    def exists(self) -> bool:
+        """Tells whether it is there."""
+        return True
+
+    def claim(self) -> _StoreClaim:
+        """Takes it for this process."""
+        self._claim = _StoreClaim(self._store)
+        return self._claim
+
+    def entries(self, endings: tuple[str, ...]) -> list[Entry]:
+        """Lists what is named like a checkpoint."""
+        there = {one.name: one for one in self._store.list()}
+        for name in self._saved():
+            if name not in there:
+                with contextlib.suppress(FileNotFoundError):
+                    there[name] = self._store.head(name)
+        return [
+            _entry(name, one)
+            for name, one in sorted(there.items())
+            if name.endswith(endings) and not name.startswith(".")
+        ]
+
+    def _saved(self) -> list[str]:
+        try:
+            values: Any = json.loads(self._store.get(SAVED))
+        except (FileNotFoundError, ValueError):
+            return []
+        names: list[Any] = values if type(values) is list else []
+        return [name for name in names if type(name) is str and name and "/" not in name]
+
+    def write(self, name: str, contents: Contents) -> None:
+        """Writes a file, whole or not at all."""
+        place = self._place / name
+        step = "staging"
+        try:
+            with temporary_file(contents.needed) as file:
+                fill_file(file.fileno(), contents)
+                step = "reading back"
+                contents.check(file.fileno())
+                self.copy(name, file.fileno())
+        except OSError as error:
+            if isinstance(error, CheckpointError):
+                raise
+            why = f"{step} it failed with {error.strerror or error}"
+            raise CheckpointWriteError.of(place, why, error) from None
+
+    def copy(self, name: str, descriptor: int) -> None:
+        """Puts a file of this machine, whole or not at all.
+
+        Args:
+            name: what it is called there.
+            descriptor: the file, open for reading; its position is not used.
+
+        Raises:
+            CheckpointWriteError: if a step is refused; says whether it is saved all the same.
+        """
+        step = "looking who else saves there, before uploading"
+        try:
+            self._renew()
+            step = "uploading"
+            self._store.upload(name, descriptor, os.fstat(descriptor).st_size)
+        except OSError as error:
+            if isinstance(error, CheckpointError):
+                raise
+            why = f"{step} it failed with {error.strerror or error}"
+            raise CheckpointWriteError.of(self._place / name, why, error) from None
+        self._note(name)
+
+    def _note(self, name: str) -> None:
+        """Notes the name of what was put, for lists that lag behind."""
+        try:
+            saved = [name, *(one for one in self._saved() if one != name)][:_MOST_NAMES]
+            self._store.put(SAVED, json.dumps(saved).encode())
+        except OSError as error:
+            place = self._place / name
+            raise CheckpointWriteError(
+                f"Checkpoint {place} is saved, but noting its name in {SAVED} failed with "
+                f"{error.strerror or error}: where the store's lists lag behind, it may not be "
+                "found for a while",
+                error,
+                place,
+            ) from None
+
+    def holds(self, name: str, descriptor: int) -> bool:
+        """Tells whether a file of a name is there, with the bytes of one of this machine.
+
+        Args:
+            name: what it is called there.
+            descriptor: the file, open for reading.
+        """
+        return self._store.holds(name, descriptor, os.fstat(descriptor).st_size)
+
+    def _renew(self) -> None:
+        if self._claim is not None:
+            self._claim.lease.renew()
+
+    def aside(self, manifest: Manifest) -> StoreAside:
+        """Returns where the files of a new checkpoint in parts go first."""
+        return StoreAside(self._store, manifest, self._renew, self.copy)
+
+    @contextlib.contextmanager
+    def open(self, name: str) -> Generator[IO[bytes]]:
+        """Opens a file."""
+        for tries_left in reversed(range(_TRIES)):
+            told = self._file(name)
+            with temporary_file(told.size) as file:
+                try:
+                    self._store.fetch(name, told.size, file.fileno())
+                    is_same = self._file(name).version == told.version
+                except OSError:
+                    # It may have been replaced by a shorter one.
+                    if not tries_left or self._file(name).version == told.version:
+                        raise
+                    is_same = False
+                if is_same or not tries_left:
+                    yield file
+                    return
+
+    def _file(self, name: str) -> Stored:
+        told = self._store.head(name)
+        if told.is_folder:
+            raise IsADirectoryError(f"{self._place / name} is a folder")
+        return told
+
+    @contextlib.contextmanager
+    def peek(self, name: str) -> Generator[_Peek]:
+        """Opens a file of which little is to be read."""
+        yield _Peek(self._store, name, self._file(name).size)
+
+    def remove(self, name: str) -> None:
+        """Removes a file, if it is there."""
+        self._renew()
+        self._store.remove(name)
+
+    def remove_parts(self, name: str) -> None:
+        """Removes a checkpoint in parts, if it is there."""
+        remove_parts(self._store, name, self._renew)
+
+
+class _Peek:
+    """A file of a store, of which few bytes are fetched.
+
+    Args:
+        store: the folder.
+        name: of the file.
+        length: its bytes.
+    """
+
+    def __init__(self, store: Store, name: str, length: int) -> None:
+        self._store = store
+        self._name = name
+        self.length = length
+
+    def read(self, count: int, at: int) -> bytes:
+        """Reads bytes at a position: fewer where the file ends."""
+        end = min(at + count, self.length)
+        if not 0 <= at < end:
+            return b""
+        return self._store.get(self._name, at, end)
+
+
+def _entry(name: str, one: Stored) -> Entry:
+    # The manifest of one in parts stands for the folder that it would be on a disk.
+    is_parts = name.endswith(ENDING) and not one.is_folder
+    is_file = not (one.is_folder or is_parts)
+    return Entry(name, is_file, is_parts, int(one.modified * 1e9))
