@@ -18,7 +18,6 @@ import itertools
 import operator
 import queue
 import random
-import sys
 import threading
 import types
 import weakref
@@ -215,6 +214,11 @@ class Counted:
         self.calls += 1
         return _by(self.calls)
 
+    @staticmethod
+    def high() -> float:
+        """Returns one number."""
+        return 1.3
+
 
 @_kind(".calls")
 def _attribute() -> Draw:
@@ -408,6 +412,77 @@ def _decorator() -> Draw:
     return draw
 
 
+@_kind(".calls")
+def _decorator_that_is_a_class() -> Draw:
+    class Counting:
+        def __init__(self, function: Draw) -> None:
+            functools.update_wrapper(self, function)
+            self.function, self.calls = function, 0
+
+        def __call__(self) -> float:
+            self.calls += 1
+            return self.function() * _by(self.calls)
+
+    @Counting
+    def draw() -> float:
+        return 1.0
+
+    return draw
+
+
+@_kind("kept")
+def _number_of_numpy() -> Draw:
+    kept = np.int64(0)
+
+    def draw() -> float:
+        nonlocal kept
+        kept = kept + 1
+        return _by(int(kept))
+
+    return draw
+
+
+@_kind("kept")
+def _function_that_is_exchanged() -> Draw:
+    kept: Draw = lambda: 0.5  # noqa: E731  that is the case
+
+    def draw() -> float:
+        nonlocal kept
+        found = kept()
+        kept = Counted.high
+        return found
+
+    return draw
+
+
+@_kind("kept")
+def _functions_that_are_turned() -> Draw:
+    kept: list[Draw] = [lambda: 0.5, Counted.high, lambda: 1.1, lambda: 0.8]
+
+    def draw() -> float:
+        kept.append(kept.pop(0))
+        return kept[0]()
+
+    return draw
+
+
+def _drawn(kept: Any) -> float:
+    kept.calls += 1
+    return _by(kept.calls)
+
+
+@_kind("kept")
+def _record_that_another_function_is_given() -> Draw:
+    kept = _Record()
+    return lambda: _drawn(kept)
+
+
+@_kind("kept")
+def _namespace_that_another_function_is_given() -> Draw:
+    kept = types.SimpleNamespace(calls=0)
+    return lambda: _drawn(kept)
+
+
 @_kind("calls", "kept")
 def _context_variable() -> Draw:
     kept: contextvars.ContextVar[int] = contextvars.ContextVar("calls", default=0)
@@ -463,7 +538,7 @@ def _weak_keys() -> Draw:
 @_kind("draw", "kept", "calls")
 def _no_source() -> Draw:
     space: dict[str, Any] = {"_by": _by, "kept": [0]}
-    exec("def draw():\n kept[0] += 1\n return _by(kept[0])\n", space)  # noqa: S102
+    exec("def draw():\n kept[0] += 1\n return _by(kept[0])\n", space)
     return space["draw"]  # type: ignore[no-any-return]
 
 
@@ -675,7 +750,7 @@ def _dict_of_a_class_of_ones_own() -> Draw:
 def _cache() -> Draw:
     kept = [0]
 
-    @functools.lru_cache(maxsize=None)
+    @functools.cache
     def cached(key: int) -> float:
         kept[0] += 1
         return _by(kept[0])
@@ -1127,11 +1202,11 @@ def _in_an_optimizers_step(made: Any, draw: Draw) -> None:
 def _in_a_step_set_on_an_optimizer(made: Any, draw: Draw) -> None:
     step = made.optimizer.step
 
-    def stepped(closure: Any = None) -> Any:
+    def stepped(self: Any, closure: Any = None) -> Any:
         _rate(made, draw)
         return step(closure)
 
-    made.optimizer.step = stepped
+    made.optimizer.step = types.MethodType(stepped, made.optimizer)
 
 
 def _in_a_lambda_of_a_scheduler(made: Any, draw: Draw) -> None:
@@ -1193,8 +1268,11 @@ PLACES: dict[str, tuple[Callable[[Any, Draw], None], tuple[str, ...]]] = {
     "a hook of the output": (_in_a_hook_of_the_output, ("a forward hook of model.last",)),
     "a hook before a step": (_in_a_hook_before_a_step, ("a step pre-hook of optimizer",)),
     "a hook after a step": (_in_a_hook_after_a_step, ("a step post-hook of optimizer",)),
-    "an optimizer's step": (_in_an_optimizers_step, ("the step of optimizer",)),
-    "a step set on an optimizer": (_in_a_step_set_on_an_optimizer, ("the step of optimizer",)),
+    "an optimizer's step": (_in_an_optimizers_step, ("the step of optimizer", "of Drawing")),
+    "a step set on an optimizer": (
+        _in_a_step_set_on_an_optimizer,
+        ("the step of optimizer", "the step of SGD"),
+    ),
     "a lambda of a scheduler": (_in_a_lambda_of_a_scheduler, ("lr_lambdas",)),
     "a parametrization": (_in_a_parametrization, ("the forward of model.first.parametriz",)),
     "a hook of all modules": (_in_a_hook_of_all_modules, ("a forward hook of all modules",)),
