@@ -32,8 +32,6 @@ from .remote import RemoteCopies
 from .save_request import warn_of_repeated_data
 from .stop_signals import StopSignals
 
-__all__ = ["ResumableRun", "begin", "event_of", "say", "with_trainer"]
-
 _logger = logging.getLogger(__name__)
 
 _LAST_SAVE = "waiting until the last checkpoint is on the disk"
