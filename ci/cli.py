@@ -12,22 +12,10 @@ import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
-from typing import NamedTuple, Protocol, cast
+from types import MappingProxyType, ModuleType
+from typing import NamedTuple
 
 PROGRAM = "crosstrain"
-
-
-class CommandModule(Protocol):
-    """What the module of a subcommand offers."""
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Declare the subcommand's own arguments on ``parser``."""
-        ...
-
-    def run(self, args: argparse.Namespace) -> int:
-        """Do the work and return the exit code."""
-        ...
 
 
 class Command(NamedTuple):
@@ -35,19 +23,15 @@ class Command(NamedTuple):
 
     Args:
         help: one line for ``crosstrain --help``.
-        module: the dotted name of the module that does the work, see :class:`CommandModule`.
+        module: the dotted name of the module that does the work.
     """
 
     help: str
     module: str
 
-    def load(self) -> CommandModule:
-        """Import the module that does the work.
-
-        Returns:
-            The module, seen through the protocol that it follows.
-        """
-        return cast("CommandModule", importlib.import_module(self.module))
+    def load(self) -> ModuleType:
+        """Import the module that does the work."""
+        return importlib.import_module(self.module)
 
 
 COMMANDS: Mapping[str, Command] = MappingProxyType(
@@ -148,8 +132,8 @@ def main(argv: Sequence[str] | None = None, commands: Mapping[str, Command] = CO
     try:
         try:
             args = build_parser(commands, chosen).parse_args(arguments)
-            command: str = args.command
-            return commands[command].load().run(args)
+            code: int = commands[args.command].load().run(args)
+            return code
         finally:
             # Here, and not when Python ends, where nobody can deal with a pipe that is closed.
             sys.stdout.flush()

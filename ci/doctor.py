@@ -12,7 +12,7 @@ from importlib.metadata import version
 
 from crosstrain.backends import Availability, get, names, probe
 
-from .options import words
+from .options import add_words
 
 # One stands for others; the other, made, is this process's device for good.
 _UNMADE = frozenset({"auto", "emulated"})
@@ -39,40 +39,24 @@ class Diagnosis:
 
 
 def diagnose(required: list[str]) -> list[Diagnosis]:
-    """Probe every registered backend, and each required spec that is not a plain name.
-
-    Args:
-        required: specs that have to be available.
-
-    Returns:
-        One diagnosis for each backend in the registry's order, then one for each further spec.
-    """
+    """Probe every registered backend, and each required spec that is not a plain name."""
     specs = list(dict.fromkeys([*names(), *required]))
     return [Diagnosis(spec, spec in required, probe(spec)) for spec in specs]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of ``crosstrain doctor``.
-
-    Args:
-        parser: the parser of this subcommand.
-    """
+    """Declare the arguments of ``crosstrain doctor``."""
     parser.add_argument("--json", action="store_true", help="print JSON on stdout in place of text")
-    parser.add_argument(
+    add_words(
+        parser,
         "--require",
-        metavar="SPEC[,SPEC...]",
-        type=words,
-        action="extend",
-        default=[],
-        help="exit with 1 unless each of these is available, such as cpu:bf16; may be repeated",
+        "SPEC",
+        "exit with 1 unless each of these is available, such as cpu:bf16; may be repeated",
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the diagnosis of every backend.
-
-    Args:
-        args: what :func:`add_arguments` declared.
 
     Returns:
         0, or 1 if a required backend is not available; those are named on stderr.

@@ -38,8 +38,17 @@ def above_zero(text: str) -> float:
     return number
 
 
-def words(text: str) -> list[str]:
-    """Reads words with commas between them, such as `cpu,cpu:bf16`."""
+def add_words(
+    parser: argparse.ArgumentParser | argparse._ArgumentGroup, option: str, word: str, text: str
+) -> None:
+    """Declares an option that takes words with commas between them, and may be repeated."""
+    metavar = f"{word}[,{word}...]"
+    parser.add_argument(
+        option, metavar=metavar, type=_words, action="extend", default=[], help=text
+    )
+
+
+def _words(text: str) -> list[str]:
     found = [word.strip() for word in text.split(",")]
     if not all(found):
         raise argparse.ArgumentTypeError(

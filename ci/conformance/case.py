@@ -6,7 +6,8 @@ import contextlib
 import io
 import os
 import threading
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -47,13 +48,42 @@ class NonConformance(AssertionError):
 
 
 def expect(condition: object, problem: str) -> None:
-    """Raise unless a condition holds.
-
-    Raises:
-        NonConformance: with the problem, if it does not.
-    """
+    """Raise `NonConformance` with the problem unless a condition holds."""
     if not condition:
         raise NonConformance(problem)
+
+
+def expect_flags(before: Mapping[str, object], problem: str) -> None:
+    """Expect the flags that were set before; the problem is followed by those that changed."""
+    changed = [name for name, value in flags().items() if before.get(name) != value]
+    expect(not changed, f"{problem}: {', '.join(changed)}.")
+
+
+def expect_refusal(call: Callable[[], object], about: str, problem: str) -> None:
+    """Expect a call to raise an error that says something, of any kind: each library has its own.
+
+    Args:
+        call: what is to be refused.
+        about: what the error has to speak of, in its problem's words.
+        problem: what is wrong if there is none.
+    """
+    try:
+        call()
+    except Exception as error:  # noqa: BLE001
+        expect(str(error), f"Its error about {about} says nothing.")
+    else:
+        raise NonConformance(problem)
+
+
+def expect_error_passes(context: AbstractContextManager[object], name: str) -> None:
+    """Expect an error of a context's block to come out of it."""
+    try:
+        with context:
+            raise KeyError
+    except KeyError:
+        pass
+    else:
+        raise NonConformance(f"{name}() swallows an error of its block.")
 
 
 class Case:
@@ -203,10 +233,7 @@ class Training:
 
     def state(self) -> dict[str, Any]:
         """Return everything that a resume needs, on the CPU."""
-        objects = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
+        objects = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         return {
             **map_tensors(objects, lambda tensor: whole(tensor).cpu().clone()),
             "backend": self.backend.state_dict(),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -13,7 +12,7 @@ import torch
 
 from crosstrain.backends import Availability, Backend, UnknownBackend, World
 
-from .case import Case, NonConformance, expect, flags
+from .case import Case, NonConformance, expect, expect_flags, flags
 from .data import check_batches, check_put, check_put_is_exact
 from .state import (
     check_checkpoint,
@@ -140,7 +139,7 @@ def check_opening(case: Case) -> None:
     """It opens and closes any number of times, and leaves the flags as they were."""
     before = {**flags(), **case.at_start}
     made = case.new()
-    _expect_unchanged(before, "Making it changed")
+    expect_flags(before, "Making it changed")
     for _ in range(2):
         expect(made.open() is made, "open() does not return the backend.")
         expect(made.open() is made, "open() on an open backend does not return it.")
@@ -149,14 +148,9 @@ def check_opening(case: Case) -> None:
         expect((world.rank, world.size) == (0, 1), f"Alone, its world is {world}.")
         made.close()
         made.close()
-        _expect_unchanged(before, "close() did not restore")
+        expect_flags(before, "close() did not restore")
     with case.new() as entered:
         expect(isinstance(entered, Backend), "As a context manager it does not give the backend.")
-
-
-def _expect_unchanged(before: Mapping[str, object], problem: str) -> None:
-    changed = [name for name, value in flags().items() if before.get(name) != value]
-    expect(not changed, f"{problem}: {', '.join(changed)}.")
 
 
 def check_mistaken_world(case: Case) -> None:
@@ -204,4 +198,4 @@ def _checks() -> Iterator[tuple[str, Check]]:
 
 
 # Every check by name, in the order in which they run.
-CHECKS: Mapping[str, Check] = MappingProxyType(OrderedDict(_checks()))
+CHECKS: Mapping[str, Check] = MappingProxyType(dict(_checks()))

@@ -458,11 +458,7 @@ class _Call:
         return visible
 
     def recorded(self, work: list[Callable[[], Any]]) -> Any:
-        """Records it for a graph, and returns the memory in which each replay leaves its results.
-
-        Args:
-            work: what was recorded before.
-        """
+        """Records it for a graph; returns the memory in which each replay leaves its results."""
         changed = self._changed()
         if changed:
             work.append(self.now)

@@ -77,12 +77,7 @@ class Deviation:
 
 
 def deviation(losses: Sequence[float], reference: Sequence[float]) -> Deviation | None:
-    """Returns how far some losses are from the reference's; None if they share no iteration.
-
-    Args:
-        losses: one an iteration.
-        reference: the same of the run that they are compared with.
-    """
+    """Returns how far some losses are from the reference's; None if they share no iteration."""
     each = tuple(_apart(a, b) for a, b in zip(losses, reference, strict=False))
     return Deviation.of(each) if each else None
 

@@ -17,11 +17,7 @@ from .file import Trace, TraceError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of ``crosstrain diff``.
-
-    Args:
-        parser: the parser of this subcommand.
-    """
+    """Declare the arguments of ``crosstrain diff``."""
     parser.add_argument("left", type=Path, help="a trace, written by TraceRecorder")
     parser.add_argument("right", type=Path, help="another")
     parser.add_argument(
@@ -36,9 +32,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compare the traces and print where they part.
-
-    Args:
-        args: the namespace of :func:`add_arguments`.
 
     Returns:
         0 if they do not part, 1 if they do, 2 if they cannot be compared.

@@ -77,15 +77,7 @@ class Comparison:
 
 
 def default_tolerance(left: Mapping[str, Any], right: Mapping[str, Any]) -> float:
-    """Returns the tolerance for runs on different kinds of devices.
-
-    Args:
-        left: the environment of a trace.
-        right: that of the other one.
-
-    Returns:
-        2e-2 where one of them computes in bf16 or fp16, 1e-3 otherwise.
-    """
+    """Returns the tolerance for runs on different kinds of devices."""
     specs = f"{left.get('backend')} {right.get('backend')}"
     reduced = any(word in specs for word in ("bf16", "fp16", "tf32", "O1", "O2", "O3"))
     return 2e-2 if reduced else 1e-3

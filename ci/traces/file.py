@@ -88,12 +88,7 @@ class Record:
 
 
 def path_of_rank(path: str | os.PathLike[str], rank: int) -> Path:
-    """Returns the file of one process's trace.
-
-    Args:
-        path: the file of the process of rank 0, or of the only one.
-        rank: the process.
-    """
+    """Returns the file of one process's trace."""
     return Path(f"{os.fspath(path)}.rank{rank}" if rank else path)
 
 

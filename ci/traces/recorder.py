@@ -279,12 +279,7 @@ def _read(pending: list[_Iteration]) -> None:
 
 
 class _Sources:
-    """Where the things are that are recorded, and in which place of a record each of them is.
-
-    Args:
-        trainer: the engine.
-        objects: what it trains, by name.
-    """
+    """Where the things are that are recorded, and in which place of a record each of them is."""
 
     def __init__(self, trainer: Engine, objects: Mapping[str, Any]) -> None:
         self.trainer = trainer

@@ -34,12 +34,7 @@ class TrainingFailed(Exception):
 
 
 def torchrun(processes: int, *options: object) -> list[str]:
-    """Returns what follows `python` to start several processes on this machine.
-
-    Args:
-        processes: how many.
-        *options: further ones of torchrun.
-    """
+    """Returns what follows `python` to start several processes on this machine."""
     words = ["-m", "torch.distributed.run", "--standalone", "--nnodes", "1"]
     return [*words, "--nproc-per-node", str(processes), *map(str, options)]
 

@@ -86,12 +86,7 @@ class End:
             self.warnings.append(line["warning"])
 
     def take_codes(self, processes: int, killed: bool) -> None:
-        """Takes the exit code from what the processes told: torchrun's is 1 if one's is not 0.
-
-        Args:
-            processes: how many there were.
-            killed: whether one of them was killed.
-        """
+        """Takes the exit code from what the processes told: torchrun's is 1 if one's is not 0."""
         codes = set(self.codes.values())
         if self.code == 0:
             return
