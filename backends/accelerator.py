@@ -375,8 +375,7 @@ def _lacking(kind: str, option: str, options: tuple[str, ...]) -> Missing | None
         if known is not None and dtype not in known():
             has = ", ".join(map(str, known())) or "no types"
             return Missing(
-                f"Autocast on '{kind}' has {has}, and not {dtype}.",
-                "Use another option.",
+                f"Autocast on '{kind}' has {has}, and not {dtype}.", "Use another option."
             )
     if is_sharded(option):
         try:

@@ -26,9 +26,7 @@ _SPECS: dict[tuple[str | None, str | None], str] = {
 
 
 def from_arguments(
-    device: str | torch.device | None,
-    amp_mode: str | None,
-    scaler: bool | GradScaler,
+    device: str | torch.device | None, amp_mode: str | None, scaler: bool | GradScaler
 ) -> Backend:
     """Returns the backend that the arguments of pytorch-ignite's factories ask for.
 

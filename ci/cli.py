@@ -77,16 +77,7 @@ class _VersionAction(argparse.Action):
 def build_parser(
     commands: Mapping[str, Command] = COMMANDS, chosen: str | None = None
 ) -> argparse.ArgumentParser:
-    """Make the parser, with the arguments of one subcommand at most.
-
-    Args:
-        commands: every subcommand by name.
-        chosen: the subcommand whose module is imported and whose arguments are declared; with
-            None no module is imported.
-
-    Returns:
-        The parser. The namespace that it returns has the subcommand's name in ``command``.
-    """
+    """Make the parser; the chosen subcommand's module alone is imported, for its arguments."""
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         description="One PyTorch training step for every backend, and runs that resume exactly.",
@@ -107,10 +98,6 @@ def build_parser(
 
 def main(argv: Sequence[str] | None = None, commands: Mapping[str, Command] = COMMANDS) -> int:
     """Run the command line.
-
-    Args:
-        argv: the arguments after the program's name; ``sys.argv[1:]`` if None.
-        commands: every subcommand by name.
 
     Returns:
         The exit code: the subcommand's own; 2 if a backend is unknown or unavailable, a file cannot

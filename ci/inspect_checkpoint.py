@@ -27,14 +27,7 @@ from crosstrain.engine.shown import shown
 
 @dataclass(frozen=True)
 class Part:
-    """One saved object.
-
-    Args:
-        name: its name.
-        tensors: how many tensors it holds.
-        bytes: how many bytes these have.
-        random_states: the names of the random states in it.
-    """
+    """One saved object: how many tensors it holds, their bytes, and the names of random states."""
 
     name: str
     tensors: int

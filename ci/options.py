@@ -78,15 +78,7 @@ def file_to_write(text: str) -> Path:
 
 
 def require_extra(extra: str, *modules: str) -> None:
-    """Makes sure that what an extra of ours installs is there.
-
-    Args:
-        extra: the extra's name.
-        *modules: the modules of it that are needed.
-
-    Raises:
-        UsageError: if one is missing, with the command that installs it.
-    """
+    """Raises `UsageError`, with how to install an extra, if a module of it is missing."""
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(

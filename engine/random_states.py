@@ -20,10 +20,7 @@ if TYPE_CHECKING:
 
 def random_states(backend: Backend | None) -> dict[str, Any]:
     """Returns the random states of the host and of the backend's device."""
-    return {
-        **random_state.capture(),
-        "device": {} if backend is None else backend.rng_state(),
-    }
+    return {**random_state.capture(), "device": {} if backend is None else backend.rng_state()}
 
 
 def restore_random_states(state: Any, backend: Backend | None) -> None:

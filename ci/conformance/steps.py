@@ -12,14 +12,13 @@ from .case import (
     LEARNING_RATE,
     Case,
     Training,
-    batch_of,
+    backward,
     by_hand,
     distance,
     expect,
     expect_error_passes,
     expect_refusal,
     is_close,
-    loss_of,
     plain_model,
     small_model,
     whole,
@@ -72,15 +71,11 @@ def check_prepare(case: Case) -> None:
 def _is_trained(backend: Any, model: Any, optimizer: Any) -> bool:
     """Tell whether a step reaches a model whose optimizer holds copies, such as fp32 masters."""
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    x, y = backend.put(batch_of(0))
-    with backend.autocast():
-        loss = loss_of(model(x), y)
-    backend.backward(loss, optimizer)
+    backward(backend, model, optimizer, 0)
     backend.step(optimizer)
     backend.sync()
-    return any(
-        not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True)
-    )
+    pairs = zip(before, model.parameters(), strict=True)
+    return any(not torch.equal(old, new) for old, new in pairs)
 
 
 def check_autocast(case: Case) -> None:
@@ -192,21 +187,14 @@ def check_two_optimizers(case: Case) -> None:
         optimizers = [torch.optim.SGD(m.parameters(), lr=LEARNING_RATE) for m in models]
         first, second, *optimizers = backend.prepare(*models, *optimizers)
         start = [[whole(p).cpu().clone() for p in m.parameters()] for m in (first, second)]
-        x, y = backend.put(batch_of(0))
-        with backend.autocast():
-            loss = loss_of(first(x) + second(x), y)
-        backend.backward(loss, optimizers)
+        backward(backend, lambda x: first(x) + second(x), optimizers, 0)
         for optimizer in optimizers:
             expect(backend.step(optimizer).applied, "One of two optimizers was not stepped.")
         backend.sync()
         for number, (model, before) in enumerate(zip((first, second), start, strict=True)):
-            expect(
-                any(
-                    not torch.equal(whole(p).cpu(), old)
-                    for p, old in zip(model.parameters(), before, strict=True)
-                ),
-                f"Model {number} of two was not trained.",
-            )
+            pairs = zip(model.parameters(), before, strict=True)
+            trained = any(not torch.equal(whole(p).cpu(), old) for p, old in pairs)
+            expect(trained, f"Model {number} of two was not trained.")
 
 
 def check_overflow(case: Case) -> None:

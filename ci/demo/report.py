@@ -21,13 +21,7 @@ _TABLE = 80
 
 @dataclass
 class DemoRun:
-    """One of the two runs, over all its processes.
-
-    Args:
-        course: what it did.
-        killed_at: the iteration after which its process was killed.
-        seconds: how long it took, starting of processes included.
-    """
+    """What one of the two runs did, over all its processes, whose start counts in the seconds."""
 
     course: Course = field(default_factory=Course)
     killed_at: int | None = None

@@ -92,10 +92,7 @@ class EmulatedGraph:
 
 @contextlib.contextmanager
 def graph(
-    graph: EmulatedGraph,
-    pool: Any = None,
-    stream: Any = None,
-    capture_error_mode: str = "global",
+    graph: EmulatedGraph, pool: Any = None, stream: Any = None, capture_error_mode: str = "global"
 ) -> Generator[None, None, None]:
     """Records a graph inside, on a side stream."""
     synchronize()

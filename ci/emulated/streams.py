@@ -202,11 +202,8 @@ def _device(device: Any) -> torch.device | None:
     found = torch.device(_name()) if device is None else torch.device(device)
     if found.type != _name():
         return None
-    return (
-        torch.device(_name(), torch.accelerator.current_device_index())
-        if (found.index is None)
-        else found
-    )
+    number = torch.accelerator.current_device_index() if found.index is None else found.index
+    return torch.device(_name(), number)
 
 
 def _stack() -> list[Any]:

@@ -143,10 +143,7 @@ class LiveProgress(PlainProgress):
 
 
 def _fill(
-    table: Table,
-    specs: Sequence[str],
-    scenarios: Sequence[str],
-    shown: Callable[[str, str], Text],
+    table: Table, specs: Sequence[str], scenarios: Sequence[str], shown: Callable[[str, str], Text]
 ) -> None:
     """Fills in a column for each spec, and a row for each scenario."""
     table.add_column("scenario", no_wrap=True)

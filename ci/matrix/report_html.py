@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -64,11 +63,9 @@ class _CellView:
         """What was proven, or why nothing was: what stands under the status."""
         if self.status != "passed" or self.outcome is None or self.resumed is None:
             return self.headline
-        places = self.outcome.figures.get("resumed_from")
+        places, apart = self.outcome.figures.get("resumed_from"), self.resumed.largest
         where = f", resumed after {places}" if places else ""
-        same = (
-            "the same losses" if not self.resumed.largest else f"{self.resumed.largest:.2g} apart"
-        )
+        same = f"{apart:.2g} apart" if apart else "the same losses"
         return f"{same} in {len(self.outcome.losses)} iterations{where}"
 
     @property
@@ -124,12 +121,9 @@ def page(report: Report) -> str:
 def _columns(report: Report) -> list[_Column]:
     several = len(report.runs) > 1
     columns: list[_Column] = []
-    for run in report.runs:
-        for spec in run.backends:
-            place = len(columns)
-            style = f"c{place % _COLOURS} d{place // _COLOURS % _DASHES}"
-            label = f"{spec} · {run.name}" if several else spec
-            columns.append(_Column(run, spec, label, style))
+    for run, spec in ((one, spec) for one in report.runs for spec in one.backends):
+        style = f"c{len(columns) % _COLOURS} d{len(columns) // _COLOURS % _DASHES}"
+        columns.append(_Column(run, spec, f"{spec} · {run.name}" if several else spec, style))
     return columns
 
 
@@ -280,6 +274,4 @@ def _versions(runs: Sequence[Run]) -> Iterator[tuple[str, list[str], bool]]:
 
 def _figure(value: Figure) -> str:
     """Returns a figure as people read it."""
-    if isinstance(value, float):
-        return f"{value:.6g}" if math.isfinite(value) else str(value)
-    return str(value)
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

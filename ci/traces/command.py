@@ -12,7 +12,7 @@ from typing import Any
 
 from crosstrain.ci.options import above_zero
 
-from .diff import Comparison, Difference, compare
+from .diff import Comparison, Difference, compare, span
 from .file import Trace, TraceError
 
 
@@ -77,9 +77,7 @@ def _lines(left: Trace, right: Trace, found: Comparison) -> Iterator[str]:
         resumed = [str(header.after) for header in trace.headers[1:]]
         lives = f", resumed after {', '.join(resumed)}" if resumed else ""
         torn = ", its last line cut off" if trace.torn else ""
-        iterations = trace.iterations
-        span = f"{iterations[0]} to {iterations[-1]}" if iterations else "none"
-        yield f"{name:<6} {trace.path}: {backend}, iterations {span}{lives}{torn}"
+        yield f"{name:<6} {trace.path}: {backend}, iterations {span(trace)}{lives}{torn}"
     how = "bit by bit" if found.tolerance is None else f"by norms, within {found.tolerance:g}"
     yield f"Compared {how}, over {found.iterations} iterations. {found.why}"
     if found.unrecorded:

@@ -19,15 +19,7 @@ from crosstrain.engine.errors import ResumeError
 from crosstrain.engine.proof import Proof, Strictness
 from crosstrain.engine.random_states import random_states_kept
 
-from .batch_before import (
-    Held,
-    compare,
-    compare_twice,
-    differs,
-    hold,
-    is_comparable,
-    record,
-)
+from .batch_before import Held, compare, compare_twice, differs, hold, is_comparable, record
 from .flows import Dataflow, Iterate, NoData, ReplayedFlow, SequenceFlow, StatefulFlow
 from .generators import is_stateful, same
 from .mapflow import MapFlow
@@ -143,9 +135,7 @@ class Cursor:
         self._last = [item for item, _ in held], [one for _, many in held for one in many]
         self._last_indices = indices
         self.share = BatchShare(
-            sum(share.samples for share in shares),
-            shares[0].total,
-            world_of(self._backend).size,
+            sum(share.samples for share in shares), shares[0].total, world_of(self._backend).size
         )
         return ShardedBatch(parts, shares, logical.own.start)
 

@@ -327,10 +327,7 @@ def _iterator_of(loader: Any, sampler: KeyedSampler, entered: Callable[[], None]
 
 
 def _checked(
-    iterator: Iterator[Any],
-    sampler: KeyedSampler,
-    name: str,
-    entered: Callable[[], None],
+    iterator: Iterator[Any], sampler: KeyedSampler, name: str, entered: Callable[[], None]
 ) -> Iterator[Any]:
     for batch in iterator:
         if not sampler.asked:

@@ -73,12 +73,7 @@ class KeyedSampler:
     """
 
     def __init__(
-        self,
-        sampler: Any,
-        batched: bool,
-        collates: bool,
-        world: World,
-        own: OwnStates,
+        self, sampler: Any, batched: bool, collates: bool, world: World, own: OwnStates
     ) -> None:
         self.sampler = sampler
         #: Of the batches that were asked for and not given yet: what is this process's; None where
@@ -208,11 +203,7 @@ def _items(order: Iterator[Batch], given: deque[Any], keys: _Keys) -> Iterator[A
 
 
 def _noted(
-    parts: Iterator[Dealt],
-    shares: deque[BatchShare],
-    given: deque[Any],
-    keys: _Keys,
-    batched: bool,
+    parts: Iterator[Dealt], shares: deque[BatchShare], given: deque[Any], keys: _Keys, batched: bool
 ) -> Iterator[Any]:
     """Yields keyed parts of batches, and notes what is in each."""
     base, streams, collates = keys

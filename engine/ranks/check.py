@@ -76,7 +76,7 @@ class RankCheck:
         if len(compared) < len(everything):
             warn_user(
                 f"RankCheck compares {len(compared)} of {len(everything)} parameters and buffers: "
-                "the others are sharded, and no two ranks hold the same part",
+                "the others are sharded, and no two ranks hold the same part"
             )
         if compared:
             trainer.add_event_handler(Events.ITERATION_COMPLETED(every=self.every), self)

@@ -74,10 +74,7 @@ def prepare(
         able: Any = backend
         prepared = able.prepare(*models, *optimizers, replicated=False)
     ready, steppers = list(prepared[: len(models)]), list(prepared[len(models) :])
-    return (
-        ready if is_many(model) else ready[0],
-        steppers if is_many(optimizer) else steppers[0],
-    )
+    return (ready if is_many(model) else ready[0], steppers if is_many(optimizer) else steppers[0])
 
 
 def _check_placed(model: Any, backend: Backend) -> None:
