@@ -12,8 +12,29 @@ import torch
 
 from crosstrain.backends import Availability, Backend, UnknownBackend, World
 
-from . import data, state, steps
 from .case import Case, NonConformance, expect, expect_flags, flags
+from .data import check_batches, check_put, check_put_is_exact
+from .state import (
+    check_checkpoint,
+    check_deterministic_flags,
+    check_deterministic_results,
+    check_host_streams,
+    check_random_states,
+    check_resume,
+    check_scale_is_not_dropped,
+    check_state_is_portable,
+)
+from .steps import (
+    check_accumulation,
+    check_agreement,
+    check_autocast,
+    check_clipping,
+    check_missing_gradient,
+    check_overflow,
+    check_prepare,
+    check_step_result,
+    check_two_optimizers,
+)
 
 
 @dataclass(frozen=True)
@@ -156,25 +177,25 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
         "probe": Check(check_probe),
         "opening": Check(check_opening),
         "mistaken_world": Check(check_mistaken_world, computes=True),
-        "put": Check(data.check_put),
-        "put_is_exact": Check(data.check_put_is_exact),
-        "batches": Check(data.check_batches),
-        "prepare": Check(steps.check_prepare),
-        "autocast": Check(steps.check_autocast),
-        "step_result": Check(steps.check_step_result),
-        "agreement": Check(steps.check_agreement, computes=True),
-        "accumulation": Check(steps.check_accumulation, computes=True),
-        "clipping": Check(steps.check_clipping, computes=True),
-        "missing_gradient": Check(steps.check_missing_gradient, computes=True),
-        "two_optimizers": Check(steps.check_two_optimizers, computes=True),
-        "overflow": Check(steps.check_overflow, computes=True, scales=True),
-        "deterministic_flags": Check(state.check_deterministic_flags),
-        "deterministic_results": Check(state.check_deterministic_results, computes=True),
-        "random_states": Check(state.check_random_states, computes=True),
-        "host_streams": Check(state.check_host_streams),
-        "portable_state": Check(state.check_state_is_portable),
-        "resume": Check(state.check_resume, computes=True),
-        "checkpoint": Check(state.check_checkpoint, computes=True),
-        "scale_is_not_dropped": Check(state.check_scale_is_not_dropped, computes=True, scales=True),
+        "put": Check(check_put),
+        "put_is_exact": Check(check_put_is_exact),
+        "batches": Check(check_batches),
+        "prepare": Check(check_prepare),
+        "autocast": Check(check_autocast),
+        "step_result": Check(check_step_result),
+        "agreement": Check(check_agreement, computes=True),
+        "accumulation": Check(check_accumulation, computes=True),
+        "clipping": Check(check_clipping, computes=True),
+        "missing_gradient": Check(check_missing_gradient, computes=True),
+        "two_optimizers": Check(check_two_optimizers, computes=True),
+        "overflow": Check(check_overflow, computes=True, scales=True),
+        "deterministic_flags": Check(check_deterministic_flags),
+        "deterministic_results": Check(check_deterministic_results, computes=True),
+        "random_states": Check(check_random_states, computes=True),
+        "host_streams": Check(check_host_streams),
+        "portable_state": Check(check_state_is_portable),
+        "resume": Check(check_resume, computes=True),
+        "checkpoint": Check(check_checkpoint, computes=True),
+        "scale_is_not_dropped": Check(check_scale_is_not_dropped, computes=True, scales=True),
     }
 )

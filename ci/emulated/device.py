@@ -115,11 +115,7 @@ class _Machine:
             counted[name] += 1
 
     def take(self) -> None:
-        """Takes memory for a tensor.
-
-        Raises:
-            torch.OutOfMemoryError: if there is none left.
-        """
+        """Takes memory for a tensor."""
         if self.room == 0:
             raise torch.OutOfMemoryError(f"{NAME}: out of memory, as the test asked for.")
         if self.room is not None:
@@ -352,11 +348,7 @@ def _reads(name: str, args: Any) -> bool:
 
 
 def _refuse_recording(call: _Call, name: str, args: Any, to_host: bool) -> None:
-    """Refuses what no graph can hold.
-
-    Raises:
-        RuntimeError: with the words of CUDA's.
-    """
+    """Refuses what no graph can hold."""
     waits = _reads(name, args) or call.func.namespace == "c10d"
     if name in _COPIES:
         host = [one for one in _tensors(args) if not isinstance(one, Emulated)]

@@ -187,11 +187,7 @@ def _why(spec: str, found: Availability) -> str:
 
 
 def _parse(texts: Iterable[str], source: str) -> tuple[str, ...]:
-    """Reads lists of specs with commas between them; each in its shortest form.
-
-    Raises:
-        UnknownSpec: if an entry is empty.
-    """
+    """Reads lists of specs with commas between them; each in its shortest form."""
     specs = [spec.strip() for text in texts for spec in text.split(",")]
     if not all(specs):
         raise UnknownSpec(

@@ -94,10 +94,6 @@ def path_of_rank(path: str | os.PathLike[str], rank: int) -> Path:
 class TraceWriter:
     """Appends to a trace's file; what is written is safe from the process being killed.
 
-    Args:
-        path: the file; made if need be, with its folder.
-        header: of what is going to be appended.
-
     Raises:
         TraceError: if the file holds something else than a trace.
     """
