@@ -6,13 +6,13 @@ if __name__ != "crosstrain.engine":
         "use 'import crosstrain.engine'."
     )
 
-from crosstrain.engine.checkpoints.global_step import global_step_from_engine
 from crosstrain.engine.checkpoints.handler import Checkpoint, CheckpointEvents
 from crosstrain.engine.checkpoints.loading import Latest, read_checkpoint
 from crosstrain.engine.checkpoints.model_checkpoint import ModelCheckpoint
 from crosstrain.engine.checkpoints.model_part import ModelPart
 from crosstrain.engine.checkpoints.resumable import ResumableRun
 from crosstrain.engine.checkpoints.resume import resume_or_start
+from crosstrain.engine.checkpoints.retention import global_step_from_engine
 from crosstrain.engine.checkpoints.save_handler import BaseSaveHandler
 from crosstrain.engine.checkpoints.saver import DiskSaver
 from crosstrain.engine.data.own_data import PerRank

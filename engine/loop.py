@@ -31,6 +31,12 @@ if TYPE_CHECKING:
     from crosstrain.backends import Backend
 
 _END_RUN_EITHER_WAY = (EmptyData, DataUsedUp)
+_OF_A_BATCH = (
+    Events.GET_BATCH_STARTED,
+    Events.GET_BATCH_COMPLETED,
+    Events.ITERATION_STARTED,
+    Events.ITERATION_COMPLETED,
+)
 
 
 class _Failed(Exception):
@@ -241,18 +247,16 @@ class Loop(Requests):
         self.logger.info("Epoch %s ends after %.3f s.", self.state.epoch, times[key])
 
     def _run_batches(self, place: Place) -> Generator[None, None, None]:
-        """The loop over one epoch's batches: the hot path, whose every line is paid each time."""
-        slot = self._handlers.require
-        asking, got = slot(Events.GET_BATCH_STARTED), slot(Events.GET_BATCH_COMPLETED)
-        starting, completing = slot(Events.ITERATION_STARTED), slot(Events.ITERATION_COMPLETED)
+        """The loop over one epoch's batches: the hot path, whose every line is paid each time.
+
+        It is one function although it is long: a step may raise StopIteration, which Python lets no
+        generator pass on to another.
+        """
+        asking, got, starting, completing = map(self._handlers.require, _OF_A_BATCH)
         started = starting.event
         fire = self._fire_observed if self._observed else self._fire
         process = self._process_function
-        sync = None if self.backend is None else self.backend.sync
-        # What is done after each step. An engine without any has nothing that reads
-        # `place.stepped` while the loop runs, and does not pay for it.
-        # (None, not an empty list: whether a list is empty takes longer to ask, each time.)
-        following = [call for call in (self._step_done, sync) if call is not None] or None
+        following = self._after_each_step()
         # Events that nobody listens to are passed by, unless they are logged or timed, or a pause
         # has been: something may have been asked for meanwhile.
         alert = self._observed or self.asked != 0
@@ -324,6 +328,15 @@ class Loop(Requests):
             place.broken = self.state.iteration > stepped
             if not self._goes_on(error, stepped - place.began):
                 raise
+
+    def _after_each_step(self) -> list[Callable[[], None]] | None:
+        """Returns what is called after each step, or None: to ask that of a list takes longer.
+
+        An engine without any has nothing that reads `place.stepped` while the loop runs, and does
+        not pay for it.
+        """
+        sync = None if self.backend is None else self.backend.sync
+        return [call for call in (self._step_done, sync) if call is not None] or None
 
     def _goes_on(self, error: BaseException, done: int) -> bool:
         """Keeps where an error left the epoch; tells whether its handlers dealt with it here.

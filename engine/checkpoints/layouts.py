@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from crosstrain.engine.formats.safe_load import LoadedFile, load_file, verify_file
+from crosstrain.engine.parts.fill import filled
 from crosstrain.engine.parts.read import ENDING, Parts, is_in_parts, own_states
 from crosstrain.engine.storage.archive import read_comment
 from crosstrain.engine.storage.errors import (
@@ -20,8 +21,6 @@ from crosstrain.engine.storage.folder import Entry
 from crosstrain.engine.storage.locations import Location
 from crosstrain.engine.storage.manifest import Manifest
 from crosstrain.engine.stores.folders import folder_at
-
-from .parts import filled
 
 __all__ = [
     "FILE",

@@ -12,6 +12,7 @@ from crosstrain.engine.engine import Engine
 from crosstrain.engine.errors import warn_user
 from crosstrain.engine.formats.safe_load import LoadedFile, load_file
 from crosstrain.engine.nests import walk_objects
+from crosstrain.engine.parts.fill import filled, reordered
 from crosstrain.engine.parts.read import Parts, is_in_parts, own_states
 from crosstrain.engine.proof import Checks, Proof
 from crosstrain.engine.ranks.line import Line, has_ranks
@@ -30,7 +31,6 @@ from crosstrain.engine.storage.manifest import Manifest
 
 from .layouts import doubt_of, layout_of, list_checkpoints
 from .objects import check_objects, restore, to_own
-from .parts import filled, reordered
 
 __all__ = [
     "Latest",

@@ -1,13 +1,22 @@
-"""Names of checkpoint files, and which of them are kept."""
+"""Names of checkpoint files, the step that is in them, and which files are kept."""
 
 from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-__all__ = ["Item", "Retention", "format_score", "setup_filename_pattern"]
+if TYPE_CHECKING:
+    from crosstrain.engine.engine import Engine
+
+__all__ = [
+    "Item",
+    "Retention",
+    "format_score",
+    "global_step_from_engine",
+    "setup_filename_pattern",
+]
 
 
 class Item(NamedTuple):
@@ -81,3 +90,29 @@ def setup_filename_pattern(
     if with_score:
         parts.append("{score_name}={score}" if with_score_name else "{score}")
     return "_".join(parts) + ".{ext}"
+
+
+def global_step_from_engine(
+    engine: Engine, custom_event_name: Any | None = None, fallback_attr: str = "epoch"
+) -> Callable[[Any, Any], int]:
+    """Makes a `global_step_transform` that counts by another engine: an evaluator's by its trainer.
+
+    Args:
+        engine: the engine whose state is read.
+        custom_event_name: the event whose count is taken; by default the one at which the handler
+            runs.
+        fallback_attr: the attribute of the state that is taken where no attribute counts the event.
+
+    Returns:
+        A function of (engine, event name) that returns the count.
+    """
+
+    def step(_: Any, event_name: Any) -> int:
+        event = event_name if custom_event_name is None else custom_event_name
+        name = event if isinstance(event, str) else getattr(event, "name", None)
+        if name in engine.state.event_to_attr:
+            return engine.state.get_event_attrib_value(name)
+        count: int = getattr(engine.state, fallback_attr)
+        return count
+
+    return step

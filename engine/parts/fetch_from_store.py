@@ -11,8 +11,8 @@ from typing import IO
 from crosstrain.engine.storage.errors import CheckpointCorrupt
 from crosstrain.engine.storage.locations import StorePath
 from crosstrain.engine.storage.parts_files import check_hash, check_size
-from crosstrain.engine.stores.stores import store_of
-from crosstrain.engine.stores.unnamed import unnamed
+from crosstrain.engine.stores.by_url import store_of
+from crosstrain.engine.stores.temporary import temporary_file
 
 __all__ = ["Fetched"]
 
@@ -51,7 +51,7 @@ class Fetched:
         where = self.place / name
         try:
             check_size(self._store.head(name).size, told, where)
-            with unnamed(told[0]) as file:
+            with temporary_file(told[0]) as file:
                 self._store.fetch(name, told[0], file.fileno())
                 file.seek(0)
                 check_hash(file, told, where)

@@ -26,8 +26,8 @@ from crosstrain.engine.storage.parts_files import (
     check_size,
     folder_of_parts,
 )
+from crosstrain.engine.stores.by_url import store_of
 from crosstrain.engine.stores.store_parts import read_manifest
-from crosstrain.engine.stores.stores import store_of
 
 from .fetch_from_store import Fetched
 from .index import Entry, decode_index

@@ -20,11 +20,11 @@ from crosstrain.engine.storage.locations import StorePath
 from crosstrain.engine.storage.manifest import Manifest
 from crosstrain.engine.storage.parts_files import ENDING
 
+from .by_url import store_of
 from .lease import Lease
 from .store import Store, Stored
 from .store_parts import StoreAside, remove_orphans, remove_parts
-from .stores import store_of
-from .unnamed import unnamed
+from .temporary import temporary_file
 
 __all__ = ["StoreFolder"]
 
@@ -117,7 +117,7 @@ class StoreFolder:
         place = self._place / name
         step = "staging"
         try:
-            with unnamed(contents.needed) as file:
+            with temporary_file(contents.needed) as file:
                 fill_file(file.fileno(), contents)
                 step = "reading back"
                 contents.check(file.fileno())
@@ -187,7 +187,7 @@ class StoreFolder:
         """Opens a file."""
         for tries_left in reversed(range(_TRIES)):
             told = self._file(name)
-            with unnamed(told.size) as file:
+            with temporary_file(told.size) as file:
                 try:
                     self._store.fetch(name, told.size, file.fileno())
                     is_same = self._file(name).version == told.version

@@ -27,9 +27,9 @@ from crosstrain.engine.storage.parts_files import (
     whose_parts,
 )
 
+from .by_url import store_of
 from .store import Store
-from .stores import store_of
-from .unnamed import unnamed
+from .temporary import temporary_file
 
 __all__ = ["StoreAside", "read_manifest", "remove_orphans", "remove_parts"]
 
@@ -85,10 +85,10 @@ class StoreAside:
     def join(self, token: str, needed: int, rank: int) -> None:
         """Looks whether there is room for what this process stages."""
         self._parts = store_of(self._store.place / token)
-        unnamed(needed).close()
+        temporary_file(needed).close()
 
     def _stage(self, name: str) -> IO[bytes]:
-        file = self._files[name] = unnamed(0)
+        file = self._files[name] = temporary_file(0)
         return file
 
     @contextlib.contextmanager
@@ -133,7 +133,7 @@ class StoreAside:
         self.deliver()
         told = replace(manifest, files={**manifest.files, INDEX: _told(self._files[INDEX])})
         self._look_for_all(told)
-        with unnamed(0) as file:
+        with temporary_file(0) as file:
             file.write(told.encode())
             file.flush()
             self._committing = True

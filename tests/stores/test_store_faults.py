@@ -25,7 +25,7 @@ from crosstrain.engine import (
     read_checkpoint,
 )
 from crosstrain.engine.stores import s3
-from crosstrain.engine.stores.stores import store_of
+from crosstrain.engine.stores.by_url import store_of
 
 # 6 MiB: two parts, of the smallest size that S3 takes.
 SIZE = 3 << 19

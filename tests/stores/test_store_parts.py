@@ -32,9 +32,9 @@ from crosstrain.engine import (
     read_checkpoint,
     resume_or_start,
 )
+from crosstrain.engine.stores.by_url import store_of
 from crosstrain.engine.stores.store import Store
 from crosstrain.engine.stores.store_parts import remove_parts
-from crosstrain.engine.stores.stores import store_of
 
 PROGRAM = SUPPORT / "sharded_store_program.py"
 

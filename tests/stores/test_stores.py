@@ -34,8 +34,8 @@ from crosstrain.engine import (
 )
 from crosstrain.engine.checkpoints.remote import RemoteCopies
 from crosstrain.engine.stores import lease
+from crosstrain.engine.stores.by_url import store_of
 from crosstrain.engine.stores.store import Store
-from crosstrain.engine.stores.stores import store_of
 
 LOCK = ".crosstrain.lock"
 

@@ -122,7 +122,7 @@ THIRD_PARTY = {
     "torch": ("backends/*.py", "engine/*.py", "ci/*.py"),
     "numpy": ("backends/*.py", "engine/*.py", "ci/*.py"),
     "blake3": ("engine/storage/tree_hash.py", "engine/storage/parts_files.py"),
-    "fsspec": ("engine/stores/stores.py",),
+    "fsspec": ("engine/stores/by_url.py",),
     "rich": ("ci/*.py",),
     "jinja2": ("ci/matrix/report*.py",),
     "markupsafe": ("ci/matrix/report*.py",),

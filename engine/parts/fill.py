@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from crosstrain.engine.parts.index import Entry
-from crosstrain.engine.parts.read import Parts, Place
 from crosstrain.engine.spread import at_path, is_spread, object_at
 from crosstrain.engine.storage.errors import CheckpointCorrupt, CheckpointMismatch
+
+from .index import Entry
+from .read import Parts, Place
 
 __all__ = ["filled", "reordered"]
 
@@ -33,7 +34,7 @@ def filled(
         CheckpointError: if the parts are damaged, or another checkpoint has taken their name.
     """
     # torch takes half a second to import it, and most runs never need it.
-    from crosstrain.engine.parts.torch_parts import read_parts
+    from .torch_parts import read_parts
 
     index = found.index()
     targets: dict[str, torch.Tensor] = {}

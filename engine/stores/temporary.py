@@ -9,10 +9,10 @@ from typing import IO
 
 from crosstrain.engine.storage.atomic import free_space
 
-__all__ = ["unnamed"]
+__all__ = ["temporary_file"]
 
 
-def unnamed(needed: int) -> IO[bytes]:
+def temporary_file(needed: int) -> IO[bytes]:
     """Opens a file without a name among the temporary ones (`TMPDIR`).
 
     Args:
