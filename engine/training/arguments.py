@@ -54,13 +54,6 @@ def prepare(
 ) -> tuple[Any, Any]:
     """Has the backend prepare models and optimizers; one stays one, several stay several.
 
-    Args:
-        backend: the backend.
-        model: a model, or several.
-        optimizer: an optimizer, or several.
-        replicated: whether several processes share gradients by the backend's own means. False:
-            for a backend with the capability `logical_shards`.
-
     Raises:
         ValueError: if a model lies on another device, and not on the host from where the backend
             moves it.
