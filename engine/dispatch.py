@@ -169,12 +169,7 @@ class Slot:
 
 
 class _TimedSlot:
-    """What fires in place of a slot while somebody times its handlers.
-
-    Args:
-        slot: the slot.
-        timers: who is told of each handler that has run.
-    """
+    """What fires in place of a slot while somebody times its handlers."""
 
     def __init__(self, slot: Slot, timers: list[HandlerTimer]) -> None:
         self.event, self.counter = slot.event, slot.counter
@@ -651,12 +646,6 @@ class Dispatcher:
 
 def check_signature(fn: Callable[..., Any], description: str, *args: Any, **kwargs: Any) -> None:
     """Checks that a function can be called with these arguments, without calling it.
-
-    Args:
-        fn: the function.
-        description: what it is, for the error message.
-        *args: sample positional arguments.
-        **kwargs: sample keyword arguments.
 
     Raises:
         TypeError: if it is not callable.

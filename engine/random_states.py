@@ -24,12 +24,7 @@ def random_states(backend: Backend | None) -> dict[str, Any]:
 
 
 def restore_random_states(state: Any, backend: Backend | None) -> None:
-    """Restores what `random_states` returned, or the list that pytorch-ignite's engine saves.
-
-    Args:
-        state: the states.
-        backend: whose device's states are restored as well, if there are any.
-    """
+    """Restores what `random_states` returned, or the list that pytorch-ignite's engine saves."""
     if is_mapping(state):
         random_state.restore(state)
         if backend is not None and state.get("device"):

@@ -116,10 +116,6 @@ class Restored:
     def tell(self, proof: Proof, strictness: Strictness) -> None:
         """Notes this in a proof.
 
-        Args:
-            proof: takes what was found.
-            strictness: about what could not be put back.
-
         Raises:
             ResumeError: if there is such, and strictness is `error`.
         """
@@ -158,11 +154,7 @@ class Structure:
         self._begun = {name: _plain_attributes(value) for name, value in objects.items()}
 
     def record(self, objects: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the structure of objects, as plain types and tensors.
-
-        Args:
-            objects: as of `recordable`.
-        """
+        """Returns the structure of objects, as plain types and tensors."""
         names = _names(objects)
         return {
             "modules": {
@@ -298,10 +290,6 @@ def rebuild_groups(record: Mapping[str, Any] | None, objects: Mapping[str, Any])
     """Adds to optimizers the parameter groups that a training had added when it was recorded.
 
     Call it before the optimizers load their states, which hold the new groups' options.
-
-    Args:
-        record: what `Structure.record` returned; None if there is none.
-        objects: as of `recordable`.
 
     Returns:
         What was added, each as a phrase. Groups are added only where those that there are equal

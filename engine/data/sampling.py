@@ -102,12 +102,7 @@ class KeyedSampler:
         self.is_over = False
 
     def begin(self, key: StreamKey, start: int) -> None:
-        """Opens the order of a pass at a batch, drawing from the global generators as torch does.
-
-        Args:
-            key: what keys the pass.
-            start: how many batches, or samples where it does not batch, to leave out.
-        """
+        """Opens the order of a pass at a batch; draws from the global generators as torch does."""
         if computes_its_order(self.inner) and callable(getattr(self.inner, "set_epoch", None)):
             # An order that is computed from its epoch; it has no random state to tell passes apart.
             self.inner.set_epoch(key.epoch)
@@ -304,10 +299,6 @@ def rebuilt(loader: Any, **changes: Any) -> Any:
 
     A constructor of a subclass takes arguments that nobody knows, and torch's own forbids to set
     these attributes later.
-
-    Args:
-        loader: a DataLoader, which is left as it is.
-        **changes: the attributes.
     """
     twin: Any = copy.copy(loader)
     attributes = cast("dict[str, Any]", vars(twin))
