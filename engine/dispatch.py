@@ -108,7 +108,7 @@ class Slot:
             if late is None:
                 late = self._late = _Late()
                 handlers.append((late, True, None))
-            late.bindings = sorted([*late.bindings, (phase, binding)], key=_phase_of)
+            late.bindings = sorted([*late.bindings, (phase, binding)], key=lambda item: item[0])
         elif late is None:
             handlers.append(binding)
         elif late.running:
@@ -199,10 +199,6 @@ class _TimedSlot:
 def _name_of(function: Any) -> str:
     name: str = getattr(function, "__qualname__", type(function).__qualname__)
     return name
-
-
-def _phase_of(item: tuple[Phase, Binding]) -> Phase:
-    return item[0]
 
 
 # What an event passes to its handlers besides the engine, as samples for the signature check.

@@ -19,6 +19,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from .digest import digest
+from .nests import unwrap
 from .proof import Proof, Strictness
 
 # Larger buffers are recorded by their digest: they are tables that a module computes once.
@@ -40,7 +41,7 @@ def recordable(objects: Any, name: str = "") -> dict[str, Any]:
         name: of the nest itself.
     """
     if isinstance(objects, (Module, Optimizer)):
-        return {name: _unwrapped(objects)}
+        return {name: unwrap(objects)}
     items: Any = ()
     if type(objects) in (dict, list, tuple):
         items = objects.items() if type(objects) is dict else enumerate(objects)
@@ -63,17 +64,6 @@ def named(objects: Any, beside: Any) -> dict[str, Any]:
         if id(value) not in known:
             found[name if name not in found else f"{name} (saved beside)"] = value
     return found
-
-
-def _unwrapped(value: Any) -> Any:
-    parallel = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
-    while isinstance(value, Module):
-        name = "module" if isinstance(value, parallel) else "_orig_mod"
-        inner = dict(value.named_children()).get(name)
-        if inner is None:
-            break
-        value = inner
-    return value
 
 
 def _plain_name(name: str) -> str:
