@@ -8,8 +8,6 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
-
 from .errors import Missing
 
 _BUS = Path("/sys/bus/pci/devices")
@@ -28,6 +26,9 @@ _CHIPS = {
 
 def versions_of(*packages: str) -> dict[str, str]:
     """Returns the versions of torch and of those of some distributions that are installed."""
+    # Not before it is asked for: `import_risk` is.
+    import torch
+
     found = {package: installed_version(package) for package in packages}
     # Its own word: the package's lacks what it was built for.
     return {
