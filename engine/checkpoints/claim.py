@@ -14,8 +14,6 @@ from crosstrain.engine.engine import Engine
 from crosstrain.engine.storage.errors import CheckpointBusy
 from crosstrain.engine.storage.locations import Location
 
-__all__ = ["Claim"]
-
 
 class Claim:
     """Keeps other trainers of this process out of a place, from `take` to `give_back`.

@@ -19,8 +19,6 @@ from .retention import Item, Retention, format_score, setup_filename_pattern
 from .save_handler import SaveHandler, adapted
 from .save_request import Pending, as_handler, check_room_for, facts_of, warn_of_unsaved
 
-__all__ = ["Checkpoint", "CheckpointEvents"]
-
 
 class CheckpointEvents(EventEnum):
     """What a `Checkpoint` fires on the engine that it is attached to."""

@@ -11,8 +11,6 @@ from crosstrain.engine.nests import is_module
 
 from .model_part import ModelPart
 
-__all__ = ["copies_its_state", "keeps_in_its_state"]
-
 _HOOKS_OF_MODULES = ("_load_state_dict_pre_hooks",)
 _HOOKS_OF_OPTIMIZERS = (
     "_optimizer_load_state_dict_pre_hooks",

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 from crosstrain.engine.formats.safe_load import LoadedFile, load_file, verify_file
 from crosstrain.engine.parts.fill import filled
-from crosstrain.engine.parts.read import ENDING, Parts, is_in_parts, own_states
+from crosstrain.engine.parts.read import Parts, is_in_parts, own_states
 from crosstrain.engine.storage.archive import read_comment
 from crosstrain.engine.storage.errors import (
     CheckpointCorrupt,
@@ -20,22 +20,8 @@ from crosstrain.engine.storage.errors import (
 from crosstrain.engine.storage.folder import Entry
 from crosstrain.engine.storage.locations import Location
 from crosstrain.engine.storage.manifest import Manifest
+from crosstrain.engine.storage.parts_files import ENDING
 from crosstrain.engine.stores.folders import folder_at
-
-__all__ = [
-    "FILE",
-    "PARTS",
-    "Layout",
-    "Told",
-    "doubt_of",
-    "endings",
-    "is_checkpoint",
-    "is_there",
-    "layout_of",
-    "list_checkpoints",
-    "newest_first",
-    "newest_time",
-]
 
 
 class Layout(Protocol):

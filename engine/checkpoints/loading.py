@@ -32,17 +32,6 @@ from crosstrain.engine.storage.manifest import Manifest
 from .layouts import doubt_of, layout_of, list_checkpoints
 from .objects import check_objects, restore, to_own
 
-__all__ = [
-    "Latest",
-    "PassedOver",
-    "find_latest",
-    "load_objects",
-    "load_parts",
-    "pass_over",
-    "read_checkpoint",
-    "verified_parts",
-]
-
 _logger = logging.getLogger(__name__)
 
 

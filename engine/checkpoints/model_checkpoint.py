@@ -12,8 +12,6 @@ from .handler import Checkpoint
 from .objects import check_objects
 from .saver import DiskSaver
 
-__all__ = ["ModelCheckpoint"]
-
 
 class ModelCheckpoint(Checkpoint):
     """Saves to a folder the objects that are passed where it is attached.

@@ -11,8 +11,6 @@ import torch
 from crosstrain.engine.nests import is_module, unwrap
 from crosstrain.engine.spread import spread
 
-__all__ = ["ModelPart"]
-
 
 class ModelPart:
     """A part of a model, to stand in `to_save` in the model's place.

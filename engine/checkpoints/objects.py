@@ -39,16 +39,6 @@ from .in_place import copies_its_state, keeps_in_its_state
 from .model_part import ModelPart
 from .read_back import Difference, differences
 
-__all__ = [
-    "OWN_NAME",
-    "check_objects",
-    "gather_states",
-    "introduce",
-    "restore",
-    "to_own",
-    "unsaved_objects",
-]
-
 # The name under which a Checkpoint saves its own state (include_self).
 OWN_NAME = "checkpointer"
 _COMPILED = "_orig_mod"

@@ -14,8 +14,6 @@ from crosstrain.engine.guards import is_mapping
 from crosstrain.engine.spread import has_spread, is_spread
 from crosstrain.engine.storage.tree_hash import in_threads
 
-__all__ = ["Difference", "differences"]
-
 _SHOWN = 3
 # Bytes. A thread that compares takes the time in which 1 MiB is compared only to be asked.
 _WORTH_A_THREAD = 1 << 20

@@ -29,8 +29,6 @@ from .loading import Latest
 from .retention import Item, Retention
 from .save_job import JointJob, own_lines
 
-__all__ = ["RemoteCopies"]
-
 _logger = logging.getLogger(__name__)
 
 

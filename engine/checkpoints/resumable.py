@@ -32,8 +32,6 @@ from .remote import RemoteCopies
 from .save_request import warn_of_repeated_data
 from .stop_signals import StopSignals
 
-__all__ = ["ResumableRun", "begin", "event_of", "say", "with_trainer"]
-
 _logger = logging.getLogger(__name__)
 
 _LAST_SAVE = "waiting until the last checkpoint is on the disk"
@@ -123,13 +121,14 @@ class ResumableRun:
         """
         trainer = self._trainer
         trainer.restartable = True
+        if not trainer.has_registered_events(Checkpoint.SAVED_CHECKPOINT):
+            # Here, not at the first save: handlers of it can be attached before the run.
+            trainer.register_events(*CheckpointEvents)
         trainer.add_event_handler(event, self._mark)
         if self._remote is not None:
             if remote_event is None:
                 remote_event = event
             trainer.add_event_handler(remote_event, self._mark_remote)
-            if not trainer.has_registered_events(Checkpoint.SAVED_CHECKPOINT):
-                trainer.register_events(*CheckpointEvents)
             trainer.add_event_handler(Checkpoint.SAVED_CHECKPOINT, self._copy)
             trainer.add_event_handler(Events.ITERATION_COMPLETED, self._remote.ask)
         trainer.add_event_handler(Events.STARTED, self._begin)

@@ -50,8 +50,6 @@ from .retention import Item
 from .saver import DiskSaver
 from .stop_signals import STOP_SIGNALS
 
-__all__ = ["resume_or_start"]
-
 _LOOKING = "looking for the newest good checkpoint"
 _READING = "reading the checkpoint that rank 0 has found"
 

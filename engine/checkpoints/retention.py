@@ -10,14 +10,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from crosstrain.engine.engine import Engine
 
-__all__ = [
-    "Item",
-    "Retention",
-    "format_score",
-    "global_step_from_engine",
-    "setup_filename_pattern",
-]
-
 
 class Item(NamedTuple):
     """A saved file and its priority; the file of the lowest one is the first to go."""

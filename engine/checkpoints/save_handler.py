@@ -15,8 +15,6 @@ from crosstrain.engine.storage.locations import Location
 
 from .save_job import SaveJob
 
-__all__ = ["BaseSaveHandler", "RunFacts", "SaveHandler", "adapted"]
-
 
 @dataclass(frozen=True)
 class RunFacts:

@@ -11,8 +11,6 @@ from crosstrain.engine.ranks.line import Line, has_ranks
 from crosstrain.engine.shown import shown
 from crosstrain.engine.storage.locations import Location
 
-__all__ = ["BackgroundJob", "JointJob", "SaveJob", "own_lines"]
-
 _logger = logging.getLogger(__name__)
 
 

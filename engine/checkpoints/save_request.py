@@ -19,15 +19,6 @@ from .save_handler import RunFacts, SaveHandler
 from .save_job import SaveJob
 from .saver import DiskSaver
 
-__all__ = [
-    "Pending",
-    "as_handler",
-    "check_room_for",
-    "facts_of",
-    "warn_of_repeated_data",
-    "warn_of_unsaved",
-]
-
 
 class Pending(NamedTuple):
     """A file that a thread is writing: its job, whose it is, and the list of files before it."""

@@ -37,8 +37,6 @@ from .layouts import FILE, PARTS, endings, is_there, layout_of, list_checkpoints
 from .save_handler import BaseSaveHandler, RunFacts
 from .save_job import SaveJob, own_lines
 
-__all__ = ["DiskSaver"]
-
 _logger = logging.getLogger(__name__)
 
 

@@ -15,8 +15,6 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any, Final
 
-__all__ = ["STOP_SIGNALS", "StopSignals"]
-
 _logger = logging.getLogger(__name__)
 
 #: Schedulers send the first, a terminal the second, and when it closes the third.

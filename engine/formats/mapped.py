@@ -24,8 +24,6 @@ from crosstrain.engine.storage.tree_hash import Place, fill, in_threads
 
 from .staging import view_like
 
-__all__ = ["Mapped", "Stamp", "can_map", "check_stamp", "path_of_descriptor", "stamp_of"]
-
 # What is larger is read by a thread of its own.
 _LARGE = 2 << 20
 

@@ -16,8 +16,6 @@ from crosstrain.engine.storage.errors import CheckpointContentError
 
 from .stand_ins import MAX_KEY_DEPTH, MAX_KEY_ITEMS
 
-__all__ = ["to_plain"]
-
 _AS_THEY_ARE: Final = frozenset(
     {type(None), bool, float, complex, str, bytes, torch.Size, torch.dtype, torch.device}
 )

@@ -37,8 +37,6 @@ from crosstrain.engine.stores.folders import folder_at, open_place
 from .mapped import Mapped, Stamp, can_map, check_stamp, path_of_descriptor, stamp_of
 from .stand_ins import PickleCheck, check_pickle
 
-__all__ = ["LoadedFile", "Take", "check_loadable", "load_file", "load_part", "verify_file"]
-
 _BLOCK = 1 << 20
 # torch.save begins each tensor at a multiple of 64; some processors need it where numbers are read.
 _ALIGNED = 16

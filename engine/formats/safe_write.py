@@ -25,8 +25,6 @@ from .plain import to_plain
 from .safe_load import check_loadable
 from .staging import HostState
 
-__all__ = ["contents_of"]
-
 # What is not tensor data: the archive's directory, the pickle, the manifest. Generous.
 _SPARE_BYTES = 2 << 20
 

@@ -19,14 +19,6 @@ from crosstrain.engine.storage.errors import CheckpointError
 
 from .plain import to_plain
 
-__all__ = [
-    "HostBuffers",
-    "HostState",
-    "Snapshot",
-    "on_host",
-    "view_like",
-]
-
 # Device, address, length and type of a storage: two that begin at one address may end elsewhere,
 # and torch.save refuses one that is looked at as of two types.
 Storage = tuple[str, int, int, torch.dtype]

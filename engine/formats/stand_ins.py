@@ -30,8 +30,6 @@ from crosstrain.engine.guards import is_exact_list, is_exact_tuple
 from crosstrain.engine.storage.archive import Record
 from crosstrain.engine.storage.errors import CheckpointCorrupt, CheckpointError, CheckpointUnsafe
 
-__all__ = ["MAX_KEY_DEPTH", "MAX_KEY_ITEMS", "PickleCheck", "check_pickle"]
-
 #: How deep tuples may be nested in a dictionary's key, and how many items one may have in all.
 MAX_KEY_DEPTH: Final = 8
 MAX_KEY_ITEMS: Final = 10_000

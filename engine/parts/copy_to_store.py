@@ -14,8 +14,6 @@ from crosstrain.engine.stores.store_folder import StoreFolder
 from .read import Parts, writer_of
 from .write import Writers, filling, met
 
-__all__ = ["PartsToCopy"]
-
 
 class PartsToCopy:
     """The files of a checkpoint that this process copies, held open, whatever becomes of them.

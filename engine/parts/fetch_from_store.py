@@ -14,8 +14,6 @@ from crosstrain.engine.storage.parts_files import check_hash, check_size
 from crosstrain.engine.stores.by_url import store_of
 from crosstrain.engine.stores.temporary import temporary_file
 
-__all__ = ["Fetched"]
-
 
 class Fetched:
     """What this process has needed so far, in files without names that go with this object.

@@ -13,8 +13,6 @@ from crosstrain.engine.storage.errors import CheckpointCorrupt, CheckpointMismat
 from .index import Entry
 from .read import Parts, Place
 
-__all__ = ["filled", "reordered"]
-
 
 def filled(
     found: Parts, states: Any, places: Sequence[Place], objects: Mapping[str, Any]

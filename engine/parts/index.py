@@ -20,8 +20,6 @@ from crosstrain.engine.guards import is_exact_dict, is_exact_list
 from crosstrain.engine.storage.errors import CheckpointCorrupt
 from crosstrain.engine.storage.manifest import PART
 
-__all__ = ["Chunk", "Entry", "decode_index", "encode_index"]
-
 
 @dataclass(frozen=True)
 class Chunk:

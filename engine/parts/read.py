@@ -32,8 +32,6 @@ from crosstrain.engine.stores.store_parts import read_manifest
 from .fetch_from_store import Fetched
 from .index import Entry, decode_index
 
-__all__ = ["ENDING", "Parts", "Place", "is_in_parts", "own_states", "writer_of"]
-
 Place = tuple[tuple[Any, ...], str]
 
 

@@ -35,8 +35,6 @@ from crosstrain.engine.storage.parts_files import PartsHash
 from .index import Chunk, Entry
 from .read import Parts
 
-__all__ = ["read_parts", "write_parts"]
-
 # Says something to all processes; returns what each said, or raises in all what one met.
 Agree = Callable[[Exception | None, Any], list[Any]]
 

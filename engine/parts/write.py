@@ -22,8 +22,6 @@ from crosstrain.engine.storage.manifest import Manifest, rank_file
 
 from .index import encode_index
 
-__all__ = ["Staged", "Writers", "filling", "met", "write_in_parts"]
-
 _SPARE_BYTES = 2 << 20
 # Smaller tensors are written by each process: to compare them would cost more.
 _LARGE = 4096

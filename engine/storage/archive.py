@@ -16,8 +16,6 @@ from typing import Protocol
 
 from .errors import CheckpointCorrupt, CheckpointUnsafe
 
-__all__ = ["Archive", "Readable", "Record", "Window", "read_archive", "read_comment"]
-
 _END = struct.Struct("<4s4H2LH")
 _END64 = struct.Struct("<4sQ2H2L4Q")
 _LOCATOR64 = struct.Struct("<4sLQL")

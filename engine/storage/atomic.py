@@ -24,17 +24,6 @@ from .leftovers import FILES, new_name
 from .mounted import is_of_this_machine
 from .tree_hash import Tree, TreeHash
 
-__all__ = [
-    "Contents",
-    "HashingFile",
-    "check_free_space",
-    "fill_file",
-    "flush_folder",
-    "make_folder",
-    "open_regular",
-    "write_file",
-]
-
 _BUFFER = 1 << 20
 # What is smaller is buffered, and hashed where it is: handing it over would cost more.
 _LARGE = 1 << 18

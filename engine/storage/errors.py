@@ -9,20 +9,6 @@ from crosstrain.engine.shown import harmless
 
 from .locations import Location
 
-__all__ = [
-    "CheckpointBusy",
-    "CheckpointContentError",
-    "CheckpointCorrupt",
-    "CheckpointError",
-    "CheckpointMismatch",
-    "CheckpointNotFound",
-    "CheckpointStoreMissing",
-    "CheckpointUnsafe",
-    "CheckpointWarning",
-    "CheckpointWriteError",
-    "is_lack",
-]
-
 _LACKS: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 

@@ -13,8 +13,6 @@ from .atomic import Contents
 from .locations import Location
 from .manifest import Manifest
 
-__all__ = ["Aside", "Claim", "Entry", "Folder"]
-
 
 @dataclass(frozen=True)
 class Entry:

@@ -8,8 +8,6 @@ import shutil
 from pathlib import Path
 from typing import Final
 
-__all__ = ["ASIDE", "FILES", "PARTS", "is_leftover", "new_name", "remove_leftovers"]
-
 #: How the names of unfinished files, and of folders of unfinished parts, begin and end.
 FILES: Final = (".crosstrain-", ".tmp")
 PARTS: Final = (".crosstrain-", ".parts")

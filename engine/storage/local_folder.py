@@ -19,8 +19,6 @@ from .local_parts import LocalAside
 from .lock import FolderLock
 from .manifest import Manifest
 
-__all__ = ["LocalFolder"]
-
 
 class _LocalClaim:
     """The lock of a folder.

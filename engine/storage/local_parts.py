@@ -16,8 +16,6 @@ from .leftovers import ASIDE, PARTS, new_name
 from .manifest import INDEX, MANIFEST, Manifest
 from .parts_files import hash_file
 
-__all__ = ["LocalAside"]
-
 
 class LocalAside:
     """A folder aside, on a file system that all processes see.

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import unquote
 
-__all__ = ["Location", "StorePath", "location_of", "without_credentials"]
-
 _URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::[A-Za-z0-9+.:/-]*)?://")
 # A password may hold slashes, as AWS's do; but what is a port is no password.
 _USER: Final = re.compile(r"(?<=://)(?![^/@:\s]*:[0-9]+(?:[/\s]|$))[^/@:\s]*:[^@\s]*@")

@@ -27,8 +27,6 @@ from crosstrain.engine.errors import warn_user
 from .errors import CheckpointBusy, CheckpointWarning
 from .mounted import is_of_this_machine
 
-__all__ = ["LOCK_NAME", "FolderLock"]
-
 LOCK_NAME = ".crosstrain.lock"
 
 # File systems that have no locks say so by one of these.

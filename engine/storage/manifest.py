@@ -27,17 +27,6 @@ from .errors import CheckpointContentError, CheckpointCorrupt
 from .parts_files import BLAKE3
 from .tree_hash import LEAF, MAX_BLOCKS, Tree
 
-__all__ = [
-    "INDEX",
-    "MANIFEST",
-    "MAX_MANIFEST_BYTES",
-    "METADATA",
-    "Manifest",
-    "later_than",
-    "rank_file",
-    "software_versions",
-]
-
 # The files of a checkpoint in parts, besides the parts of tensors and each process's own.
 MANIFEST: Final = "manifest.json"
 INDEX: Final = "index.json"

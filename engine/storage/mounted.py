@@ -6,8 +6,6 @@ import re
 from pathlib import Path
 from typing import Final
 
-__all__ = ["is_of_this_machine"]
-
 # File systems of one machine, whose folders its kernel locks for all of its processes.
 _OF_THIS_MACHINE: Final = re.compile("bcachefs|btrfs|ext[234]|f2fs|jfs|overlay|ramfs|tmpfs|xfs|zfs")
 

@@ -14,20 +14,6 @@ from .atomic import open_regular
 from .errors import CheckpointCorrupt
 from .locations import Location
 
-__all__ = [
-    "BLAKE3",
-    "ENDING",
-    "MAX_MANIFEST",
-    "PartsHash",
-    "check_hash",
-    "check_size",
-    "folder_of_parts",
-    "has_hash",
-    "hash_file",
-    "hash_open",
-    "whose_parts",
-]
-
 #: So begins the hash of a file; manifests of schema 1 have its sha256, without a beginning.
 BLAKE3: Final = "blake3:"
 # So many bytes are in a core's cache from when they are read until they are hashed.

@@ -21,8 +21,6 @@ from blake3 import blake3
 
 from .errors import CheckpointCorrupt
 
-__all__ = ["LEAF", "MAX_BLOCKS", "Place", "Tree", "TreeCheck", "TreeHash", "fill", "in_threads"]
-
 #: The bytes of a leaf.
 LEAF: Final = 1 << 20
 # So many at once are read, and hashed while they are in a core's cache.

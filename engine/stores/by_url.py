@@ -14,8 +14,6 @@ from crosstrain.engine.storage.locations import StorePath
 from .s3 import S3Store, s3_options
 from .store import Store
 
-__all__ = ["store_of"]
-
 # Whose URL has its credentials elsewhere, and where.
 _CREDENTIALS: Final = {
     **dict.fromkeys(("s3", "s3a"), "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or ~/.aws"),

@@ -12,8 +12,6 @@ from crosstrain.engine.storage.locations import Location
 
 from .store_folder import StoreFolder
 
-__all__ = ["folder_at", "open_place"]
-
 
 def folder_at(place: Location) -> Folder:
     """Returns the folder that is at a place.

@@ -34,8 +34,6 @@ from crosstrain.engine.storage.errors import CheckpointBusy
 
 from .store import Store
 
-__all__ = ["LOCK", "Lease"]
-
 _logger = logging.getLogger(__name__)
 
 LOCK: Final = ".crosstrain.lock"

@@ -12,8 +12,6 @@ from typing import Final, TypeVar
 
 from crosstrain.engine.shown import shown
 
-__all__ = ["PATIENCE", "Patience", "patience_seconds"]
-
 _logger = logging.getLogger(__name__)
 
 #: The environment's variable with the seconds for which a failing request is repeated.

@@ -21,8 +21,6 @@ from crosstrain.engine.storage.locations import StorePath
 
 from .store import PIECE, Store, Stored, in_pieces
 
-__all__ = ["S3Store", "s3_options"]
-
 # S3 takes at most 10,000 parts.
 _MOST_PARTS: Final = 9_000
 # An upload that S3 has lost is begun anew so often.

@@ -24,8 +24,6 @@ from crosstrain.engine.storage.locations import StorePath
 
 from .patience import Patience, patience_seconds
 
-__all__ = ["PIECE", "Store", "Stored", "in_pieces"]
-
 _T = TypeVar("_T")
 
 #: Fetched and put at once; with so many at a time, that is the memory that it takes.

@@ -26,8 +26,6 @@ from .store import Store, Stored
 from .store_parts import StoreAside, remove_orphans, remove_parts
 from .temporary import temporary_file
 
-__all__ = ["StoreFolder"]
-
 #: Names the checkpoints that were put: a list of a store may lag behind what is in it.
 SAVED: Final = ".crosstrain.saved"
 _MOST_NAMES: Final = 100

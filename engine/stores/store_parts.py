@@ -31,8 +31,6 @@ from .by_url import store_of
 from .store import Store
 from .temporary import temporary_file
 
-__all__ = ["StoreAside", "read_manifest", "remove_orphans", "remove_parts"]
-
 # So many seconds a save that has failed tries to leave nothing; the next start does it, too.
 _SHORT: Final = 2.0
 

@@ -9,8 +9,6 @@ from typing import IO
 
 from crosstrain.engine.storage.atomic import free_space
 
-__all__ = ["temporary_file"]
-
 
 def temporary_file(needed: int) -> IO[bytes]:
     """Opens a file without a name among the temporary ones (`TMPDIR`).

@@ -233,6 +233,19 @@ def test_only_what_is_due_is_saved_and_the_end(tmp_path: Path) -> None:
     assert run.exit_code == 0
 
 
+def test_what_is_saved_is_told_from_the_first_save_on(tmp_path: Path) -> None:
+    objects, run = prepare(tmp_path, every=4)
+    told: list[Any] = []
+
+    @objects["trainer"].on(Checkpoint.SAVED_CHECKPOINT)
+    def saved(_: Engine) -> None:
+        told.append(run.checkpoint.last_checkpoint)
+
+    objects["trainer"].run(BATCHES, max_epochs=1)
+    run.checkpoint.save_handler.close()
+    assert told == [tmp_path / f"checkpoint_{n}.pt" for n in (4, 8, 10)]
+
+
 def test_retention_goes_on_over_restarts(tmp_path: Path) -> None:
     run_to(tmp_path, 5)
     assert names(tmp_path) == ["checkpoint_4.pt", "checkpoint_5.pt"]
