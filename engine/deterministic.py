@@ -37,7 +37,12 @@ from crosstrain.engine.exact.snapshot import (
     settings,
     step_state,
 )
-from crosstrain.engine.exact.trained import functions_held, functions_of_trained, holders_of_state
+from crosstrain.engine.exact.trained import (
+    functions_held,
+    functions_of_trained,
+    holders_of_state,
+    hooks_of_all,
+)
 from crosstrain.engine.exact.unnamed import functions_of, unnamed_sources
 from crosstrain.engine.ranks.agreed_seed import agreed_seed
 from crosstrain.engine.training.own_step import OwnStep
@@ -266,7 +271,7 @@ class DeterministicEngine(Engine):
         functions.update(functions_of(self.state.dataloader))
         for value in self.named_beside:
             functions.update(functions_held(value))
-        return {**functions, **functions_of_trained(self._structured())}
+        return {**functions, **functions_of_trained(self._structured()), **hooks_of_all()}
 
     def _named_elsewhere(self) -> set[int]:
         known = {id(self.state.dataloader), id(self)}
@@ -292,7 +297,12 @@ class DeterministicEngine(Engine):
 
     def _forgotten(self) -> Forgotten:
         keys = self.state_dict_user_keys
-        return Forgotten(self._functions(), self._named_elsewhere(), self.state, keys)
+        recorded = {
+            id(one)
+            for value in self._structured().values()
+            for one in (value.modules() if isinstance(value, torch.nn.Module) else [value])
+        }
+        return Forgotten(self._functions(), self._named_elsewhere(), self.state, keys, recorded)
 
     def _tell_forgotten(self) -> None:
         """Says what the run has changed, and reads, that no checkpoint holds."""

@@ -62,3 +62,11 @@ def is_users_object(value: object) -> bool:
     if root in OTHER_PACKAGES or root in sys.stdlib_module_names:
         return False
     return isinstance(getattr(value, "__dict__", None), dict)
+
+
+def is_others(thing: Any) -> bool:
+    """Tells whether a function or a class is no user's: of a known package, or of Python's own."""
+    # A wrapper says that it is of the module of what it wraps.
+    module = getattr(thing, "__globals__", {}).get("__name__") or thing.__module__ or ""
+    root = module.partition(".")[0]
+    return root in OTHER_PACKAGES or root in sys.stdlib_module_names

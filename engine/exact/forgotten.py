@@ -36,18 +36,18 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from crosstrain.engine.data.source import ResumableSource
 from crosstrain.engine.digest import digest
 from crosstrain.engine.dispatch import Dispatcher
-from crosstrain.engine.guards import OTHER_PACKAGES, is_users_object
+from crosstrain.engine.guards import OTHER_PACKAGES, is_others, is_users_object
 from crosstrain.engine.state import State
 from crosstrain.engine.structure import RECORDED
 
 from .reads import ALL, WRITES, Use, names_read_of_state, uses_of, uses_of_self
+from .trained import functions_of_trained
 from .unnamed import (
     GLOBAL_GENERATORS,
     TORCHS_OWN,
     TRAINED,
     attributes_of,
     functions_in,
-    is_others,
     is_source,
     is_users_file,
     layers_of,
@@ -73,6 +73,7 @@ _COLLECTIONS: Final = (
     collections.deque,
     collections.UserDict,
     collections.UserList,
+    collections.ChainMap,
     contextvars.ContextVar,
     queue.Queue,
     threading.local,
@@ -93,8 +94,20 @@ _PLAIN: Final = (
     numpy.random.SeedSequence,
     array.array,
     bytearray,
+    memoryview,
 )
-_WHOLE: Final = (dict, list, tuple, collections.deque, set, frozenset, array.array, bytearray)
+_WHOLE: Final = (
+    dict,
+    list,
+    tuple,
+    collections.deque,
+    set,
+    frozenset,
+    array.array,
+    bytearray,
+    memoryview,
+)
+_MAKING: Final = ("__new__", "__init__", "__post_init__")
 _CALLED: Final = Use(("__call__",), True)
 _STATE: Final = frozenset(vars(State()))
 
@@ -107,6 +120,7 @@ class Forgotten:
         known: what a checkpoint takes care of, by `id`.
         state: the run's state, whose own attributes are looked at, too.
         keys: the names of those attributes of it that are saved.
+        recorded: the modules and optimizers whose numbers and words are, by `id`.
     """
 
     def __init__(
@@ -115,8 +129,9 @@ class Forgotten:
         known: Iterable[int],
         state: Any,
         keys: Iterable[str] = (),
+        recorded: Iterable[int] = (),
     ) -> None:
-        walk = UsesWalk(known)
+        walk = UsesWalk(known, recorded)
         for name, function in functions.items():
             walk.function(function, name, _DEPTH)
         walk.settle()
@@ -150,10 +165,12 @@ class UsesWalk:
 
     Args:
         known: what is not looked into, by `id`.
+        recorded: modules and optimizers whose numbers and words are no matter, by `id`.
     """
 
-    def __init__(self, known: Iterable[int]) -> None:
+    def __init__(self, known: Iterable[int], recorded: Iterable[int] = ()) -> None:
         self._known = frozenset(known)
+        self._recorded = frozenset(recorded)
         self._seen: set[Any] = set()
         # What is looked at only to be written into a collection: a state, if that is read.
         self._waiting: list[tuple[str, str, Any, int]] = []
@@ -219,10 +236,13 @@ class UsesWalk:
     def value(self, value: Any, owner: str, name: str, depth: int, uses: frozenset[Use]) -> None:
         """Notes a value, if it is read, or looks into what it is made of."""
         if isinstance(value, type):
-            called = [use.path[0] for use in uses if use.path]
-            self._space(
-                _values_of(value), owner, name, depth, uses | uses_of_self(value, called)[0]
-            )
+            called = [*_MAKING, *(use.path[0] for use in uses if use.path)]
+            inner = uses_of_self(value, called)[0] | uses_of_self(type(value), called)[0]
+            values = {**_values_of(type(value)), **_values_of(value)}
+            if any(not use.path for use in inner):
+                # Such as `type(self).calls`.
+                inner |= {Use((name,), True) for name in values}
+            self._space(values, owner, name, depth, uses | inner)
             if id(value) in self._seen:
                 return
             self._seen.add(id(value))
@@ -240,6 +260,8 @@ class UsesWalk:
                 self._note(value, owner, name)
             if isinstance(value, _COLLECTIONS) and depth > 0:
                 self._items(value, owner, name, depth)
+                if is_users_object(value):
+                    self._attributes(value, owner, name, depth, uses)
             return
         if isinstance(value, State) or {id(value)} & (self._known | GLOBAL_GENERATORS):
             if is_users_object(value) and not isinstance(value, TRAINED) and depth > 0:
@@ -253,12 +275,15 @@ class UsesWalk:
             if id(value) not in self._seen:
                 self._seen.add(id(value))
                 self.found[owner, name] = _state_signature(value)
+                trained = functions_of_trained({f"{owner}, its {name}": value})
+                for label, function in trained.items():
+                    self.function(function, label, depth - 1)
         elif callable(value) and (inspect.isroutine(value) or isinstance(value, partial)):
             if any(use.read for use in uses):
                 self._note(value, owner, name)
             if inspect.isfunction(value) and not is_others(value):
                 self._space(vars(value), owner, name, depth, uses)
-            self.function(value, f"{owner}, its {name}", depth - 1)
+            self.function(value, f"{owner}, its {name}", depth)
         elif isinstance(value, torch.nn.Module) or depth <= 0:
             return
         elif not is_others(type(value)) or _is_namespace(value):
@@ -272,7 +297,7 @@ class UsesWalk:
             if use.path and use.path[0] in own:
                 rest = Use(use.path[1:], use.read or use.into is not None)
                 inner = f"{name}.{use.path[0]}"
-                self.value(own[use.path[0]], owner, inner, depth - 1, frozenset({rest}))
+                self.value(own[use.path[0]], owner, inner, depth, frozenset({rest}))
 
     def _note(self, value: Any, owner: str, name: str) -> None:
         # A counter that is named lies in an object that is: its values are its own.
@@ -300,7 +325,8 @@ class UsesWalk:
         own = {**_values_of(kind), **attributes_of(value)}
         if isinstance(value, TRAINED):
             # Numbers and words of what is trained are recorded, and put back.
-            recorded = {name for name, one in own.items() if type(one) in RECORDED}
+            kept = RECORDED if id(value) in self._recorded else ()
+            recorded = {name for name, one in own.items() if type(one) in kept}
             own = {name: own[name] for name in own.keys() - recorded - TORCHS_OWN}
         elif id(value) in self._known:
             # What its state has, under whichever name, goes on with it.
@@ -308,19 +334,20 @@ class UsesWalk:
                 self._saved[id(value)] = _parts_of(value)
             saved = self._saved[id(value)]
             own = {name: one for name, one in own.items() if _mark(one) not in saved}
-        whole = any(not use.path for use in uses)
-        # What is passed on may be used in any way.
-        called = dir(kind) if whole else [use.path[0] for use in uses if use.path]
-        more, functions = uses_of_self(kind, called)
+        more, functions = uses_of_self(kind, [use.path[0] for use in uses if use.path])
+        # What is passed on, or passes itself on, may be used in any way.
+        whole = any(use.path[:1] in ((), ("__dict__",)) for use in (*uses, *more))
+        if whole:
+            more, functions = uses_of_self(kind, set(dir(kind)) - set(_MAKING))
         for function in functions:
             self._variables(function, owner, depth - 1)
         by_name: dict[str, set[Use]] = {attribute: set() for attribute in own if whole}
         for use in (*uses, *more):
             if use.path[:1] == ("__class__",):
                 use = use._replace(path=use.path[1:])
-            if use.path and use.path[0] in own:
+            for attribute in own.keys() & set(_spellings(use.path[:1], kind)):
                 rest = Use(use.path[1:], use.read or use.into is not None)
-                by_name.setdefault(use.path[0], set()).add(rest)
+                by_name.setdefault(attribute, set()).add(rest)
         for attribute, found in by_name.items():
             # What no method uses is there for those that the object is passed on to.
             item, some = own[attribute], frozenset(found) or ALL
@@ -344,6 +371,13 @@ def _defaults_of(function: types.FunctionType) -> dict[str, Any]:
     return {**dict(named), **(function.__kwdefaults__ or {})}
 
 
+def _spellings(path: tuple[str, ...], kind: type) -> list[str]:
+    """Returns what an attribute may be called: Python puts its class before a private one."""
+    if not path or not path[0].startswith("__") or path[0].endswith("__"):
+        return list(path)
+    return [f"_{each.__name__.lstrip('_')}{path[0]}" for each in kind.__mro__]
+
+
 def _is_namespace(value: Any) -> bool:
     """Tells whether a value is an object of Python's own that is nothing but its attributes."""
     return isinstance(value, (types.SimpleNamespace, argparse.Namespace))
@@ -356,7 +390,8 @@ def _values_of(kind: Any) -> dict[str, Any]:
         for each in reversed(kind.__mro__)
         if each is not object and not is_others(each)
         for name, value in vars(each).items()
-        if not name.startswith("__") and isinstance(value, (*_PLAIN, *_COLLECTIONS))
+        if not name.startswith("__")
+        and (isinstance(value, (*_PLAIN, *_COLLECTIONS)) or is_users_object(value))
     }
 
 
@@ -415,7 +450,8 @@ def _signature(value: Any, depth: int = 16) -> Any:
     if isinstance(value, torch.Tensor):
         if value.nbytes <= _BYTES:
             return digest(value)
-        return id(value), tuple(value.shape), _version(value)
+        some = value.detach().reshape(-1)[:: value.numel() >> 12]
+        return id(value), tuple(value.shape), _version(value), digest(some)
     if isinstance(value, numpy.ndarray):
         many: Any = value if value.nbytes <= 16 * _BYTES else value.reshape(-1)[:: value.size >> 12]
         return value.shape, digest(many)
@@ -451,6 +487,8 @@ def _inside(value: Any) -> Any:
         return [value.get(None)]
     if isinstance(value, weakref.ReferenceType):
         return [value()]
+    if isinstance(value, collections.ChainMap):
+        return value.maps
     if isinstance(value, queue.Queue):
         return list(value.queue)
     return vars(value) if isinstance(value, threading.local) else value

@@ -10,7 +10,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
-from .unnamed import is_others, layers_of
+from crosstrain.engine.guards import is_others
+
+from .unnamed import layers_of
 
 __all__ = ["ALL", "WRITES", "Use", "names_read_of_state", "uses_of", "uses_of_self"]
 
@@ -170,8 +172,11 @@ def _use(node: ast.Name, above: _Above) -> Use:
 
 def _is_read(node: ast.AST, above: _Above) -> bool:
     """Tells whether a value that is loaded is looked at: neither only written to, nor shown."""
-    for parent in reversed(above):
-        if isinstance(parent, ast.Call) and _called(parent.func) in _SHOWS:
+    for index in range(len(above) - 1, -1, -1):
+        parent = above[index]
+        # Not what computes, and is only called alike: `math.log`.
+        shows = isinstance(parent, ast.Call) and _called(parent.func) in _SHOWS
+        if shows and _thrown_away(above[:index]):
             return False
         if isinstance(parent, ast.stmt):
             break

@@ -16,9 +16,9 @@ from torch.nn.modules import module as torch_module
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
-from .unnamed import is_others
+from crosstrain.engine.guards import is_others
 
-__all__ = ["functions_held", "functions_of_trained", "holders_of_state"]
+__all__ = ["functions_held", "functions_of_trained", "holders_of_state", "hooks_of_all"]
 
 # By which of its methods a module says what its state is.
 _STATES: Final = ("state_dict", "get_extra_state", "_save_to_state_dict")
@@ -73,9 +73,16 @@ def functions_of_trained(objects: Mapping[str, Any]) -> dict[str, Any]:
             found.update(_hooks(value, name, _OF_OPTIMIZERS))
             if not is_others(type(value)) or "step" in vars(value):
                 found[f"the step of {name}"] = value.step
-    for where, kinds in _OF_ALL.items():
-        found.update(_hooks(kinds[0], f"all {where}", kinds[1]))
     return found
+
+
+def hooks_of_all() -> dict[str, Any]:
+    """Returns the hooks of all modules and of all optimizers, by what to call them."""
+    return {
+        called: hook
+        for where, (owner, kinds) in _OF_ALL.items()
+        for called, hook in _hooks(owner, f"all {where}", kinds)
+    }
 
 
 def functions_held(value: Any) -> dict[str, Any]:

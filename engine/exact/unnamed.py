@@ -27,7 +27,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from crosstrain.engine.data.generators import generators_in
 from crosstrain.engine.data.source import ResumableSource
 from crosstrain.engine.dispatch import Dispatcher
-from crosstrain.engine.guards import OTHER_PACKAGES, is_users_object
+from crosstrain.engine.guards import OTHER_PACKAGES, is_others, is_users_object
+
+from .trained import functions_of_trained
 
 __all__ = [
     "GLOBAL_GENERATORS",
@@ -36,7 +38,6 @@ __all__ = [
     "attributes_of",
     "functions_in",
     "functions_of",
-    "is_others",
     "is_source",
     "is_users_file",
     "layers_of",
@@ -56,6 +57,7 @@ _SOURCES: Final = (
     numpy.random.Generator,
     numpy.random.RandomState,
     numpy.random.BitGenerator,
+    torch.quasirandom.SobolEngine,
     ResumableSource,
 )
 # They are part of every state.
@@ -165,6 +167,11 @@ class _Walk:
             for own, function in methods_in(value).items():
                 self.function(function, f"{name}.{own}", depth - 1)
             return
+        if depth > 0 and isinstance(value, torch.nn.Module):
+            self._seen.add(id(value))
+            for own, function in functions_of_trained({name: value}).items():
+                self.function(function, own, depth - 1)
+            return
         if depth <= 0 or isinstance(value, _CLOSED):
             return
         if type(value) in (dict, list, tuple, set):
@@ -231,18 +238,13 @@ def functions_in(step: Any) -> Iterator[tuple[str, Any]]:
 
 def attributes_of(value: Any) -> dict[str, Any]:
     """Returns the attributes of an object, by name."""
-    try:
-        return dict(vars(value))
-    except TypeError:
-        names = getattr(type(value), "__slots__", ())
-        names = (names,) if isinstance(names, str) else names
-        return {name: getattr(value, name) for name in names if hasattr(value, name)}
-
-
-def is_others(thing: Any) -> bool:
-    """Tells whether a function or a class is no user's: of a known package, or of Python's own."""
-    root = (thing.__module__ or "").partition(".")[0]
-    return root in OTHER_PACKAGES or root in sys.stdlib_module_names
+    found = dict(getattr(value, "__dict__", {}))
+    for kind in type(value).__mro__:
+        names = vars(kind).get("__slots__", ())
+        for name in (names,) if isinstance(names, str) else names:
+            if name not in ("__dict__", "__weakref__") and hasattr(value, name):
+                found[name] = getattr(value, name)
+    return found
 
 
 def is_users_file(value: Any) -> bool:
@@ -262,6 +264,7 @@ def layers_of(function: Any) -> list[types.FunctionType]:
     found: list[types.FunctionType] = []
     while function is not None and len(found) < _LAYERS:
         if isinstance(function, property):
+            found += layers_of(function.fset)
             function = function.fget
         elif isinstance(function, cached_property):
             function = function.func

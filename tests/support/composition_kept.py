@@ -12,9 +12,11 @@ import array
 import collections
 import contextvars
 import copy
+import enum
 import functools
 import heapq
 import itertools
+import math
 import operator
 import queue
 import random
@@ -22,7 +24,7 @@ import threading
 import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import composition_file
@@ -758,6 +760,352 @@ def _cache() -> Draw:
     return lambda: cached(1) + cached(kept[0] + 1)
 
 
+@_kind("kept")
+def _number_by_its_logarithm() -> Draw:
+    kept = [1.0]
+
+    def draw() -> float:
+        kept[0] += 1
+        return 0.5 + math.log(kept[0]) / 3
+
+    return draw
+
+
+@_kind("calls")
+def _private_attribute() -> Draw:
+    class Counting:
+        def __init__(self) -> None:
+            self.__calls = 0
+
+        def __call__(self) -> float:
+            self.__calls += 1
+            return _by(self.__calls)
+
+    return Counting()
+
+
+@_kind("calls")
+def _dictionary_of_an_object() -> Draw:
+    class Counting:
+        def __init__(self) -> None:
+            self.calls = 0
+
+        def __call__(self) -> float:
+            self.__dict__["calls"] += 1
+            return _by(self.__dict__["calls"])
+
+    return Counting()
+
+
+@_kind("calls")
+def _object_that_passes_itself_on() -> Draw:
+    class Counting:
+        def __init__(self) -> None:
+            self.calls = 0
+
+        def __call__(self) -> float:
+            return _drawn(self)
+
+    return Counting()
+
+
+@_kind("calls")
+def _object_that_passes_its_record_on() -> Draw:
+    class Counting:
+        def __init__(self) -> None:
+            self.record = _Record()
+
+        def __call__(self) -> float:
+            return self._rated(self.record)
+
+        def _rated(self, record: _Record) -> float:
+            record.calls += 1
+            return _by(record.calls)
+
+    return Counting()
+
+
+@_kind("calls", "kept")
+def _setter() -> Draw:
+    class Counting:
+        calls = 0
+
+        @property
+        def value(self) -> float:
+            return _by(self.calls)
+
+        @value.setter
+        def value(self, value: float) -> None:
+            self.calls += 1
+
+    kept = Counting()
+
+    def draw() -> float:
+        kept.value = 1.0
+        return kept.value
+
+    return draw
+
+
+@_kind("calls")
+def _slots_of_a_parent() -> Draw:
+    class Parent:
+        __slots__ = ("calls",)
+
+    class Child(Parent):
+        __slots__ = ()
+
+        def __init__(self) -> None:
+            self.calls = 0
+
+        def __call__(self) -> float:
+            self.calls += 1
+            return _by(self.calls)
+
+    return Child()
+
+
+@_kind("calls", "kept")
+def _item_of_an_object() -> Draw:
+    class Table:
+        def __init__(self) -> None:
+            self.calls = 0
+
+        def __getitem__(self, index: int) -> float:
+            self.calls += 1
+            return _by(self.calls + index)
+
+    kept = Table()
+    return lambda: kept[0]
+
+
+@_kind("calls", "kept")
+def _descriptor() -> Draw:
+    class Counting:
+        def __init__(self) -> None:
+            self.calls = 0
+
+        def __get__(self, owner: Any, kind: Any) -> float:
+            self.calls += 1
+            return _by(self.calls)
+
+    class Holder:
+        value = Counting()
+
+        def __call__(self) -> float:
+            return self.value
+
+    return Holder()
+
+
+@_kind("calls", "kept")
+def _context() -> Draw:
+    class Entered:
+        def __init__(self) -> None:
+            self.calls = 0
+
+        def __enter__(self) -> float:
+            self.calls += 1
+            return _by(self.calls)
+
+        def __exit__(self, *_: Any) -> None:
+            pass
+
+    kept = Entered()
+
+    def draw() -> float:
+        with kept as found:
+            return found
+
+    return draw
+
+
+@_kind("calls", "kept")
+def _missing_item() -> Draw:
+    class Numbers(dict[int, float]):
+        calls = 0
+
+        def __missing__(self, key: int) -> float:
+            self.calls += 1
+            return _by(self.calls)
+
+    kept = Numbers()
+    return lambda: kept[1]
+
+
+@_kind("kept")
+def _record_that_is_replaced() -> Draw:
+    kept = _Fixed(0)
+
+    def draw() -> float:
+        nonlocal kept
+        kept = replace(kept, calls=kept.calls + 1)
+        return _by(kept.calls)
+
+    return draw
+
+
+@dataclass(frozen=True)
+class _Fixed:
+    calls: int
+
+
+class _Phase(enum.Enum):
+    COLD, WARM, HOT = range(3)
+
+
+@_kind("kept")
+def _member_of_an_enumeration() -> Draw:
+    kept = _Phase.COLD
+
+    def draw() -> float:
+        nonlocal kept
+        kept = {_Phase.COLD: _Phase.WARM, _Phase.WARM: _Phase.HOT, _Phase.HOT: _Phase.HOT}[kept]
+        return 0.5 if kept is _Phase.HOT else 1.0
+
+    return draw
+
+
+@_kind("kept")
+def _tuple_that_is_exchanged() -> Draw:
+    kept = (0.5, 0.7)
+
+    def draw() -> float:
+        nonlocal kept
+        kept = (kept[1], 0.5 + (kept[0] + kept[1]) % 1)
+        return kept[0]
+
+    return draw
+
+
+@_kind("kept")
+def _two_numbers_that_change_places() -> Draw:
+    kept = [0.5, 1.3]
+
+    def draw() -> float:
+        kept[0], kept[1] = kept[1], kept[0] * 0.9 + 0.1
+        return kept[0]
+
+    return draw
+
+
+@_kind("kept")
+def _by_another_name() -> Draw:
+    kept = [0]
+
+    def draw() -> float:
+        (number,) = other = kept
+        other[0] = number + 1
+        return _by(number)
+
+    return draw
+
+
+@_kind("kept")
+def _ordered_dictionary() -> Draw:
+    kept = collections.OrderedDict((number, 0.5 + number / 7) for number in range(7))
+
+    def draw() -> float:
+        first = next(iter(kept))
+        kept.move_to_end(first)
+        return kept[first]
+
+    return draw
+
+
+@_kind("kept")
+def _sequence_of_sobol() -> Draw:
+    kept = torch.quasirandom.SobolEngine(1)
+    return lambda: 0.5 + float(kept.draw())
+
+
+@_kind("kept")
+def _large_tensor_by_its_data() -> Draw:
+    kept = torch.ones(300_000)
+
+    def draw() -> float:
+        kept.data.mul_(0.9).add_(0.2)
+        return float(kept[0])
+
+    return draw
+
+
+@_kind("kept")
+def _memory() -> Draw:
+    kept = memoryview(bytearray(1))
+
+    def draw() -> float:
+        kept[0] = (kept[0] + 1) % 256
+        return _by(kept[0])
+
+    return draw
+
+
+@_kind("kept")
+def _word() -> Draw:
+    kept = ""
+
+    def draw() -> float:
+        nonlocal kept
+        kept += "a"
+        return _by(len(kept))
+
+    return draw
+
+
+@_kind("kept")
+def _chain_of_mappings() -> Draw:
+    kept = collections.ChainMap({}, {"calls": 0})
+
+    def draw() -> float:
+        kept["calls"] += 1
+        return _by(kept["calls"])
+
+    return draw
+
+
+@_kind("kept", "numbers")
+def _two_iterators_of_one() -> Draw:
+    kept, _ = itertools.tee(itertools.count())
+    return lambda: _by(next(kept))
+
+
+@_kind("argument")
+def _keyword_of_a_partial_of_a_partial() -> Draw:
+    def draw(number: float, kept: list[int]) -> float:
+        kept[0] += 1
+        return _by(kept[0] + number)
+
+    return functools.partial(functools.partial(draw, kept=[0]), 0.1)
+
+
+@_kind("kept", "calls")
+def _class_that_is_called() -> Draw:
+    class Meta(type):
+        calls = 0
+
+        def __call__(cls) -> float:
+            cls.calls += 1
+            return _by(cls.calls)
+
+    class Drawn(metaclass=Meta):
+        pass
+
+    return Drawn
+
+
+@_kind("kept", "calls")
+def _instances_that_are_counted() -> Draw:
+    class Number:
+        calls = 0
+
+        def __init__(self) -> None:
+            type(self).calls += 1
+            self.value = _by(type(self).calls)
+
+    return lambda: Number().value
+
+
 # -------------------------------------------------------------------------- tensors and arrays
 
 
@@ -1245,6 +1593,50 @@ def _in_the_dataset(made: Any, draw: Draw) -> None:
     made.dataset.draw = lambda: 0.1 * draw()
 
 
+def _in_a_list_of_the_model(made: Any, draw: Draw) -> None:
+    made.model.draws = [draw]
+    made.trainer.add_event_handler(
+        Events.ITERATION_COMPLETED, lambda: _rate(made, made.model.draws[0])
+    )
+
+
+def _in_an_attribute_of_the_optimizer(made: Any, draw: Draw) -> None:
+    optimizer = made.optimizer
+    optimizer.draws = {"rate": draw}
+    made.trainer.add_event_handler(
+        Events.ITERATION_COMPLETED, lambda: _rate(made, optimizer.draws["rate"])
+    )
+
+
+def _in_an_attribute_of_the_trainer(made: Any, draw: Draw) -> None:
+    made.trainer.draw = draw
+    made.trainer.add_event_handler(
+        Events.ITERATION_COMPLETED, lambda engine: _rate(made, engine.draw)
+    )
+
+
+def _in_an_attribute_of_the_state(made: Any, draw: Draw) -> None:
+    made.trainer.state.draw = draw
+    made.trainer.add_event_handler(
+        Events.ITERATION_COMPLETED, lambda engine: _rate(made, engine.state.draw)
+    )
+
+
+def _in_a_method_of_an_app(made: Any, draw: Draw) -> None:
+    class App:
+        def __init__(self) -> None:
+            self.made, self.parts = made, {"rate": draw}
+
+        def on_iteration(self, engine: Any) -> None:
+            self._set(self.parts["rate"]())
+
+        def _set(self, factor: float) -> None:
+            for group in self.made.optimizer.param_groups:
+                group["lr"] = 0.02 * factor
+
+    made.trainer.add_event_handler(Events.ITERATION_COMPLETED, App().on_iteration)
+
+
 PLACES: dict[str, tuple[Callable[[Any, Draw], None], tuple[str, ...]]] = {
     "a handler": (_in_a_handler, ("_in_a_handler",)),
     "an argument": (_as_an_argument, ("handle",)),
@@ -1282,6 +1674,11 @@ PLACES: dict[str, tuple[Callable[[Any, Draw], None], tuple[str, ...]]] = {
     ),
     "the collator": (_in_the_collator, ("collate_fn",)),
     "the dataset": (_in_the_dataset, ("dataset",)),
+    "a list of the model": (_in_a_list_of_the_model, ("draws",)),
+    "an attribute of the optimizer": (_in_an_attribute_of_the_optimizer, ("draws",)),
+    "an attribute of the trainer": (_in_an_attribute_of_the_trainer, ("draw",)),
+    "an attribute of the state": (_in_an_attribute_of_the_state, ("draw",)),
+    "a method of an app": (_in_a_method_of_an_app, ("on_iteration",)),
     # These are built into the step.
     "the loss": (lambda made, draw: None, ("loss", "the step")),
     "a loss module": (lambda made, draw: None, ("loss", "the step")),

@@ -478,7 +478,11 @@ class Verdict:
 
 
 # Blocks that do not fit together, whoever trains them.
-_THEIR_OWN = ("Expected more than 1 value per channel", "object has no attribute 'r")
+_THEIR_OWN = (
+    "Expected more than 1 value per channel",
+    "zip() argument 2 is",
+    "object has no attribute 'r",
+)
 _OURS = (ResumeError, CheckpointError, DataUsedUp, EmptyData)
 
 
