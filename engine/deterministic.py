@@ -274,6 +274,9 @@ class DeterministicEngine(Engine):
             if id(value) in known:
                 continue
             known.add(id(value))
+            if isinstance(value, torch.nn.Module):
+                parts = (*value.modules(), *value.parameters(), *value.buffers())
+                known |= {id(part) for part in parts}
             # As they are now. Numbers and words are one object wherever they stand.
             for owner in holders_of_state(value):
                 held = getattr(owner, "__dict__", {}).values()
