@@ -59,12 +59,7 @@ def has_spread(states: Any) -> bool:
 
 
 def split(states: Any, names: Mapping[Path, Sequence[str]]) -> Split:
-    """Takes the spread tensors out of a nest of states; the nest itself stays as it is.
-
-    Args:
-        states: the nest.
-        names: as of `parameter_names`, to name the states of optimizers by.
-    """
+    """Takes the spread tensors out of a nest of states; the nest itself stays as it is."""
     found = Split(None)
     # Containers without spread tensors stay as they are; each is looked through once only.
     plain: dict[int, Any] = {}
@@ -187,10 +182,6 @@ def spread(target: Any, state: Any) -> Any:
     """Returns a state of whole tensors as one of spread tensors, where the object's own are.
 
     Each process keeps its part of what it was given; nothing is sent.
-
-    Args:
-        target: a module or an optimizer, or anything else, whose state is returned as it is.
-        state: its state, the same in all processes.
     """
     if "torch.distributed.tensor" not in sys.modules or not is_mapping(state):
         return state
@@ -223,11 +214,7 @@ def _spread_values(values: Any, parameters: list[torch.Tensor], place: Any) -> A
 
 
 def is_sharded(objects: Mapping[str, Any]) -> bool:
-    """Tells whether there is a model among objects, or nests of them, whose parameters are spread.
-
-    Args:
-        objects: the objects by name.
-    """
+    """Tells whether a model among objects, or nests of them, has parameters that are spread."""
     return any(
         is_spread(parameter)
         for _, thing in walk_objects(objects)

@@ -19,6 +19,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from .digest import digest
+from .nests import unwrap
 from .proof import Proof, Strictness
 
 # Larger buffers are recorded by their digest: they are tables that a module computes once.
@@ -40,7 +41,7 @@ def recordable(objects: Any, name: str = "") -> dict[str, Any]:
         name: of the nest itself.
     """
     if isinstance(objects, (Module, Optimizer)):
-        return {name: _unwrapped(objects)}
+        return {name: unwrap(objects)}
     items: Any = ()
     if type(objects) in (dict, list, tuple):
         items = objects.items() if type(objects) is dict else enumerate(objects)
@@ -63,17 +64,6 @@ def named(objects: Any, beside: Any) -> dict[str, Any]:
         if id(value) not in known:
             found[name if name not in found else f"{name} (saved beside)"] = value
     return found
-
-
-def _unwrapped(value: Any) -> Any:
-    parallel = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
-    while isinstance(value, Module):
-        name = "module" if isinstance(value, parallel) else "_orig_mod"
-        inner = dict(value.named_children()).get(name)
-        if inner is None:
-            break
-        value = inner
-    return value
 
 
 def _plain_name(name: str) -> str:
@@ -116,10 +106,6 @@ class Restored:
     def tell(self, proof: Proof, strictness: Strictness) -> None:
         """Notes this in a proof.
 
-        Args:
-            proof: takes what was found.
-            strictness: about what could not be put back.
-
         Raises:
             ResumeError: if there is such, and strictness is `error`.
         """
@@ -158,11 +144,7 @@ class Structure:
         self._begun = {name: _plain_attributes(value) for name, value in objects.items()}
 
     def record(self, objects: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the structure of objects, as plain types and tensors.
-
-        Args:
-            objects: as of `recordable`.
-        """
+        """Returns the structure of objects, as plain types and tensors."""
         names = _names(objects)
         return {
             "modules": {
@@ -298,10 +280,6 @@ def rebuild_groups(record: Mapping[str, Any] | None, objects: Mapping[str, Any])
     """Adds to optimizers the parameter groups that a training had added when it was recorded.
 
     Call it before the optimizers load their states, which hold the new groups' options.
-
-    Args:
-        record: what `Structure.record` returned; None if there is none.
-        objects: as of `recordable`.
 
     Returns:
         What was added, each as a phrase. Groups are added only where those that there are equal

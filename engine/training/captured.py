@@ -114,9 +114,6 @@ class Captured:
     def forget(self, why: str) -> None:
         """Gives up what was recorded; the next call records it anew.
 
-        Args:
-            why: what has changed, for the log.
-
         Raises:
             BackendError: if that happens from step to step.
         """
@@ -280,17 +277,7 @@ def _first(error: BaseException) -> BaseException:
 
 
 class _Recorded:
-    """A graph, and the memory that it works on.
-
-    Args:
-        graph: the graph.
-        statics: what the inputs are copied into.
-        given: parameters and the gradients that it adds to, where it was recorded with some.
-        left: all parameters, and the gradients that it leaves.
-        told: what the function returned; each replay writes the tensors in it.
-        rates: the learning rates.
-        hooks: those of the optimizers that it steps.
-    """
+    """A graph, and the memory that it works on."""
 
     def __init__(
         self,
@@ -329,10 +316,6 @@ class _Rates:
     """The learning rates of optimizers as tensors on the device, which a graph reads.
 
     In the groups they stay the numbers that they are: schedulers and checkpoints see these.
-
-    Args:
-        optimizers: the optimizers.
-        device: where to.
     """
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer], device: torch.device) -> None:
@@ -440,9 +423,7 @@ def _sizes(shape: Any) -> list[tuple[int, ...]]:
 
 def _held(tensor: Tensor, statics: list[Tensor]) -> Tensor:
     """Returns memory for an input like this one, with the same strides."""
-    held = torch.empty_strided(
-        tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
-    )
+    held = tensor.new_empty_strided(tensor.shape, tensor.stride())
     statics.append(held)
     return held.requires_grad_(tensor.requires_grad)
 

@@ -28,7 +28,7 @@ from crosstrain.engine.spread import is_spread
 from . import gradients
 from .arguments import prepare
 from .options import StepOptions, several
-from .step import StepEvents, TrainingStep, refuse_loss
+from .step import StepEvents, TrainingStep
 from .tree_sum import Exchange, Leaf, PartialSums, foreach, gather_into
 
 if TYPE_CHECKING:
@@ -205,9 +205,6 @@ class LogicalShards:
 
         Where backward passes come to a parameter twice, as with reentrant checkpoints, nothing is
         watched: gradients are taken when a pass has ended.
-
-        Args:
-            sums: the gradients of this process's shards so far.
         """
         arrivals = _Arrivals(len(self._parameters), self._exchange, sums)
         handles: list[Any] = []
@@ -321,13 +318,7 @@ class LogicalShards:
 
 
 class _Arrivals:
-    """What the backward passes of an iteration have come to.
-
-    Args:
-        count: of how many parameters.
-        exchange: takes the gradients of the last pass; None with one process.
-        sums: those of the passes before.
-    """
+    """What the backward passes of an iteration have come to."""
 
     def __init__(self, count: int, exchange: Exchange | None, sums: PartialSums) -> None:
         self._exchange, self._sums = exchange, sums
@@ -415,13 +406,7 @@ class _Buffers:
                 foreach._foreach_copy_(self._now, self._start)
 
     def leaf(self, samples: int, total: int, first: bool) -> Leaf:
-        """Returns a shard's part of the buffers.
-
-        Args:
-            samples: how many samples the shard has.
-            total: how many the batch has.
-            first: whether it is shard 0.
-        """
+        """Returns a shard's part of the buffers."""
         if not self._start or not samples:
             return [None] * len(self)
         found: Leaf = []
@@ -450,11 +435,7 @@ class _Buffers:
         ]
 
     def found(self, counts: list[Any]) -> None:
-        """Takes note of how many samples changed each buffer in all processes.
-
-        Args:
-            counts: numbers, or tensors of one element that are not to be read.
-        """
+        """Takes note of how many samples changed each buffer in all processes."""
         self._counts = counts
 
     def take_over(self, values: Sequence[Tensor | None], total: int) -> None:
@@ -512,11 +493,7 @@ def _to_bytes(tensor: Tensor) -> Tensor:
 
 
 def _refuse(backend: Backend, models: Sequence[Any]) -> None:
-    """Refuses what adds up in an order of its own.
-
-    Raises:
-        BackendError: with the reason.
-    """
+    """Refuses what adds up in an order of its own."""
     if "logical_shards" not in backend.capabilities:
         raise BackendError(
             f"Logical shards do not go with the backend '{backend.name}:{backend.option}': it adds "
@@ -623,15 +600,10 @@ class ShardedStep(TrainingStep):
 
         def loss_of(part: Any) -> Tensor:
             x, y = self._split(part, self.backend)
-            with self.backend.autocast():
-                y_pred = self._forward(x)
-                loss: Any = self.loss_fn(y_pred, y)
-            if not (isinstance(loss, Tensor) and loss.requires_grad and loss.numel() == 1):
-                refuse_loss(loss)
+            y_pred, loss = self._loss_of(x, y)
             if self._keeps:
                 kept.append((x, y, y_pred))
-            found: Tensor = loss
-            return found
+            return loss
 
         self._filled = 0
         try:
