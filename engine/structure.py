@@ -84,7 +84,8 @@ def _parameters(module: Module) -> dict[str, torch.nn.Parameter]:
     return {_plain_name(name): parameter for name, parameter in module.named_parameters()}
 
 
-def _modules(module: Module) -> dict[str, Module]:
+def modules_of(module: Module) -> dict[str, Module]:
+    """Returns a module and those in it, by path, without what wrappers put into that."""
     # The one inside a wrapper comes after it and takes its place.
     return {_plain_name(name): one for name, one in module.named_modules()}
 
@@ -191,7 +192,7 @@ class Structure:
         return {
             "frozen": [n for n, p in _parameters(module).items() if not p.requires_grad],
             "training": mode,
-            "other mode": [n for n, one in _modules(module).items() if one.training != mode],
+            "other mode": [n for n, one in modules_of(module).items() if one.training != mode],
             "buffers": {
                 own: self._record_buffer(f"{name}.{own}", owner._buffers[key])
                 for own, owner, key in _unsaved_buffers(module)
@@ -257,7 +258,7 @@ class Structure:
         if gone := [f"{name}.{own}" for own in frozen if own not in parameters]:
             found.different.append(f"{_few(gone)} wanted no gradients then, and is not there now")
         others = set(then["other mode"])
-        for own, one in _modules(module).items():
+        for own, one in modules_of(module).items():
             mode = then["training"] != (own in others)
             if one.training != mode:
                 # Not train(): it changes all modules inside.
@@ -343,7 +344,7 @@ def _names(objects: Mapping[str, Any]) -> dict[int, str]:
 def _holders(value: Any) -> dict[str, Any]:
     """Returns what may have attributes of its own: an optimizer, or a module's modules, by path."""
     if isinstance(value, Module):
-        return {f"{name}." if name else "": one for name, one in _modules(value).items()}
+        return {f"{name}." if name else "": one for name, one in modules_of(value).items()}
     return {"": value}
 
 
