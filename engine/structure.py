@@ -154,7 +154,7 @@ class Structure:
             },
             "attributes": {name: self._changed_attributes(name, v) for name, v in objects.items()},
             "optimizers": {
-                name: [[names.get(id(p), "") for p in g["params"]] for g in value.param_groups]
+                name: _groups(value, names)
                 for name, value in objects.items()
                 if isinstance(value, Optimizer)
             },
@@ -294,7 +294,7 @@ def rebuild_groups(record: Mapping[str, Any] | None, objects: Mapping[str, Any])
         optimizer = objects.get(name)
         if not isinstance(optimizer, Optimizer):
             continue
-        now = [[names.get(id(p), "") for p in g["params"]] for g in optimizer.param_groups]
+        now = _groups(optimizer, names)
         more = groups[len(now) :]
         if now != groups[: len(now)] or not all(n in known for group in more for n in group):
             continue
@@ -316,6 +316,11 @@ def _names(objects: Mapping[str, Any]) -> dict[int, str]:
     for parameter, name in _named_parameters(objects):
         found.setdefault(id(parameter), name)
     return found
+
+
+def _groups(optimizer: Optimizer, names: Mapping[int, str]) -> list[list[str]]:
+    """Returns the names of the parameters in each group of an optimizer; "" for one without."""
+    return [[names.get(id(p), "") for p in group["params"]] for group in optimizer.param_groups]
 
 
 def _holders(value: Any) -> dict[str, Any]:
@@ -353,7 +358,7 @@ def _other_groups(
     name: str, optimizer: Optimizer, then: Sequence[Sequence[str]], names: Mapping[int, str]
 ) -> list[str]:
     """Returns how an optimizer's groups differ from those of a record, as phrases."""
-    now = [[names.get(id(p), "") for p in g["params"]] for g in optimizer.param_groups]
+    now = _groups(optimizer, names)
     if len(now) != len(then):
         return [f"{name} had {len(then)} parameter groups, and has {len(now)}"]
     found: list[str] = []
