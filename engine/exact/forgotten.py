@@ -46,8 +46,6 @@ from .unnamed import (
     variables_of,
 )
 
-__all__ = ["SCALARS", "Forgotten", "UsesWalk"]
-
 _DEPTH: Final = 4
 _SEEN: Final = 4000
 _ENTRIES: Final = 4096
