@@ -21,7 +21,7 @@ from .precision import DTYPES
 from .preparation import sort_objects
 from .process_group import join
 from .protocol import Availability
-from .torch_backend import TorchBackend
+from .torch_backend import TorchBackend, random_state_of
 
 # Packages outside of torch that bring a type of device: torch loads them when it is imported.
 _PACKAGES = {"npu": "torch_npu", "hpu": "habana_frameworks"}
@@ -65,17 +65,14 @@ class AcceleratorBackend(TorchBackend):
         index: int | None = None,
         sharding: Sharding | None = None,
     ) -> None:
-        found = self.probe(option)
-        spec = f"{self.name}:{option or self.options[0]}"
-        if not found.ok and option in (None, *self.options):
-            raise BackendUnavailable(spec, found.reason, found.remedy)
+        found = self._probed(option)
         if found.ok:
             self.device = torch.device(self._type())
         super().__init__(option, scaler, sharding)
         made = self.precision.scaler
         if scaler is None and made is not None and not made.is_enabled():
             raise BackendUnavailable(
-                spec,
+                f"{self.name}:{self.option}",
                 f"torch {torch.__version__} has no GradScaler that works on '{self.device.type}', "
                 "and fp16 gradients underflow without one.",
                 f"Use {self.name}:bf16, which needs none, or {self.name}.",
@@ -274,15 +271,10 @@ class AcceleratorBackend(TorchBackend):
             BackendError: if it is the state of another kind of device.
         """
         kind = self.device.type
-        if kind not in state:
-            raise BackendError(
-                f"The random state is that of {sorted(state) or 'a device without one'}, not of "
-                f"'{kind}': random numbers on the device cannot go on as they were. Call seed() "
-                "instead."
-            )
+        own = random_state_of(kind, state, f"'{kind}'")
         module: Any = torch.get_device_module(self.device)
         place = () if kind == "mps" else (self.device,)
-        module.set_rng_state(state[kind].cpu(), *place)
+        module.set_rng_state(own.cpu(), *place)
 
 
 class MpsBackend(AcceleratorBackend):
@@ -310,11 +302,7 @@ class HpuBackend(AcceleratorBackend):
 
 
 def absence(kind: str | None) -> Missing | None:
-    """Returns why there is no device of a type here, and what to do; None if there is one.
-
-    Args:
-        kind: the type, as torch names it; None: any accelerator.
-    """
+    """Returns why there is no device of a type here, and what to do; None if there is one."""
     version = torch.__version__
     built = torch.accelerator.current_accelerator()
     # Asked of the type's own module: torch.accelerator itself would start CUDA to find out.
@@ -375,8 +363,7 @@ def _lacking(kind: str, option: str, options: tuple[str, ...]) -> Missing | None
         if known is not None and dtype not in known():
             has = ", ".join(map(str, known())) or "no types"
             return Missing(
-                f"Autocast on '{kind}' has {has}, and not {dtype}.",
-                "Use another option.",
+                f"Autocast on '{kind}' has {has}, and not {dtype}.", "Use another option."
             )
     if is_sharded(option):
         try:

@@ -264,9 +264,6 @@ class ApexBackend(CudaBackend):
         With O2 the fp32 masters are made anew from the models, which were loaded into fp16 weights:
         those that `prepare` made are of the weights before. Loss scalers go from O1 to O2 and back.
 
-        Args:
-            state: what that backend's `state_dict` returned.
-
         Raises:
             BackendError: if `prepare` was not called.
         """

@@ -41,9 +41,6 @@ class Choice(NamedTuple):
 def choose(probe: Callable[[str], Availability]) -> Choice:
     """Returns the first candidate that can run here, and logs it.
 
-    Args:
-        probe: tells whether a spec can run here.
-
     Raises:
         BackendUnavailable: if not even the CPU can be used.
     """

@@ -20,9 +20,6 @@ def tensor_float_32(allowed: bool) -> Generator[None, None, None]:
     """Allows or forbids fp32 products to be rounded to TF32 (10 bits of mantissa), inside.
 
     torch's default is mixed: convolutions round, matrix products do not.
-
-    Args:
-        allowed: whether they may.
     """
     # The flags are set by their old names and restored by their new ones: torch raises where it
     # reads an old name, as its compiler does, after the new one was set to something else.

@@ -55,12 +55,7 @@ def is_sharded(option: str) -> bool:
 
 
 def arithmetic_of(option: str, options: Sequence[str]) -> str:
-    """Returns the option with the same arithmetic that does not shard.
-
-    Args:
-        option: such as `fsdp-bf16`, which gives `bf16`, or `fsdp`, which gives the default.
-        options: all options of the backend, the default first.
-    """
+    """Returns the option with the same arithmetic that does not shard."""
     if not is_sharded(option):
         return option
     return option.partition("-")[2] or options[0]
@@ -226,11 +221,7 @@ def _spread_states(optimizer: torch.optim.Optimizer) -> None:
 
 @contextmanager
 def unreduced(model: Any) -> Generator[None]:
-    """Keeps gradients whole, in each process, in the backward passes inside.
-
-    Args:
-        model: a model, or a list of several.
-    """
+    """Keeps gradients whole, in each process, in the backward passes inside."""
     from torch.distributed.fsdp import FSDPModule
 
     models: list[Any] = [model] if isinstance(model, torch.nn.Module) else list(model)

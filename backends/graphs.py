@@ -34,9 +34,6 @@ def graph_class(kind: str) -> Any:
     torch and the makers of devices name it by the type (`torch.xpu.XPUGraph`), beside a context
     `graph` that records one.
 
-    Args:
-        kind: the type, as torch names it.
-
     Returns:
         The class; None where the type's module has none.
     """
@@ -48,12 +45,7 @@ def graph_class(kind: str) -> Any:
 def why_not_captured(
     optimizers: Iterable[torch.optim.Optimizer], *, scales: bool
 ) -> Missing | None:
-    """Returns why the steps of optimizers cannot be part of a graph; None if they can.
-
-    Args:
-        optimizers: the optimizers.
-        scales: whether a loss scaler decides on the device which steps are skipped.
-    """
+    """Returns why the steps of optimizers cannot be part of a graph; None if they can."""
     for optimizer in optimizers:
         name = type(optimizer).__name__
         if scales and not getattr(optimizer, "_step_supports_amp_scaling", False):
@@ -165,11 +157,7 @@ class DeviceGraphs:
 
 
 class DeviceGraph:
-    """The work of one step on a device.
-
-    Args:
-        owner: makes the graphs of the device.
-    """
+    """The work of one step on a device."""
 
     def __init__(self, owner: DeviceGraphs) -> None:
         self._owner = owner

@@ -26,9 +26,7 @@ _SPECS: dict[tuple[str | None, str | None], str] = {
 
 
 def from_arguments(
-    device: str | torch.device | None,
-    amp_mode: str | None,
-    scaler: bool | GradScaler,
+    device: str | torch.device | None, amp_mode: str | None, scaler: bool | GradScaler
 ) -> Backend:
     """Returns the backend that the arguments of pytorch-ignite's factories ask for.
 
@@ -85,11 +83,6 @@ _STEPS: dict[str, tuple[str | None, str | None]] = {
 
 def for_step(name: str, device: str | torch.device | None, scaler: GradScaler | None) -> Backend:
     """Returns the backend that one of pytorch-ignite's step functions stands for.
-
-    Args:
-        name: the function's name.
-        device: the device that it was given; None: the one that its name means.
-        scaler: the loss scaler that it was given.
 
     Raises:
         ValueError: if the device and the function do not go together.

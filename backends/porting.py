@@ -25,10 +25,6 @@ def carry_over(backend: Backend, state: Mapping[str, Any]) -> TakenOver:
 
     The scale of torch's GradScaler goes from each backend that has one to each other. A backend
     whose state is of another kind may have a method `take_over(state)`, which does this for it.
-
-    Args:
-        backend: the backend that goes on, opened, its models prepared and loaded.
-        state: what the other backend's `state_dict` returned; empty if it carries nothing.
     """
     takes_over = getattr(backend, "take_over", None)
     if takes_over is not None:
@@ -47,11 +43,7 @@ def carry_over(backend: Backend, state: Mapping[str, Any]) -> TakenOver:
 
 
 def name_parts(state: Mapping[str, Any]) -> list[str]:
-    """Names what a backend's state holds, a phrase each, for people who read that it is lost.
-
-    Args:
-        state: what the backend's `state_dict` returned.
-    """
+    """Names what a backend's state holds, a phrase each, for people who read that it is lost."""
     parts: list[str] = []
     if "scale" in state:
         parts.append(f"the loss scale of {state['scale']:g}")
@@ -68,8 +60,5 @@ def gradient_scale(state: Mapping[str, Any]) -> float:
     """Returns what gradients are multiplied by while they wait for their step.
 
     torch's GradScaler leaves them scaled until then; apex unscales them in each backward pass.
-
-    Args:
-        state: what a backend's `state_dict` returned.
     """
     return float(state.get("scale", 1.0))

@@ -87,10 +87,6 @@ class Precision:
     def backward(self, loss: torch.Tensor, optimizer: Any = None) -> None:
         """Runs the backward pass of a loss of one element, multiplied by the loss scale if any.
 
-        Args:
-            loss: the loss.
-            optimizer: the optimizer whose gradients this makes, several of them, or None.
-
         Raises:
             BackendError: if one of them was stepped in this iteration, so that the scale has to be
                 adapted first, while another still holds gradients of the present scale.
@@ -132,10 +128,6 @@ class Precision:
 
         The scale is adapted later, at the step boundary or when this optimizer's next gradients are
         made: until then, other optimizers whose gradients carry the same scale can be stepped.
-
-        Args:
-            optimizer: the optimizer to step.
-            max_norm: the largest total norm of this optimizer's gradients; None: not clipped.
 
         Raises:
             BackendError: if no parameter of the optimizer has a gradient.
@@ -258,10 +250,6 @@ def _clear_if_skipped(optimizer: torch.optim.Optimizer, skip: torch.Tensor) -> N
 
     torch makes the buffers of that step without filling them. Skipped, they hold whatever was in
     that memory, and the next step adds to it.
-
-    Args:
-        optimizer: the optimizer.
-        skip: above 0 where it has skipped the step.
     """
     if not isinstance(optimizer, torch.optim.SGD):
         return

@@ -44,11 +44,6 @@ def place(
     optimizer keeps the old ones. Here shared weights stay shared, and each optimizer gets the new
     parameters, with its state.
 
-    Args:
-        models: the models.
-        optimizers: optimizers of their parameters, or of parameters that are on the device.
-        device: where to.
-
     Raises:
         BackendError: if an optimizer holds a parameter that is not on the device after it.
     """
@@ -82,12 +77,7 @@ def _move(
 
 
 def follow(optimizer: torch.optim.Optimizer, moved: dict[int, torch.nn.Parameter]) -> None:
-    """Gives an optimizer the parameters that have taken the place of its own, with their states.
-
-    Args:
-        optimizer: the optimizer.
-        moved: the new parameters, by the ids of the old ones.
-    """
+    """Gives an optimizer the parameters that have taken the place of its own, with their states."""
     changed = False
     for group in optimizer.param_groups:
         parameters: list[Any] = [moved.get(id(old), old) for old in group["params"]]

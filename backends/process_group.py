@@ -105,12 +105,7 @@ def group_store() -> Any:
 
 
 def join_alone(transport: str, stack: ExitStack) -> None:
-    """Makes a process group of this process, for what needs one; uses one that is there.
-
-    Args:
-        transport: torch's name of the group's backend.
-        stack: what is pushed to it leaves the group.
-    """
+    """Makes a process group of this process, for what needs one; uses one that is there."""
     if not distributed.is_initialized():
         store = distributed.HashStore()  # type: ignore[attr-defined]
         distributed.init_process_group(transport, store=store, rank=0, world_size=1)
@@ -179,11 +174,7 @@ class _Layout(torch.nn.Module):
         self.passes = 0
 
     def forward(self, start: float) -> torch.Tensor:
-        """Returns zero, made from all parameters.
-
-        Args:
-            start: zero: DistributedDataParallel takes no call without arguments on a device.
-        """
+        """Returns zero, made from all parameters."""
         self.passes += 1
         parts = [p.sum().real.float() * 0.0 for p in self.model.parameters() if p.requires_grad]
         return torch.stack(parts).sum() + start
@@ -199,11 +190,6 @@ def replicate(
     in a bucket it is, so a run that is resumed would differ from one that never stopped in that
     pass. Here the buckets are laid out before the training, from the last parameter to the first,
     by two passes that change nothing; they are then the same in every process's life.
-
-    Args:
-        model: the model, on its device. All processes take rank 0's parameters and buffers.
-        device: the device.
-        **settings: passed to DistributedDataParallel.
 
     Raises:
         BackendError: if the processes' models differ in the number or shapes of their parameters.
@@ -254,11 +240,7 @@ def _has_sparse_gradients(model: torch.nn.Module) -> bool:
 
 
 def without_reduction(model: Any) -> AbstractContextManager[Any]:
-    """Returns the context of a backward pass whose gradients stay in their process.
-
-    Args:
-        model: a model, or a list of several.
-    """
+    """Returns the context of a backward pass whose gradients stay in their process."""
     models: list[Any] = [model] if isinstance(model, torch.nn.Module) else list(model)
     stack = ExitStack()
     for one in models:

@@ -11,7 +11,7 @@ import torch
 from torch.amp.grad_scaler import GradScaler
 
 from . import fsdp
-from .errors import BackendError, Missing, UnknownBackend
+from .errors import BackendError, BackendUnavailable, Missing, UnknownBackend
 from .fsdp import Sharding
 from .placement import map_tensors
 from .precision import DTYPES, Precision
@@ -88,6 +88,14 @@ class TorchBackend:
                 f"it out, or choose one of: {', '.join(filter(fsdp.is_sharded, self.options))}."
             )
         return None
+
+    def _probed(self, option: str | None) -> Availability:
+        """Returns what the probe says; refuses a backend that cannot run here."""
+        found = self.probe(option)
+        if not found.ok and option in (None, *self.options):
+            spec = f"{self.name}:{option or self.options[0]}"
+            raise BackendUnavailable(spec, found.reason, found.remedy)
+        return found
 
     @classmethod
     def probe(cls, option: str | None = None) -> Availability:
@@ -298,6 +306,21 @@ class TorchBackend:
             BackendError: if only one side scales the loss.
         """
         self.precision.load_state_dict(state)
+
+
+def random_state_of(kind: str, state: Mapping[str, Any], device: str) -> Any:
+    """Returns the random state of a kind of device.
+
+    Raises:
+        BackendError: if it is the state of another kind.
+    """
+    if kind not in state:
+        raise BackendError(
+            f"The random state is that of {sorted(state) or 'a device without one'}, not of "
+            f"{device}: random numbers on the device cannot go on as they were. Call seed() "
+            "instead."
+        )
+    return state[kind]
 
 
 def _is_trained(thing: Any) -> bool:

@@ -14,8 +14,8 @@ from torch.amp.grad_scaler import GradScaler
 from .errors import BackendError, BackendUnavailable, Missing
 from .precision import DTYPES, Precision
 from .protocol import Availability
-from .torch_backend import TorchBackend
-from .tpu_host import hardware_absence, installed_version, tpu_chips
+from .torch_backend import TorchBackend, random_state_of
+from .tpu_host import hardware_absence, tpu_chips, versions_of
 
 # The versions of torch that torch_tpu 0.2 is made for: from, and up to.
 _TORCH = ((2, 11), (2, 15))
@@ -45,10 +45,7 @@ class TpuBackend(TorchBackend):
     transport = "tpu_dist"
 
     def __init__(self, option: str | None = None, scaler: GradScaler | None = None) -> None:
-        found = self.probe(option)
-        if not found.ok and option in (None, *self.options):
-            spec = f"{self.name}:{option or self.options[0]}"
-            raise BackendUnavailable(spec, found.reason, found.remedy)
+        self._probed(option)
         super().__init__(option, scaler)
 
     @classmethod
@@ -59,12 +56,7 @@ class TpuBackend(TorchBackend):
         hangs in look-ups of the cloud's metadata: so nothing of it is touched here.
         """
         chips = tpu_chips()
-        packages = ("torch", "torch-tpu", "libtpu")
-        versions = {
-            name: found for name in packages if (found := installed_version(name)) is not None
-        }
-        # Its own word: the package's lacks what it was built for.
-        versions["torch"] = str(torch.__version__)
+        versions = versions_of("torch-tpu", "libtpu")
         missing = _package_absence() or hardware_absence(chips)
         if missing is not None:
             return Availability(False, *missing, versions, chips)
@@ -111,12 +103,7 @@ class TpuBackend(TorchBackend):
         Raises:
             BackendError: if it is the state of another kind of device.
         """
-        if "tpu" not in state:
-            raise BackendError(
-                f"The random state is that of {sorted(state) or 'a device without one'}, not of a "
-                "TPU: random numbers on the device cannot go on as they were. Call seed() instead."
-            )
-        self._generator().set_state(state["tpu"].cpu())
+        self._generator().set_state(random_state_of("tpu", state, "a TPU").cpu())
 
 
 def _package_absence() -> Missing | None:

@@ -24,6 +24,19 @@ _CHIPS = {
 }
 
 
+def versions_of(*packages: str) -> dict[str, str]:
+    """Returns the versions of torch and of those of some distributions that are installed."""
+    # Not before it is asked for: `import_risk` is.
+    import torch
+
+    found = {package: installed_version(package) for package in packages}
+    # Its own word: the package's lacks what it was built for.
+    return {
+        "torch": str(torch.__version__),
+        **{package: number for package, number in found.items() if number is not None},
+    }
+
+
 def installed_version(package: str) -> str | None:
     """Returns the version of an installed distribution; None if there is none of that name."""
     try:
@@ -50,11 +63,7 @@ def import_risk() -> Missing | None:
 
 
 def tpu_chips(bus: Path = _BUS) -> list[str]:
-    """Returns the kinds of the TPU chips on the PCI bus, one entry a chip.
-
-    Args:
-        bus: the folder in which the kernel lists the devices.
-    """
+    """Returns the kinds of the TPU chips on the PCI bus, one entry a chip."""
     found: list[str] = []
     for device in sorted(bus.glob("*")):
         try:
@@ -69,11 +78,7 @@ def tpu_chips(bus: Path = _BUS) -> list[str]:
 
 
 def hardware_absence(chips: Sequence[str]) -> Missing | None:
-    """Returns what a TPU still needs here besides a library for torch; None if nothing.
-
-    Args:
-        chips: what `tpu_chips` found.
-    """
+    """Returns what a TPU still needs here besides a library for torch; None if nothing."""
     if not chips:
         return Missing(
             "This machine has no TPU on its PCI bus.",

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch.amp.grad_scaler import GradScaler
 
-from .errors import BackendError, BackendUnavailable, Missing
+from .errors import BackendError, Missing
 from .protocol import Availability, StepResult
-from .torch_backend import TorchBackend
-from .tpu_host import hardware_absence, installed_version, tpu_chips
+from .torch_backend import TorchBackend, random_state_of
+from .tpu_host import hardware_absence, installed_version, tpu_chips, versions_of
 from .xla_world import join_on_tpu, refuse_processes, refuse_randperm
 
 _VARIABLE = "PJRT_DEVICE"
@@ -54,10 +54,7 @@ class XlaBackend(TorchBackend):
     def __init__(
         self, option: str | None = None, scaler: GradScaler | None = None, index: int | None = None
     ) -> None:
-        found = self.probe(option)
-        if not found.ok and option in (None, *self.options):
-            spec = f"{self.name}:{option or self.options[0]}"
-            raise BackendUnavailable(spec, found.reason, found.remedy)
+        self._probed(option)
         super().__init__(option, scaler)
         self._index = index
         self._xla: Any = None
@@ -69,12 +66,7 @@ class XlaBackend(TorchBackend):
     @classmethod
     def probe(cls, option: str | None = None) -> Availability:
         """Tells whether torch_xla fits and which device it would use, without importing it."""
-        packages = ("torch", "torch_xla", "libtpu")
-        versions = {
-            name: found for name in packages if (found := installed_version(name)) is not None
-        }
-        # Its own word: the package's lacks what it was built for.
-        versions["torch"] = str(torch.__version__)
+        versions = versions_of("torch_xla", "libtpu")
         missing = _package_absence() or _device_absence()
         if missing is not None:
             return Availability(False, *missing, versions)
@@ -192,12 +184,7 @@ class XlaBackend(TorchBackend):
         Raises:
             BackendError: if it is the state of another kind of device.
         """
-        if "xla" not in state:
-            raise BackendError(
-                f"The random state is that of {sorted(state) or 'a device without one'}, not of an "
-                "XLA device: its random numbers cannot go on as they were. Call seed() instead."
-            )
-        self._write_state(int(state["xla"]))
+        self._write_state(int(random_state_of("xla", state, "an XLA device")))
 
     def counts(self) -> dict[str, int]:
         """Returns how often, in this process so far, XLA did what costs time; waits for the device.

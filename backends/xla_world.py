@@ -82,11 +82,7 @@ def _leave() -> None:
 
 @contextmanager
 def refuse_randperm(warn_only: bool) -> Generator[None, None, None]:
-    """Makes `torch.randperm` on an XLA device an error, inside.
-
-    Args:
-        warn_only: it warns instead, and is drawn from the CPU's generator, which can be repeated.
-    """
+    """Makes `torch.randperm` on an XLA device an error, inside."""
     library: Any = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
     with warnings.catch_warnings():
         # torch warns that the operation has a kernel already: that is the point.

@@ -21,15 +21,7 @@ if TYPE_CHECKING:
     from crosstrain.ci.verification.processes import VerifyError
     from crosstrain.ci.verification.run import Verdict, verify
 
-__all__ = [
-    "Target",
-    "TargetError",
-    "TraceRecorder",
-    "Training",
-    "Verdict",
-    "VerifyError",
-    "verify",
-]
+__all__ = ["Target", "TargetError", "TraceRecorder", "Training", "Verdict", "VerifyError", "verify"]
 
 _HOMES = {
     "Target": "trials.target",

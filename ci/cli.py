@@ -12,22 +12,10 @@ import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
-from typing import NamedTuple, Protocol, cast
+from types import MappingProxyType, ModuleType
+from typing import NamedTuple
 
 PROGRAM = "crosstrain"
-
-
-class CommandModule(Protocol):
-    """What the module of a subcommand offers."""
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Declare the subcommand's own arguments on ``parser``."""
-        ...
-
-    def run(self, args: argparse.Namespace) -> int:
-        """Do the work and return the exit code."""
-        ...
 
 
 class Command(NamedTuple):
@@ -35,19 +23,15 @@ class Command(NamedTuple):
 
     Args:
         help: one line for ``crosstrain --help``.
-        module: the dotted name of the module that does the work, see :class:`CommandModule`.
+        module: the dotted name of the module that does the work.
     """
 
     help: str
     module: str
 
-    def load(self) -> CommandModule:
-        """Import the module that does the work.
-
-        Returns:
-            The module, seen through the protocol that it follows.
-        """
-        return cast("CommandModule", importlib.import_module(self.module))
+    def load(self) -> ModuleType:
+        """Import the module that does the work."""
+        return importlib.import_module(self.module)
 
 
 COMMANDS: Mapping[str, Command] = MappingProxyType(
@@ -93,16 +77,7 @@ class _VersionAction(argparse.Action):
 def build_parser(
     commands: Mapping[str, Command] = COMMANDS, chosen: str | None = None
 ) -> argparse.ArgumentParser:
-    """Make the parser, with the arguments of one subcommand at most.
-
-    Args:
-        commands: every subcommand by name.
-        chosen: the subcommand whose module is imported and whose arguments are declared; with
-            None no module is imported.
-
-    Returns:
-        The parser. The namespace that it returns has the subcommand's name in ``command``.
-    """
+    """Make the parser; the chosen subcommand's module alone is imported, for its arguments."""
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         description="One PyTorch training step for every backend, and runs that resume exactly.",
@@ -124,10 +99,6 @@ def build_parser(
 def main(argv: Sequence[str] | None = None, commands: Mapping[str, Command] = COMMANDS) -> int:
     """Run the command line.
 
-    Args:
-        argv: the arguments after the program's name; ``sys.argv[1:]`` if None.
-        commands: every subcommand by name.
-
     Returns:
         The exit code: the subcommand's own; 2 if a backend is unknown or unavailable, a file cannot
         be read or written, or something is not installed, which is reported in one line on stderr;
@@ -148,8 +119,8 @@ def main(argv: Sequence[str] | None = None, commands: Mapping[str, Command] = CO
     try:
         try:
             args = build_parser(commands, chosen).parse_args(arguments)
-            command: str = args.command
-            return commands[command].load().run(args)
+            code: int = commands[args.command].load().run(args)
+            return code
         finally:
             # Here, and not when Python ends, where nobody can deal with a pipe that is closed.
             sys.stdout.flush()

@@ -7,113 +7,69 @@ import contextlib
 import json
 import platform
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 
 from crosstrain.backends import Availability, get, names, probe
 
-from .options import words
+from .options import add_words
 
 # One stands for others; the other, made, is this process's device for good.
 _UNMADE = frozenset({"auto", "emulated"})
 
 
-@dataclass(frozen=True)
-class Diagnosis:
-    """What the doctor found about one backend.
-
-    Args:
-        spec: the backend's name, or the spec that was required, such as ``cpu:bf16``.
-        required: whether the caller asked for it by ``--require``.
-        availability: what its probe says.
-    """
-
-    spec: str
-    required: bool
-    availability: Availability
-
-    @property
-    def missing(self) -> bool:
-        """Whether it was required and is not available."""
-        return self.required and not self.availability.ok
-
-
-def diagnose(required: list[str]) -> list[Diagnosis]:
-    """Probe every registered backend, and each required spec that is not a plain name.
-
-    Args:
-        required: specs that have to be available.
-
-    Returns:
-        One diagnosis for each backend in the registry's order, then one for each further spec.
-    """
-    specs = list(dict.fromkeys([*names(), *required]))
-    return [Diagnosis(spec, spec in required, probe(spec)) for spec in specs]
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of ``crosstrain doctor``.
-
-    Args:
-        parser: the parser of this subcommand.
-    """
+    """Declare the arguments of ``crosstrain doctor``."""
     parser.add_argument("--json", action="store_true", help="print JSON on stdout in place of text")
-    parser.add_argument(
+    add_words(
+        parser,
         "--require",
-        metavar="SPEC[,SPEC...]",
-        type=words,
-        action="extend",
-        default=[],
-        help="exit with 1 unless each of these is available, such as cpu:bf16; may be repeated",
+        "SPEC",
+        "exit with 1 unless each of these is available, such as cpu:bf16; may be repeated",
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the diagnosis of every backend.
 
-    Args:
-        args: what :func:`add_arguments` declared.
-
     Returns:
         0, or 1 if a required backend is not available; those are named on stderr.
     """
-    diagnoses = diagnose(args.require)
+    found = {spec: probe(spec) for spec in [*names(), *args.require]}
+    missing = [spec for spec in found if spec in args.require and not found[spec].ok]
     if args.json:
-        print(_as_json(diagnoses))
+        print(_as_json(found, args.require, missing))
     else:
-        _print_list(diagnoses)
-    missing = [diagnosis for diagnosis in diagnoses if diagnosis.missing]
-    for diagnosis in missing:
-        found = diagnosis.availability
-        text = f"required but not available: {diagnosis.spec}: {found.reason} {found.remedy}"
+        _print_list(found)
+    for spec in missing:
+        text = f"required but not available: {spec}: {found[spec].reason} {found[spec].remedy}"
         print(" ".join(text.split()), file=sys.stderr)
     return 1 if missing else 0
 
 
-def _as_json(diagnoses: list[Diagnosis]) -> str:
+def _as_json(found: dict[str, Availability], required: list[str], missing: list[str]) -> str:
     report = {
         "crosstrain": version("crosstrain"),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "missing": [diagnosis.spec for diagnosis in diagnoses if diagnosis.missing],
+        "missing": missing,
         "backends": [
-            {"spec": diagnosis.spec, "required": diagnosis.required}
-            | asdict(diagnosis.availability)
-            for diagnosis in diagnoses
+            {"spec": spec, "required": spec in required} | asdict(availability)
+            for spec, availability in found.items()
         ],
     }
     return json.dumps(report, indent=2)
 
 
-def _print_list(diagnoses: list[Diagnosis]) -> None:
+def _print_list(diagnoses: dict[str, Availability]) -> None:
     """Prints the backends, and what to copy on lines of their own, which nothing wraps."""
     from rich.console import Console
     from rich.text import Text
 
     console = Console(highlight=False)
     versions: dict[str, str] = {}
-    for diagnosis in diagnoses:
-        versions |= diagnosis.availability.versions
+    for found in diagnoses.values():
+        versions |= found.versions
     about = "".join(f", {name} {number}" for name, number in versions.items())
     console.print(
         f"crosstrain {version('crosstrain')}, Python {platform.python_version()}{about}",
@@ -121,13 +77,12 @@ def _print_list(diagnoses: list[Diagnosis]) -> None:
         markup=False,
         soft_wrap=True,
     )
-    width = max(len(diagnosis.spec) for diagnosis in diagnoses)
-    for diagnosis in diagnoses:
-        found = diagnosis.availability
-        head = Text(f"{diagnosis.spec:<{width}}  ", "bold")
+    width = max(map(len, diagnoses))
+    for spec, found in diagnoses.items():
+        head = Text(f"{spec:<{width}}  ", "bold")
         head.append("yes" if found.ok else "no ", "green" if found.ok else "red")
         console.print(head, "" if found.ok else found.reason, markup=False, soft_wrap=True)
-        lines = [found.remedy] if not found.ok else [*found.devices, _options(diagnosis.spec)]
+        lines = [found.remedy] if not found.ok else [*found.devices, _options(spec)]
         for line in "\n".join(line for line in lines if line).splitlines():
             console.print(f"{'':<{width}}      {line}", markup=False, soft_wrap=True)
 

@@ -27,14 +27,7 @@ from crosstrain.engine.shown import shown
 
 @dataclass(frozen=True)
 class Part:
-    """One saved object.
-
-    Args:
-        name: its name.
-        tensors: how many tensors it holds.
-        bytes: how many bytes these have.
-        random_states: the names of the random states in it.
-    """
+    """One saved object: how many tensors it holds, their bytes, and the names of random states."""
 
     name: str
     tensors: int
@@ -64,14 +57,7 @@ class Finding:
 
 
 def examine(path: Location) -> Finding:
-    """Verifies and reads a checkpoint.
-
-    Args:
-        path: the file.
-
-    Returns:
-        What it holds, or why it cannot be loaded.
-    """
+    """Verifies and reads a checkpoint."""
     try:
         # All of one in parts is read into memory, as one file's state would be.
         loaded = layout_of(path).read(path)
@@ -128,11 +114,7 @@ def _filled(states: Mapping[Any, Any]) -> list[Any]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of ``crosstrain inspect``.
-
-    Args:
-        parser: the parser of this subcommand.
-    """
+    """Declare the arguments of ``crosstrain inspect``."""
     parser.add_argument(
         "path", type=location_of, help="a checkpoint, or a folder of them; a path, or a URL"
     )
@@ -141,9 +123,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Examine the checkpoints and print what was found.
-
-    Args:
-        args: the namespace of :func:`add_arguments`.
 
     Returns:
         0 if every file is good; 1 if one is not, or cannot be verified, or there is none.

@@ -38,8 +38,17 @@ def above_zero(text: str) -> float:
     return number
 
 
-def words(text: str) -> list[str]:
-    """Reads words with commas between them, such as `cpu,cpu:bf16`."""
+def add_words(
+    parser: argparse.ArgumentParser | argparse._ArgumentGroup, option: str, word: str, text: str
+) -> None:
+    """Declares an option that takes words with commas between them, and may be repeated."""
+    metavar = f"{word}[,{word}...]"
+    parser.add_argument(
+        option, metavar=metavar, type=_words, action="extend", default=[], help=text
+    )
+
+
+def _words(text: str) -> list[str]:
     found = [word.strip() for word in text.split(",")]
     if not all(found):
         raise argparse.ArgumentTypeError(
@@ -69,15 +78,7 @@ def file_to_write(text: str) -> Path:
 
 
 def require_extra(extra: str, *modules: str) -> None:
-    """Makes sure that what an extra of ours installs is there.
-
-    Args:
-        extra: the extra's name.
-        *modules: the modules of it that are needed.
-
-    Raises:
-        UsageError: if one is missing, with the command that installs it.
-    """
+    """Raises `UsageError`, with how to install an extra, if a module of it is missing."""
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(

@@ -278,6 +278,8 @@ class DeterministicEngine(Engine):
             if id(value) in known:
                 continue
             known.add(id(value))
+            if isinstance(value, torch.nn.Module):
+                known |= {id(one) for one in (*value.parameters(), *value.buffers())}
             # As they are now. Numbers and words are one object wherever they stand.
             for owner in holders_of_state(value):
                 held = getattr(owner, "__dict__", {}).values()

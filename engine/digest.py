@@ -23,12 +23,7 @@ _DEPTH: Final = 16
 
 
 class Attributes(dict[str, Any]):
-    """The attributes of an object, by name: a mapping whose paths are written with a dot.
-
-    Args:
-        kind: the name of the object's type.
-        values: the attributes.
-    """
+    """The attributes of an object, by name: a mapping whose paths are written with a dot."""
 
     def __init__(self, kind: str, values: Mapping[str, Any]) -> None:
         super().__init__(values)
@@ -138,12 +133,7 @@ def attributes_of(value: Any) -> dict[str, Any]:
 
 
 def leaf_of(path: str, value: Any) -> Leaf:
-    """Returns the leaf that one of `parts` is.
-
-    Args:
-        path: where it is.
-        value: what it is.
-    """
+    """Returns the leaf that one of `parts` is."""
     total = hashlib.sha256()
     if isinstance(value, torch.Tensor):
         for part in _dense(value.detach()):
@@ -205,12 +195,7 @@ def _array_bytes(array: numpy.ndarray[Any, Any]) -> Any:
 
 
 def differences(then: Iterable[Leaf], now: Iterable[Leaf]) -> Iterator[str]:
-    """Yields what tells two nests apart, one phrase a leaf, in their order.
-
-    Args:
-        then: the leaves of the one, which the phrases call what it was.
-        now: those of the other.
-    """
+    """Yields what tells two nests apart, one phrase a leaf, in their order."""
     known = {leaf.path: leaf for leaf in then}
     for leaf in now:
         was = known.pop(leaf.path, None)

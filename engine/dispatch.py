@@ -108,7 +108,7 @@ class Slot:
             if late is None:
                 late = self._late = _Late()
                 handlers.append((late, True, None))
-            late.bindings = sorted([*late.bindings, (phase, binding)], key=_phase_of)
+            late.bindings = sorted([*late.bindings, (phase, binding)], key=lambda item: item[0])
         elif late is None:
             handlers.append(binding)
         elif late.running:
@@ -169,12 +169,7 @@ class Slot:
 
 
 class _TimedSlot:
-    """What fires in place of a slot while somebody times its handlers.
-
-    Args:
-        slot: the slot.
-        timers: who is told of each handler that has run.
-    """
+    """What fires in place of a slot while somebody times its handlers."""
 
     def __init__(self, slot: Slot, timers: list[HandlerTimer]) -> None:
         self.event, self.counter = slot.event, slot.counter
@@ -204,10 +199,6 @@ class _TimedSlot:
 def _name_of(function: Any) -> str:
     name: str = getattr(function, "__qualname__", type(function).__qualname__)
     return name
-
-
-def _phase_of(item: tuple[Phase, Binding]) -> Phase:
-    return item[0]
 
 
 # What an event passes to its handlers besides the engine, as samples for the signature check.
@@ -662,12 +653,6 @@ class Dispatcher:
 
 def check_signature(fn: Callable[..., Any], description: str, *args: Any, **kwargs: Any) -> None:
     """Checks that a function can be called with these arguments, without calling it.
-
-    Args:
-        fn: the function.
-        description: what it is, for the error message.
-        *args: sample positional arguments.
-        **kwargs: sample keyword arguments.
 
     Raises:
         TypeError: if it is not callable.

@@ -51,10 +51,6 @@ def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
     """Warns at the line outside of this package that has led here.
 
     Python 3.12's `skip_file_prefixes` would do it; 3.11 has none.
-
-    Args:
-        message: what is wrong, and what to do.
-        category: of the warning.
     """
     level, frame = 1, inspect.currentframe()
     while frame is not None and _is_ours(frame.f_globals.get("__name__", "")):

@@ -13,15 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from types import DynamicClassAttribute, MethodType
-from typing import (
-    Any,
-    NamedTuple,
-    Protocol,
-    Self,
-    TypeGuard,
-    cast,
-    runtime_checkable,
-)
+from typing import Any, NamedTuple, Protocol, Self, TypeGuard, cast, runtime_checkable
 
 from .state import State, Unread
 

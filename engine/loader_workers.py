@@ -66,12 +66,7 @@ def workers_left_alone(data: Any) -> Generator[None, None, None]:
 
 
 class _WorkerStart:
-    """Runs first in a worker: sets what the signals do there, and then runs the user's function.
-
-    Args:
-        own: the user's `worker_init_fn`.
-        signals: the numbers of the signals that the process which trains listens to.
-    """
+    """Runs first in a worker: sets what the signals do there, and then runs the user's function."""
 
     def __init__(self, own: Callable[[int], None] | None, signals: tuple[int, ...]) -> None:
         self._own, self._signals = own, signals
@@ -98,12 +93,7 @@ def _finish(over: Callable[[], Any]) -> None:
 
 
 class _Ignored:
-    """Handles a signal in a worker: does nothing as long as the process that trains goes on.
-
-    Args:
-        parent: the process that has started the worker.
-        over: set when the process that trains ends.
-    """
+    """Handles a signal in a worker: does nothing as long as the process that trains goes on."""
 
     def __init__(self, parent: int, over: torch.Tensor) -> None:
         self._parent, self._over = parent, over

@@ -32,13 +32,7 @@ def is_branch(value: Any) -> bool:
 
 
 def map_objects(visit: Callable[[Any, Path], Any], value: Any, path: Path = ()) -> Any:
-    """Returns a nest of what a function returns for each object.
-
-    Args:
-        visit: called with each object and its path.
-        value: the nest.
-        path: where it is itself.
-    """
+    """Returns a nest of what a function returns for each object."""
     if not is_branch(value):
         return visit(value, path)
     if is_mapping(value):

@@ -20,19 +20,11 @@ if TYPE_CHECKING:
 
 def random_states(backend: Backend | None) -> dict[str, Any]:
     """Returns the random states of the host and of the backend's device."""
-    return {
-        **random_state.capture(),
-        "device": {} if backend is None else backend.rng_state(),
-    }
+    return {**random_state.capture(), "device": {} if backend is None else backend.rng_state()}
 
 
 def restore_random_states(state: Any, backend: Backend | None) -> None:
-    """Restores what `random_states` returned, or the list that pytorch-ignite's engine saves.
-
-    Args:
-        state: the states.
-        backend: whose device's states are restored as well, if there are any.
-    """
+    """Restores what `random_states` returned, or the list that pytorch-ignite's engine saves."""
     if is_mapping(state):
         random_state.restore(state)
         if backend is not None and state.get("device"):

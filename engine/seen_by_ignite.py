@@ -69,10 +69,6 @@ class HandlersByEvent(MutableMapping[Any, MutableSequence[Entry]]):
     """The handlers of an engine by event, as pytorch-ignite keeps them; changes change the engine.
 
     They are the user's: the library's own, such as a training step's, are left out.
-
-    Args:
-        engine: the engine.
-        table: its handlers.
     """
 
     def __init__(self, engine: Any, table: HandlerTable) -> None:
@@ -103,10 +99,6 @@ class HandlersOfEvent(MutableSequence[Entry]):
     """The user's handlers of one event, in the order in which they run.
 
     What is put in the place of a handler runs when that one did: it has its filter.
-
-    Args:
-        engine: the engine.
-        slot: the event's place in its table.
     """
 
     def __init__(self, engine: Any, slot: Slot) -> None:

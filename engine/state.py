@@ -24,11 +24,7 @@ _COUNTERS: Mapping[Any, str] = MappingProxyType(
 
 
 class Unread:
-    """A value that lies on a device and is copied to the host when, and only if, it is read.
-
-    Args:
-        tensor: a tensor of one element, detached.
-    """
+    """A value that lies on a device and is copied to the host when, and only if, it is read."""
 
     __slots__ = ("_number", "tensor")
 

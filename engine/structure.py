@@ -19,6 +19,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from .digest import digest
+from .nests import unwrap
 from .proof import Proof, Strictness
 
 # Larger buffers are recorded by their digest: they are tables that a module computes once.
@@ -40,7 +41,7 @@ def recordable(objects: Any, name: str = "") -> dict[str, Any]:
         name: of the nest itself.
     """
     if isinstance(objects, (Module, Optimizer)):
-        return {name: _unwrapped(objects)}
+        return {name: unwrap(objects)}
     items: Any = ()
     if type(objects) in (dict, list, tuple):
         items = objects.items() if type(objects) is dict else enumerate(objects)
@@ -63,17 +64,6 @@ def named(objects: Any, beside: Any) -> dict[str, Any]:
         if id(value) not in known:
             found[name if name not in found else f"{name} (saved beside)"] = value
     return found
-
-
-def _unwrapped(value: Any) -> Any:
-    parallel = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
-    while isinstance(value, Module):
-        name = "module" if isinstance(value, parallel) else "_orig_mod"
-        inner = dict(value.named_children()).get(name)
-        if inner is None:
-            break
-        value = inner
-    return value
 
 
 def _plain_name(name: str) -> str:
@@ -117,10 +107,6 @@ class Restored:
     def tell(self, proof: Proof, strictness: Strictness) -> None:
         """Notes this in a proof.
 
-        Args:
-            proof: takes what was found.
-            strictness: about what could not be put back.
-
         Raises:
             ResumeError: if there is such, and strictness is `error`.
         """
@@ -159,11 +145,7 @@ class Structure:
         self._begun = {name: _plain_attributes(value) for name, value in objects.items()}
 
     def record(self, objects: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the structure of objects, as plain types and tensors.
-
-        Args:
-            objects: as of `recordable`.
-        """
+        """Returns the structure of objects, as plain types and tensors."""
         names = _names(objects)
         return {
             "modules": {
@@ -173,7 +155,7 @@ class Structure:
             },
             "attributes": {name: self._changed_attributes(name, v) for name, v in objects.items()},
             "optimizers": {
-                name: [[names.get(id(p), "") for p in g["params"]] for g in value.param_groups]
+                name: _groups(value, names)
                 for name, value in objects.items()
                 if isinstance(value, Optimizer)
             },
@@ -300,10 +282,6 @@ def rebuild_groups(record: Mapping[str, Any] | None, objects: Mapping[str, Any])
 
     Call it before the optimizers load their states, which hold the new groups' options.
 
-    Args:
-        record: what `Structure.record` returned; None if there is none.
-        objects: as of `recordable`.
-
     Returns:
         What was added, each as a phrase. Groups are added only where those that there are equal
         the first of the record's, and the parameters of the others are known by name.
@@ -317,7 +295,7 @@ def rebuild_groups(record: Mapping[str, Any] | None, objects: Mapping[str, Any])
         optimizer = objects.get(name)
         if not isinstance(optimizer, Optimizer):
             continue
-        now = [[names.get(id(p), "") for p in g["params"]] for g in optimizer.param_groups]
+        now = _groups(optimizer, names)
         more = groups[len(now) :]
         if now != groups[: len(now)] or not all(n in known for group in more for n in group):
             continue
@@ -339,6 +317,11 @@ def _names(objects: Mapping[str, Any]) -> dict[int, str]:
     for parameter, name in _named_parameters(objects):
         found.setdefault(id(parameter), name)
     return found
+
+
+def _groups(optimizer: Optimizer, names: Mapping[int, str]) -> list[list[str]]:
+    """Returns the names of the parameters in each group of an optimizer; "" for one without."""
+    return [[names.get(id(p), "") for p in group["params"]] for group in optimizer.param_groups]
 
 
 def _holders(value: Any) -> dict[str, Any]:
@@ -376,7 +359,7 @@ def _other_groups(
     name: str, optimizer: Optimizer, then: Sequence[Sequence[str]], names: Mapping[int, str]
 ) -> list[str]:
     """Returns how an optimizer's groups differ from those of a record, as phrases."""
-    now = [[names.get(id(p), "") for p in g["params"]] for g in optimizer.param_groups]
+    now = _groups(optimizer, names)
     if len(now) != len(then):
         return [f"{name} had {len(then)} parameter groups, and has {len(now)}"]
     found: list[str] = []

@@ -6,7 +6,8 @@ import contextlib
 import io
 import os
 import threading
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -47,13 +48,42 @@ class NonConformance(AssertionError):
 
 
 def expect(condition: object, problem: str) -> None:
-    """Raise unless a condition holds.
-
-    Raises:
-        NonConformance: with the problem, if it does not.
-    """
+    """Raise `NonConformance` with the problem unless a condition holds."""
     if not condition:
         raise NonConformance(problem)
+
+
+def expect_flags(before: Mapping[str, object], problem: str) -> None:
+    """Expect the flags that were set before; the problem is followed by those that changed."""
+    changed = [name for name, value in flags().items() if before.get(name) != value]
+    expect(not changed, f"{problem}: {', '.join(changed)}.")
+
+
+def expect_refusal(call: Callable[[], object], about: str, problem: str) -> None:
+    """Expect a call to raise an error that says something, of any kind: each library has its own.
+
+    Args:
+        call: what is to be refused.
+        about: what the error has to speak of, in its problem's words.
+        problem: what is wrong if there is none.
+    """
+    try:
+        call()
+    except Exception as error:  # noqa: BLE001
+        expect(str(error), f"Its error about {about} says nothing.")
+    else:
+        raise NonConformance(problem)
+
+
+def expect_error_passes(context: AbstractContextManager[object], name: str) -> None:
+    """Expect an error of a context's block to come out of it."""
+    try:
+        with context:
+            raise KeyError
+    except KeyError:
+        pass
+    else:
+        raise NonConformance(f"{name}() swallows an error of its block.")
 
 
 class Case:
@@ -83,7 +113,7 @@ class Case:
         else:
             self.kind, self.option = target, option or target.options[0]
         self.tolerance = tolerance
-        self.at_start = settings_of(flags())
+        self.at_start = {name: value for name, value in flags().items() if name in _SETTINGS}
         self._load()
 
     def _load(self) -> None:
@@ -156,13 +186,19 @@ def loss_of(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.mse_loss(found, wanted) * _SHARE
 
 
-class Training:
-    """A training step as the engine drives it, over one model and one optimizer.
+def backward(
+    backend: Backend, model: Callable[..., Any], optimizers: Any, number: int, factor: float = 1.0
+) -> float:
+    """Run forward and backward on a batch, the loss times a factor; return the plain loss."""
+    x, y = backend.put(batch_of(number))
+    with backend.autocast():
+        loss = loss_of(model(x), y)
+    backend.backward(loss * factor, optimizers)
+    return float(loss.detach())
 
-    Args:
-        backend: an opened backend.
-        model: the model to train; ``plain_model()`` by default.
-    """
+
+class Training:
+    """A training step as the engine drives it, over one model and one optimizer."""
 
     def __init__(self, backend: Backend, model: torch.nn.Module | None = None) -> None:
         self.backend = backend
@@ -171,17 +207,13 @@ class Training:
         self.model, self.optimizer = backend.prepare(model, optimizer)
 
     def backward(self, number: int, factor: float = 1.0) -> float:
-        """Run forward and backward on a batch, the loss times a factor; return the plain loss."""
-        x, y = self.backend.put(batch_of(number))
-        with self.backend.autocast():
-            loss = loss_of(self.model(x), y)
-        self.backend.backward(loss * factor, self.optimizer)
-        return float(loss.detach())
+        """Do what the function of this name does, with this model and optimizer."""
+        return backward(self.backend, self.model, self.optimizer, number, factor)
 
     def step(self, number: int, max_norm: float | None = None, factor: float = 1.0) -> StepResult:
-        """Run one iteration on a batch."""
+        """Run one iteration on a batch, whose loss is kept."""
         self.optimizer.zero_grad()
-        self.backward(number, factor)
+        self.loss = self.backward(number, factor)
         result = self.backend.step(self.optimizer, max_norm)
         self.backend.sync()
         return result
@@ -190,10 +222,8 @@ class Training:
         """Run iterations and return their losses."""
         found: list[float] = []
         for number in range(first, last):
-            self.optimizer.zero_grad()
-            found.append(self.backward(number))
-            self.backend.step(self.optimizer)
-            self.backend.sync()
+            self.step(number)
+            found.append(self.loss)
         return found
 
     def weights(self) -> torch.Tensor:
@@ -203,10 +233,7 @@ class Training:
 
     def state(self) -> dict[str, Any]:
         """Return everything that a resume needs, on the CPU."""
-        objects = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
+        objects = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         return {
             **map_tensors(objects, lambda tensor: whole(tensor).cpu().clone()),
             "backend": self.backend.state_dict(),
@@ -285,29 +312,24 @@ def through_a_file(value: Any) -> Any:
         ) from error
 
 
-def settings_of(values: Mapping[str, object]) -> dict[str, object]:
-    """Return those of the flags that no library may change when it is loaded."""
-    return {name: value for name, value in values.items() if name in _SETTINGS}
-
-
 def flags() -> dict[str, object]:
     """Return what a context may set and has to restore: torch's flags, threads, variables."""
-    return dict(_flags())
-
-
-def _flags() -> Iterator[tuple[str, object]]:
-    yield "deterministic_algorithms", torch.are_deterministic_algorithms_enabled()
-    yield "warn_only", torch.is_deterministic_algorithms_warn_only_enabled()
     memory: Any = torch.utils.deterministic
-    yield "fill_uninitialized_memory", memory.fill_uninitialized_memory
-    for name in ("enabled", "benchmark", "deterministic"):
-        yield f"cudnn.{name}", getattr(torch.backends.cudnn, name)
+    cudnn: Any = torch.backends.cudnn
     matmul: Any = torch.backends.cuda.matmul
-    yield "cuda.matmul.fp32_precision", matmul.fp32_precision
-    for name in ("conv", "rnn"):
-        yield f"cudnn.{name}.fp32_precision", getattr(torch.backends.cudnn, name).fp32_precision
-    yield "default_dtype", torch.get_default_dtype()
-    yield "threads", torch.get_num_threads()
-    yield "python_threads", threading.active_count()
-    yield "grad", torch.is_grad_enabled()
-    yield "variables", dict(os.environ)
+    return {
+        "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+        "warn_only": torch.is_deterministic_algorithms_warn_only_enabled(),
+        "fill_uninitialized_memory": memory.fill_uninitialized_memory,
+        "cudnn.enabled": cudnn.enabled,
+        "cudnn.benchmark": cudnn.benchmark,
+        "cudnn.deterministic": cudnn.deterministic,
+        "cudnn.conv.fp32_precision": cudnn.conv.fp32_precision,
+        "cudnn.rnn.fp32_precision": cudnn.rnn.fp32_precision,
+        "cuda.matmul.fp32_precision": matmul.fp32_precision,
+        "default_dtype": torch.get_default_dtype(),
+        "threads": torch.get_num_threads(),
+        "python_threads": threading.active_count(),
+        "grad": torch.is_grad_enabled(),
+        "variables": dict(os.environ),
+    }

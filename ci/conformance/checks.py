@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 
 from crosstrain.backends import Availability, Backend, UnknownBackend, World
 
-from .case import Case, NonConformance, expect, flags
+from .case import Case, NonConformance, expect, expect_flags, flags
 from .data import check_batches, check_put, check_put_is_exact
 from .state import (
     check_checkpoint,
@@ -140,7 +139,7 @@ def check_opening(case: Case) -> None:
     """It opens and closes any number of times, and leaves the flags as they were."""
     before = {**flags(), **case.at_start}
     made = case.new()
-    _expect_unchanged(before, "Making it changed")
+    expect_flags(before, "Making it changed")
     for _ in range(2):
         expect(made.open() is made, "open() does not return the backend.")
         expect(made.open() is made, "open() on an open backend does not return it.")
@@ -149,14 +148,9 @@ def check_opening(case: Case) -> None:
         expect((world.rank, world.size) == (0, 1), f"Alone, its world is {world}.")
         made.close()
         made.close()
-        _expect_unchanged(before, "close() did not restore")
+        expect_flags(before, "close() did not restore")
     with case.new() as entered:
         expect(isinstance(entered, Backend), "As a context manager it does not give the backend.")
-
-
-def _expect_unchanged(before: Mapping[str, object], problem: str) -> None:
-    changed = [name for name, value in flags().items() if before.get(name) != value]
-    expect(not changed, f"{problem}: {', '.join(changed)}.")
 
 
 def check_mistaken_world(case: Case) -> None:
@@ -175,33 +169,33 @@ def check_mistaken_world(case: Case) -> None:
         )
 
 
-def _checks() -> Iterator[tuple[str, Check]]:
-    yield "declaration", Check(check_declaration)
-    yield "options", Check(check_options)
-    yield "probe", Check(check_probe)
-    yield "opening", Check(check_opening)
-    yield "mistaken_world", Check(check_mistaken_world, computes=True)
-    yield "put", Check(check_put)
-    yield "put_is_exact", Check(check_put_is_exact)
-    yield "batches", Check(check_batches)
-    yield "prepare", Check(check_prepare)
-    yield "autocast", Check(check_autocast)
-    yield "step_result", Check(check_step_result)
-    yield "agreement", Check(check_agreement, computes=True)
-    yield "accumulation", Check(check_accumulation, computes=True)
-    yield "clipping", Check(check_clipping, computes=True)
-    yield "missing_gradient", Check(check_missing_gradient, computes=True)
-    yield "two_optimizers", Check(check_two_optimizers, computes=True)
-    yield "overflow", Check(check_overflow, computes=True, scales=True)
-    yield "deterministic_flags", Check(check_deterministic_flags)
-    yield "deterministic_results", Check(check_deterministic_results, computes=True)
-    yield "random_states", Check(check_random_states, computes=True)
-    yield "host_streams", Check(check_host_streams)
-    yield "portable_state", Check(check_state_is_portable)
-    yield "resume", Check(check_resume, computes=True)
-    yield "checkpoint", Check(check_checkpoint, computes=True)
-    yield "scale_is_not_dropped", Check(check_scale_is_not_dropped, computes=True, scales=True)
-
-
 # Every check by name, in the order in which they run.
-CHECKS: Mapping[str, Check] = MappingProxyType(OrderedDict(_checks()))
+CHECKS: Mapping[str, Check] = MappingProxyType(
+    {
+        "declaration": Check(check_declaration),
+        "options": Check(check_options),
+        "probe": Check(check_probe),
+        "opening": Check(check_opening),
+        "mistaken_world": Check(check_mistaken_world, computes=True),
+        "put": Check(check_put),
+        "put_is_exact": Check(check_put_is_exact),
+        "batches": Check(check_batches),
+        "prepare": Check(check_prepare),
+        "autocast": Check(check_autocast),
+        "step_result": Check(check_step_result),
+        "agreement": Check(check_agreement, computes=True),
+        "accumulation": Check(check_accumulation, computes=True),
+        "clipping": Check(check_clipping, computes=True),
+        "missing_gradient": Check(check_missing_gradient, computes=True),
+        "two_optimizers": Check(check_two_optimizers, computes=True),
+        "overflow": Check(check_overflow, computes=True, scales=True),
+        "deterministic_flags": Check(check_deterministic_flags),
+        "deterministic_results": Check(check_deterministic_results, computes=True),
+        "random_states": Check(check_random_states, computes=True),
+        "host_streams": Check(check_host_streams),
+        "portable_state": Check(check_state_is_portable),
+        "resume": Check(check_resume, computes=True),
+        "checkpoint": Check(check_checkpoint, computes=True),
+        "scale_is_not_dropped": Check(check_scale_is_not_dropped, computes=True, scales=True),
+    }
+)

@@ -140,9 +140,6 @@ def check_backend(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the checks on the specs of a command line and print a line for each check.
 
-    Args:
-        arguments: the arguments; those of the process by default.
-
     Returns:
         0 if all of the backends conform, 1 if one does not, 2 if one does not exist or cannot run
         here.

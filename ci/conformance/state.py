@@ -16,10 +16,12 @@ from .case import (
     LEARNING_RATE,
     SCALING,
     Case,
-    NonConformance,
     Training,
     batch_of,
     expect,
+    expect_error_passes,
+    expect_flags,
+    expect_refusal,
     flags,
     loss_of,
     small_model,
@@ -36,22 +38,11 @@ def check_deterministic_flags(case: Case) -> None:
             expect(flags() == before, "deterministic() sets flags before it is entered.")
             with context:
                 pass
-            _expect_restored(before, "")
+            expect_flags(before, "deterministic() did not restore")
             with contextlib.suppress(KeyError), backend.deterministic(warn_only=warn_only):
                 raise KeyError
-            _expect_restored(before, " after an error")
-        try:
-            with backend.deterministic():
-                raise KeyError
-        except KeyError:
-            pass
-        else:
-            raise NonConformance("deterministic() swallows an error of its block.")
-
-
-def _expect_restored(before: dict[str, object], when: str) -> None:
-    changed = [name for name, value in flags().items() if before.get(name) != value]
-    expect(not changed, f"deterministic() did not restore{when}: {', '.join(changed)}.")
+            expect_flags(before, "deterministic() did not restore after an error")
+        expect_error_passes(backend.deterministic(), "deterministic")
 
 
 def _seed(backend: Backend, value: int) -> None:
@@ -72,9 +63,14 @@ def check_deterministic_results(case: Case) -> None:
     """Two runs from the same seeds, with dropout and batch norm, give the same bits."""
     losses, weights = _train(case, 8)
     again, weights_again = _train(case, 8)
-    same = [a == b for a, b in zip(losses, again, strict=True)]
-    expect(all(same), f"Two runs part at step {(*same, False).index(False)}: the losses differ.")
+    _expect_same(losses, again, 0, "Two runs part")
     expect(torch.equal(weights, weights_again), "Two runs end with different weights.")
+
+
+def _expect_same(losses: list[float], again: list[float], first: int, problem: str) -> None:
+    same = [a == b for a, b in zip(losses, again, strict=True)]
+    step = first + (*same, False).index(False)
+    expect(all(same), f"{problem} at step {step}: the losses differ.")
 
 
 def _draw(backend: Backend) -> torch.Tensor:
@@ -178,12 +174,7 @@ def check_resume(case: Case) -> None:
             _seed(backend, 99)
             resumed.load(state)
             found = resumed.losses(cut, 6)
-            same = [a == b for a, b in zip(expected, found, strict=True)]
-            expect(
-                all(same),
-                f"Stopped after step {cut}, the resumed run parts at step "
-                f"{cut + (*same, False).index(False)}: the losses differ.",
-            )
+            _expect_same(expected, found, cut, f"Stopped after step {cut}, the resumed run parts")
             expect(
                 torch.equal(resumed.weights(), weights), "The resumed run ends with other weights."
             )
@@ -223,10 +214,8 @@ def check_scale_is_not_dropped(case: Case) -> None:
     """It refuses a state without a loss scale, rather than to make one up."""
     with case.opened() as backend:
         Training(backend)
-        try:
-            backend.load_state_dict({})
-        # Each library has its own kind of error for it.
-        except Exception as error:  # noqa: BLE001
-            expect(str(error), "Its error about a missing loss scale says nothing.")
-        else:
-            raise NonConformance("It scales the loss, but loads a state that holds no loss scale.")
+        expect_refusal(
+            lambda: backend.load_state_dict({}),
+            "a missing loss scale",
+            "It scales the loss, but loads a state that holds no loss scale.",
+        )

@@ -134,11 +134,7 @@ def _follow(
     show: Callable[[dict[str, Any]], None],
     kill_at: int | None,
 ) -> None:
-    """Runs one process of a training, takes in what it says, and kills it where it shall be.
-
-    Raises:
-        TrainingFailed: if the process ends otherwise than it should.
-    """
+    """Runs one process of a training, takes in what it says, and kills it where it shall be."""
     started = time.perf_counter()
     order = Order(
         args.backend,

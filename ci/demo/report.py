@@ -21,13 +21,7 @@ _TABLE = 80
 
 @dataclass
 class DemoRun:
-    """One of the two runs, over all its processes.
-
-    Args:
-        course: what it did.
-        killed_at: the iteration after which its process was killed.
-        seconds: how long it took, starting of processes included.
-    """
+    """What one of the two runs did, over all its processes, whose start counts in the seconds."""
 
     course: Course = field(default_factory=Course)
     killed_at: int | None = None
@@ -35,14 +29,7 @@ class DemoRun:
 
 
 def print_table(console: Console, straight: DemoRun, killed: DemoRun, difference: str) -> None:
-    """Prints the two runs side by side, and whether batches, losses and weights are the same bits.
-
-    Args:
-        console: where to.
-        straight: the run straight through.
-        killed: the run that was killed and resumed.
-        difference: the first thing that differs, as a sentence; empty if nothing does.
-    """
+    """Prints the two runs side by side, whether they are the same bits, and a first difference."""
     rows = _rows(straight, killed)
     title, heads = "One training, two courses", ("straight through", "killed and resumed")
     if console.width < _TABLE:
@@ -98,16 +85,7 @@ def _rows(straight: DemoRun, killed: DemoRun) -> list[_Row]:
 
 
 def draw(path: Path, straight: DemoRun, killed: DemoRun) -> Path:
-    """Draws both loss curves and the deviation between them.
-
-    Args:
-        path: the picture to write, a PNG.
-        straight: the run straight through.
-        killed: the run that was killed and resumed.
-
-    Returns:
-        The path.
-    """
+    """Draws both loss curves and the deviation between them as a PNG; returns the path."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

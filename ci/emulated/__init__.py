@@ -13,12 +13,4 @@ from .backend import EmulatedBackend
 from .device import COUNT, NAME, host_reads, out_of_memory, register
 from .streams import pending
 
-__all__ = [
-    "COUNT",
-    "NAME",
-    "EmulatedBackend",
-    "host_reads",
-    "out_of_memory",
-    "pending",
-    "register",
-]
+__all__ = ["COUNT", "NAME", "EmulatedBackend", "host_reads", "out_of_memory", "pending", "register"]

@@ -22,11 +22,7 @@ sum sum.dim_IntList norm.Scalar norm.ScalarOpt_dim cosine_similarity dist cdist"
 
 
 def libraries(name: str) -> list[Any]:
-    """Registers what autocast does on a type of device; lasts as long as what is returned.
-
-    Args:
-        name: the type.
-    """
+    """Registers what autocast does on a type of device; lasts as long as what is returned."""
     make: Any = torch.library.Library
     made, rest = make("aten", "IMPL"), make("_", "IMPL")
     for words, full in ((_LOWER, False), (_FULL, True)):

@@ -115,11 +115,7 @@ class _Machine:
             counted[name] += 1
 
     def take(self) -> None:
-        """Takes memory for a tensor.
-
-        Raises:
-            torch.OutOfMemoryError: if there is none left.
-        """
+        """Takes memory for a tensor."""
         if self.room == 0:
             raise torch.OutOfMemoryError(f"{NAME}: out of memory, as the test asked for.")
         if self.room is not None:
@@ -154,11 +150,7 @@ def host_reads() -> Generator[Counter[str], None, None]:
 
 @contextlib.contextmanager
 def out_of_memory(after: int = 0) -> Generator[None, None, None]:
-    """Has the devices run out of memory inside.
-
-    Args:
-        after: for how many tensors there still is memory.
-    """
+    """Has the devices run out of memory inside, after so many more tensors."""
     _MACHINE.room = after
     try:
         yield
@@ -220,12 +212,7 @@ def _device_index(device: int | None) -> Generator[None, None, None]:
 
 
 class Emulated(torch.Tensor):
-    """A tensor of the device.
-
-    Args:
-        raw: what it holds.
-        index: the number of the device.
-    """
+    """A tensor of the device."""
 
     raw: torch.Tensor
     __torch_function__: Any = torch._C._disabled_torch_function_impl
@@ -291,13 +278,13 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     name = func.overloadpacket.__name__
     if name == "record_stream":
         return None  # Memory is never used again here before its owner is gone.
-    flat = [one for one in pytree.tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
+    flat = _tensors((args, kwargs))
     ours = [one for one in flat if isinstance(one, Emulated)]
     copies = name in _COPIES
     if not copies:
         _refuse_mixture(func, flat, ours)
-    index = _index_of(kwargs.get("device"), ours)
     wanted = kwargs.get("device")
+    index = _index_of(wanted, ours)
     to_host = wanted is not None and torch.device(wanted).type == "cpu"
     if copies and name != "_to_copy":
         to_host = not isinstance(args[0 if name == "copy_" else 1], Emulated)
@@ -306,24 +293,20 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     bare = _bare if copies or queue.recorded is None else _baked
     plain_args, plain_kwargs = pytree.tree_map(bare, (args, kwargs))
     call = _Call(func, plain_args, plain_kwargs, index)
-    shared = func.namespace == "c10d"
+    reads, is_view = _reads(name, args), call.is_view()
     if queue.recorded is not None:
         _refuse_recording(call, name, args, to_host)
     if copies and to_host and ours:
         return _to_host(call, name, queue)
-    if _reads(name, args):
+    if reads:
         _MACHINE.note_read(name)
-        queue.run()
-        out = call.now()
-    elif shared:
+    if reads or func.namespace == "c10d":
         # Gloo has it from here on, and the work that is returned is waited for as any other's.
         queue.run()
         out = call.now()
-    elif call.is_view():
-        out = call.now()
-    elif queue.recorded is not None:
+    elif queue.recorded is not None and not is_view:
         out = call.recorded(queue.recorded)
-    elif queue.is_default:
+    elif queue.is_default or is_view:
         out = call.now()
     else:
         out = call.later(queue)
@@ -334,7 +317,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             return one
         if id(one) in known:
             return known[id(one)]
-        if not call.is_view():
+        if not is_view:
             _MACHINE.take()
         return Emulated(one, index)
 
@@ -365,15 +348,10 @@ def _reads(name: str, args: Any) -> bool:
 
 
 def _refuse_recording(call: _Call, name: str, args: Any, to_host: bool) -> None:
-    """Refuses what no graph can hold.
-
-    Raises:
-        RuntimeError: with the words of CUDA's.
-    """
+    """Refuses what no graph can hold."""
     waits = _reads(name, args) or call.func.namespace == "c10d"
     if name in _COPIES:
-        flat = [one for one in pytree.tree_leaves(args) if isinstance(one, torch.Tensor)]
-        host = [one for one in flat if not isinstance(one, Emulated)]
+        host = [one for one in _tensors(args) if not isinstance(one, Emulated)]
         # Within the device nobody waits, nor for pinned memory, if that was said.
         waits = not call.is_prompt(name) and (to_host or bool(host))
         waits |= any(not is_pinned(one) for one in host)
@@ -382,8 +360,7 @@ def _refuse_recording(call: _Call, name: str, args: Any, to_host: bool) -> None:
 
 
 def _has_mask(args: Any) -> bool:
-    masks = [one for one in pytree.tree_leaves(args[1]) if isinstance(one, torch.Tensor)]
-    return any(mask.dtype in (torch.bool, torch.uint8) for mask in masks)
+    return any(mask.dtype in (torch.bool, torch.uint8) for mask in _tensors(args[1]))
 
 
 def _to_host(call: _Call, name: str, queue: Queue) -> Any:
@@ -447,33 +424,18 @@ class _Call:
         if changed:
             return self._change_later(queue, changed, keep_inputs)
         result = self._tried()
-        visible = pytree.tree_map_only(torch.Tensor, _poisoned, result)
-
-        def work() -> None:
-            found = result if keep_inputs else self.now()
-            for place, value in zip(_tensors(visible), _tensors(found), strict=True):
-                place.copy_(value)
-
-        queue.add(work)
+        visible, fill = _poisoned(result)
+        queue.add(lambda: fill(result if keep_inputs else self.now()))
         return visible
 
     def recorded(self, work: list[Callable[[], Any]]) -> Any:
-        """Records it for a graph, and returns the memory in which each replay leaves its results.
-
-        Args:
-            work: what was recorded before.
-        """
+        """Records it for a graph; returns the memory in which each replay leaves its results."""
         changed = self._changed()
         if changed:
             work.append(self.now)
             return changed[0] if len(self.func._schema.returns) == 1 else None
-        visible = pytree.tree_map_only(torch.Tensor, _poisoned, self._tried())
-
-        def do() -> None:
-            for place, value in zip(_tensors(visible), _tensors(self.now()), strict=True):
-                place.copy_(value)
-
-        work.append(do)
+        visible, fill = _poisoned(self._tried())
+        work.append(lambda: fill(self.now()))
         return visible
 
     def _tried(self) -> Any:
@@ -490,8 +452,7 @@ class _Call:
     def _change_later(self, queue: Queue, changed: list[torch.Tensor], keep_inputs: bool) -> Any:
         before = [one.clone() for one in changed]
         if keep_inputs:
-            source = self.args[1].clone()
-            self.args = (self.args[0], source, *self.args[2:])
+            self.args = (self.args[0], self.args[1].clone(), *self.args[2:])
         for one in changed:
             _poison(one)
 
@@ -508,12 +469,8 @@ class _Call:
         found: list[torch.Tensor] = []
         for number, argument in enumerate(self.func._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
-                value = (
-                    self.args[number]
-                    if number < len(self.args)
-                    else (self.kwargs.get(argument.name))
-                )
-                found += _tensors(value)
+                given = number < len(self.args)
+                found += _tensors(self.args[number] if given else self.kwargs.get(argument.name))
         return found
 
 
@@ -521,8 +478,15 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     return [one for one in pytree.tree_leaves(value) if isinstance(one, torch.Tensor)]
 
 
-def _poisoned(tensor: torch.Tensor) -> torch.Tensor:
-    return _poison(tensor.clone())
+def _poisoned(results: Any) -> tuple[Any, Callable[[Any], None]]:
+    """Returns poison in the place of results, and what fills the results in there."""
+    visible = pytree.tree_map_only(torch.Tensor, lambda one: _poison(one.clone()), results)
+
+    def fill(found: Any) -> None:
+        for place, value in zip(_tensors(visible), _tensors(found), strict=True):
+            place.copy_(value)
+
+    return visible, fill
 
 
 def _poison(tensor: torch.Tensor) -> torch.Tensor:

@@ -92,10 +92,7 @@ class EmulatedGraph:
 
 @contextlib.contextmanager
 def graph(
-    graph: EmulatedGraph,
-    pool: Any = None,
-    stream: Any = None,
-    capture_error_mode: str = "global",
+    graph: EmulatedGraph, pool: Any = None, stream: Any = None, capture_error_mode: str = "global"
 ) -> Generator[None, None, None]:
     """Records a graph inside, on a side stream."""
     synchronize()
@@ -109,10 +106,6 @@ def graph(
 
 
 def refuse_waiting(what: str) -> None:
-    """Refuses what would have the host, or the stream, wait while a graph is recorded.
-
-    Raises:
-        RuntimeError: always.
-    """
+    """Refuses what would have the host, or the stream, wait while a graph is recorded."""
     queue = current_queue(torch.accelerator.current_device_index())
     raise queue.refusal(f"{what}: operation not permitted when stream is capturing")

@@ -38,10 +38,6 @@ def _copying(make: Any, name: str) -> Any:
     """Returns a function of torch that makes a tensor of data, and can do so on the device.
 
     torch's own would look for a hook in C++ there.
-
-    Args:
-        make: the function.
-        name: the type of the device.
     """
 
     @functools.wraps(make)
@@ -61,11 +57,7 @@ def _copying(make: Any, name: str) -> Any:
 
 
 def install(name: str) -> None:
-    """Has torch make tensors on the device and in pinned memory, where it asks for hooks in C++.
-
-    Args:
-        name: the type of the device.
-    """
+    """Has torch make tensors on the device and in pinned memory, where it asks for hooks in C++."""
     make: Any = torch.library.Library
     library = make("aten", "IMPL")
     library.impl("is_pinned", lambda tensor, device=None: is_pinned(tensor), "CPU")

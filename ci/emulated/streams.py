@@ -96,12 +96,7 @@ class _Kind(type):
 
 
 class Stream(_NativeStream, metaclass=_Kind):  # type: ignore[misc]
-    """A stream of the device; of another type of device it is torch's own.
-
-    Args:
-        device: the device.
-        priority: of no consequence here.
-    """
+    """A stream of the device; of another type of device it is torch's own."""
 
     native = _NativeStream
 
@@ -163,11 +158,7 @@ class Stream(_NativeStream, metaclass=_Kind):  # type: ignore[misc]
 
 
 class Event(_NativeEvent, metaclass=_Kind):  # type: ignore[misc]
-    """A mark in a stream of the device; of another type of device it is torch's own.
-
-    Args:
-        device: the device.
-    """
+    """A mark in a stream of the device; of another type of device it is torch's own."""
 
     native = _NativeEvent
 
@@ -211,11 +202,8 @@ def _device(device: Any) -> torch.device | None:
     found = torch.device(_name()) if device is None else torch.device(device)
     if found.type != _name():
         return None
-    return (
-        torch.device(_name(), torch.accelerator.current_device_index())
-        if (found.index is None)
-        else found
-    )
+    number = torch.accelerator.current_device_index() if found.index is None else found.index
+    return torch.device(_name(), number)
 
 
 def _stack() -> list[Any]:

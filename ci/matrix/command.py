@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from crosstrain.ci.options import UsageError, above_zero, at_least, folder, require_extra, words
+from crosstrain.ci.options import UsageError, above_zero, add_words, at_least, folder, require_extra
 
 from .report import InvalidReport, Report, Run, merged
 
@@ -42,41 +42,23 @@ _MOST_JOBS = 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of ``crosstrain matrix``.
-
-    Args:
-        parser: the parser of this subcommand.
-    """
+    """Declare the arguments of ``crosstrain matrix``."""
     _add_what(parser.add_argument_group("what to run"))
     _add_how(parser.add_argument_group("how"))
     _add_reports(parser.add_argument_group("reports"))
 
 
 def _add_what(what: argparse._ArgumentGroup) -> None:
-    what.add_argument(
-        "--backends",
-        metavar="SPEC[,SPEC...]",
-        type=words,
-        action="extend",
-        default=[],
-        help="the columns, such as cpu,cpu:bf16 (default: all that can run here)",
-    )
-    what.add_argument(
-        "--require",
-        metavar="SPEC[,SPEC...]",
-        type=words,
-        action="extend",
-        default=[],
-        help="columns that make the matrix fail where they cannot run",
-    )
-    what.add_argument(
-        "--scenarios",
-        metavar="NAME[,NAME...]",
-        type=words,
-        action="extend",
-        default=[],
-        help="the rows (default: all)",
-    )
+    for option, word, text in (
+        (
+            "--backends",
+            "SPEC",
+            "the columns, such as cpu,cpu:bf16 (default: all that can run here)",
+        ),
+        ("--require", "SPEC", "columns that make the matrix fail where they cannot run"),
+        ("--scenarios", "NAME", "the rows (default: all)"),
+    ):
+        add_words(what, option, word, text)
     what.add_argument(
         "--target",
         metavar="MODULE:FUNCTION",
@@ -124,13 +106,9 @@ def _add_reports(reports: argparse._ArgumentGroup) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the matrix, or merge reports.
 
-    Args:
-        args: what :func:`add_arguments` declared.
-
     Returns:
         0 if every cell passed or was skipped; 1 if one did not, or a required backend is missing;
-        130 after Ctrl-C and 143 after SIGTERM, with the report of what
-        had ended until then.
+        130 after Ctrl-C and 143 after SIGTERM, with the report of what had ended until then.
 
     Raises:
         BackendError: if a spec does not exist, or was asked for and cannot run here.
@@ -198,7 +176,8 @@ def _run(args: argparse.Namespace, console: Console) -> int:
 def _plan(
     args: argparse.Namespace, selection: Selection, scenarios: Sequence[str], place: Path
 ) -> CellPlan:
-    from .run_all import Cell, CellPlan
+    from .outcome import Cell
+    from .run_all import CellPlan
     from .selection import exclusive_specs
 
     return CellPlan(
@@ -225,10 +204,16 @@ def _outcomes(
     plan: CellPlan, selection: Selection, scenarios: Sequence[str], console: Console
 ) -> tuple[list[Outcome], signal.Signals | None]:
     """Runs the cells; gives the outcomes, and the signal that stopped it, if one did."""
+    from .outcome import Outcome
     from .progress import progress_on
     from .run_all import run_cells
 
-    outcomes = _unavailable(selection, scenarios)
+    outcomes = [
+        Outcome(spec=spec, scenario=scenario, status="unavailable", reason=_why(found))
+        for scenario in scenarios
+        for spec, found in selection.found.items()
+        if not found.ok
+    ]
     try:
         with (
             _termination(),
@@ -242,17 +227,6 @@ def _outcomes(
     except KeyboardInterrupt:
         return outcomes, signal.SIGINT
     return outcomes, None
-
-
-def _unavailable(selection: Selection, scenarios: Sequence[str]) -> list[Outcome]:
-    from .outcome import Outcome
-
-    return [
-        Outcome(spec=spec, scenario=scenario, status="unavailable", reason=_why(found))
-        for scenario in scenarios
-        for spec, found in selection.found.items()
-        if not found.ok
-    ]
 
 
 class _Terminated(KeyboardInterrupt):
@@ -338,15 +312,7 @@ def _has_run(outcome: Outcome) -> bool:
 
 
 def write_reports(report: Report, folder: Path) -> Path:
-    """Write a report in its three forms.
-
-    Args:
-        report: what ran.
-        folder: where to; it is made if need be.
-
-    Returns:
-        The page, `index.html`; beside it are `matrix.json` and `junit.xml`.
-    """
+    """Write a report in its three forms."""
     from .report_html import page
     from .report_junit import junit
 

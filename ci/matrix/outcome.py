@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -24,6 +25,19 @@ _NON_FINITE = ("nan", "inf", "-inf")
 
 class InvalidOutcome(ValueError):
     """An outcome that breaks the schema: it says where, what was found, and what is legal."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One scenario on one backend, by their names."""
+
+    spec: str
+    scenario: str
+
+    @property
+    def folder(self) -> Path:
+        """Its folder under the report's: no letter in it that an archive of CI refuses."""
+        return Path("cells") / re.sub(r"[^\w.-]", "_", self.spec) / self.scenario
 
 
 class Hardware(TypedDict):
@@ -75,41 +89,31 @@ class Outcome:
     def __post_init__(self) -> None:
         _check(self)
 
+    @property
+    def cell(self) -> Cell:
+        """The cell that it is of."""
+        return Cell(self.spec, self.scenario)
+
     def to_json(self) -> dict[str, Any]:
         """Returns the outcome as plain values of which `json.dumps` makes valid JSON.
 
         The numbers nan, inf and -inf become the strings of these names.
         """
         return {
-            "spec": self.spec,
-            "scenario": self.scenario,
-            "status": self.status,
-            "reason": self.reason,
-            "seconds": self.seconds,
+            **vars(self),
             "losses": [_encoded(loss) for loss in self.losses],
             "resumed_losses": [_encoded(loss) for loss in self.resumed_losses],
             "figures": {name: _encoded(value) for name, value in self.figures.items()},
-            "versions": dict(self.versions),
-            "hardware": None if self.hardware is None else dict(self.hardware),
         }
 
     @classmethod
     def from_json(cls, value: Any) -> Outcome:
         """Returns the outcome that `to_json` wrote.
 
-        Args:
-            value: what `json.loads` returned.
-
         Raises:
             InvalidOutcome: if a key is missing or unknown, or a value is none of the legal ones.
         """
-        found = as_mapping(value, "an outcome")
-        known = {one.name for one in fields(cls)}
-        if unknown := sorted(map(str, found.keys() - known)):
-            raise InvalidOutcome(f"unknown keys {unknown}; the keys are {sorted(known)}")
-        if missing := sorted(known - found.keys()):
-            raise InvalidOutcome(f"missing keys {missing}")
-        content = dict(found)
+        content = dict(with_keys(value, "an outcome", {one.name for one in fields(cls)}))
         for name in ("losses", "resumed_losses"):
             content[name] = tuple(as_number(x, name) for x in as_list(content[name], name))
         figures = as_mapping(content["figures"], "figures")
@@ -119,22 +123,12 @@ class Outcome:
         return cls(**content)
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Writes the outcome as a JSON file, whole or not at all.
-
-        Args:
-            path: the file; its folder has to exist.
-        """
-        target = Path(path)
-        beside = target.with_name(f".{target.name}.{os.getpid()}")
-        beside.write_text(json.dumps(self.to_json(), indent=1, allow_nan=False), encoding="utf-8")
-        beside.replace(target)
+        """Writes the outcome as a JSON file, whole or not at all."""
+        write_json(Path(path), self.to_json())
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Outcome:
         """Returns the outcome that a file holds.
-
-        Args:
-            path: a file that `write` wrote.
 
         Raises:
             InvalidOutcome: if the file holds no valid outcome; the message names the file.
@@ -146,19 +140,21 @@ class Outcome:
             raise InvalidOutcome(f"{os.fspath(path)}: {error}") from error
 
 
+def write_json(target: Path, content: Mapping[str, Any]) -> None:
+    """Writes a file of JSON, whole or not at all."""
+    beside = target.with_name(f".{target.name}.{os.getpid()}")
+    beside.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    beside.replace(target)
+
+
 def as_number(value: Any, name: str) -> float:
     """Returns the number that JSON holds, in which nan, inf and -inf are strings.
-
-    Args:
-        value: what `json.loads` returned.
-        name: what it is called in the error's message.
 
     Raises:
         InvalidOutcome: if it is no number.
     """
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(value, str) and value in _NON_FINITE:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if number or (isinstance(value, str) and value in _NON_FINITE):
         return float(value)
     raise InvalidOutcome(
         f"{name}: {value!r} is not a number; numbers that JSON does not have are written as the "
@@ -204,9 +200,7 @@ def _check(outcome: Outcome) -> None:
 
 
 def _check_hardware(hardware: Mapping[str, Any]) -> None:
-    legal = {"machine", "cores", "devices"}
-    if set(hardware) != legal:
-        raise InvalidOutcome(f"hardware has the keys {sorted(hardware)}, not {sorted(legal)}")
+    with_keys(hardware, "hardware", set(Hardware.__annotations__))
     as_text(hardware["machine"], "hardware['machine']")
     cores = hardware["cores"]
     if isinstance(cores, bool) or not isinstance(cores, int) or cores < 1:
@@ -238,3 +232,13 @@ def as_mapping(value: Any, name: str) -> Mapping[str, Any]:
     for key in found:
         as_text(key, f"a key of {name}")
     return cast("Mapping[str, Any]", found)
+
+
+def with_keys(value: Any, name: str, known: set[str]) -> Mapping[str, Any]:
+    """Returns a value if it is a mapping with these keys; otherwise raises `InvalidOutcome`."""
+    found = as_mapping(value, name)
+    if unknown := sorted(found.keys() - known):
+        raise InvalidOutcome(f"{name}: unknown keys {unknown}; the keys are {sorted(known)}")
+    if missing := sorted(known - found.keys()):
+        raise InvalidOutcome(f"{name}: missing keys {missing}")
+    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Self
 
 from rich.console import Console, Group
@@ -12,10 +12,11 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from .outcome import Cell
+
 if TYPE_CHECKING:
     from .outcome import Outcome, Status
     from .report import Run
-    from .run_all import Cell
 
 # A sign, a colour and a word for each status: no one of them is needed to tell them apart.
 MARKS: Mapping[Status, tuple[str, str]] = {
@@ -38,19 +39,9 @@ def duration(seconds: float) -> str:
 
 
 def progress_on(
-    console: Console,
-    specs: Sequence[str],
-    scenarios: Sequence[str],
-    known: Sequence[Outcome] = (),
+    console: Console, specs: Sequence[str], scenarios: Sequence[str], known: Sequence[Outcome] = ()
 ) -> PlainProgress:
-    """Returns the progress that suits a console: live on a terminal, plain lines elsewhere.
-
-    Args:
-        console: where it is shown.
-        specs: the columns.
-        scenarios: the rows.
-        known: outcomes that are known before anything has run; their reasons are not repeated.
-    """
+    """Returns the progress that suits a console: live on a terminal, plain lines elsewhere."""
     kind = LiveProgress if console.is_terminal and not console.is_dumb_terminal else PlainProgress
     progress = kind(console, specs, scenarios)
     for outcome in known:
@@ -59,13 +50,7 @@ def progress_on(
 
 
 class PlainProgress:
-    """Prints a line for each cell that ends. A context manager.
-
-    Args:
-        console: where to.
-        specs: the columns.
-        scenarios: the rows.
-    """
+    """Prints a line for each cell that ends. A context manager."""
 
     def __init__(self, console: Console, specs: Sequence[str], scenarios: Sequence[str]) -> None:
         self._console = console
@@ -73,7 +58,7 @@ class PlainProgress:
         self._scenarios = scenarios
         self._began = time.monotonic()
         self._running: dict[Cell, float] = {}
-        self._ended: dict[tuple[str, str], Outcome] = {}
+        self._ended: dict[Cell, Outcome] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -100,17 +85,10 @@ class PlainProgress:
         # Logs are searched by line: they are not wrapped.
         self._console.print(line, soft_wrap=True)
 
-    def waited(self) -> None:
-        """Shows nothing: a log has no use for it."""
-
     def note(self, outcome: Outcome) -> None:
         """Counts a cell as ended and prints nothing."""
-        self._ended[outcome.spec, outcome.scenario] = outcome
-        self._running = {
-            cell: began
-            for cell, began in self._running.items()
-            if (cell.spec, cell.scenario) != (outcome.spec, outcome.scenario)
-        }
+        self._ended[outcome.cell] = outcome
+        self._running.pop(outcome.cell, None)
 
 
 class LiveProgress(PlainProgress):
@@ -140,24 +118,18 @@ class LiveProgress(PlainProgress):
 
     def _render(self) -> Group:
         now = time.monotonic()
-        table = Table(box=None, pad_edge=False)
-        table.add_column("scenario", no_wrap=True)
-        for spec in self._specs:
-            table.add_column(escape(spec), justify="center", overflow="fold")
-        began = {(cell.spec, cell.scenario): since for cell, since in self._running.items()}
-        for scenario in self._scenarios:
-            cells = [
-                self._cell(self._ended.get((spec, scenario)), began.get((spec, scenario)), now=now)
-                for spec in self._specs
-            ]
-            table.add_row(scenario, *cells)
-        return Group(table, self._line(now))
 
-    def _cell(self, outcome: Outcome | None, began: float | None, *, now: float) -> Text:
-        if outcome is not None:
-            sign, style = MARKS[outcome.status]
-            return Text(f"{sign} {duration(outcome.seconds)}", style)
-        return Text("·", "dim") if began is None else Text(f"▸ {now - began:.0f} s", "cyan")
+        def shown(spec: str, scenario: str) -> Text:
+            cell = Cell(spec, scenario)
+            outcome, since = self._ended.get(cell), self._running.get(cell)
+            if outcome is not None:
+                sign, style = MARKS[outcome.status]
+                return Text(f"{sign} {duration(outcome.seconds)}", style)
+            return Text("·", "dim") if since is None else Text(f"▸ {now - since:.0f} s", "cyan")
+
+        table = Table(box=None, pad_edge=False)
+        _fill(table, self._specs, self._scenarios, shown)
+        return Group(table, self._line(now))
 
     def _line(self, now: float) -> Text:
         total = len(self._specs) * len(self._scenarios)
@@ -170,24 +142,27 @@ class LiveProgress(PlainProgress):
         return line
 
 
-def print_summary(console: Console, run: Run) -> None:
-    """Prints the matrix of a run and how many cells became what.
-
-    Args:
-        console: where to.
-        run: what ran.
-    """
-    table = Table(title=f"{run.name}, {duration(run.seconds)}", title_justify="left")
+def _fill(
+    table: Table, specs: Sequence[str], scenarios: Sequence[str], shown: Callable[[str, str], Text]
+) -> None:
+    """Fills in a column for each spec, and a row for each scenario."""
     table.add_column("scenario", no_wrap=True)
-    for spec in run.backends:
+    for spec in specs:
         table.add_column(escape(spec), justify="center", overflow="fold")
-    for scenario in run.scenarios:
-        cells: list[Text] = []
-        for spec in run.backends:
-            outcome = run.outcome(spec, scenario)
-            sign, style = ("·", "dim") if outcome is None else MARKS[outcome.status]
-            cells.append(Text(f"{sign} {'not run' if outcome is None else outcome.status}", style))
-        table.add_row(scenario, *cells)
+    for scenario in scenarios:
+        table.add_row(scenario, *(shown(spec, scenario) for spec in specs))
+
+
+def print_summary(console: Console, run: Run) -> None:
+    """Prints the matrix of a run and how many cells became what."""
+
+    def shown(spec: str, scenario: str) -> Text:
+        outcome = run.outcome(spec, scenario)
+        sign, style = ("·", "dim") if outcome is None else MARKS[outcome.status]
+        return Text(f"{sign} {'not run' if outcome is None else outcome.status}", style)
+
+    table = Table(title=f"{run.name}, {duration(run.seconds)}", title_justify="left")
+    _fill(table, run.backends, list(run.scenarios), shown)
     console.print(table)
     counts = [one.status for one in run.outcomes]
     words = [f"{counts.count(status)} {status}" for status in MARKS if counts.count(status)]

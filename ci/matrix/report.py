@@ -13,7 +13,17 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from .outcome import InvalidOutcome, Outcome, as_list, as_mapping, as_number, as_text
+from .outcome import (
+    Cell,
+    InvalidOutcome,
+    Outcome,
+    as_list,
+    as_mapping,
+    as_number,
+    as_text,
+    with_keys,
+    write_json,
+)
 
 SCHEMA = "crosstrain-matrix"
 SCHEMA_VERSION = 1
@@ -63,8 +73,7 @@ class Run:
 
     def outcome(self, spec: str, scenario: str) -> Outcome | None:
         """Returns what became of a cell, or None if it did not run."""
-        found = (one for one in self.outcomes if (one.spec, one.scenario) == (spec, scenario))
-        return next(found, None)
+        return next((one for one in self.outcomes if one.cell == Cell(spec, scenario)), None)
 
     def missing(self) -> list[str]:
         """Returns the required specs that could not run."""
@@ -79,19 +88,9 @@ class Run:
     def to_json(self) -> dict[str, Any]:
         """Returns the run as plain values, of which `json.dumps` makes valid JSON."""
         return {
-            "name": self.name,
-            "started": self.started,
-            "seconds": self.seconds,
-            "interrupted": self.interrupted,
-            "target": self.target,
-            "backends": list(self.backends),
-            "required": list(self.required),
+            **vars(self),
             "scenarios": [{"name": name, "title": t} for name, t in self.scenarios.items()],
-            "machine": dict(self.machine),
-            "versions": dict(self.versions),
-            "devices": {spec: list(names) for spec, names in self.devices.items()},
             "outcomes": [outcome.to_json() for outcome in self.outcomes],
-            "absent": dict(self.absent),
         }
 
     @classmethod
@@ -101,8 +100,7 @@ class Run:
         Raises:
             ValueError: if a key is missing or unknown, or a value is none of the legal ones.
         """
-        found = as_mapping(value, "a run")
-        _keys(found, {one.name for one in fields(cls)}, "a run")
+        found = with_keys(value, "a run", {one.name for one in fields(cls)})
         interrupted, target = found["interrupted"], found["target"]
         if not isinstance(interrupted, bool):
             raise InvalidReport(f"interrupted: {interrupted!r} is not true or false")
@@ -130,11 +128,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Report:
-    """The runs of one machine or several.
-
-    Args:
-        runs: the runs; their names differ.
-    """
+    """The runs of one machine or several."""
 
     runs: tuple[Run, ...]
 
@@ -147,14 +141,7 @@ class Report:
         return {name: title for run in reversed(self.runs) for name, title in run.scenarios.items()}
 
     def write(self, folder: str | os.PathLike[str]) -> Path:
-        """Writes `matrix.json`, whole or not at all.
-
-        Args:
-            folder: where to; it is made if need be.
-
-        Returns:
-            The file.
-        """
+        """Writes `matrix.json`, whole or not at all."""
         target = Path(folder) / FILE_NAME
         target.parent.mkdir(parents=True, exist_ok=True)
         content = {
@@ -162,17 +149,12 @@ class Report:
             "version": SCHEMA_VERSION,
             "runs": [run.to_json() for run in self.runs],
         }
-        beside = target.with_name(f".{FILE_NAME}.{os.getpid()}")
-        beside.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        beside.replace(target)
+        write_json(target, content)
         return target
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Report:
         """Returns the report of a file, checked.
-
-        Args:
-            path: a `matrix.json`, or the folder that holds it.
 
         Raises:
             InvalidReport: if there is none, or it breaks the schema; the message names the file.
@@ -199,7 +181,7 @@ class Report:
                 f"version {content.get('version')!r} of the schema; this crosstrain reads version "
                 f"{SCHEMA_VERSION}: write and merge with the same crosstrain"
             )
-        _keys(content, {"schema", "version", "runs"}, "a report")
+        with_keys(content, "a report", {"schema", "version", "runs"})
         runs = tuple(map(Run.from_json, as_list(content["runs"], "runs")))
         names = [run.name for run in runs]
         if len(set(names)) < len(names):
@@ -212,9 +194,6 @@ def merged(reports: Iterable[Report]) -> Report:
 
     Runs keep their order. Where names meet, `(2)`, `(3)` ... are appended. A run that is in two
     reports, such as one that was merged before, is taken once.
-
-    Args:
-        reports: the reports.
     """
     runs: list[Run] = []
     contents: set[str] = set()
@@ -233,13 +212,6 @@ def merged(reports: Iterable[Report]) -> Report:
     return Report(tuple(runs))
 
 
-def _keys(found: Mapping[str, Any], known: set[str], what: str) -> None:
-    if unknown := sorted(found.keys() - known):
-        raise InvalidReport(f"{what}: unknown keys {unknown}; the keys are {sorted(known)}")
-    if missing := sorted(known - found.keys()):
-        raise InvalidReport(f"{what}: missing keys {missing}")
-
-
 def _texts(value: Any, name: str) -> tuple[str, ...]:
     return tuple(as_text(one, name) for one in as_list(value, name))
 
@@ -252,20 +224,19 @@ def _words(value: Any, name: str) -> dict[str, str]:
 def _titles(value: Any) -> dict[str, str]:
     titles: dict[str, str] = {}
     for one in as_list(value, "scenarios"):
-        found = as_mapping(one, "scenarios")
-        _keys(found, {"name", "title"}, "a scenario")
+        found = with_keys(one, "a scenario", {"name", "title"})
         titles[as_text(found["name"], "name")] = as_text(found["title"], "title")
     return titles
 
 
 def _check_cells(run: Run) -> None:
-    seen: set[tuple[str, str]] = set()
+    seen: set[Cell] = set()
     for one in run.outcomes:
         _one_of(one.spec, run.backends, "backends")
         _one_of(one.scenario, list(run.scenarios), "scenarios")
-        if (one.spec, one.scenario) in seen:
+        if one.cell in seen:
             raise InvalidOutcome(f"two outcomes of scenario {one.scenario!r} on {one.spec!r}")
-        seen.add((one.spec, one.scenario))
+        seen.add(one.cell)
     for spec in run.required:
         _one_of(spec, run.backends, "backends")
 

@@ -77,12 +77,7 @@ class Deviation:
 
 
 def deviation(losses: Sequence[float], reference: Sequence[float]) -> Deviation | None:
-    """Returns how far some losses are from the reference's; None if they share no iteration.
-
-    Args:
-        losses: one an iteration.
-        reference: the same of the run that they are compared with.
-    """
+    """Returns how far some losses are from the reference's; None if they share no iteration."""
     each = tuple(_apart(a, b) for a, b in zip(losses, reference, strict=False))
     return Deviation.of(each) if each else None
 
@@ -138,11 +133,8 @@ def _panels(curves: Sequence[Curve], reference: Curve | None) -> Iterator[tuple[
         yield "resumed from straight: apart by", apart, f"0 at every iteration of {runs}"
     if reference is not None:
         others = [curve for curve in curves if curve is not reference]
-        far = [
-            (curve, found)
-            for curve in others
-            if (found := deviation(curve.losses, reference.losses)) is not None
-        ]
+        each = [(curve, deviation(curve.losses, reference.losses)) for curve in others]
+        far = [(curve, found) for curve, found in each if found is not None]
         if far:
             yield f"from {reference.label}: apart by", far, "0 at every iteration"
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.resources import files
+from typing import Any
 
 from markupsafe import Markup
 
@@ -63,11 +63,9 @@ class _CellView:
         """What was proven, or why nothing was: what stands under the status."""
         if self.status != "passed" or self.outcome is None or self.resumed is None:
             return self.headline
-        places = self.outcome.figures.get("resumed_from")
+        places, apart = self.outcome.figures.get("resumed_from"), self.resumed.largest
         where = f", resumed after {places}" if places else ""
-        same = (
-            "the same losses" if not self.resumed.largest else f"{self.resumed.largest:.2g} apart"
-        )
+        same = f"{apart:.2g} apart" if apart else "the same losses"
         return f"{same} in {len(self.outcome.losses)} iterations{where}"
 
     @property
@@ -75,48 +73,8 @@ class _CellView:
         return next((line for line in self.reason.splitlines() if line.strip()), "")
 
 
-@dataclass(frozen=True)
-class _Missing:
-    """A required backend that could not run."""
-
-    label: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class _Legend:
-    label: str
-    style: str
-    resumed: str
-    reference: str
-
-
-@dataclass(frozen=True)
-class _Curves:
-    """The picture of one training, which one scenario or several stopped, and its legend."""
-
-    names: list[str]
-    title: str
-    picture: Markup
-    reference: str
-    legend: list[_Legend]
-
-
-@dataclass(frozen=True)
-class _Fact:
-    """A row of the table of machines."""
-
-    name: str
-    values: list[str]
-    differs: bool = field(default=False)
-
-
 def page(report: Report) -> str:
-    """Returns the page.
-
-    Args:
-        report: what ran.
-    """
+    """Returns the page."""
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(
@@ -127,9 +85,8 @@ def page(report: Report) -> str:
     here = files("crosstrain.ci.matrix")
     columns = _columns(report)
     rows = [
-        (name, title, [_cell(report, column, name, title, place) for place, column in cells])
+        (name, title, [_cell(report, each, name, title, k) for k, each in enumerate(columns)])
         for name, title in report.scenarios().items()
-        for cells in [list(enumerate(columns))]
     ]
     cells = [cell for _, _, views in rows for cell in views]
     template = environment.from_string((here / "report.html.jinja").read_text(encoding="utf-8"))
@@ -140,7 +97,14 @@ def page(report: Report) -> str:
         rows=rows,
         cells=cells,
         broken=[cell for cell in cells if cell.broken and cell.status != "unavailable"],
-        missing=_missing(columns),
+        missing=[
+            (
+                column.label,
+                next(one.reason for one in column.run.outcomes if one.spec == column.spec),
+            )
+            for column in columns
+            if column.spec in column.run.missing()
+        ],
         counts=_counts(cells),
         signs=_SIGNS,
         curves=list(_all_curves(report, columns)),
@@ -148,7 +112,7 @@ def page(report: Report) -> str:
             (name, run.name, reason) for run in report.runs for name, reason in run.absent.items()
         ],
         facts=_facts(report.runs),
-        versions=_versions(report.runs),
+        versions=list(_versions(report.runs)),
         interrupted=any(run.interrupted for run in report.runs),
         incomplete=any(cell.status == _NOT_RUN for cell in cells),
     )
@@ -157,22 +121,10 @@ def page(report: Report) -> str:
 def _columns(report: Report) -> list[_Column]:
     several = len(report.runs) > 1
     columns: list[_Column] = []
-    for run in report.runs:
-        for spec in run.backends:
-            place = len(columns)
-            style = f"c{place % _COLOURS} d{place // _COLOURS % _DASHES}"
-            label = f"{spec} · {run.name}" if several else spec
-            columns.append(_Column(run, spec, label, style))
+    for run, spec in ((one, spec) for one in report.runs for spec in one.backends):
+        style = f"c{len(columns) % _COLOURS} d{len(columns) // _COLOURS % _DASHES}"
+        columns.append(_Column(run, spec, f"{spec} · {run.name}" if several else spec, style))
     return columns
-
-
-def _missing(columns: Sequence[_Column]) -> list[_Missing]:
-    found: list[_Missing] = []
-    for column in columns:
-        absent = [one for one in column.run.outcomes if one.spec == column.spec]
-        if column.spec in column.run.missing():
-            found.append(_Missing(column.label, absent[0].reason))
-    return found
 
 
 def _cell(report: Report, column: _Column, scenario: str, title: str, place: int) -> _CellView:
@@ -220,7 +172,7 @@ def _stops(outcome: Outcome) -> list[int]:
 _Group = tuple[tuple[int, tuple[float, ...], bool], ...]
 
 
-def _all_curves(report: Report, columns: Sequence[_Column]) -> Iterator[_Curves]:
+def _all_curves(report: Report, columns: Sequence[_Column]) -> Iterator[dict[str, Any]]:
     """Yields a picture for each training; scenarios that stop the same one share it."""
     groups: dict[_Group, list[tuple[str, str]]] = {}
     for name, title in report.scenarios().items():
@@ -237,7 +189,7 @@ def _all_curves(report: Report, columns: Sequence[_Column]) -> Iterator[_Curves]
 
 def _curves(
     report: Report, columns: Sequence[_Column], group: _Group, names: list[str], title: str
-) -> _Curves:
+) -> dict[str, Any]:
     curves: list[Curve] = []
     stops: list[int] = []
     for place, losses, _ in group:
@@ -247,24 +199,28 @@ def _curves(
         resumed = tuple(one.resumed_losses for one in outcomes if one.resumed_losses)
         curves.append(Curve(column.label, column.style, losses, resumed))
     base = _base(report, columns, group, names[0], curves)
-    return _Curves(
-        names=names,
-        title=title if len(names) == 1 else "one training, stopped in each of these ways",
-        picture=chart(curves, f"losses of {', '.join(names)}", reference=base, stops=stops),
-        reference=base.label if base else "",
-        legend=[_legend(curve, base) for curve in curves],
-    )
+    return {
+        "names": names,
+        "title": title if len(names) == 1 else "one training, stopped in each of these ways",
+        "picture": chart(curves, f"losses of {', '.join(names)}", reference=base, stops=stops),
+        "reference": base.label if base else "",
+        "legend": [
+            (
+                curve.label,
+                curve.style,
+                str(curve.apart() or "was not resumed"),
+                "reference" if curve is base else _distance(curve, base),
+            )
+            for curve in curves
+        ],
+    }
 
 
 def _base(
-    report: Report,
-    columns: Sequence[_Column],
-    group: _Group,
-    scenario: str,
-    curves: Sequence[Curve],
+    report: Report, columns: Sequence[_Column], group: _Group, name: str, curves: list[Curve]
 ) -> Curve | None:
     """Returns the curve that the others are measured against: the CPU's in fp32."""
-    found = _reference(report, columns[group[0][0]].run, scenario)
+    found = _reference(report, columns[group[0][0]].run, name)
     if found is None:
         return None
     run, losses = found
@@ -273,16 +229,6 @@ def _base(
             return curve
     label = next(c.label for c in columns if c.run is run and c.spec == _REFERENCE)
     return Curve(label, "", losses)
-
-
-def _legend(curve: Curve, base: Curve | None) -> _Legend:
-    apart = curve.apart()
-    return _Legend(
-        curve.label,
-        curve.style,
-        "was not resumed" if apart is None else str(apart),
-        "reference" if curve is base else _distance(curve, base),
-    )
 
 
 def _distance(curve: Curve, base: Curve | None) -> str:
@@ -300,35 +246,32 @@ def _counts(cells: Sequence[_CellView]) -> dict[str, int]:
     return {status: count for status, count in found.items() if count}
 
 
-def _facts(runs: Sequence[Run]) -> list[_Fact]:
+def _facts(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """Returns the rows of the table of machines."""
     names = dict.fromkeys(name for run in runs for name in run.machine)
-    facts = [_Fact(name, [run.machine.get(name, "–") for run in runs]) for name in names]
+    facts = [(name, [run.machine.get(name, "–") for run in runs]) for name in names]
     devices = [
         "\n".join(f"{spec}: {', '.join(found)}" for spec, found in run.devices.items() if found)
         for run in runs
     ]
     return [
         *facts,
-        _Fact("devices", devices),
-        _Fact("required", [", ".join(run.required) or "–" for run in runs]),
-        _Fact("started", [run.started for run in runs]),
-        _Fact("took", [duration(run.seconds) for run in runs]),
+        ("devices", devices),
+        ("required", [", ".join(run.required) or "–" for run in runs]),
+        ("started", [run.started for run in runs]),
+        ("took", [duration(run.seconds) for run in runs]),
     ]
 
 
-def _versions(runs: Sequence[Run]) -> list[_Fact]:
-    """The versions of all runs; where two of them have different ones, that is said."""
-    facts: list[_Fact] = []
+def _versions(runs: Sequence[Run]) -> Iterator[tuple[str, list[str], bool]]:
+    """Yields the versions of all runs, and whether two of them have different ones."""
     # Python is a fact of the machine already.
     known = {name for run in runs for name in run.machine}
     for name in dict.fromkeys(name for run in runs for name in run.versions if name not in known):
         values = [run.versions.get(name, "–") for run in runs]
-        facts.append(_Fact(name, values, len(set(values) - {"–"}) > 1))
-    return facts
+        yield name, values, len(set(values) - {"–"}) > 1
 
 
 def _figure(value: Figure) -> str:
     """Returns a figure as people read it."""
-    if isinstance(value, float):
-        return f"{value:.6g}" if math.isfinite(value) else str(value)
-    return str(value)
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -18,9 +18,6 @@ def junit(report: Report) -> bytes:
     A broken promise is a `failure`; what did not run to its end is an `error`; what was skipped, or
     is unavailable and was not required, is `skipped`. A cell that did not run because the matrix
     was interrupted is an `error`, too: it is not known to pass.
-
-    Args:
-        report: what ran.
     """
     root = ElementTree.Element("testsuites", name="crosstrain matrix")
     cases = [_suite(root, run, spec) for run in report.runs for spec in run.backends]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 import signal
 import time
@@ -19,11 +18,14 @@ from collections import deque
 from collections.abc import Generator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from crosstrain.ci.trials.processes import Child, ending
 
-from .outcome import OUTCOME, InvalidOutcome, Outcome, Status
+from .outcome import OUTCOME, Cell, InvalidOutcome, Outcome, Status
+
+if TYPE_CHECKING:
+    from .progress import PlainProgress
 
 COMMAND = ("-m", "crosstrain.ci.matrix.run_one")
 
@@ -35,40 +37,6 @@ _PERIOD = 0.05
 
 # How much of a dead cell's stderr becomes its reason.
 _TAIL_LINES, _TAIL_CHARACTERS = 15, 2000
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One scenario on one backend.
-
-    Args:
-        spec: the backend's spec.
-        scenario: the scenario's name.
-    """
-
-    spec: str
-    scenario: str
-
-    @property
-    def folder(self) -> Path:
-        """Its folder under the report's: no letter in it that an archive of CI refuses."""
-        return Path("cells") / re.sub(r"[^\w.-]", "_", self.spec) / self.scenario
-
-
-class CellWatcher(Protocol):
-    """Who is told what the cells do."""
-
-    def started(self, cell: Cell) -> None:
-        """A cell was started."""
-        ...
-
-    def ended(self, outcome: Outcome) -> None:
-        """A cell came to an end."""
-        ...
-
-    def waited(self) -> None:
-        """A moment went by; called about twenty times a second."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,14 +63,10 @@ class CellPlan:
     command: tuple[str, ...] = COMMAND
 
 
-def run_cells(plan: CellPlan, watcher: CellWatcher) -> Generator[Outcome]:
+def run_cells(plan: CellPlan, progress: PlainProgress) -> Generator[Outcome]:
     """Runs the cells and yields the outcome of each as it ends.
 
     Closing the generator, or an exception in it such as Ctrl-C's, kills the cells that run.
-
-    Args:
-        plan: what to run.
-        watcher: who is told what the cells do.
     """
     waiting = deque(plan.cells)
     running: list[_Process] = []
@@ -110,15 +74,14 @@ def run_cells(plan: CellPlan, watcher: CellWatcher) -> Generator[Outcome]:
         while waiting or running:
             while len(running) < plan.jobs and (cell := _next(waiting, running, plan)):
                 running.append(_Process(cell, plan))
-                watcher.started(cell)
+                progress.started(cell)
             time.sleep(_PERIOD)
-            watcher.waited()
             for process in [one for one in running if one.is_over()]:
                 outcome = process.finish()
                 running.remove(process)
                 # First, so that what was shown as ended was also kept if Ctrl-C comes now.
                 yield outcome
-                watcher.ended(outcome)
+                progress.ended(outcome)
     finally:
         for process in running:
             process.kill()
@@ -135,12 +98,7 @@ def _next(waiting: deque[Cell], running: list[_Process], plan: CellPlan) -> Cell
 
 
 class _Process:
-    """A cell's process.
-
-    Args:
-        cell: the cell.
-        plan: how it is run.
-    """
+    """A cell's process."""
 
     def __init__(self, cell: Cell, plan: CellPlan) -> None:
         self.cell = cell
@@ -159,10 +117,7 @@ class _Process:
             variables["OMP_NUM_THREADS"] = str(threads)
         self._began = time.monotonic()
         self._process = Child(
-            command,
-            output=self._log("stdout"),
-            errors=self._log("stderr"),
-            variables=variables,
+            command, output=self._log("stdout"), errors=self._log("stderr"), variables=variables
         )
 
     def _log(self, name: str) -> Path:
@@ -208,7 +163,7 @@ class _Process:
             )
         except (InvalidOutcome, OSError) as error:
             return self._lost("error", f"Its outcome cannot be read: {error}.", seconds)
-        if Cell(outcome.spec, outcome.scenario) != self.cell:
+        if outcome.cell != self.cell:
             named = f"{outcome.scenario} on {outcome.spec}"
             return self._lost("error", f"It wrote the outcome of another cell: {named}.", seconds)
         return outcome

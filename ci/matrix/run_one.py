@@ -103,16 +103,12 @@ def _versions(verdict: Verdict) -> dict[str, str]:
 
 
 def _hardware(devices: list[str]) -> Hardware:
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = (os.cpu_count() or 1) if affinity is None else len(affinity(0))
+    cores = len(os.sched_getaffinity(0))
     return {"machine": platform.node() or "unknown", "cores": cores, "devices": devices}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Plays the cell of a command line.
-
-    Args:
-        arguments: the arguments; those of the process by default.
 
     Returns:
         0 if an outcome was written, 2 if the arguments are wrong.

@@ -106,10 +106,6 @@ def _check_exists(spec: str) -> None:
 def chosen_scenarios(asked: Sequence[str], known: Iterable[str]) -> list[str]:
     """Returns the scenarios that a command line asks for, in their own order.
 
-    Args:
-        asked: their names; all if there are none.
-        known: the names of all scenarios.
-
     Raises:
         UsageError: if one does not exist; the message has the nearest that does.
     """
@@ -125,11 +121,7 @@ def chosen_scenarios(asked: Sequence[str], known: Iterable[str]) -> list[str]:
 
 
 def check_target(target: str | None) -> None:
-    """Raises `UsageError` unless a target is None or names a function, as `Target.parse` says.
-
-    Args:
-        target: what `--target` was given. It is imported by the cells, not here.
-    """
+    """Raises `UsageError` unless a target is None or names a function, as `Target.parse` says."""
     if target is not None:
         try:
             Target.parse(target)
@@ -138,11 +130,7 @@ def check_target(target: str | None) -> None:
 
 
 def exclusive_specs(specs: Iterable[str]) -> frozenset[str]:
-    """Returns the specs of devices that one process takes whole, so that cells have to take turns.
-
-    Args:
-        specs: the specs of the matrix.
-    """
+    """Returns the specs of devices that one process takes whole: their cells take turns."""
     taken = {"tpu"}
     if os.environ.get("PJRT_DEVICE") == "TPU":
         taken.add("xla")

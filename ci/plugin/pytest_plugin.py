@@ -82,8 +82,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_report_header(config: pytest.Config) -> list[str]:
     """Returns the table of backends, if an option has asked for any."""
     selection = config.stash[_SELECTION]
-    asked = selection.explicit or selection.all_required
-    return _header(selection) if asked else []
+    return _header(selection) if selection.explicit or selection.all_required else []
 
 
 def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:

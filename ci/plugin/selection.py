@@ -71,15 +71,6 @@ class Selection:
             self._specs = tuple(dict.fromkeys((*chosen, *self.required)))
         return self._specs
 
-    def check(self) -> None:
-        """Makes sure that each spec that was asked for exists.
-
-        Raises:
-            UnknownSpec: if one does not.
-        """
-        for spec in (*self.asked, *self.required):
-            self.look(spec)
-
     def look(self, spec: str) -> _Found:
         """Returns what is known of a backend.
 
@@ -111,14 +102,12 @@ class Selection:
         """Opens one backend of each name that tests run on, and closes it, if there are several."""
         from crosstrain.backends import get
 
-        specs = {spec.partition(":")[0]: spec for spec in self.used if self._is_here(spec)}
+        here = (spec for spec in self.used if spec and self.look(spec).availability.ok)
+        specs = {spec.partition(":")[0]: spec for spec in here}
         for spec in specs.values() if len(specs) > 1 else ():
             # If it does not open, its tests say so. A third party's may raise anything.
             with contextlib.suppress(Exception):
                 get(spec).open().close()
-
-    def _is_here(self, spec: str) -> bool:
-        return bool(spec) and self.look(spec).availability.ok
 
     def missing(self) -> dict[str, str]:
         """Returns the backends that are required and not available, each with its reason."""
@@ -198,15 +187,7 @@ def _why(spec: str, found: Availability) -> str:
 
 
 def _parse(texts: Iterable[str], source: str) -> tuple[str, ...]:
-    """Reads lists of specs with commas between them; each in its shortest form.
-
-    Args:
-        texts: the lists.
-        source: where they come from, for the error.
-
-    Raises:
-        UnknownSpec: if an entry is empty.
-    """
+    """Reads lists of specs with commas between them; each in its shortest form."""
     specs = [spec.strip() for text in texts for spec in text.split(",")]
     if not all(specs):
         raise UnknownSpec(
@@ -226,12 +207,6 @@ def from_options(
 ) -> Selection:
     """Returns the selection that a command line asks for.
 
-    Args:
-        backends: the values of `--backends`.
-        required: the values of `--require-backends`.
-        everything: the value that stands for all.
-        environment: the process's variables.
-
     Raises:
         UnknownSpec: if a spec does not exist.
     """
@@ -246,5 +221,6 @@ def from_options(
         _parse(named, "--require-backends") if named else (),
         everything in required,
     )
-    selection.check()
+    for spec in (*selection.asked, *selection.required):
+        selection.look(spec)
     return selection

@@ -45,13 +45,7 @@ def world_size(item: pytest.Item) -> int:
 
 
 def run_in_world(item: pytest.Item, spec: str, size: int) -> None:
-    """Runs a test in a world of processes; passes if it passes in each.
-
-    Args:
-        item: the test.
-        spec: the backend that it runs on.
-        size: how many processes.
-    """
+    """Runs a test in a world of processes; passes if it passes in each."""
     with tempfile.TemporaryDirectory(prefix="crosstrain-world-") as folder:
         command = [*torchrun(size), "-m", "pytest", *_arguments(item, spec)]
         child = Child(command, folder=item.config.rootpath, variables={FOLDER: folder})
@@ -97,11 +91,7 @@ def _read(folder: Path, rank: int) -> dict[str, Any] | None:
 
 
 class RankReports:
-    """A plugin of the ranks: writes what became of the test for the process that started them.
-
-    Args:
-        folder: where to.
-    """
+    """A plugin of the ranks: writes what became of the test for the process that started them."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / f"{os.environ.get('RANK', '0')}.json"

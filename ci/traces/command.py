@@ -12,16 +12,12 @@ from typing import Any
 
 from crosstrain.ci.options import above_zero
 
-from .diff import Comparison, Difference, compare
+from .diff import Comparison, Difference, compare, span
 from .file import Trace, TraceError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of ``crosstrain diff``.
-
-    Args:
-        parser: the parser of this subcommand.
-    """
+    """Declare the arguments of ``crosstrain diff``."""
     parser.add_argument("left", type=Path, help="a trace, written by TraceRecorder")
     parser.add_argument("right", type=Path, help="another")
     parser.add_argument(
@@ -36,9 +32,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compare the traces and print where they part.
-
-    Args:
-        args: the namespace of :func:`add_arguments`.
 
     Returns:
         0 if they do not part, 1 if they do, 2 if they cannot be compared.
@@ -84,9 +77,7 @@ def _lines(left: Trace, right: Trace, found: Comparison) -> Iterator[str]:
         resumed = [str(header.after) for header in trace.headers[1:]]
         lives = f", resumed after {', '.join(resumed)}" if resumed else ""
         torn = ", its last line cut off" if trace.torn else ""
-        iterations = trace.iterations
-        span = f"{iterations[0]} to {iterations[-1]}" if iterations else "none"
-        yield f"{name:<6} {trace.path}: {backend}, iterations {span}{lives}{torn}"
+        yield f"{name:<6} {trace.path}: {backend}, iterations {span(trace)}{lives}{torn}"
     how = "bit by bit" if found.tolerance is None else f"by norms, within {found.tolerance:g}"
     yield f"Compared {how}, over {found.iterations} iterations. {found.why}"
     if found.unrecorded:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final
 
 from .file import Record, Thing, Trace, TraceError
@@ -77,15 +77,7 @@ class Comparison:
 
 
 def default_tolerance(left: Mapping[str, Any], right: Mapping[str, Any]) -> float:
-    """Returns the tolerance for runs on different kinds of devices.
-
-    Args:
-        left: the environment of a trace.
-        right: that of the other one.
-
-    Returns:
-        2e-2 where one of them computes in bf16 or fp16, 1e-3 otherwise.
-    """
+    """Returns the tolerance for runs on different kinds of devices."""
     specs = f"{left.get('backend')} {right.get('backend')}"
     reduced = any(word in specs for word in ("bf16", "fp16", "tf32", "O1", "O2", "O3"))
     return 2e-2 if reduced else 1e-3
@@ -125,8 +117,8 @@ def compare(
     common = sorted(set(left.iterations) & set(right.iterations))
     if not common:
         raise TraceError(
-            f"{left.path} and {right.path} have no iteration in common: {_span(left)}, and "
-            f"{_span(right)}."
+            f"{left.path} and {right.path} have no iteration in common: {span(left)}, and "
+            f"{span(right)}."
         )
     if tolerance is not None:
         _check_values(left, common[0])
@@ -172,7 +164,8 @@ def _kind(environment: Mapping[str, Any]) -> str:
     )
 
 
-def _span(trace: Trace) -> str:
+def span(trace: Trace) -> str:
+    """Returns the first and the last iteration of a trace, in words."""
     found = trace.iterations
     return f"{found[0]} to {found[-1]}" if found else "none"
 
@@ -216,41 +209,26 @@ def _in_iteration(
     left: Record, right: Record, tolerance: float | None, by_value: Sequence[str]
 ) -> Difference | None:
     floors = {} if tolerance is None else _floors(left, right)
-    first: Difference | None = None
-    others = 0
-    for thing in _things(left, right):
-        if tolerance is not None and thing.kind not in (*_BY_DIGEST, *by_value):
-            continue
-        if not _differ(thing, left, right, tolerance, floors):
-            continue
-        if first is not None:
-            others += 1
-            continue
-        missing = ["left"] if thing not in left.digests else []
-        missing += ["right"] if thing not in right.digests else []
-        first = Difference(
-            left.iteration,
-            left.epoch,
-            thing,
-            left.values.get(thing),
-            right.values.get(thing),
-            missing="".join(missing),
-        )
-    if first is None or not others:
-        return first
-    return replace(first, others=others)
-
-
-def _things(left: Record, right: Record) -> Iterator[Thing]:
-    """Yields the things of both in the order in which they come about."""
-    if left.digests.keys() == right.digests.keys():
-        yield from left.digests
-        return
-    kinds = dict.fromkeys(thing.kind for thing in (*left.digests, *right.digests))
-    for kind in sorted(kinds, key=_place):
-        yield from dict.fromkeys(
-            thing for thing in (*left.digests, *right.digests) if thing.kind == kind
-        )
+    compared = (*_BY_DIGEST, *by_value)
+    differing = [
+        thing
+        # In the order in which they come about.
+        for thing in sorted({**left.digests, **right.digests}, key=lambda one: _place(one.kind))
+        if tolerance is None or thing.kind in compared
+        if _differ(thing, left, right, tolerance, floors)
+    ]
+    if not differing:
+        return None
+    first, *others = differing
+    return Difference(
+        left.iteration,
+        left.epoch,
+        first,
+        left.values.get(first),
+        right.values.get(first),
+        len(others),
+        "left" if first not in left.digests else "right" if first not in right.digests else "",
+    )
 
 
 def _place(kind: str) -> int:
@@ -258,11 +236,7 @@ def _place(kind: str) -> int:
 
 
 def earliest(found: Iterable[Difference]) -> Difference | None:
-    """Returns the difference that comes about first: the others may follow from it; None if none.
-
-    Args:
-        found: those of several processes, each the first of its own.
-    """
+    """Returns the difference that comes about first: the others may follow from it."""
 
     def when(one: Difference) -> tuple[int, int]:
         return one.iteration, _place("" if one.thing is None else one.thing.kind)
@@ -271,11 +245,7 @@ def earliest(found: Iterable[Difference]) -> Difference | None:
 
 
 def _differ(
-    thing: Thing,
-    left: Record,
-    right: Record,
-    tolerance: float | None,
-    floors: Mapping[str, float],
+    thing: Thing, left: Record, right: Record, tolerance: float | None, floors: Mapping[str, float]
 ) -> bool:
     if tolerance is None or thing.kind in _BY_DIGEST:
         return left.digests.get(thing) != right.digests.get(thing)
@@ -284,8 +254,7 @@ def _differ(
     one, other = left.values.get(thing), right.values.get(thing)
     if one is None or other is None:
         # No number stands for it, such as a buffer that counts.
-        both_none = one is None and other is None
-        return not both_none or left.digests.get(thing) != right.digests.get(thing)
+        return one is not other or left.digests.get(thing) != right.digests.get(thing)
     if math.isnan(one) and math.isnan(other):
         return False
     return not math.isclose(

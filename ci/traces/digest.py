@@ -67,7 +67,7 @@ class Digester:
             return total
 
     def salt(self, tensor: torch.Tensor) -> int:
-        """Returns what `salt` does; kept, since a training has few shapes."""
+        """Returns a number that tells a tensor's shape and dtype, to be added to its digest."""
         return self.text(f"{tensor.dtype}{tuple(tensor.shape)}")
 
     def text(self, text: str) -> int:
@@ -125,11 +125,6 @@ def _dense_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
     if tensor.is_complex():
         return [torch.view_as_real(tensor.resolve_conj())]
     return [tensor.resolve_neg()]
-
-
-def salt(tensor: torch.Tensor) -> int:
-    """Returns a number that tells a tensor's shape and dtype, to be added to its digest."""
-    return text_digest(f"{tensor.dtype}{tuple(tensor.shape)}")
 
 
 def text_digest(text: str | bytes) -> int:

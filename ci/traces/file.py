@@ -25,6 +25,17 @@ class TraceError(ValueError):
     """A file is no trace, or is damaged; the message names it and says where."""
 
 
+# How a kind of thing is told, of its kind and its name.
+_WORDS: Final = {
+    "random": "the random stream '{1}' before the step",
+    "random after": "the random stream '{1}' after the step",
+    "setting": "the setting {1}",
+    "gradient": "the gradient of '{1}'",
+    "parameter": "the parameter '{1}'",
+    "buffer": "the buffer '{1}'",
+}
+
+
 class Thing(NamedTuple):
     """What is recorded of an iteration.
 
@@ -38,19 +49,7 @@ class Thing(NamedTuple):
     name: str = ""
 
     def __str__(self) -> str:
-        match self.kind:
-            case "random":
-                return f"the random stream '{self.name}' before the step"
-            case "random after":
-                return f"the random stream '{self.name}' after the step"
-            case "setting":
-                return f"the setting {self.name}"
-            case "gradient":
-                return f"the gradient of '{self.name}'"
-            case "parameter" | "buffer":
-                return f"the {self.kind} '{self.name}'"
-            case _:
-                return f"the {self.kind}"
+        return _WORDS.get(self.kind, "the {0}").format(self.kind, self.name)
 
 
 @dataclass(frozen=True)
@@ -88,21 +87,12 @@ class Record:
 
 
 def path_of_rank(path: str | os.PathLike[str], rank: int) -> Path:
-    """Returns the file of one process's trace.
-
-    Args:
-        path: the file of the process of rank 0, or of the only one.
-        rank: the process.
-    """
+    """Returns the file of one process's trace."""
     return Path(f"{os.fspath(path)}.rank{rank}" if rank else path)
 
 
 class TraceWriter:
     """Appends to a trace's file; what is written is safe from the process being killed.
-
-    Args:
-        path: the file; made if need be, with its folder.
-        header: of what is going to be appended.
 
     Raises:
         TraceError: if the file holds something else than a trace.
@@ -111,15 +101,13 @@ class TraceWriter:
     def __init__(self, path: str | os.PathLike[str], header: Header) -> None:
         self._path = Path(path)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        end = _whole_length(self._path) if self._path.exists() else 0
         if self._path.exists():
             # What a kill has cut off: the next line would be taken for its rest.
-            os.truncate(self._path, end)
+            os.truncate(self._path, _whole_length(self._path))
         self._write([{"trace": FORMAT, **asdict(header)}])
 
     def append(
-        self,
-        records: Sequence[tuple[int, int, Sequence[int | None], Sequence[float | None]]],
+        self, records: Sequence[tuple[int, int, Sequence[int | None], Sequence[float | None]]]
     ) -> None:
         """Appends iterations, all at once.
 
@@ -127,19 +115,13 @@ class TraceWriter:
             records: iteration, epoch, and for each of the header's things the digest, and the
                 value.
         """
-        self._write(
-            [
-                {
-                    "iteration": iteration,
-                    "epoch": epoch,
-                    "digests": "".join(
-                        _NOTHING if digest is None else f"{digest:016x}" for digest in digests
-                    ),
-                    "values": values,
-                }
-                for iteration, epoch, digests, values in records
-            ]
-        )
+        lines: list[dict[str, Any]] = []
+        for iteration, epoch, digests, values in records:
+            text = "".join(_NOTHING if one is None else f"{one:016x}" for one in digests)
+            lines.append(
+                {"iteration": iteration, "epoch": epoch, "digests": text, "values": values}
+            )
+        self._write(lines)
 
     def _write(self, lines: Sequence[Mapping[str, Any]]) -> None:
         block = bytearray()
@@ -154,20 +136,11 @@ def _whole_length(path: Path) -> int:
     """Returns how much of a trace's file is whole lines."""
     data = path.read_bytes()
     end = data.rfind(b"\n") + 1
-    if data and _parse(data[: data.find(b"\n") + 1]).get("trace") != FORMAT:
-        if end == 0:
-            return 0 if _may_be_header(data) else _refuse(path)
-        _refuse(path)
-    return end
-
-
-def _may_be_header(data: bytes) -> bool:
     # A process can be killed while it writes its first line.
-    return data[8:18] == b' {"trace":'[: len(data[8:18])]
-
-
-def _refuse(path: Path) -> int:
-    raise TraceError(f"{path} is no trace of format {FORMAT}: name another file for the trace.")
+    begun = end == 0 and data[8:18] == b' {"trace":'[: len(data[8:18])]
+    if not begun and _parse(data[: data.find(b"\n") + 1]).get("trace") != FORMAT:
+        raise TraceError(f"{path} is no trace of format {FORMAT}: name another file for the trace.")
+    return end
 
 
 def _parse(line: bytes) -> dict[str, Any]:
@@ -257,17 +230,11 @@ class Trace:
             found = _parse(file.readline())
         things, text = self.headers[number].things, found["digests"]
         digests = [text[start : start + 16] for start in range(0, len(text), 16)]
-        return Record(
-            found["iteration"],
-            found["epoch"],
-            {
-                thing: digest
-                for thing, digest in zip(things, digests, strict=True)
-                if digest != _NOTHING
-            },
-            {
-                thing: value
-                for thing, value in zip(things, found["values"], strict=True)
-                if value is not None
-            },
-        )
+        told = zip(things, digests, found["values"], strict=True)
+        by_digest, by_value = dict[Thing, str](), dict[Thing, float]()
+        for thing, digest, value in told:
+            if digest != _NOTHING:
+                by_digest[thing] = digest
+            if value is not None:
+                by_value[thing] = value
+        return Record(found["iteration"], found["epoch"], by_digest, by_value)

@@ -148,7 +148,9 @@ class TraceRecorder:
                 taken.tensor(sources.place_of[kind] + offset, tensor, self.norms)
         for offset, stream in enumerate(sources.streams.values()):
             taken.digests[sources.place_of["random after"] + offset] = stream()
-        taken.gather()
+        # Everything else can be given up.
+        for unread in taken.unread.values():
+            unread.gather()
         self._pending.append(taken)
         self._current = None
         if len(self._pending) >= self.every_sync:
@@ -218,11 +220,6 @@ class _Iteration:
             unread = self.unread.setdefault(loss.device, _Unread())
             unread.values.append((place, loss))
 
-    def gather(self) -> None:
-        """Puts what lies on a device into one tensor there: everything else can be given up."""
-        for unread in self.unread.values():
-            unread.gather()
-
 
 class _Unread:
     """Digests and values that lie on one device."""
@@ -235,7 +232,7 @@ class _Unread:
         self.numbers: torch.Tensor | None = None
 
     def gather(self) -> None:
-        """Stacks them; values by their bits."""
+        """Puts them into one tensor; values by their bits."""
         with torch.no_grad():
             self.numbers = torch.stack([digest for _, _, digest in self.digests])
             if self.values:
@@ -279,12 +276,7 @@ def _read(pending: list[_Iteration]) -> None:
 
 
 class _Sources:
-    """Where the things are that are recorded, and in which place of a record each of them is.
-
-    Args:
-        trainer: the engine.
-        objects: what it trains, by name.
-    """
+    """Where the things are that are recorded, and in which place of a record each of them is."""
 
     def __init__(self, trainer: Engine, objects: Mapping[str, Any]) -> None:
         self.trainer = trainer

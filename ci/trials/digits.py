@@ -17,10 +17,7 @@ _TRAINING_SAMPLES = 1437
 
 
 def read_digits(number: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Reads the 1,797 handwritten digits that scikit-learn ships.
-
-    Args:
-        number: how many to read, from the first; all by default.
+    """Reads the first so many of the 1,797 handwritten digits that scikit-learn ships, or all.
 
     Returns:
         Images (n, 1, 8, 8), float32 from 0 to 1, and labels (n,), int64 from 0 to 9.

@@ -37,7 +37,7 @@ from crosstrain.engine import (
     resume_or_start,
 )
 from crosstrain.engine.checkpoints import list_checkpoints
-from crosstrain.engine.proof import Checks, Strictness
+from crosstrain.engine.proof import Checks
 from crosstrain.engine.spread import is_sharded
 
 from .digests import digest, leaf_digests
@@ -162,15 +162,9 @@ def _train(order: Order, emit: Emit) -> int:
 
 
 def _that_warn(checks: Checks) -> Checks:
-    def softened(strictness: Strictness) -> Strictness:
-        return "warn" if strictness == "error" else strictness
-
-    return replace(
-        checks,
-        batch_before=softened(checks.batch_before),
-        read_back=softened(checks.read_back),
-        structure=softened(checks.structure),
-    )
+    strict = ("batch_before", "read_back", "structure")
+    softened: Any = {name: "warn" for name in strict if getattr(checks, name) == "error"}
+    return replace(checks, **softened)
 
 
 def _goes_on(order: Order) -> bool:
@@ -205,11 +199,8 @@ def _ending(training: Training, order: Order) -> dict[str, Any]:
         if thing is not trainer:
             end |= leaf_digests(thing.state_dict(), name)
     state = trainer.state_dict()
-    for key, name in (
-        ("backend", "loss scale"),
-        ("step", "window"),
-        ("rng_states", "random states"),
-    ):
+    names = {"backend": "loss scale", "step": "window", "rng_states": "random states"}
+    for key, name in names.items():
         end |= leaf_digests(state.get(key), name)
     metrics = {k: v for k, v in trainer.state.metrics.items() if isinstance(v, float)}
     environment = state.get("environment", {})

@@ -83,11 +83,7 @@ class Play:
         return found
 
     def need_workers(self) -> None:
-        """Makes sure that the number of workers can be changed.
-
-        Raises:
-            NotApplicable: if a user's training does not offer that.
-        """
+        """Raises `NotApplicable` if a user's training does not offer another number of workers."""
         if not self._takes_workers:
             raise NotApplicable(
                 f"{self.target} has no argument `workers`, so it cannot be run with other numbers "
@@ -95,11 +91,7 @@ class Play:
             )
 
     def need_processes(self, number: int) -> None:
-        """Makes sure that so many processes can train together.
-
-        Raises:
-            NotApplicable: if each takes a device of its own, and there are fewer.
-        """
+        """Raises `NotApplicable` if each process takes a device of its own, and there are fewer."""
         if self.spec.partition(":")[0] not in _IN_SOFTWARE and self._devices < number:
             raise NotApplicable(
                 f"It takes {number} devices for as many processes, and there is {self._devices}."
@@ -135,10 +127,6 @@ class Play:
     def stop(self, at: int, **order: Any) -> None:
         """Goes on, and is asked by SIGTERM to stop after an iteration.
 
-        Args:
-            at: the iteration.
-            **order: what differs in this process.
-
         Raises:
             NotApplicable: if the run is not longer than that.
         """
@@ -157,7 +145,7 @@ class Play:
             first: after which iteration at the earliest.
             last: after which iteration at the latest; it comes to one more at most.
             together: how many processes train together, under torchrun.
-            **order: what differs in this process.
+            **order: what differs from an `Order`'s defaults in this process.
 
         Raises:
             NotApplicable: if the run is not longer than that.
@@ -173,30 +161,16 @@ class Play:
         self.resumed.kills += 1
 
     def finish(self, together: int = 1, **order: Any) -> None:
-        """Goes on to the end.
-
-        Args:
-            together: how many processes train together, under torchrun.
-            **order: what differs in this process.
-        """
+        """Goes on to the end, alone or in several processes under torchrun."""
         self._live(self.resumed, self._ordered("resumed", **order), together=together)
 
     def verdict(self, **figures: int | float | str) -> Verdict:
-        """Compares the runs bit for bit.
-
-        Args:
-            **figures: what else is to be told.
-        """
+        """Compares the runs bit for bit."""
         problem = self._not_resumed() or first_difference(self.straight, self.resumed)
         return self._verdict(problem, figures)
 
     def verdict_within(self, tolerance: float | None, **figures: int | float | str) -> Verdict:
-        """Compares batches bit for bit, and losses within a tolerance.
-
-        Args:
-            tolerance: by how much a loss may differ; None: by any number.
-            **figures: what else is to be told.
-        """
+        """Compares batches bit for bit, and losses within a tolerance; None: not at all."""
         problem = self._not_resumed() or first_distance(self.straight, self.resumed, tolerance)
         if tolerance is not None:
             figures["tolerance"] = tolerance

@@ -34,12 +34,7 @@ class TrainingFailed(Exception):
 
 
 def torchrun(processes: int, *options: object) -> list[str]:
-    """Returns what follows `python` to start several processes on this machine.
-
-    Args:
-        processes: how many.
-        *options: further ones of torchrun.
-    """
+    """Returns what follows `python` to start several processes on this machine."""
     words = ["-m", "torch.distributed.run", "--standalone", "--nnodes", "1"]
     return [*words, "--nproc-per-node", str(processes), *map(str, options)]
 
@@ -175,12 +170,7 @@ class Child:
         self._process.wait()
 
     def last_words(self, code: int, error: str = "") -> str:
-        """Returns a sentence about its end.
-
-        Args:
-            code: what `wait` returned.
-            error: what it said of it itself; empty: the end of what it wrote to stderr is told.
-        """
+        """Returns a sentence about its end."""
         text = "" if self._errors is None else self._errors.read_text(errors="replace").strip()
         return f"A process ended with {ending(code)}: {error or text[-_TAIL:] or 'it said nothing'}"
 

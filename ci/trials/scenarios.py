@@ -31,34 +31,36 @@ class Scenario:
     Args:
         name: what it is called on the command line.
         title: what it shows, in a few words.
-        needs: the capabilities that a backend must have for it.
         run: plays it and compares.
+        needs: the capabilities that a backend must have for it.
         processes: how many processes it starts.
         own_only: why it cannot be played with a user's training, as a sentence; empty if it can.
     """
 
     name: str
     title: str
-    needs: frozenset[str]
     run: Callable[[Play], Verdict]
+    needs: frozenset[str] = frozenset()
     processes: int = 3
     own_only: str = ""
 
 
-def _boundary(play: Play) -> Verdict:
-    play.begin()
-    play.stop(play.length)
-    play.finish()
-    return play.verdict()
+def _stopped(training: str, at: Callable[[Play], int], **figures: int) -> Callable[[Play], Verdict]:
+    """Returns what stops one of our trainings after an iteration, and resumes it."""
+
+    def run(play: Play) -> Verdict:
+        play.begin(training)
+        play.stop(at(play))
+        play.finish()
+        return play.verdict(**figures)
+
+    return run
 
 
-def _middle(play: Play) -> Verdict:
-    play.begin()
+def _middle(play: Play) -> int:
     # Of the second epoch, if there is one.
     first = play.length if play.total > play.length else 0
-    play.stop(first + max(1, play.length // 2))
-    play.finish()
-    return play.verdict()
+    return first + max(1, play.length // 2)
 
 
 def _sigkill(play: Play) -> Verdict:
@@ -77,14 +79,6 @@ def _workers(play: Play) -> Verdict:
     play.stop(max(1, play.total * 3 // 8), workers=2)
     play.finish(workers=1)
     return play.verdict(workers="0; 2, then 1")
-
-
-def _accumulation(play: Play) -> Verdict:
-    play.begin("accumulating")
-    # After the second of a window's three iterations, where the epoch ends, too.
-    play.stop(8)
-    play.finish()
-    return play.verdict(window=3)
 
 
 def _overflow(play: Play) -> Verdict:
@@ -112,28 +106,6 @@ def _skipped(play: Play) -> list[int]:
     ]
 
 
-def _two_optimizers(play: Play) -> Verdict:
-    play.begin("two_optimizers")
-    play.stop(5)
-    play.finish()
-    return play.verdict()
-
-
-def _random_layers(play: Play) -> Verdict:
-    play.begin("random_layers")
-    play.stop(11)
-    play.finish()
-    return play.verdict()
-
-
-def _schedule(play: Play) -> Verdict:
-    play.begin("scheduled")
-    # In the first part of the schedule; the second is to begin on time.
-    play.stop(3)
-    play.finish()
-    return play.verdict()
-
-
 def _background(play: Play) -> Verdict:
     play.begin()
     play.kill(3, play.total - 3, every=1, background=True, overlap=True)
@@ -158,63 +130,54 @@ def _port(play: Play) -> Verdict:
     return play.verdict_within(None if play.target else LOSS_TOLERANCE, ported_to=other)
 
 
-_ANY: frozenset[str] = frozenset()
-
 _ALL = (
-    Scenario("boundary", "stopped at an epoch's end", _ANY, _boundary),
-    Scenario("middle", "stopped in the middle of an epoch", _ANY, _middle),
-    Scenario("sigkill", "killed by SIGKILL at two random moments", _ANY, _sigkill, 4),
-    Scenario("workers", "resumed with other numbers of workers", _ANY, _workers),
+    Scenario("boundary", "stopped at an epoch's end", _stopped("plain", lambda play: play.length)),
+    Scenario("middle", "stopped in the middle of an epoch", _stopped("plain", _middle)),
+    Scenario("sigkill", "killed by SIGKILL at two random moments", _sigkill, processes=4),
+    Scenario("workers", "resumed with other numbers of workers", _workers),
     Scenario(
         "accumulation",
         "stopped within an accumulation window",
-        _ANY,
-        _accumulation,
-        3,
-        "How gradients are accumulated is for the training to say.",
+        # After the second of a window's three iterations, where the epoch ends, too.
+        _stopped("accumulating", lambda _: 8, window=3),
+        own_only="How gradients are accumulated is for the training to say.",
     ),
     Scenario(
         "overflow",
         "killed between two overflows of fp16",
-        frozenset({"loss_scaling"}),
         _overflow,
-        3,
-        "Overflows are planted in the scenario's own loss.",
+        needs=frozenset({"loss_scaling"}),
+        own_only="Overflows are planted in the scenario's own loss.",
     ),
     Scenario(
         "two_optimizers",
         "two networks with an optimizer each",
-        _ANY,
-        _two_optimizers,
-        3,
-        "How many optimizers there are is for the training to say.",
+        _stopped("two_optimizers", lambda _: 5),
+        own_only="How many optimizers there are is for the training to say.",
     ),
     Scenario(
         "random_layers",
         "dropout and batch norm",
-        _ANY,
-        _random_layers,
-        3,
-        "Which layers there are is for the training to say.",
+        _stopped("random_layers", lambda _: 11),
+        own_only="Which layers there are is for the training to say.",
     ),
     Scenario(
         "schedule",
         "a learning rate that changes each step",
-        _ANY,
-        _schedule,
-        3,
-        "Which schedule there is is for the training to say.",
+        # In the first part of the schedule; the second is to begin on time.
+        _stopped("scheduled", lambda _: 3),
+        own_only="Which schedule there is is for the training to say.",
     ),
-    Scenario("background", "killed while checkpoints are written", _ANY, _background),
+    Scenario("background", "killed while checkpoints are written", _background),
     Scenario(
         "elastic",
         "in logical shards, on another number of processes each time",
-        frozenset({"logical_shards"}),
         _elastic,
-        1,
-        "How batches are dealt out is for the training to say.",
+        needs=frozenset({"logical_shards"}),
+        processes=1,
+        own_only="How batches are dealt out is for the training to say.",
     ),
-    Scenario("port", "ported to another backend and back", _ANY, _port, 4),
+    Scenario("port", "ported to another backend and back", _port, processes=4),
 )
 
 SCENARIOS: Mapping[str, Scenario] = MappingProxyType({each.name: each for each in _ALL})

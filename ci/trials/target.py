@@ -129,8 +129,7 @@ class Target:
             TargetError: if the function takes no `workers` and some are asked for, or what it
                 returns is not a training that can be resumed exactly on that backend.
         """
-        function = self.load()
-        takes = _takes_workers(inspect.signature(function))
+        function, takes = self.load(), self.takes_workers()
         if workers and not takes:
             raise TargetError(
                 f"{self} has no argument `workers`, so it cannot be run with {workers} of them. "

@@ -21,9 +21,6 @@ _MOST: Final = 3
 def traits_of(training: Training) -> dict[str, list[str]]:
     """Returns the names of what is a user's own, by kind; at most three of each.
 
-    Args:
-        training: one that has not run.
-
     Returns:
         `epoch handlers`: functions that run when an epoch begins; `samplers`: samplers of a class
         of theirs; `attributes`: attributes of their modules that no state_dict has.

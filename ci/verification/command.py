@@ -21,11 +21,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of ``crosstrain verify``.
-
-    Args:
-        parser: the parser of this subcommand.
-    """
+    """Declare the arguments of ``crosstrain verify``."""
     parser.add_argument(
         "target",
         help="your training: PACKAGE.MODULE:FUNCTION or FILE.py:FUNCTION, a function of a spec "
@@ -95,10 +91,6 @@ def _add_course(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _one_or_several(numbers: list[int]) -> int | list[int]:
-    return numbers[0] if len(numbers) == 1 else numbers
-
-
 def _numbers(least: int) -> Callable[[str], list[int]]:
     """Returns the type of a list of whole numbers of at least so much."""
     number = at_least(least)
@@ -114,9 +106,6 @@ def _numbers(least: int) -> Callable[[str], list[int]]:
 
 def run(args: argparse.Namespace) -> int:
     """Verify the training and print what was found.
-
-    Args:
-        args: the namespace of :func:`add_arguments`.
 
     Returns:
         0 if it resumes exactly, 1 if it does not.
@@ -139,12 +128,13 @@ def run(args: argparse.Namespace) -> int:
         markup=False,
         soft_wrap=True,
     )
+    many: list[int] = args.nproc_per_node
     try:
         with _progress(console) as progress:
             verdict = verify(
                 args.target,
                 args.backend,
-                nproc_per_node=_one_or_several(args.nproc_per_node),
+                nproc_per_node=many[0] if len(many) == 1 else many,
                 at=args.at,
                 kills=args.kills,
                 workers=args.workers,
@@ -190,12 +180,7 @@ def _progress(console: Console) -> Generator[Callable[[str, int, int], None]]:
 
 
 def print_verdict(console: Console, verdict: Verdict) -> None:
-    """Print a table of the runs, and what was found with its usual causes.
-
-    Args:
-        console: where to.
-        verdict: what `verify` returned.
-    """
+    """Print a table of the runs, and what was found with its usual causes."""
     from rich.table import Table
 
     count = verdict.nproc_per_node

@@ -86,12 +86,7 @@ class End:
             self.warnings.append(line["warning"])
 
     def take_codes(self, processes: int, killed: bool) -> None:
-        """Takes the exit code from what the processes told: torchrun's is 1 if one's is not 0.
-
-        Args:
-            processes: how many there were.
-            killed: whether one of them was killed.
-        """
+        """Takes the exit code from what the processes told: torchrun's is 1 if one's is not 0."""
         codes = set(self.codes.values())
         if self.code == 0:
             return
@@ -224,14 +219,7 @@ def _follow(life: Life, kill: Kill | None, seen: Callable[[int], None]) -> End:
 
 
 def moments(kills: int, iterations: int, seed: int, processes: int = 1) -> list[Kill]:
-    """Returns when to kill a training's processes: spread over it at random, some at their start.
-
-    Args:
-        kills: how many.
-        iterations: how many the training has.
-        seed: of the moments, and of the ranks.
-        processes: how many there are, of which one is killed each time.
-    """
+    """Returns when to kill which of the processes: at random moments, some at their start."""
     source = random.Random(seed)
     found: list[Kill] = []
     for place in sorted(source.randrange(iterations) for _ in range(kills)):

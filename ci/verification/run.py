@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -170,34 +170,31 @@ def verify(
             raise VerifyError(f"The folder {folder} is not empty. Name another one.")
         with Processes(where, time_limit, sizes) as processes:
             work = _Verification(
-                parsed, backend, tuple(workers), seed, where, processes, progress or _quiet
+                parsed,
+                backend,
+                tuple(workers),
+                seed,
+                where,
+                processes,
+                progress or (lambda *_: None),
             )
             return work.verdict(at, kills, every, started)
 
 
-def _quiet(name: str, iteration: int, total: int) -> None:
-    pass
-
-
+@dataclass
 class _Verification:
     """The runs of one verification, and what they have in common."""
 
-    def __init__(
-        self,
-        target: Target,
-        backend: str,
-        workers: tuple[int, ...],
-        seed: int,
-        folder: Path,
-        processes: Processes,
-        progress: Progress,
-    ) -> None:
-        self._target, self._backend, self._workers = target, backend, workers
-        self._seed, self._folder, self._processes = seed, folder, processes
-        self._progress = progress
-        self._total = 0
-        self._warnings: list[str] = []
-        self._traits: dict[str, list[str]] = {}
+    _target: Target
+    _backend: str
+    _workers: tuple[int, ...]
+    _seed: int
+    _folder: Path
+    _processes: Processes
+    _progress: Progress
+    _total: int = 0
+    _warnings: list[str] = field(default_factory=list[str])
+    _traits: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
 
     def verdict(
         self, at: Sequence[int] | None, kills: int, every: int | None, started: float
@@ -249,9 +246,7 @@ class _Verification:
     def _causes(
         self, status: Status, difference: Difference, run: RunResult | None, length: int | None
     ) -> tuple[str, ...]:
-        before = (
-            [place for place in run.resumed_from if place < difference.iteration] if run else []
-        )
+        before = [one for one in (run.resumed_from if run else ()) if one < difference.iteration]
         began = False
         if before and length:
             began = (difference.iteration - 1) // length > (before[-1] - 1) // length
@@ -270,9 +265,7 @@ class _Verification:
             order, kill, lambda iteration: self._progress(name, iteration, self._total), number
         )
         self._traits = end.traits or self._traits
-        for warning in end.warnings:
-            if warning not in self._warnings:
-                self._warnings.append(warning)
+        self._warnings = list(dict.fromkeys([*self._warnings, *end.warnings]))
         return end
 
     def _straight(self, name: str) -> int | None:
@@ -307,12 +300,9 @@ class _Verification:
         places = moments(kills, self._total, self._seed, min(self._processes.sizes))
         for number, kill in enumerate((*places, None)):
             workers.append(self._workers_of(number))
+            seed = self._seed + 1000 + number
             order = self._order(
-                name,
-                workers=workers[-1],
-                folder=folder,
-                every=every,
-                resumed_seed=self._seed + 1000 + number,
+                name, workers=workers[-1], folder=folder, every=every, resumed_seed=seed
             )
             ends.append(self._run(name, order, kill, number))
             if not ends[-1].killed:
@@ -321,10 +311,9 @@ class _Verification:
 
     def _result(self, name: str, ends: Sequence[End], workers: tuple[int, ...]) -> RunResult:
         problem = next((end.error for end in ends if end.error), "")
-        difference: Difference | None = None
         # What was recorded before an error may tell more than the error does.
-        if all(path.exists() for path in self._traces(name)):
-            difference = self._compare(name)
+        recorded = all(path.exists() for path in self._traces(name))
+        difference = self._compare(name) if recorded else None
         if problem and difference is not None and difference.thing is None:
             difference = None
         return RunResult(
@@ -346,9 +335,8 @@ class _Verification:
     def _compare(self, name: str) -> Difference | None:
         """Returns the first difference from the straight run, of whichever process."""
         found: list[Difference] = []
-        for rank, (one, other) in enumerate(
-            zip(self._traces("straight"), self._traces(name), strict=True)
-        ):
+        pairs = zip(self._traces("straight"), self._traces(name), strict=True)
+        for rank, (one, other) in enumerate(pairs):
             try:
                 difference = first_difference(Trace(one), Trace(other))
             except TraceError as error:

@@ -57,10 +57,6 @@ class Apart:
     """Fetches in the main process, with random streams that only this data draws from.
 
     They begin as the global generators are when this is made.
-
-    Args:
-        iterator: over the data.
-        states: what `states` returned, to go on from; None to begin.
     """
 
     def __init__(self, iterator: Iterator[Any], states: Mapping[str, Any] | None = None) -> None:

@@ -34,12 +34,7 @@ _LARGE: Final = (torch.Tensor, torch.nn.Module, ModuleType, FunctionType, Method
 
 
 class Attributes:
-    """Keeps which plain attributes of a dataset change, and of the datasets and transforms in it.
-
-    Args:
-        dataset: any object.
-        **more: what else fetches, such as a `collate_fn`, by name.
-    """
+    """Keeps which plain attributes of a dataset change; of datasets and transforms in it, too."""
 
     def __init__(self, dataset: Any, **more: Any) -> None:
         owners = dict(_owners("dataset", dataset, _DEPTH))
@@ -61,11 +56,7 @@ class Attributes:
         }
 
     def give(self, states: Mapping[str, Any]) -> None:
-        """Sets what `take` returned, and all others to what they were made with.
-
-        Args:
-            states: the attributes by name.
-        """
+        """Sets what `take` returned, and all others to what they were made with."""
         by_owner: dict[str, dict[str, Any]] = {name: {} for name in self._owners}
         for place, state in states.items():
             name, _, attribute = place.rpartition(".")
@@ -91,11 +82,7 @@ class Attributes:
 
 
 class _Owner:
-    """An object whose attributes may change, and what it was made with.
-
-    Args:
-        thing: the object.
-    """
+    """An object whose attributes may change, and what it was made with."""
 
     def __init__(self, thing: Any) -> None:
         self._thing = thing

@@ -50,12 +50,7 @@ class Suspects(NamedTuple):
 
 
 class Noted:
-    """Gives what an iterator gives, and holds it for the record of the batch before.
-
-    Args:
-        iterator: over batches, as they lie on the host.
-        append: is given each batch, held.
-    """
+    """Gives what an iterator gives, and holds it for the record of the batch before."""
 
     def __init__(self, iterator: Iterator[Any], append: Any) -> None:
         self._iterator = iterator
@@ -133,13 +128,7 @@ def _version(tensor: torch.Tensor) -> int:
 
 
 def record(held: Held, indices: Any, world: World) -> dict[str, Any]:
-    """Returns what a state keeps of a batch, as plain values.
-
-    Args:
-        held: the batch.
-        indices: what its sampler gave; None where none is known.
-        world: which process of how many had it.
-    """
+    """Returns what a state keeps of a batch, as plain values."""
     leaves, changed = _leaves(held)
     return {
         "parts": [list(leaf) for leaf in leaves],
@@ -183,12 +172,7 @@ def _record_indices(indices: Any) -> dict[str, Any]:
 
 
 def is_comparable(before: Any, world: World) -> str | None:
-    """Tells why a batch that a state keeps cannot be compared; None where it can.
-
-    Args:
-        before: what the state has of it.
-        world: which process of how many goes on.
-    """
+    """Tells why a batch that a state keeps cannot be compared; None where it can."""
     if before is None:
         return "the state is an older version's"
     if "reason" in before:
@@ -262,15 +246,6 @@ def compare_twice(
     """Compares a batch that was fetched twice from the same states, where it has no record.
 
     What draws from something that no state tells gives another batch the second time.
-
-    Args:
-        first: what `record` returned of it the first time.
-        held: the batch, as it was the second time.
-        indices: what its sampler gave then.
-        place: which batch it is, for messages.
-        suspects: what it was fetched with.
-        proof: takes down what was found.
-        strictness: how strict the check is.
 
     Raises:
         ResumeError: if it differs, and the check is strict.

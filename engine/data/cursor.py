@@ -19,15 +19,7 @@ from crosstrain.engine.errors import ResumeError
 from crosstrain.engine.proof import Proof, Strictness
 from crosstrain.engine.random_states import random_states_kept
 
-from .batch_before import (
-    Held,
-    compare,
-    compare_twice,
-    differs,
-    hold,
-    is_comparable,
-    record,
-)
+from .batch_before import Held, compare, compare_twice, differs, hold, is_comparable, record
 from .flows import Dataflow, Iterate, NoData, ReplayedFlow, SequenceFlow, StatefulFlow
 from .generators import is_stateful, same
 from .mapflow import MapFlow
@@ -143,9 +135,7 @@ class Cursor:
         self._last = [item for item, _ in held], [one for _, many in held for one in many]
         self._last_indices = indices
         self.share = BatchShare(
-            sum(share.samples for share in shares),
-            shares[0].total,
-            world_of(self._backend).size,
+            sum(share.samples for share in shares), shares[0].total, world_of(self._backend).size
         )
         return ShardedBatch(parts, shares, logical.own.start)
 
@@ -230,11 +220,7 @@ class Cursor:
         compare(then, hold(samples), None, what, flow.suspects(), proof, strictness)
 
     def watch(self, data: Any) -> None:
-        """Notes what data is like before handlers change it.
-
-        Args:
-            data: what is opened next.
-        """
+        """Notes what data is like before handlers change it."""
         before = self._flow
         if data is not None and (before is None or before.data is not own_data(data)):
             self._prepared = self._prepared_for(data)
@@ -245,12 +231,7 @@ class Cursor:
         return self._flow_of(data) if flow is None or flow.data is not own_data(data) else flow
 
     def prepare(self, position: Mapping[str, Any], data: Any) -> None:
-        """Sets what handlers see of data to what it was when a position in it was written.
-
-        Args:
-            position: what `position` returned; `go_to` is given it next.
-            data: the data.
-        """
+        """Sets what handlers see of data to what it was when a position in it was written."""
         flow = self._prepared_for(data)
         if _is_data(position, flow.fingerprint()):
             flow.prepare(position["flow"])
@@ -344,12 +325,6 @@ class Cursor:
     def rehearse(self, data: Any, key: StreamKey, proof: Proof, strictness: Strictness) -> None:
         """Fetches the first batch of data that is opened next twice, and compares.
 
-        Args:
-            data: the data.
-            key: the run's seed and streams.
-            proof: takes down what the comparison found.
-            strictness: how strict the comparison is.
-
         Raises:
             ResumeError: if the two differ, and that is an error.
         """
@@ -421,12 +396,6 @@ class Cursor:
         What handlers of that beginning have changed by then is not to be told from what went wrong:
         a difference is a warning.
 
-        Args:
-            position: what `position` returned; `prepare` and `go_to` are given it next.
-            data: the data.
-            key: the run's seed and streams.
-            proof: takes down what the comparison found.
-
         Returns:
             Whether there was something to compare.
         """
@@ -475,13 +444,7 @@ class Cursor:
         return then == self._flow_of(data).fingerprint()
 
     def go_on_with(self, position: Mapping[str, Any], data: Any, key: StreamKey) -> None:
-        """Opens other data where a run has ended: that of the next run, in this process or another.
-
-        Args:
-            position: where the run that has ended was.
-            data: the data of the next one.
-            key: the run's seed and streams.
-        """
+        """Opens the data of the next run where one has ended, in this process or another."""
         self._pass, self._exchanges = position["pass"], position["exchanges"]
         self.consumed, self.opened = position["batch"], True
         self.open(data, key)
@@ -565,11 +528,7 @@ class Cursor:
         self.open(data, key)
 
     def exchange(self, position: Mapping[str, Any] | None = None) -> None:
-        """Says that other data is opened next, as another pass of the run.
-
-        Args:
-            position: where the run is, if it has not gone there yet.
-        """
+        """Says that other data is opened next, as another pass of the run."""
         if position is not None:
             self._pass, self._exchanges = position["pass"], position["exchanges"]
         elif not self.opened:
@@ -656,11 +615,6 @@ class Cursor:
 
 def dataflow_of(data: Any, iterate: Iterate, world: World = ALONE) -> Dataflow:
     """Returns the dataflow for a kind of data.
-
-    Args:
-        data: what `Engine.run` was given; None for a run without data.
-        iterate: makes an iterator of data that may be fetched ahead.
-        world: which process of how many this is.
 
     Raises:
         ValueError: if there are several processes, and the data can neither be dealt out to them

@@ -39,11 +39,7 @@ _BEHIND: Final = "data with a state of its own goes on behind it"
 
 
 class Dataflow:
-    """Data that can be opened at a batch of a pass.
-
-    Args:
-        data: what `Engine.run` was given.
-    """
+    """Data that can be opened at a batch of a pass."""
 
     kind: ClassVar[str] = ""
     #: Among how many processes this is the data of one only; 0 where all have the same.
@@ -121,9 +117,6 @@ class Dataflow:
         """Sets what handlers see of the data to what it was when a state was written.
 
         They have the last word: the pass that is opened next leaves it as they do.
-
-        Args:
-            state: what `state` returned; `open` is given it next.
         """
         self.give_dataset(state, "now")
         self._dataset_prepared = True
@@ -150,12 +143,7 @@ class Dataflow:
         return {"opening": self._dataset_at_opening, "now": self._attributes.take()}
 
     def doubt(self, state: Mapping[str, Any], number: int) -> str | None:
-        """Returns why data may not give what comes next, where nothing could be compared.
-
-        Args:
-            state: what `state` returned.
-            number: which pass the run is in.
-        """
+        """Returns why data may not give what comes next, where nothing could be compared."""
         return None
 
     def lost(self) -> list[str]:
@@ -163,20 +151,11 @@ class Dataflow:
         return self._attributes.lost()
 
     def witness(self, state: Mapping[str, Any], number: int) -> Mapping[str, Any] | None:
-        """Returns an earlier state of the data, `state`, and of its `next` batch what is known.
-
-        Args:
-            state: what `state` returned.
-            number: which pass the run is in.
-        """
+        """Returns an earlier state of the data, `state`, and of its `next` batch what is known."""
         return None
 
     def rehearsal(self, batch: int, state: Mapping[str, Any] | None) -> int | None:
         """Tells which batch can be fetched twice to see whether the states tell what follows.
-
-        Args:
-            batch: how many batches of the pass were taken.
-            state: what `open` is given.
 
         Returns:
             0: the next one; 1: the one before; None: neither can.
@@ -188,12 +167,7 @@ class Dataflow:
         return None
 
     def probe(self, state: Mapping[str, Any], anew: bool = False) -> None:
-        """Has the pass that is opened next look at what the dataset keeps of what it draws.
-
-        Args:
-            state: what `state` returned when the state of the run was written.
-            anew: whether fetching here was seen to change what it had not changed then.
-        """
+        """Has the pass that is opened next look at what the dataset keeps of what it draws."""
 
     def keeps_anew(self, state: Mapping[str, Any]) -> bool:
         """Tells whether fetching has changed the dataset, and had not in the run that was saved."""
@@ -219,12 +193,7 @@ class Dataflow:
         """Puts back what `kept` returned."""
 
     def end(self, batches: int, ended: bool) -> None:
-        """Leaves the pass, after which another is opened.
-
-        Args:
-            batches: how many batches of it were taken.
-            ended: whether it was found to have no more.
-        """
+        """Leaves the pass, after which another is opened."""
 
     def close(self) -> None:
         """Lets go of what iterating over the data holds; `state` is still known."""
@@ -271,12 +240,7 @@ class NoData(Dataflow):
 
 
 class SequenceFlow(Dataflow):
-    """A list, or another sequence of batches: entered anywhere.
-
-    Args:
-        data: the sequence.
-        iterate: makes an iterator, such as a backend's `batches`.
-    """
+    """A list, or another sequence of batches: entered anywhere."""
 
     kind = "a sequence"
 

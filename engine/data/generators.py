@@ -153,10 +153,6 @@ class OwnStates:
     def give(self, states: Mapping[str, Any], stateful: bool = True) -> None:
         """Sets what `take` returned.
 
-        Args:
-            states: the states.
-            stateful: whether samplers that have `load_state_dict` are given theirs.
-
         Raises:
             ValueError: if the objects that have such states are not those that had.
         """
@@ -188,11 +184,7 @@ class OwnStates:
             owner.load_state_dict(states["states"][name])
 
     def raw(self, copies: bool = True) -> Raw:
-        """Returns the states but those of samplers with a `state_dict`, to put them back here.
-
-        Args:
-            copies: whether what can be changed in place is copied.
-        """
+        """Returns the states but those of samplers with a `state_dict`, to put them back here."""
         return {
             **{("generator", name): _raw_state(one) for name, one in self.generators.items()},
             **{("epoch", name): owner.epoch for name, owner in self._epochs.items()},
@@ -211,12 +203,7 @@ class OwnStates:
         self.put_some(raw)
 
     def put(self, raw: Raw, copies: bool = True) -> None:
-        """Sets what `raw` returned, and takes away plain attributes that there were none of.
-
-        Args:
-            raw: the states.
-            copies: whether what can be changed in place is copied.
-        """
+        """Sets what `raw` returned, and takes away plain attributes that there were none of."""
         for kind, name in self._attributes(False):
             if (kind, name) not in raw:
                 self._set_attribute(name)

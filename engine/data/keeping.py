@@ -64,11 +64,7 @@ class Probe:
         return (_ProbedBatches if batched else _Probed)(dataset, self)
 
     def ask(self, fetch: Callable[[], Any]) -> None:
-        """Fetches as if nothing had been kept, and looks at what comes and what is kept then.
-
-        Args:
-            fetch: fetches a sample, or a few.
-        """
+        """Fetches as if nothing had been kept, and looks at what comes and what is kept then."""
         if self._asked:
             return
         self._asked = True
@@ -116,12 +112,7 @@ class _Fetched(NamedTuple):
 
 
 class _Probed(KeyedDataset):
-    """A dataset that asks a probe when its first sample is fetched.
-
-    Args:
-        dataset: the user's, or one that keys its streams.
-        probe: what is asked.
-    """
+    """A dataset that asks a probe when its first sample is fetched."""
 
     def __init__(self, dataset: Any, probe: Probe) -> None:
         super().__init__(dataset)

@@ -31,11 +31,6 @@ class MapFlow(Dataflow):
     The order of pass p is the one that torch gives under `manual_seed(seed + p)`, whatever the
     number of workers. The user's loader is left as it is.
 
-    Args:
-        data: the loader.
-        iterate: makes an iterator of a loader, such as a backend's `batches`.
-        world: among which processes each batch is dealt out.
-
     Raises:
         ValueError: if a batch has fewer samples than there are processes.
     """
@@ -180,13 +175,7 @@ class MapFlow(Dataflow):
         return found
 
     def probe(self, state: Mapping[str, Any], anew: bool = False) -> None:
-        """Has the pass that is opened next look at what the dataset keeps of what it draws.
-
-        Args:
-            state: what `state` returned; where nothing of the dataset has changed and no workers
-                fetch, there is nothing to look at.
-            anew: whether fetching here was seen to change what it had not changed then.
-        """
+        """Has the pass that is opened next look at what the dataset keeps of what it draws."""
         places = changed_places(state)
         self._draws = None
         if places or anew or self._loader.num_workers or self.workers_then:
@@ -327,10 +316,7 @@ def _iterator_of(loader: Any, sampler: KeyedSampler, entered: Callable[[], None]
 
 
 def _checked(
-    iterator: Iterator[Any],
-    sampler: KeyedSampler,
-    name: str,
-    entered: Callable[[], None],
+    iterator: Iterator[Any], sampler: KeyedSampler, name: str, entered: Callable[[], None]
 ) -> Iterator[Any]:
     for batch in iterator:
         if not sampler.asked:

@@ -77,10 +77,6 @@ def batches_from(batch_sampler: Any, start: int) -> Iterator[Batch]:
     """Yields the batches of a batch sampler from number `start` on.
 
     It draws the random numbers that torch's own iteration draws, in the same order.
-
-    Args:
-        batch_sampler: torch's, or any iterable of lists of indices.
-        start: how many batches to leave out.
     """
     sampler = getattr(batch_sampler, "sampler", None)
     if type(batch_sampler) is not BatchSampler or not is_seekable(sampler):
@@ -108,12 +104,7 @@ def _walk(batch_sampler: Iterable[Any], start: int) -> Iterator[Batch]:
 
 
 def samples_from(sampler: Any, start: int) -> Iterator[Any]:
-    """Yields the samples of a sampler from position `start` on.
-
-    Args:
-        sampler: torch's, one with a method `indices(start, stop)`, or any iterable.
-        start: how many samples to leave out.
-    """
+    """Yields the samples of a sampler from position `start` on."""
     if is_seekable(sampler):
         return chain.from_iterable(_blocks_from(sampler, start))
     return islice(iter(sampler), start, None)

@@ -53,10 +53,6 @@ def is_map_style(data: Any) -> bool:
 def is_own(data: Any, world: World) -> bool:
     """Tells whether data is each process's own: it says so, or its sampler is distributed.
 
-    Args:
-        data: what `Engine.run` was given.
-        world: which process of how many this is.
-
     Raises:
         ValueError: if its sampler deals out to other processes than there are.
     """

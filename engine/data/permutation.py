@@ -130,14 +130,7 @@ class FeistelNetwork:
         return self._blockwise(positions, backwards=False)
 
     def inverse(self, values: Words) -> Words:
-        """Give the position of each value: undoes `forward`.
-
-        Args:
-            values: uint64, shape (k,), each below ``size`` (unchecked).
-
-        Returns:
-            A new uint64 array of shape (k,), each below ``size``.
-        """
+        """Give the position of each value: undoes `forward`."""
         return self._blockwise(values, backwards=True)
 
     def _blockwise(self, values: Words, *, backwards: bool) -> Words:
@@ -245,14 +238,6 @@ def permute(positions: npt.ArrayLike, n: int, key: int) -> IndexArray:
 def unpermute(indices: npt.ArrayLike, n: int, key: int) -> IndexArray:
     """Give the positions at which some indices come in the keyed shuffle: undoes `permute`.
 
-    Args:
-        indices: integers of any shape, each from 0 to n - 1.
-        n: the number of samples, from 1 to 2**48.
-        key: which shuffle, from 0 to 2**64 - 1.
-
-    Returns:
-        int64, the shape of ``indices``.
-
     Raises:
         TypeError: ``indices``, ``n`` or ``key`` holds something other than integers.
         ValueError: ``n`` or ``key`` is out of range.
@@ -271,13 +256,6 @@ def unpermute(indices: npt.ArrayLike, n: int, key: int) -> IndexArray:
 def as_int(name: str, value: object) -> int:
     """Give an integer of any type as an int, or refuse it by its name.
 
-    Args:
-        name: what the caller calls the value.
-        value: a Python or NumPy integer; a bool is none.
-
-    Returns:
-        The value.
-
     Raises:
         TypeError: the value is not an integer.
     """
@@ -293,15 +271,6 @@ def as_int(name: str, value: object) -> int:
 
 def integer_within(name: str, value: object, low: int, high: int) -> int:
     """Give an integer as an int, or refuse it with the legal values.
-
-    Args:
-        name: what the caller calls the value.
-        value: a Python or NumPy integer.
-        low: the least legal value.
-        high: the greatest legal value.
-
-    Returns:
-        The value.
 
     Raises:
         TypeError: the value is not an integer.

@@ -73,12 +73,7 @@ class KeyedSampler:
     """
 
     def __init__(
-        self,
-        sampler: Any,
-        batched: bool,
-        collates: bool,
-        world: World,
-        own: OwnStates,
+        self, sampler: Any, batched: bool, collates: bool, world: World, own: OwnStates
     ) -> None:
         self.sampler = sampler
         #: Of the batches that were asked for and not given yet: what is this process's; None where
@@ -107,12 +102,7 @@ class KeyedSampler:
         self.is_over = False
 
     def begin(self, key: StreamKey, start: int) -> None:
-        """Opens the order of a pass at a batch, drawing from the global generators as torch does.
-
-        Args:
-            key: what keys the pass.
-            start: how many batches, or samples where it does not batch, to leave out.
-        """
+        """Opens the order of a pass at a batch; draws from the global generators as torch does."""
         if computes_its_order(self.inner) and callable(getattr(self.inner, "set_epoch", None)):
             # An order that is computed from its epoch; it has no random state to tell passes apart.
             self.inner.set_epoch(key.epoch)
@@ -208,11 +198,7 @@ def _items(order: Iterator[Batch], given: deque[Any], keys: _Keys) -> Iterator[A
 
 
 def _noted(
-    parts: Iterator[Dealt],
-    shares: deque[BatchShare],
-    given: deque[Any],
-    keys: _Keys,
-    batched: bool,
+    parts: Iterator[Dealt], shares: deque[BatchShare], given: deque[Any], keys: _Keys, batched: bool
 ) -> Iterator[Any]:
     """Yields keyed parts of batches, and notes what is in each."""
     base, streams, collates = keys
@@ -313,10 +299,6 @@ def rebuilt(loader: Any, **changes: Any) -> Any:
 
     A constructor of a subclass takes arguments that nobody knows, and torch's own forbids to set
     these attributes later.
-
-    Args:
-        loader: a DataLoader, which is left as it is.
-        **changes: the attributes.
     """
     twin: Any = copy.copy(loader)
     attributes = cast("dict[str, Any]", vars(twin))

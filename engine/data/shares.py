@@ -108,12 +108,7 @@ class Dealt(NamedTuple):
 
 
 def span(count: int, world: World) -> tuple[int, int]:
-    """Returns from where to where a process has a batch; the first ones may have one sample more.
-
-    Args:
-        count: how many samples the batch has.
-        world: which process of how many.
-    """
+    """Returns from where to where a process has a batch; the first may have one sample more."""
     each, more = divmod(count, world.size)
     low = world.rank * each + min(world.rank, more)
     return low, low + each + (world.rank < more)
@@ -167,11 +162,6 @@ def _part(total: int, place: World) -> tuple[int, int, BatchShare]:
 def deal_spans(batch_sampler: Any, start: int, world: World) -> Iterator[Dealt] | None:
     """Returns a process's part of each batch, computed without the rest of the batch.
 
-    Args:
-        batch_sampler: the loader's.
-        start: how many batches to leave out.
-        world: which process of how many.
-
     Returns:
         None where that cannot be done, or costs more than to slice the batch: a call of `indices`
         costs as much as some 2000 samples in a block.
@@ -196,10 +186,6 @@ def _spans(batch_sampler: Any, start: int, world: World) -> Iterator[Dealt]:
 
 def check_divisible(batch_size: Any, world: World) -> None:
     """Checks that each process gets a sample of each full batch.
-
-    Args:
-        batch_size: the loader's or its batch sampler's; None where it is not known.
-        world: which process of how many.
 
     Raises:
         ValueError: if the batch has fewer samples than there are processes.

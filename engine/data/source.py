@@ -111,11 +111,7 @@ class ResumableSource:
             else:
                 self.proof = Proof()
                 self._cursor.go_to(
-                    loaded["position"],
-                    self._data,
-                    self._key,
-                    self.proof,
-                    self.checks.batch_before,
+                    loaded["position"], self._data, self._key, self.proof, self.checks.batch_before
                 )
                 self._used_up = loaded["used up"]
         self._open, self._loaded = True, None

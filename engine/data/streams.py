@@ -51,31 +51,18 @@ def _enter(key: int, streams: Iterable[str]) -> None:
 
 
 def seed_host(seed: int) -> None:
-    """Seeds this process's generators as `manual_seed` does, and visits no device.
-
-    Args:
-        seed: from 0 to 2**63 - 1.
-    """
+    """Seeds this process's generators as `manual_seed` does, and visits no device."""
     for seeder in _SEEDERS.values():
         seeder(seed)
 
 
 def rank_seed(seed: int, rank: int) -> int:
-    """Returns another seed for each process; for rank 0, the seed itself.
-
-    Args:
-        seed: from 0 to 2**63 - 1.
-        rank: which process it is.
-    """
+    """Returns another seed for each process; for rank 0, the seed itself."""
     return mix(mix(seed), _RANK + rank) >> 1 if rank else seed
 
 
 def step_seed(seed: int) -> int:
-    """Returns another seed, for a step whose data draws from streams that begin with this one.
-
-    Args:
-        seed: from 0 to 2**63 - 1.
-    """
+    """Returns another seed, for a step whose data draws from streams that begin with this one."""
     return mix(mix(seed), _STEP) >> 1
 
 
@@ -306,9 +293,6 @@ class KeyedDataset:
 
     There the loader does not iterate over indices, so the streams are seeded here. Everything else
     is the dataset's own: attributes are read from it and set on it.
-
-    Args:
-        dataset: the user's dataset.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -340,11 +324,7 @@ class KeyedBatchDataset(KeyedDataset):
     """A dataset that is fetched from by whole batches, with keyed streams."""
 
     def __getitems__(self, indices: Any) -> Any:
-        """Fetches a batch: the streams are those of the batch, until it iterates over its indices.
-
-        Args:
-            indices: what the loader was given by a `KeyedSampler`.
-        """
+        """Fetches a batch, under the streams of the batch until it iterates over its indices."""
         if not isinstance(indices, KeyedIndices):
             return self.dataset.__getitems__(indices)
         indices.enter()

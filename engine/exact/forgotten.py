@@ -12,10 +12,18 @@ which fire once more on a resume, have then done their part.
 from __future__ import annotations
 
 import argparse
+import array
 import collections
 import contextlib
+import contextvars
+import decimal
+import fractions
 import inspect
+import marshal
+import queue
+import threading
 import types
+import weakref
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, Final
@@ -42,22 +50,49 @@ from .unnamed import (
     is_others,
     is_source,
     is_users_file,
+    layers_of,
     methods_in,
     variables_of,
 )
 
-__all__ = ["SCALARS", "Forgotten", "UsesWalk"]
-
-_DEPTH: Final = 4
+_DEPTH: Final = 6
 _SEEN: Final = 4000
 _ENTRIES: Final = 4096
+_PLENTY: Final = 1 << 18
 _BYTES: Final = 1 << 20
 #: What has no identity of its own: equal ones may be one object, whoever holds them.
 SCALARS: Final = (bool, int, float, complex, str, bytes, type(None))
-_COLLECTIONS: Final = (dict, list, tuple, set, collections.deque, collections.OrderedDict)
+_COLLECTIONS: Final = (
+    dict,
+    list,
+    tuple,
+    set,
+    frozenset,
+    collections.deque,
+    collections.UserDict,
+    collections.UserList,
+    contextvars.ContextVar,
+    queue.Queue,
+    threading.local,
+    weakref.ReferenceType,
+    weakref.WeakKeyDictionary,
+    weakref.WeakValueDictionary,
+    weakref.WeakSet,
+)
 # They are the data's and the loop's own matter.
 _CLOSED: Final = (DataLoader, Dataset, Sampler, Dispatcher, types.ModuleType, type, ResumableSource)
-_PLAIN: Final = (*SCALARS, torch.Tensor, numpy.ndarray)
+_PLAIN: Final = (
+    *SCALARS,
+    decimal.Decimal,
+    fractions.Fraction,
+    numpy.generic,
+    torch.Tensor,
+    numpy.ndarray,
+    numpy.random.SeedSequence,
+    array.array,
+    bytearray,
+)
+_WHOLE: Final = (dict, list, tuple, collections.deque, set, frozenset, array.array, bytearray)
 _CALLED: Final = Use(("__call__",), True)
 _STATE: Final = frozenset(vars(State()))
 
@@ -136,7 +171,7 @@ class UsesWalk:
                 self.value(value, name, f"argument {index}", depth - 1, ALL)
             function = made.func
         owner = getattr(function, "__self__", None)
-        plain = inspect.unwrap(getattr(function, "__func__", function))
+        plain = getattr(function, "__func__", function)
         if not inspect.isfunction(plain):
             if type(plain).__module__.startswith("crosstrain.") and owner is None:
                 # A step of ours, with the user's functions in it.
@@ -147,24 +182,29 @@ class UsesWalk:
             elif isinstance(owner, _COLLECTIONS) and plain.__name__ not in WRITES:
                 # Such as the `pop` of a list.
                 self.value(owner, name, "object", depth, ALL)
+        layers = layers_of(function)
+        for layer in layers:
+            self._variables(layer, name, depth)
+        if not layers:
             return
-        called = frozenset({Use((plain.__name__,), True)})
+        called = frozenset(Use((layer.__name__,), True) for layer in layers)
         if isinstance(owner, (*TRAINED, DataLoader)):
             # It may be known: what it holds beside its state is not.
             self._attributes(owner, name, "self", depth + 1, called)
         if owner is not None and not isinstance(owner, types.ModuleType):
             self.value(owner, name, "object", depth + 1, called)
-        self._variables(plain, name, depth)
 
     def _variables(self, plain: types.FunctionType, name: str, depth: int) -> None:
         code: Any = plain.__code__
-        if is_others(plain) or id(code) in self._seen or depth <= 0:
+        if is_others(plain) or id(plain) in self._seen or depth <= 0:
             return
-        self._seen.add(id(code))
+        self._seen.add(id(plain))
         self.functions.append(plain)
         variables, uses = {**_defaults_of(plain), **dict(variables_of(plain))}, uses_of(code)
+        # What `globals()` gives may be used in any way.
+        unknown = ALL if uses is None or "globals" in uses else frozenset[Use]()
         for variable, value in variables.items():
-            some = ALL if uses is None else uses.get(variable, frozenset[Use]())
+            some = unknown if uses is None else uses.get(variable, unknown)
             read = frozenset(use for use in some if use.into is None)
             for use in some - read:
                 other = variables.get(use.into)  # type: ignore[arg-type]
@@ -177,19 +217,26 @@ class UsesWalk:
     def value(self, value: Any, owner: str, name: str, depth: int, uses: frozenset[Use]) -> None:
         """Notes a value, if it is read, or looks into what it is made of."""
         if isinstance(value, type):
-            self._space(_values_of(value), owner, name, depth, uses)
+            called = [use.path[0] for use in uses if use.path]
+            self._space(
+                _values_of(value), owner, name, depth, uses | uses_of_self(value, called)[0]
+            )
+            if id(value) in self._seen:
+                return
+            self._seen.add(id(value))
             for own, function in methods_in(value).items():
-                self._variables(function, f"{owner}, its {name}.{own}", depth)
+                for layer in layers_of(function):
+                    self._variables(layer, f"{owner}, its {name}.{own}", depth)
             return
         if is_users_file(value):
             self._space(vars(value), owner, name, depth, uses)
             return
         if len(self._seen) > _SEEN or isinstance(value, _CLOSED) or is_source(value):
             return
-        if isinstance(value, (*SCALARS, torch.Tensor, numpy.ndarray, *_COLLECTIONS)):
-            if any(use.read for use in uses) and not isinstance(value, torch.nn.Parameter):
+        if isinstance(value, (*_PLAIN, *_COLLECTIONS)):
+            if any(use.read for use in uses):
                 self._note(value, owner, name)
-            if type(value) in (dict, list, tuple) and depth > 0:
+            if isinstance(value, _COLLECTIONS) and depth > 0:
                 self._items(value, owner, name, depth)
             return
         if isinstance(value, State) or {id(value)} & (self._known | GLOBAL_GENERATORS):
@@ -205,6 +252,8 @@ class UsesWalk:
                 self._seen.add(id(value))
                 self.found[owner, name] = _state_signature(value)
         elif callable(value) and (inspect.isroutine(value) or isinstance(value, partial)):
+            if any(use.read for use in uses):
+                self._note(value, owner, name)
             if inspect.isfunction(value) and not is_others(value):
                 self._space(vars(value), owner, name, depth, uses)
             self.function(value, f"{owner}, its {name}", depth - 1)
@@ -233,9 +282,10 @@ class UsesWalk:
         if id(value) in self._seen or id(value) in self._known:
             return
         self._seen.add(id(value))
-        items = value.items() if type(value) is dict else enumerate(value)
+        inside = _inside(value)
+        items = inside.items() if isinstance(inside, dict) else enumerate(inside)
         for key, item in list(items)[:64]:
-            if not isinstance(item, (*SCALARS, torch.Tensor, numpy.ndarray)):
+            if not isinstance(item, _PLAIN):
                 # The collection's own signature has those that it holds.
                 uses = frozenset[Use]() if isinstance(item, _COLLECTIONS) else ALL
                 self.value(item, owner, f"{name}[{key!r}]", depth - 1, uses)
@@ -270,9 +320,8 @@ class UsesWalk:
                 rest = Use(use.path[1:], use.read or use.into is not None)
                 by_name.setdefault(use.path[0], set()).add(rest)
         for attribute, found in by_name.items():
-            item, some = own[attribute], frozenset(found)
-            if not some and not isinstance(item, _COLLECTIONS):
-                some = frozenset[Use]() if isinstance(item, _PLAIN) else ALL
+            # What no method uses is there for those that the object is passed on to.
+            item, some = own[attribute], frozenset(found) or ALL
             if (id(value), attribute, some) not in self._seen:
                 self._seen.add((id(value), attribute, some))
                 self.value(item, owner, f"{name}.{attribute}", depth - 1, some)
@@ -359,25 +408,50 @@ def _parts_of(value: Any) -> set[str]:
     return found
 
 
-def _signature(value: Any, depth: int = 4) -> Any:
+def _signature(value: Any, depth: int = 16) -> Any:
     """Returns what changes when a plain value does; None where it cannot be told."""
-    if isinstance(value, SCALARS):
-        return type(value).__name__, repr(value)
     if isinstance(value, torch.Tensor):
         if value.nbytes <= _BYTES:
             return digest(value)
         return id(value), tuple(value.shape), _version(value)
     if isinstance(value, numpy.ndarray):
-        many: Any = value.reshape(-1)[:: max(1, value.size // _ENTRIES)]
+        many: Any = value if value.nbytes <= 16 * _BYTES else value.reshape(-1)[:: value.size >> 12]
         return value.shape, digest(many)
+    if isinstance(value, numpy.random.SeedSequence):
+        value = value.state
+    if isinstance(value, _WHOLE) and len(value) <= _PLENTY:
+        # Of plain values all at once; of what else there may be, one by one.
+        many = tuple(value) if isinstance(value, (list, collections.deque)) else value
+        with contextlib.suppress(ValueError):
+            return len(value), hash(marshal.dumps(many, 2))
+    if isinstance(value, (*SCALARS, decimal.Decimal, fractions.Fraction, numpy.generic)):
+        return type(value).__name__, repr(value)
     if isinstance(value, (set, frozenset)):
         return len(value), sorted(map(repr, list(value)[:_ENTRIES]))
     if isinstance(value, _COLLECTIONS) and depth > 0:
-        some: Any = value
-        items = list(some.items() if isinstance(some, dict) else some)
+        inside = _inside(value)
+        items = list(inside.items() if isinstance(inside, dict) else inside)
         step = max(1, len(items) // 64)
         return len(items), [_signature(item, depth - 1) for item in items[::step]]
+    if callable(value) and hasattr(value, "__qualname__"):
+        code = getattr(value, "__code__", None)
+        return value.__qualname__, code and code.co_code, code and code.co_consts
     return type(value).__name__
+
+
+def _inside(value: Any) -> Any:
+    """Returns what a collection holds: as a dictionary, or as something to iterate over."""
+    if isinstance(value, (collections.UserDict, collections.UserList)):
+        return value.data
+    if isinstance(value, (weakref.WeakKeyDictionary, weakref.WeakValueDictionary)):
+        return dict(value.items())
+    if isinstance(value, contextvars.ContextVar):
+        return [value.get(None)]
+    if isinstance(value, weakref.ReferenceType):
+        return [value()]
+    if isinstance(value, queue.Queue):
+        return list(value.queue)
+    return vars(value) if isinstance(value, threading.local) else value
 
 
 def _version(tensor: torch.Tensor) -> int:

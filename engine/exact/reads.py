@@ -7,12 +7,10 @@ import inspect
 import textwrap
 import types
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
-from .unnamed import is_others
-
-__all__ = ["ALL", "WRITES", "Use", "names_read_of_state", "uses_of", "uses_of_self"]
+from .unnamed import is_others, layers_of
 
 #: What changes a collection and does not look at it.
 WRITES: Final = frozenset(
@@ -266,14 +264,7 @@ def _methods_of(kind: type, name: str) -> list[types.FunctionType]:
     for each in kind.__mro__:
         if each is object or is_others(each):
             continue
-        thing: Any = vars(each).get(name)
-        if isinstance(thing, property):
-            thing = thing.fget
-        elif isinstance(thing, cached_property):
-            thing = thing.func
-        plain = inspect.unwrap(thing) if callable(thing) else None
-        if inspect.isfunction(plain) and plain.__code__.co_argcount:
-            found.append(plain)
+        found += layers_of(vars(each).get(name))
     return found
 
 
@@ -294,7 +285,8 @@ def uses_of_self(kind: type, names: Iterable[str]) -> tuple[set[Use], list[types
         for function in _methods_of(kind, name):
             functions.append(function)
             uses = uses_of(function.__code__)
-            own = ALL if uses is None else uses.get(function.__code__.co_varnames[0], ())
+            itself = function.__code__.co_varnames[:1]
+            own = ALL if uses is None else uses.get("".join(itself), ())
             found.update(own)
             left.extend(use.path[0] for use in own if use.path)
     return found, functions

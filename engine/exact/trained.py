@@ -12,11 +12,11 @@ from functools import partial
 from typing import Any, Final
 
 from torch.nn import Module
+from torch.nn.modules import module as torch_module
 from torch.optim import Optimizer
+from torch.optim import optimizer as torch_optimizer
 
 from .unnamed import is_others
-
-__all__ = ["functions_held", "functions_of_trained", "holders_of_state"]
 
 # By which of its methods a module says what its state is.
 _STATES: Final = ("state_dict", "get_extra_state", "_save_to_state_dict")
@@ -35,6 +35,20 @@ _OF_OPTIMIZERS: Final = {
     "_optimizer_step_pre_hooks": "a step pre-hook",
     "_optimizer_step_post_hooks": "a step post-hook",
 }
+# What is called for all of them, whichever they are.
+_OF_ALL: Final = {
+    "modules": (
+        torch_module,
+        {f"_global{attribute}": called for attribute, called in _OF_MODULES.items()},
+    ),
+    "optimizers": (
+        torch_optimizer,
+        {
+            "_global_optimizer_pre_hooks": "a step pre-hook",
+            "_global_optimizer_post_hooks": "a step post-hook",
+        },
+    ),
+}
 
 
 def functions_of_trained(objects: Mapping[str, Any]) -> dict[str, Any]:
@@ -49,14 +63,16 @@ def functions_of_trained(objects: Mapping[str, Any]) -> dict[str, Any]:
             for path, module in value.named_modules():
                 where = f"{name}.{path}" if path else name
                 found.update(_hooks(module, where, _OF_MODULES))
-                if not is_others(type(module)):
+                if not is_others(type(module)) or "forward" in vars(module):
                     found[f"the forward of {where}"] = module.forward
                 for own, parameter in module._parameters.items():
                     found.update(_hooks(parameter, f"{where}.{own}", _OF_TENSORS))
         elif isinstance(value, Optimizer):
             found.update(_hooks(value, name, _OF_OPTIMIZERS))
-            if not is_others(type(value)):
+            if not is_others(type(value)) or "step" in vars(value):
                 found[f"the step of {name}"] = value.step
+    for where, kinds in _OF_ALL.items():
+        found.update(_hooks(kinds[0], f"all {where}", kinds[1]))
     return found
 
 

@@ -16,7 +16,7 @@ import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Final
 
 import numpy
@@ -29,21 +29,6 @@ from crosstrain.engine.data.source import ResumableSource
 from crosstrain.engine.dispatch import Dispatcher
 from crosstrain.engine.guards import OTHER_PACKAGES, is_users_object
 
-__all__ = [
-    "GLOBAL_GENERATORS",
-    "TORCHS_OWN",
-    "TRAINED",
-    "attributes_of",
-    "functions_in",
-    "functions_of",
-    "is_others",
-    "is_source",
-    "is_users_file",
-    "methods_in",
-    "unnamed_sources",
-    "variables_of",
-]
-
 #: What a checkpoint has by torch's own state of it, and nothing else.
 TRAINED: Final = (torch.nn.Module, Optimizer)
 #: The attributes that torch gives each of them.
@@ -54,6 +39,7 @@ _SOURCES: Final = (
     random.Random,
     numpy.random.Generator,
     numpy.random.RandomState,
+    numpy.random.BitGenerator,
     ResumableSource,
 )
 # They are part of every state.
@@ -81,6 +67,8 @@ _CLOSED: Final = (
 _DEPTH: Final = 6
 _MANY: Final = 64
 _SEEN: Final = 2000
+_LAYERS: Final = 16
+_NOTHING: Final[Mapping[str, Any]] = {}
 
 
 def unnamed_sources(functions: Mapping[str, Any], known: Iterable[int]) -> list[str]:
@@ -118,7 +106,7 @@ class _Walk:
                     self.value(item, f"{name}, .{own}", depth - 1)
         elif owner is not None:
             self.value(owner, name, depth)
-        plain = inspect.unwrap(getattr(function, "__func__", function))
+        plain = getattr(function, "__func__", function)
         if not inspect.isfunction(plain):
             if owner is None and type(plain).__module__.startswith("crosstrain."):
                 # A step of ours, with the user's functions in it.
@@ -126,7 +114,10 @@ class _Walk:
                     self.function(value, f"{name}, its {own}", depth - 1)
             elif owner is None:
                 self.value(plain, name, depth)
-            return
+        for plain in layers_of(function):
+            self._variables(plain, name, depth)
+
+    def _variables(self, plain: types.FunctionType, name: str, depth: int) -> None:
         if is_others(plain):
             return
         for value in (*(plain.__defaults__ or ()), *(plain.__kwdefaults__ or {}).values()):
@@ -240,23 +231,43 @@ def is_others(thing: Any) -> bool:
 
 def is_users_file(value: Any) -> bool:
     """Tells whether a value is a module of Python's that the user wrote: a file, not installed."""
-    place = getattr(value, "__file__", None) if isinstance(value, types.ModuleType) else None
+    if not isinstance(value, types.ModuleType):
+        return False
+    # A notebook has no file.
+    place = "" if value.__name__ == "__main__" else getattr(value, "__file__", None)
     if place is None or "site-packages" in place:
         return False
     root = value.__name__.partition(".")[0]
     return root not in OTHER_PACKAGES and root not in sys.stdlib_module_names
 
 
-def methods_in(kind: type) -> dict[str, Any]:
-    """Returns the functions that a class of the user's own files has, by name."""
-    if not is_users_file(sys.modules.get(kind.__module__)):
-        return {}
-    found: dict[str, Any] = {}
-    for name, one in vars(kind).items():
-        plain = inspect.unwrap(getattr(one, "__func__", one))
-        if inspect.isfunction(plain):
-            found[name] = plain
+def layers_of(function: Any) -> list[types.FunctionType]:
+    """Returns what a function is in Python: itself, and the functions that it wraps."""
+    found: list[types.FunctionType] = []
+    while function is not None and len(found) < _LAYERS:
+        if isinstance(function, property):
+            function = function.fget
+        elif isinstance(function, cached_property):
+            function = function.func
+        function = getattr(function, "__func__", function)
+        if isinstance(function, types.FunctionType):
+            found.append(function)
+        function = getattr(function, "__dict__", _NOTHING).get("__wrapped__")
     return found
+
+
+def methods_in(kind: type) -> dict[str, Any]:
+    """Returns what a class of the user's own files, and those it derives from, can be asked to do.
+
+    By name; a property is what it calls.
+    """
+    return {
+        name: layers_of(one)[0]
+        for each in reversed(kind.__mro__)
+        if is_users_file(sys.modules.get(each.__module__))
+        for name, one in vars(each).items()
+        if layers_of(one)
+    }
 
 
 def is_source(value: Any) -> bool:
@@ -285,7 +296,10 @@ def variables_of(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
             yield name, cell.cell_contents
         except ValueError:
             continue  # It is not set yet.
-    for name in sorted(_names(function.__code__)):
+    names = _names(function.__code__)
+    if "globals" in names:
+        names |= {one for one in function.__code__.co_consts if isinstance(one, str)}
+    for name in sorted(names):
         if name in function.__globals__:
             yield name, function.__globals__[name]
 

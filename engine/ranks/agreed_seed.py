@@ -18,10 +18,6 @@ def agreed_seed(given: int | None, backend: Backend | None) -> int:
     In several processes it is rank 0's that counts where it is drawn. It is a collective operation
     there: all of them have to start the run.
 
-    Args:
-        given: the seed; None to draw it.
-        backend: whose processes have to agree.
-
     Raises:
         ValueError: if the processes were given different ones.
         RankFailed: if one of them does not start the run, within CROSSTRAIN_TIMEOUT.

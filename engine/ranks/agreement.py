@@ -78,11 +78,7 @@ def agreement_of(engine: Engine) -> Agreement | None:
 
 
 class Agreement:
-    """Keeps one engine's runs in step with those of the other ranks. Made by `agree`.
-
-    Args:
-        engine: the engine.
-    """
+    """Keeps one engine's runs in step with those of the other ranks. Made by `agree`."""
 
     def __init__(self, engine: Engine) -> None:
         self.line = Line()
@@ -280,9 +276,6 @@ class Agreement:
 
     def leave(self, failure: BaseException | None) -> BaseException | None:
         """Tells the others that this rank's run has ended, and how.
-
-        Args:
-            failure: what the run is to raise.
 
         Returns:
             What it is to raise: something else where the ranks have ended at other iterations.

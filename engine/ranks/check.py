@@ -76,7 +76,7 @@ class RankCheck:
         if len(compared) < len(everything):
             warn_user(
                 f"RankCheck compares {len(compared)} of {len(everything)} parameters and buffers: "
-                "the others are sharded, and no two ranks hold the same part",
+                "the others are sharded, and no two ranks hold the same part"
             )
         if compared:
             trainer.add_event_handler(Events.ITERATION_COMPLETED(every=self.every), self)
@@ -166,9 +166,6 @@ def digests(tensors: Iterable[torch.Tensor]) -> list[int]:
     The digest is a sum modulo 2**64 of a mix (splitmix64's) of each word with its place, so it
     does not depend on the order in which a device adds up. All are made on the device; reading them
     is one copy a device.
-
-    Args:
-        tensors: of any shapes and types, on any devices.
     """
     made = [_digest(tensor.detach()) for tensor in tensors]
     found: dict[torch.device, Any] = {}

@@ -147,11 +147,7 @@ class Line:
             pause = min(2 * pause, longest)
 
     def dead(self, ranks: Iterable[int] | None = None) -> list[int]:
-        """Returns the ranks whose process, on this machine, is known to have ended.
-
-        Args:
-            ranks: those to look at; None: all.
-        """
+        """Returns the ranks whose process, on this machine, is known to have ended."""
         return [rank for rank in (self.everyone if ranks is None else ranks) if self._is_dead(rank)]
 
     def _is_dead(self, rank: int) -> bool:
@@ -267,9 +263,6 @@ class Line:
     def together(self, what: str) -> Generator[None, None, None]:
         """Ends a block on all ranks where it raises on one.
 
-        Args:
-            what: what is done there, the same on all; a part of a sentence.
-
         Raises:
             RankFailed: if it failed on another rank: names it, and says why.
         """
@@ -284,10 +277,6 @@ class Line:
 
     def from_first(self, what: str, ask: Callable[[], T]) -> T:
         """Returns, on all ranks, what a function returns on rank 0.
-
-        Args:
-            what: what it does; a part of a sentence.
-            ask: the function; called on rank 0 only.
 
         Raises:
             RankFailed: on the other ranks, if it raises there.
@@ -306,9 +295,6 @@ class Line:
         """Begins to ask whether all ranks say yes; returns what waits for the answer.
 
         All ranks begin each vote, and ask for its answer, in the same order.
-
-        Args:
-            yes: what this rank says.
         """
         number = self.count(f"{self._name}votes/{self.rank}")
         base = f"{self._name}vote/{number}"

@@ -16,10 +16,6 @@ class AskedStore:
     torch waits for an answer of its TCPStore without one. Over a cable that was cut nothing comes,
     not even the end of the connection, until the kernel gives it up: after some 15 minutes on
     Linux. So one thread does the asking, and is left behind where no answer comes.
-
-    Args:
-        store: torch's store.
-        limit: seconds.
     """
 
     def __init__(self, store: Any, limit: float) -> None:

@@ -54,13 +54,6 @@ def prepare(
 ) -> tuple[Any, Any]:
     """Has the backend prepare models and optimizers; one stays one, several stay several.
 
-    Args:
-        backend: the backend.
-        model: a model, or several.
-        optimizer: an optimizer, or several.
-        replicated: whether several processes share gradients by the backend's own means. False:
-            for a backend with the capability `logical_shards`.
-
     Raises:
         ValueError: if a model lies on another device, and not on the host from where the backend
             moves it.
@@ -74,10 +67,7 @@ def prepare(
         able: Any = backend
         prepared = able.prepare(*models, *optimizers, replicated=False)
     ready, steppers = list(prepared[: len(models)]), list(prepared[len(models) :])
-    return (
-        ready if is_many(model) else ready[0],
-        steppers if is_many(optimizer) else steppers[0],
-    )
+    return (ready if is_many(model) else ready[0], steppers if is_many(optimizer) else steppers[0])
 
 
 def _check_placed(model: Any, backend: Backend) -> None:

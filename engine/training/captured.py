@@ -26,8 +26,8 @@ from crosstrain.backends.placement import map_tensors
 from crosstrain.engine.digest import digest
 from crosstrain.engine.random_states import random_states_kept
 from crosstrain.engine.ranks.world import unshared
+from crosstrain.engine.spread import parameters_of
 
-from . import gradients
 from .kept import Kept
 from .options import several
 from .step_hooks import StepHooks
@@ -102,7 +102,7 @@ class Captured:
         modules = [module for model in self.models for module in model.modules()]
         found: dict[int, Tensor] = {id(p): p for model in self.models for p in model.parameters()}
         for optimizer in self.optimizers:
-            found |= {id(p): p for p in gradients.parameters_of(optimizer)}
+            found |= {id(p): p for p in parameters_of(optimizer)}
         buffers = [buffer for model in self.models for buffer in model.buffers()]
         parts = (list(map(id, modules)), list(found), list(map(id, buffers)))
         if parts != getattr(self, "_parts", parts):
@@ -113,9 +113,6 @@ class Captured:
 
     def forget(self, why: str) -> None:
         """Gives up what was recorded; the next call records it anew.
-
-        Args:
-            why: what has changed, for the log.
 
         Raises:
             BackendError: if that happens from step to step.
@@ -280,17 +277,7 @@ def _first(error: BaseException) -> BaseException:
 
 
 class _Recorded:
-    """A graph, and the memory that it works on.
-
-    Args:
-        graph: the graph.
-        statics: what the inputs are copied into.
-        given: parameters and the gradients that it adds to, where it was recorded with some.
-        left: all parameters, and the gradients that it leaves.
-        told: what the function returned; each replay writes the tensors in it.
-        rates: the learning rates.
-        hooks: those of the optimizers that it steps.
-    """
+    """A graph, and the memory that it works on."""
 
     def __init__(
         self,
@@ -329,10 +316,6 @@ class _Rates:
     """The learning rates of optimizers as tensors on the device, which a graph reads.
 
     In the groups they stay the numbers that they are: schedulers and checkpoints see these.
-
-    Args:
-        optimizers: the optimizers.
-        device: where to.
     """
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer], device: torch.device) -> None:
@@ -440,9 +423,7 @@ def _sizes(shape: Any) -> list[tuple[int, ...]]:
 
 def _held(tensor: Tensor, statics: list[Tensor]) -> Tensor:
     """Returns memory for an input like this one, with the same strides."""
-    held = torch.empty_strided(
-        tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
-    )
+    held = tensor.new_empty_strided(tensor.shape, tensor.stride())
     statics.append(held)
     return held.requires_grad_(tensor.requires_grad)
 

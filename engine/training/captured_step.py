@@ -13,7 +13,7 @@ from crosstrain.engine.dispatch import Phase
 from crosstrain.engine.events import Events
 
 from .captured import Captured
-from .step import TrainingStep, refuse_loss
+from .step import TrainingStep
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from crosstrain.engine.engine import Engine
 
     from .options import StepOptions
+
+
+_INSIDE = ("BACKWARD_STARTED", "BACKWARD_COMPLETED", "OPTIM_STEP_STARTED", "GRADIENTS_READY")
 
 
 class CapturedStep(TrainingStep):
@@ -103,11 +106,7 @@ class CapturedStep(TrainingStep):
     def _work(self, x: Any, y: Any, planned: int, is_last: bool) -> Any:
         """Is what is recorded: one iteration of a window, with the step if it is the last one."""
         backend = self.backend
-        with backend.autocast():
-            y_pred = self._forward(x)
-            loss: Any = self.loss_fn(y_pred, y)
-        if not (isinstance(loss, Tensor) and loss.requires_grad and loss.numel() == 1):
-            refuse_loss(loss)
+        y_pred, loss = self._loss_of(x, y)
         backend.backward(loss if planned == 1 else loss / planned, self.optimizer)
         results: list[StepResult] = []
         if is_last:
@@ -122,19 +121,11 @@ class CapturedStep(TrainingStep):
             super()._step(engine)
 
     def _refuse_listeners(self) -> None:
-        listeners = self._listeners
-        slots = (
-            listeners.backward_started,
-            listeners.backward_completed,
-            listeners.optim_step_started,
-            listeners.gradients_ready,
-        )
-        if not any(slot.handlers for slot in slots):
-            return
-        names = ("BACKWARD_STARTED", "BACKWARD_COMPLETED", "OPTIM_STEP_STARTED", "GRADIENTS_READY")
-        told = [name for name, slot in zip(names, slots, strict=True) if slot.handlers]
-        raise BackendError(
-            f"The step is one graph, and handlers of {', '.join(told)} are called in its middle. "
-            "Use OPTIM_STEP_COMPLETED or ITERATION_COMPLETED, where gradients are still to be "
-            "read, clip by max_norm, or leave capture out."
-        )
+        # The events before the step has been done, in their order.
+        told = [name for name, slot in zip(_INSIDE, self._listeners, strict=False) if slot.handlers]
+        if told:
+            raise BackendError(
+                f"The step is one graph, and handlers of {', '.join(told)} are called in its "
+                "middle. Use OPTIM_STEP_COMPLETED or ITERATION_COMPLETED, where gradients are "
+                "still to be read, clip by max_norm, or leave capture out."
+            )

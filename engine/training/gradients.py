@@ -17,17 +17,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from crosstrain.backends.placement import map_tensors
 from crosstrain.engine.guards import is_mapping
-from crosstrain.engine.spread import is_spread, spread_like
+from crosstrain.engine.spread import is_spread, parameters_of, spread_like
 
 if TYPE_CHECKING:
     from crosstrain.engine.data.shares import BatchShare
 
 _ZERO_GRAD = torch.optim.Optimizer.zero_grad
-
-
-def parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    """Returns the parameters that an optimizer steps, in the order of its groups."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def clear(optimizer: torch.optim.Optimizer) -> None:
@@ -48,12 +43,7 @@ def named(
     models: Iterable[tuple[str, torch.nn.Module]],
     optimizers: Iterable[tuple[str, torch.optim.Optimizer]],
 ) -> dict[str, torch.Tensor]:
-    """Names each parameter once: by its model, or, in none, by its place in an optimizer.
-
-    Args:
-        models: the models, each with its name.
-        optimizers: the optimizers, each with its name.
-    """
+    """Names each parameter once: by its model, or, in none, by its place in an optimizer."""
     found: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
     for label, model in models:
@@ -68,9 +58,10 @@ def named(
     return found
 
 
-def _named(
+def named_by_place(
     models: Sequence[torch.nn.Module], optimizers: Sequence[torch.optim.Optimizer]
 ) -> dict[str, torch.Tensor]:
+    """Names each parameter once, by the place of its model, or of its optimizer."""
     return named(_labelled("model", models), _labelled("optimizer", optimizers))
 
 
@@ -93,7 +84,7 @@ def capture(
         ValueError: if there is none, but the parameters are sharded: then torch keeps them whole,
             where nobody else can reach them.
     """
-    parameters = _named(models, optimizers)
+    parameters = named_by_place(models, optimizers)
     found = capture_named(parameters)
     if not found and any(is_spread(p) and p.requires_grad for p in parameters.values()):
         raise ValueError(
@@ -151,42 +142,28 @@ def scaled(gradient: Any, ratio: float) -> Any:
     return product if bool(product.isfinite().all()) else None
 
 
-def restore(
-    gradients: Mapping[str, Any],
-    models: Sequence[torch.nn.Module],
-    optimizers: Sequence[torch.optim.Optimizer],
-) -> None:
+def restore(gradients: Mapping[str, Any], parameters: Mapping[str, torch.Tensor]) -> None:
     """Sets the gradients to what `capture` returned; a parameter that is not in it gets none.
 
     Raises:
         ValueError: if a gradient belongs to no parameter, or to one of another shape; then nothing
             is changed.
     """
-    restore_named(gradients, _named(models, optimizers))
-
-
-def restore_named(gradients: Mapping[str, Any], parameters: Mapping[str, torch.Tensor]) -> None:
-    """Does what `restore` does, for parameters that are named."""
     saved = {name: as_tensor(gradient) for name, gradient in gradients.items()}
     for name, gradient in saved.items():
         if name not in parameters or parameters[name].shape != gradient.shape:
-            there = (
-                f"has shape {tuple(parameters[name].shape)}"
-                if name in parameters
-                else "does not exist"
-            )
+            there = "does not exist"
+            if name in parameters:
+                there = f"has shape {tuple(parameters[name].shape)}"
             raise ValueError(
                 f"The state holds a gradient of '{name}' of shape {tuple(gradient.shape)}, and "
                 f"that parameter {there} here. Load the state with models and optimizers like "
                 "those that wrote it."
             )
     for name, parameter in parameters.items():
-        found = saved.get(name)
-        if found is None:
-            parameter.grad = None
-        else:
-            whole = found.to(parameter.device, copy=True)
-            parameter.grad = spread_like(whole, parameter)
+        parameter.grad = None
+        if name in saved:
+            parameter.grad = spread_like(saved[name].to(parameter.device, copy=True), parameter)
 
 
 def rescale(optimizers: Sequence[torch.optim.Optimizer], ratio: float) -> None:
@@ -242,10 +219,6 @@ def average(models: Iterable[Any], optimizers: Iterable[torch.optim.Optimizer]) 
     """Averages over all processes the gradients that were kept from being shared so far.
 
     A window that a run's end has cut short has had no backward pass that shares them.
-
-    Args:
-        models: the models; only those in a `DistributedDataParallel` keep gradients to themselves.
-        optimizers: their optimizers.
     """
     shared = {
         id(parameter)

@@ -21,14 +21,7 @@ if TYPE_CHECKING:
 
 
 class Kept:
-    """What models, optimizers and a backend are before a rehearsal.
-
-    Args:
-        models: the models.
-        parameters: theirs and the optimizers'.
-        optimizers: the optimizers.
-        backend: the backend, with its loss scale.
-    """
+    """What models, optimizers and a backend are before a rehearsal."""
 
     def __init__(
         self,
@@ -92,11 +85,7 @@ class Kept:
         return False
 
     def check_host(self) -> None:
-        """Refuses optimizers that keep on the host what a step changes.
-
-        Raises:
-            BackendError: with the reason.
-        """
+        """Refuses optimizers that keep on the host what a step changes."""
         if digest(self._host_values()) != self._host:
             names = sorted({type(one).__name__ for one in self._optimizers})
             raise BackendError(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from crosstrain.engine.ranks.world import unshared
+from crosstrain.engine.spread import parameters_of
 
 from . import gradients
 from .captured import Captured
@@ -24,12 +25,7 @@ if TYPE_CHECKING:
 
 
 class OwnStep:
-    """The state of a process function that offers none.
-
-    Args:
-        function: the process function.
-        engine: the engine that runs it.
-    """
+    """The state of a process function that offers none."""
 
     def __init__(self, function: Callable[..., Any], engine: Engine) -> None:
         self._function = function
@@ -47,13 +43,8 @@ class OwnStep:
     def state_dict(self) -> dict[str, Any] | None:
         """Returns the gradients that the next step may use; None where there are none."""
         spent = {id(gradient) for use in self._uses.values() for gradient in use.spent()}
-        found = gradients.capture_named(
-            {
-                name: parameter
-                for name, parameter in self._named().items()
-                if parameter.grad is not None and id(parameter.grad) not in spent
-            }
-        )
+        named = self._named().items()
+        found = gradients.capture_named({n: p for n, p in named if id(p.grad) not in spent})
         return {"gradients": found} if found else None
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -69,7 +60,7 @@ class OwnStep:
                 f"{self._function} has no load_state_dict. Use the factory that made the trainer "
                 "which wrote it."
             )
-        gradients.restore_named(state["gradients"], self._named())
+        gradients.restore(state["gradients"], self._named())
 
     def _named(self) -> dict[str, torch.Tensor]:
         found = self._found()
@@ -107,7 +98,7 @@ class _Use:
 
     def note(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Takes note of a step."""
-        now = [p.grad for p in gradients.parameters_of(optimizer) if p.grad is not None]
+        now = [p.grad for p in parameters_of(optimizer) if p.grad is not None]
         if self._noted and self._cleared is not False:
             present = {id(gradient) for gradient in now}
             self._cleared = not any(id(reference()) in present for reference, _ in self._noted)

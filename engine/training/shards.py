@@ -23,12 +23,11 @@ from crosstrain.backends import BackendError
 from crosstrain.engine.data.shares import ShardedBatch, check_shards
 from crosstrain.engine.data.streams import StreamKey, seed_host
 from crosstrain.engine.random_states import random_states_kept
-from crosstrain.engine.spread import is_spread
+from crosstrain.engine.spread import is_spread, parameters_of
 
-from . import gradients
 from .arguments import prepare
 from .options import StepOptions, several
-from .step import StepEvents, TrainingStep, refuse_loss
+from .step import StepEvents, TrainingStep
 from .tree_sum import Exchange, Leaf, PartialSums, foreach, gather_into
 
 if TYPE_CHECKING:
@@ -161,7 +160,7 @@ class LogicalShards:
         for model in self.models:
             found |= {id(p): p for p in model.parameters() if p.requires_grad}
         for optimizer in self.optimizers:
-            found |= {id(p): p for p in gradients.parameters_of(optimizer) if p.requires_grad}
+            found |= {id(p): p for p in parameters_of(optimizer) if p.requires_grad}
         # In the order in which backward passes come to them, about: the last layers first.
         trained = list(found.values())[::-1]
         if list(map(id, trained)) != list(map(id, self._parameters)):
@@ -205,9 +204,6 @@ class LogicalShards:
 
         Where backward passes come to a parameter twice, as with reentrant checkpoints, nothing is
         watched: gradients are taken when a pass has ended.
-
-        Args:
-            sums: the gradients of this process's shards so far.
         """
         arrivals = _Arrivals(len(self._parameters), self._exchange, sums)
         handles: list[Any] = []
@@ -321,13 +317,7 @@ class LogicalShards:
 
 
 class _Arrivals:
-    """What the backward passes of an iteration have come to.
-
-    Args:
-        count: of how many parameters.
-        exchange: takes the gradients of the last pass; None with one process.
-        sums: those of the passes before.
-    """
+    """What the backward passes of an iteration have come to."""
 
     def __init__(self, count: int, exchange: Exchange | None, sums: PartialSums) -> None:
         self._exchange, self._sums = exchange, sums
@@ -415,13 +405,7 @@ class _Buffers:
                 foreach._foreach_copy_(self._now, self._start)
 
     def leaf(self, samples: int, total: int, first: bool) -> Leaf:
-        """Returns a shard's part of the buffers.
-
-        Args:
-            samples: how many samples the shard has.
-            total: how many the batch has.
-            first: whether it is shard 0.
-        """
+        """Returns a shard's part of the buffers."""
         if not self._start or not samples:
             return [None] * len(self)
         found: Leaf = []
@@ -450,11 +434,7 @@ class _Buffers:
         ]
 
     def found(self, counts: list[Any]) -> None:
-        """Takes note of how many samples changed each buffer in all processes.
-
-        Args:
-            counts: numbers, or tensors of one element that are not to be read.
-        """
+        """Takes note of how many samples changed each buffer in all processes."""
         self._counts = counts
 
     def take_over(self, values: Sequence[Tensor | None], total: int) -> None:
@@ -512,11 +492,7 @@ def _to_bytes(tensor: Tensor) -> Tensor:
 
 
 def _refuse(backend: Backend, models: Sequence[Any]) -> None:
-    """Refuses what adds up in an order of its own.
-
-    Raises:
-        BackendError: with the reason.
-    """
+    """Refuses what adds up in an order of its own."""
     if "logical_shards" not in backend.capabilities:
         raise BackendError(
             f"Logical shards do not go with the backend '{backend.name}:{backend.option}': it adds "
@@ -623,15 +599,10 @@ class ShardedStep(TrainingStep):
 
         def loss_of(part: Any) -> Tensor:
             x, y = self._split(part, self.backend)
-            with self.backend.autocast():
-                y_pred = self._forward(x)
-                loss: Any = self.loss_fn(y_pred, y)
-            if not (isinstance(loss, Tensor) and loss.requires_grad and loss.numel() == 1):
-                refuse_loss(loss)
+            y_pred, loss = self._loss_of(x, y)
             if self._keeps:
                 kept.append((x, y, y_pred))
-            found: Tensor = loss
-            return found
+            return loss
 
         self._filled = 0
         try:

@@ -19,6 +19,7 @@ from crosstrain.engine.errors import ResumeWarning, warn_user
 from crosstrain.engine.events import EventEnum, Events
 from crosstrain.engine.progress import is_done
 from crosstrain.engine.ranks.world import unshared
+from crosstrain.engine.spread import parameters_of
 
 from . import gradients
 from .options import StepOptions, several
@@ -91,10 +92,6 @@ class StepCounts:
 
     A fused optimizer with a loss scale skips on the device itself. What became of its steps is
     added up there, and read when somebody asks.
-
-    Args:
-        optim_steps: how often the optimizers were stepped.
-        applied_steps: how often that was applied.
     """
 
     def __init__(self, optim_steps: int = 0, applied_steps: int = 0) -> None:
@@ -119,11 +116,7 @@ class StepCounts:
         return self.optim_steps - self.skipped_steps
 
     def add(self, results: list[StepResult]) -> None:
-        """Counts a step: as skipped, if one of the optimizers was.
-
-        Args:
-            results: what became of each optimizer.
-        """
+        """Counts a step: as skipped, if one of the optimizers was."""
         self.optim_steps += 1
         waiting: list[torch.Tensor] = []
         for result in results:
@@ -243,14 +236,11 @@ class TrainingStep:
         if engine not in self._engines:
             self._engines.add(engine)
             engine.register_events(*StepEvents, event_to_attr=_COUNTERS)
-            for event, handler in (
-                (Events.STARTED, self._on_started),
-                (Events.EPOCH_COMPLETED, self._on_epoch_completed),
-                (Events.TERMINATE, self._on_end),
-                (Events.COMPLETED, self._on_end),
-            ):
-                # The other handlers evaluate and save the weights.
-                engine.add_in_phase(event, handler, Phase.FIRST)
+            # The other handlers evaluate and save the weights.
+            engine.add_in_phase(Events.STARTED, self._on_started, Phase.FIRST)
+            engine.add_in_phase(Events.EPOCH_COMPLETED, self._on_epoch_completed, Phase.FIRST)
+            engine.add_in_phase(Events.TERMINATE, self._on_end, Phase.FIRST)
+            engine.add_in_phase(Events.COMPLETED, self._on_end, Phase.FIRST)
         self._listeners = _Listeners(*(engine.slot(event) for event in StepEvents))
         self._counts.tell(engine.state)
 
@@ -315,11 +305,7 @@ class TrainingStep:
 
     def _pass(self, engine: Engine, x: Any, y: Any, filled: int) -> Any:
         """Runs the forward and the backward pass, and the step where the window is full."""
-        with self.backend.autocast():
-            y_pred = self._forward(x)
-            loss: Any = self.loss_fn(y_pred, y)
-        if not (isinstance(loss, Tensor) and loss.requires_grad and loss.numel() == 1):
-            refuse_loss(loss)
+        y_pred, loss = self._loss_of(x, y)
         # Nothing is in the window until the iteration is whole: what raises from here on drops it.
         self._filled = 0
         try:
@@ -337,6 +323,15 @@ class TrainingStep:
             raise
         self._filled = filled
         return output
+
+    def _loss_of(self, x: Any, y: Any) -> tuple[Any, Tensor]:
+        """Runs the forward pass; returns the prediction and a loss that can be trained on."""
+        with self.backend.autocast():
+            y_pred = self._forward(x)
+            loss: Any = self.loss_fn(y_pred, y)
+        if not (isinstance(loss, Tensor) and loss.requires_grad and loss.numel() == 1):
+            raise _no_loss(loss)
+        return y_pred, loss
 
     def _note_dropped(self, error: BaseException, earlier: int) -> None:
         if earlier and self._planned:
@@ -389,10 +384,7 @@ class TrainingStep:
             for optimizer in self.optimizers:
                 self.backend.unscale(optimizer)
             engine.fire_event(StepEvents.GRADIENTS_READY)
-        results: list[StepResult] = []
-        for optimizer in self.optimizers:
-            results.append(step(optimizer, max_norm))
-        self._count(engine, results)
+        self._count(engine, [step(optimizer, max_norm) for optimizer in self.optimizers])
 
     def _count(self, engine: Engine, results: list[StepResult]) -> None:
         """Counts a step of all optimizers, and tells those who listen what became of it."""
@@ -458,7 +450,9 @@ class TrainingStep:
                 f"factory capture={then}.",
                 ResumeWarning,
             )
-        gradients.restore(state["gradients"], self.models, self.optimizers)
+        gradients.restore(
+            state["gradients"], gradients.named_by_place(self.models, self.optimizers)
+        )
         self._filled, self._planned = state["filled"], state["planned"]
         self._counts = StepCounts(state["optim_steps"], state["applied_steps"])
         self._loaded = True
@@ -490,12 +484,6 @@ def _check_trainable(
 ) -> None:
     """Checks that a training step can train these models with these optimizers.
 
-    Args:
-        models: the models.
-        optimizers: the optimizers.
-        loss_fn: the loss function.
-        masters: whether the backend has optimizers step copies of the weights in place of these.
-
     Raises:
         TypeError: if the loss function cannot be called.
         ValueError: if there is no model or no optimizer, an optimizer holds no parameter of the
@@ -510,7 +498,7 @@ def _check_trainable(
     holders: dict[int, int] = {}
     for index, optimizer in enumerate(optimizers):
         _check_takes_no_closure(index, optimizer)
-        parameters = gradients.parameters_of(optimizer)
+        parameters = parameters_of(optimizer)
         if not masters and not any(id(parameter) in known for parameter in parameters):
             raise ValueError(
                 f"Optimizer {index} ({type(optimizer).__name__}) holds no parameter of the model: "
@@ -541,12 +529,8 @@ def _check_takes_no_closure(index: int, optimizer: torch.optim.Optimizer) -> Non
             )
 
 
-def refuse_loss(loss: Any) -> None:
-    """Says what is wrong with a loss that is no tensor of one element that requires grad.
-
-    Raises:
-        ValueError: always.
-    """
+def _no_loss(loss: Any) -> ValueError:
+    """Says what is wrong with a loss that is no tensor of one element that requires grad."""
     if not isinstance(loss, torch.Tensor):
         what = f"is {type(loss).__name__}, not a tensor"
     elif loss.numel() != 1:
@@ -556,4 +540,6 @@ def refuse_loss(loss: Any) -> None:
             "does not depend on a parameter that requires grad: was it detached, made under "
             "torch.no_grad(), or is the whole model frozen?"
         )
-    raise ValueError(f"loss_fn must return a tensor of one element to train on; its result {what}.")
+    return ValueError(
+        f"loss_fn must return a tensor of one element to train on; its result {what}."
+    )

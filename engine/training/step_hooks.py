@@ -7,7 +7,7 @@ is only rehearsed, and all of them have to where a graph is replayed.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,33 +22,28 @@ _MARK = "crosstrain"
 
 
 class StepHooks:
-    """The hooks of some optimizers.
-
-    Args:
-        optimizers: the optimizers.
-    """
+    """The hooks of some optimizers."""
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         self._optimizers = list(optimizers)
 
     def wait(self) -> None:
         """Waits for those who copy what a step changes."""
-        for optimizer in self._optimizers:
-            for hook in _hooks(optimizer, _BEFORE):
-                if is_repeatable(hook):
-                    hook(optimizer, (), {})
+        self._run(_BEFORE, is_repeatable)
 
     def before(self) -> None:
         """Runs what is to run before a step."""
-        for optimizer in self._optimizers:
-            for hook in _hooks(optimizer, _BEFORE):
-                hook(optimizer, (), {})
+        self._run(_BEFORE)
 
     def after(self) -> None:
         """Runs what is to run after a step."""
+        self._run(_AFTER)
+
+    def _run(self, place: str, which: Callable[[Any], bool] | None = None) -> None:
         for optimizer in self._optimizers:
-            for hook in _hooks(optimizer, _AFTER):
-                hook(optimizer, (), {})
+            for hook in list(getattr(optimizer, place, {}).values()):
+                if which is None or which(hook):
+                    hook(optimizer, (), {})
 
     @contextmanager
     def silenced(self) -> Generator[list[torch.optim.Optimizer], None, None]:
@@ -73,7 +68,3 @@ class StepHooks:
                 added = {k: hook for k, hook in table.items() if k not in before and k != _MARK}
                 table.clear()
                 table.update({**before, **added})
-
-
-def _hooks(optimizer: torch.optim.Optimizer, place: str) -> list[Any]:
-    return list(getattr(optimizer, place, {}).values())

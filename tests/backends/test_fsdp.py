@@ -106,7 +106,7 @@ def test_gradients_in_a_window_are_saved_or_refused() -> None:
             found = gradients.capture([model], [optimizer])
             assert all(type(value) is torch.Tensor for value in found.values())
             optimizer.zero_grad()
-            gradients.restore(found, [model], [optimizer])
+            gradients.restore(found, gradients.named_by_place([model], [optimizer]))
             weight = model[0].weight
             assert type(weight.grad) is type(weight)
             assert torch.equal(weight.grad.full_tensor(), found["model.0.weight"])

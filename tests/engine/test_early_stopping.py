@@ -11,6 +11,7 @@ import ignite.engine
 import ignite.handlers
 import pytest
 import torch
+from differential import nothing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits
@@ -18,10 +19,6 @@ from torch import nn
 
 import crosstrain.engine
 from crosstrain.engine import EarlyStopping, Engine, Events
-
-
-def nothing(engine: Any, batch: Any) -> None:
-    """A step that does nothing."""
 
 
 def stopped_at(library: Any, handler: Any, scores: list[float], **options: Any) -> list[Any]:

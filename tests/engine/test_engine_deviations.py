@@ -13,23 +13,10 @@ from typing import Any
 
 import ignite.engine
 import pytest
-from differential import IGNITE, OURS, Expected, Trace, Unsized, trace
+from differential import IGNITE, OURS, Expected, Trace, Unsized, names, nothing, trace
 from ignite.handlers import TimeLimit
 
 from crosstrain.engine import DataUsedUp, EmptyData, Engine, Events
-
-
-def nothing(engine: Any, batch: Any) -> None:
-    """A step that does nothing."""
-
-
-def names(engine: Engine, *watched: Events) -> list[str]:
-    """Collects the names of events as they fire, all but EXCEPTION_RAISED unless told."""
-    fired: list[str] = []
-    for event in watched or [event for event in Events if event != Events.EXCEPTION_RAISED]:
-        engine.add_event_handler(event, lambda *args, name=event.name, **kwargs: fired.append(name))
-    return fired
-
 
 # ---------------------------------------------------------------- data that is used up
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from differential import Expected
+from differential import Expected, nothing
 
 from crosstrain.engine import (
     Engine,
@@ -21,10 +21,6 @@ from crosstrain.engine import (
     create_supervised_trainer,
     resume_or_start,
 )
-
-
-def nothing(engine: Any, batch: Any) -> None:
-    """A step that does nothing."""
 
 
 def fails_at_three(engine: Any, batch: Any) -> None:

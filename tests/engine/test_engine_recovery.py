@@ -6,14 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from differential import Expected, Unsized
+from differential import Expected, Unsized, nothing
 from torch.utils.data import DataLoader
 
 from crosstrain.engine import Engine, Events
-
-
-def nothing(engine: Any, batch: Any) -> None:
-    """A step that does nothing."""
 
 
 class Failing:

@@ -5,21 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from differential import IGNITE, OURS, Expected
+from differential import IGNITE, OURS, Expected, names, nothing
 
 from crosstrain.engine import CallableEventWithFilter, Engine, EventEnum, Events
-
-
-def nothing(engine: Any, batch: Any) -> None:
-    """A step that does nothing."""
-
-
-def names(engine: Engine, *watched: Events) -> list[str]:
-    """Collects the names of events as they fire, all but EXCEPTION_RAISED unless told."""
-    fired: list[str] = []
-    for event in watched or [event for event in Events if event != Events.EXCEPTION_RAISED]:
-        engine.add_event_handler(event, lambda *args, name=event.name, **kwargs: fired.append(name))
-    return fired
 
 
 def always_fails(engine: Any, batch: Any) -> None:

@@ -12,6 +12,7 @@ import ignite.engine
 import ignite.handlers
 import pytest
 import torch
+from differential import nothing
 
 import crosstrain.engine
 from crosstrain.engine import (
@@ -22,10 +23,6 @@ from crosstrain.engine import (
     HandlersTimeProfiler,
     convert_tensor,
 )
-
-
-def nothing(engine: Any, batch: Any) -> None:
-    """A step that does nothing."""
 
 
 def profiled(library: Any, kind: Callable[[], Any]) -> Any:

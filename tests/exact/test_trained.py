@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from composition_kept import KINDS
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
 
 from crosstrain.engine import (
     Checks,
@@ -107,6 +112,38 @@ def _function(model: nn.Sequential, optimizer: Any, draw: Callable[[], float]) -
     model[1] = Applied()
 
 
+def _set_forward(model: nn.Sequential, optimizer: Any, draw: Callable[[], float]) -> None:
+    forward = model[1].forward
+    model[1].forward = lambda x: forward(x) + draw()
+
+
+def _set_step(model: nn.Sequential, optimizer: Any, draw: Callable[[], float]) -> None:
+    step = optimizer.step
+
+    def stepped(self: Any, closure: Any = None) -> Any:
+        _rated(optimizer, draw)
+        return step(closure)
+
+    optimizer.step = types.MethodType(stepped, optimizer)
+    # It wraps the step in its turn.
+    torch.optim.lr_scheduler.StepLR(optimizer, 2)
+
+
+def _rated(optimizer: Any, draw: Callable[[], float]) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1 * draw()
+
+
+def _hook_of_all_modules(model: nn.Sequential, optimizer: Any, draw: Callable[[], float]) -> Any:
+    return register_module_forward_hook(
+        lambda module, given, found: found + draw() if module is model[1] else None
+    )
+
+
+def _hook_of_all_optimizers(model: Any, optimizer: Any, draw: Callable[[], float]) -> Any:
+    return register_optimizer_step_post_hook(lambda *_: _rated(optimizer, draw))
+
+
 PLACES: dict[str, tuple[Place, str]] = {
     "a forward hook": (_forward_hook, "a forward hook of model.0"),
     "a forward pre-hook": (_pre_hook, "a forward pre-hook of model.1"),
@@ -114,6 +151,10 @@ PLACES: dict[str, tuple[Place, str]] = {
     "a hook of a parameter": (_tensor_hook, "a hook of model.0.weight"),
     "a hook after a gradient": (_gradient_hook, "a hook after its gradient of model.0.weight"),
     "a hook of an optimizer": (_step_hook, "a step pre-hook of optimizer"),
+    "a forward set on a module": (_set_forward, "the forward of model.1"),
+    "a step set on an optimizer": (_set_step, "the step of optimizer"),
+    "a hook of all modules": (_hook_of_all_modules, "a forward hook of all modules"),
+    "a hook of all optimizers": (_hook_of_all_optimizers, "a step post-hook of all optimizers"),
     "an optimizer's step": (_step, "the step of optimizer"),
     "a function with a gradient of its own": (_function, "the forward of model.1"),
     "an attribute": (_attribute, "the forward of model.1"),
@@ -158,8 +199,7 @@ def _told(
     loss = nn.functional.mse_loss if loss is None else loss
     weights = [*model.parameters(), *(loss.parameters() if isinstance(loss, nn.Module) else ())]
     optimizer = torch.optim.SGD(weights, 0.1)
-    if place is not None:
-        place(model, optimizer, draw)
+    hook = None if place is None else place(model, optimizer, draw)
     trainer = create_supervised_trainer(
         model, optimizer, loss, backend="cpu", deterministic=True, checks=checks
     )
@@ -168,6 +208,8 @@ def _told(
         for epochs in (1, 2):
             trainer.run([(torch.ones(1, 2), torch.ones(1, 1))] * 3, max_epochs=epochs)
             trainer.state_dict()
+    if isinstance(hook, RemovableHandle):
+        hook.remove()
     return [str(one.message) for one in caught if "A resumed run will" in str(one.message)]
 
 
@@ -181,6 +223,14 @@ def test_what_a_hook_or_a_forward_keeps_is_told_by_where_it_is(
     assert len(said) == 1, said
     assert called in said[0]
     assert not _told(put, make(), Checks(unnamed="off"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whatever_keeps_something_of_its_calls_is_told_by_what_it_is(kind: str) -> None:
+    make, words = KINDS[kind]
+    said = _told(_attribute, make())
+    assert len(said) == 1, said
+    assert any(word in said[0] for word in words), said
 
 
 class Saved(Drawing):

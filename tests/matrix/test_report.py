@@ -63,7 +63,7 @@ def test_an_outcome_survives_json(
         ({"losses": "1.0"}, "losses is a list"),
         ({"figures": {"a": [1]}}, r"figures\['a'\]"),
         ({"versions": {"torch": 2}}, r"versions\['torch'\]: 2 is not a str"),
-        ({"hardware": {"machine": "here"}}, "hardware has the keys"),
+        ({"hardware": {"machine": "here"}}, "hardware: missing keys"),
         ({"hardware": {"machine": "here", "cores": 0, "devices": []}}, "0 is not a number of"),
         ({"spec": ""}, "spec is empty"),
         ({"colour": "green"}, r"unknown keys \['colour'\]"),

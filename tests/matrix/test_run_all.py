@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from crosstrain.ci.matrix.outcome import Outcome
-from crosstrain.ci.matrix.run_all import MARK, Cell, CellPlan, run_cells
+from crosstrain.ci.matrix.outcome import Cell, Outcome
+from crosstrain.ci.matrix.run_all import MARK, CellPlan, run_cells
 
 # Plays the part that the scenario's name says.
 STAND_IN = """
@@ -85,9 +85,6 @@ class Listener:
 
     def ended(self, outcome: Outcome) -> None:
         self.events.append(f"ended {outcome.scenario}")
-
-    def waited(self) -> None:
-        pass
 
 
 @pytest.fixture

@@ -8,10 +8,12 @@ as bad as none.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import composition_kept as kept
 import composition_parts as parts
 
 if TYPE_CHECKING:
@@ -60,7 +62,10 @@ def without(composition: Composition, causes: Sequence[Cause]) -> Composition:
     """Returns a composition with harmless blocks in some causes' places."""
     for cause in causes:
         for name, value in cause.changes:
-            if name == "handler":
+            if name == "kept":
+                left = tuple(one for one in composition.kept if one != value)
+                composition = dataclasses.replace(composition, kept=left)
+            elif name == "handler":
                 left = tuple(one for one in composition.handlers if one[0] != value)
                 composition = dataclasses.replace(composition, handlers=left)
             elif name.startswith("draws "):
@@ -116,6 +121,10 @@ def causes_of(composition: Composition, hidden: Iterable[tuple[Any, str]]) -> li
     if composition.optimizer == "counting":
         words = (("Counting", "count"), ("optimizer", "count"))
         found.append(Cause("the optimizer", words, (("optimizer", "sgd"),)))
+    for place, kind in composition.kept:
+        if place in kept.places_of(composition):
+            words = tuple(itertools.product(kept.PLACES[place][1], kept.KINDS[kind][1]))
+            found.append(Cause(f"{kind} in {place}", words, (("kept", (place, kind)),)))
     for name, _, _ in composition.handlers:
         if name in _HANDLERS:
             found.append(Cause(f"what {name}", _HANDLERS[name], (("handler", name),)))

@@ -588,6 +588,7 @@ class Net(nn.Module):
         self.norm = nn.BatchNorm1d(6) if kind == "norm" else nn.Identity()
         self.drop = nn.Dropout(0.2)
         self.last = nn.Linear(6, 1)
+        self.tail = nn.Identity()
         self.steps = 0
         self.average: torch.Tensor
         self.register_buffer("average", torch.zeros(6), persistent=kind == "saved buffer")
@@ -598,7 +599,8 @@ class Net(nn.Module):
             self.average.mul_(0.9).add_(hidden.detach().mean(0), alpha=0.1)
         if self.kind == "counts" and self.training:
             self.steps += 1
-        return self.last(self.drop(hidden.relu() + self.average)) / (1 + 0.1 * self.steps)
+        found = self.tail(self.last(self.drop(hidden.relu() + self.average)))
+        return found / (1 + 0.1 * self.steps)
 
 
 NETS = ("plain", "norm", "buffer", "saved buffer", "counts")

@@ -17,11 +17,12 @@ import random
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import composition_kept as kept
 import composition_parts as parts
 import torch
 from composition_causes import Cause, causes_of, without
@@ -193,6 +194,7 @@ class Composition:
     saving: str
     scheduler: bool
     loader: str = "plain"
+    kept: tuple[tuple[str, str], ...] = ()
 
     def text(self) -> str:
         """Returns it as one line."""
@@ -204,7 +206,8 @@ class Composition:
         values = json.loads(text)
         for name in ("draws", "workers"):
             values[name] = tuple(values[name])
-        values["handlers"] = tuple(map(tuple, values["handlers"]))
+        for name in ("handlers", "kept"):
+            values[name] = tuple(map(tuple, values.get(name, ())))
         return cls(**values)
 
 
@@ -232,6 +235,10 @@ def compose(seed: int) -> Composition:
         saving=chosen(SAVING),
         scheduler=choose.random() < 0.3,
         loader=chosen(("plain", "plain", *parts.LOADERS)),
+        kept=tuple(
+            (chosen(tuple(kept.PLACES)), chosen(tuple(kept.KINDS)))
+            for _ in range(choose.choice((0, 1, 1)))
+        ),
     )
 
 
@@ -268,7 +275,9 @@ class Made:
             self.others = _cycle(
                 parts.DataLoader(parts.Mapped("nothing", choose), batch_size=2, shuffle=True)
             )
-        self.trainer = self._trainer(backend)
+        self.undo: list[Callable[[], None]] = []
+        draws = [(place, kept.KINDS[kind][0]()) for place, kind in composition.kept]
+        self.trainer = self._trainer(backend, dict(draws))
         self.evaluator = create_supervised_evaluator(self.model, backend=backend)
         workers, stay = composition.workers[resumed], composition.persistent
         self.held_out = parts.DataLoader(
@@ -279,6 +288,9 @@ class Made:
             persistent_workers=stay and workers > 0,
         )
         self.to_save: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer}
+        for place, draw in draws:
+            if place in kept.places_of(composition):
+                kept.PLACES[place][0](self, draw)
         if composition.scheduler:
             scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 2, 0.7)
             self.to_save["scheduler"] = scheduler
@@ -290,12 +302,14 @@ class Made:
                 Events.ITERATION_COMPLETED(every=2), lambda: _use(self, next(self.others))
             )
 
-    def _trainer(self, backend: Any) -> Engine:
+    def _trainer(self, backend: Any, draws: Mapping[str, Callable[[], float]]) -> Engine:
         composition = self.composition
-        loss = nn.functional.binary_cross_entropy_with_logits
+        loss = kept.loss_by(draws)
         if composition.step != "own":
             many = {"window of 2": 2, "window of 3": 3}.get(composition.step, 1)
             prepare = self._with_others if composition.second == "in the step" else None
+            if "the step" in draws:
+                prepare = kept.prepare_by(draws["the step"], prepare)
             return create_supervised_trainer(
                 self.model,
                 self.optimizer,
@@ -306,9 +320,11 @@ class Made:
                 prepare_batch=prepare,
             )
         backend.prepare(self.model, self.optimizer)
+        scale = draws.get("the step", lambda: 1.0)
 
         def step(engine: Any, batch: Any) -> float:
             x, y = batch if self.composition.second != "in the step" else self._with_others(batch)
+            x = x * scale()
             self.model.train()
             self.optimizer.zero_grad()
             value = loss(self.model(x), y)
@@ -380,6 +396,7 @@ def play(
         kill: after which iteration it is killed; None: it runs to its end.
     """
     played = Played([], None, None, [], [])
+    made = None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -392,6 +409,8 @@ def play(
             played.error = error
         except Exception as error:  # noqa: BLE001  judged by its kind
             played.error = error
+    for undo in made.undo if made is not None else ():
+        undo()
     played.said = [
         str(item.message)
         for item in caught

@@ -218,6 +218,18 @@ def same(scenario: Scenario, watch: Iterable[str] = EVENTS) -> list[Row]:
     return ours
 
 
+def nothing(engine: Any, batch: Any) -> None:
+    """A step that does nothing."""
+
+
+def names(engine: Any, *watched: Any) -> list[str]:
+    """Collects the names of events as they fire, all but EXCEPTION_RAISED unless told."""
+    fired: list[str] = []
+    for event in watched or [one for one in OURS.Events if one != OURS.Events.EXCEPTION_RAISED]:
+        engine.add_event_handler(event, lambda *args, name=event.name, **kwargs: fired.append(name))
+    return fired
+
+
 class Unsized:
     """Data that can be iterated again and again, and does not tell its length."""
 

@@ -54,20 +54,26 @@ def network(drawn: bool) -> torch.nn.Module:
     )
 
 
-def run(spec: str, folder: Path, *, drawn: bool = True) -> dict[str, Any]:
-    """Trains two epochs, going on from a folder's checkpoint; returns what came of it."""
+def trained(
+    spec: str,
+    loss_fn: Any = torch.nn.functional.cross_entropy,
+    *,
+    drawn: bool = True,
+    fused: bool = True,
+    **options: Any,
+) -> tuple[Any, torch.nn.Module, torch.optim.Optimizer]:
+    """Returns a trainer, its model and its optimizer, always of the same weights."""
     manual_seed(3)
     model = network(drawn)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, fused=True)
-    trainer = create_supervised_trainer(
-        model,
-        optimizer,
-        steep,
-        backend=spec,
-        deterministic=True,
-        max_norm=1.0,
-        gradient_accumulation_steps=3,
-    )
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, fused=fused)
+    options = {"backend": spec, "deterministic": True, **options}
+    return create_supervised_trainer(model, optimizer, loss_fn, **options), model, optimizer
+
+
+def run(spec: str, folder: Path, *, drawn: bool = True) -> dict[str, Any]:
+    """Trains two epochs, going on from a folder's checkpoint; returns what came of it."""
+    options = {"max_norm": 1.0, "gradient_accumulation_steps": 3}
+    trainer, model, optimizer = trained(spec, steep, drawn=drawn, **options)
     objects = {"model": model, "optimizer": optimizer}
     resume_or_start(trainer, objects, folder, every=1, n_saved=None, overlap=True)
     trainer.run(rows(ROWS), max_epochs=2)
@@ -112,18 +118,8 @@ def ports(folder: Path) -> dict[str, Any]:
 
 def _shared(spec: str, shards: int | None) -> list[float]:
     """Trains a model of which the processes of this world each have a part of every batch."""
-    manual_seed(3)
-    model = network(drawn=shards is not None)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, fused=True)
-    trainer = create_supervised_trainer(
-        model,
-        optimizer,
-        torch.nn.functional.cross_entropy,
-        backend=spec,
-        deterministic=True,
-        gradient_accumulation_steps=2,
-        shards=shards,
-    )
+    options: dict[str, Any] = {"gradient_accumulation_steps": 2, "shards": shards}
+    trainer, model, _ = trained(spec, drawn=shards is not None, **options)
     trainer.run(rows(24), max_epochs=1)
     assert next(model.parameters()).device.type == spec.partition(":")[0]
     found: list[Any] = [parameter.detach() for parameter in model.parameters()]
@@ -145,18 +141,8 @@ def ranks(folder: Path) -> dict[str, Any]:
 
 def reads(spec: str, *, fused: bool = True, scheduler: bool = False, bar: int | None = None) -> Any:
     """Counts what 100 steady steps read; with a bar, one that shows the loss each `bar` steps."""
-    manual_seed(3)
-    model = network(drawn=True)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, fused=fused)
-    trainer = create_supervised_trainer(
-        model,
-        optimizer,
-        torch.nn.functional.cross_entropy,
-        backend=spec,
-        deterministic=True,
-        max_norm=1.0,
-        gradient_accumulation_steps=2,
-    )
+    options = {"max_norm": 1.0, "gradient_accumulation_steps": 2}
+    trainer, _, optimizer = trained(spec, fused=fused, **options)
     if scheduler:
         schedule = torch.optim.lr_scheduler.StepLR(optimizer, 10)
         trainer.add_event_handler(StepEvents.OPTIM_STEP_APPLIED, lambda: schedule.step())

@@ -13,7 +13,7 @@ from trace_runs import ITERATIONS, build, traced
 
 from crosstrain.ci import TraceRecorder
 from crosstrain.ci.traces.diff import first_difference
-from crosstrain.ci.traces.digest import Digester, salt, tensors_of
+from crosstrain.ci.traces.digest import Digester, tensors_of
 from crosstrain.ci.traces.file import Thing, Trace, TraceError
 from crosstrain.engine import (
     DeterministicEngine,
@@ -26,7 +26,8 @@ SPECS = ("cpu", "cpu:bf16", "cpu:fp16")
 
 
 def digest(tensor: torch.Tensor) -> int:
-    return (int(Digester().digest(tensor)) + salt(tensor)) % 2**64
+    digester = Digester()
+    return (int(digester.digest(tensor)) + digester.salt(tensor)) % 2**64
 
 
 # ---------------------------------------------------------------- digests
