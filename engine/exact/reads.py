@@ -12,8 +12,6 @@ from typing import Any, Final, NamedTuple
 
 from .unnamed import is_others, layers_of
 
-__all__ = ["ALL", "WRITES", "Use", "names_read_of_state", "uses_of", "uses_of_self"]
-
 #: What changes a collection and does not look at it.
 WRITES: Final = frozenset(
     {
