@@ -8,7 +8,7 @@ and `exact`.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,6 +21,7 @@ from crosstrain.engine.data.own_data import own_data
 from crosstrain.engine.data.sampling import ReproducibleBatchSampler, update_dataloader
 from crosstrain.engine.data.shares import BatchShare, Shards, check_shards, world_of
 from crosstrain.engine.data.streams import ALL_STREAMS, StreamKey
+from crosstrain.engine.exact.attached import Attached
 from crosstrain.engine.exact.fetches import Fetched, who_fetches
 from crosstrain.engine.exact.forgotten import SCALARS, Forgotten
 from crosstrain.engine.exact.laid_over import LaidOver
@@ -50,6 +51,7 @@ from crosstrain.engine.training.own_step import OwnStep
 from .engine import Engine
 from .errors import ResumeWarning, warn_user
 from .events import Events
+from .place import Place
 from .progress import data_length
 from .proof import Checks, Proof
 from .random_states import random_states, random_states_kept, restore_random_states
@@ -170,6 +172,7 @@ class DeterministicEngine(Engine):
         self._told_unnamed = False
         # What the step and handlers refer to, as the run's first epoch begins.
         self._begun: Forgotten | None = None
+        self._attached = Attached()
         self._told: set[str] = set()
         # The data, and which loaders handlers fetch from, it or others.
         self._fetches: tuple[Any, Fetched] | None = None
@@ -237,6 +240,7 @@ class DeterministicEngine(Engine):
         if self.checks.unnamed != "off":
             self._tell_unnamed()
             self._tell_forgotten()
+            self._tell_attached(values["progress"]["ended"])
             self._tell_lost()
         values["structure"] = self._structure.record(self._structured())
         values["environment"] = self._environment()
@@ -280,7 +284,8 @@ class DeterministicEngine(Engine):
                 continue
             known.add(id(value))
             if isinstance(value, torch.nn.Module):
-                known |= {id(one) for one in (*value.parameters(), *value.buffers())}
+                parts = (*value.modules(), *value.parameters(), *value.buffers())
+                known |= {id(part) for part in parts}
             # As they are now. Numbers and words are one object wherever they stand.
             for owner in holders_of_state(value):
                 held = getattr(owner, "__dict__", {}).values()
@@ -319,6 +324,26 @@ class DeterministicEngine(Engine):
                 "other things in an object that has one, or in trainer.state, with their names in "
                 "trainer.state_dict_user_keys. If what is trained does not depend on it: "
                 "checks=Checks(unnamed='off').",
+                self.checks.unnamed,
+            )
+
+    def _called(self) -> Iterator[tuple[str, Any, bool]]:
+        """Yields the step and the handlers, what to call each, and whether it lasts."""
+        yield "the step", self._process_function, True
+        yield from self._handlers.all_handlers()
+
+    def _tell_attached(self, ended: bool) -> None:
+        """Says what handlers have attached, removed or exchanged since the run began."""
+        changed = self._attached.changed(self._called(), self._structured(), ended)
+        if changed := [what for what in changed if what not in self._told]:
+            self._told.update(changed)
+            Proof().differs(
+                "A resumed run will begin with the handlers, hooks and modules that the script "
+                f"sets up, and this one has changed {'; '.join(changed)}. Attach handlers and "
+                "hooks before the run, and have them ask how far it is (Events.X(after=...), "
+                "trainer.state), or change the same in a handler of STARTED when "
+                "trainer.state.iteration says so. If what is trained does not depend on it, or "
+                "such a handler is there: checks=Checks(unnamed='off').",
                 self.checks.unnamed,
             )
 
@@ -596,6 +621,7 @@ class DeterministicEngine(Engine):
 
     def _begins(self) -> None:
         self._begun = self._fetches = None
+        self._attached.begin()
         self.state.seed = agreed_seed(self.state.seed, self.backend)
         self._cursor.watch(self.state.dataloader)
         snapshot = self._full_snapshot()
@@ -623,7 +649,14 @@ class DeterministicEngine(Engine):
                 self._repeat_beginning(snapshot)
         if self._begun is None and self.checks.unnamed != "off":
             self._begun = self._forgotten()
+        if self.checks.unnamed != "off":
+            self._attached.epoch_begins(self._called(), self._structured())
         self._epoch_states = random_states(self.backend)
+
+    def _run_batches(self, place: Place) -> Generator[None, None, None]:
+        if self.checks.unnamed != "off" and self.has_users_handler(Events.EPOCH_STARTED):
+            self._attached.batches_begin(self._called(), self._structured())
+        yield from super()._run_batches(place)
 
     def _ends(self) -> None:
         snapshot = self._full_snapshot()

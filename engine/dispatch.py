@@ -275,6 +275,17 @@ class HandlerTable:
                 if window is not None and window[-1] is not None:
                     yield f"{_name_of(window[-1])} (a filter of {name})", window[-1]
 
+    def all_handlers(self) -> Iterator[tuple[str, Callable[..., Any], bool]]:
+        """Yields the handlers of all events, what to call each, and whether it is called for good.
+
+        One that waits for a count, by `once`, is not: removed when that has come, it is not missed.
+        """
+        for name, slot in self._slots.items():
+            for handler, _, extra in slot.bindings():
+                window = None if extra is None else extra[2]
+                lasts = window is None or window[2] is None
+                yield f"{_name_of(handler)} (a handler of {name})", handler, lasts
+
     def bind(
         self,
         engine: Any,

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from .guards import is_exact_list, is_exact_tuple, is_mapping
-from .nests import Path, has, is_branch, unwrap, walk_objects
+from .nests import Path, has, map_objects, unwrap, walk_objects
 
 
 @dataclass
@@ -125,28 +125,21 @@ def parameter_names(objects: Mapping[str, Any]) -> dict[Path, list[str]]:
         named by its place.
     """
     known: dict[int, str] = {}
-    leaves = list(_leaves(objects, ()))
+    leaves: list[tuple[Path, Any]] = []
+    map_objects(lambda value, path: leaves.append((path, value)), objects)
     for path, value in leaves:
         if isinstance(value, torch.nn.Module):
             for name, parameter in unwrap(value).named_parameters():
                 known.setdefault(id(parameter), ".".join([*map(str, path), name]))
     return {
-        path: [known.get(id(p), str(place)) for place, p in enumerate(_parameters(value))]
+        path: [known.get(id(p), str(place)) for place, p in enumerate(parameters_of(value))]
         for path, value in leaves
         if isinstance(value, torch.optim.Optimizer)
     }
 
 
-def _leaves(value: Any, path: Path) -> Iterator[tuple[Path, Any]]:
-    if not is_branch(value):
-        yield path, value
-        return
-    items: Any = value.items() if is_mapping(value) else enumerate(value)
-    for key, item in items:
-        yield from _leaves(item, (*path, key))
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """Returns the parameters that an optimizer steps, in the order of its groups."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
@@ -195,7 +188,7 @@ def spread(target: Any, state: Any) -> Any:
                 made[name] = spread_like(state[name], like)
         return made
     if isinstance(target, torch.optim.Optimizer) and is_mapping(state.get("state")):
-        parameters = _parameters(target)
+        parameters = parameters_of(target)
         if not any(map(is_spread, parameters)):
             return state
         states = {

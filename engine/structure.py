@@ -74,7 +74,8 @@ def _parameters(module: Module) -> dict[str, torch.nn.Parameter]:
     return {_plain_name(name): parameter for name, parameter in module.named_parameters()}
 
 
-def _modules(module: Module) -> dict[str, Module]:
+def modules_of(module: Module) -> dict[str, Module]:
+    """Returns a module and those in it, by path, without what wrappers put into that."""
     # The one inside a wrapper comes after it and takes its place.
     return {_plain_name(name): one for name, one in module.named_modules()}
 
@@ -154,7 +155,7 @@ class Structure:
             },
             "attributes": {name: self._changed_attributes(name, v) for name, v in objects.items()},
             "optimizers": {
-                name: [[names.get(id(p), "") for p in g["params"]] for g in value.param_groups]
+                name: _groups(value, names)
                 for name, value in objects.items()
                 if isinstance(value, Optimizer)
             },
@@ -173,7 +174,7 @@ class Structure:
         return {
             "frozen": [n for n, p in _parameters(module).items() if not p.requires_grad],
             "training": mode,
-            "other mode": [n for n, one in _modules(module).items() if one.training != mode],
+            "other mode": [n for n, one in modules_of(module).items() if one.training != mode],
             "buffers": {
                 own: self._record_buffer(f"{name}.{own}", owner._buffers[key])
                 for own, owner, key in _unsaved_buffers(module)
@@ -239,7 +240,7 @@ class Structure:
         if gone := [f"{name}.{own}" for own in frozen if own not in parameters]:
             found.different.append(f"{_few(gone)} wanted no gradients then, and is not there now")
         others = set(then["other mode"])
-        for own, one in _modules(module).items():
+        for own, one in modules_of(module).items():
             mode = then["training"] != (own in others)
             if one.training != mode:
                 # Not train(): it changes all modules inside.
@@ -294,7 +295,7 @@ def rebuild_groups(record: Mapping[str, Any] | None, objects: Mapping[str, Any])
         optimizer = objects.get(name)
         if not isinstance(optimizer, Optimizer):
             continue
-        now = [[names.get(id(p), "") for p in g["params"]] for g in optimizer.param_groups]
+        now = _groups(optimizer, names)
         more = groups[len(now) :]
         if now != groups[: len(now)] or not all(n in known for group in more for n in group):
             continue
@@ -318,10 +319,15 @@ def _names(objects: Mapping[str, Any]) -> dict[int, str]:
     return found
 
 
+def _groups(optimizer: Optimizer, names: Mapping[int, str]) -> list[list[str]]:
+    """Returns the names of the parameters in each group of an optimizer; "" for one without."""
+    return [[names.get(id(p), "") for p in group["params"]] for group in optimizer.param_groups]
+
+
 def _holders(value: Any) -> dict[str, Any]:
     """Returns what may have attributes of its own: an optimizer, or a module's modules, by path."""
     if isinstance(value, Module):
-        return {f"{name}." if name else "": one for name, one in _modules(value).items()}
+        return {f"{name}." if name else "": one for name, one in modules_of(value).items()}
     return {"": value}
 
 
@@ -353,7 +359,7 @@ def _other_groups(
     name: str, optimizer: Optimizer, then: Sequence[Sequence[str]], names: Mapping[int, str]
 ) -> list[str]:
     """Returns how an optimizer's groups differ from those of a record, as phrases."""
-    now = [[names.get(id(p), "") for p in g["params"]] for g in optimizer.param_groups]
+    now = _groups(optimizer, names)
     if len(now) != len(then):
         return [f"{name} had {len(then)} parameter groups, and has {len(now)}"]
     found: list[str] = []

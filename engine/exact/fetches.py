@@ -30,8 +30,6 @@ from crosstrain.engine.progress import data_length
 from .forgotten import UsesWalk
 from .reads import Use
 
-__all__ = ["Fetched", "who_fetches"]
-
 
 @dataclass
 class Fetched:

@@ -55,8 +55,6 @@ from .unnamed import (
     variables_of,
 )
 
-__all__ = ["SCALARS", "Forgotten", "UsesWalk"]
-
 _DEPTH: Final = 6
 _SEEN: Final = 4000
 _ENTRIES: Final = 4096

@@ -18,8 +18,6 @@ from torch.optim import Optimizer
 
 from crosstrain.engine.guards import is_mapping
 
-__all__ = ["LaidOver"]
-
 
 class LaidOver:
     """Keeps copies of the states of objects, and puts them back where they have changed.

@@ -16,8 +16,6 @@ from .snapshot import differences, load_step, step_state
 if TYPE_CHECKING:
     from crosstrain.backends import Backend
 
-__all__ = ["port"]
-
 
 def port(
     snapshot: Mapping[str, Any],

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from crosstrain.backends import Backend
     from crosstrain.engine.engine import Engine
 
-__all__ = ["RANKS", "SHARDS", "check_same_shards", "gathered", "own_part"]
-
 #: The key of a state that holds what differs between the ranks.
 RANKS: Final = "ranks"
 #: What the number of logical shards is called among the conditions of a run.

@@ -14,8 +14,6 @@ from crosstrain.engine.guards import is_others
 
 from .unnamed import layers_of
 
-__all__ = ["ALL", "WRITES", "Use", "names_read_of_state", "uses_of", "uses_of_self"]
-
 #: What changes a collection and does not look at it.
 WRITES: Final = frozenset(
     {

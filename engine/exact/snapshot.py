@@ -17,18 +17,6 @@ from crosstrain.engine.errors import ResumeWarning, warn_user
 if TYPE_CHECKING:
     from crosstrain.backends import Backend
 
-__all__ = [
-    "FORMAT",
-    "KEYS",
-    "OPTIONAL_KEYS",
-    "check_keys",
-    "differences",
-    "environment",
-    "load_step",
-    "report_differences",
-    "step_state",
-]
-
 FORMAT: Final = 1
 KEYS: Final = frozenset(
     {

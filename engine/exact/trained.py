@@ -18,8 +18,6 @@ from torch.optim import optimizer as torch_optimizer
 
 from crosstrain.engine.guards import is_others
 
-__all__ = ["functions_held", "functions_of_trained", "holders_of_state", "hooks_of_all"]
-
 # By which of its methods a module says what its state is.
 _STATES: Final = ("state_dict", "get_extra_state", "_save_to_state_dict")
 # Where hooks are kept, and what to call them.

@@ -31,21 +31,6 @@ from crosstrain.engine.guards import OTHER_PACKAGES, is_others, is_users_object
 
 from .trained import functions_of_trained
 
-__all__ = [
-    "GLOBAL_GENERATORS",
-    "TORCHS_OWN",
-    "TRAINED",
-    "attributes_of",
-    "functions_in",
-    "functions_of",
-    "is_source",
-    "is_users_file",
-    "layers_of",
-    "methods_in",
-    "unnamed_sources",
-    "variables_of",
-]
-
 #: What a checkpoint has by torch's own state of it, and nothing else.
 TRAINED: Final = (torch.nn.Module, Optimizer)
 #: The attributes that torch gives each of them.

@@ -26,8 +26,8 @@ from crosstrain.backends.placement import map_tensors
 from crosstrain.engine.digest import digest
 from crosstrain.engine.random_states import random_states_kept
 from crosstrain.engine.ranks.world import unshared
+from crosstrain.engine.spread import parameters_of
 
-from . import gradients
 from .kept import Kept
 from .options import several
 from .step_hooks import StepHooks
@@ -102,7 +102,7 @@ class Captured:
         modules = [module for model in self.models for module in model.modules()]
         found: dict[int, Tensor] = {id(p): p for model in self.models for p in model.parameters()}
         for optimizer in self.optimizers:
-            found |= {id(p): p for p in gradients.parameters_of(optimizer)}
+            found |= {id(p): p for p in parameters_of(optimizer)}
         buffers = [buffer for model in self.models for buffer in model.buffers()]
         parts = (list(map(id, modules)), list(found), list(map(id, buffers)))
         if parts != getattr(self, "_parts", parts):

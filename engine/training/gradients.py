@@ -17,17 +17,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from crosstrain.backends.placement import map_tensors
 from crosstrain.engine.guards import is_mapping
-from crosstrain.engine.spread import is_spread, spread_like
+from crosstrain.engine.spread import is_spread, parameters_of, spread_like
 
 if TYPE_CHECKING:
     from crosstrain.engine.data.shares import BatchShare
 
 _ZERO_GRAD = torch.optim.Optimizer.zero_grad
-
-
-def parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    """Returns the parameters that an optimizer steps, in the order of its groups."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def clear(optimizer: torch.optim.Optimizer) -> None:

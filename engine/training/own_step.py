@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from crosstrain.engine.ranks.world import unshared
+from crosstrain.engine.spread import parameters_of
 
 from . import gradients
 from .captured import Captured
@@ -97,7 +98,7 @@ class _Use:
 
     def note(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Takes note of a step."""
-        now = [p.grad for p in gradients.parameters_of(optimizer) if p.grad is not None]
+        now = [p.grad for p in parameters_of(optimizer) if p.grad is not None]
         if self._noted and self._cleared is not False:
             present = {id(gradient) for gradient in now}
             self._cleared = not any(id(reference()) in present for reference, _ in self._noted)

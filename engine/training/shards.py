@@ -23,9 +23,8 @@ from crosstrain.backends import BackendError
 from crosstrain.engine.data.shares import ShardedBatch, check_shards
 from crosstrain.engine.data.streams import StreamKey, seed_host
 from crosstrain.engine.random_states import random_states_kept
-from crosstrain.engine.spread import is_spread
+from crosstrain.engine.spread import is_spread, parameters_of
 
-from . import gradients
 from .arguments import prepare
 from .options import StepOptions, several
 from .step import StepEvents, TrainingStep
@@ -161,7 +160,7 @@ class LogicalShards:
         for model in self.models:
             found |= {id(p): p for p in model.parameters() if p.requires_grad}
         for optimizer in self.optimizers:
-            found |= {id(p): p for p in gradients.parameters_of(optimizer) if p.requires_grad}
+            found |= {id(p): p for p in parameters_of(optimizer) if p.requires_grad}
         # In the order in which backward passes come to them, about: the last layers first.
         trained = list(found.values())[::-1]
         if list(map(id, trained)) != list(map(id, self._parameters)):

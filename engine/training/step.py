@@ -19,6 +19,7 @@ from crosstrain.engine.errors import ResumeWarning, warn_user
 from crosstrain.engine.events import EventEnum, Events
 from crosstrain.engine.progress import is_done
 from crosstrain.engine.ranks.world import unshared
+from crosstrain.engine.spread import parameters_of
 
 from . import gradients
 from .options import StepOptions, several
@@ -497,7 +498,7 @@ def _check_trainable(
     holders: dict[int, int] = {}
     for index, optimizer in enumerate(optimizers):
         _check_takes_no_closure(index, optimizer)
-        parameters = gradients.parameters_of(optimizer)
+        parameters = parameters_of(optimizer)
         if not masters and not any(id(parameter) in known for parameter in parameters):
             raise ValueError(
                 f"Optimizer {index} ({type(optimizer).__name__}) holds no parameter of the model: "

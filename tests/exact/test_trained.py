@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from crosstrain.engine import (
     Checks,
+    DeterministicEngine,
     Events,
     ResumeWarning,
     create_supervised_trainer,
@@ -282,6 +283,48 @@ def test_what_is_saved_or_recorded_is_not_told() -> None:
         lambda model, optimizer, draw: model[0].weight.register_hook(torch.zeros_like), Counter()
     )
     assert not _told(None, Counter(), loss=Annealed())
+
+
+class Block(nn.Module):
+    """A module with parameters, as most people write them: alone, nested, shared, in a list."""
+
+    def __init__(self, depth: int, shared: nn.Module) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+        self.norm = nn.BatchNorm1d(2, momentum=0.1)
+        self.shared = shared
+        self.inner = nn.ModuleList(Block(depth - 1, shared) for _ in range(depth))
+        self.kept = {"linear": self.linear}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found = self.norm(self.linear(x)) + self.shared(x)
+        for block in self.inner:
+            found = block(found)
+        return found + self.kept["linear"](x)
+
+
+@pytest.mark.parametrize("own_step", [False, True])
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_modules_of_ones_own_are_saved_with_the_model_that_has_them(
+    depth: int, own_step: bool, tmp_path: Path
+) -> None:
+    model = nn.Sequential(Block(depth, nn.Linear(2, 2)), nn.Linear(2, 1))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def step(engine: Any, batch: Any) -> None:
+        optimizer.zero_grad()
+        model(batch[0]).sum().backward()
+        optimizer.step()
+
+    trainer = create_supervised_trainer(
+        model, optimizer, nn.functional.mse_loss, backend="cpu", deterministic=True
+    )
+    if own_step:
+        trainer = DeterministicEngine(step)
+    resume_or_start(trainer, {"model": model, "optimizer": optimizer}, tmp_path, every=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ResumeWarning)
+        trainer.run([(torch.ones(3, 2), torch.ones(3, 1))] * 3, max_epochs=2)
 
 
 def test_a_function_that_a_named_object_holds_is_looked_into(tmp_path: Path) -> None:

@@ -1,0 +1,113 @@
+"""What a run calls, and what its modules are: handlers, hooks, classes.
+
+A handler may attach another handler, remove one that has done its part, register a hook, or put a
+module in another's place. No state holds that: a script that is started again sets up the
+beginning's. So what there is when a run begins is compared with what there is when a state is
+taken.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+from torch.nn import Module
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from crosstrain.engine.structure import modules_of
+
+from .trained import functions_of_trained
+
+__all__ = ["Attached"]
+
+# What to call a function, itself, and whether it is missed when it is gone.
+_Called = tuple[str, Any, bool]
+_Marks = Counter[tuple[str, int, bool]]
+
+
+class Attached:
+    """Finds what has been attached, removed or exchanged since a run began.
+
+    What handlers of EPOCH_STARTED change, they change again where a run goes on within their epoch:
+    it counts once that epoch has ended.
+    """
+
+    def __init__(self) -> None:
+        self._begun: _Marks | None = None
+        self._epoch: _Marks = Counter()
+        self._batches: _Marks = Counter()
+
+    def begin(self) -> None:
+        """Forgets the run before: what a script does between runs, it does again."""
+        self._begun = None
+
+    def epoch_begins(self, handlers: Iterable[_Called], objects: Mapping[str, Any]) -> None:
+        """Notes what there is before the handlers of EPOCH_STARTED are called.
+
+        Args:
+            handlers: the step and the handlers: what to call each, itself, and whether it lasts.
+            objects: modules and optimizers, by name.
+        """
+        self._epoch = self._batches = _marks(handlers, objects)
+        if self._begun is None:
+            self._begun = self._epoch
+
+    def batches_begin(self, handlers: Iterable[_Called], objects: Mapping[str, Any]) -> None:
+        """Notes what there is after them."""
+        self._batches = _marks(handlers, objects)
+
+    def changed(
+        self, handlers: Iterable[_Called], objects: Mapping[str, Any], ended: bool
+    ) -> list[str]:
+        """Returns what is other than when the run began, each as a phrase.
+
+        Args:
+            handlers: as of `epoch_begins`.
+            objects: as of `epoch_begins`.
+            ended: whether the epoch has ended.
+        """
+        if self._begun is None:
+            return []
+        now = _marks(handlers, objects)
+        if ended:
+            return _differences(self._begun, now)
+        found = _differences(self._begun, self._epoch) + _differences(self._batches, now)
+        return list(dict.fromkeys(found))
+
+
+def _differences(before: _Marks, now: _Marks) -> list[str]:
+    return [
+        *(f"{what}, which was added" for what, _, _ in now - before),
+        *(f"{what}, which was removed" for what, _, lasts in before - now if lasts),
+    ]
+
+
+def _marks(handlers: Iterable[_Called], objects: Mapping[str, Any]) -> _Marks:
+    """Returns what there is, with the code of what is called: closures are made anew."""
+    found: _Marks = Counter()
+    held = ((name, function, True) for name, function in functions_of_trained(objects).items())
+    for name, function, lasts in (*handlers, *held):
+        while isinstance(function, partial):
+            function = function.func
+        plain = inspect.unwrap(getattr(function, "__func__", function))
+        # A checkpoint's handler asks for more of the engine when it is first called.
+        if not _module_of(plain).startswith("crosstrain."):
+            found[name, id(getattr(plain, "__code__", type(plain))), lasts] += 1
+    found.update(_classes(objects))
+    return found
+
+
+def _classes(objects: Mapping[str, Any]) -> Iterator[tuple[str, int, bool]]:
+    for name, value in objects.items():
+        for path, module in modules_of(value).items() if isinstance(value, Module) else ():
+            kind: Any = type(module)
+            if isinstance(module, LazyModuleMixin):
+                kind = module.cls_to_become or kind
+            yield f"{name}{'.' if path else ''}{path} (a {kind.__name__})", 0, True
+
+
+def _module_of(function: Any) -> str:
+    return getattr(function, "__module__", None) or ""
