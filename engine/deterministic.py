@@ -236,10 +236,19 @@ class DeterministicEngine(Engine):
         values["shown"] = {
             "output": plain_or_none(state.output),
             "metrics": plain_or_none(state.metrics) or {},
+            # What counts events of the user's, by which their filters compare.
+            "counts": {
+                name: vars(state)[name]
+                for name in sorted({*state.event_to_attr.values()} & vars(state).keys())
+                if name not in _COUNTED and type(vars(state)[name]) is int
+            },
         }
         if self.checks.unnamed != "off":
             self._tell_unnamed()
-            self._tell_forgotten()
+            values["shown"]["engines"] = {
+                name: plain_or_none(engine.state.metrics) or {}
+                for name, engine in self._tell_forgotten().items()
+            }
             self._tell_attached(values["progress"]["ended"])
             self._tell_lost()
         values["structure"] = self._structure.record(self._structured())
@@ -309,12 +318,17 @@ class DeterministicEngine(Engine):
         }
         return Forgotten(self._functions(), self._named_elsewhere(), self.state, keys, recorded)
 
-    def _tell_forgotten(self) -> None:
-        """Says what the run has changed, and reads, that no checkpoint holds."""
+    def _tell_forgotten(self) -> dict[str, Any]:
+        """Says what the run has changed, and reads, that no checkpoint holds.
+
+        Returns:
+            The other engines that the run uses, such as an evaluator.
+        """
         begun = self._begun
         if begun is None:
-            return
-        changed = [name for name in self._forgotten().changed(begun) if name not in self._told]
+            return {}
+        now = self._forgotten()
+        changed = [name for name in now.changed(begun) if name not in self._told]
         if changed:
             self._told.update(changed)
             Proof().differs(
@@ -326,6 +340,7 @@ class DeterministicEngine(Engine):
                 "checks=Checks(unnamed='off').",
                 self.checks.unnamed,
             )
+        return now.engines
 
     def _called(self) -> Iterator[tuple[str, Any, bool]]:
         """Yields the step and the handlers, what to call each, and whether it lasts."""
@@ -460,6 +475,8 @@ class DeterministicEngine(Engine):
         shown = snapshot.get("shown", {"output": None, "metrics": {}})
         self.state.raw_output = shown["output"]
         self.state.metrics = {**shown["metrics"], **self.state.metrics}
+        for name, count in shown.get("counts", {}).items():
+            setattr(self.state, name, count)
         self._laid_over = None
         if any(map(self.has_users_handler, (Events.STARTED, Events.EPOCH_STARTED))):
             self._laid_over = LaidOver(self.loaded_with)
@@ -628,6 +645,10 @@ class DeterministicEngine(Engine):
         if snapshot is not None and snapshot["position"] is not None:
             # Before any handler fires that iterates over one of them.
             self._who_fetches().go_on(snapshot["position"].get("loaders", {}))
+        if snapshot is not None and (shown := snapshot.get("shown", {}).get("engines")):
+            # What an evaluator has found last is read until it runs again.
+            for name, engine in self._forgotten().engines.items():
+                engine.state.metrics = {**shown.get(name, {}), **engine.state.metrics}
         if snapshot is not None and self.restartable and self._place.owed & RUN_ENDS:
             # It ends as it had ended: another run, of this process, would begin another epoch.
             self.state.epoch = snapshot["progress"]["epoch"]
@@ -698,6 +719,10 @@ class DeterministicEngine(Engine):
         self._cursor.go_to_pass(number, batch, self.state.dataloader, self._key)
         if snapshot["rng_states"] is not None and batch:
             restore_random_states(snapshot["rng_states"], self.backend)
+
+
+# They are in the state by themselves.
+_COUNTED = {*vars(State()), "applied_steps", "skipped_steps"}
 
 
 def _at_beginning(snapshot: Mapping[str, Any]) -> bool:

@@ -134,6 +134,8 @@ class Forgotten:
             walk.function(function, name, _DEPTH)
         walk.settle()
         self.found = walk.found
+        #: Other engines that the run uses, such as an evaluator, by where they were found.
+        self.engines = walk.engines
         kept, read = {*_STATE, *keys}, names_read_of_state(walk.functions)
         if "metrics" in read:
             self.found |= walk.metrics
@@ -178,6 +180,8 @@ class UsesWalk:
         self.found: dict[tuple[str, str], Any] = {}
         # pytorch-ignite's: a state only where something reads what they come to.
         self.metrics: dict[tuple[str, str], Any] = {}
+        # Other engines, such as an evaluator, whose handlers are the run's as well.
+        self.engines: dict[str, Any] = {}
         self.functions: list[Any] = []
 
     def function(self, function: Any, name: str, depth: int) -> None:
@@ -190,7 +194,9 @@ class UsesWalk:
         owner = getattr(function, "__self__", None)
         plain = getattr(function, "__func__", function)
         if not inspect.isfunction(plain):
-            if type(plain).__module__.startswith("crosstrain.") and owner is None:
+            if owner is None and is_others(type(plain)) and _has_state(plain):
+                self.value(plain, name, type(plain).__name__, depth, ALL)
+            elif type(plain).__module__.startswith("crosstrain.") and owner is None:
                 # A step of ours, with the user's functions in it.
                 for own, value in functions_in(plain):
                     self.function(value, f"{name}, its {own}", depth - 1)
@@ -251,6 +257,9 @@ class UsesWalk:
         if is_users_file(value):
             self._space(vars(value), owner, name, depth, uses)
             return
+        if isinstance(value, Dispatcher):
+            self._engine(value, f"{owner}, its {name!r}")
+            return
         if len(self._seen) > _SEEN or isinstance(value, _CLOSED) or is_source(value):
             return
         if isinstance(value, (*_PLAIN, *_COLLECTIONS)):
@@ -286,6 +295,21 @@ class UsesWalk:
             return
         elif not is_others(type(value)) or _is_namespace(value):
             self._attributes(value, owner, name, depth, uses)
+
+    def _engine(self, engine: Any, where: str) -> None:
+        """Looks into what another engine calls: it runs in a handler of the first."""
+        if id(engine) in self._known or id(engine) in self._seen:
+            return
+        self._seen.add(id(engine))
+        self.engines[where] = engine
+        # Its metrics begin with each of its runs.
+        metrics, self.metrics = self.metrics, {}
+        process = getattr(engine, "_process_function", None)
+        if process is not None:
+            self.function(process, f"the step of {where}", _DEPTH)
+        for called, function in engine._handlers.all_functions():
+            self.function(function, called, _DEPTH)
+        self.metrics = metrics
 
     def _space(
         self, own: Mapping[str, Any], owner: str, name: str, depth: int, uses: frozenset[Use]
@@ -399,12 +423,15 @@ def _has_state(value: Any) -> bool:
     module = kind.__module__
     root = module.partition(".")[0]
     if root == "ignite":
-        held = ".handlers." in module and not module.endswith(("checkpoint", "logger", "tqdm"))
+        held = ".handlers." in module and not module.endswith(("logger", "tqdm"))
     elif root == "crosstrain":
-        held = module.endswith(("early_stopping", "model_part"))
+        held = module.endswith(("early_stopping", "model_part", ".handler", "model_checkpoint"))
     else:
         held = root == "torch" or root not in OTHER_PACKAGES
     methods = (getattr(kind, "state_dict", None), getattr(kind, "load_state_dict", None))
+    if hasattr(value, "score_function") and value.score_function is None:
+        # Which files are the newest, their names say; which are the best, only who has chosen.
+        return False
     return held and all(map(callable, methods))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,16 +12,20 @@ from typing import Any
 
 import pytest
 import torch
-from ignite.metrics import RunningAverage
+from ignite.metrics import Average, RunningAverage
 from torch import nn
 from torch.utils.data import DataLoader
 
 from crosstrain.engine import (
     Checks,
     DeterministicEngine,
+    EarlyStopping,
+    EventEnum,
     Events,
+    ModelCheckpoint,
     ResumeError,
     ResumeWarning,
+    create_supervised_evaluator,
     create_supervised_trainer,
     resume_or_start,
 )
@@ -572,3 +577,91 @@ def test_the_last_output_and_metrics_are_there_before_the_first_batch(event: Any
     rest, _ = play(states[2])
     assert rest == rows[-len(rest) :]
     assert rest[0] == (4.0, {"last": 4.0})
+
+
+def _evaluator(model: nn.Module) -> Any:
+    return create_supervised_evaluator(
+        model, metrics={"loss": Average(output_transform=lambda pair: pair[0])}, backend="cpu"
+    )
+
+
+def _counter_of_an_evaluator(trainer: Any, model: nn.Module, optimizer: Any) -> None:
+    evaluator, runs = _evaluator(model), 0
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: evaluator.run(_data()))
+
+    @evaluator.on(Events.COMPLETED)
+    def count() -> None:
+        nonlocal runs
+        runs += 1
+        _set_rate(optimizer, 0.1 / runs)
+
+
+def _best_of_an_evaluator(trainer: Any, model: nn.Module, optimizer: Any) -> None:
+    evaluator = _evaluator(model)
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: evaluator.run(_data()))
+    stops = EarlyStopping(2, lambda engine: -float(engine.state.metrics["loss"].sum()), trainer)
+    evaluator.add_event_handler(Events.COMPLETED, stops)
+
+
+@pytest.mark.parametrize(
+    ("attach", "told"),
+    [(_counter_of_an_evaluator, "its 'runs'"), (_best_of_an_evaluator, "EarlyStopping")],
+)
+def test_what_the_handlers_of_an_evaluator_keep_is_told(
+    attach: Case, told: str, tmp_path: Path
+) -> None:
+    (said,) = _said(tmp_path, attach)
+    assert told in said
+
+
+def test_the_best_checkpoints_that_nobody_named_are_told(tmp_path: Path) -> None:
+    def keep(score: Any, trainer: Any, model: nn.Module) -> ModelCheckpoint:
+        best = ModelCheckpoint(tmp_path / "best", n_saved=1, score_function=score)
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, best, {"model": model})
+        return best
+
+    def attach(trainer: Any, model: nn.Module, optimizer: Any) -> None:
+        keep(lambda engine: engine.state.epoch, trainer, model)
+
+    (said,) = _said(tmp_path / "1", attach)
+    assert "ModelCheckpoint" in said
+    shutil.rmtree(tmp_path / "best")
+    assert not _said(tmp_path / "2", lambda trainer, model, _: keep(None, trainer, model))
+
+
+class _Own(EventEnum):
+    TURN = "turn"
+
+
+def _rates(folder: Path, iterations: int) -> list[float]:
+    """Trains up to an iteration, with a rate that follows from what runs in handlers."""
+    torch.manual_seed(3)
+    trainer, model, optimizer = _make()
+    evaluator = _evaluator(model)
+    trainer.register_events(*_Own, event_to_attr={_Own.TURN: "turns"})
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: evaluator.run(_data()))
+    rates: list[float] = []
+
+    @trainer.on(Events.ITERATION_COMPLETED)
+    def turn() -> None:
+        loss = evaluator.state.metrics.get("loss", torch.ones(1))
+        _set_rate(optimizer, 0.1 / (1 + float(loss.abs().sum())))
+        trainer.state.turns += 1
+        trainer.fire_event(_Own.TURN)
+        rates.append(optimizer.param_groups[0]["lr"])
+
+    @trainer.on(_Own.TURN(every=3))
+    def lower() -> None:
+        _set_rate(optimizer, 0.01)
+
+    to_save = {"model": model, "optimizer": optimizer}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ResumeWarning)
+        resume_or_start(trainer, to_save, folder, 1, signals=())
+        trainer.run(_data(), max_iters=iterations, epoch_length=4)
+    return rates
+
+
+def test_an_evaluators_last_metrics_and_counts_of_events_go_on(tmp_path: Path) -> None:
+    straight = _rates(tmp_path / "straight", 12)
+    assert _rates(tmp_path / "killed", 6) + _rates(tmp_path / "killed", 12) == straight
