@@ -250,6 +250,7 @@ class DeterministicEngine(Engine):
                 for name, engine in self._tell_forgotten().items()
             }
             self._tell_attached(values["progress"]["ended"])
+            self._tell_not_made_again()
             self._tell_lost()
         values["structure"] = self._structure.record(self._structured())
         values["environment"] = self._environment()
@@ -359,6 +360,16 @@ class DeterministicEngine(Engine):
                 "trainer.state), or change the same in a handler of STARTED when "
                 "trainer.state.iteration says so. If what is trained does not depend on it, or "
                 "such a handler is there: checks=Checks(unnamed='off').",
+                self.checks.unnamed,
+            )
+
+    def _tell_not_made_again(self) -> None:
+        """Says once which hooks of the run before have not been made again."""
+        if missing := self._structure.not_made_again(self._structured()):
+            Proof().differs(
+                f"The run that was saved had made hooks, as {', '.join(missing)} told, and this "
+                "one has not made them again. Register them before the run. If what is trained "
+                "does not depend on it: checks=Checks(unnamed='off').",
                 self.checks.unnamed,
             )
 
@@ -675,6 +686,7 @@ class DeterministicEngine(Engine):
         self._epoch_states = random_states(self.backend)
 
     def _run_batches(self, place: Place) -> Generator[None, None, None]:
+        self._structure.batches_begin(self._structured())
         if self.checks.unnamed != "off" and self.has_users_handler(Events.EPOCH_STARTED):
             self._attached.batches_begin(self._called(), self._structured())
         yield from super()._run_batches(place)

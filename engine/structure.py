@@ -29,6 +29,7 @@ _WRAPPERS: Final = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_
 _SHOWN: Final = 5
 #: The types of the attributes that are recorded.
 RECORDED: Final = (bool, int, float, str)
+_HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Attributes that torch keeps for itself: `training` is recorded, a scheduler sets the last.
 _TORCHS_OWN: Final = frozenset({*vars(Module()), "_opt_called", "_step_count"})
 
@@ -135,25 +136,54 @@ class Structure:
 
     _begun: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
     _changed: dict[str, set[str]] = field(default_factory=dict[str, set[str]])
+    # How many hooks there were, and what is to be made with more of them.
+    _hooks: dict[str, dict[str, int]] = field(default_factory=dict[str, dict[str, int]])
+    _to_be_made: set[str] = field(default_factory=set[str])
     _digests: dict[str, tuple[weakref.ref[torch.Tensor], int, str]] = field(
         default_factory=dict[str, tuple["weakref.ref[torch.Tensor]", int, str]]
     )
 
     def begin(self, objects: Mapping[str, Any]) -> None:
         """Notes the attributes that objects begin a run with: those that change are recorded."""
-        self._changed = {}
+        self._changed, self._hooks, self._to_be_made = {}, {}, set()
         self._begun = {name: _plain_attributes(value) for name, value in objects.items()}
+
+    def batches_begin(self, objects: Mapping[str, Any]) -> None:
+        """Notes the hooks that there are, before the first step that this process does."""
+        for name, value in objects.items():
+            if name not in self._hooks:
+                self._hooks[name] = _hooks_by_path(value)
+
+    def not_made_again(self, objects: Mapping[str, Any]) -> list[str]:
+        """Returns what a record told to be made with hooks, and no step has made since; once.
+
+        Args:
+            objects: those that the record was put back into.
+        """
+        now = {
+            f"{name}.{path}": item
+            for name, value in objects.items()
+            for path, item in _plain_attributes(value).items()
+        }
+        waited, self._to_be_made = self._to_be_made, set()
+        return sorted(path for path in waited if now.get(path) is not True)
 
     def record(self, objects: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the structure of objects, as plain types and tensors."""
         names = _names(objects)
+        attributes = {name: self._changed_attributes(name, v) for name, v in objects.items()}
+        made = {name: self._made_with_hooks(name, v) for name, v in objects.items()}
         return {
             "modules": {
                 name: self._record_module(name, value)
                 for name, value in objects.items()
                 if isinstance(value, Module)
             },
-            "attributes": {name: self._changed_attributes(name, v) for name, v in objects.items()},
+            "attributes": {
+                name: {path: item for path, item in found.items() if path not in made[name]}
+                for name, found in attributes.items()
+            },
+            "made": made,
             "optimizers": {
                 name: _groups(value, names)
                 for name, value in objects.items()
@@ -168,6 +198,33 @@ class Structure:
         changed = self._changed.setdefault(name, set())
         changed |= {path for path in now if path not in begun or begun[path] != now[path]}
         return {path: now[path] for path in sorted(changed) if path in now}
+
+    def _made_with_hooks(self, name: str, value: Any) -> list[str]:
+        """Returns the flags that say that hooks were made, which a resumed run has to make again.
+
+        A library may register hooks in the first forward, and note in a flag of the module above
+        them that it has. A flag that is put back without them would keep them from being made.
+        """
+        before = self._hooks.get(name)
+        if before is None or not isinstance(value, Module) or _hooks_inside(value) == before[""]:
+            return []
+        begun = self._begun.get(name, {})
+        flags: dict[str, list[str]] = {}
+        for path, item in _plain_attributes(value).items():
+            if item is True and begun.get(path, False) is False:
+                flags.setdefault(path.rpartition(".")[0], []).append(path)
+        now = _hooks_by_path(value)
+        more = {holder: now[holder] - before.get(holder, 0) for holder in flags}
+        told: dict[str, int] = {}
+        found: list[str] = []
+        # The innermost module that has such a flag tells of the hooks in it, and no other does.
+        for holder in sorted(flags, key=len, reverse=True):
+            inside = [one for one in told if not holder or one.startswith(f"{holder}.")]
+            if more[holder] > sum(told[one] for one in inside):
+                told = {one: told[one] for one in told if one not in inside}
+                told[holder] = more[holder]
+                found += flags[holder]
+        return found
 
     def _record_module(self, name: str, module: Module) -> dict[str, Any]:
         mode = module.training
@@ -220,6 +277,8 @@ class Structure:
                     then = {**self._begun.get(name, {}), **then}
                 found.put_back += _put_attributes(name, objects[name], then)
                 self._begun[name] = _plain_attributes(objects[name])
+        for name, paths in record.get("made", {}).items():
+            self._to_be_made |= {f"{name}.{path}" for path in paths}
         names = _names(objects)
         for name, groups in record["optimizers"].items():
             if isinstance(objects.get(name), Optimizer):
@@ -339,6 +398,18 @@ def _plain_attributes(value: Any) -> dict[str, Any]:
         for name, item in vars(holder).items()
         if type(item) in RECORDED and name not in _TORCHS_OWN
     }
+
+
+def _hooks_inside(module: Module) -> int:
+    """Returns how many hooks there are of the modules inside a module."""
+    inside = (one for one in module.modules() if one is not module)
+    return sum(len(getattr(one, kind)) for one in inside for kind in _HOOKS)
+
+
+def _hooks_by_path(value: Any) -> dict[str, int]:
+    """Returns how many hooks there are inside each of a module's modules, by path."""
+    found = modules_of(value) if isinstance(value, Module) else {}
+    return {path: _hooks_inside(one) for path, one in found.items()}
 
 
 def _put_attributes(name: str, value: Any, then: Mapping[str, Any]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from crosstrain.engine import (
     ResumeWarning,
     create_supervised_trainer,
     manual_seed,
+    resume_or_start,
 )
 
 EPOCHS, LENGTH = 3, 4
@@ -276,3 +278,72 @@ def test_objects_that_only_a_checkpoint_names_are_recorded(tmp_path: Path) -> No
     trainer.run(data)
     assert not teacher.weight.requires_grad
     assert "requires_grad of teacher.weight" in str(trainer.proof)
+
+
+class Capturing(nn.Module):
+    """Registers hooks in its first forward, and notes that it has, as Hugging Face's models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2))
+        self.seen: list[torch.Tensor] = []
+        self.scaled = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not getattr(self, "installed", False):
+            for layer in self.layers:
+                layer.register_forward_hook(lambda _, given, found: self.seen.append(found))
+            self.installed = True
+        self.seen.clear()
+        found: torch.Tensor = self.layers(x)
+        return found + sum(one.mean() for one in self.seen[-3:])
+
+
+class Around(nn.Module):
+    """Has a flag of its own, which says that its weight was set, and no hooks to make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Capturing()
+        self.weight = nn.Parameter(torch.zeros(2))
+        self.ready = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.ready:
+            self.weight.data.fill_(2.0)
+            self.ready = True
+        found: torch.Tensor = self.inner(x) * self.weight
+        return found
+
+
+def _capture(folder: Path, epochs: int, installs: bool = True) -> tuple[nn.Module, list[str]]:
+    manual_seed(0)
+    model = Around()
+    if not installs:
+        model.inner.forward = model.inner.layers.forward  # type: ignore[method-assign]
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    trainer = create_supervised_trainer(
+        model, optimizer, nn.functional.mse_loss, backend="cpu", deterministic=True
+    )
+    run = resume_or_start(trainer, {"model": model, "optimizer": optimizer}, folder, every=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.run([(torch.ones(1, 2), torch.ones(1, 2))] * 2, max_epochs=epochs)
+    run.checkpoint.save_handler.close()
+    return model, [str(one.message) for one in caught]
+
+
+def test_hooks_that_a_first_forward_makes_are_made_again(tmp_path: Path) -> None:
+    """A flag that was put back without its hooks kept them from being made."""
+    straight, _ = _capture(tmp_path / "straight", 3)
+    for epochs in (1, 2, 3):
+        resumed, said = _capture(tmp_path / "resumed", epochs)
+        assert not any("has not made them again" in text for text in said)
+    for one, other in zip(straight.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_hooks_that_are_not_made_again_are_told(tmp_path: Path) -> None:
+    _capture(tmp_path, 1)
+    _, said = _capture(tmp_path, 2, installs=False)
+    assert [text for text in said if "model.inner.installed told" in text], said
