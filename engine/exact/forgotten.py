@@ -16,6 +16,7 @@ import array
 import collections
 import contextlib
 import contextvars
+import ctypes
 import decimal
 import fractions
 import inspect
@@ -26,6 +27,7 @@ import types
 import weakref
 from collections.abc import Iterable, Mapping
 from functools import partial
+from multiprocessing.sharedctypes import SynchronizedBase
 from typing import Any, Final
 
 import numpy
@@ -37,6 +39,7 @@ from crosstrain.engine.data.source import ResumableSource
 from crosstrain.engine.digest import digest
 from crosstrain.engine.dispatch import Dispatcher
 from crosstrain.engine.guards import OTHER_PACKAGES, is_others, is_users_object
+from crosstrain.engine.nests import unwrap
 from crosstrain.engine.state import State
 from crosstrain.engine.structure import RECORDED
 
@@ -93,6 +96,9 @@ _PLAIN: Final = (
     array.array,
     bytearray,
     memoryview,
+    # Shared with the workers, as a rule.
+    ctypes._SimpleCData,
+    ctypes.Array,
 )
 _WHOLE: Final = (
     dict,
@@ -239,6 +245,7 @@ class UsesWalk:
 
     def value(self, value: Any, owner: str, name: str, depth: int, uses: frozenset[Use]) -> None:
         """Notes a value, if it is read, or looks into what it is made of."""
+        value = _without_wrapper(value)
         if isinstance(value, type):
             called = [*_MAKING, *(use.path[0] for use in uses if use.path)]
             inner = uses_of_self(value, called)[0] | uses_of_self(type(value), called)[0]
@@ -470,8 +477,17 @@ def _parts_of(value: Any) -> set[str]:
     return found
 
 
+def _without_wrapper(value: Any) -> Any:
+    """Returns the model inside what compiles or spreads it, and the memory inside its lock."""
+    if isinstance(value, torch.nn.Module):
+        return unwrap(value)
+    return value.get_obj() if isinstance(value, SynchronizedBase) else value
+
+
 def _signature(value: Any, depth: int = 16) -> Any:
     """Returns what changes when a plain value does; None where it cannot be told."""
+    if isinstance(value, (ctypes._SimpleCData, ctypes.Array)):
+        return type(value).__name__, bytes(value)
     if isinstance(value, torch.Tensor):
         if value.nbytes <= _BYTES:
             return digest(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import types
 import warnings
 from collections.abc import Callable
@@ -325,6 +326,43 @@ def test_modules_of_ones_own_are_saved_with_the_model_that_has_them(
     with warnings.catch_warnings():
         warnings.simplefilter("error", ResumeWarning)
         trainer.run([(torch.ones(3, 2), torch.ones(3, 1))] * 3, max_epochs=2)
+
+
+@pytest.mark.parametrize("named", ["the model", "what wraps it"])
+@pytest.mark.parametrize(
+    "wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")]
+)
+def test_a_model_and_what_wraps_it_are_one(wrap: Any, named: str, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    wrapped = wrap(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def step(engine: Any, batch: Any) -> None:
+        optimizer.zero_grad()
+        (wrapped(batch) if named == "the model" else model(batch)).sum().backward()
+        optimizer.step()
+
+    trainer = DeterministicEngine(step)
+    to_save = {"model": model if named == "the model" else wrapped, "optimizer": optimizer}
+    resume_or_start(trainer, to_save, tmp_path, every=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ResumeWarning)
+        trainer.run([torch.ones(3, 2)] * 3, max_epochs=2)
+
+
+def test_memory_that_processes_share_is_looked_at() -> None:
+    class Shared:
+        def __init__(self) -> None:
+            self.calls = multiprocessing.Value("i", 0)
+
+        def __call__(self) -> float:
+            with self.calls.get_lock():
+                self.calls.value += 1
+            return float(self.calls.value)
+
+    said = _told(_forward_hook, Shared())
+    assert len(said) == 1, said
+    assert "a forward hook of model.0" in said[0]
 
 
 def test_a_function_that_a_named_object_holds_is_looked_into(tmp_path: Path) -> None:
