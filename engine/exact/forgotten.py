@@ -513,8 +513,9 @@ def _signature(value: Any, depth: int = 16) -> Any:
         step = max(1, len(items) // 64)
         return len(items), [_signature(item, depth - 1) for item in items[::step]]
     if callable(value) and hasattr(value, "__qualname__"):
-        code = getattr(value, "__code__", None)
-        return value.__qualname__, code and code.co_code, code and code.co_consts
+        code: Any = getattr(value, "__code__", None)
+        name: str = getattr(value, "__qualname__", "")
+        return name, code and code.co_code, code and code.co_consts
     return type(value).__name__
 
 

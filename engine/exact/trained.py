@@ -7,6 +7,7 @@ module, a parameter or an optimizer, counts, draws from or keeps elsewhere is in
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, Final
@@ -14,7 +15,6 @@ from typing import Any, Final
 from torch.nn import Module
 from torch.nn.modules import module as torch_module
 from torch.optim import Optimizer
-from torch.optim import optimizer as torch_optimizer
 
 from crosstrain.engine.guards import is_others
 
@@ -42,7 +42,7 @@ _OF_ALL: Final = {
         {f"_global{attribute}": called for attribute, called in _OF_MODULES.items()},
     ),
     "optimizers": (
-        torch_optimizer,
+        sys.modules[Optimizer.__module__],
         {
             "_global_optimizer_pre_hooks": "a step pre-hook",
             "_global_optimizer_post_hooks": "a step post-hook",
