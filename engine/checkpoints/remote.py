@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 from crosstrain.engine.errors import warn_user
@@ -91,16 +92,16 @@ class RemoteCopies:
     def catch_up(self, latest: Latest) -> None:
         """Begins to copy what the run goes on from, if a good one is on the disk only.
 
-        A kill may have come between the save there and its copy, and the run may be complete. Of a
-        file that both have, the copy is compared with that on the disk, and put again if it is
-        another.
+        A kill may have come between the save there and its copy, and the run may be complete. Of
+        what both have, the copy is compared with that on the disk, and what of it is another is put
+        again.
         """
         path, manifest = latest.path, latest.manifest
         if not isinstance(path, Path) or path.parent != latest.folder or manifest is None:
             return
         name = path.with_suffix(FILE.ending).name
         there = {item.filename for item in self._kept}
-        if manifest.iteration is not None and (name not in there or layout_of(path) is FILE):
+        if manifest.iteration is not None:
             self.copy(path, manifest.iteration, compare=name in there)
 
     def copy(self, path: Path, iteration: int, *, compare: bool = False) -> None:
@@ -112,7 +113,7 @@ class RemoteCopies:
         Args:
             path: the file, or the folder of the parts.
             iteration: of the run.
-            compare: leaves a file that is there already, if it has the same bytes.
+            compare: leaves what is there already, if it has the same bytes.
 
         Raises:
             CheckpointError: what the copy before it raised.
@@ -122,7 +123,7 @@ class RemoteCopies:
         # Opened here: the next save may remove it.
         put: Callable[[StoreFolder], None]
         if layout_of(path) is PARTS:
-            put = PartsToCopy(path, Writers(writing)).put
+            put = partial(PartsToCopy(path, Writers(writing)).put, compare=compare)
         else:
             put = _file(path, compare) if this_rank() == 0 else _nothing
         item = Item(iteration, path.with_suffix(FILE.ending).name)

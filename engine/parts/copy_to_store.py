@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
 from crosstrain.engine.storage.errors import CheckpointError
 from crosstrain.engine.storage.manifest import INDEX
-from crosstrain.engine.storage.parts_files import check_hash
+from crosstrain.engine.storage.parts_files import check_hash, hash_open
 from crosstrain.engine.stores.store_folder import StoreFolder
 
 from .read import Parts, writer_of
@@ -46,19 +48,34 @@ class PartsToCopy:
             check_hash(file, self._found.manifest.files[name], self._found.place_of(name))
             file.seek(0)
 
-    def put(self, folder: StoreFolder) -> None:
+    def _is_told_by(self, folder: StoreFolder) -> bool:
+        """Tells whether the store's manifest is that of these files; asked by the first process."""
+        if self._writers.rank != 0:
+            return False
+        # The index has another hash there if these are of an older version.
+        index = self._files[INDEX]
+        told = os.fstat(index.fileno()).st_size, hash_open(index)
+        index.seek(0)
+        manifest = self._found.manifest
+        return folder.has_manifest(replace(manifest, files={**manifest.files, INDEX: told}))
+
+    def put(self, folder: StoreFolder, *, compare: bool = False) -> None:
         """Puts them; all processes call it together, and return when the checkpoint is whole there.
 
         Args:
             folder: where to.
+            compare: of a copy that is there already, puts only what has other bytes.
 
         Raises:
-            CheckpointError: in all processes, if one fails; then nothing is there.
+            CheckpointError: in all processes, if one fails; then nothing is there, or what was.
         """
         writers, path = self._writers, folder.place / self.name
         with self._held:
             writers.agree(path, self._error or met(self._verify))
             manifest = self._found.manifest
+            if compare and writers.agree(path, None, self._is_told_by(folder))[0]:
+                writers.agree(path, met(lambda: folder.mend_parts(manifest, self._files)))
+                return
             index = self._files.pop(INDEX).read() if writers.rank == 0 else b""
             aside = folder.aside(manifest)
             with filling(aside, writers):

@@ -49,15 +49,19 @@ class Writers:
         Raises:
             CheckpointError: if a process failed; it says which and why.
         """
-        told = self.gather(f"saving {path.name}", (_described(error), value))
-        failed = [(rank, text) for rank, (text, _) in enumerate(told) if text is not None]
+        is_saved = isinstance(error, CheckpointWriteError) and error.is_saved
+        told = self.gather(f"saving {path.name}", (_described(error), is_saved, value))
+        failed = [(rank, text) for rank, (text, _, _) in enumerate(told) if text is not None]
         if failed:
             if self.size == 1 or isinstance(error, CheckpointError):
                 raise _told(error or OSError(), path)
             why = "; ".join(f"rank {rank}: {text}" for rank, text in failed)
             cause = error if isinstance(error, OSError) else None
+            if any(saved for _, saved, _ in told):
+                # It has its name only when all else is done.
+                raise CheckpointWriteError(why.replace("r", "R", 1), cause, path, is_saved=True)
             raise CheckpointWriteError.of(path, why, cause) from error
-        return [one for _, one in told]
+        return [one for _, _, one in told]
 
     def begin(self, aside: Aside, needed: int, path: Location) -> None:
         """Makes what all processes share, and has all of them see it.

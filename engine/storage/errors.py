@@ -67,12 +67,19 @@ class CheckpointWriteError(CheckpointError, OSError):
         message: what failed, on which file, and why.
         cause: the error of the operating system; its `errno` is taken over.
         path: the file that could not be written.
+        is_saved: whether the checkpoint is there, and only what had to be done after it failed.
     """
 
     def __init__(
-        self, message: str, cause: OSError | None = None, path: Location | None = None
+        self,
+        message: str,
+        cause: OSError | None = None,
+        path: Location | None = None,
+        *,
+        is_saved: bool = False,
     ) -> None:
         super().__init__(message)
+        self.is_saved = is_saved
         self.errno = errno.ENOSPC if cause is None else cause.errno
         self.filename = None if path is None else str(path)
 

@@ -10,8 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
+from crosstrain.engine.errors import warn_user
+
 from .atomic import Contents, check_free_space, flush_folder, write_file
-from .errors import CheckpointWriteError
+from .errors import CheckpointWarning, CheckpointWriteError
 from .leftovers import ASIDE, PARTS, new_name
 from .manifest import INDEX, MANIFEST, Manifest
 from .parts_files import hash_file
@@ -92,8 +94,7 @@ class LocalAside:
             os.rename(target, kept)
         os.rename(aside, target)
         flush_folder(folder)
-        if kept.exists():
-            shutil.rmtree(kept)
+        _remove_aside(kept, target)
 
     def drop(self) -> None:
         """Removes it."""
@@ -102,6 +103,22 @@ class LocalAside:
 
     def close(self) -> None:
         """Does nothing: nothing is open."""
+
+
+def _remove_aside(kept: Path, target: Path) -> None:
+    """Removes what had the name before, if anything; the new one is saved, come what may."""
+    leftover = kept.with_name(new_name(PARTS))
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(kept, leftover)
+            shutil.rmtree(leftover)
+    except OSError as error:
+        warn_user(
+            f"Checkpoint {target} is saved, and the one that had its name before could not be "
+            f"removed: {error.strerror or error}. What is left of it is {leftover.name}; the next "
+            "start in this folder tries again",
+            CheckpointWarning,
+        )
 
 
 def _write_flushed(path: Path, data: bytes) -> None:

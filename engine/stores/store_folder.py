@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import IO, Any, Final
 
 from crosstrain.engine.storage.atomic import Contents, fill_file
@@ -23,7 +23,7 @@ from crosstrain.engine.storage.parts_files import ENDING
 from .by_url import store_of
 from .lease import Lease
 from .store import Store, Stored
-from .store_parts import StoreAside, remove_orphans, remove_parts
+from .store_parts import StoreAside, mend_parts, read_manifest, remove_orphans, remove_parts
 from .temporary import temporary_file
 
 #: Names the checkpoints that were put: a list of a store may lag behind what is in it.
@@ -161,6 +161,7 @@ class StoreFolder:
                 "found for a while",
                 error,
                 place,
+                is_saved=True,
             ) from None
 
     def holds(self, name: str, descriptor: int) -> bool:
@@ -208,6 +209,33 @@ class StoreFolder:
     def peek(self, name: str) -> Generator[_Peek]:
         """Opens a file of which little is to be read."""
         yield _Peek(self._store, name, self._file(name).size)
+
+    def has_manifest(self, manifest: Manifest) -> bool:
+        """Tells whether a checkpoint in parts is there that says the same of itself and its files.
+
+        Args:
+            manifest: what it should say.
+        """
+        try:
+            there = read_manifest(self._store, manifest.file)
+        except (OSError, CheckpointError):
+            # Whatever it was, it is not known to be good.
+            return False
+        return there.saved_at_ns == manifest.saved_at_ns and there.files == manifest.files
+
+    def mend_parts(self, manifest: Manifest, files: Mapping[str, IO[bytes]]) -> None:
+        """Puts what is missing or has other bytes of a checkpoint in parts that is there.
+
+        Args:
+            manifest: what it says of itself.
+            files: what it should hold, of this machine; their positions are not used.
+
+        Raises:
+            OSError: if the store refuses one.
+            CheckpointBusy: if another run has the folder by now.
+        """
+        self._renew()
+        mend_parts(self._store, manifest, files)
 
     def remove(self, name: str) -> None:
         """Removes a file, if it is there."""

@@ -117,11 +117,7 @@ class StoreAside:
             OSError: if the store refuses one; says which.
         """
         for name, file in self._files.items():
-            try:
-                self._there.upload(name, file.fileno(), os.fstat(file.fileno()).st_size)
-            except OSError as error:
-                why = f"uploading {name} it failed with {error.strerror or error}"
-                raise OSError(error.errno or errno.EIO, why) from None
+            _upload(self._there, name, file)
 
     def commit(self, index: bytes, manifest: Manifest) -> None:
         """Puts the index, looks that all is there, and puts the manifest."""
@@ -168,6 +164,32 @@ class StoreAside:
         for file in self._files.values():
             file.close()
         self._files = {}
+
+
+def _upload(parts: Store, name: str, file: IO[bytes]) -> None:
+    try:
+        parts.upload(name, file.fileno(), os.fstat(file.fileno()).st_size)
+    except OSError as error:
+        why = f"uploading {name} it failed with {error.strerror or error}"
+        raise OSError(error.errno or errno.EIO, why) from None
+
+
+def mend_parts(store: Store, manifest: Manifest, files: Mapping[str, IO[bytes]]) -> None:
+    """Puts what is missing or has other bytes of a checkpoint in parts.
+
+    Args:
+        store: the folder.
+        manifest: what the checkpoint says of itself.
+        files: what it should hold.
+
+    Raises:
+        OSError: if the store refuses one; says which.
+    """
+    parts = store_of(store.place / folder_of_parts(manifest.file, manifest.saved_at_ns))
+    parts.make()
+    for name, file in files.items():
+        if not parts.holds(name, file.fileno(), os.fstat(file.fileno()).st_size):
+            _upload(parts, name, file)
 
 
 def _told(file: IO[bytes]) -> tuple[int, str]:

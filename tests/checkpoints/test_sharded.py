@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -24,6 +25,7 @@ from crosstrain.ci.cli import main
 from crosstrain.engine import (
     Checkpoint,
     CheckpointError,
+    CheckpointWarning,
     DiskSaver,
     Engine,
     Events,
@@ -342,6 +344,29 @@ def test_folder_is_kept_in_order(tmp_path: Path) -> None:
     assert sorted(p.name for p in run.iterdir() if "lock" not in p.name) == names
     assert Checkpoint.latest(run).path == run / "checkpoint_5.sharded"
     assert bool((read_checkpoint(run / "checkpoint_5.sharded")["model"]["weight"] == 1).all())
+
+
+def test_what_cannot_be_removed_does_not_lose_what_took_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, **_: object) -> None:
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
+
+    with DiskSaver(tmp_path, parts=True, background=True) as saver:
+        saver({"model": {"value": 1}}, "best.pt")
+        saver.wait()
+        # As on NFS, while another process reads it.
+        with monkeypatch.context() as patched:
+            patched.setattr(shutil, "rmtree", refuse)
+            for value in (2, 3):
+                saver({"model": {"value": value}}, "best.pt")
+                with pytest.warns(CheckpointWarning, match="best.sharded is saved, and the one"):
+                    saver.wait()
+                assert read_checkpoint(tmp_path / "best.sharded")["model"] == {"value": value}
+        saver({"model": {"value": 4}}, "best.pt")
+    DiskSaver(tmp_path, require_empty=False).close()
+    assert [p.name for p in tmp_path.iterdir() if "lock" not in p.name] == ["best.sharded"]
+    assert read_checkpoint(tmp_path / "best.sharded")["model"] == {"value": 4}
 
 
 def test_failed_write_leaves_nothing(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import shutil
 import signal
 import socket
 import sys
+import warnings
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -213,6 +215,51 @@ class World:
         return (self.folder / "log").read_text()
 
 
+@pytest.mark.parametrize("harm", ["changed", "gone", "manifest", "other", "none"])
+def test_a_damaged_copy_is_put_again_by_the_next_start(
+    url: str, tmp_path: Path, harm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a copy in parts, what is damaged; all of it where its manifest is another."""
+    disk, store = tmp_path / "disk", store_of(StorePath(url))
+    parts: Any = {"holder": Holder()}
+
+    def start() -> None:
+        trainer = Engine(lambda *_: None)
+        resume_or_start(trainer, parts, disk, every=1, remote=url).checkpoint.wait()
+        trainer.run([0] * 3)
+
+    saver_of = DiskSaver.__init__
+    in_parts = functools.partialmethod(saver_of, parts=True)
+    monkeypatch.setattr(DiskSaver, "__init__", in_parts)
+    warnings.simplefilter("ignore")
+    start()
+    good = parts_of(url, "checkpoint_3")
+    whole = {one.name: good.get(one.name) for one in good.list()}
+    if harm == "changed":
+        good.put("rank-0.pt", whole["rank-0.pt"][:-1] + b"?")
+    elif harm == "gone":
+        good.remove("index.json")
+    elif harm == "manifest":
+        store.put("checkpoint_3.sharded", b"nothing")
+    elif harm == "other":
+        remove_parts(store, "checkpoint_3.sharded", lambda: None)
+        with DiskSaver(url, require_empty=False) as saver:
+            saver(state(5), "checkpoint_3.pt")
+    put, upload = [], type(store).upload
+
+    def counted(self: Store, name: str, *args: Any) -> None:
+        put.append(name)
+        upload(self, name, *args)
+
+    monkeypatch.setattr(type(store), "upload", counted)
+    start()
+    found = parts_of(url, "checkpoint_3")
+    assert {one.name: found.get(one.name) for one in found.list()} == whole
+    assert Checkpoint.latest(url).describe().endswith("checkpoint_3.sharded")
+    once = {"changed": ["rank-0.pt"], "gone": ["index.json"], "none": []}
+    assert sorted(put) == once.get(harm, sorted([*whole, "checkpoint_3.sharded"]))
+
+
 @pytest.mark.slow
 def test_a_rank_that_dies_while_it_uploads(
     proxy: Proxy, s3_url: str, s3_address: str, tmp_path: Path
@@ -224,6 +271,9 @@ def test_a_rank_that_dies_while_it_uploads(
     def kill(request: Request) -> Any:
         if "-refused/refused_1" in request.path and "__1_0" in request.path:
             return 500 if request.method == "PUT" else None
+        if "-noted/.crosstrain.saved" in request.path:
+            begun = any("-noted/good_2" in one.path for one in proxy.requests)
+            return 500 if request.method == "PUT" and not begun else None
         own = request.is_part and "checkpoint_6" in request.path and "__0_0" in request.path
         if own and "partNumber=2" in request.path and not killed:
             killed.append(request.path)
@@ -232,7 +282,9 @@ def test_a_rank_that_dies_while_it_uploads(
         return None
 
     proxy.disturb = kill
-    first = World(tmp_path, f"run={tmp_path}/straight", f"refused={refused}", f"run={s3_url}")
+    noted = f"noted={s3_url}-noted"
+    before = (f"run={tmp_path}/straight", f"refused={refused}", noted)
+    first = World(tmp_path, *before, f"run={s3_url}")
     codes = first.end()
     assert codes[0] == -signal.SIGKILL, first.text()
     assert codes[1] not in (0, -signal.SIGKILL), first.text()
@@ -247,6 +299,11 @@ def test_a_rank_that_dies_while_it_uploads(
         assert "refused_1.sharded was not saved: rank 1: uploading __1_0.distcp" in one["error"]
         assert one["after"] == "good_2.sharded"
     assert [name.split(".")[0] for name in names(refused)] == ["good_2", "good_2"]
+    for rank, one in enumerate(first.told(noted)):
+        whose = "" if rank == 0 else "Rank 0: "
+        why = rf"{whose}Checkpoint \S+refused_1\.sharded is saved, but noting its name"
+        assert re.match(why, one["error"]), one
+    assert "refused_1.sharded" in names(f"{s3_url}-noted")
 
     begun = len(proxy.requests)
     proxy.disturb = one_in_five_writes

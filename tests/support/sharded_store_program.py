@@ -3,7 +3,7 @@
 Called with a folder for what it tells, and tasks of the form `NAME=PLACE`: `run` trains with
 checkpoints in a folder or at a URL; `odd` likewise, with names that are no UTF-8; `tiers` with a
 folder beside what it tells, and every second checkpoint at a URL; `refused` saves where the store
-refuses it, then where it does not.
+refuses it, then where it does not; `noted` likewise, where only the noting of it is refused.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def main(folder: Path, tasks: list[str]) -> None:
                 disk = str(folder / "disk")
                 told[task] = run(backend, disk, remote=place, every_remote=6)
             else:
-                told[task] = {"run": run, "refused": refused}[name](backend, place)
+                told[task] = (run if name == "run" else refused)(backend, place)
             # At once: it may be killed in the next one.
             (folder / f"told-{backend.world.rank}.json").write_text(json.dumps(told))
 
