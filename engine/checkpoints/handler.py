@@ -19,6 +19,9 @@ from .retention import Item, Retention, format_score, setup_filename_pattern
 from .save_handler import SaveHandler, adapted
 from .save_request import Pending, as_handler, check_room_for, facts_of, warn_of_unsaved
 
+# Few runs come to a step that is longer.
+_LONG_STEP = 10**7 - 1
+
 
 class CheckpointEvents(EventEnum):
     """What a `Checkpoint` fires on the engine that it is attached to."""
@@ -84,8 +87,8 @@ class Checkpoint:
                 f"global_step_transform should be a function, got {type(global_step_transform)} "
                 "instead."
             )
-        if n_saved is not None and n_saved < 1:
-            raise ValueError(f"n_saved must be a positive integer or None, got {n_saved}")
+        if n_saved is not None and not (isinstance(n_saved, int) and n_saved >= 1):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ValueError(f"n_saved must be a positive integer or None, got {n_saved!r}")
         introduce(to_save)
         self.to_save = to_save
         self.filename_prefix = filename_prefix
@@ -105,6 +108,20 @@ class Checkpoint:
         self._warned_of: set[str] = set()
         self.save_handler: SaveHandler = as_handler(save_handler, save_on_rank)
         self._saver = adapted(self.save_handler)
+        self._check_names()
+
+    def _check_names(self) -> None:
+        """Raises now what the names of all files would raise after hours of training."""
+        name = next(iter(self.to_save)) if len(self.to_save) == 1 else "checkpoint"
+        scored = self.score_function is not None
+        step = _LONG_STEP if self.global_step_transform or not scored else None
+        try:
+            filename = self._filename(name, step, format_score(0.5) if scored else None)
+        except KeyError:
+            raise
+        except Exception:  # noqa: BLE001 - a pattern may fit only what the user's functions give
+            return
+        self._saver.check_name(filename)
 
     def __call__(self, engine: Any, *args: Any, **kwargs: Any) -> None:
         """Saves the objects, if the score is high enough.
@@ -210,14 +227,21 @@ class Checkpoint:
                 with_score_name=self.score_name is not None,
                 with_global_step=step is not None,
             )
-        return pattern.format(
-            filename_prefix=self.filename_prefix,
-            ext=self.ext,
-            name=name,
-            score_name=self.score_name,
-            score=score,
-            global_step=step,
-        )
+        fields = {
+            "filename_prefix": self.filename_prefix,
+            "ext": self.ext,
+            "name": name,
+            "score_name": self.score_name,
+            "score": score,
+            "global_step": step,
+        }
+        try:
+            return pattern.format(**fields)
+        except KeyError as error:
+            raise KeyError(
+                f"filename_pattern {pattern!r} has the field {{{error.args[0]}}}, and there are "
+                f"only {', '.join(fields)}"
+            ) from None
 
     @property
     def last_checkpoint(self) -> str | Location | None:

@@ -153,8 +153,8 @@ def resume_or_start(
         if copies is not None:
             copies.keeps(look.own_files(trainer.state.iteration, remote=True))
             copies.catch_up(latest)
+        checkpoint = Checkpoint(objects, saver, filename_prefix, n_saved=n_saved)
         undo.pop_all()
-    checkpoint = Checkpoint(objects, saver, filename_prefix, n_saved=n_saved)
     checkpoint.load_state_dict({"_saved": look.own_files(trainer.state.iteration)})
     remote_event = None if every_remote is None else event_of(every_remote)
     return begin(trainer, checkpoint, claim, latest, signals, event, copies, remote_event)

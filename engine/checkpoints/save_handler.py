@@ -74,6 +74,13 @@ class BaseSaveHandler(metaclass=ABCMeta):
     def prepare(self, run: RunFacts) -> None:  # noqa: B027 - not all want to hear it
         """Hears what the next checkpoint is of, right before it is called."""
 
+    def check_name(self, filename: str) -> None:  # noqa: B027 - some take any name
+        """Raises what storing a checkpoint under a name would raise because of the name.
+
+        Args:
+            filename: the name.
+        """
+
     def path_of(self, filename: str) -> Location | None:
         """Returns where a stored checkpoint is, on a disk or in a store; None if elsewhere."""
         return None

@@ -25,6 +25,7 @@ from crosstrain.engine.shown import shown
 from crosstrain.engine.spread import has_spread, parameter_names, split
 from crosstrain.engine.storage.errors import (
     CheckpointError,
+    CheckpointNotFound,
     CheckpointWarning,
     CheckpointWriteError,
 )
@@ -93,7 +94,8 @@ class DiskSaver(BaseSaveHandler):
                 "overlap=True copies in the thread that writes, and background=False has none: "
                 "pass background=True as well, or leave overlap out"
             )
-        self.dirname = location_of(dirname)
+        # Wherever the program goes, a relative path is one of where it was then.
+        self.dirname = location_of(dirname).absolute()
         self._folder = folder_at(self.dirname)
         self.save_on_rank = save_on_rank
         self._background = background
@@ -101,6 +103,7 @@ class DiskSaver(BaseSaveHandler):
         self._claim: Claim | None = None
         self._lines: tuple[Line | None, Line | None] | None = None
         self._newest_ns: int | None = None
+        self._told_of_ending = False
         # Of what is in a store: whether a name is one of parts.
         self._in_parts: dict[str, bool] = {}
         self._versions = software_versions()
@@ -169,6 +172,31 @@ class DiskSaver(BaseSaveHandler):
             in_parts = self._in_parts[filename]
         return parts if in_parts else self.dirname / filename
 
+    def check_name(self, filename: str) -> None:
+        """Makes sure that a checkpoint can have a name, and is found by it.
+
+        Args:
+            filename: the name.
+
+        Raises:
+            ValueError: if it cannot.
+        """
+        self._folder.check_name(filename)
+        ending = Path(filename).suffix
+        if ending == PARTS.ending:
+            raise ValueError(
+                f"The checkpoint's name {filename!r} ends with {ending}, as folders of sharded "
+                f"models do: give it the ending {FILE.ending}"
+            )
+        if ending != FILE.ending and not self._told_of_ending:
+            self._told_of_ending = True
+            warn_user(
+                f"Checkpoints get names that end with {ending!r}, not {FILE.ending}. They are "
+                "saved, and load by their paths, but Checkpoint.latest, resume_or_start, "
+                "`crosstrain inspect FOLDER` and require_empty do not see them",
+                CheckpointWarning,
+            )
+
     def prepare(self, run: RunFacts) -> None:
         """Hears what the next checkpoint is of."""
         self._run = run
@@ -180,7 +208,12 @@ class DiskSaver(BaseSaveHandler):
     def _next_time(self) -> int:
         """Returns the time of a new checkpoint, in ns: after that of every other in the folder."""
         if self._newest_ns is None:
-            self._newest_ns = newest_time(list_checkpoints(self.dirname))
+            try:
+                listed = list_checkpoints(self.dirname)
+            except CheckpointNotFound:
+                # There is no folder: what writes says so.
+                listed = []
+            self._newest_ns = newest_time(listed)
         self._newest_ns = later_than(self._newest_ns)
         return self._newest_ns
 
@@ -203,12 +236,14 @@ class DiskSaver(BaseSaveHandler):
             CheckpointWriteError: if the file system refuses; in the background, if it refused the
                 checkpoint before this one. Of parts, in all processes.
         """
+        self.check_name(filename)
         self.wait()
         run, self._run = self._run, RunFacts()
         in_parts = self._always_in_parts or has_spread(checkpoint)
         if isinstance(self.dirname, StorePath):
             self._in_parts[filename] = in_parts
         if in_parts:
+            self._folder.check_name(PARTS.path_of(self.dirname, filename).name)
             self._save_parts(checkpoint, filename, run)
         elif this_rank() == self.save_on_rank:
             self._save_file(checkpoint, filename, run)

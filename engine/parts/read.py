@@ -43,7 +43,8 @@ def is_in_parts(path: str | os.PathLike[str]) -> bool:
     folder = location_of(path)
     if isinstance(folder, StorePath):
         return folder.name.endswith(ENDING)
-    return folder.is_dir() and (folder.name.endswith(ENDING) or (folder / MANIFEST).is_file())
+    # Not the path's own is_dir, which raises where the ending makes a name too long.
+    return os.path.isdir(folder) and (folder.name.endswith(ENDING) or (folder / MANIFEST).is_file())
 
 
 @dataclass(frozen=True)

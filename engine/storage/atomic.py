@@ -310,12 +310,13 @@ def _write_error(path: Path, step: str, error: OSError) -> CheckpointWriteError:
         errno.EFBIG: " The file is larger than the process or the file system allows (ulimit -f).",
         errno.EROFS: " The file system is mounted read-only.",
         errno.EACCES: " The process may not write there.",
-        errno.ENOENT: " The folder is gone.",
+        errno.ENOENT: " The folder is gone: it was removed, renamed, or is mounted no longer.",
         errno.EIO: " The device has a fault; its messages are in the system's log.",
     }.get(error.errno or 0, "")
+    kept = " Checkpoints that were saved before are as they were."
     return CheckpointWriteError(
         f"Checkpoint {path} was not saved: {step} it failed with {error.strerror or error} "
-        f"({name}). Checkpoints that were saved before are as they were.{advice}",
+        f"({name}).{'' if error.errno == errno.ENOENT else kept}{advice}",
         error,
         path,
     )
@@ -392,9 +393,25 @@ def open_regular(path: Path, *, linked: bool = True) -> Generator[IO[bytes]]:
         os.close(descriptor)
 
 
+def _no_folder(folder: Path) -> str:
+    """Says what is where a folder, or one that it is in, cannot be made."""
+    for place in (folder, *folder.parents):
+        if place.is_symlink() and not place.exists():
+            return (
+                f"{place} is a link to {os.readlink(place)}, where nothing is: is that disk "
+                "mounted?"
+            )
+        if place.exists():
+            break
+    return f"{place} is no folder"
+
+
 def make_folder(folder: Path) -> None:
     """Creates a folder with its parents, such that it is still there after a power cut."""
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise NotADirectoryError(error.errno, _no_folder(folder)) from None
     for place in missing:
         flush_folder(place.parent)

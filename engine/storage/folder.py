@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -32,6 +33,31 @@ class Entry:
     is_folder: bool
     modified_ns: int = 0
     lost: str | None = None
+
+
+def check_name(name: str) -> None:
+    """Makes sure that a checkpoint can have a name, as a file in a folder, and is found there.
+
+    Args:
+        name: the name.
+
+    Raises:
+        ValueError: if it cannot.
+    """
+    why = ""
+    if not name:
+        why = "it is empty"
+    elif "/" in name or os.sep in name:
+        why = "it leads into another folder: give that to DiskSaver, and the name without it"
+    elif "\0" in name:
+        why = "no file system has names with that character"
+    elif name.startswith("."):
+        why = "what begins with a dot is hidden, and no start would find it"
+    if why:
+        raise ValueError(
+            f"{name!r} cannot be the name of a checkpoint: {why}. It is made of filename_prefix, "
+            "filename_pattern and the names in to_save"
+        )
 
 
 class Claim(Protocol):
@@ -145,6 +171,14 @@ class Folder(Protocol):
     @property
     def place(self) -> Location:
         """Where it is."""
+        ...
+
+    def check_name(self, name: str) -> None:
+        """Makes sure that a checkpoint can have a name here.
+
+        Raises:
+            ValueError: if it cannot.
+        """
         ...
 
     def make(self) -> None:

@@ -10,10 +10,12 @@ from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import IO
 
+from crosstrain.engine.shown import shown
+
 from .archive import Window
 from .atomic import Contents, make_folder, open_regular, write_file
 from .errors import is_lack
-from .folder import Entry
+from .folder import Entry, check_name
 from .leftovers import PARTS, new_name, remove_leftovers
 from .local_parts import LocalAside
 from .lock import FolderLock
@@ -56,6 +58,21 @@ class LocalFolder:
     def place(self) -> Path:
         """Where it is."""
         return self._path
+
+    def check_name(self, name: str) -> None:
+        """Makes sure that a checkpoint can have a name here."""
+        check_name(name)
+        try:
+            most = os.pathconf(self._path, "PC_NAME_MAX")
+        except (OSError, ValueError):
+            return
+        length = len(os.fsencode(name))
+        if length > most:
+            raise ValueError(
+                f"{shown(name)!r} cannot be the name of a checkpoint: it has {length} bytes, and "
+                f"{most} are the most in {self._path}. Shorten filename_prefix, filename_pattern "
+                "or the names in to_save"
+            )
 
     def make(self) -> None:
         """Makes it, if it is not there."""
@@ -104,6 +121,9 @@ class LocalFolder:
 
     def remove_parts(self, name: str) -> None:
         """Removes a checkpoint in parts, if it is there."""
+        if not os.path.lexists(self._path / name):
+            # Also where the ending of one in parts makes a name too long.
+            return
         aside = self._path / new_name(PARTS)
         with contextlib.suppress(FileNotFoundError):
             os.rename(self._path / name, aside)

@@ -130,5 +130,7 @@ def location_of(value: str | os.PathLike[str]) -> Location:
     """
     if isinstance(value, StorePath):
         return value
-    text = os.fspath(value)
+    text: Any = os.fspath(value)
+    if not isinstance(text, str):
+        raise TypeError(f"a path should be text, got {text!r}; os.fsdecode turns bytes into text")
     return StorePath(text) if _URL.match(text) else Path(value).expanduser()

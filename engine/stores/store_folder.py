@@ -15,7 +15,7 @@ from typing import IO, Any, Final
 
 from crosstrain.engine.storage.atomic import Contents, fill_file
 from crosstrain.engine.storage.errors import CheckpointError, CheckpointWriteError
-from crosstrain.engine.storage.folder import Entry
+from crosstrain.engine.storage.folder import Entry, check_name
 from crosstrain.engine.storage.locations import StorePath
 from crosstrain.engine.storage.manifest import Manifest
 from crosstrain.engine.storage.parts_files import ENDING
@@ -75,6 +75,16 @@ class StoreFolder:
     def place(self) -> StorePath:
         """Where it is."""
         return self._place
+
+    def check_name(self, name: str) -> None:
+        """Makes sure that a checkpoint can have a name here."""
+        check_name(name)
+        if "?" in name:
+            raise ValueError(
+                f"{name!r} cannot be the name of a checkpoint in {self._place}: in a URL, what is "
+                "behind a ? is no part of the name. Leave it out of filename_prefix, "
+                "filename_pattern and the names in to_save"
+            )
 
     def make(self) -> None:
         """Makes it, if it is not there."""

@@ -438,3 +438,42 @@ def test_an_unreadable_file_is_passed_over(folder: Path) -> None:
     (folder / "checkpoint_10.pt").unlink()
     (folder / "checkpoint_10.pt").symlink_to(folder / "gone")
     assert Checkpoint.latest(folder).path == folder / "checkpoint_8.pt"
+
+
+def test_a_relative_folder_is_where_it_was_whatever_the_program_does_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step, a handler or a library may go to another folder in the middle of a run."""
+    (tmp_path / "elsewhere" / "run").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with DiskSaver("run", background=True) as saver:
+        handler = Checkpoint({"model": torch.nn.Linear(1, 1)}, saver, n_saved=2)
+        engine = Engine(lambda *_: None)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, handler)
+        engine.add_event_handler(
+            Events.ITERATION_COMPLETED(once=2), lambda: os.chdir(tmp_path / "elsewhere")
+        )
+        engine.run([0] * 4)
+    assert names(tmp_path / "run") == ["model_3.pt", "model_4.pt"]
+    assert names(tmp_path / "elsewhere" / "run") == []
+    assert handler.last_checkpoint == tmp_path / "run" / "model_4.pt"
+
+
+def test_what_is_no_folder_is_told(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "file").touch()
+    for place, why in {
+        "link": "link is a link to nowhere, where nothing is: is that disk mounted",
+        "link/run": "link is a link to nowhere",
+        "file": "file is no folder",
+        "file/run": "file is no folder",
+    }.items():
+        with pytest.raises(CheckpointWriteError, match=why):
+            DiskSaver(tmp_path / place)
+    with pytest.raises(TypeError, match="should be text, got b'run'"):
+        DiskSaver(b"run")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    with DiskSaver(tmp_path / "run") as saver:
+        (tmp_path / "run").rmdir()
+        with pytest.raises(CheckpointWriteError, match="The folder is gone") as caught:
+            saver({"a": 1}, "a.pt")
+        assert "as they were" not in str(caught.value)
