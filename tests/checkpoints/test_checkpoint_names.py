@@ -60,9 +60,9 @@ def test_names_that_are_known_only_when_it_is_saved(tmp_path: Path) -> None:
     handler = ModelCheckpoint(tmp_path, "best")
     engine = Engine(lambda *_: None)
     engine.add_event_handler(Events.ITERATION_COMPLETED, handler, {"net/a": MODEL})
-    with pytest.raises(ValueError, match="'best_net/a_1.pt' cannot be the name"):
+    with pytest.raises(ValueError, match=r"'best_net/a_1\.pt' cannot be the name"):
         engine.run([0])
-    with DiskSaver("memory://names/run") as saver, pytest.raises(ValueError, match="behind a ?"):
+    with DiskSaver("memory://names/run") as saver, pytest.raises(ValueError, match=r"behind a \?"):
         saver({"a": 1}, "what?.pt")
 
 
