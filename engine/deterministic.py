@@ -24,6 +24,7 @@ from crosstrain.engine.data.streams import ALL_STREAMS, StreamKey
 from crosstrain.engine.exact.attached import Attached
 from crosstrain.engine.exact.fetches import Fetched, who_fetches
 from crosstrain.engine.exact.forgotten import SCALARS, Forgotten
+from crosstrain.engine.exact.held import Holders
 from crosstrain.engine.exact.laid_over import LaidOver
 from crosstrain.engine.exact.porting import port
 from crosstrain.engine.exact.rank_states import RANKS, SHARDS, check_same_shards, gathered, own_part
@@ -137,6 +138,7 @@ class DeterministicEngine(Engine):
         checks: Checks | None = None,
         shards: int | None = None,
     ) -> None:
+        before = {*vars(self)}
         super().__init__(process_function, backend)
         world = world_of(backend)
         #: The number of logical shards, whatever the number of processes; None without any.
@@ -177,6 +179,7 @@ class DeterministicEngine(Engine):
         # The data, and which loaders handlers fetch from, it or others.
         self._fetches: tuple[Any, Fetched] | None = None
         self._conditions: dict[str, Any] | None = None
+        self.made_with = frozenset(vars(self).keys() - before)
 
     @property
     def share(self) -> BatchShare | None:
@@ -262,7 +265,8 @@ class DeterministicEngine(Engine):
         if self._told_unnamed:
             return
         self._told_unnamed = True
-        found = unnamed_sources(self._functions(), self._named_elsewhere())
+        held = self._holders().values_used_by
+        found = unnamed_sources(self._functions(), self._named_elsewhere(), held)
         if found:
             Proof().differs(
                 f"A resumed run will draw other values from {'; '.join(found)}: that has a "
@@ -310,14 +314,22 @@ class DeterministicEngine(Engine):
             found.setdefault("loss_fn", loss)
         return found
 
-    def _forgotten(self) -> Forgotten:
-        keys = self.state_dict_user_keys
-        recorded = {
+    def _recorded(self) -> set[int]:
+        """Returns the modules and optimizers whose numbers and words are recorded, by `id`."""
+        return {
             id(one)
             for value in self._structured().values()
             for one in (value.modules() if isinstance(value, torch.nn.Module) else [value])
         }
-        return Forgotten(self._functions(), self._named_elsewhere(), self.state, keys, recorded)
+
+    def _holders(self) -> Holders:
+        """Returns what handlers get or refer to, and on which users keep things of their own."""
+        holders = {**self._structured(), "trainer": self, "trainer.state": self.state}
+        return Holders(holders, self.state_dict_user_keys, self._recorded())
+
+    def _forgotten(self) -> Forgotten:
+        known, recorded = self._named_elsewhere(), self._recorded()
+        return Forgotten(self._functions(), known, self._holders(), recorded)
 
     def _tell_forgotten(self) -> dict[str, Any]:
         """Says what the run has changed, and reads, that no checkpoint holds.

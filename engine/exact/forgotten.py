@@ -43,7 +43,8 @@ from crosstrain.engine.nests import unwrap
 from crosstrain.engine.state import State
 from crosstrain.engine.structure import RECORDED
 
-from .reads import ALL, WRITES, Use, names_read_of_state, uses_of, uses_of_self
+from .held import Holders
+from .reads import ALL, WRITES, Use, attributes_used, uses_of, uses_of_self
 from .trained import functions_of_trained
 from .unnamed import (
     GLOBAL_GENERATORS,
@@ -113,7 +114,6 @@ _WHOLE: Final = (
 )
 _MAKING: Final = ("__new__", "__init__", "__post_init__")
 _CALLED: Final = Use(("__call__",), True)
-_STATE: Final = frozenset(vars(State()))
 
 
 class Forgotten:
@@ -122,8 +122,7 @@ class Forgotten:
     Args:
         functions: the step and the handlers, by what to call them.
         known: what a checkpoint takes care of, by `id`.
-        state: the run's state, whose own attributes are looked at, too.
-        keys: the names of those attributes of it that are saved.
+        holders: the engine, its state and what is trained, whose further attributes are looked at.
         recorded: the modules and optimizers whose numbers and words are, by `id`.
     """
 
@@ -131,23 +130,19 @@ class Forgotten:
         self,
         functions: Mapping[str, Any],
         known: Iterable[int],
-        state: Any,
-        keys: Iterable[str] = (),
+        holders: Holders,
         recorded: Iterable[int] = (),
     ) -> None:
-        walk = UsesWalk(known, recorded)
+        walk = UsesWalk(known, recorded, holders)
         for name, function in functions.items():
             walk.function(function, name, _DEPTH)
+        walk.held()
         walk.settle()
         self.found = walk.found
         #: Other engines that the run uses, such as an evaluator, by where they were found.
         self.engines = walk.engines
-        kept, read = {*_STATE, *keys}, names_read_of_state(walk.functions)
-        if "metrics" in read:
+        if walk.reads_metrics():
             self.found |= walk.metrics
-        for name in sorted(read - kept):
-            if name in vars(state):
-                self.found["trainer.state", name] = _signature(vars(state)[name])
 
     def changed(self, before: Forgotten) -> list[str]:
         """Returns the names of what is other than it was before."""
@@ -172,9 +167,13 @@ class UsesWalk:
     Args:
         known: what is not looked into, by `id`.
         recorded: modules and optimizers whose numbers and words are no matter, by `id`.
+        holders: objects whose further attributes are looked at, as far as functions name them.
     """
 
-    def __init__(self, known: Iterable[int], recorded: Iterable[int] = ()) -> None:
+    def __init__(
+        self, known: Iterable[int], recorded: Iterable[int] = (), holders: Holders | None = None
+    ) -> None:
+        self._holders = [] if holders is None else [holders]
         self._known = frozenset(known)
         self._recorded = frozenset(recorded)
         self._seen: set[Any] = set()
@@ -229,19 +228,52 @@ class UsesWalk:
             return
         self._seen.add(id(plain))
         self.functions.append(plain)
-        variables, uses = {**_defaults_of(plain), **dict(variables_of(plain))}, uses_of(code)
+        variables, uses = _variables_of(plain), uses_of(code)
         # What `globals()` gives may be used in any way.
         unknown = ALL if uses is None or "globals" in uses else frozenset[Use]()
         for variable, value in variables.items():
             some = unknown if uses is None else uses.get(variable, unknown)
-            read = frozenset(use for use in some if use.into is None)
-            for use in some - read:
-                other = variables.get(use.into)  # type: ignore[arg-type]
-                if isinstance(other, _COLLECTIONS):
-                    self._waiting.append((name, variable, value, id(other)))
-                else:
-                    read |= {use._replace(read=True, into=None)}
-            self.value(value, name, variable, depth - 1, read)
+            self._used(value, name, variable, depth - 1, some, variables)
+
+    def _used(
+        self,
+        value: Any,
+        owner: str,
+        name: str,
+        depth: int,
+        uses: frozenset[Use],
+        variables: Mapping[str, Any],
+    ) -> None:
+        """Notes a value that a function uses; later, if it only ends in one of its collections."""
+        read = frozenset(use for use in uses if use.into is None)
+        for use in uses - read:
+            other = variables.get(use.into)  # type: ignore[arg-type]
+            if isinstance(other, _COLLECTIONS):
+                self._waiting.append((owner, name, value, id(other)))
+            else:
+                read |= {use._replace(read=True, into=None)}
+        self.value(value, owner, name, depth, read)
+
+    def held(self) -> None:
+        """Looks at what the functions that were looked into use of engines, models and the like."""
+        begun: dict[int, int] = {}
+        count = len(self.functions)
+        while left := [one for one in self._holders if begun.get(id(one), 0) < count]:
+            for holders in left:
+                for plain in self.functions[begun.get(id(holders), 0) : count]:
+                    variables = _variables_of(plain)
+                    for where, name, value, uses in holders.used_by(plain, variables):
+                        self._used(value, where, name, _DEPTH, uses, variables)
+                begun[id(holders)] = count
+            count = len(self.functions)
+
+    def reads_metrics(self) -> bool:
+        """Tells whether a function that was looked into reads `state.metrics`."""
+        return any(
+            one.of == "state" and (one.use.read or one.use.into)
+            for function in self.functions
+            for one in attributes_used(function.__code__).get("metrics", ())
+        )
 
     def value(self, value: Any, owner: str, name: str, depth: int, uses: frozenset[Use]) -> None:
         """Notes a value, if it is read, or looks into what it is made of."""
@@ -309,6 +341,7 @@ class UsesWalk:
             return
         self._seen.add(id(engine))
         self.engines[where] = engine
+        self._holders.append(Holders({where: engine, f"{where}.state": engine.state}))
         # Its metrics begin with each of its runs.
         metrics, self.metrics = self.metrics, {}
         process = getattr(engine, "_process_function", None)
@@ -398,6 +431,10 @@ def _defaults_of(function: types.FunctionType) -> dict[str, Any]:
     first = code.co_argcount - len(values)
     named = zip(code.co_varnames[first : code.co_argcount], values, strict=True)
     return {**dict(named), **(function.__kwdefaults__ or {})}
+
+
+def _variables_of(function: types.FunctionType) -> dict[str, Any]:
+    return {**_defaults_of(function), **dict(variables_of(function))}
 
 
 def _spellings(path: tuple[str, ...], kind: type) -> list[str]:
