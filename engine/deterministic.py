@@ -23,11 +23,12 @@ from crosstrain.engine.data.shares import BatchShare, Shards, check_shards, worl
 from crosstrain.engine.data.streams import ALL_STREAMS, StreamKey
 from crosstrain.engine.exact.attached import Attached
 from crosstrain.engine.exact.fetches import Fetched, who_fetches
-from crosstrain.engine.exact.forgotten import SCALARS, Forgotten
+from crosstrain.engine.exact.forgotten import Forgotten
 from crosstrain.engine.exact.held import Holders
 from crosstrain.engine.exact.laid_over import LaidOver
 from crosstrain.engine.exact.porting import port
 from crosstrain.engine.exact.rank_states import RANKS, SHARDS, check_same_shards, gathered, own_part
+from crosstrain.engine.exact.saved import Saved
 from crosstrain.engine.exact.snapshot import (
     FORMAT,
     KEYS,
@@ -42,7 +43,6 @@ from crosstrain.engine.exact.snapshot import (
 from crosstrain.engine.exact.trained import (
     functions_held,
     functions_of_trained,
-    holders_of_state,
     hooks_of_all,
 )
 from crosstrain.engine.exact.unnamed import functions_of, unnamed_sources
@@ -266,7 +266,8 @@ class DeterministicEngine(Engine):
             return
         self._told_unnamed = True
         held = self._holders().values_used_by
-        found = unnamed_sources(self._functions(), self._named_elsewhere(), held)
+        known = self._named_elsewhere() | self._saved().held
+        found = unnamed_sources(self._functions(), known, held)
         if found:
             Proof().differs(
                 f"A resumed run will draw other values from {'; '.join(found)}: that has a "
@@ -291,6 +292,10 @@ class DeterministicEngine(Engine):
             functions.update(functions_held(value))
         return {**functions, **functions_of_trained(self._structured()), **hooks_of_all()}
 
+    def _saved(self) -> Saved:
+        named_objects = named(self.objects, self.saved_beside).values()
+        return Saved([*self.named_beside, *named_objects])
+
     def _named_elsewhere(self) -> set[int]:
         known = {id(self.state.dataloader), id(self)}
         for value in (*self.named_beside, *named(self.objects, self.saved_beside).values()):
@@ -301,9 +306,6 @@ class DeterministicEngine(Engine):
                 parts = (*value.modules(), *value.parameters(), *value.buffers())
                 known |= {id(part) for part in parts}
             # As they are now. Numbers and words are one object wherever they stand.
-            for owner in holders_of_state(value):
-                held = getattr(owner, "__dict__", {}).values()
-                known |= {id(one) for one in held if not isinstance(one, SCALARS)}
         return known
 
     def _structured(self) -> dict[str, Any]:
@@ -328,8 +330,9 @@ class DeterministicEngine(Engine):
         return Holders(holders, self.state_dict_user_keys, self._recorded())
 
     def _forgotten(self) -> Forgotten:
-        known, recorded = self._named_elsewhere(), self._recorded()
-        return Forgotten(self._functions(), known, self._holders(), recorded)
+        saved, recorded = self._saved(), self._recorded()
+        known = self._named_elsewhere() | saved.held
+        return Forgotten(self._functions(), known, self._holders(), recorded, saved.contents)
 
     def _tell_forgotten(self) -> dict[str, Any]:
         """Says what the run has changed, and reads, that no checkpoint holds.

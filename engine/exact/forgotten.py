@@ -45,6 +45,7 @@ from crosstrain.engine.structure import RECORDED
 
 from .held import Holders
 from .reads import ALL, WRITES, Use, attributes_used, uses_of, uses_of_self
+from .saved import SCALARS
 from .trained import functions_of_trained
 from .unnamed import (
     GLOBAL_GENERATORS,
@@ -64,8 +65,6 @@ _SEEN: Final = 4000
 _ENTRIES: Final = 4096
 _PLENTY: Final = 1 << 18
 _BYTES: Final = 1 << 20
-#: What has no identity of its own: equal ones may be one object, whoever holds them.
-SCALARS: Final = (bool, int, float, complex, str, bytes, type(None))
 _COLLECTIONS: Final = (
     dict,
     list,
@@ -124,6 +123,7 @@ class Forgotten:
         known: what a checkpoint takes care of, by `id`.
         holders: the engine, its state and what is trained, whose further attributes are looked at.
         recorded: the modules and optimizers whose numbers and words are, by `id`.
+        saved: collections, tensors and arrays whose contents are saved, by `id`.
     """
 
     def __init__(
@@ -131,14 +131,16 @@ class Forgotten:
         functions: Mapping[str, Any],
         known: Iterable[int],
         holders: Holders,
-        recorded: Iterable[int] = (),
+        recorded: Iterable[int],
+        saved: Iterable[int],
     ) -> None:
-        walk = UsesWalk(known, recorded, holders)
+        walk = UsesWalk(known, recorded, holders, saved)
         for name, function in functions.items():
             walk.function(function, name, _DEPTH)
         walk.held()
         walk.settle()
         self.found = walk.found
+        self._goes_on = walk.goes_on
         #: Other engines that the run uses, such as an evaluator, by where they were found.
         self.engines = walk.engines
         if walk.reads_metrics():
@@ -157,7 +159,9 @@ class Forgotten:
         return [
             f"{owner}.{name}" if owner == "trainer.state" else f"{owner}, its {name!r}"
             for (owner, name), signature in self.found.items()
-            if signature is not None and not is_as_before((owner, name), signature)
+            if signature is not None
+            and (owner, name) not in self._goes_on
+            and not is_as_before((owner, name), signature)
         ]
 
 
@@ -168,11 +172,19 @@ class UsesWalk:
         known: what is not looked into, by `id`.
         recorded: modules and optimizers whose numbers and words are no matter, by `id`.
         holders: objects whose further attributes are looked at, as far as functions name them.
+        saved: collections, tensors and arrays whose contents are saved, by `id`.
     """
 
     def __init__(
-        self, known: Iterable[int], recorded: Iterable[int] = (), holders: Holders | None = None
+        self,
+        known: Iterable[int],
+        recorded: Iterable[int] = (),
+        holders: Holders | None = None,
+        saved: Iterable[int] = (),
     ) -> None:
+        self._contents = frozenset(saved)
+        #: Of what was found, what a named object's state has now.
+        self.goes_on: set[tuple[str, str]] = set()
         self._holders = [] if holders is None else [holders]
         self._known = frozenset(known)
         self._recorded = frozenset(recorded)
@@ -366,6 +378,8 @@ class UsesWalk:
         if id(value) not in self._known:
             self._read.add(id(value))
             self.found[owner, name] = _signature(value)
+            if id(value) in self._contents:
+                self.goes_on.add((owner, name))
 
     def _items(self, value: Any, owner: str, name: str, depth: int) -> None:
         if id(value) in self._seen or id(value) in self._known:
@@ -395,6 +409,7 @@ class UsesWalk:
             if id(value) not in self._saved:
                 self._saved[id(value)] = _parts_of(value)
             saved = self._saved[id(value)]
+            # Of collections, tensors and arrays the contents were compared.
             own = {name: one for name, one in own.items() if _mark(one) not in saved}
         more, functions = uses_of_self(kind, [use.path[0] for use in uses if use.path])
         # What is passed on, or passes itself on, may be used in any way.

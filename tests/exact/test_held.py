@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,7 @@ def _closure_of_the_trainer(trainer: Any, model: Any, optimizer: Any) -> None:
 @_case("trainer, its 'turns'")
 def _number_of_the_trainer(trainer: Any, model: Any, optimizer: Any) -> None:
     def turn(engine: Any) -> None:
-        setattr(engine, "turns", getattr(engine, "turns", 0) + 1)  # noqa: B009, B010
+        setattr(engine, "turns", getattr(engine, "turns", 0) + 1)  # noqa: B010
         _set(optimizer, 0.1 / vars(engine)["turns"])
 
     _each(trainer, turn)
@@ -135,27 +135,104 @@ def _generator_of_the_optimizer(trainer: Any, model: Any, optimizer: Any) -> Non
     _each(trainer, lambda engine: _set(optimizer, 0.1 * optimizer.rng.random()))
 
 
+class _Named:
+    """A named object that turns by a collection or a tensor, and has what it is told in its state.
+
+    Args:
+        kept: what it turns by.
+        state: makes of that what its state has.
+    """
+
+    def __init__(self, kept: Any, state: Callable[[Any], Any]) -> None:
+        self.kept, self.rate, self._state = kept, 0.1, state
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rate": self.rate, "as": self._state(self.kept)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.rate = state["rate"]
+
+    def next(self) -> float:
+        if isinstance(self.kept, torch.Tensor):
+            self.kept += 1
+        elif isinstance(self.kept, dict):
+            self.kept["turns"] += 1
+        else:
+            self.kept.append(len(self.kept))
+        return 0.1 / float(sum(self.kept.values() if isinstance(self.kept, dict) else self.kept))
+
+
+KEPT: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "a list": (lambda: [1, 2], tuple),
+    "a deque": (lambda: deque([1, 2], 5), list),
+    "a counter": (lambda: Counter(turns=3), dict),
+    "a tensor": (lambda: torch.ones(1), float),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+@pytest.mark.parametrize("saved", [True, False])
+def test_what_a_named_object_leaves_out_of_its_state_is_told(
+    name: str, saved: bool, tmp_path: Path
+) -> None:
+    kept, state = KEPT[name]
+    named = _Named(kept(), state if saved else lambda kept: None)
+
+    def attach(trainer: Any, model: Any, optimizer: Any) -> None:
+        _each(trainer, lambda engine: _set(optimizer, named.next()))
+
+    told = _said(tmp_path, attach, {"named": named})
+    assert len(told) == (not saved), told
+    assert saved or "its 'named.kept'" in told[0]
+
+
+class _Counting(torch.optim.SGD):
+    """Has a state of its own, without what its steps follow from."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, 0.1)
+        self.turns = [0]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "version": 1}
+
+    def step(self, closure: Any = None) -> Any:
+        self.turns[0] += 1
+        _set(self, 0.1 / self.turns[0])
+        return super().step(closure)
+
+
+def test_what_an_optimizer_leaves_out_of_a_state_of_its_own_is_told(tmp_path: Path) -> None:
+    trainer, model, _ = _made(_Counting)
+    (told,) = _told(tmp_path, trainer, {"model": model, "optimizer": trainer.objects["optimizer"]})
+    assert "the step of optimizer, its 'self.turns'" in told
+
+
 def _data() -> list[Any]:
     return [(torch.ones(2, 3), torch.ones(2, 1))] * 3
 
 
-def _made() -> tuple[Engine, nn.Module, torch.optim.Optimizer]:
+def _made(kind: Any = torch.optim.SGD) -> tuple[Engine, nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(3, 1))
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer = kind(model.parameters())
     loss = nn.functional.mse_loss
     trainer = create_supervised_trainer(model, optimizer, loss, backend="cpu", deterministic=True)
     return trainer, model, optimizer
 
 
-def _said(folder: Path, attach: Attach) -> Iterator[str]:
-    trainer, model, optimizer = _made()
-    attach(trainer, model, optimizer)
+def _told(folder: Path, trainer: Engine, to_save: dict[str, Any]) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        resume_or_start(trainer, {"model": model, "optimizer": optimizer}, folder, 1, signals=())
+        resume_or_start(trainer, to_save, folder, 1, signals=())
         trainer.run(_data(), max_epochs=2)
-    yield from (str(one.message) for one in caught if one.category is ResumeWarning)
+    return [str(one.message) for one in caught if one.category is ResumeWarning]
+
+
+def _said(folder: Path, attach: Attach, more: dict[str, Any] | None = None) -> list[str]:
+    trainer, model, optimizer = _made()
+    attach(trainer, model, optimizer)
+    return _told(folder, trainer, {"model": model, "optimizer": optimizer, **(more or {})})
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -185,7 +262,7 @@ def test_what_is_a_log_or_anothers_is_not_told(tmp_path: Path) -> None:
 
         _each(trainer, log)
 
-    assert not list(_said(tmp_path, attach))
+    assert not _said(tmp_path, attach)
 
 
 def test_an_engine_has_nothing_of_its_own_that_counts_as_the_users(tmp_path: Path) -> None:
