@@ -53,7 +53,7 @@ from .engine import Engine
 from .errors import ResumeWarning, warn_user
 from .events import Events
 from .place import Place
-from .progress import data_length
+from .progress import data_length, is_done
 from .proof import Checks, Proof
 from .random_states import random_states, random_states_kept, restore_random_states
 from .requests import END_EPOCH, NO_BATCHES, QUIET_EPOCH, RUN_ENDS
@@ -169,6 +169,8 @@ class DeterministicEngine(Engine):
         self._passed_by = False
         # What was loaded beside it, to be laid over what handlers change before the data is opened.
         self._laid_over: LaidOver | None = None
+        # The same, while runs are passed by that were done before the one it is of began.
+        self._later: LaidOver | None = None
         self._defers = False
         self._put_back: list[str] = []
         self._told_unnamed = False
@@ -208,6 +210,8 @@ class DeterministicEngine(Engine):
         if self._snapshot is not None:
             known = KEYS | set(OPTIONAL_KEYS)
             values.update({k: v for k, v in self._snapshot.items() if k in known})
+            if self._passed_by and "structure" not in values:
+                values["structure"] = self._structure.record(self._structured())
             return values
         exact = self._cursor.between_batches
         if not exact:
@@ -433,7 +437,7 @@ class DeterministicEngine(Engine):
         if full:
             check_same_shards(state_dict, self.shards)
         self._snapshot = own_part(state_dict, self.backend) if full else dict(state_dict)
-        self._passed_by = False
+        self._passed_by, self._later = False, None
         self._reseeds = full and self._snapshot["rng_states"] is None
         if self._reseeds:
             self._snapshot["rng_states"] = random_states(self.backend)
@@ -453,7 +457,7 @@ class DeterministicEngine(Engine):
     def _begin_anew(self) -> None:
         self._cursor.reset()
         self._structure.begin(self._structured())
-        self._snapshot = self._laid_over = None
+        self._snapshot = self._laid_over = self._later = None
         self.state.seed = self._given_seed
 
     def _continue(self) -> State:
@@ -463,6 +467,7 @@ class DeterministicEngine(Engine):
             if isinstance(self._step, OwnStep):
                 self._step.watch()
             if (snapshot := self._full_snapshot()) is not None:
+                self._pass_by(snapshot)
                 self._take_up(snapshot)
         arithmetic = (
             nullcontext() if self.backend is None else self.backend.deterministic(self._warn_only)
@@ -476,13 +481,35 @@ class DeterministicEngine(Engine):
                 self._cursor.close()
                 self._keep_for_another_run()
 
+    def _pass_by(self, snapshot: Mapping[str, Any]) -> None:
+        """Keeps what was loaded, or lays it over what the script has changed since.
+
+        Of several runs with a limit each, the script does again what it does between them. Where
+        the state is a later run's, what was done before that has been done to what it holds.
+        """
+        if is_done(self.state) and not self._is_of_this_run(snapshot):
+            self._later = self._later or LaidOver(self.loaded_with)
+            return
+        later, self._later = self._later, None
+        if later is None:
+            return
+        for key in self.state_dict_user_keys:
+            setattr(self.state, key, snapshot[key])
+        later.lay()
+
+    def _is_of_this_run(self, snapshot: Mapping[str, Any]) -> bool:
+        """Tells whether a state was written in a run with the limit of this one."""
+        limits = ("max_epochs", "max_iters")
+        return all(snapshot.get(name) == vars(self.state)[name] for name in limits)
+
     def _keep_for_another_run(self) -> None:
         """Keeps what handlers have done in a run that had nothing left to do."""
         snapshot = self._full_snapshot()
-        if snapshot is None or self._place.open:
+        if snapshot is None or self._place.open or self._later is not None:
             return
+        # What it tells of the structure was put back: what the script changes now is right.
         self._snapshot = {
-            **snapshot,
+            **{key: item for key, item in snapshot.items() if key != "structure"},
             "rng_states": random_states(self.backend),
             "step": step_state(self._step),
             "backend": None if self.backend is None else self.backend.state_dict(),

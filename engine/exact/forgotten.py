@@ -26,6 +26,7 @@ import threading
 import types
 import weakref
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing.sharedctypes import SynchronizedBase
 from typing import Any, Final
@@ -152,6 +153,10 @@ class Forgotten:
         known = [(name, signature) for (_, name), signature in before.found.items()]
 
         def is_as_before(place: tuple[str, str], signature: Any) -> bool:
+            if isinstance(signature, _OneOf):
+                # Another is missed where there was one; what was nothing yet is set when it is due.
+                was = before.found.get(place)
+                return was == signature or not isinstance(was, _OneOf)
             if place in before.found:
                 return bool(before.found[place] == signature)
             return (place[1], signature) in known
@@ -163,6 +168,17 @@ class Forgotten:
             and (owner, name) not in self._goes_on
             and not is_as_before((owner, name), signature)
         ]
+
+
+@dataclass(frozen=True)
+class _OneOf:
+    """Stands for one of several objects that are saved: which of them is what a variable tells.
+
+    Args:
+        identity: its `id`.
+    """
+
+    identity: int
 
 
 class UsesWalk:
@@ -322,6 +338,8 @@ class UsesWalk:
                     self._attributes(value, owner, name, depth, uses)
             return
         if isinstance(value, State) or {id(value)} & (self._known | GLOBAL_GENERATORS):
+            if any(use.read for use in uses) and _has_state(value):
+                self.found[owner, name] = _OneOf(id(value))
             if is_users_object(value) and not isinstance(value, TRAINED) and depth > 0:
                 self._attributes(value, owner, name, depth, uses)
             return

@@ -272,3 +272,55 @@ def test_an_engine_has_nothing_of_its_own_that_counts_as_the_users(tmp_path: Pat
     for engine in (trainer, DeterministicEngine(lambda engine, batch: None)):
         ours = {name for kind in type(engine).__mro__ for name in vars(kind)}
         assert vars(engine).keys() <= engine.made_with | ours
+
+
+def _switched_variable(trainer: Any, one: Any, other: Any) -> None:
+    now = one
+
+    def switch() -> None:
+        nonlocal now
+        now = other
+
+    _each(trainer, lambda engine: _set(now, 0.05))
+    trainer.add_event_handler(Events.EPOCH_COMPLETED(once=1), switch)
+
+
+def _switched_attribute(trainer: Any, one: Any, other: Any) -> None:
+    trainer.now = {"optimizer": one}
+
+    def switch() -> None:
+        trainer.now["optimizer"] = other
+
+    _each(trainer, lambda engine: _set(engine.now["optimizer"], 0.05))
+    trainer.add_event_handler(Events.EPOCH_COMPLETED(once=1), switch)
+
+
+def _set_when_due(trainer: Any, one: Any, other: Any) -> None:
+    now = None
+
+    def turn() -> None:
+        nonlocal now
+        now = now or other
+        _set(now, 0.05)
+
+    _each(trainer, lambda engine: turn())
+
+
+@pytest.mark.parametrize(
+    ("attach", "told"),
+    [
+        (_switched_variable, "its 'now'"),
+        (_switched_attribute, "its \"now['optimizer']\""),
+        (_set_when_due, None),
+    ],
+)
+def test_a_variable_that_goes_from_one_named_object_to_another_is_told(
+    attach: Any, told: str | None, tmp_path: Path
+) -> None:
+    trainer, model, optimizer = _made()
+    other = torch.optim.SGD(model.parameters(), 0.2)
+    attach(trainer, optimizer, other)
+    to_save = {"model": model, "optimizer": optimizer, "other": other}
+    said = _told(tmp_path, trainer, to_save)
+    assert len(said) == (told is not None), said
+    assert told is None or told in said[0]
