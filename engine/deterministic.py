@@ -495,7 +495,10 @@ class DeterministicEngine(Engine):
             return
         for key in self.state_dict_user_keys:
             setattr(self.state, key, snapshot[key])
-        later.lay()
+        if changed := later.lay():
+            self.proof.checked.append(
+                f"{', '.join(changed)}: put back after the script had changed it between its runs"
+            )
 
     def _is_of_this_run(self, snapshot: Mapping[str, Any]) -> bool:
         """Tells whether a state was written in a run with the limit of this one."""
