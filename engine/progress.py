@@ -36,15 +36,7 @@ def check_limits(
 ) -> None:
     """Checks new limits against a state that may have made progress already, and takes them.
 
-    Args:
-        state: the state.
-        max_epochs: the new limit of epochs, if there is one.
-        max_iters: likewise, of iterations.
-        may_be_behind: allows limits below what is done: the run that they are of was before.
-
-    Raises:
-        ValueError: if both are given, one is below 1 or below what is done, or the state counts by
-            the other one.
+    They may be below what is done where the run that they are of was before.
     """
     if max_epochs is not None and max_iters is not None:
         raise ValueError(
@@ -84,11 +76,7 @@ def _check_not_behind(name: str, value: int, counter: str, done: int) -> None:
 
 
 def check_count(name: str, value: Any) -> None:
-    """Checks that a limit or a length is an integer of at least 1.
-
-    Raises:
-        ValueError: if it is not.
-    """
+    """Checks that a limit or a length is an integer of at least 1."""
     if not isinstance(value, Integral) or int(value) < 1:
         raise ValueError(
             f"Argument {name} is invalid: {value!r}. Please, set a correct {name} positive value, "
@@ -103,11 +91,7 @@ def begin(
     max_iters: int | None,
     epoch_length: int | None,
 ) -> None:
-    """Sets a state to the start of a new run; the limits have been checked.
-
-    Raises:
-        ValueError: if the data is empty, or there is neither data nor an epoch length.
-    """
+    """Sets a state to the start of a new run; the limits have been checked."""
     known = _known_length(data, epoch_length)
     if known is None:
         known = state.epoch_length
@@ -120,12 +104,7 @@ def begin(
 
 
 def resume(state: State, data: Iterable[Any] | None, epoch_length: int | None) -> None:
-    """Checks that a state that has iterations left can go on with this data.
-
-    Raises:
-        ValueError: if `epoch_length` differs from the state's, the data is empty, or there is
-            neither data nor an epoch length.
-    """
+    """Checks that a state that has iterations left can go on with this data."""
     if state.epoch_length is None:
         known = _known_length(data, epoch_length)
         _check_has_length(known, data)
@@ -162,15 +141,8 @@ def _check_has_length(length: int | None, data: Iterable[Any] | None) -> None:
 def load_progress(state: State, values: Mapping[str, Any], user_keys: Sequence[str] = ()) -> None:
     """Sets a state's counters and limits from a dictionary; leaves it as it was if one is bad.
 
-    Args:
-        state: the state to set.
-        values: `epoch_length`, one of `iteration` and `epoch` (of completed ones), one of
-            `max_epochs` and `max_iters`, and `user_keys`.
-        user_keys: further attributes of the state.
-
-    Raises:
-        TypeError: if `values` is not a mapping.
-        ValueError: if a key is missing or contradicts another, or a value is out of range.
+    It has `epoch_length`, one of `iteration` and `epoch` (of completed ones), one of `max_epochs`
+    and `max_iters`, and `user_keys`.
     """
     if not isinstance(values, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"Argument state_dict should be a dictionary, but given {type(values)}")

@@ -193,11 +193,7 @@ class Captured:
     def _record(
         self, shape: Hashable, inputs: Sequence[Any], tensors: Sequence[Tensor]
     ) -> _Recorded | None:
-        """Records a graph; returns None where the step makes states that no graph may make.
-
-        Raises:
-            BackendError: with the reason.
-        """
+        """Records a graph; returns None where the step makes states that no graph may make."""
         if len(self._known) >= _MOST:
             shapes = sorted({str(_sizes(one)) for one in (shape, *self._known)})
             raise BackendError(
