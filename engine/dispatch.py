@@ -464,10 +464,6 @@ class Dispatcher:
             for handler in self._handlers.require(event).bound()
         )
 
-    def handlers_of(self, event: Any) -> list[Callable[..., Any]]:
-        """Returns the handlers of an event, in the order in which they run."""
-        return list(self._handlers.require(event).bound())
-
     def time_handlers(self, timer: HandlerTimer) -> Callable[[], None]:
         """Has somebody told how long each handler takes, and each event with all its handlers.
 

@@ -146,7 +146,9 @@ class Loop(Requests):
                 self._place.owed &= ~RUN_ENDS
                 if self.asked:
                     yield from self._obey()
-                while self._has_epochs() and not self.should_terminate:
+                while self._place.owed & NO_BATCHES or not is_done(self.state):
+                    if self.should_terminate:
+                        break
                     yield from self._run_epoch()
             except EndRun:
                 self._place.leave()
@@ -172,9 +174,6 @@ class Loop(Requests):
             with contextlib.suppress(_Failed):
                 self._report(error)
         self._data_iter = None
-
-    def _has_epochs(self) -> bool:
-        return bool(self._place.owed & NO_BATCHES) or not is_done(self.state)
 
     def _end_as_loaded(self) -> None:
         """Ends the run as the one that was loaded had ended: on purpose, once and for all."""
@@ -332,8 +331,8 @@ class Loop(Requests):
     def _goes_on(self, error: BaseException, done: int) -> bool:
         """Keeps where an error left the epoch; tells whether its handlers dealt with it here.
 
-        `done` iterations of the epoch have had their step. Where there were handlers, and none
-        dealt with it, `_Failed` leaves the run.
+        `done` iterations of the epoch have had their step. `_Failed` leaves the run where they
+        have not dealt with it.
         """
         length, place = self.state.epoch_length, self._place
         place.open = done != length
