@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import itertools
 import textwrap
 import types
 from collections.abc import Iterable, Iterator, Mapping
@@ -178,12 +179,24 @@ def attributes_used(code: types.CodeType) -> Mapping[str, frozenset[AttributeUse
         owner, name = _attribute(node)
         if owner is not None and name is not None:
             base = owner.id if isinstance(owner, ast.Name) else None
+            if base is not None and _is_self(base, above):
+                continue
             of = owner.attr if isinstance(owner, ast.Attribute) else base or ""
             found.setdefault(name, set()).add(AttributeUse(base, of, _use(node, above)))
     return {
         name: frozenset(one._replace(of=aliases.get(one.of, one.of)) for one in uses)
         for name, uses in found.items()
     }
+
+
+def _is_self(name: str, above: _Above) -> bool:
+    """Tells whether a variable is the object of a method of a class that is made in a function."""
+    return any(
+        isinstance(outer, ast.ClassDef)
+        and isinstance(inner, ast.FunctionDef)
+        and name in [one.arg for one in (*inner.args.posonlyargs, *inner.args.args)[:1]]
+        for outer, inner in itertools.pairwise(above)
+    )
 
 
 def _attribute(node: ast.AST) -> tuple[ast.expr | None, str | None]:
