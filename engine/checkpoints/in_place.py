@@ -23,10 +23,6 @@ def copies_its_state(target: Any, kwargs: Mapping[str, Any]) -> bool:
     """Tells whether a module copies all that it is given into tensors that it has already.
 
     Where somebody else's code sees the state, the answer is no: it might keep a part of it.
-
-    Args:
-        target: the object that is to load a state.
-        kwargs: the arguments of its `load_state_dict`.
     """
     if isinstance(target, ModelPart):
         return type(target) is ModelPart and copies_its_state(target.model, {})
@@ -56,11 +52,7 @@ def _copies(module: torch.nn.Module) -> bool:
 
 
 def keeps_in_its_state(target: Any) -> bool:
-    """Tells whether what an optimizer keeps of its state is in its `state` and `param_groups`.
-
-    Args:
-        target: the object that is to load a state.
-    """
+    """Tells whether what an optimizer keeps of its state is in its `state` and `param_groups`."""
     if not isinstance(target, torch.optim.Optimizer):
         return False
     own: Any = vars(target)

@@ -2,13 +2,13 @@
 
 What is used of it is what deals the tensors out and finds the parts that a process needs, whatever
 the number of processes was. Its own metadata is a pickle: it is written for torch's own tools and
-never read. The processes talk through a function that they are given, not through a process group.
+never read. The processes talk through their `Writers`, not through a process group.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,22 +29,16 @@ from torch.futures import Future
 
 from crosstrain.engine.formats.safe_load import load_part
 from crosstrain.engine.storage.errors import CheckpointCorrupt, CheckpointError
-from crosstrain.engine.storage.folder import Aside
 from crosstrain.engine.storage.parts_files import PartsHash
+from crosstrain.engine.stores.folders import Aside
 
 from .index import Chunk, Entry
 from .read import Parts
-
-# Says something to all processes; returns what each said, or raises in all what one met.
-Agree = Callable[[Exception | None, Any], list[Any]]
+from .writers import Writers
 
 
 class _Planner(DefaultSavePlanner):
-    """Plans by the tensors, and writes the copies of their parts.
-
-    Args:
-        copies: this process's part of each tensor, on the CPU.
-    """
+    """Plans by the tensors, and writes the copies of this process's parts of them, on the CPU."""
 
     def __init__(self, copies: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
@@ -94,11 +88,7 @@ class _HashingStream:
 
 
 class _HashingFiles(FileSystem):
-    """Files whose size and hash are known when they are written: nothing is read back.
-
-    Args:
-        aside: where they go.
-    """
+    """Files whose size and hash are known when they are written: nothing is read back."""
 
     def __init__(self, aside: Aside) -> None:
         self._aside = aside
@@ -139,11 +129,7 @@ class _Writer(FileSystemWriter):
 
 
 def write_parts(
-    aside: Aside,
-    tensors: Mapping[str, Any],
-    copies: Mapping[str, torch.Tensor],
-    rank: int,
-    agree: Agree,
+    aside: Aside, tensors: Mapping[str, Any], copies: Mapping[str, torch.Tensor], writers: Writers
 ) -> tuple[dict[str, Entry], dict[str, tuple[int, str]]]:
     """Writes this process's parts of tensors; called by all processes together.
 
@@ -151,36 +137,23 @@ def write_parts(
         aside: where they go; nothing is there.
         tensors: the spread tensors by name; their values are not looked at.
         copies: this process's part of each, on the CPU.
-        rank: of this process.
-        agree: what the processes talk by.
+        writers: the processes.
 
     Returns:
         In the first process the index, in others nothing; size and hash of each file written here.
-
-    Raises:
-        CheckpointError: in all processes, if one fails.
     """
+    is_first = writers.rank == 0
     writer: Any = _Writer(aside)
     planner: Any = _Planner(copies)
-    writer.set_up_storage_writer(rank == 0)
-    planner.set_up_planner(dict(tensors), None, rank == 0)
-    plans = agree(None, writer.prepare_local_plan(planner.create_local_plan()))
+    writer.set_up_storage_writer(is_first)
+    planner.set_up_planner(dict(tensors), None, is_first)
+    plans = writers.agree(None, writer.prepare_local_plan(planner.create_local_plan()))
     # From the same plans, each process makes the same plan for all.
     plans, metadata = planner.create_global_plan(plans)
-    plan = planner.finish_plan(writer.prepare_global_plan(plans)[rank])
-    results = agree(*_tried(lambda: writer.write_data(plan, planner).wait()))
-    failed: Exception | None = None
-    if rank == 0:
-        failed, _ = _tried(lambda: writer.finish(metadata, results))
-    agree(failed, None)
-    return _entries(metadata, results) if rank == 0 else {}, writer.fs.found
-
-
-def _tried(work: Callable[[], Any]) -> tuple[Exception | None, Any]:
-    try:
-        return None, work()
-    except OSError as error:
-        return error, None
+    plan = planner.finish_plan(writer.prepare_global_plan(plans)[writers.rank])
+    results = writers.together(lambda: writer.write_data(plan, planner).wait())
+    writers.first(lambda: writer.finish(metadata, results))
+    return _entries(metadata, results) if is_first else {}, writer.fs.found
 
 
 def _entries(metadata: Metadata, results: Any) -> dict[str, Entry]:
@@ -207,12 +180,7 @@ def _entries(metadata: Metadata, results: Any) -> dict[str, Entry]:
 
 
 class _Reader(StorageReader):
-    """Reads parts by an index that was checked.
-
-    Args:
-        found: the checkpoint.
-        index: its index.
-    """
+    """Reads parts by an index that was checked."""
 
     def __init__(self, found: Parts, index: Mapping[str, Entry]) -> None:
         self._found = found

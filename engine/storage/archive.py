@@ -41,13 +41,7 @@ class Readable(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """A part of an open file, that is an archive of its own.
-
-    Args:
-        descriptor: the open file; its position is not used.
-        begin: where in it the archive begins.
-        length: how many bytes it has.
-    """
+    """A part of an open file that is an archive of its own; the file's position is not used."""
 
     descriptor: int
     begin: int
@@ -89,9 +83,6 @@ class Archive:
 def read_archive(source: int | Window) -> Archive:
     """Reads the directory of an archive and checks each entry.
 
-    Args:
-        source: the descriptor of an open file, or the part of it that is the archive.
-
     Raises:
         CheckpointCorrupt: if this is no whole archive as `torch.save` writes them.
         CheckpointUnsafe: if records are compressed or overlap.
@@ -114,12 +105,7 @@ def read_archive(source: int | Window) -> Archive:
 
 
 def read_comment(source: Readable) -> bytes:
-    """Returns the comment of an archive, and looks at nothing else of it.
-
-    Raises:
-        CheckpointCorrupt: if it is no archive, or cut off.
-        OSError: if it cannot be read.
-    """
+    """Returns the comment of an archive, and looks at nothing else of it."""
     try:
         return _find_end(source)[1]
     except CheckpointCorrupt:

@@ -20,12 +20,7 @@ from .parts_files import hash_file
 
 
 class LocalAside:
-    """A folder aside, on a file system that all processes see.
-
-    Args:
-        folder: of the checkpoints.
-        name: of the new one.
-    """
+    """A folder aside, on a file system that all processes see; see `Aside`."""
 
     # What is behind the manifest has to be on the disk before it.
     flushes = True
@@ -37,12 +32,12 @@ class LocalAside:
 
     @property
     def root(self) -> Path:
-        """The folder."""
+        """The folder, as torch's writer is told it."""
         assert self._path is not None
         return self._path
 
     def begin(self, needed: int) -> str:
-        """Makes it."""
+        """Makes it, where so many bytes are free; returns by what the others join it."""
         path = self._folder / new_name(PARTS)
         check_free_space(path, needed)
         path.mkdir()
@@ -77,7 +72,7 @@ class LocalAside:
         """Does nothing: the files are where they belong."""
 
     def commit(self, index: bytes, manifest: Manifest) -> None:
-        """Writes index and manifest, and gives the folder its name."""
+        """Writes index and manifest, and gives the folder its name, when all have delivered."""
         aside, folder = self.root, self._folder
         _write_flushed(aside / INDEX, index)
         found = {INDEX: ((aside / INDEX).stat().st_size, hash_file(aside / INDEX))}

@@ -39,9 +39,6 @@ class FolderLock:
     DataLoader workers that outlive a killed trainer for some seconds do not keep it. All holders in
     one process share one lock.
 
-    Args:
-        folder: an existing folder.
-
     Raises:
         CheckpointBusy: if another process holds the folder; names its id and host.
         OSError: if the folder or the lock's file cannot be opened, or what has its name is no file
@@ -111,11 +108,7 @@ class FolderLock:
 
 
 class _Lock(ABC):
-    """A lock of this process on a folder; given up when nobody refers to it any more.
-
-    Args:
-        folder: the folder.
-    """
+    """A lock of this process on a folder; given up when nobody refers to it any more."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.pid = folder, os.getpid()

@@ -27,11 +27,9 @@ _FOLDER: Final = re.compile(r"(.+)\.([0-9]{1,19})\.parts", re.DOTALL)
 
 
 def folder_of_parts(name: str, saved_at_ns: int) -> str:
-    """Returns what the folder of the files is called in a store.
+    """Returns what the folder of a checkpoint's files is called in a store.
 
-    Args:
-        name: the checkpoint's, which is that of its manifest.
-        saved_at_ns: as its manifest tells: two that are saved under one name share no file.
+    By the name and the time of its manifest: two that are saved under one name share no file.
     """
     return f"{name.removesuffix(ENDING)}.{saved_at_ns}.parts"
 
@@ -74,11 +72,7 @@ def has_hash(file: IO[bytes], told: str) -> bool:
 
 
 def check_size(found: int, told: tuple[int, str], path: Location) -> None:
-    """Holds the bytes that a file has against what the manifest tells: their number and their hash.
-
-    Raises:
-        CheckpointCorrupt: if it has another number of them.
-    """
+    """Raises CheckpointCorrupt if a file has another number of bytes than the manifest tells."""
     if found != told[0]:
         raise CheckpointCorrupt(
             f"{path} is damaged: it has {found:,} bytes and was written with {told[0]:,}"
@@ -86,11 +80,7 @@ def check_size(found: int, told: tuple[int, str], path: Location) -> None:
 
 
 def check_hash(file: IO[bytes], told: tuple[int, str], path: Location) -> None:
-    """Holds an open file, from its position on, against what the manifest tells, as `check_size`.
-
-    Raises:
-        CheckpointCorrupt: if it has another hash.
-    """
+    """Raises CheckpointCorrupt if an open file, from its position on, has another hash."""
     if not has_hash(file, told[1]):
         raise CheckpointCorrupt(
             f"{path} is damaged, or of another checkpoint: its hash is not the one that the "
@@ -106,11 +96,6 @@ def _feed(update: Callable[[memoryview], object], file: IO[bytes]) -> None:
 
 
 def hash_file(path: Path) -> str:
-    """Returns the hash of a file, as a manifest tells it.
-
-    Raises:
-        CheckpointCorrupt: if it is no regular file.
-        OSError: if it cannot be read.
-    """
+    """Returns the hash of a file, as a manifest tells it; raises as `open_regular` does."""
     with open_regular(path, linked=False) as file:
         return hash_open(file)

@@ -30,9 +30,6 @@ _PACKAGES: Final = {
 def store_of(place: StorePath) -> Store:
     """Opens a folder of a store; nothing is asked of it yet.
 
-    Args:
-        place: the folder.
-
     Raises:
         CheckpointStoreMissing: if the package that reaches such a store is not installed.
         ValueError: if there is no such kind of store, or credentials are where they are not looked

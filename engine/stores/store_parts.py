@@ -36,7 +36,7 @@ _SHORT: Final = 2.0
 
 
 class StoreAside:
-    """The files of this process, staged without names until they are uploaded.
+    """The files of this process, staged without names until they are uploaded; see `Aside`.
 
     Args:
         store: the folder of the checkpoints.
@@ -74,7 +74,7 @@ class StoreAside:
         return self._parts
 
     def begin(self, needed: int) -> str:
-        """Makes the folder of the files, where the store has such a thing."""
+        """Makes the folder of the files, where the store has such; returns by what all join it."""
         self._keep()
         name = folder_of_parts(self._manifest.file, self._manifest.saved_at_ns)
         store_of(self._store.place / name).make()
@@ -111,11 +111,7 @@ class StoreAside:
         return _told(file)
 
     def deliver(self) -> None:
-        """Uploads what this process has written; each file is compared with what is there then.
-
-        Raises:
-            OSError: if the store refuses one; says which.
-        """
+        """Uploads what this process has written; each file is compared with what is there then."""
         for name, file in self._files.items():
             _upload(self._there, name, file)
 
@@ -175,16 +171,7 @@ def _upload(parts: Store, name: str, file: IO[bytes]) -> None:
 
 
 def mend_parts(store: Store, manifest: Manifest, files: Mapping[str, IO[bytes]]) -> None:
-    """Puts what is missing or has other bytes of a checkpoint in parts.
-
-    Args:
-        store: the folder.
-        manifest: what the checkpoint says of itself.
-        files: what it should hold.
-
-    Raises:
-        OSError: if the store refuses one; says which.
-    """
+    """Puts what is missing or has other bytes of a checkpoint in parts."""
     parts = store_of(store.place / folder_of_parts(manifest.file, manifest.saved_at_ns))
     parts.make()
     for name, file in files.items():
@@ -198,12 +185,7 @@ def _told(file: IO[bytes]) -> tuple[int, str]:
 
 
 def read_manifest(store: Store, name: str) -> Manifest:
-    """Reads the manifest of a checkpoint in parts.
-
-    Raises:
-        FileNotFoundError: if there is none.
-        CheckpointCorrupt: if it is none that can be read.
-    """
+    """Reads the manifest of a checkpoint in parts; FileNotFoundError if there is none."""
     size = store.head(name).size
     if size > MAX_MANIFEST:
         raise CheckpointCorrupt(f"its manifest has more than {MAX_MANIFEST:,} bytes")
