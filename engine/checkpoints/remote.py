@@ -48,7 +48,8 @@ class RemoteCopies:
         self._kept: list[Item] = []
         self._job: JointJob | None = None
         self._lines: tuple[Line | None, Line | None] = (None, None)
-        if this_rank() == 0:
+        self._is_first = this_rank() == 0
+        if self._is_first:
             self._open()
         if in_parts:
             self._lines = own_lines("copies")
@@ -99,18 +100,17 @@ class RemoteCopies:
         # Opened here: the next save may remove it.
         put: Callable[[StoreFolder], None]
         if layout_of(path) is PARTS:
-            put = partial(
-                PartsToCopy(path, Writers(writing, self.location / path.name)).put, compare=compare
-            )
+            writers = Writers(writing, self.location / path.name)
+            put = partial(PartsToCopy(path, writers).put, compare=compare)
         else:
-            put = _file(path, compare) if this_rank() == 0 else _nothing
+            put = _file(path, compare) if self._is_first else _nothing
         item = Item(iteration, path.with_suffix(FILE.ending).name)
 
         def work() -> None:
             put(self._folder)
             # Only now: the new one was compared with what was put.
             self._keep_newest(item)
-            if this_rank() == 0:
+            if self._is_first:
                 _logger.info("%s is in %s, too.", shown(path.name), shown(self.location))
 
         self._job = JointJob(work, f"copying {path.name} to {self.location}", voting)
@@ -123,7 +123,7 @@ class RemoteCopies:
 
     def _remove(self, old: Item) -> bool:
         """Removes a copy; tells whether it is gone."""
-        if this_rank() != 0:
+        if not self._is_first:
             return True
         try:
             # Of a run from before it was sharded, or after, there are the others, too.
