@@ -11,7 +11,6 @@ from crosstrain.engine.nests import is_module
 
 from .model_part import ModelPart
 
-_HOOKS_OF_MODULES = ("_load_state_dict_pre_hooks",)
 _HOOKS_OF_OPTIMIZERS = (
     "_optimizer_load_state_dict_pre_hooks",
     "_optimizer_load_state_dict_post_hooks",
@@ -45,7 +44,7 @@ def _copies(module: torch.nn.Module) -> bool:
         return False
     if kind.set_extra_state is not torch.nn.Module.set_extra_state:
         return False
-    if any(vars(module).get(name) for name in _HOOKS_OF_MODULES):
+    if vars(module).get("_load_state_dict_pre_hooks"):
         return False
     own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
     return all(type(tensor) in _PLAIN and not tensor.is_meta for tensor in own)

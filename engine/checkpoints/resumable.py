@@ -121,11 +121,11 @@ class ResumableRun:
         """
         latest = self._latest
         if not latest:
-            say(f"No checkpoint in {latest.folder}: the run starts from the beginning.")
+            _say(f"No checkpoint in {latest.folder}: the run starts from the beginning.")
         else:
             told = latest.manifest
             iteration, epoch = (told.iteration, told.epoch) if told else ("unknown", "unknown")
-            say(f"Resumed from {latest.path}: iteration {iteration}, epoch {epoch}.")
+            _say(f"Resumed from {latest.path}: iteration {iteration}, epoch {epoch}.")
         trainer = self._trainer
         trainer.restartable = True
         if not trainer.has_registered_events(Checkpoint.SAVED_CHECKPOINT):
@@ -172,13 +172,13 @@ class ResumableRun:
         if self._finished is not None and trainer.state.iteration == 0:
             # run() takes a state at its limit for a reason to train anew, from trained weights.
             trainer.state.iteration, trainer.state.epoch = self._finished
-            say(
+            _say(
                 f"The run is complete already, at iteration {self._finished[0]}: nothing is "
                 "trained. To train on, raise max_epochs or max_iters; to train anew, use another "
                 "folder."
             )
         elif trainer.should_terminate:
-            say(
+            _say(
                 f"The run was ended on purpose, by terminate(), at iteration {self._boundary}: "
                 "nothing is trained. To train on, set trainer.should_terminate = False before "
                 "run(); to train anew, use another folder."
@@ -311,7 +311,7 @@ class ResumableRun:
         return True
 
 
-def say(message: str) -> None:
+def _say(message: str) -> None:
     """Tells the user something once, on rank 0: in the log, or, where there is none, on stderr."""
     if this_rank() != 0:
         return

@@ -204,7 +204,7 @@ class _Whole:
 
     def __init__(self, file: IO[bytes]) -> None:
         self.stamp: Stamp = stamp_of(file.fileno())
-        self.archive = read_archive(file.fileno())
+        self.archive = read_archive(Window.whole(file.fileno()))
         self.manifest = Manifest.decode(self.archive.comment) if self.archive.comment else None
         self._file = file
         self._tree: TreeCheck | None = None

@@ -80,7 +80,7 @@ class Archive:
     comment: bytes
 
 
-def read_archive(source: int | Window) -> Archive:
+def read_archive(window: Window) -> Archive:
     """Reads the directory of an archive and checks each entry.
 
     Raises:
@@ -88,7 +88,6 @@ def read_archive(source: int | Window) -> Archive:
         CheckpointUnsafe: if records are compressed or overlap.
         OSError: if the file cannot be read.
     """
-    window = Window.whole(source) if isinstance(source, int) else source
     head = window.read(4, 0)
     if head != b"PK\x03\x04":
         raise CheckpointCorrupt(_no_archive(head, window.length))
