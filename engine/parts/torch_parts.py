@@ -24,8 +24,6 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.storage import StorageReader
-from torch.futures import Future
 
 from crosstrain.engine.formats.safe_load import load_part
 from crosstrain.engine.storage.errors import CheckpointCorrupt, CheckpointError
@@ -179,78 +177,47 @@ def _entries(metadata: Metadata, results: Any) -> dict[str, Entry]:
     return found
 
 
-class _Reader(StorageReader):
-    """Reads parts by an index that was checked."""
+def _metadata(index: Mapping[str, Entry]) -> Metadata:
+    """Returns an index in torch's form."""
+    tensors: dict[str, Any] = {}
+    for name, entry in index.items():
+        chunks = [
+            ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.sizes)) for c in entry.chunks
+        ]
+        tensors[name] = TensorStorageMetadata(
+            TensorProperties(dtype=entry.dtype), torch.Size(entry.size), chunks
+        )
+    return Metadata(tensors)
 
-    def __init__(self, found: Parts, index: Mapping[str, Entry]) -> None:
-        self._found = found
-        self._index = index
-        self._chunks = {
-            (name, chunk.offsets): chunk for name, entry in index.items() for chunk in entry.chunks
-        }
 
-    def reset(self, checkpoint_id: Any = None) -> None:
-        """Does nothing: it reads one checkpoint."""
+def _read(found: Parts, index: Mapping[str, Entry], plan: Any, planner: Any) -> None:
+    """Reads each part of a plan once, and copies what is wanted of it."""
+    chunks = {(name, chunk.offsets): chunk for name, one in index.items() for chunk in one.chunks}
+    wanted: dict[Chunk, list[Any]] = {}
+    for item in plan.items:
+        at = (item.storage_index.fqn, tuple(item.storage_index.offset))
+        wanted.setdefault(chunks[at], []).append(item)
+    for chunk, items in sorted(wanted.items(), key=lambda pair: (pair[0].file, pair[0].at)):
+        tensor = _load(found, chunk)
+        for item in items:
+            part = tensor
+            for dim, (begin, length) in enumerate(
+                zip(item.storage_offsets, item.lengths, strict=True)
+            ):
+                part = part.narrow(dim, begin, length)
+            target = planner.resolve_tensor(item).detach()
+            if target.shape != part.shape:
+                raise CheckpointCorrupt(f"a part has shape {tuple(tensor.shape)}")
+            target.copy_(part)
+            planner.commit_tensor(item, target)
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Returns the index in torch's form."""
-        tensors: dict[str, Any] = {}
-        for name, entry in self._index.items():
-            chunks = [
-                ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.sizes))
-                for c in entry.chunks
-            ]
-            tensors[name] = TensorStorageMetadata(
-                TensorProperties(dtype=entry.dtype), torch.Size(entry.size), chunks
-            )
-        return Metadata(tensors)
 
-    def set_up_storage_reader(self, *args: Any, **kwargs: Any) -> None:
-        """Does nothing: it needs no metadata of torch's."""
-
-    def prepare_local_plan(self, plan: Any) -> Any:
-        """Returns the plan."""
-        return plan
-
-    def prepare_global_plan(self, plans: Any) -> Any:
-        """Returns the plans."""
-        return plans
-
-    def read_data(self, plan: Any, planner: Any) -> Future[None]:
-        """Reads each part once, and copies what is wanted of it."""
-        wanted: dict[Chunk, list[Any]] = {}
-        for item in plan.items:
-            at = (item.storage_index.fqn, tuple(item.storage_index.offset))
-            wanted.setdefault(self._chunks[at], []).append(item)
-        for chunk, items in sorted(wanted.items(), key=lambda pair: (pair[0].file, pair[0].at)):
-            tensor = self._load(chunk)
-            for item in items:
-                part = tensor
-                for dim, (begin, length) in enumerate(
-                    zip(item.storage_offsets, item.lengths, strict=True)
-                ):
-                    part = part.narrow(dim, begin, length)
-                target = planner.resolve_tensor(item).detach()
-                if target.shape != part.shape:
-                    raise CheckpointCorrupt(f"a part has shape {tuple(tensor.shape)}")
-                target.copy_(part)
-                planner.commit_tensor(item, target)
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
-
-    def _load(self, chunk: Chunk) -> torch.Tensor:
-        with self._found.open_file(chunk.file) as file:
-            path = self._found.place_of(chunk.file)
-            tensor: Any = load_part(file, chunk.at, chunk.length, path)
-        if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != chunk.sizes:
-            raise CheckpointCorrupt(f"{chunk.file} holds another part at {chunk.at}")
-        return tensor
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
-        """Tells whether it can read such a checkpoint."""
-        return isinstance(checkpoint_id, Path)
+def _load(found: Parts, chunk: Chunk) -> torch.Tensor:
+    with found.open_file(chunk.file) as file:
+        tensor: Any = load_part(file, chunk.at, chunk.length, found.place_of(chunk.file))
+    if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != chunk.sizes:
+        raise CheckpointCorrupt(f"{chunk.file} holds another part at {chunk.at}")
+    return tensor
 
 
 def read_parts(
@@ -271,16 +238,13 @@ def read_parts(
     """
     if not targets:
         return
-    reader: Any = _Reader(found, {name: index[name] for name in targets})
+    index = {name: index[name] for name in targets}
     planner: Any = DefaultLoadPlanner()
     try:
         # The steps of torch's `load` for one process: nothing here needs the others.
-        metadata = reader.read_metadata()
-        reader.set_up_storage_reader(metadata, True)
-        planner.set_up_planner(dict(targets), metadata, True)
-        plan = reader.prepare_local_plan(planner.create_local_plan())
-        plan = planner.finish_plan(planner.create_global_plan([plan])[0])
-        reader.read_data(plan, planner).wait()
+        planner.set_up_planner(dict(targets), _metadata(index), True)
+        plan = planner.finish_plan(planner.create_global_plan([planner.create_local_plan()])[0])
+        _read(found, index, plan, planner)
     except CheckpointError:
         raise
     except Exception as error:

@@ -20,7 +20,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from crosstrain.engine.errors import warn_user
 
@@ -99,12 +99,6 @@ class FolderLock:
         """Gives the folder up; another holder in this process keeps it."""
         with self._guard:
             self._lock = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.release()
 
 
 class _Lock(ABC):

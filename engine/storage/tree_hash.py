@@ -219,12 +219,7 @@ def fill(descriptor: int, view: memoryview, at: int) -> None:
     """Reads from a place in a file until memory is full; CheckpointCorrupt if it ends before."""
     done = 0
     while done < len(view):
-        if hasattr(os, "preadv"):
-            count = os.preadv(descriptor, [view[done:]], at + done)
-        else:  # macOS before 11
-            data = os.pread(descriptor, len(view) - done, at + done)
-            count = len(data)
-            view[done : done + count] = data
+        count = os.preadv(descriptor, [view[done:]], at + done)
         if count == 0:
             raise CheckpointCorrupt("it has become shorter while it was being read")
         done += count
