@@ -137,12 +137,7 @@ def resume_or_start(
         undo = stack.enter_context(ExitStack())
         undo.callback(claim.give_back)
         saver = look.open(
-            lambda folder: DiskSaver(
-                dirname if folder is None else folder,
-                require_empty=False,
-                background=background,
-                overlap=overlap,
-            )
+            partial(DiskSaver, require_empty=False, background=background, overlap=overlap)
         )
         undo.callback(saver.close)
         claim.take()
@@ -215,16 +210,12 @@ class _Look:
     _left: Iterator[Told] = field(default_factory=lambda: iter(()))
     _passed_over: list[PassedOver] = field(default_factory=list[PassedOver])
 
-    def open(self, make: Callable[[Location | None], DiskSaver]) -> DiskSaver:
-        """Opens the folder and finds the checkpoint.
-
-        Args:
-            make: makes what saves, into the folder that it is given, or else the user's.
-        """
+    def open(self, make: Callable[[Location], DiskSaver]) -> DiskSaver:
+        """Opens the folder with what makes a saver of it, and finds the checkpoint."""
         savers: list[DiskSaver] = []
 
         def begin_here() -> _Answer:
-            savers.append(make(None))
+            savers.append(make(self.folders[0]))
             return self._first(savers[0].dirname)
 
         try:

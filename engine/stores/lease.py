@@ -227,10 +227,8 @@ class _Held:
         if found is None and newest == self._number:
             return
         found = found or _holder(self.store, newest)
-        raise CheckpointBusy(_busy(found, self.store, "has taken over") + _AFTER)
-
-
-_AFTER: Final = " This one has written nothing since."
+        told = _busy(found, self.store, "has taken over")
+        raise CheckpointBusy(f"{told} This one has written nothing since.")
 
 
 def _name(number: int) -> str:
@@ -275,9 +273,7 @@ def _hinted(store: Store) -> int:
     try:
         values: Any = json.loads(store.get(LOCK))
         number: Any = values["generation"]
-    except FileNotFoundError:
-        return 0
-    except (ValueError, TypeError, KeyError):
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
         return 0
     return number if type(number) is int and 0 <= number < 2**63 else 0
 
