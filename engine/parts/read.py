@@ -139,6 +139,7 @@ class Parts:
             CheckpointError: in all of them the same, what one finds: what it lacks comes first.
         """
         error: CheckpointError | None = None
+        found: Parts | None = None
         try:
             found = cls.open(path)
             found.verify((0, 1) if line is None else (line.rank, line.size))
@@ -151,6 +152,7 @@ class Parts:
             told = line.meet(f"verifying {location_of(path).name}", mine, of=line.everyone)
         bad = [(rank, *one) for rank, one in enumerate(told) if one is not None]
         if not bad:
+            assert found is not None
             return found
         rank, text, lack = next((one for one in bad if one[2]), bad[0])
         if error is not None and (line is None or rank == line.rank):

@@ -364,14 +364,9 @@ def open_regular(path: Path, *, linked: bool = True) -> Generator[IO[bytes]]:
 
 def _no_folder(folder: Path) -> str:
     """Says what is where a folder, or one that it is in, cannot be made."""
-    for place in (folder, *folder.parents):
-        if place.is_symlink() and not place.exists():
-            return (
-                f"{place} is a link to {os.readlink(place)}, where nothing is: is that disk "
-                "mounted?"
-            )
-        if place.exists():
-            break
+    place = next((one for one in (folder, *folder.parents) if os.path.lexists(one)), folder)
+    if place.is_symlink() and not place.exists():
+        return f"{place} is a link to {os.readlink(place)}, where nothing is: is that disk mounted?"
     return f"{place} is no folder"
 
 
