@@ -202,11 +202,6 @@ class ResumableRun:
             _logger.warning("%s: saved at iteration %d; the run has ended.", stop.name, iteration)
 
     def _wait_for_save(self) -> None:
-        self._wait_for_disk()
-        if self._remote is not None:
-            self._remote.wait()
-
-    def _wait_for_disk(self) -> None:
         try:
             self.checkpoint.wait()
         except (CheckpointError, RankFailed):
@@ -215,6 +210,8 @@ class ResumableRun:
             # torch raises one wherever this thread is when a loader's worker dies: the save is not
             # to blame, and goes on.
             self.checkpoint.wait()
+        if self._remote is not None:
+            self._remote.wait()
 
     def _tell_proof(self) -> None:
         if self._proof_is_due:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
 from crosstrain.engine.storage.errors import CheckpointError
 from crosstrain.engine.storage.manifest import INDEX
-from crosstrain.engine.storage.parts_files import check_hash, hash_open
+from crosstrain.engine.storage.parts_files import check_hash, told_of
 from crosstrain.engine.stores.store_folder import StoreFolder
 
 from .read import Parts, writer_of
@@ -49,7 +48,7 @@ class PartsToCopy:
         """Tells whether the store's manifest is that of these files; asked by the first process."""
         # The index has another hash there if these are of an older version.
         index = self._files[INDEX]
-        told = os.fstat(index.fileno()).st_size, hash_open(index)
+        told = told_of(index)
         index.seek(0)
         manifest = self._found.manifest
         return folder.has_manifest(replace(manifest, files={**manifest.files, INDEX: told}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -55,8 +56,7 @@ class PartsHash:
         return BLAKE3 + self._hash.hexdigest()
 
 
-def hash_open(file: IO[bytes]) -> str:
-    """Returns the hash of an open file from its position on, as a manifest tells it."""
+def _hash(file: IO[bytes]) -> str:
     made = PartsHash()
     _feed(made.update, file)
     return made.told()
@@ -65,7 +65,7 @@ def hash_open(file: IO[bytes]) -> str:
 def has_hash(file: IO[bytes], told: str) -> bool:
     """Tells whether an open file, from its position on, has the hash that a manifest tells."""
     if told.startswith(BLAKE3):
-        return hash_open(file) == told
+        return _hash(file) == told
     digest = hashlib.sha256()
     _feed(digest.update, file)
     return digest.hexdigest() == told
@@ -95,7 +95,13 @@ def _feed(update: Callable[[memoryview], object], file: IO[bytes]) -> None:
         update(buffer[:count])
 
 
-def hash_file(path: Path) -> str:
-    """Returns the hash of a file, as a manifest tells it; raises as `open_regular` does."""
+def told_of(file: IO[bytes]) -> tuple[int, str]:
+    """Returns size and hash of an open file, as a manifest tells them."""
+    file.seek(0)
+    return os.fstat(file.fileno()).st_size, _hash(file)
+
+
+def told_at(path: Path) -> tuple[int, str]:
+    """Returns size and hash of a file, as a manifest tells them; raises as `open_regular` does."""
     with open_regular(path, linked=False) as file:
-        return hash_open(file)
+        return told_of(file)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Final
@@ -23,7 +23,7 @@ from crosstrain.engine.storage.manifest import INDEX, Manifest
 from crosstrain.engine.storage.parts_files import (
     MAX_MANIFEST,
     folder_of_parts,
-    hash_open,
+    told_of,
     whose_parts,
 )
 
@@ -89,11 +89,9 @@ class StoreAside:
         file = self._files[name] = temporary_file(0)
         return file
 
-    @contextlib.contextmanager
-    def create(self, name: str) -> Generator[IO[bytes]]:
+    def create(self, name: str) -> IO[bytes]:
         """Opens a new file."""
-        with open(os.dup(self._stage(name).fileno()), "wb") as file:
-            yield file
+        return open(os.dup(self._stage(name).fileno()), "wb")
 
     def take(self, files: Mapping[str, IO[bytes]]) -> None:
         """Takes open files of this machine for its own: they are put as they are."""
@@ -108,7 +106,7 @@ class StoreAside:
         file = self._stage(name)
         fill_file(file.fileno(), contents)
         contents.check(file.fileno())
-        return _told(file)
+        return told_of(file)
 
     def deliver(self) -> None:
         """Uploads what this process has written; each file is compared with what is there then."""
@@ -121,7 +119,7 @@ class StoreAside:
         with self.create(INDEX) as file:
             file.write(index)
         self.deliver()
-        told = replace(manifest, files={**manifest.files, INDEX: _told(self._files[INDEX])})
+        told = replace(manifest, files={**manifest.files, INDEX: told_of(self._files[INDEX])})
         self._look_for_all(told)
         with temporary_file(0) as file:
             file.write(told.encode())
@@ -177,11 +175,6 @@ def mend_parts(store: Store, manifest: Manifest, files: Mapping[str, IO[bytes]])
     for name, file in files.items():
         if not parts.holds(name, file.fileno(), os.fstat(file.fileno()).st_size):
             _upload(parts, name, file)
-
-
-def _told(file: IO[bytes]) -> tuple[int, str]:
-    file.seek(0)
-    return os.fstat(file.fileno()).st_size, hash_open(file)
 
 
 def read_manifest(store: Store, name: str) -> Manifest:
