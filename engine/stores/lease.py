@@ -228,7 +228,8 @@ class _Held:
             return
         found = found or _holder(self.store, newest)
         told = _busy(found, self.store, "has taken over")
-        raise CheckpointBusy(f"{told} This one has written nothing since.")
+        told += " This one has written nothing since."
+        raise CheckpointBusy(told)
 
 
 def _name(number: int) -> str:
