@@ -39,15 +39,7 @@ def generators_in(thing: Any, name: str, apart: tuple[Any, ...] = ()) -> dict[st
     """Returns the random generators that an object holds, by name, each once.
 
     Looked into are its attributes, and theirs where they are lists, transforms, samplers, data or
-    objects of the user's.
-
-    Args:
-        thing: a sampler, a dataset, any object.
-        name: what it is called in the names.
-        apart: data that is not looked into; then no other dataset is, either.
-
-    Returns:
-        `torch.Generator`, `random.Random`, `numpy.random.Generator` and `RandomState` objects.
+    objects of the user's; not the data in `apart`, and then no other dataset, either.
     """
     found: dict[str, Any] = {}
     _collect(thing, name, apart, _DEPTH, found)
@@ -89,11 +81,8 @@ class OwnStates:
 
     These are their generators; a sampler's epoch, as of torch's `DistributedSampler`; the plain
     attributes of samplers, such as a counter of passes, weights, a list that is shuffled in place;
-    and what they give by `state_dict`, if they take it back by `load_state_dict`.
-
-    Args:
-        apart: as of `generators_in`.
-        **owners: the objects, by what they are called in messages.
+    and what they give by `state_dict`, if they take it back by `load_state_dict`. The objects are
+    given by what they are called in messages.
     """
 
     def __init__(self, apart: tuple[Any, ...] = (), **owners: Any) -> None:
@@ -109,7 +98,9 @@ class OwnStates:
             and isinstance(getattr(owner, "epoch", None), int)
         }
         # Iterable data that has one is asked for it at its position.
-        samplers = _samplers_in(owners)
+        samplers: dict[str, Any] = {}
+        for name, owner in owners.items():
+            _look_for_samplers(name, owner, _DEPTH, samplers)
         loader = owners.get("loader")
         if isinstance(loader, DataLoader) and set(vars(loader)) - _of_loaders():
             # What a subclass counts for itself, such as its passes.
@@ -151,15 +142,11 @@ class OwnStates:
         }
 
     def give(self, states: Mapping[str, Any], stateful: bool = True) -> None:
-        """Sets what `take` returned.
-
-        Raises:
-            ValueError: if the objects that have such states are not those that had.
-        """
-        for kind, owners in (
-            ("epochs", self._epochs),
-            ("generators", self.generators),
-            ("states", self._stateful),
+        """Sets what `take` returned, of the same objects; `stateful`: by load_state_dict, too."""
+        for kind, owners, set_state in (
+            ("epochs", self._epochs, lambda owner, state: owner.set_epoch(state)),
+            ("generators", self.generators, set_generator_state),
+            ("states", self._stateful, lambda owner, state: owner.load_state_dict(state)),
         ):
             then: Mapping[str, Any] = states.get(kind, {})
             if set(then) != set(owners):
@@ -170,7 +157,7 @@ class OwnStates:
                 )
             for name, state in then.items():
                 if stateful or kind != "states":
-                    _set_state(kind, owners[name], state)
+                    set_state(owners[name], state)
         given = {
             ("attribute", name): unpacked(value)
             for name, value in states.get("attributes", {}).items()
@@ -252,15 +239,8 @@ def differing(one: Raw, other: Raw) -> set[tuple[str, str]]:
     return missing | {p for p in places - missing if not same(one[p], other[p])}
 
 
-def _samplers_in(owners: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the samplers among some objects, and those that they hold, each once."""
-    found: dict[str, Any] = {}
-    for name, owner in owners.items():
-        _look_for_samplers(name, owner, _DEPTH, found)
-    return found
-
-
 def _look_for_samplers(name: str, thing: Any, depth: int, found: dict[str, Any]) -> None:
+    """Adds an object that is a sampler, and those that it holds, to what was found, each once."""
     known = any(thing is one for one in found.values())
     # A loader takes any iterable for a sampler.
     samples = isinstance(thing, Sampler) or name in ("sampler", "batch_sampler") or _helps(thing)
@@ -415,15 +395,6 @@ def generator_state(generator: Any) -> Any:
     if isinstance(generator, torch.Generator):
         return state
     return list(state) if isinstance(generator, random.Random) else without_arrays(state)
-
-
-def _set_state(kind: str, owner: Any, state: Any) -> None:
-    if kind == "epochs":
-        owner.set_epoch(state)
-    elif kind == "states":
-        owner.load_state_dict(state)
-    else:
-        set_generator_state(owner, state)
 
 
 def set_generator_state(owner: Any, state: Any) -> None:
