@@ -26,11 +26,16 @@ _LOOKED_INTO: Final = (Dataset, Sampler, list, tuple, dict, *GENERATORS)
 # How far is looked: further than this, generators belong to something else.
 _DEPTH: Final = 4
 _MANY: Final = 64
-# They are nobody's own.
-_GLOBAL: Final = (
-    torch.default_generator,
-    getattr(random.seed, "__self__", None),
-    getattr(numpy.random.mtrand, "_rand", None),
+#: Their identities. They are nobody's own, and part of every state.
+GLOBAL_GENERATORS: Final = frozenset(
+    map(
+        id,
+        (
+            torch.default_generator,
+            getattr(random.seed, "__self__", None),
+            getattr(numpy.random.mtrand, "_rand", None),
+        ),
+    )
 )
 TRANSFORMS: Final = ("transform", "transforms", "target_transform", "collate_fn")
 
@@ -52,7 +57,7 @@ def _collect(
     if apart and (isinstance(thing, Dataset) or any(thing is one for one in apart)):
         return
     if isinstance(thing, GENERATORS):
-        if not any(thing is known for known in (*_GLOBAL, *found.values())):
+        if id(thing) not in {*GLOBAL_GENERATORS, *map(id, found.values())}:
             found[name] = thing
     elif depth > 0:
         for part, value in _parts(thing):
@@ -273,7 +278,7 @@ def _stays(sampler: Any) -> bool:
     return torchs or callable(getattr(sampler, "indices", None))
 
 
-_SCALARS: Final = (bool, int, float, str, type(None))
+SCALARS: Final = frozenset({bool, int, float, str, type(None)})
 # What is longer is taken for data, and not for a state.
 _LONGEST: Final = 1 << 20
 _LARGEST: Final = 1 << 23
@@ -285,14 +290,14 @@ def _is_plain(value: Any, depth: int = 3) -> bool:
     if isinstance(value, numpy.ndarray):
         return value.dtype.kind in "biuf" and value.nbytes <= _LARGEST
     kind: Any = type(value)
-    if kind in _SCALARS:
+    if kind in SCALARS:
         return True
     if depth == 0 or kind not in (list, tuple, dict) or len(value) > _LONGEST:
         return False
     if kind is dict:
-        return all(type(k) in _SCALARS and _is_plain(v, depth - 1) for k, v in value.items())
+        return all(type(k) in SCALARS and _is_plain(v, depth - 1) for k, v in value.items())
     # A list of a million numbers is looked at by their types, which are few.
-    if {*map(type, value)} <= {*_SCALARS}:
+    if {*map(type, value)} <= SCALARS:
         return True
     return len(value) <= _MANY and all(_is_plain(one, depth - 1) for one in value)
 
@@ -310,18 +315,23 @@ def copied(value: Any) -> Any:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Tells whether two plain values are of one type, and equal."""
+    """Tells whether two plain values are of one type, and equal; tensors to the bit."""
     if type(one) is not type(other):
         return False
     if isinstance(one, torch.Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
+        alike = one.dtype == other.dtype and one.shape == other.shape
+        return alike and torch.equal(_bits(one), _bits(other))
     if isinstance(one, numpy.ndarray):
         return one.dtype == other.dtype and numpy.array_equal(one, other)
     if isinstance(one, dict):
         return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, (list, tuple)) and one and not isinstance(one[0], _SCALARS):
+    if isinstance(one, (list, tuple)) and not {*map(type, one)} <= SCALARS:
         return len(one) == len(other) and all(map(same, one, other))
     return bool(one == other)
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
 
 
 def packed(value: Any) -> dict[str, Any]:
