@@ -25,6 +25,8 @@ from crosstrain.engine.exact.attached import Attached
 from crosstrain.engine.exact.fetches import Fetched, who_fetches
 from crosstrain.engine.exact.forgotten import SCALARS, Forgotten
 from crosstrain.engine.exact.laid_over import LaidOver
+from crosstrain.engine.exact.made_again import LOOKS, MadeAgain
+from crosstrain.engine.exact.made_again import named as named_place
 from crosstrain.engine.exact.porting import port
 from crosstrain.engine.exact.rank_states import RANKS, SHARDS, check_same_shards, gathered, own_part
 from crosstrain.engine.exact.snapshot import (
@@ -173,6 +175,10 @@ class DeterministicEngine(Engine):
         # What the step and handlers refer to, as the run's first epoch begins.
         self._begun: Forgotten | None = None
         self._attached = Attached()
+        self._made_again = MadeAgain()
+        # Whether its first step is still to come, and how many looks after steps are.
+        self._first_step = False
+        self._looks_left = 0
         self._told: set[str] = set()
         # The data, and which loaders handlers fetch from, it or others.
         self._fetches: tuple[Any, Fetched] | None = None
@@ -252,6 +258,10 @@ class DeterministicEngine(Engine):
             self._tell_attached(values["progress"]["ended"])
             self._tell_not_made_again()
             self._tell_lost()
+        values["made"] = {
+            "again": self._made_again.record(),
+            "by the first step": self._attached.made,
+        }
         values["structure"] = self._structure.record(self._structured())
         values["environment"] = self._environment()
         values["exact"] = exact
@@ -329,8 +339,9 @@ class DeterministicEngine(Engine):
         if begun is None:
             return {}
         now = self._forgotten()
-        changed = [name for name in now.changed(begun) if name not in self._told]
-        if changed:
+        self._tell_made_otherwise(now)
+        places = [place for place in now.changed(begun) if named_place(place) not in self._told]
+        if changed := [named_place(place) for place in self._made_again.sift(now, places)]:
             self._told.update(changed)
             Proof().differs(
                 f"A resumed run will begin without what has changed of {'; '.join(changed)}: the "
@@ -342,6 +353,54 @@ class DeterministicEngine(Engine):
                 self.checks.unnamed,
             )
         return now.engines
+
+    def _tell_made_otherwise(self, now: Forgotten) -> None:
+        """Says what the run before had made for itself, and this one has made otherwise."""
+        if differ := self._made_again.differences(now):
+            self._told.update(differ)
+            self.proof.differs(
+                "The run that was saved had made something for itself that no checkpoint holds, "
+                f"and this one has made it again with other contents: {'; '.join(differ)}. Keep it "
+                "in an object that is named in to_save, or make it before the run. If what is "
+                "trained does not depend on it: checks=Checks(unnamed='off').",
+                self.checks.unnamed,
+            )
+
+    def _first_step_done(self) -> None:
+        """Looks, after the first step of this process, at the hooks and modules that it has made.
+
+        After each of the first of a resumed run, at what else it has made again.
+        """
+        if self._first_step:
+            self._first_step = False
+            looked = self._forgotten
+            missing = self._attached.step_done(self._structured(), lambda: looked().functions)
+            if missing:
+                self._tell_not_made(missing)
+            if self._attached.made and self._begun is not None:
+                # What such a hook refers to is there from then on.
+                self._begun.begin_new(looked())
+        if self._looks_left and self._made_again.expects:
+            self._looks_left -= 1
+            self._tell_made_otherwise(self._forgotten())
+            if not self._looks_left:
+                self._settle_made()
+
+    def _settle_made(self) -> None:
+        """Notes in the proof what was made again."""
+        equal, left = self._made_again.settle()
+        if equal:
+            self.proof.checked.append(f"made again, and equal: {'; '.join(equal)}")
+        if left:
+            self.proof.unchecked.append(f"{'; '.join(left)}: not made again yet")
+        self.logger.info("Resumed, %s iterations later. %s.", LOOKS, self.proof)
+
+    def _after_each_step(self) -> list[Callable[[], None]] | None:
+        calls = super()._after_each_step()
+        looks = self._first_step or (self._looks_left > 0 and self._made_again.expects)
+        if self.checks.unnamed == "off" or not looks:
+            return calls
+        return [*(calls or ()), self._first_step_done]
 
     def _called(self) -> Iterator[tuple[str, Any, bool]]:
         """Yields the step and the handlers, what to call each, and whether it lasts."""
@@ -366,12 +425,22 @@ class DeterministicEngine(Engine):
     def _tell_not_made_again(self) -> None:
         """Says once which hooks of the run before have not been made again."""
         if missing := self._structure.not_made_again(self._structured()):
+            told = f", as {', '.join(missing)} told"
             Proof().differs(
-                f"The run that was saved had made hooks, as {', '.join(missing)} told, and this "
-                "one has not made them again. Register them before the run. If what is trained "
-                "does not depend on it: checks=Checks(unnamed='off').",
+                f"The run that was saved had made hooks{told}, and this one has not made them "
+                "again. Register them before the run. If what is trained does not depend on it: "
+                "checks=Checks(unnamed='off').",
                 self.checks.unnamed,
             )
+
+    def _tell_not_made(self, missing: list[str]) -> None:
+        """Says which hooks and modules a first step has not made that it had made before."""
+        self.proof.differs(
+            f"The first step of the run that was saved had made {'; '.join(missing)}, and that of "
+            "this one has not. Make it before the run. If what is trained does not depend on it: "
+            "checks=Checks(unnamed='off').",
+            self.checks.unnamed,
+        )
 
     def _tell_lost(self) -> None:
         """Says what has changed of the dataset and is too large to save."""
@@ -492,6 +561,11 @@ class DeterministicEngine(Engine):
         if any(map(self.has_users_handler, (Events.STARTED, Events.EPOCH_STARTED))):
             self._laid_over = LaidOver(self.loaded_with)
         self._put_back = self._restore_structure(snapshot).put_back
+        if self.checks.unnamed != "off":
+            made = snapshot.get("made", {"again": {}, "by the first step": []})
+            self._made_again.expect(made["again"])
+            self._attached.expect(made["by the first step"])
+            self._looks_left = LOOKS
         now = self._environment()
         if snapshot["environment"]["backend"] != now["backend"]:
             # From here on it is one of this backend, should it be asked for or taken up again.
@@ -649,6 +723,8 @@ class DeterministicEngine(Engine):
 
     def _begins(self) -> None:
         self._begun = self._fetches = None
+        self._made_again.begin()
+        self._first_step = True
         self._attached.begin()
         self.state.seed = agreed_seed(self.state.seed, self.backend)
         self._cursor.watch(self.state.dataloader)
@@ -680,7 +756,7 @@ class DeterministicEngine(Engine):
             else:
                 self._repeat_beginning(snapshot)
         if self._begun is None and self.checks.unnamed != "off":
-            self._begun = self._forgotten()
+            self._begun = self._forgotten().without_values()
         if self.checks.unnamed != "off":
             self._attached.epoch_begins(self._called(), self._structured())
         self._epoch_states = random_states(self.backend)
