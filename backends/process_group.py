@@ -57,14 +57,19 @@ def join(
         )
     limit = timedelta(seconds=timeout())
     try:
-        distributed.init_process_group(
-            transport,
-            store=_store(world, limit),
-            rank=world.rank,
-            world_size=world.size,
-            timeout=limit,
-            device_id=device,
-        )
+        with ExitStack() as half_joined:
+            store = _store(world, limit)
+            distributed.init_process_group(
+                transport,
+                store=store,
+                rank=world.rank,
+                world_size=world.size,
+                timeout=limit,
+                device_id=device,
+            )
+            half_joined.callback(distributed.destroy_process_group)
+            _meet(world, store)
+            half_joined.pop_all()
     except (distributed.DistError, RuntimeError, ValueError) as error:
         raise BackendError(
             f"Rank {world.rank} of {world.size} could not join the process group at "
@@ -80,12 +85,36 @@ def _store(world: World, limit: timedelta) -> Any:
     torchrun keeps one store over restarts. There a process may find the address that a killed one
     has left, or one of a group that was left since, try to connect to it, and wait until the
     timeout: so each start has keys of its own, and in it each group, counted by every process.
+    Where there is no torchrun the store lives in the first process, and there as long as that:
+    another one may be joining the next group before the first has left this one.
     """
     module: Any = distributed
     store, _, _ = next(module.rendezvous("env://", world.rank, world.size, timeout=limit))
+    if world.rank == 0:
+        atexit.register(_keep, store)
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     started = module.PrefixStore(f"start_{start}", store)
     return module.PrefixStore(f"group_{started.add(f'groups_of_{world.rank}', 1)}", started)
+
+
+def _keep(store: Any) -> None:
+    """Called when the interpreter ends; until then a store that it was registered with lives."""
+
+
+def _meet(world: World, store: Any) -> None:
+    """Waits until all processes have joined; the first one, until they all know of it.
+
+    torch returns from joining as soon as this process is connected to the others, which may not
+    have taken note of it: one that leaves at once would break their joining (gloo: `Connection
+    closed by peer`). Where there is no torchrun the store lives in the first process, which
+    therefore goes last.
+    """
+    everyone = range(world.size)
+    store.set(f"joined/{world.rank}", "")
+    store.wait([f"joined/{rank}" for rank in everyone])
+    store.set(f"met/{world.rank}", "")
+    if world.rank == 0:
+        store.wait([f"met/{rank}" for rank in everyone])
 
 
 def group_store() -> Any:

@@ -1,10 +1,10 @@
-"""What deterministic data costs: microseconds a batch and a sample over the plain loader.
+"""What deterministic data costs: microseconds that a batch takes more than from the plain loader.
 
 Run ``python benchmarks/deterministic_cost.py``. An engine with a step that does nothing runs over a
-`DataLoader`, at two batch sizes; the difference to the same run of a plain `Engine` is split into
-what a batch costs and what a sample costs, in the main process and in the workers together. Beside
-it: what pytorch-ignite's and torchdata's deterministic ways cost over their own plain ones. They
-key no random stream.
+`DataLoader`, at two batch sizes, and beside it a plain `Engine`: the difference is what the main
+process and the workers pay together. A small batch shows what is paid for each batch, a large one
+what is paid for each sample. Beside it: what pytorch-ignite's and torchdata's deterministic ways
+cost over their own plain ones. They key no random stream.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -108,10 +108,20 @@ def pairs() -> dict[str, tuple[Any, Any, Any, Any]]:
     }
 
 
-def compare(pair: tuple[Any, ...], batch: int, batches: int, workers: int, repeat: int) -> Any:
-    """Returns microseconds a batch: of the plain way, and of what the other costs more.
+class Cost(NamedTuple):
+    """Microseconds a batch: of the plain way, and what the other takes more."""
 
-    The two take turns, and the middle one of the differences counts: the machine may be busy.
+    plain: float
+    best: float
+    median: float
+
+
+def compare(pair: tuple[Any, ...], batch: int, batches: int, workers: int, repeat: int) -> Cost:
+    """Compares two ways to run, which take turns: the machine may be busy.
+
+    Returns:
+        The least of the plain way, by how much the other's least is above it, and the median of
+        the differences.
     """
     plain, other, plain_kind, other_kind = pair
     times: list[tuple[float, float]] = []
@@ -119,9 +129,8 @@ def compare(pair: tuple[Any, ...], batch: int, batches: int, workers: int, repea
         one = per_batch(plain, loader(batch, batches, workers, plain_kind))
         two = per_batch(other, loader(batch, batches, workers, other_kind))
         times.append((one, two))
-    best = min(one for one, _ in times), min(two for _, two in times)
-    middle = statistics.median(two - one for one, two in times)
-    return best[0], middle, best[1] - best[0]
+    plain_best, best = (min(column) for column in zip(*times, strict=True))
+    return Cost(plain_best, best - plain_best, statistics.median(two - one for one, two in times))
 
 
 def main() -> None:
@@ -132,22 +141,17 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     print(f"Python {platform.python_version()}, torch {torch.__version__}; microseconds (CPU)\n")
-    print(f"{'':26}{'workers':>8}{'a batch':>10}{'a sample':>10}    (best of; median of)")
+    print(
+        f"{'':26}{'workers':>8}{f'batch of {SMALL}':>13}{f'batch of {LARGE}':>14}{'a sample':>10}"
+    )
     for (name, pair), workers in itertools.product(pairs().items(), args.workers):
         small = compare(pair, SMALL, 2000, workers, args.repeat)
         large = compare(pair, LARGE, 200 if workers == 0 else 500, workers, args.repeat)
-        shown = [split(small[index], large[index]) for index in (2, 1)]
         print(
-            f"{name:26}{workers:>8}{shown[0][0]:>10.1f}{shown[0][1]:>10.2f}    "
-            f"(median {shown[1][0]:.1f}, {shown[1][1]:.2f}; plain: {small[0]:.0f} a batch of "
-            f"{SMALL}, {large[0]:.0f} of {LARGE})"
+            f"{name:26}{workers:>8}{small.best:>+13.1f}{large.best:>+14.1f}"
+            f"{large.best / LARGE:>+10.2f}    (median {small.median:+.1f}, {large.median:+.1f}; "
+            f"plain: {small.plain:.0f}, {large.plain:.0f})"
         )
-
-
-def split(small: float, large: float) -> tuple[float, float]:
-    """Splits the extra cost of two sizes of batches into that of a batch and of a sample."""
-    sample = (large - small) / (LARGE - SMALL)
-    return small - SMALL * sample, sample
 
 
 if __name__ == "__main__":

@@ -21,12 +21,7 @@ from crosstrain.engine.data.own_data import own_data
 from crosstrain.engine.data.sampling import ReproducibleBatchSampler, update_dataloader
 from crosstrain.engine.data.shares import BatchShare, Shards, check_shards, world_of
 from crosstrain.engine.data.streams import ALL_STREAMS, StreamKey
-from crosstrain.engine.exact.attached import Attached
-from crosstrain.engine.exact.fetches import Fetched, who_fetches
-from crosstrain.engine.exact.forgotten import SCALARS, Forgotten
 from crosstrain.engine.exact.laid_over import LaidOver
-from crosstrain.engine.exact.made_again import LOOKS, MadeAgain
-from crosstrain.engine.exact.made_again import named as named_place
 from crosstrain.engine.exact.porting import port
 from crosstrain.engine.exact.rank_states import RANKS, SHARDS, check_same_shards, gathered, own_part
 from crosstrain.engine.exact.snapshot import (
@@ -40,13 +35,7 @@ from crosstrain.engine.exact.snapshot import (
     settings,
     step_state,
 )
-from crosstrain.engine.exact.trained import (
-    functions_held,
-    functions_of_trained,
-    holders_of_state,
-    hooks_of_all,
-)
-from crosstrain.engine.exact.unnamed import functions_of, unnamed_sources
+from crosstrain.engine.exact.unsaved import Unsaved
 from crosstrain.engine.ranks.agreed_seed import agreed_seed
 from crosstrain.engine.training.own_step import OwnStep
 
@@ -55,7 +44,7 @@ from .errors import ResumeWarning, warn_user
 from .events import Events
 from .place import Place
 from .progress import data_length
-from .proof import Checks, Proof
+from .proof import Checks
 from .random_states import random_states, random_states_kept, restore_random_states
 from .requests import END_EPOCH, NO_BATCHES, QUIET_EPOCH, RUN_ENDS
 from .state import State
@@ -171,17 +160,7 @@ class DeterministicEngine(Engine):
         self._laid_over: LaidOver | None = None
         self._defers = False
         self._put_back: list[str] = []
-        self._told_unnamed = False
-        # What the step and handlers refer to, as the run's first epoch begins.
-        self._begun: Forgotten | None = None
-        self._attached = Attached()
-        self._made_again = MadeAgain()
-        # Whether its first step is still to come, and how many looks after steps are.
-        self._first_step = False
-        self._looks_left = 0
-        self._told: set[str] = set()
-        # The data, and which loaders handlers fetch from, it or others.
-        self._fetches: tuple[Any, Fetched] | None = None
+        self._unsaved = Unsaved(self)
         self._conditions: dict[str, Any] | None = None
 
     @property
@@ -216,7 +195,7 @@ class DeterministicEngine(Engine):
         if not exact:
             _warn_inexact("state_dict() was called in the middle of an iteration")
             values["iteration"] = self._place.stepped
-        state, place = self.state, self._place
+        state, place, objects = self.state, self._place, self._structured()
         ended = place.ended or state.epoch == 0
         values["format"] = FORMAT
         values["seed"] = state.seed
@@ -231,7 +210,7 @@ class DeterministicEngine(Engine):
         }
         position = values["position"] = self._cursor.position()
         if position is not None:
-            fetched = self._who_fetches()
+            fetched = self._unsaved.fetched(objects)
             position["loaders"] = fetched.record()
             if fetched.training is not None:
                 position["workers"] = own_data(self.state.dataloader).num_workers
@@ -250,67 +229,14 @@ class DeterministicEngine(Engine):
             },
         }
         if self.checks.unnamed != "off":
-            self._tell_unnamed()
-            values["shown"]["engines"] = {
-                name: plain_or_none(engine.state.metrics) or {}
-                for name, engine in self._tell_forgotten().items()
-            }
-            self._tell_attached(values["progress"]["ended"])
-            self._tell_not_made_again()
-            self._tell_lost()
-        values["made"] = {
-            "again": self._made_again.record(),
-            "by the first step": self._attached.made,
-        }
-        values["structure"] = self._structure.record(self._structured())
+            values["shown"]["engines"] = self._unsaved.tell(
+                objects, ended, self._structure, self._cursor
+            )
+        values["made"] = self._unsaved.made()
+        values["structure"] = self._structure.record(objects)
         values["environment"] = self._environment()
         values["exact"] = exact
         return values
-
-    def _tell_unnamed(self) -> None:
-        """Says once what the step and handlers draw from that no checkpoint holds."""
-        if self._told_unnamed:
-            return
-        self._told_unnamed = True
-        found = unnamed_sources(self._functions(), self._named_elsewhere())
-        if found:
-            Proof().differs(
-                f"A resumed run will draw other values from {'; '.join(found)}: that has a "
-                "position or random states of its own, and no checkpoint holds them. Wrap it in "
-                "ResumableSource and name that in to_save, or draw from the global generators. If "
-                "what it gives is not used in training: checks=Checks(unnamed='off').",
-                self.checks.unnamed,
-            )
-
-    def _functions(self) -> dict[str, Any]:
-        """Returns what the run calls of the user's, by what to call it.
-
-        The step, handlers, what fetches the data, and what named objects and models hold.
-        """
-        functions = {"the step": self._process_function}
-        for called, function in self._handlers.all_functions():
-            # Lambdas of one function are called alike.
-            count = 1 + sum(one.startswith(called) for one in functions)
-            functions[called if count == 1 else f"{called}, number {count}"] = function
-        functions.update(functions_of(self.state.dataloader))
-        for value in self.named_beside:
-            functions.update(functions_held(value))
-        return {**functions, **functions_of_trained(self._structured()), **hooks_of_all()}
-
-    def _named_elsewhere(self) -> set[int]:
-        known = {id(self.state.dataloader), id(self)}
-        for value in (*self.named_beside, *named(self.objects, self.saved_beside).values()):
-            if id(value) in known:
-                continue
-            known.add(id(value))
-            if isinstance(value, torch.nn.Module):
-                parts = (*value.modules(), *value.parameters(), *value.buffers())
-                known |= {id(part) for part in parts}
-            # As they are now. Numbers and words are one object wherever they stand.
-            for owner in holders_of_state(value):
-                held = getattr(owner, "__dict__", {}).values()
-                known |= {id(one) for one in held if not isinstance(one, SCALARS)}
-        return known
 
     def _structured(self) -> dict[str, Any]:
         """Returns what structure is recorded of: what is saved, and the loss, which need not be."""
@@ -319,139 +245,6 @@ class DeterministicEngine(Engine):
         if isinstance(loss, torch.nn.Module) and all(loss is not one for one in found.values()):
             found.setdefault("loss_fn", loss)
         return found
-
-    def _forgotten(self) -> Forgotten:
-        keys = self.state_dict_user_keys
-        recorded = {
-            id(one)
-            for value in self._structured().values()
-            for one in (value.modules() if isinstance(value, torch.nn.Module) else [value])
-        }
-        return Forgotten(self._functions(), self._named_elsewhere(), self.state, keys, recorded)
-
-    def _tell_forgotten(self) -> dict[str, Any]:
-        """Says what the run has changed, and reads, that no checkpoint holds.
-
-        Returns:
-            The other engines that the run uses, such as an evaluator.
-        """
-        begun = self._begun
-        if begun is None:
-            return {}
-        now = self._forgotten()
-        self._tell_made_otherwise(now)
-        places = [place for place in now.changed(begun) if named_place(place) not in self._told]
-        if changed := [named_place(place) for place in self._made_again.sift(now, places)]:
-            self._told.update(changed)
-            Proof().differs(
-                f"A resumed run will begin without what has changed of {'; '.join(changed)}: the "
-                "run reads it, and no checkpoint holds it. Name what has a "
-                "state_dict, such as a scheduler or an average of the weights, in to_save; keep "
-                "other things in an object that has one, or in trainer.state, with their names in "
-                "trainer.state_dict_user_keys. If what is trained does not depend on it: "
-                "checks=Checks(unnamed='off').",
-                self.checks.unnamed,
-            )
-        return now.engines
-
-    def _tell_made_otherwise(self, now: Forgotten) -> None:
-        """Says what the run before had made for itself, and this one has made otherwise."""
-        if differ := self._made_again.differences(now):
-            self._told.update(differ)
-            self.proof.differs(
-                "The run that was saved had made something for itself that no checkpoint holds, "
-                f"and this one has made it again with other contents: {'; '.join(differ)}. Keep it "
-                "in an object that is named in to_save, or make it before the run. If what is "
-                "trained does not depend on it: checks=Checks(unnamed='off').",
-                self.checks.unnamed,
-            )
-
-    def _first_step_done(self) -> None:
-        """Looks, after the first step of this process, at the hooks and modules that it has made.
-
-        After each of the first of a resumed run, at what else it has made again.
-        """
-        if self._first_step:
-            self._first_step = False
-            looked = self._forgotten
-            missing = self._attached.step_done(self._structured(), lambda: looked().functions)
-            if missing:
-                self._tell_not_made(missing)
-            if self._attached.made and self._begun is not None:
-                # What such a hook refers to is there from then on.
-                self._begun.begin_new(looked())
-        if self._looks_left and self._made_again.expects:
-            self._looks_left -= 1
-            self._tell_made_otherwise(self._forgotten())
-            if not self._looks_left:
-                self._settle_made()
-
-    def _settle_made(self) -> None:
-        """Notes in the proof what was made again."""
-        equal, left = self._made_again.settle()
-        if equal:
-            self.proof.checked.append(f"made again, and equal: {'; '.join(equal)}")
-        if left:
-            self.proof.unchecked.append(f"{'; '.join(left)}: not made again yet")
-        self.logger.info("Resumed, %s iterations later. %s.", LOOKS, self.proof)
-
-    def _after_each_step(self) -> list[Callable[[], None]] | None:
-        calls = super()._after_each_step()
-        looks = self._first_step or (self._looks_left > 0 and self._made_again.expects)
-        if self.checks.unnamed == "off" or not looks:
-            return calls
-        return [*(calls or ()), self._first_step_done]
-
-    def _called(self) -> Iterator[tuple[str, Any, bool]]:
-        """Yields the step and the handlers, what to call each, and whether it lasts."""
-        yield "the step", self._process_function, True
-        yield from self._handlers.all_handlers()
-
-    def _tell_attached(self, ended: bool) -> None:
-        """Says what handlers have attached, removed or exchanged since the run began."""
-        changed = self._attached.changed(self._called(), self._structured(), ended)
-        if changed := [what for what in changed if what not in self._told]:
-            self._told.update(changed)
-            Proof().differs(
-                "A resumed run will begin with the handlers, hooks and modules that the script "
-                f"sets up, and this one has changed {'; '.join(changed)}. Attach handlers and "
-                "hooks before the run, and have them ask how far it is (Events.X(after=...), "
-                "trainer.state), or change the same in a handler of STARTED when "
-                "trainer.state.iteration says so. If what is trained does not depend on it, or "
-                "such a handler is there: checks=Checks(unnamed='off').",
-                self.checks.unnamed,
-            )
-
-    def _tell_not_made_again(self) -> None:
-        """Says once which hooks of the run before have not been made again."""
-        if missing := self._structure.not_made_again(self._structured()):
-            told = f", as {', '.join(missing)} told"
-            Proof().differs(
-                f"The run that was saved had made hooks{told}, and this one has not made them "
-                "again. Register them before the run. If what is trained does not depend on it: "
-                "checks=Checks(unnamed='off').",
-                self.checks.unnamed,
-            )
-
-    def _tell_not_made(self, missing: list[str]) -> None:
-        """Says which hooks and modules a first step has not made that it had made before."""
-        self.proof.differs(
-            f"The first step of the run that was saved had made {'; '.join(missing)}, and that of "
-            "this one has not. Make it before the run. If what is trained does not depend on it: "
-            "checks=Checks(unnamed='off').",
-            self.checks.unnamed,
-        )
-
-    def _tell_lost(self) -> None:
-        """Says what has changed of the dataset and is too large to save."""
-        if lost := self._cursor.lost():
-            Proof().differs(
-                f"A resumed run will begin without what has changed of {', '.join(lost)}: it is "
-                "too large to be a part of the trainer's state. Keep it in an object that is named "
-                "in to_save, or let a handler of EPOCH_STARTED make it anew. If what is trained on "
-                "does not depend on it: checks=Checks(unnamed='off').",
-                self.checks.unnamed,
-            )
 
     def _environment(self) -> dict[str, Any]:
         if self._conditions is None:
@@ -561,11 +354,6 @@ class DeterministicEngine(Engine):
         if any(map(self.has_users_handler, (Events.STARTED, Events.EPOCH_STARTED))):
             self._laid_over = LaidOver(self.loaded_with)
         self._put_back = self._restore_structure(snapshot).put_back
-        if self.checks.unnamed != "off":
-            made = snapshot.get("made", {"again": {}, "by the first step": []})
-            self._made_again.expect(made["again"])
-            self._attached.expect(made["by the first step"])
-            self._looks_left = LOOKS
         now = self._environment()
         if snapshot["environment"]["backend"] != now["backend"]:
             # From here on it is one of this backend, should it be asked for or taken up again.
@@ -651,37 +439,11 @@ class DeterministicEngine(Engine):
                 if beginning and self._compared:
                     strictness = "off"
                 cursor.go_to(position, data, self._key, self.proof, strictness, other)
-                self._tell_of_workers(position)
+                self._unsaved.tell_of_workers(self._structured(), position, cursor)
         if not beginning:
             restore_random_states(snapshot["rng_states"], self.backend)
         if self._reseeds:
             cursor.seed_anew(self._key)
-
-    def _who_fetches(self) -> Fetched:
-        """Returns which loaders handlers may iterate over, the training's own among them."""
-        data = own_data(self.state.dataloader)
-        if self.checks.unnamed == "off":
-            return Fetched()
-        if self._fetches is None or self._fetches[0] is not data:
-            self._fetches = data, who_fetches(self._functions(), data, {id(self)})
-        return self._fetches[1]
-
-    def _tell_of_workers(self, position: Mapping[str, Any]) -> None:
-        """Says that a handler fetches, and draws otherwise with other workers than then."""
-        fetched = self._who_fetches()
-        if (why := self._cursor.draws_by_workers()) is not None and fetched.training is not None:
-            why = f"it is a loader of the dataset that is trained on, and {why}"
-            self._tell_of_loader(fetched.training, why)
-        for name, why in fetched.differences(position.get("loaders", {})):
-            self._tell_of_loader(name, why)
-
-    def _tell_of_loader(self, where: str, why: str) -> None:
-        self.proof.differs(
-            f"A resumed run may draw other values once {where}, has been iterated over: {why}. Go "
-            "on with that number of workers, or iterate there over a loader that keeps its "
-            "num_workers. If nothing is fetched there: checks=Checks(unnamed='off').",
-            "warn",
-        )
 
     def _prove(self, data: Any) -> None:
         """Has data that was set at a resumed epoch's beginning fetched twice, and compared."""
@@ -722,20 +484,12 @@ class DeterministicEngine(Engine):
         return StreamKey(seed, 0, self._streams)
 
     def _begins(self) -> None:
-        self._begun = self._fetches = None
-        self._made_again.begin()
-        self._first_step = True
-        self._attached.begin()
+        self._unsaved.begin()
         self.state.seed = agreed_seed(self.state.seed, self.backend)
         self._cursor.watch(self.state.dataloader)
         snapshot = self._full_snapshot()
-        if snapshot is not None and snapshot["position"] is not None:
-            # Before any handler fires that iterates over one of them.
-            self._who_fetches().go_on(snapshot["position"].get("loaders", {}))
-        if snapshot is not None and (shown := snapshot.get("shown", {}).get("engines")):
-            # What an evaluator has found last is read until it runs again.
-            for name, engine in self._forgotten().engines.items():
-                engine.state.metrics = {**shown.get(name, {}), **engine.state.metrics}
+        if snapshot is not None:
+            self._unsaved.go_on(snapshot, self._structured())
         if snapshot is not None and self.restartable and self._place.owed & RUN_ENDS:
             # It ends as it had ended: another run, of this process, would begin another epoch.
             self.state.epoch = snapshot["progress"]["epoch"]
@@ -755,17 +509,24 @@ class DeterministicEngine(Engine):
                 restore_random_states(snapshot["rng_states"], self.backend)
             else:
                 self._repeat_beginning(snapshot)
-        if self._begun is None and self.checks.unnamed != "off":
-            self._begun = self._forgotten().without_values()
-        if self.checks.unnamed != "off":
-            self._attached.epoch_begins(self._called(), self._structured())
+        self._unsaved.epoch_begins(self._structured())
         self._epoch_states = random_states(self.backend)
 
     def _run_batches(self, place: Place) -> Generator[None, None, None]:
-        self._structure.batches_begin(self._structured())
-        if self.checks.unnamed != "off" and self.has_users_handler(Events.EPOCH_STARTED):
-            self._attached.batches_begin(self._called(), self._structured())
+        objects = self._structured()
+        self._structure.batches_begin(objects)
+        self._unsaved.batches_begin(objects)
         yield from super()._run_batches(place)
+
+    def _after_each_step(self) -> list[Callable[[], None]] | None:
+        calls = super()._after_each_step()
+        if not self._unsaved.looks_after_steps:
+            return calls
+        return [*(calls or ()), self._look_at_made]
+
+    def _look_at_made(self) -> None:
+        if self._unsaved.looks_after_steps:
+            self._unsaved.step_done(self._structured())
 
     def _ends(self) -> None:
         snapshot = self._full_snapshot()

@@ -31,26 +31,18 @@ class Attributes(dict[str, Any]):
 
 
 class Leaf(NamedTuple):
-    """A part of a nest that has no parts: a tensor, an array, a plain value, a list of them.
+    """A part of a nest that has no parts: a tensor, an array, a plain value, a list of them."""
 
-    Args:
-        path: where it is, as Python writes it: `[0]`, `['image']`, `.x`; empty for the nest itself.
-        kind: dtype and shape, or the type.
-        digest: of its bytes, in hexadecimal digits.
-    """
-
+    #: Where it is, as Python writes it: `[0]`, `['image']`, `.x`; empty for the nest itself.
     path: str
+    #: Dtype and shape, or the type.
     kind: str
+    #: Of its bytes, in hexadecimal digits.
     digest: str
 
 
 def digest(value: Any) -> str:
-    """Returns one digest of a nest: of the paths, types, shapes and bytes of its leaves.
-
-    Args:
-        value: mappings, sequences, dataclasses, tensors, arrays, plain values; of other objects,
-            the attributes.
-    """
+    """Returns one digest of a nest: of the paths, types, shapes and bytes of its leaves."""
     total = hashlib.sha256()
     for leaf in leaves(value):
         total.update("\0".join(leaf).encode())
@@ -67,9 +59,8 @@ def leaves(value: Any) -> Iterator[Leaf]:
 def parts(value: Any) -> Iterator[tuple[str, Any]]:
     """Yields what a nest's leaves are made from: the paths and the values.
 
-    Args:
-        value: the nest. What it holds a second time, and what is deeper than sixteen levels down,
-            counts by its type.
+    Of objects these are the attributes. What a nest holds a second time, and what is deeper than
+    sixteen levels down, counts by its type.
     """
     return _parts(value, "", _DEPTH, set())
 

@@ -209,22 +209,14 @@ _EVENT_ARGUMENTS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
 
 
 class HandlerTable:
-    """Holds one `Slot` for each registered event, found by the event's name.
-
-    Args:
-        owner: the name of the class whose events these are, for error messages.
-    """
+    """Holds one `Slot` for each registered event of an owner, found by the event's name."""
 
     def __init__(self, owner: str) -> None:
         self._owner = owner
         self._slots: dict[str, Slot] = {}
 
     def register(self, event: Any) -> Slot:
-        """Gives an event a slot, or finds the one that it has, and returns it.
-
-        Raises:
-            ValueError: if another event of this name and of another value has the slot.
-        """
+        """Gives an event a slot, or finds the one that it has, and returns it."""
         name = event if isinstance(event, str) else event.name
         slot = self._slots.setdefault(name, Slot(name, event))
         known = slot.event
@@ -246,11 +238,7 @@ class HandlerTable:
         return slot
 
     def require(self, event: Any) -> Slot:
-        """Returns the slot of an event.
-
-        Raises:
-            ValueError: if it is not registered.
-        """
+        """Returns the slot of an event that has to be registered."""
         slot = self.slot(event)
         if slot is None:
             raise ValueError(
@@ -298,11 +286,6 @@ class HandlerTable:
 
         A method of the engine itself, such as `terminate`, has it already: it is passed only where
         it must be.
-
-        Raises:
-            TypeError: if the handler is not callable.
-            ValueError: if the event is not registered or the handler can be called neither with the
-                engine first nor without it.
         """
         event_args, event_kwargs = _EVENT_ARGUMENTS.get(self.require(event).name, ((), {}))
         passed, named = (*event_args, *args), {**kwargs, **event_kwargs}
@@ -336,11 +319,7 @@ class HandlerTable:
         return any(bound == handler for slot in slots if slot for bound in slot.bound())
 
     def remove(self, handler: Callable[..., Any], event: Any) -> None:
-        """Removes each binding of a handler to an event.
-
-        Raises:
-            ValueError: if the event has no handler, or not this one.
-        """
+        """Removes each binding of a handler to an event."""
         slot = self.slot(event)
         if slot is None or not slot.handlers:
             raise ValueError(
@@ -406,11 +385,7 @@ class Dispatcher:
             slot.counter = self.state.event_to_attr.get(slot.name)
 
     def slot(self, event: Any) -> Slot:
-        """Returns an event's place in the table; its `handlers` is empty where nobody listens.
-
-        Raises:
-            ValueError: if the event is not registered.
-        """
+        """Returns an event's place in the table; its `handlers` is empty where nobody listens."""
         return self._handlers.require(event)
 
     def has_registered_events(self, event: Any) -> bool:
@@ -461,10 +436,7 @@ class Dispatcher:
     def add_in_phase(self, event: Any, handler: Callable[..., Any], phase: Phase) -> None:
         """Attaches a handler of the engine's own that runs before or after all of the user's.
 
-        Args:
-            event: one event without a filter, that passes nothing to its handlers.
-            handler: called with the engine if it takes that.
-            phase: when it runs among the event's handlers.
+        The event has no filter and passes nothing to its handlers.
         """
         slot = self._handlers.require(event)
         assert gate_of(event) is None
@@ -491,14 +463,6 @@ class Dispatcher:
             not str(getattr(handler, "__module__", "")).startswith(ours)
             for handler in self._handlers.require(event).bound()
         )
-
-    def handlers_of(self, event: Any) -> list[Callable[..., Any]]:
-        """Returns the handlers of an event, in the order in which they run.
-
-        Raises:
-            ValueError: if the event is not registered.
-        """
-        return list(self._handlers.require(event).bound())
 
     def time_handlers(self, timer: HandlerTimer) -> Callable[[], None]:
         """Has somebody told how long each handler takes, and each event with all its handlers.
@@ -556,13 +520,7 @@ class Dispatcher:
         self._observed = observed or self._overridden
 
     def _fire_event(self, event_name: Any, *event_args: Any, **event_kwargs: Any) -> None:
-        """Fires an event; a subclass that overrides it sees each one go by, as in pytorch-ignite.
-
-        Args:
-            event_name: the event.
-            *event_args: what it passes to its handlers.
-            **event_kwargs: likewise, by name.
-        """
+        """Fires an event; a subclass may override it to see each go by, as in pytorch-ignite."""
         slot = self._handlers.require(event_name)
         if event_args or event_kwargs:
             self._run_with(slot, event_args, event_kwargs)
@@ -652,12 +610,7 @@ class Dispatcher:
 
 
 def check_signature(fn: Callable[..., Any], description: str, *args: Any, **kwargs: Any) -> None:
-    """Checks that a function can be called with these arguments, without calling it.
-
-    Raises:
-        TypeError: if it is not callable.
-        ValueError: if it cannot be called so, or does not tell its signature.
-    """
+    """Checks that a function can be called with these arguments, without calling it."""
     if not callable(fn):
         raise TypeError(
             f"Error adding {fn!r} '{description}': it is not callable. Pass a function, a bound "

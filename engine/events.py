@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from types import DynamicClassAttribute, MethodType
-from typing import Any, NamedTuple, Protocol, Self, TypeGuard, cast, runtime_checkable
+from typing import Any, NamedTuple, Self, TypeGuard, cast
 
 from .state import State, Unread
 
@@ -29,21 +29,6 @@ __all__ = [
 
 EventFilter = Callable[[Any, int], bool]
 _UNBOUNDED = 2**63
-
-
-@runtime_checkable
-class EventLike(Protocol):
-    """What any library's event offers: the name and the value by which it is known."""
-
-    @property
-    def name(self) -> str:
-        """The event's name, such as `EPOCH_COMPLETED`."""
-        ...
-
-    @property
-    def value(self) -> Any:
-        """The event's value, such as `epoch_completed`."""
-        ...
 
 
 class Gate(NamedTuple):
@@ -166,7 +151,7 @@ class CallableEventWithFilter:
         if isinstance(other, CallableEventWithFilter):
             return self.name == other.name
         if is_event(other):
-            return self.name == other.name and self.value == other.value
+            return bool(self.name == other.name and self.value == other.value)
         return NotImplemented
 
     def __hash__(self) -> int:
@@ -181,7 +166,7 @@ class CallableEventWithFilter:
         return EventsList().joined(other, self)
 
 
-def is_event(value: object) -> TypeGuard[EventLike]:
+def is_event(value: object) -> TypeGuard[Any]:
     """Tells whether `value` is an event of ours or of another library."""
     return (
         not isinstance(value, (str, type))
@@ -304,11 +289,7 @@ class EventsList:
         return self.joined(other)
 
     def joined(self, *others: Any) -> EventsList:
-        """Returns a new list: these events, then each of `others`, an event or a list of them.
-
-        Raises:
-            TypeError: if one is neither.
-        """
+        """Returns a new list: these events, then each of `others`, an event or a list of them."""
         combined = EventsList()
         combined._events.extend(self._events)
         for other in others:
@@ -329,18 +310,6 @@ def is_events_list(value: object) -> bool:
     )
 
 
-class Attachable(Protocol):
-    """What a handle needs of the engine that a handler was attached to."""
-
-    def has_event_handler(self, handler: Callable[..., Any], event_name: Any) -> bool:
-        """Tells whether a handler is attached to an event."""
-        ...
-
-    def remove_event_handler(self, handler: Callable[..., Any], event_name: Any) -> None:
-        """Takes a handler off an event."""
-        ...
-
-
 class RemovableEventHandle:
     """Takes an attached handler off again; also a context manager that does so at its end.
 
@@ -352,10 +321,10 @@ class RemovableEventHandle:
         engine: the engine to which it was attached.
     """
 
-    def __init__(self, event_name: Any, handler: Callable[..., Any], engine: Attachable) -> None:
+    def __init__(self, event_name: Any, handler: Callable[..., Any], engine: Any) -> None:
         self.event_name = event_name
         self.handler: Callable[[], Callable[..., Any] | None] = _weakly(handler)
-        self.engine: Callable[[], Attachable | None] = weakref.ref(engine)
+        self.engine: Callable[[], Any] = weakref.ref(engine)
 
     def remove(self) -> None:
         """Removes the handler from the engine; does nothing if either is gone already."""

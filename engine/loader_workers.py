@@ -34,11 +34,7 @@ def workers_left_alone(data: Any) -> Generator[None, None, None]:
 
     Only the signals that this process listens to; the others end a worker as they end the process.
     It works for workers that are forked, spawned, or started by a fork server, and runs the user's
-    `worker_init_fn` in them.
-
-    Args:
-        data: what is about to be iterated over; anything but a DataLoader with workers is left as
-            it is.
+    `worker_init_fn` in them. Other data than a DataLoader with workers is left as it is.
     """
     # A subclass that only wraps another loader has no workers of its own.
     if not isinstance(data, DataLoader) or getattr(data, "num_workers", 0) == 0:

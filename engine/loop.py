@@ -44,12 +44,7 @@ class _Failed(Exception):
 
 
 class Loop(Requests):
-    """Runs a step over batches and fires events: the half of an Engine that moves.
-
-    Args:
-        process_function: called as `process_function(engine, batch)` once an iteration.
-        backend: its `sync()` is called after each step; None where the step needs none.
-    """
+    """Runs a step over batches and fires events: the half of an Engine that moves."""
 
     def __init__(
         self, process_function: Callable[[Any, Any], Any], backend: Backend | None = None
@@ -151,7 +146,9 @@ class Loop(Requests):
                 self._place.owed &= ~RUN_ENDS
                 if self.asked:
                     yield from self._obey()
-                while self._has_epochs() and not self.should_terminate:
+                while self._place.owed & NO_BATCHES or not is_done(self.state):
+                    if self.should_terminate:
+                        break
                     yield from self._run_epoch()
             except EndRun:
                 self._place.leave()
@@ -178,15 +175,8 @@ class Loop(Requests):
                 self._report(error)
         self._data_iter = None
 
-    def _has_epochs(self) -> bool:
-        return bool(self._place.owed & NO_BATCHES) or not is_done(self.state)
-
     def _end_as_loaded(self) -> None:
-        """Ends the run as the one was ended whose state was loaded: on purpose, once and for all.
-
-        Raises:
-            EndRun: always.
-        """
+        """Ends the run as the one that was loaded had ended: on purpose, once and for all."""
         place = self._place
         self.asked |= place.owed & RUN_ENDS
         place.owed &= ~RUN_ENDS
@@ -341,12 +331,8 @@ class Loop(Requests):
     def _goes_on(self, error: BaseException, done: int) -> bool:
         """Keeps where an error left the epoch; tells whether its handlers dealt with it here.
 
-        Args:
-            error: what was raised.
-            done: how many iterations of the epoch have had their step.
-
-        Raises:
-            _Failed: if they did not.
+        `done` iterations of the epoch have had their step. `_Failed` leaves the run where they
+        have not dealt with it.
         """
         length, place = self.state.epoch_length, self._place
         place.open = done != length
@@ -390,11 +376,7 @@ class Loop(Requests):
         """Is called before COMPLETED fires, whether it does or not."""
 
     def _learn_epoch_length(self, count: int) -> None:
-        """Takes the length of the data's first pass for the epoch's.
-
-        Raises:
-            EmptyData: if that pass gave nothing.
-        """
+        """Takes the length of the data's first pass for the epoch's."""
         if count == 0:
             raise EmptyData(
                 "Input data has zero size. Please provide non-empty data: "
@@ -404,11 +386,7 @@ class Loop(Requests):
         self.state.epoch_length = count
 
     def _renew_data(self, renewed: bool) -> Generator[None, None, None]:
-        """Starts the data anew because it has run out before the epoch has.
-
-        Raises:
-            DataUsedUp: if it was started anew just now and gave no batch.
-        """
+        """Starts the data anew because it has run out before the epoch has."""
         state = self.state
         if renewed:
             raise DataUsedUp(

@@ -36,24 +36,16 @@ def check_limits(
 ) -> None:
     """Checks new limits against a state that may have made progress already, and takes them.
 
-    Args:
-        state: the state.
-        max_epochs: the new limit of epochs, if there is one.
-        max_iters: likewise, of iterations.
-        may_be_behind: allows limits below what is done: the run that they are of was before.
-
-    Raises:
-        ValueError: if both are given, one is below 1 or below what is done, or the state counts by
-            the other one.
+    They may be below what is done where the run that they are of was before.
     """
     if max_epochs is not None and max_iters is not None:
         raise ValueError(
             "Arguments max_iters and max_epochs are mutually exclusive. Please provide only "
             f"max_epochs or max_iters; got max_epochs={max_epochs}, max_iters={max_iters}."
         )
-    for wanted, name, other in (
-        (max_iters, "max_iters", "max_epochs"),
-        (max_epochs, "max_epochs", "max_iters"),
+    for wanted, name, other, counter in (
+        (max_iters, "max_iters", "max_epochs", "iteration"),
+        (max_epochs, "max_epochs", "max_iters", "epoch"),
     ):
         if wanted is None:
             continue
@@ -64,14 +56,10 @@ def check_limits(
                 f"setting 'engine.state.{other} = None' before calling run(). It is "
                 f"{getattr(state, other)}."
             )
-    if max_epochs is not None and state.max_epochs is not None:
-        if not may_be_behind:
-            _check_not_behind("max_epochs", max_epochs, "epoch", state.epoch)
-        state.max_epochs = max_epochs
-    if max_iters is not None and state.max_iters is not None:
-        if not may_be_behind:
-            _check_not_behind("max_iters", max_iters, "iteration", state.iteration)
-        state.max_iters = max_iters
+        if getattr(state, name) is not None:
+            if not may_be_behind:
+                _check_not_behind(name, wanted, counter, getattr(state, counter))
+            setattr(state, name, wanted)
 
 
 def _check_not_behind(name: str, value: int, counter: str, done: int) -> None:
@@ -84,11 +72,7 @@ def _check_not_behind(name: str, value: int, counter: str, done: int) -> None:
 
 
 def check_count(name: str, value: Any) -> None:
-    """Checks that a limit or a length is an integer of at least 1.
-
-    Raises:
-        ValueError: if it is not.
-    """
+    """Checks that a limit or a length is an integer of at least 1."""
     if not isinstance(value, Integral) or int(value) < 1:
         raise ValueError(
             f"Argument {name} is invalid: {value!r}. Please, set a correct {name} positive value, "
@@ -103,33 +87,19 @@ def begin(
     max_iters: int | None,
     epoch_length: int | None,
 ) -> None:
-    """Sets a state to the start of a new run; the limits have been checked.
-
-    Raises:
-        ValueError: if the data is empty, or there is neither data nor an epoch length.
-    """
-    known = _known_length(data, epoch_length)
-    if known is None:
-        known = state.epoch_length
-    _check_has_length(known, data)
+    """Sets a state to the start of a new run; the limits have been checked."""
+    length = _length(state, data, epoch_length)
     state.iteration = 0
     state.epoch = 0
     state.max_epochs = 1 if max_epochs is None and max_iters is None else max_epochs
     state.max_iters = max_iters
-    state.epoch_length = known
+    state.epoch_length = length
 
 
 def resume(state: State, data: Iterable[Any] | None, epoch_length: int | None) -> None:
-    """Checks that a state that has iterations left can go on with this data.
-
-    Raises:
-        ValueError: if `epoch_length` differs from the state's, the data is empty, or there is
-            neither data nor an epoch length.
-    """
+    """Checks that a state that has iterations left can go on with this data."""
     if state.epoch_length is None:
-        known = _known_length(data, epoch_length)
-        _check_has_length(known, data)
-        state.epoch_length = known
+        state.epoch_length = _length(state, data, epoch_length)
     elif epoch_length is not None and epoch_length != state.epoch_length:
         raise ValueError(
             "Argument epoch_length should be same as in the state, but given "
@@ -138,7 +108,8 @@ def resume(state: State, data: Iterable[Any] | None, epoch_length: int | None) -
         )
 
 
-def _known_length(data: Iterable[Any] | None, epoch_length: int | None) -> int | None:
+def _length(state: State, data: Iterable[Any] | None, epoch_length: int | None) -> int | None:
+    """Returns the length of an epoch: the one that is given, the data's, or else the state's."""
     if epoch_length is not None:
         check_count("epoch_length", epoch_length)
         return epoch_length
@@ -148,29 +119,21 @@ def _known_length(data: Iterable[Any] | None, epoch_length: int | None) -> int |
             "Input data has zero size. Please provide non-empty data: an epoch has at least one "
             f"iteration, and this {type(data).__name__} has the length 0."
         )
-    return length
-
-
-def _check_has_length(length: int | None, data: Iterable[Any] | None) -> None:
+    if length is None:
+        length = state.epoch_length
     if length is None and data is None:
         raise ValueError(
             "epoch_length should be provided if data is None: it is the number of iterations that "
             "make an epoch, such as run(max_epochs=3, epoch_length=100)"
         )
+    return length
 
 
 def load_progress(state: State, values: Mapping[str, Any], user_keys: Sequence[str] = ()) -> None:
     """Sets a state's counters and limits from a dictionary; leaves it as it was if one is bad.
 
-    Args:
-        state: the state to set.
-        values: `epoch_length`, one of `iteration` and `epoch` (of completed ones), one of
-            `max_epochs` and `max_iters`, and `user_keys`.
-        user_keys: further attributes of the state.
-
-    Raises:
-        TypeError: if `values` is not a mapping.
-        ValueError: if a key is missing or contradicts another, or a value is out of range.
+    It has `epoch_length`, one of `iteration` and `epoch` (of completed ones), one of `max_epochs`
+    and `max_iters`, and `user_keys`.
     """
     if not isinstance(values, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"Argument state_dict should be a dictionary, but given {type(values)}")

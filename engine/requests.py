@@ -38,11 +38,7 @@ class Ranks(Protocol):
     """What a loop needs of the other processes of its world: all end a run together."""
 
     def review(self, asked: int) -> int:
-        """Returns what is done now of what is asked of this rank: what all have agreed upon.
-
-        Args:
-            asked: bits of `Engine.asked`. An end that it holds is kept until all ranks are asked.
-        """
+        """Returns what is done now of what is asked of this rank: what all have agreed upon."""
         ...
 
     def first_cause(self, error: BaseException) -> BaseException:

@@ -20,16 +20,12 @@ from .nests import Path, has, map_objects, unwrap, walk_objects
 
 @dataclass
 class Split:
-    """A nest of states without its spread tensors, and these by name.
+    """A nest of states without its spread tensors, and these by name."""
 
-    Args:
-        tree: the nest; None where a spread tensor was.
-        shards: the spread tensors, by name.
-        places: the paths at which they were, with their names.
-    """
-
+    #: The nest; None where a spread tensor was.
     tree: Any
     shards: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+    #: The paths at which they were, with their names.
     places: list[tuple[Path, str]] = field(default_factory=list[tuple[Path, str]])
 
 
@@ -118,11 +114,9 @@ def _key(path: Path, names: Mapping[Path, Sequence[str]]) -> str:
 
 
 def parameter_names(objects: Mapping[str, Any]) -> dict[Path, list[str]]:
-    """Names the parameters of each optimizer in a nest of objects by the models in it.
+    """Names the parameters of each optimizer in a nest of objects, in the order of its groups.
 
-    Returns:
-        By the optimizer's path, the names in the order of its groups; a parameter of no model is
-        named by its place.
+    A parameter is named by the model that it is of, or, of no model, by its place.
     """
     known: dict[int, str] = {}
     leaves: list[tuple[Path, Any]] = []
@@ -144,11 +138,7 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 
 
 def object_at(objects: Mapping[str, Any], path: Path) -> tuple[Any, Path]:
-    """Finds the object of a nest in whose state a path leads.
-
-    Returns:
-        The object and the path in its state; None and the rest of the path if there is none.
-    """
+    """Finds the object of a nest, or None, in whose state a path leads, and the rest of it."""
     value: Any = objects
     for at, key in enumerate(path):
         if value is not objects and has(value, "state_dict"):
@@ -161,11 +151,7 @@ def object_at(objects: Mapping[str, Any], path: Path) -> tuple[Any, Path]:
 
 
 def at_path(tree: Any, path: Path) -> tuple[Any, Any]:
-    """Returns the container and the key that a path ends at.
-
-    Raises:
-        KeyError, IndexError, TypeError: if it leads nowhere.
-    """
+    """Returns the container and the key that a path ends at."""
     for key in path[:-1]:
         tree = tree[key]
     return tree, path[-1]
@@ -217,12 +203,7 @@ def is_sharded(objects: Mapping[str, Any]) -> bool:
 
 
 def spread_like(value: Any, like: Any) -> Any:
-    """Returns this process's part of a whole tensor that is to lie as another one does.
-
-    Args:
-        value: a tensor, the same in all processes; anything else is returned as it is.
-        like: a tensor; unless it is spread and of the same shape, the value is returned as it is.
-    """
+    """Returns this process's part of a whole tensor, where it is to lie as a spread one does."""
     whole = isinstance(value, torch.Tensor) and not is_spread(value) and is_spread(like)
     if not whole or value.shape != like.shape:
         return value

@@ -70,12 +70,7 @@ class State:
             setattr(self, name, value)
 
     def defer(self, name: str, read: Callable[[], int]) -> None:
-        """Has a count be worked out when it is read for the first time.
-
-        Args:
-            name: `applied_steps` or `skipped_steps`; the value that it has is forgotten.
-            read: called without arguments, returns the value; may wait for a device.
-        """
+        """Has `applied_steps` or `skipped_steps` be worked out when it is first read."""
         vars(self).pop(name, None)
         self._deferred[name] = read
 

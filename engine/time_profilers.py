@@ -96,7 +96,7 @@ class _TimeProfiler:
         return began
 
     def _handlers_of(self, engine: Any, event: Any) -> list[str]:
-        return [_name_of(one) for one in engine.handlers_of(event) if not _is_ours(one)]
+        return [_name_of(one) for one in engine.slot(event).bound() if not _is_ours(one)]
 
 
 class BasicTimeProfiler(_TimeProfiler):

@@ -12,7 +12,7 @@ import inspect
 import sys
 import types
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -61,25 +61,31 @@ class Attached:
         names = {what: None for what, _, _ in self._made or ()}
         return sorted(names or dict.fromkeys(self._expected))
 
-    def step_done(
-        self, objects: Mapping[str, Any], functions: Callable[[], Iterable[Any]]
-    ) -> list[str]:
-        """Notes what hooks and modules the first step has made, as each first step makes them.
+    def has_made(self, objects: Mapping[str, Any]) -> bool:
+        """Notes what hooks and modules the first step has made; tells whether there are any.
 
         Args:
             objects: as of `epoch_begins`.
-            functions: gives what may make them: which of the user's are made where they are missing
-                their source says.
-
-        Returns:
-            What the run before had made in it, and this one has not.
         """
-        now = _marks((), objects)
-        self._made = now - self._batches
-        if self._made:
-            self._made = _made_lazily(self._made, objects, list(functions()))
+        self._made = _marks((), objects) - self._batches
+        return bool(self._made)
+
+    def keep_made(
+        self, objects: Mapping[str, Any], functions: Sequence[types.FunctionType]
+    ) -> bool:
+        """Keeps of it what each first step makes anew; tells whether there is any.
+
+        Args:
+            objects: as of `epoch_begins`.
+            functions: the user's, which may make them.
+        """
+        self._made = _made_lazily(self._made or Counter(), objects, functions)
+        return bool(self._made)
+
+    def not_made(self, objects: Mapping[str, Any]) -> list[str]:
+        """Returns what the first step of the run before had made, and is not there; once."""
         expected, self._expected = self._expected, []
-        there = {what for what, _, _ in now}
+        there = {what for what, _, _ in _marks((), objects)} if expected else set()
         return [what for what in expected if what not in there]
 
     def epoch_begins(self, handlers: Iterable[_Called], objects: Mapping[str, Any]) -> None:

@@ -10,10 +10,11 @@ told. What changes from one look to the next is not of this kind, and is told wh
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any, Final
 
 from crosstrain.engine.digest import digest
+from crosstrain.engine.proof import Proof
 
 from .forgotten import PLAIN, Forgotten
 from .lazily import is_made_lazily
@@ -57,22 +58,24 @@ class MadeAgain:
         """Returns the digests of what was made, by name, for a state."""
         return {**self._expected, **{name: dict(found) for name, found in self._kept.items()}}
 
-    def sift(self, now: Forgotten, changed: Iterable[Place]) -> list[Place]:
+    def sift(self, now: Forgotten, changed: Iterable[Place], told: Container[str]) -> list[str]:
         """Keeps the digests of what was made where it was missing; returns what is to be told.
 
         Args:
             now: what functions refer to.
             changed: what of it is other than when the run began.
+            told: what was told before, which is not looked at.
         """
-        told: list[Place] = []
+        left: list[str] = []
         for place in changed:
-            name, before = named(place), self._kept.pop(named(place), {})
-            found = self._digests_of(now, place)
+            if (name := named(place)) in told:
+                continue
+            before, found = self._kept.pop(name, {}), self._digests_of(now, place)
             if found is None or not _goes_with(before, found) or not before.keys() <= found.keys():
-                told.append(place)
+                left.append(name)
                 continue
             self._kept[name] = found
-        return told
+        return left
 
     def differences(self, now: Forgotten) -> list[str]:
         """Returns the names of what was made again, and is other than it was.
@@ -96,10 +99,12 @@ class MadeAgain:
                 self._equal.add(name)
         return differ
 
-    def settle(self) -> tuple[list[str], list[str]]:
-        """Returns what was made again and is equal, and what was not made yet."""
-        left = sorted(self._expected.keys() - self._equal)
-        return sorted(self._equal), left
+    def settle(self, proof: Proof) -> None:
+        """Notes in a proof what was made again and is equal, and what was not made yet."""
+        if self._equal:
+            proof.checked.append(f"made again, and equal: {'; '.join(sorted(self._equal))}")
+        if left := sorted(self._expected.keys() - self._equal):
+            proof.unchecked.append(f"{'; '.join(left)}: not made again yet")
 
     def _digests_of(self, now: Forgotten, place: Place) -> _Digests | None:
         """Returns the digests of what is made lazily; None for anything else."""

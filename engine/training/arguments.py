@@ -30,13 +30,7 @@ def open_backend(
     amp_mode: str | None,
     scaler: bool | GradScaler = False,
 ) -> Backend:
-    """Returns the opened backend that the arguments of a factory ask for.
-
-    Raises:
-        ValueError: if the arguments do not go together.
-        UnknownBackend: if there is no such backend.
-        BackendUnavailable: if it cannot run here.
-    """
+    """Returns the opened backend that the arguments of a factory ask for."""
     if backend is None:
         return from_arguments(device, amp_mode, scaler).open()
     if device is not None or amp_mode is not None or scaler:
@@ -52,12 +46,7 @@ def open_backend(
 def prepare(
     backend: Backend, model: Any, optimizer: Any, replicated: bool = True
 ) -> tuple[Any, Any]:
-    """Has the backend prepare models and optimizers; one stays one, several stay several.
-
-    Raises:
-        ValueError: if a model lies on another device, and not on the host from where the backend
-            moves it.
-    """
+    """Has the backend prepare models and optimizers; one stays one, several stay several."""
     models, optimizers = several(model), several(optimizer)
     for one in models:
         _check_placed(one, backend)

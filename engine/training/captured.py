@@ -9,12 +9,12 @@ become another one is recorded anew.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import warnings
 import weakref
 from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -193,11 +193,7 @@ class Captured:
     def _record(
         self, shape: Hashable, inputs: Sequence[Any], tensors: Sequence[Tensor]
     ) -> _Recorded | None:
-        """Records a graph; returns None where the step makes states that no graph may make.
-
-        Raises:
-            BackendError: with the reason.
-        """
+        """Records a graph; returns None where the step makes states that no graph may make."""
         if len(self._known) >= _MOST:
             shapes = sorted({str(_sizes(one)) for one in (shape, *self._known)})
             raise BackendError(
@@ -276,40 +272,38 @@ def _first(error: BaseException) -> BaseException:
     return error
 
 
+@dataclass
 class _Recorded:
     """A graph, and the memory that it works on."""
 
-    def __init__(
-        self,
-        graph: Any,
-        statics: Sequence[Tensor],
-        given: Sequence[tuple[Tensor, Any]],
-        left: Sequence[tuple[Tensor, Any]],
-        told: Any,
-        rates: _Rates,
-        hooks: StepHooks,
-    ) -> None:
-        self._graph, self._statics, self._told = graph, statics, told
-        self._rates, self._hooks = rates, hooks
-        self._given, self._left = given, left
+    graph: Any
+    #: The inputs.
+    statics: Sequence[Tensor]
+    #: Parameters with their gradients, as it begins with them and as it leaves them.
+    given: Sequence[tuple[Tensor, Any]]
+    left: Sequence[tuple[Tensor, Any]]
+    #: What the step returns.
+    told: Any
+    rates: _Rates
+    hooks: StepHooks
 
     def run(self, tensors: Sequence[Tensor]) -> Any:
         """Does the step with other inputs, and returns what it tells in memory of its own."""
-        self._hooks.before()
+        self.hooks.before()
         with torch.no_grad():
-            _fill(self._statics, tensors)
-            for parameter, gradient in self._given:
+            _fill(self.statics, tensors)
+            for parameter, gradient in self.given:
                 if parameter.grad is not gradient:
                     gradient.copy_(parameter.grad)
-            self._rates.fill()
-            self._graph.replay()
-            for parameter, gradient in self._left:
+            self.rates.fill()
+            self.graph.replay()
+            for parameter, gradient in self.left:
                 if parameter.grad is not gradient:
                     parameter.grad = gradient
         # What watches gradients, or saves them, sees by their versions that they are new.
-        increment_version([gradient for _, gradient in self._left if gradient is not None])
-        self._hooks.after()
-        return _copied(self._told)
+        increment_version([gradient for _, gradient in self.left if gradient is not None])
+        self.hooks.after()
+        return _copied(self.told)
 
 
 class _Rates:
@@ -402,9 +396,9 @@ def _shape_of(value: Any, tensors: list[Tensor], device: torch.device) -> Hashab
         pairs: Any = value
         told = ((key, _shape_of(item, tensors, device)) for key, item in pairs.items())
         return (type(pairs), *told)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = [getattr(value, field.name) for field in dataclasses.fields(value)]
-        return (type(value), *(_shape_of(item, tensors, device) for item in fields))
+    if is_dataclass(value) and not isinstance(value, type):
+        items = [getattr(value, field.name) for field in fields(value)]
+        return (type(value), *(_shape_of(item, tensors, device) for item in items))
     raise TypeError(
         f"The graph of a step takes nests of tensors and plain values, and was given a "
         f"{type(value).__name__}. Make tensors of it in prepare_batch, or leave capture out."

@@ -32,18 +32,8 @@ class CapturedStep(TrainingStep):
 
     What differs from a `TrainingStep`: nothing can be called in the middle of a graph, so handlers
     of BACKWARD_*, OPTIM_STEP_STARTED and GRADIENTS_READY are refused. `prepare_batch` and
-    `output_transform` run outside of it.
-
-    Args:
-        model: a model, or several.
-        optimizer: an optimizer, or several, all of them capturable.
-        loss_fn: called as `loss_fn(y_pred, y)`, returns a loss of one element.
-        backend: an opened backend with the capability `graphs`, which has prepared both.
-        options: the rest.
-
-    Raises:
-        ValueError: as of a `TrainingStep`.
-        BackendError: if the device has no graphs, or an optimizer cannot be part of one.
+    `output_transform` run outside of it. The backend needs the capability `graphs`, and all
+    optimizers are to be capturable.
     """
 
     captured = True
@@ -74,11 +64,7 @@ class CapturedStep(TrainingStep):
         return {**super().state_dict(), "captured": True}
 
     def attach(self, engine: Engine) -> None:
-        """Does what `TrainingStep.attach` does.
-
-        Raises:
-            TypeError: if it is no `Engine` of this library.
-        """
+        """Does what `TrainingStep.attach` does."""
         if engine not in self._engines:
             engine.add_in_phase(Events.EPOCH_STARTED, self._on_epoch_started, Phase.LAST)
         super().attach(engine)
@@ -90,16 +76,12 @@ class CapturedStep(TrainingStep):
     def _pass(self, engine: Engine, x: Any, y: Any, filled: int) -> Any:
         self._refuse_listeners()
         self._filled = 0
-        try:
-            is_last = filled == self._planned
-            loss, y_pred, results = self._graph(x, y, self._planned, is_last)
-            if is_last:
-                self._count(engine, results)
-                filled = 0
-            output = self._output(x, y, y_pred, loss)
-        except BaseException as error:
-            self._note_dropped(error, filled - 1)
-            raise
+        is_last = filled == self._planned
+        loss, y_pred, results = self._graph(x, y, self._planned, is_last)
+        if is_last:
+            self._count(engine, results)
+            filled = 0
+        output = self._output(x, y, y_pred, loss)
         self._filled = filled
         return output
 

@@ -79,10 +79,6 @@ def capture(
     A sparse gradient, of an embedding with `sparse=True`, is a mapping of plain values and
     tensors: the same entries in the same order, so that later sums have the same bits. Gradients
     whose parts lie in several processes are gathered: all of these call it together.
-
-    Raises:
-        ValueError: if there is none, but the parameters are sharded: then torch keeps them whole,
-            where nobody else can reach them.
     """
     parameters = named_by_place(models, optimizers)
     found = capture_named(parameters)
@@ -143,12 +139,7 @@ def scaled(gradient: Any, ratio: float) -> Any:
 
 
 def restore(gradients: Mapping[str, Any], parameters: Mapping[str, torch.Tensor]) -> None:
-    """Sets the gradients to what `capture` returned; a parameter that is not in it gets none.
-
-    Raises:
-        ValueError: if a gradient belongs to no parameter, or to one of another shape; then nothing
-            is changed.
-    """
+    """Sets the gradients to what `capture` returned; a parameter that is not in it gets none."""
     saved = {name: as_tensor(gradient) for name, gradient in gradients.items()}
     for name, gradient in saved.items():
         if name not in parameters or parameters[name].shape != gradient.shape:
@@ -182,13 +173,9 @@ def rescale(optimizers: Sequence[torch.optim.Optimizer], ratio: float) -> None:
 def weighted(
     loss: Tensor, share: BatchShare | None, models: Iterable[torch.nn.Module], y_pred: Any
 ) -> Generator[Tensor, None, None]:
-    """Gives the loss to run the backward pass of, in the block.
+    """Gives the loss to run the backward pass of, in the block: weighted by this process's share.
 
-    Args:
-        loss: the mean loss of this process's samples.
-        share: what this process has of the batch; None where nothing was dealt out.
-        models: the models that are trained.
-        y_pred: what they gave.
+    Without a sample of its own, a process runs it for the others, and adds nothing.
     """
     weight = 1.0 if share is None else share.weight
     if weight == 1.0:
@@ -249,15 +236,7 @@ def combined(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     Within a window each process has gradients of its own, which are averaged when it is stepped.
     The mean of them stands for each, so that the step is the same with another number of processes.
-
-    Args:
-        states: what `TrainingStep.state_dict` returned in each process, by rank.
-
-    Raises:
-        ValueError: if there is none, or the processes were not at the same place of a window.
     """
-    if not states:
-        raise ValueError("combined() takes the states of at least one process, got none.")
     places = [{k: v for k, v in state.items() if k != "gradients"} for state in states]
     for rank, place in enumerate(places):
         if place != places[0]:

@@ -52,11 +52,7 @@ def _evaluation_step(
 def _on_another(like: F, make: Callable[..., Any], name: str, where: str) -> F:
     """Returns a function like another, on the backend that a name stands for.
 
-    Args:
-        like: the function.
-        make: makes the step of a name and of the arguments by their names.
-        name: the name.
-        where: what the docstring says in place of `in full precision`.
+    `make` gets the name and the arguments by theirs; `where` is said for `in full precision`.
     """
     signature = inspect.signature(like)
 

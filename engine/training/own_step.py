@@ -48,12 +48,7 @@ class OwnStep:
         return {"gradients": found} if found else None
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores what `state_dict` returned.
-
-        Raises:
-            ValueError: if it is the state of another kind of step, or a gradient belongs to no
-                parameter that is known here.
-        """
+        """Restores what `state_dict` returned."""
         if set(state) != {"gradients"}:
             raise ValueError(
                 f"The state holds a state of the process function ({sorted(state)}), and "

@@ -10,7 +10,7 @@ the sum are one file, since the promise holds only if all four keep to the same 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -280,9 +280,9 @@ class LogicalShards:
                 one if place >= first or count else None
                 for place, (one, count) in enumerate(zip(found, known, strict=True))
             ]
-            self._buffers.found(known[first:])
+            self._buffers.changed = known[first:]
         else:
-            self._buffers.found(list(counts[first:].unbind(0)))
+            self._buffers.changed = list(counts[first:].unbind(0))
             if not counts_too:
                 found[first - 1] = None
         return found[: len(grads)], found[len(grads) :]
@@ -326,22 +326,16 @@ class _Arrivals:
         self.seen = [0] * count
 
     def begin(self, once: bool, hands_over: bool) -> None:
-        """Begins a pass.
+        """Begins a pass, after passes that came to each parameter once at most, or did not.
 
-        Args:
-            once: whether the passes so far came to each parameter once at most.
-            hands_over: whether gradients are to be sent, if they are whole when it comes to them.
+        What is handed over is sent as soon as it is whole.
         """
         self._once = once
         self._hands_over = once and hands_over and self._exchange is not None
         self.seen = [0] * len(self.seen)
 
     def take(self, slot: int, parameter: Tensor) -> None:
-        """Is called where a pass has added to a parameter's gradient.
-
-        Raises:
-            BackendError: if it does so a second time, and passes before did not.
-        """
+        """Is called where a pass has added to a parameter's gradient."""
         self.seen[slot] += 1
         if self.seen[slot] > 1 and self._once:
             raise BackendError(
@@ -365,25 +359,19 @@ class _Buffers:
     """
 
     def __init__(self, models: Sequence[torch.nn.Module]) -> None:
-        seen: set[int] = set()
-        self._places: list[tuple[torch.nn.Module, str]] = []
+        places: dict[int, tuple[torch.nn.Module, str]] = {}
         for model in models:
             for module in model.modules():
                 for name, buffer in module.named_buffers(recurse=False):
-                    if id(buffer) not in seen:
-                        seen.add(id(buffer))
-                        self._places.append((module, name))
+                    places.setdefault(id(buffer), (module, name))
+        self._places = list(places.values())
         self._now: list[Tensor] = []
         self._start: list[Tensor] = []
-        #: Of each buffer: how many samples the shards have that have changed it; a tensor of one
-        #: element where reading it would mean to wait for the device.
+        #: Of each buffer: how many samples the shards have that have changed it, to be set to those
+        #: of all processes; a tensor of one element where reading it would mean to wait.
         self.changed: list[Any] = []
-        self._counts: list[Any] = []
         # Those that a shard has changed whose changes do not count.
         self._put_back: set[int] = set()
-
-    def __len__(self) -> int:
-        return len(self._places)
 
     def _present(self) -> list[Tensor]:
         return [getattr(module, name) for module, name in self._places]
@@ -392,7 +380,7 @@ class _Buffers:
         """Notes the buffers' values at the iteration's beginning."""
         self._now = self._present()
         self._start = [buffer.detach().clone() for buffer in self._now] if keep else []
-        self._counts = self.changed = [0] * len(self)
+        self.changed = [0] * len(self._places)
         self._put_back = set()
 
     def restore(self) -> None:
@@ -407,7 +395,7 @@ class _Buffers:
     def leaf(self, samples: int, total: int, first: bool) -> Leaf:
         """Returns a shard's part of the buffers."""
         if not self._start or not samples:
-            return [None] * len(self)
+            return [None] * len(self._places)
         found: Leaf = []
         for place, (buffer, start) in enumerate(zip(self._present(), self._start, strict=True)):
             # By their values: batch norm's kernels write without a mark in the tensor's version.
@@ -433,16 +421,12 @@ class _Buffers:
             for buffer in self._start
         ]
 
-    def found(self, counts: list[Any]) -> None:
-        """Takes note of how many samples changed each buffer in all processes."""
-        self._counts = counts
-
     def take_over(self, values: Sequence[Tensor | None], total: int) -> None:
         """Sets the buffers to what all shards together have made of them."""
         if not self._start:
             return
         for place, (module, name) in enumerate(self._places):
-            now, value, count = self._now[place], values[place], self._counts[place]
+            now, value, count = self._now[place], values[place], self.changed[place]
             if getattr(module, name) is not now:
                 setattr(module, name, now)
             start = self._start[place]
@@ -523,12 +507,10 @@ def _refuse(backend: Backend, models: Sequence[Any]) -> None:
 
 
 def _take_those_of_rank_0(models: Sequence[torch.nn.Module], backend: Backend) -> None:
-    """Gives all processes rank 0's parameters and buffers.
-
-    Raises:
-        BackendError: if the models have others in number, shape or type.
-    """
-    named = [pair for model in models for pair in _tensors(model)]
+    """Gives all processes rank 0's parameters and buffers."""
+    named = [
+        pair for model in models for pair in (*model.named_parameters(), *model.named_buffers())
+    ]
     told = repr([(name, tuple(one.shape), str(one.dtype)) for name, one in named])
     number = int.from_bytes(hashlib.sha256(told.encode()).digest()[:7], "big")
     group: Any = torch.distributed
@@ -548,11 +530,6 @@ def _take_those_of_rank_0(models: Sequence[torch.nn.Module], backend: Backend) -
             tensor.detach().copy_(sent.view(tensor.dtype).view(tensor.shape))
 
 
-def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
-
-
 # ---------------------------------------------------------------- the training step
 
 
@@ -562,11 +539,6 @@ class ShardedStep(TrainingStep):
     What differs from a `TrainingStep`: the loss, which is also the default output, is the global
     batch's. BACKWARD_STARTED and BACKWARD_COMPLETED fire once an iteration, around all shards. An
     `output_transform` gets lists of x, y and y_pred, one item for each shard of this process.
-
-    Args:
-        shards: the shards, with models and optimizers.
-        loss_fn: called as `loss_fn(y_pred, y)` for each shard.
-        options: the rest.
     """
 
     def __init__(
@@ -581,20 +553,8 @@ class ShardedStep(TrainingStep):
         self._many = False
         self._keeps = not self.options.keeps_loss
 
-    def __call__(self, engine: Engine, batch: Any) -> Any:
-        """Runs an iteration: each shard's forward and backward pass, the sum, and the step.
-
-        Raises:
-            ValueError: if the batch was not dealt out by shards or its parts are no pairs, or the
-                loss is not a tensor of one element that depends on the model.
-            BackendError: if an optimizer has no gradient.
-        """
-        if self._engine() is not engine:
-            self.attach(engine)
-        self._into_training_mode()
-        filled = self._filled + 1
-        if filled == 1:
-            self._open_window(engine)
+    def _iteration(self, engine: Engine, batch: Any, filled: int) -> Any:
+        """Runs each shard's forward and backward pass, the sum, and the step."""
         listeners, kept = self._listeners, list[tuple[Any, Any, Any]]()
 
         def loss_of(part: Any) -> Tensor:
@@ -605,22 +565,15 @@ class ShardedStep(TrainingStep):
             return loss
 
         self._filled = 0
-        try:
-            if listeners.backward_started.handlers:
-                engine.fire_event(StepEvents.BACKWARD_STARTED)
-            loss = self.shards.backward(engine, batch, loss_of, 1 / self._planned)
-            if listeners.backward_completed.handlers:
-                engine.fire_event(StepEvents.BACKWARD_COMPLETED)
-            if filled == self._planned:
-                self._step(engine)
-                filled = 0
-            parts: list[list[Any]] = [list(items) for items in zip(*kept, strict=True)]
-            xs, ys, y_preds = parts or [[], [], []]
-            output = self._output(xs, ys, y_preds, loss)
-        except BaseException as error:
-            self._note_dropped(error, filled - 1)
-            raise
+        if listeners.backward_started.handlers:
+            engine.fire_event(StepEvents.BACKWARD_STARTED)
+        loss = self.shards.backward(engine, batch, loss_of, 1 / self._planned)
+        if listeners.backward_completed.handlers:
+            engine.fire_event(StepEvents.BACKWARD_COMPLETED)
+        if filled == self._planned:
+            self._step(engine)
+            filled = 0
+        xs, ys, y_preds = map(list, zip(*kept, strict=True)) if kept else ([], [], [])
+        output = self._output(xs, ys, y_preds, loss)
         self._filled = filled
-        if engine.backend is None:
-            self.backend.sync()
         return output

@@ -118,15 +118,10 @@ class StepCounts:
     def add(self, results: list[StepResult]) -> None:
         """Counts a step: as skipped, if one of the optimizers was."""
         self.optim_steps += 1
-        waiting: list[torch.Tensor] = []
-        for result in results:
-            outcome = result.outcome
-            if outcome is False:
-                self.skipped += 1
-                return
-            if outcome is not True:
-                waiting.append(outcome)
-        if waiting:
+        outcomes: list[Any] = [result.outcome for result in results]
+        if any(outcome is False for outcome in outcomes):
+            self.skipped += 1
+        elif waiting := [outcome for outcome in outcomes if outcome is not True]:
             self._add_unread(waiting)
 
     def _add_unread(self, applied: list[torch.Tensor]) -> None:
@@ -289,38 +284,44 @@ class TrainingStep:
         if self._many and self._own_data is not engine.state.dataloader:
             self._check_data(engine)
         self._into_training_mode()
-        filled = self._filled + 1
-        if filled == 1:
+        earlier = self._filled
+        if not earlier:
             self._open_window(engine)
-        x, y = self._split(batch, self.backend)
-        if filled == self._planned:
-            output = self._pass(engine, x, y, filled)
-        else:
-            # The forward pass too: DistributedDataParallel decides there what is shared after it.
-            with self.backend.accumulating(self.model):
-                output = self._pass(engine, x, y, filled)
+        try:
+            output = self._iteration(engine, batch, earlier + 1)
+        except BaseException as error:
+            if earlier and self._planned and not self._filled:
+                error.add_note(
+                    f"The gradients of the {earlier} earlier iterations of this accumulation "
+                    "window are dropped: they cannot be told apart from this one's."
+                )
+            raise
         if engine.backend is None:
             self.backend.sync()
         return output
+
+    def _iteration(self, engine: Engine, batch: Any, filled: int) -> Any:
+        x, y = self._split(batch, self.backend)
+        if filled == self._planned:
+            return self._pass(engine, x, y, filled)
+        # The forward pass too: DistributedDataParallel decides there what is shared after it.
+        with self.backend.accumulating(self.model):
+            return self._pass(engine, x, y, filled)
 
     def _pass(self, engine: Engine, x: Any, y: Any, filled: int) -> Any:
         """Runs the forward and the backward pass, and the step where the window is full."""
         y_pred, loss = self._loss_of(x, y)
         # Nothing is in the window until the iteration is whole: what raises from here on drops it.
         self._filled = 0
-        try:
-            if self._many:
-                with gradients.weighted(loss, share_of(engine), self.models, y_pred) as part:
-                    self._backward(engine, part)
-            else:
-                self._backward(engine, loss)
-            if filled == self._planned:
-                self._step(engine)
-                filled = 0
-            output = self._output(x, y, y_pred, loss)
-        except BaseException as error:
-            self._note_dropped(error, filled - 1)
-            raise
+        if self._many:
+            with gradients.weighted(loss, share_of(engine), self.models, y_pred) as part:
+                self._backward(engine, part)
+        else:
+            self._backward(engine, loss)
+        if filled == self._planned:
+            self._step(engine)
+            filled = 0
+        output = self._output(x, y, y_pred, loss)
         self._filled = filled
         return output
 
@@ -332,13 +333,6 @@ class TrainingStep:
         if not (isinstance(loss, Tensor) and loss.requires_grad and loss.numel() == 1):
             raise _no_loss(loss)
         return y_pred, loss
-
-    def _note_dropped(self, error: BaseException, earlier: int) -> None:
-        if earlier and self._planned:
-            error.add_note(
-                f"The gradients of the {earlier} earlier iterations of this accumulation window "
-                "are dropped: they cannot be told apart from this one's."
-            )
 
     def _into_training_mode(self) -> None:
         for module in self._training:
@@ -409,14 +403,10 @@ class TrainingStep:
             engine.fire_event(StepEvents.OPTIM_STEP_COMPLETED)
         if listeners.optim_step_applied.handlers or listeners.optim_step_skipped.handlers:
             # Who listens to what became of the step has to wait for the device; nobody else does.
-            self._tell_outcome(engine, plain or all(result.applied for result in results))
-
-    def _tell_outcome(self, engine: Engine, applied: bool) -> None:
-        listeners = self._listeners
-        if applied and listeners.optim_step_applied.handlers:
-            engine.fire_event(StepEvents.OPTIM_STEP_APPLIED)
-        elif not applied and listeners.optim_step_skipped.handlers:
-            engine.fire_event(StepEvents.OPTIM_STEP_SKIPPED)
+            applied = plain or all(result.applied for result in results)
+            slot = listeners.optim_step_applied if applied else listeners.optim_step_skipped
+            if slot.handlers:
+                engine.fire_event(slot.event)
 
     # ---------------------------------------------------------------- the state
 
@@ -482,13 +472,7 @@ def _check_trainable(
     loss_fn: Any,
     masters: bool,
 ) -> None:
-    """Checks that a training step can train these models with these optimizers.
-
-    Raises:
-        TypeError: if the loss function cannot be called.
-        ValueError: if there is no model or no optimizer, an optimizer holds no parameter of the
-            models, shares one with another, or cannot be stepped without a closure.
-    """
+    """Checks that a training step can train these models with these optimizers."""
     if not callable(loss_fn):
         raise TypeError(f"loss_fn should be a function of (y_pred, y), got {loss_fn!r}.")
     for things, name in ((models, "model"), (optimizers, "optimizer")):

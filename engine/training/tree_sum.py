@@ -40,21 +40,13 @@ _ALIGNMENT: Final = 64
 
 
 class PartialSums:
-    """Adds up leaves in the order of a binary tree, as they come.
-
-    A binary counter: of n leaves it holds at most 1 + log2(n) partial sums at a time.
-    """
+    """Adds up leaves in the order of a binary tree, as they come: by a binary counter."""
 
     def __init__(self) -> None:
         self._held: list[tuple[int, Leaf]] = []
 
     def add(self, leaf: Leaf, level: int = 0) -> None:
-        """Takes the next leaf; its tensors are this object's from now on.
-
-        Args:
-            leaf: the values.
-            level: 0 for one shard; 1 for the sum of two that belong together, and so on.
-        """
+        """Takes the next leaf, or with level 1 the sum of two, and so on; its tensors, too."""
         held = self._held
         while held and held[-1][0] == level:
             leaf = _added(held.pop()[1], leaf)
@@ -70,16 +62,8 @@ class PartialSums:
         return value
 
     def total(self) -> Leaf:
-        """Returns the sum of all leaves.
-
-        Raises:
-            RuntimeError: if their number is no power of two.
-        """
-        if len(self._held) != 1:
-            raise RuntimeError(
-                f"The leaves of {len(self._held)} subtrees are not added up: their number has to "
-                "be a power of two."
-            )
+        """Returns the sum of all leaves."""
+        assert len(self._held) == 1, "the number of leaves is a power of two"
         return self._held.pop()[1]
 
 
@@ -92,19 +76,19 @@ def _added(left: Leaf, right: Leaf) -> Leaf:
 
 @dataclass(eq=False, slots=True)
 class _Bucket:
-    """A piece of a flat buffer that travels at once, with room for a slice of each process.
-
-    Args:
-        flat: the piece.
-        slots: those of which some part lies in it.
-        at_once: whether all is sent to all, in one round in place of two.
-        missing: how many of the slots have not been put in since the last sum.
-    """
+    """A piece of a flat buffer that travels at once, with room for a slice of each process."""
 
     flat: Tensor
+    #: Those of which some part lies in it.
     slots: list[int]
+    #: Whether all is sent to all, in one round in place of two.
     at_once: bool
+    #: How many of the slots have not been put in since the last sum.
     missing: int = 0
+
+
+# From where to where a bucket goes, and the slots that lie in it.
+_Cut = tuple[int, int, list[int]]
 
 
 class _Flat:
@@ -117,22 +101,19 @@ class _Flat:
         self._size = self._start = 0
         self._open: list[int] = []
         self._least = _FIRST_BUCKET // dtype.itemsize
-        #: From where to where the buckets go that are complete, and what lies in them.
-        self.cuts: list[tuple[int, int, list[int]]] = []
 
-    def take(self, slot: int, like: Tensor) -> int:
-        """Places a slot; returns how many buckets are complete then."""
+    def take(self, slot: int, like: Tensor) -> list[_Cut]:
+        """Places a slot; returns the buckets that are complete then."""
         self.slots.append((slot, self._size, like))
         self._size += _up(max(1, like.numel()), _ALIGNMENT)
         self._open.append(len(self.slots) - 1)
-        if self._size - self._start >= self._least:
-            self.close()
-        return len(self.cuts)
+        return self.close() if self._size - self._start >= self._least else []
 
-    def close(self) -> None:
+    def close(self) -> list[_Cut]:
         """Completes the last bucket, or several, if it has become large by a large slot."""
         if not self._open:
-            return
+            return []
+        cuts: list[_Cut] = []
         self._size = _up(self._size, self._whole)
         most = max(1, _BUCKET // self.dtype.itemsize // self._whole) * self._whole
         for low in range(self._start, self._size, most):
@@ -143,9 +124,10 @@ class _Flat:
                 for slot, first, like in placed
                 if first < high and first + max(1, like.numel()) > low
             ]
-            self.cuts.append((low, high, within))
+            cuts.append((low, high, within))
         self._start, self._open = self._size, []
         self._least = _BUCKET // self.dtype.itemsize
+        return cuts
 
     def allocate(self) -> Tensor:
         """Returns the buffer."""
@@ -176,30 +158,25 @@ class Exchange:
         self._buckets: list[_Bucket] = []
         self._of_slot: list[list[_Bucket]] = [[] for _ in like]
         self._lay_out([torch.view_as_real(one) if one.is_complex() else one for one in like])
-        # Two, so that one can be filled while the other is added up.
-        self._received = [_Received(), _Received()]
+        self._received: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
         self._begin()
 
     def _lay_out(self, like: Sequence[Tensor]) -> None:
         flats: dict[tuple[torch.dtype, torch.device], _Flat] = {}
-        order: list[tuple[_Flat, int]] = []
+        order: list[tuple[_Flat, _Cut]] = []
         for slot, tensor in enumerate(like):
             kind = tensor.dtype, tensor.device
             flat = flats.setdefault(kind, _Flat(*kind, self._processes))
-            before = len(flat.cuts)
-            order += [(flat, number) for number in range(before, flat.take(slot, tensor))]
+            order += [(flat, cut) for cut in flat.take(slot, tensor)]
         for flat in flats.values():
-            before = len(flat.cuts)
-            flat.close()
-            order += [(flat, number) for number in range(before, len(flat.cuts))]
+            order += [(flat, cut) for cut in flat.close()]
         views: dict[int, Tensor] = {}
         buffers = {flat: flat.allocate() for flat in flats.values()}
         for flat, buffer in buffers.items():
             for slot, first, one in flat.slots:
                 views[slot] = _shaped(buffer[first : first + one.numel()], one)
         self._views = [views[slot] for slot in range(len(like))]
-        for flat, number in order:
-            low, high, slots = flat.cuts[number]
+        for flat, (low, high, slots) in order:
             piece = buffers[flat][low:high]
             small = piece.numel() * piece.element_size() * self._processes <= _SMALL
             bucket = _Bucket(piece, slots, at_once=small and self._processes > 2)
@@ -273,7 +250,7 @@ class Exchange:
             if len(self._asked) == 2:
                 self._add_up(*self._asked.pop(0))
             copies = self._processes if bucket.at_once else 1
-            received = self._received[self._sent % 2].like(bucket.flat, copies)
+            received = self._room_for(bucket.flat, copies)
             # As bytes: what is not added up on the way can be of any type.
             whole, own = _bytes(received), _bytes(bucket.flat)
             if bucket.at_once:
@@ -286,6 +263,14 @@ class Exchange:
                 work = group.all_to_all_single(whole, own, async_op=True)
             self._asked.append((bucket, received, work))
             self._sent += 1
+
+    def _room_for(self, flat: Tensor, copies: int) -> Tensor:
+        """Returns one of two buffers: one can be filled while the other is added up."""
+        kind, size = (self._sent % 2, flat.dtype, flat.device), flat.numel() * copies
+        buffer = self._received.get(kind)
+        if buffer is None or buffer.numel() < size:
+            buffer = self._received[kind] = flat.new_empty(size)
+        return buffer[:size]
 
     def _add_up(self, bucket: _Bucket, received: Tensor, work: Any) -> None:
         """Adds up a bucket, or this process's slice of it and starts to gather those of all."""
@@ -316,21 +301,6 @@ class Exchange:
         else:
             work = gather_into(whole, _bytes(own), async_op=True)
         self._gathering.append(work)
-
-
-class _Received:
-    """A buffer for what comes from the others, as large as the largest bucket so far."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-
-    def like(self, flat: Tensor, copies: int) -> Tensor:
-        """Returns a buffer of the type of a flat tensor, as large as so many of it."""
-        kind, size = (flat.dtype, flat.device), flat.numel() * copies
-        buffer = self._buffers.get(kind)
-        if buffer is None or buffer.numel() < size:
-            buffer = self._buffers[kind] = torch.empty(size, dtype=kind[0], device=kind[1])
-        return buffer[:size]
 
 
 def gather_into(whole: Tensor, own: Tensor, async_op: bool = False) -> Any:

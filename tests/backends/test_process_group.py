@@ -32,6 +32,16 @@ def test_processes_train_as_one(tmp_path: Path) -> None:
                 assert mine == pytest.approx(theirs, rel=1e-12)
 
 
+@pytest.mark.parametrize("slow", [0, 1])
+def test_nobody_goes_on_before_all_have_joined(slow: int, tmp_path: Path) -> None:
+    """One that left at once would break the joining of a slow one; each of them may be slow."""
+    run_world(2, "ranks_join_program.py", str(tmp_path), str(slow), CROSSTRAIN_TIMEOUT="20")
+    told = results(tmp_path, 2)
+    for group in range(2):
+        last = max(rank["connected"][group] for rank in told)
+        assert all(rank["went_on"][group] >= last for rank in told)
+
+
 def test_address_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A half-set environment is an error that names what is missing."""
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():

@@ -1,4 +1,8 @@
-"""What the step and handlers change and read, and no checkpoint holds, is told; logs are not."""
+"""What the step and handlers change and read, and no checkpoint holds, is told; logs are not.
+
+The programs are one file although it is long: each differs from the next by where a value is kept,
+and what is told of one must be left unsaid of its neighbour.
+"""
 
 from __future__ import annotations
 

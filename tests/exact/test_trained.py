@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from composition_kept import KINDS
+from composition_kept import KINDS, function_with_a_gradient
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -97,21 +97,7 @@ def _step(model: nn.Sequential, optimizer: Any, draw: Callable[[], float]) -> No
 
 
 def _function(model: nn.Sequential, optimizer: Any, draw: Callable[[], float]) -> None:
-    class Scaled(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
-            return gradients[0] * draw()
-
-    class Applied(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            found: torch.Tensor = Scaled.apply(x)
-            return found
-
-    model[1] = Applied()
+    model[1] = function_with_a_gradient(draw)
 
 
 def _set_forward(model: nn.Sequential, optimizer: Any, draw: Callable[[], float]) -> None:

@@ -1402,7 +1402,9 @@ class Nested(nn.Module):
         return x
 
 
-def _function_with_a_gradient(draw: Draw) -> nn.Module:
+def function_with_a_gradient(draw: Draw) -> nn.Module:
+    """Returns a module whose backward is one's own, and multiplies by what it draws."""
+
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
@@ -1476,8 +1478,8 @@ def _in_a_nest_of_a_module(made: Any, draw: Draw) -> None:
     made.model.tail = Nested(draw)
 
 
-def _in_a_function_with_a_gradient(made: Any, draw: Draw) -> None:
-    made.model.tail = _function_with_a_gradient(draw)
+def _in_afunction_with_a_gradient(made: Any, draw: Draw) -> None:
+    made.model.tail = function_with_a_gradient(draw)
 
 
 def _in_a_forward_set_on_a_module(made: Any, draw: Draw) -> None:
@@ -1644,7 +1646,7 @@ PLACES: dict[str, tuple[Callable[[Any, Draw], None], tuple[str, ...]]] = {
     "a forward": (_in_a_forward, ("the forward of model.tail",)),
     "a nest of a module": (_in_a_nest_of_a_module, ("the forward of model.tail",)),
     "a function with a gradient": (
-        _in_a_function_with_a_gradient,
+        _in_afunction_with_a_gradient,
         ("the forward of model.tail",),
     ),
     "a forward set on a module": (_in_a_forward_set_on_a_module, ("the forward of model.tail",)),
