@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -261,3 +262,118 @@ def test_what_is_made_equal_is_not_told_and_anything_else_is(
         assert before == after == []
     elif not identical:
         assert any(name in one for one in before + after), (before, after)
+
+
+def _halved(module: nn.Module, given: Any, found: Any) -> Any:
+    return found * 0.5
+
+
+class Hooked(Net):
+    """Registers a hook in its first forward, unless it is told that it did before."""
+
+    def __init__(self, hooks: bool) -> None:
+        super().__init__(None)
+        self.hooks = hooks
+        self.handle: Any = None
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        if self.handle is None and self.hooks:
+            self.handle = self.linear.register_forward_hook(_halved)
+        return self.linear(batch)
+
+
+class Grows(Net):
+    """Makes a module without parameters in its first forward."""
+
+    def __init__(self, grows: bool) -> None:
+        super().__init__(None)
+        self.grows = grows
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        if not hasattr(self, "squash"):
+            self.squash = nn.Tanh() if self.grows else nn.Sigmoid()
+        return self.squash(self.linear(batch))
+
+
+def _hooked(model: nn.Module) -> Parts:
+    trainer, to_save, loader = _trainer(None, "nowhere")
+    to_save["model"].forward = model.forward
+    to_save["model"].inner = model
+    return trainer, to_save, loader
+
+
+@pytest.mark.parametrize("model", [Hooked, Grows])
+def test_a_hook_or_a_module_that_each_first_step_makes_is_not_told(
+    model: Callable[[bool], nn.Module], tmp_path: Path
+) -> None:
+    def make() -> Parts:
+        return _hooked(model(True))
+
+    _, straight, _ = _run(tmp_path / "straight", make)
+    before, _, _ = _run(tmp_path, make, 4)
+    after, resumed, _ = _run(tmp_path, make)
+    assert before == after == []
+    assert _weights(straight) == _weights(resumed)
+
+
+@pytest.mark.parametrize(
+    ("model", "what"),
+    [(Hooked, "a forward hook of model.inner.linear"), (Grows, "model.inner.squash (a Tanh)")],
+)
+def test_one_that_a_resumed_first_step_does_not_make_is_told(
+    model: Callable[[bool], nn.Module], what: str, tmp_path: Path
+) -> None:
+    before, _, _ = _run(tmp_path, lambda: _hooked(model(True)), 4)
+    after, _, _ = _run(tmp_path, lambda: _hooked(model(False)))
+    assert before == []
+    assert what in after[0]
+
+
+def test_the_proof_says_what_was_made_again(tmp_path: Path) -> None:
+    def make() -> Parts:
+        return _trainer(IsNone("tensor", True), "forward")
+
+    _run(tmp_path, make, 4)
+    _, _, trainer = _run(tmp_path, make)
+    (said,) = (one for one in trainer.proof.checked if "made again" in one)
+    assert "table" in said
+
+
+class Counts(Keeps):
+    """Makes a number where it is missing, and counts it up: that is not made again."""
+
+    def take(self, seen: float) -> float:
+        if self.table is None:
+            self.table = [0]
+        self.table[0] += 1
+        return float(self.table[0])
+
+
+class MakesMore(Keeps):
+    """Does more than to make something where it is missing."""
+
+    def take(self, seen: float) -> float:
+        if self.table is None:
+            torch.manual_seed(int(abs(seen) * 1000))
+            self.table = torch.ones(3)
+        return _factor(self.table) + float(torch.rand(1))
+
+
+class UsesFirst(Keeps):
+    """Uses it before it is made."""
+
+    def take(self, seen: float) -> float:
+        factor = 0.5 if self.table is None else 1.0
+        if self.table is None:
+            self.table = torch.ones(3)
+        return factor
+
+
+@pytest.mark.parametrize("keeps", [Counts, MakesMore, UsesFirst])
+@pytest.mark.parametrize("place", PLACES)
+def test_what_does_more_than_to_make_it_is_told_when_it_is_saved(
+    keeps: Callable[[str, bool], Keeps], place: str, tmp_path: Path
+) -> None:
+    (said,) = _run(tmp_path, lambda: _trainer(keeps("tensor", True), place), 4)[0]
+    assert "begin without what has changed of" in said
+    assert "table" in said
