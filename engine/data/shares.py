@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import BatchSampler
 
 from crosstrain.backends import World
+from crosstrain.engine.ranks.world import joined
 from crosstrain.engine.state import Unread
 
 from .order import BLOCK, Batch, computes_its_order, pinned
@@ -118,10 +119,7 @@ def world_of(backend: Backend | None) -> World:
     """Returns which process of how many this is: the backend's world, or the process group's."""
     if backend is not None:
         return backend.world
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        rank = torch.distributed.get_rank()
-        return World(rank, rank, torch.distributed.get_world_size())
-    return ALONE
+    return joined() or ALONE
 
 
 def deal(order: Iterable[Batch], world: World) -> Iterator[Dealt]:

@@ -16,11 +16,7 @@ def agreed_seed(given: int | None, backend: Backend | None) -> int:
     """Returns the seed of a run: the one given, or one drawn from torch's global generator.
 
     In several processes it is rank 0's that counts where it is drawn. It is a collective operation
-    there: all of them have to start the run.
-
-    Raises:
-        ValueError: if the processes were given different ones.
-        RankFailed: if one of them does not start the run, within CROSSTRAIN_TIMEOUT.
+    there: all of them have to start the run, and to have been given the same.
     """
     seed = int(torch.randint(0, int(1e9), (1,)).item()) if given is None else given
     if backend is None or backend.world.size == 1 or not has_ranks():

@@ -107,7 +107,8 @@ class Agreement:
         self._wish = self._signal = 0
         # Which of the ends that the engine is asked for are those of all: bits of Engine.asked.
         self._agreed = 0
-        self._base = f"run/{self._number}/{self._runs}"
+        #: What the keys of this run begin with, on all ranks.
+        self.run_key = f"run/{self._number}/{self._runs}"
 
     # ---------------------------------------------------------------- the run's events
 
@@ -118,7 +119,7 @@ class Agreement:
         signal = self._signal
         self._begin_run()
         self._signal, self.stop_signal = signal, 0
-        self._watch = Watch(self.line, self._base, engine.state, self._answer)
+        self._watch = Watch(self.line, self.run_key, engine.state, self._answer)
         self.line.while_waiting = self._watch.check
         self._watch.compare_start()
 
@@ -135,11 +136,6 @@ class Agreement:
         self._engine.asked &= ~EPOCH_ENDS
         self._wish &= ~EPOCH_ENDS
         self._at_boundary(2 * self._engine.state.iteration + 1)
-
-    @property
-    def run_key(self) -> str:
-        """What the keys of this run begin with, on all ranks."""
-        return self._base
 
     def ask_to_stop(self, signal: int) -> None:
         """Has all ranks end because of a signal that this one has got; called in its handler."""
@@ -218,11 +214,11 @@ class Agreement:
                 return
             self._answered = number + 1
             mine = {"passed": self._passed, "wish": wish, "signal": self._signal}
-        store.set(f"crosstrain/{self._base}/call/{number}/{self.line.rank}", json.dumps(mine))
+        store.set(f"{self.run_key}/call/{number}/{self.line.rank}", json.dumps(mine))
 
     def _decide(self) -> _Decision:
         line, number = self.line, self._decided
-        base = f"{self._base}/call/{number}"
+        base = f"{self.run_key}/call/{number}"
         assert self._watch is not None
         wish, self._wish = self._wish, 0
         self._answer(number, line.store, wish)
@@ -248,7 +244,7 @@ class Agreement:
         line = self.line
         passed, wish, signal = 0, 0, 0
         for rank in range(line.size):
-            key, left = f"{base}/{rank}", f"{self._base}/left/{rank}"
+            key, left = f"{base}/{rank}", f"{self.run_key}/left/{rank}"
 
             def silent(rank: int = rank, left: str = left) -> list[int]:
                 return [] if line.has(left) else [rank]
@@ -275,11 +271,7 @@ class Agreement:
         return error if self._watch is None else self._watch.first_cause(error)
 
     def leave(self, failure: BaseException | None) -> BaseException | None:
-        """Tells the others that this rank's run has ended, and how.
-
-        Returns:
-            What it is to raise: something else where the ranks have ended at other iterations.
-        """
+        """Tells the others how this rank's run has ended; returns what it is to raise."""
         watch = self._watch
         if watch is None:
             return failure

@@ -19,6 +19,7 @@ from crosstrain.engine.errors import RankFailed
 from crosstrain.engine.shown import harmless, shown
 
 from .store import AskedStore
+from .world import joined
 
 # Seconds between two looks at the store: the first, and the most. A wait of the store's own that
 # runs out writes lines of warnings.
@@ -33,8 +34,8 @@ T = TypeVar("T")
 
 def has_ranks() -> bool:
     """Tells whether this process has joined a process group of several."""
-    ready = distributed.is_available() and distributed.is_initialized()
-    return ready and distributed.get_world_size() > 1
+    world = joined()
+    return world is not None and world.size > 1
 
 
 class Line:
@@ -43,12 +44,8 @@ class Line:
     A store has no collective operations: a rank that is missing or gone blocks nobody for longer
     than it takes to find that out, and it can be named. Each wait ends after `timeout` seconds.
 
-    Args:
-        name: of a line for a thread of its own: what meets on it does not meet on others. All ranks
-            make it.
-
-    Raises:
-        ValueError: if there is no process group.
+    A line for a thread of its own has a name: what meets on it does not meet on others. All ranks
+    make it.
     """
 
     def __init__(self, name: str = "") -> None:
@@ -56,16 +53,14 @@ class Line:
         #: Seconds that a meeting waits for the others: CROSSTRAIN_TIMEOUT.
         self.timeout = timeout()
         # A connection of our own: a wait on the group's would hold up whoever else uses it.
-        self.store = AskedStore(group_store().clone(), self.timeout)
+        module: Any = distributed
+        own = module.PrefixStore("crosstrain", group_store().clone())
+        self.store = AskedStore(own, self.timeout)
         self._name = f"{name}/" if name else ""
         self._group: Any = None
         #: Called while this rank waits; raises if the wait is in vain.
         self.while_waiting: Callable[[], None] | None = None
         self.set(f"process/{self.rank}", _process())
-
-    def clone(self) -> Any:
-        """Returns another connection to the store, for another thread."""
-        return self.store.clone()
 
     def close(self) -> None:
         """Gives back the connection."""
@@ -89,38 +84,33 @@ class Line:
 
     def set(self, key: str, text: str | bytes) -> None:
         """Sets a key, without waiting."""
-        self.store.set(_key(key), text)
+        self.store.set(key, text)
 
     def get(self, key: str) -> str:
         """Returns a key's text; it has been set."""
-        return self.store.get(_key(key)).decode()
+        return str(self.store.get(key), "utf-8")
 
     def has(self, key: str) -> bool:
         """Tells whether a key has been set."""
-        return self.store.check([_key(key)])
+        return bool(self.store.check([key]))
 
     def first(self, key: str, text: str) -> str:
         """Sets a key unless it has been set; returns what it is then."""
-        return self.store.compare_set(_key(key), "", text).decode()
+        return str(self.store.compare_set(key, "", text), "utf-8")
 
     def count(self, key: str, step: int = 1) -> int:
         """Adds to a number and returns it."""
-        return self.store.add(_key(key), step)
+        return int(self.store.add(key, step))
 
     def drop(self, key: str) -> None:
         """Forgets a key."""
-        self.store.delete_key(_key(key))
+        self.store.delete_key(key)
 
     def awaits(self, key: str, seconds: float, missing: Callable[[], Iterable[int]]) -> bool:
-        """Waits for a key; returns whether it came.
+        """Waits some seconds for a key; returns whether it came.
 
-        Args:
-            key: the key.
-            seconds: after how long to give up.
-            missing: tells which ranks have yet to do something, in order to set it.
-
-        Raises:
-            RankFailed: if the process of one of these has ended.
+        `missing` tells which ranks have yet to do something in order to set it: if the process of
+        one of these has ended, RankFailed is raised.
         """
         deadline = time.monotonic() + seconds
         pause, longest = _LOOKS
@@ -182,10 +172,7 @@ class Line:
             what: what this rank is about to do, the same on all; a part of a sentence.
             value: what this rank says; anything that can be pickled, of a few bytes.
             error: why this rank cannot do it; then all raise, this one its error.
-            of: the ranks whose values this one wants.
-
-        Returns:
-            The values of these ranks, in their order.
+            of: the ranks whose values this one wants, and gets in their order.
 
         Raises:
             RankFailed: if a rank does something else, cannot do it, has ended, or does not come
@@ -202,8 +189,7 @@ class Line:
         if first != what:
             self.first(f"{base}/differs", f"Rank {rank} was {what}, and another rank {first}.")
         self.set(f"{base}/{rank}", pickle.dumps(value))
-        if self.count(f"{base}/came") == self.size:
-            self.set(f"{base}/all", "yes")
+        self._come(base)
         try:
             self._wait_for_all(base, what)
         except RankFailed as failed:
@@ -219,19 +205,23 @@ class Line:
         self._check_met(base, error, what)
         # Read by us and pickled by a process of our own run, as by torch's collectives of objects.
         answers = [pickle.loads(text) for text in self._texts([f"{base}/{r}" for r in of])]
-        if number > 2:
-            # All have left the meeting before the last: they have come to the last.
-            for name in (rank, *(("came", "all", "what") if rank == 0 else ())):
-                self.drop(f"{self._name}meeting/{number - 2}/{name}")
+        self._forget("meeting", number, "what")
         return answers
 
     def _texts(self, keys: list[str]) -> list[bytes]:
-        names = [_key(key) for key in keys]
-        if not names:
-            return []
-        if self.store.has_extended_api():
-            return self.store.multi_get(names)
-        return [self.store.get(name) for name in names]
+        if keys and self.store.has_extended_api():
+            return list(self.store.multi_get(keys))
+        return [self.store.get(key) for key in keys]
+
+    def _come(self, base: str) -> None:
+        if self.count(f"{base}/came") == self.size:
+            self.set(f"{base}/all", "yes")
+
+    def _forget(self, kind: str, number: int, also: str) -> None:
+        """Drops the keys of the meeting before the last: all have come to the last, and left it."""
+        if number > 2:
+            for name in (self.rank, *(("came", "all", also) if self.rank == 0 else ())):
+                self.drop(f"{self._name}{kind}/{number - 2}/{name}")
 
     def _wait_for_all(self, base: str, what: str) -> None:
         if self.awaits(f"{base}/all", self.timeout, lambda: self._absent(base)):
@@ -261,11 +251,7 @@ class Line:
 
     @contextlib.contextmanager
     def together(self, what: str) -> Generator[None, None, None]:
-        """Ends a block on all ranks where it raises on one.
-
-        Raises:
-            RankFailed: if it failed on another rank: names it, and says why.
-        """
+        """Ends a block on all ranks where it raises on one: on the others by RankFailed."""
         failed: Exception | None = None
         try:
             yield
@@ -276,18 +262,12 @@ class Line:
         self.meet(what, error=failed)
 
     def from_first(self, what: str, ask: Callable[[], T]) -> T:
-        """Returns, on all ranks, what a function returns on rank 0.
-
-        Raises:
-            RankFailed: on the other ranks, if it raises there.
-        """
-        answer: Any = None
-        failed: Exception | None = None
-        if self.rank == 0:
-            try:
-                answer = ask()
-            except Exception as error:  # noqa: BLE001  raised again when the others know of it
-                failed = error
+        """Returns what a function returns on rank 0; raises RankFailed where it raises there."""
+        answer, failed = None, None
+        try:
+            answer = ask() if self.rank == 0 else None
+        except Exception as error:  # noqa: BLE001  raised again when the others know of it
+            failed = error
         told = self.meet(what, answer, error=failed, of=(0,))
         return told[0]  # type: ignore[no-any-return]
 
@@ -301,15 +281,12 @@ class Line:
         if not yes:
             self.set(f"{base}/no", "no")
         self.set(f"{base}/{self.rank}", "came")
-        if self.count(f"{base}/came") == self.size:
-            self.set(f"{base}/all", "yes")
+        self._come(base)
 
         def answer() -> bool:
             self._wait_for_all(base, "asking whether all ranks are done")
             agreed = not self.has(f"{base}/no")
-            if number > 2:
-                for name in (self.rank, *(("came", "all", "no") if self.rank == 0 else ())):
-                    self.drop(f"{self._name}vote/{number - 2}/{name}")
+            self._forget("vote", number, "no")
             return agreed
 
         return answer
@@ -320,15 +297,7 @@ class Line:
         """Returns the values of all ranks, in their order, on one rank; None on the others.
 
         Large ones go over the process group if that works on CPU tensors, else over a group that
-        is made for it.
-
-        Args:
-            what: why, the same on all; a part of a sentence.
-            value: tensors on the CPU and plain types, in any nest.
-            destination: the rank.
-
-        Raises:
-            RankFailed: as of `meet`.
+        is made for it. `what` is as of `meet`, and a value a nest of CPU tensors and plain types.
         """
         packed = pickle.dumps(value)
         large = len(packed) > _LARGE
@@ -347,10 +316,6 @@ class Line:
             module: Any = distributed
             self._group = module.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout))
         return self._group
-
-
-def _key(name: str) -> str:
-    return f"crosstrain/{name}"
 
 
 def said_of(ranks: list[int]) -> str:

@@ -5,9 +5,19 @@ from __future__ import annotations
 import queue
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from torch import distributed
+
+
+def _asked(name: str) -> Callable[..., Any]:
+    """Returns a method that asks the store by its method of this name."""
+
+    def method(store: AskedStore, *arguments: Any) -> Any:
+        return store.ask(name, *arguments)
+
+    return method
 
 
 class AskedStore:
@@ -19,7 +29,6 @@ class AskedStore:
     """
 
     def __init__(self, store: Any, limit: float) -> None:
-        self._store = store
         #: Seconds after which a question is given up; may be changed.
         self.limit = limit
         #: Whether one was given up: then the connection is blocked, and each further one fails.
@@ -27,8 +36,8 @@ class AskedStore:
         self._turn = threading.Lock()
         self._questions: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
-        arguments = (store, self._questions, self._answers)
-        thread = threading.Thread(target=_answer, args=arguments, name="store", daemon=True)
+        talk = (store, self._questions, self._answers)
+        thread = threading.Thread(target=_answer, args=talk, name="store", daemon=True)
         thread.start()
         self._end = weakref.finalize(self, _end, self._questions, thread)
 
@@ -36,7 +45,8 @@ class AskedStore:
         """Ends the thread that asks; nothing can be asked after it."""
         self._end()
 
-    def _ask(self, name: str, *arguments: Any) -> Any:
+    def ask(self, name: str, *arguments: Any) -> Any:
+        """Returns what the store's method of a name returns."""
         with self._turn:
             if not self._end.alive:
                 raise distributed.DistNetworkError("This connection to the store has been closed.")
@@ -55,45 +65,11 @@ class AskedStore:
             "machine, that of MASTER_ADDR, cannot be reached."
         )
 
-    def set(self, key: str, text: str | bytes) -> None:
-        """Sets a key."""
-        self._ask("set", key, text)
-
-    def get(self, key: str) -> bytes:
-        """Returns what a key has been set to."""
-        return bytes(self._ask("get", key))
-
-    def multi_get(self, keys: list[str]) -> list[bytes]:
-        """Returns what several keys have been set to, by one message."""
-        return [bytes(value) for value in self._ask("multi_get", keys)]
-
-    def check(self, keys: list[str]) -> bool:
-        """Tells whether all of some keys have been set."""
-        return bool(self._ask("check", keys))
-
-    def compare_set(self, key: str, expected: str, text: str) -> bytes:
-        """Sets a key if it is what is expected; returns what it is then."""
-        return bytes(self._ask("compare_set", key, expected, text))
-
-    def add(self, key: str, step: int) -> int:
-        """Adds to a number and returns it."""
-        return int(self._ask("add", key, step))
-
-    def delete_key(self, key: str) -> None:
-        """Forgets a key."""
-        self._ask("delete_key", key)
-
-    def multi_set(self, keys: list[str], texts: list[str]) -> None:
-        """Sets several keys by one message."""
-        self._ask("multi_set", keys, texts)
-
-    def has_extended_api(self) -> bool:
-        """Tells whether the store has `multi_set` and `multi_get`."""
-        return bool(self._store.has_extended_api())
-
-    def clone(self) -> Any:
-        """Returns another connection to the store: torch's, that may wait without a limit."""
-        return self._ask("clone")
+    # torch's own methods. What `clone` returns may wait without a limit.
+    set, get, check, add = _asked("set"), _asked("get"), _asked("check"), _asked("add")
+    multi_set, multi_get = _asked("multi_set"), _asked("multi_get")
+    compare_set, delete_key = _asked("compare_set"), _asked("delete_key")
+    has_extended_api, clone = _asked("has_extended_api"), _asked("clone")
 
 
 def _answer(store: Any, questions: Any, answers: Any) -> None:

@@ -28,11 +28,7 @@ _LOOK: Final = 0.1
 
 
 def patience() -> float | None:
-    """Returns the seconds of CROSSTRAIN_END_STUCK; None if no process is to be ended.
-
-    Raises:
-        BackendError: if it is neither a number above 0 nor `never`.
-    """
+    """Returns the seconds of CROSSTRAIN_END_STUCK; None if no process is to be ended."""
     text = os.environ.get(VARIABLE, _PATIENCE)
     if text == "never":
         return None
@@ -55,7 +51,7 @@ def end_if_stuck(
 
     Threads that are no daemons are given time while they move: the main thread may wait for one of
     them, such as one that writes a checkpoint. But a pool of threads may work for ever, so they are
-    named, and the process is ended where the main thread has not moved for `longest`.
+    named, and the process is ended where the main thread has not moved for `longest` seconds.
 
     Args:
         limit: what `patience` returned, before the run.
@@ -63,7 +59,7 @@ def end_if_stuck(
         freed: set when it has left the run.
         reason: what has happened on the other rank, as sentences.
         rank: this rank.
-        longest: seconds.
+        longest: at most so many seconds.
     """
     if limit is None:
         return

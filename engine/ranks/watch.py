@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import logging
 import threading
@@ -66,26 +67,17 @@ class Watch:
         # Where another rank's run has ended already, after which iteration, and which rank.
         self._ended: tuple[int, int] | None = None
         line.store.limit = line.timeout
-        self._thread_store = line.clone()
+        self._thread_store = line.store.clone()
         self._main = threading.get_ident()
         self._thread = threading.Thread(target=self._listen, name="ranks", daemon=True)
         # A thread that still runs when the interpreter ends can take the process down.
         atexit.register(self.close)
         self._thread.start()
 
-    def store_of_this_thread(self) -> Any:
-        """Returns the connection of the thread that asks: one must not wait for the other."""
-        here = threading.current_thread() is self._thread
-        return self._thread_store if here else self._line.store
-
     # ---------------------------------------------------------------- comparisons
 
     def compare_start(self) -> None:
-        """Compares with rank 0 where the run begins and how far it goes.
-
-        Raises:
-            RankFailed: if there is a difference, or rank 0 does not begin.
-        """
+        """Raises if rank 0 begins the run elsewhere, goes another way, or does not begin."""
         line, state = self._line, self._state
         names = ("iteration", "epoch_length", "max_epochs", "max_iters")
         mine: dict[str, Any] = {name: getattr(state, name) for name in names}
@@ -108,11 +100,7 @@ class Watch:
             )
 
     def compare_lengths(self) -> None:
-        """Compares an epoch's length that was learned from the data with the other ranks'.
-
-        Raises:
-            RankFailed: if another rank has learned another one.
-        """
+        """Raises if another rank has learned another length of an epoch from its data."""
         length = self._state.epoch_length
         if length == self._length:
             return
@@ -128,11 +116,7 @@ class Watch:
             )
 
     def check(self) -> None:
-        """Raises if another rank has failed.
-
-        Raises:
-            RankFailed: names it, and says of what.
-        """
+        """Raises if another rank has failed."""
         if self.told is not None:
             raise RankFailed(self.told[1], self.told[0])
 
@@ -140,9 +124,11 @@ class Watch:
 
     def tell(self, message: dict[str, Any]) -> None:
         """Sends a message to all ranks' threads, this rank's among them."""
-        store = self.store_of_this_thread()
-        number = store.add(f"crosstrain/{self._base}/told", 1) - 1
-        keys = [f"crosstrain/{self._base}/for/{r}/{number}" for r in range(self._line.size)]
+        # By the connection of the thread that this is: one must not wait for the other.
+        listens = threading.current_thread() is self._thread
+        store: Any = self._thread_store if listens else self._line.store
+        number = store.add(f"{self._base}/told", 1) - 1
+        keys = [f"{self._base}/for/{rank}/{number}" for rank in self._line.everyone]
         text = json.dumps(message)
         if store.has_extended_api():
             store.multi_set(keys, [text] * len(keys))
@@ -168,7 +154,8 @@ class Watch:
                 f"The store of the process group is gone, so other ranks have ended or are cut "
                 f"off: {describe(gone)}"
             )
-        if self.told is None and self._is_cut(error):
+        cut = isinstance(error, RuntimeError) and any(word in str(error) for word in _CUT)
+        if self.told is None and cut:
             fallen = self._fallen()
             if fallen and self.told is None:
                 self.told = fallen[0], self._killed(fallen, error)
@@ -177,10 +164,6 @@ class Watch:
         failed = RankFailed(self.told[1], self.told[0])
         failed.__cause__ = error
         return failed
-
-    def _is_cut(self, error: BaseException) -> bool:
-        text = str(error)
-        return isinstance(error, RuntimeError) and any(word in text for word in _CUT)
 
     def _fallen(self) -> list[int]:
         """Calls the roll; returns the ranks that do not answer: their processes have ended.
@@ -195,7 +178,8 @@ class Watch:
             deadline = time.monotonic() + _HURRY
             while waiting and self.told is None and time.monotonic() < deadline:
                 time.sleep(0.02)
-                waiting = [rank for rank in waiting if not self._has_answered(number, rank)]
+                answers = f"{base}/roll/{number}", f"{base}/left"
+                waiting = [r for r in waiting if not any(line.has(f"{a}/{r}") for a in answers)]
                 dead = line.dead(waiting)
                 if dead:
                     return dead
@@ -203,12 +187,6 @@ class Watch:
             # Without the store nobody can be asked.
             return []
         return waiting
-
-    def _has_answered(self, number: int, rank: int) -> bool:
-        base = self._base
-        return self._line.has(f"{base}/roll/{number}/{rank}") or self._line.has(
-            f"{base}/left/{rank}"
-        )
 
     def _killed(self, fallen: list[int], error: BaseException) -> str:
         return (
@@ -257,7 +235,7 @@ class Watch:
     def _listen(self) -> None:
         line = self._line
         while not self._closed.is_set():
-            key = f"crosstrain/{self._base}/for/{line.rank}/{self._heard}"
+            key = f"{self._base}/for/{line.rank}/{self._heard}"
             try:
                 message: dict[str, Any] = {}
                 if self._ended is None:
@@ -280,8 +258,7 @@ class Watch:
             if "ended" in message:
                 self._ended = tuple(message["ended"])
             if "roll" in message:
-                answer = f"crosstrain/{self._base}/roll/{message['roll']}/{line.rank}"
-                self._thread_store.set(answer, "here")
+                self._thread_store.set(f"{self._base}/roll/{message['roll']}/{line.rank}", "here")
             if "failure" in message:
                 rank, reason = message["failure"]
                 self._take(rank, reason, message["from"])
@@ -316,10 +293,7 @@ class Watch:
         # Over a connection that was cut the thread waits until the kernel gives it up.
         deadline = time.monotonic() + _END
         while self._thread.is_alive() and not self._line.store.lost and time.monotonic() < deadline:
-            try:
-                key = f"crosstrain/{self._base}/for/{self._line.rank}/{self._heard}"
-                self._line.store.set(key, "{}")
-            except distributed.DistError:
-                # Then the thread's connection has ended as well.
-                pass
+            # Without the store the thread's connection has ended as well.
+            with contextlib.suppress(distributed.DistError):
+                self._line.set(f"{self._base}/for/{self._line.rank}/{self._heard}", "{}")
             self._thread.join(0.05)

@@ -10,18 +10,23 @@ from torch.nn.parallel import DistributedDataParallel
 from crosstrain.backends import World
 
 
+def joined() -> World | None:
+    """Returns this process's place in the process group; None where it has joined none."""
+    group: Any = torch.distributed
+    if not (group.is_available() and group.is_initialized()):
+        return None
+    rank = group.get_rank()
+    return World(rank, rank, group.get_world_size())
+
+
 def this_rank() -> int:
     """Returns the rank of this process: the process group's, or torchrun's before there is one."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank()
-    return World.from_environment().rank
+    return (joined() or World.from_environment()).rank
 
 
 def world_size() -> int:
     """Returns the number of processes: the process group's, or torchrun's before there is one."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_world_size()
-    return World.from_environment().size
+    return (joined() or World.from_environment()).size
 
 
 def unshared(value: Any) -> Any:
