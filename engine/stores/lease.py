@@ -49,14 +49,9 @@ _SHORT: Final = 2.0
 class _Holder:
     """Who holds a generation.
 
-    Args:
-        token: of this holder alone.
-        pid: of its process.
-        host: the name of its machine.
-        machine: what tells this machine, since it was started, and its namespace of processes.
-        began: when the process began, as the system counts; ids are used again.
-        beat: how often it has said that it lives.
-        released: whether it has given the folder up.
+    `machine` tells this machine, since it was started, and its namespace of processes; `began` when
+    the process began, as the system counts: ids are used again. `beat` is how often it has said
+    that it lives.
     """
 
     token: str
@@ -99,9 +94,6 @@ class Lease:
 
     All holders in one process share one lease.
 
-    Args:
-        store: the folder.
-
     Raises:
         CheckpointBusy: if another process holds it; names its id and host.
         OSError: if the store refuses what this takes.
@@ -127,11 +119,7 @@ class Lease:
         self._dropped.atexit = False
 
     def renew(self) -> None:
-        """Makes sure that the folder is still this process's.
-
-        Raises:
-            CheckpointBusy: if another process has taken it meanwhile.
-        """
+        """Raises CheckpointBusy if another process has taken the folder meanwhile."""
         if self._dropped.alive and self._lease.pid == os.getpid():
             self._lease.check()
 
@@ -214,20 +202,15 @@ class _Held:
         self._wake.set()
 
     def check(self) -> None:
-        """Makes sure that nobody has followed.
-
-        Raises:
-            CheckpointBusy: if somebody has.
-        """
+        """Raises CheckpointBusy if somebody has followed."""
         newest = max(_hinted(self.store), self._number)
         found = _holder(self.store, self._number + 1)
         if found is None and newest == self._number:
             return
         found = found or _holder(self.store, newest)
-        raise CheckpointBusy(_busy(found, self.store, "has taken over") + _AFTER)
-
-
-_AFTER: Final = " This one has written nothing since."
+        told = _busy(found, self.store, "has taken over")
+        told += " This one has written nothing since."
+        raise CheckpointBusy(told)
 
 
 def _name(number: int) -> str:
@@ -272,9 +255,7 @@ def _hinted(store: Store) -> int:
     try:
         values: Any = json.loads(store.get(LOCK))
         number: Any = values["generation"]
-    except FileNotFoundError:
-        return 0
-    except (ValueError, TypeError, KeyError):
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
         return 0
     return number if type(number) is int and 0 <= number < 2**63 else 0
 
@@ -291,11 +272,7 @@ def _holder(store: Store, number: int) -> _Holder | None:
 
 
 def _wait_for_end_of(found: _Holder, number: int, store: Store) -> None:
-    """Returns when a holder is not there any more.
-
-    Raises:
-        CheckpointBusy: if it is.
-    """
+    """Returns when a holder is not there any more; raises CheckpointBusy if it is."""
     if found.released or found.has_died() or found.is_this_process():
         return
     if found.machine == machine():
