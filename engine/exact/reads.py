@@ -111,7 +111,7 @@ ALL_OF_IT: Final = Use((), True)
 ALL: Final = frozenset({ALL_OF_IT})
 
 
-def _tree(code: types.CodeType) -> ast.AST | None:
+def syntax_tree(code: types.CodeType) -> ast.AST | None:
     """Returns the syntax tree of a function; None where there is no source, as of `exec`."""
     try:
         source = textwrap.dedent(inspect.getsource(code))
@@ -149,7 +149,7 @@ def _with_parents(tree: ast.AST) -> Iterator[tuple[ast.AST, _Above]]:
 @lru_cache(maxsize=512)
 def uses_of(code: types.CodeType) -> Mapping[str, frozenset[Use]] | None:
     """Returns what a function does with each of its variables; None where that is not known."""
-    tree = _tree(code)
+    tree = syntax_tree(code)
     if tree is None:
         return None
     found: dict[str, set[Use]] = {}
@@ -166,7 +166,7 @@ def attributes_used(code: types.CodeType) -> Mapping[str, frozenset[AttributeUse
     What is fetched by a name that stands in the source is an attribute, too: `getattr(x, "name")`,
     `vars(x)["name"]`, `x.__dict__["name"]`.
     """
-    tree = _tree(code)
+    tree = syntax_tree(code)
     if tree is None:
         return {name: frozenset({AttributeUse(None, "", ALL_OF_IT)}) for name in code.co_names}
     found: dict[str, set[AttributeUse]] = {}
