@@ -310,6 +310,8 @@ class UsesWalk:
                     variables = _variables_of(plain)
                     for where, name, value, uses in holders.used_by(plain, variables):
                         self._used(value, where, name, _DEPTH, uses, variables)
+                    for called, method in holders.methods_used_by(plain, variables):
+                        self.function(method, called, _DEPTH)
                 begun[id(holders)] = count
             count = len(self.functions)
 

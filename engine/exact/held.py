@@ -20,10 +20,12 @@ from crosstrain.engine.state import State
 from crosstrain.engine.structure import RECORDED, modules_of
 
 from .reads import Use, attributes_used
-from .unnamed import TORCHS_OWN, TRAINED, attributes_of, variables_of
+from .unnamed import TORCHS_OWN, TRAINED, attributes_of, methods_in, variables_of
 
 # Attributes of every state; how often a step was applied, the step's own state tells.
 _STATE: Final = frozenset({*vars(State()), "applied_steps", "skipped_steps"})
+# By what a module or an optimizer computes.
+_COMPUTES: Final = frozenset({"forward", "step"})
 
 
 class Holders:
@@ -42,6 +44,8 @@ class Holders:
         recorded = frozenset(recorded)
         self._holders: dict[int, Any] = {}
         self._by_name: dict[str, list[tuple[str, Any]]] = {}
+        # Bound here: to fetch a property from its object would call it.
+        self._methods: dict[str, list[tuple[str, Any, types.MethodType]]] = {}
         for name, one in objects.items():
             parts = modules_of(one) if isinstance(one, Module) else {"": one}
             for path, part in parts.items():
@@ -49,6 +53,8 @@ class Holders:
                 self._holders[id(part)] = part
                 for attribute in _further(part, kept, id(part) in recorded):
                     self._by_name.setdefault(attribute, []).append((where, part))
+                for method, bound in _methods_of(part).items():
+                    self._methods.setdefault(method, []).append((where, part, bound))
 
     def used_by(
         self, function: types.FunctionType, variables: Mapping[str, Any]
@@ -70,10 +76,24 @@ class Holders:
                 if found:
                     yield where, name, attributes_of(holder)[name], found
 
+    def methods_used_by(
+        self, function: types.FunctionType, variables: Mapping[str, Any]
+    ) -> Iterator[tuple[str, Any]]:
+        """Yields the methods that a function may call of what is trained, and what to call them."""
+        used = attributes_used(function.__code__)
+        for name in sorted(used.keys() & self._methods.keys()):
+            for where, holder, bound in self._methods[name]:
+                if any(
+                    self._may_be(holder, one.base, one.of, function, variables)
+                    for one in used[name]
+                ):
+                    yield f"{where}.{name}", bound
+
     def values_used_by(self, function: types.FunctionType) -> Iterator[tuple[str, Any]]:
         """Yields what a function may fetch, and what to call it."""
         for where, name, value, _ in self.used_by(function, dict(variables_of(function))):
             yield f"{where}, its {name!r}", value
+        yield from self.methods_used_by(function, dict(variables_of(function)))
 
     def _may_be(
         self,
@@ -115,3 +135,12 @@ def _further(holder: Any, kept: set[str], recorded: bool) -> Iterator[str]:
         for name, value in attributes_of(holder).items():
             if name not in TORCHS_OWN and not (recorded and type(value) in RECORDED):
                 yield name
+
+
+def _methods_of(holder: Any) -> dict[str, types.MethodType]:
+    """Returns the methods that a module or an optimizer of the user's has besides, by name."""
+    if not isinstance(holder, TRAINED):
+        return {}
+    # What it computes by is looked at whether anybody fetches it by its name or not.
+    own = methods_in(type(holder)).items()
+    return {name: types.MethodType(one, holder) for name, one in own if name not in _COMPUTES}

@@ -247,6 +247,63 @@ class _Result:
         self.best = best
 
 
+class _Trained(nn.Linear):
+    """A layer that has its own optimizer, as a model of a project often does."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.own = torch.optim.Adam(self.parameters(), 0.1)
+
+    def train_on(self, x: torch.Tensor) -> torch.Tensor:
+        return self.update(self(x))
+
+    def update(self, found: torch.Tensor) -> torch.Tensor:
+        self.own.zero_grad()
+        (found**2).mean().backward()
+        self.own.step()
+        return found.detach()
+
+    @property
+    def trained(self) -> Any:
+        raise AssertionError("nobody has asked for it")
+
+
+def _by_its_name(model: nn.Sequential) -> Callable[[Any, Any], Any]:
+    layer = model[0]
+    return lambda engine, batch: layer.train_on(batch)
+
+
+def _in_a_loop(model: nn.Sequential) -> Callable[[Any, Any], Any]:
+    def step(engine: Any, batch: Any) -> None:
+        for layer in model:
+            batch = layer.train_on(batch)
+
+    return step
+
+
+def _itself(model: nn.Sequential) -> Callable[[Any, Any], Any]:
+    train: Any = model[0].train_on
+    return lambda engine, batch: train(batch)
+
+
+@pytest.mark.parametrize("step", [_by_its_name, _in_a_loop, _itself])
+def test_what_a_method_of_a_layers_own_uses_is_told(step: Any, tmp_path: Path) -> None:
+    def messages(named: bool) -> list[str]:
+        model = nn.Sequential(_Trained())
+        trainer = DeterministicEngine(step(model), seed=1)
+        beside = {"own": model[0].own} if named else {}
+        folder = tmp_path / str(named)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", ResumeWarning)
+            resume_or_start(trainer, {"model": model, **beside}, folder, every=1)
+            trainer.run(torch.ones(3, 2, 4), max_epochs=1)
+        return [str(one.message) for one in caught]
+
+    assert not messages(named=True)
+    told = messages(named=False)
+    assert len([one for one in told if ".own'" in one]) == 1, told
+
+
 def test_what_is_a_log_or_anothers_is_not_told(tmp_path: Path) -> None:
     def attach(trainer: Any, model: Any, optimizer: Any) -> None:
         trainer.history, trainer.best, trainer.steps, model.seen = [], 0.0, 0, []
