@@ -63,11 +63,7 @@ class Proof:
     differences: list[str] = field(default_factory=list[str])
 
     def differs(self, message: str, strictness: Strictness) -> None:
-        """Deals with a difference as strictly as its check is meant.
-
-        Args:
-            message: what differs, its usual causes, and what to do.
-            strictness: of the check that found it.
+        """Deals with a difference, as its message says, as strictly as its check is meant.
 
         Raises:
             ResumeError: with the message, if the check is an `error`.

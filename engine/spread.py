@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,41 +66,31 @@ def split(states: Any, names: Mapping[Path, Sequence[str]]) -> Split:
         if not has_spread(value):
             plain[id(value)] = value
             return value
-        return _take_out(value, path, names, found, take_out)
+        if is_spread(value):
+            name = _key(path, names)
+            if name in found.shards:
+                name = f"{name}#{len(found.shards)}"
+            found.shards[name] = value
+            found.places.append((path, name))
+            return None
+        items: Any
+        if is_mapping(value):
+            items = value.items()
+        elif is_exact_list(value) or is_exact_tuple(value):
+            items = enumerate(value)
+        else:
+            return value
+        taken = [(key, item, take_out(item, (*path, key))) for key, item in items]
+        changed = [(key, new) for key, old, new in taken if new is not old]
+        if not changed:
+            return value
+        made: Any = list(value) if is_exact_tuple(value) else copy.copy(value)
+        for key, new in changed:
+            made[key] = new
+        return tuple(made) if is_exact_tuple(value) else made
 
     found.tree = take_out(states, ())
     return found
-
-
-def _take_out(
-    value: Any,
-    path: Path,
-    names: Mapping[Path, Sequence[str]],
-    found: Split,
-    take_out: Callable[[Any, Path], Any],
-) -> Any:
-    if is_spread(value):
-        name = _key(path, names)
-        if name in found.shards:
-            name = f"{name}#{len(found.shards)}"
-        found.shards[name] = value
-        found.places.append((path, name))
-        return None
-    items: Any
-    if is_mapping(value):
-        items = value.items()
-    elif is_exact_list(value) or is_exact_tuple(value):
-        items = enumerate(value)
-    else:
-        return value
-    taken = [(key, item, take_out(item, (*path, key))) for key, item in items]
-    changed = [(key, new) for key, old, new in taken if new is not old]
-    if not changed:
-        return value
-    made: Any = list(value) if is_exact_tuple(value) else copy.copy(value)
-    for key, new in changed:
-        made[key] = new
-    return tuple(made) if is_exact_tuple(value) else made
 
 
 def _key(path: Path, names: Mapping[Path, Sequence[str]]) -> str:

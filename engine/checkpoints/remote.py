@@ -5,23 +5,26 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import IO
 
 from crosstrain.engine.errors import warn_user
 from crosstrain.engine.formats.safe_load import verify_file
-from crosstrain.engine.parts.copy_to_store import PartsToCopy
-from crosstrain.engine.parts.write import Writers
+from crosstrain.engine.parts.read import Parts, writer_of
+from crosstrain.engine.parts.writers import Writers
 from crosstrain.engine.ranks.line import Line
 from crosstrain.engine.ranks.world import this_rank
 from crosstrain.engine.shown import shown
 from crosstrain.engine.storage.errors import (
     CheckpointError,
     CheckpointWarning,
-    CheckpointWriteError,
+    refused,
 )
-from crosstrain.engine.storage.folder import Claim
 from crosstrain.engine.storage.locations import StorePath
+from crosstrain.engine.storage.manifest import INDEX
+from crosstrain.engine.storage.parts_files import check_hash, told_of
 from crosstrain.engine.stores.folders import open_place
 from crosstrain.engine.stores.store_folder import StoreFolder
 
@@ -39,17 +42,8 @@ class RemoteCopies:
     A copy may take longer than the time between two saves on the disk: it does not hold these up,
     and what it copies is the checkpoint as it was, whatever becomes of its name.
 
-    One process copies files. Of a checkpoint in parts each process copies what it has written; then
-    all of them make this object, and call what it has, together.
-
-    Args:
-        location: the folder in the store.
-        n_saved: how many copies to keep there; None keeps all.
-        in_parts: whether all processes copy together.
-
-    Raises:
-        CheckpointBusy: if another process saves there.
-        CheckpointWriteError: if the store cannot be used.
+    One process copies files. Of a checkpoint in parts (`in_parts`) each process copies what it has
+    written; then all of them make this object, and call what it has, together.
     """
 
     def __init__(self, location: StorePath, n_saved: int | None, in_parts: bool = False) -> None:
@@ -58,32 +52,23 @@ class RemoteCopies:
         self._n_saved = n_saved
         self._kept: list[Item] = []
         self._job: JointJob | None = None
-        self._claim: Claim | None = None
         self._lines: tuple[Line | None, Line | None] = (None, None)
-        if this_rank() == 0:
-            self._claim = self._open()
+        self._is_first = this_rank() == 0
+        if self._is_first:
+            self._open()
         if in_parts:
             self._lines = own_lines("copies")
 
-    def _open(self) -> Claim:
-        try:
+    def _open(self) -> None:
+        with refused(f"Checkpoints cannot be copied to {self.location}", self.location):
             self._folder.make()
-            claim = self._folder.claim()
-        except OSError as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointWriteError(
-                f"Checkpoints cannot be copied to {self.location}: {error.strerror or error}",
-                error,
-                self.location,
-            ) from None
-        if claim.removed:
+            removed = self._folder.claim()
+        if removed:
             _logger.info(
                 "Ended %d upload(s) to %s that a killed process had not finished.",
-                len(claim.removed),
+                removed,
                 shown(self.location),
             )
-        return claim
 
     def keeps(self, items: Iterable[Item]) -> None:
         """Hears which copies of this run are there: they are removed when newer ones are."""
@@ -105,7 +90,7 @@ class RemoteCopies:
             self.copy(path, manifest.iteration, compare=name in there)
 
     def copy(self, path: Path, iteration: int, *, compare: bool = False) -> None:
-        """Begins to copy a checkpoint; waits for the copy before it first.
+        """Begins to copy a checkpoint, when the copy before it has ended; raises what that has met.
 
         It is held against its own manifest before it is put; a damaged one is not, and is told as
         an error.
@@ -114,25 +99,23 @@ class RemoteCopies:
             path: the file, or the folder of the parts.
             iteration: of the run.
             compare: leaves what is there already, if it has the same bytes.
-
-        Raises:
-            CheckpointError: what the copy before it raised.
         """
         self.wait()
         writing, voting = self._lines
         # Opened here: the next save may remove it.
         put: Callable[[StoreFolder], None]
         if layout_of(path) is PARTS:
-            put = partial(PartsToCopy(path, Writers(writing)).put, compare=compare)
+            writers = Writers(writing, self.location / path.name)
+            put = partial(_PartsToCopy(path, writers).put, compare=compare)
         else:
-            put = _file(path, compare) if this_rank() == 0 else _nothing
+            put = _file(path, compare) if self._is_first else _nothing
         item = Item(iteration, path.with_suffix(FILE.ending).name)
 
         def work() -> None:
             put(self._folder)
             # Only now: the new one was compared with what was put.
             self._keep_newest(item)
-            if this_rank() == 0:
+            if self._is_first:
                 _logger.info("%s is in %s, too.", shown(path.name), shown(self.location))
 
         self._job = JointJob(work, f"copying {path.name} to {self.location}", voting)
@@ -145,15 +128,13 @@ class RemoteCopies:
 
     def _remove(self, old: Item) -> bool:
         """Removes a copy; tells whether it is gone."""
-        if self._claim is None:
+        if not self._is_first:
             return True
         try:
             # Of a run from before it was sharded, or after, there are the others, too.
             self._folder.remove(old.filename)
             self._folder.remove_parts(PARTS.path_of(self.location, old.filename).name)
         except OSError as error:
-            if isinstance(error, CheckpointError):
-                raise
             # No error: the new one is there, and it would end this process only.
             why = error.strerror or error
             text = f"Old copy {self.location / old.filename} could not be removed: {why}"
@@ -167,11 +148,7 @@ class RemoteCopies:
             self.wait()
 
     def wait(self) -> None:
-        """Waits until the last copy is in the store.
-
-        Raises:
-            CheckpointError: if it could not be copied.
-        """
+        """Waits until the last copy is in the store, and raises what it has met."""
         job = self._job
         if job is None:
             return
@@ -185,17 +162,15 @@ class RemoteCopies:
         try:
             self.wait()
         finally:
-            if self._claim is not None:
-                self._claim.release()
+            self._folder.release()
             for line in filter(None, self._lines):
                 line.close()
 
 
 def _file(path: Path, compare: bool) -> Callable[[StoreFolder], None]:
     """Opens a file, and returns what verifies and copies it; see `RemoteCopies.copy`."""
-    with contextlib.ExitStack() as stack:
-        file = stack.enter_context(open_place(path))
-        held = stack.pop_all()
+    held = contextlib.ExitStack()
+    file = held.enter_context(open_place(path))
 
     def put(folder: StoreFolder) -> None:
         with held:
@@ -208,3 +183,64 @@ def _file(path: Path, compare: bool) -> Callable[[StoreFolder], None]:
 
 def _nothing(folder: StoreFolder) -> None:
     """Copies nothing: another process copies the file."""
+
+
+class _PartsToCopy:
+    """The files of a checkpoint that this process copies, held open, whatever becomes of them.
+
+    Each is compared with what the manifest tells before any is put: a copy replaces no good one by
+    a damaged one. What it meets when it opens them is told when all processes copy, to all of them.
+    """
+
+    def __init__(self, path: Path, writers: Writers) -> None:
+        self._writers = writers
+        self._held = contextlib.ExitStack()
+        self._files: dict[str, IO[bytes]] = {}
+        self._error: Exception | None = None
+        try:
+            self._found = Parts.open(path)
+            for name in self._found.manifest.files:
+                # What is of no process in particular is the first's.
+                if writer_of(name) % writers.size == writers.rank:
+                    self._files[name] = self._held.enter_context(self._found.open_file(name))
+        except (OSError, CheckpointError) as error:
+            self._error = error
+
+    def _verify(self) -> None:
+        if self._error is not None:
+            raise self._error
+        for name, file in self._files.items():
+            check_hash(file, self._found.manifest.files[name], self._found.place_of(name))
+            file.seek(0)
+
+    def _is_told_by(self, folder: StoreFolder) -> bool:
+        """Tells whether the store's manifest is that of these files; asked by the first process."""
+        # The index has another hash there if these are of an older version.
+        index = self._files[INDEX]
+        told = told_of(index)
+        index.seek(0)
+        manifest = self._found.manifest
+        return folder.has_manifest(replace(manifest, files={**manifest.files, INDEX: told}))
+
+    def put(self, folder: StoreFolder, *, compare: bool = False) -> None:
+        """Puts them; all processes call it together, and return when the checkpoint is whole there.
+
+        If one fails, all raise a CheckpointError, and nothing is there, or what was.
+
+        Args:
+            folder: where to.
+            compare: of a copy that is there already, puts only what has other bytes.
+        """
+        writers = self._writers
+        with self._held:
+            writers.together(self._verify)
+            manifest = self._found.manifest
+            if compare and writers.first(lambda: self._is_told_by(folder)):
+                writers.together(lambda: folder.mend_parts(manifest, self._files))
+                return
+            index = self._files.pop(INDEX).read() if writers.rank == 0 else b""
+            aside = folder.aside(manifest)
+            with writers.filling(aside, 0):
+                aside.take(self._files)
+                writers.together(aside.deliver)
+                writers.first(lambda: aside.commit(index, manifest))

@@ -97,11 +97,7 @@ class StepOptions:
         return self.model_fn is _apply
 
     def splitter(self) -> Callable[[Any, Backend], tuple[Any, Any]]:
-        """Returns the function from (batch, backend) to `(x, y)` on the backend's device.
-
-        It raises ValueError if the batch is not a pair and there is no `prepare_batch`, or that
-        returns no pair.
-        """
+        """Returns the function from (batch, backend) to `(x, y)` on the backend's device."""
         return _split_pair if self.prepare_batch is None else self._split_by_user
 
     def _split_by_user(self, batch: Any, backend: Backend) -> tuple[Any, Any]:
@@ -116,12 +112,7 @@ class StepOptions:
         return x, y
 
     def forward(self, model: Any) -> Callable[[Any], Any]:
-        """Returns the function from x to what the loss takes, without what does nothing.
-
-        Raises:
-            ValueError: if there are several models and no `model_fn` that says what to do with
-                them.
-        """
+        """Returns the function from x to what the loss takes, without what does nothing."""
         model_fn, transform = self.model_fn, self.model_transform
         if model_fn is _apply and is_many(model):
             raise ValueError(
