@@ -21,6 +21,7 @@ from crosstrain.engine.storage.locations import Location, StorePath, location_of
 
 from .loading import Latest, find_latest, load_objects
 from .objects import OWN_NAME, check_objects, gather_states, introduce, unsaved_objects
+from .rank_objects import score_of_all
 from .retention import Item, Retention, format_score
 from .save_handler import RunFacts, SaveHandler, adapted
 from .save_job import SaveJob
@@ -162,6 +163,7 @@ class Checkpoint:
                     f"Output of score_function should be a number, got {type(priority)}; of a "
                     "tensor, return its item()"
                 )
+            priority = score_of_all(priority, self.to_save, self.save_on_rank)
         else:
             if step is None:
                 step = engine.state.get_event_attrib_value(Events.ITERATION_COMPLETED)
