@@ -35,6 +35,7 @@ import torch
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from crosstrain.engine.data.generators import GLOBAL_GENERATORS
 from crosstrain.engine.data.source import ResumableSource
 from crosstrain.engine.digest import digest
 from crosstrain.engine.dispatch import Dispatcher
@@ -46,7 +47,6 @@ from crosstrain.engine.structure import RECORDED
 from .reads import ALL, WRITES, Use, names_read_of_state, uses_of, uses_of_self
 from .trained import functions_of_trained
 from .unnamed import (
-    GLOBAL_GENERATORS,
     TORCHS_OWN,
     TRAINED,
     attributes_of,
