@@ -185,6 +185,33 @@ def _array_bytes(array: numpy.ndarray[Any, Any]) -> Any:
     return numpy.ascontiguousarray(array).reshape(-1).view(numpy.uint8)
 
 
+def same(one: Any, other: Any) -> bool:
+    """Tells whether two nests are equal, to the bit and the type, wherever their tensors lie."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        if (one.dtype, one.shape) != (other.dtype, other.shape):
+            return False
+        pairs = zip(_dense(one.detach()), _dense(other.detach()), strict=True)
+        return all(numpy.array_equal(_tensor_bytes(a), _tensor_bytes(b)) for a, b in pairs)
+    if is_mapping(one):
+        return (
+            is_mapping(other)
+            and list(one) == list(other)
+            and all(same(value, other[key]) for key, value in one.items())
+        )
+    if type(one) is not type(other):
+        return False
+    if is_array(one):
+        if (one.dtype, one.shape) != (other.dtype, other.shape):
+            return False
+        if not one.dtype.hasobject:
+            return numpy.array_equal(_array_bytes(one), _array_bytes(other))
+        one, other = one.tolist(), other.tolist()
+    if is_sequence(one):
+        return len(one) == len(other) and all(map(same, one, other))
+    # NaN is not equal to itself, and zeros of both signs are.
+    return repr(one) == repr(other) if isinstance(one, float) else bool(one == other)
+
+
 def differences(then: Iterable[Leaf], now: Iterable[Leaf]) -> Iterator[str]:
     """Yields what tells two nests apart, one phrase a leaf, in their order."""
     known = {leaf.path: leaf for leaf in then}

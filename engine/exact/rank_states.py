@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
-import torch
-
 from crosstrain.backends import World
+from crosstrain.engine.digest import same
 from crosstrain.engine.errors import ResumeWarning, warn_user
-from crosstrain.engine.guards import is_mapping, is_sequence
+from crosstrain.engine.guards import is_mapping
 from crosstrain.engine.ranks.agreement import agreement_of
 from crosstrain.engine.ranks.line import Line, has_ranks
 from crosstrain.engine.training.gradients import combined
@@ -50,7 +49,7 @@ def gathered(values: Mapping[str, Any], engine: Engine, destination: int) -> dic
     others = None
     if found is not None:
         others = [
-            {name: part for name, part in theirs.items() if not _same(part, values[name])}
+            {name: part for name, part in theirs.items() if not same(part, values[name])}
             for theirs in found
         ]
     return {**values, RANKS: {"size": size, "rank": rank, "others": others}}
@@ -153,32 +152,3 @@ def _of_other_size(parts: Sequence[dict[str, Any]], size: int, world: World) -> 
 
 def _has_window(step: Any) -> bool:
     return is_mapping(step) and bool(step.get("gradients"))
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Tells whether two nests of tensors and plain values are equal, to the bit and the type."""
-    if isinstance(one, torch.Tensor):
-        return (
-            isinstance(other, torch.Tensor)
-            and one.dtype == other.dtype
-            and one.shape == other.shape
-            and torch.equal(_bits(one), _bits(other))
-        )
-    if is_mapping(one):
-        return (
-            is_mapping(other)
-            and list(one) == list(other)
-            and all(_same(value, other[key]) for key, value in one.items())
-        )
-    if is_sequence(one):
-        return (
-            is_sequence(other)
-            and type(one) is type(other)
-            and len(one) == len(other)
-            and all(map(_same, one, other))
-        )
-    return type(one) is type(other) and bool(one == other)
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
