@@ -12,19 +12,19 @@ import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from types import MappingProxyType, ModuleType
 from typing import NamedTuple
+
+from crosstrain.backends.errors import BackendError
+
+from .options import UsageError
 
 PROGRAM = "crosstrain"
 
 
 class Command(NamedTuple):
-    """A subcommand that is declared but not imported.
-
-    Args:
-        help: one line for ``crosstrain --help``.
-        module: the dotted name of the module that does the work.
-    """
+    """A subcommand that is declared but not imported: its line of help, and its module's name."""
 
     help: str
     module: str
@@ -64,27 +64,16 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
 )
 
 
-class _VersionAction(argparse.Action):
-    """Print the installed version; importlib.metadata is slow to import, so only on demand."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        from importlib.metadata import version
-
-        print(f"{PROGRAM} {version(PROGRAM)}")
-        parser.exit()
-
-
-def build_parser(
-    commands: Mapping[str, Command] = COMMANDS, chosen: str | None = None
-) -> argparse.ArgumentParser:
+def build_parser(commands: Mapping[str, Command], chosen: str | None) -> argparse.ArgumentParser:
     """Make the parser; the chosen subcommand's module alone is imported, for its arguments."""
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         description="One PyTorch training step for every backend, and runs that resume exactly.",
         epilog=f"`{PROGRAM} COMMAND --help` lists the options of a command.",
     )
+    shown = f"{PROGRAM} {version(PROGRAM)}"
     parser.add_argument(
-        "--version", action=_VersionAction, nargs=0, help="show the version and exit"
+        "--version", action="version", version=shown, help="show the version and exit"
     )
     subparsers = parser.add_subparsers(
         title="commands", dest="command", metavar="COMMAND", required=True
@@ -103,18 +92,11 @@ def main(argv: Sequence[str] | None = None, commands: Mapping[str, Command] = CO
         The exit code: the subcommand's own; 2 if a backend is unknown or unavailable, a file cannot
         be read or written, or something is not installed, which is reported in one line on stderr;
         130 after Ctrl-C; 141 if whoever reads what is printed has gone, as a shell has it.
-
-    Raises:
-        SystemExit: from argparse, after ``--help``, ``--version`` or a wrong argument.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     # No option of the program itself takes a value, so the first plain word is the command.
     word = next((argument for argument in arguments if not argument.startswith("-")), None)
     chosen = word if word in commands else None
-
-    from crosstrain.backends.errors import BackendError
-
-    from .options import UsageError
 
     try:
         try:

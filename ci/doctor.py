@@ -10,6 +10,9 @@ import sys
 from dataclasses import asdict
 from importlib.metadata import version
 
+from rich.console import Console
+from rich.text import Text
+
 from crosstrain.backends import Availability, get, names, probe
 
 from .options import add_words
@@ -63,9 +66,6 @@ def _as_json(found: dict[str, Availability], required: list[str], missing: list[
 
 def _print_list(diagnoses: dict[str, Availability]) -> None:
     """Prints the backends, and what to copy on lines of their own, which nothing wraps."""
-    from rich.console import Console
-    from rich.text import Text
-
     console = Console(highlight=False)
     versions: dict[str, str] = {}
     for found in diagnoses.values():

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -37,14 +37,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found out about one file.
+    """What was found out about one checkpoint.
 
     Args:
-        path: the file.
         good: whether it can be loaded.
-        problem: why not; None if it can.
-        manifest: what it says of itself; None if it has no manifest.
-        parts: the objects in it.
         files: how many files it is; 0 if it is one file and no folder of them.
     """
 
@@ -52,7 +48,7 @@ class Finding:
     good: bool
     problem: str | None = None
     manifest: Manifest | None = None
-    parts: tuple[Part, ...] = field(default=())
+    parts: tuple[Part, ...] = ()
     files: int = 0
 
 
@@ -75,28 +71,19 @@ def _parts(state: Any, manifest: Manifest | None) -> Iterator[Part]:
     if not is_mapping(state):
         state = {"(the whole file)": state}
     for name, value in state.items():
-        storages: dict[int, int] = {}
-        tensors = 0
-        for tensor in _tensors(value):
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-            tensors += 1
+        tensors = list(_tensors(value))
+        storages = [tensor.untyped_storage() for tensor in tensors]
+        size = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
         states = tuple(dict.fromkeys(_random_states(value)))
-        yield Part(shown(name), tensors, sum(storages.values()), states)
+        yield Part(shown(name), len(tensors), size, states)
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         yield value
-    for item in _items(value):
+    value = list(value.values()) if is_mapping(value) else value
+    for item in value if is_collection(value, (list, tuple)) else ():
         yield from _tensors(item)
-
-
-def _items(value: Any) -> Iterator[Any]:
-    if is_mapping(value):
-        yield from value.values()
-    elif is_collection(value, (list, tuple)):
-        yield from value
 
 
 def _random_states(value: Any) -> Iterator[str]:

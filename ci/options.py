@@ -13,7 +13,10 @@ from pathlib import Path
 
 
 class UsageError(Exception):
-    """What was asked for cannot be done: the message says why, and what to write in its place."""
+    """What was asked for cannot be done: the message says why, and what to write in its place.
+
+    The command line tells it, and the errors of its kind, in a line.
+    """
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -43,12 +46,11 @@ def add_words(
 ) -> None:
     """Declares an option that takes words with commas between them, and may be repeated."""
     metavar = f"{word}[,{word}...]"
-    parser.add_argument(
-        option, metavar=metavar, type=_words, action="extend", default=[], help=text
-    )
+    parser.add_argument(option, metavar=metavar, type=words, action="extend", default=[], help=text)
 
 
-def _words(text: str) -> list[str]:
+def words(text: str) -> list[str]:
+    """Reads words with commas between them."""
     found = [word.strip() for word in text.split(",")]
     if not all(found):
         raise argparse.ArgumentTypeError(
@@ -77,11 +79,11 @@ def file_to_write(text: str) -> Path:
     return path
 
 
-def require_extra(extra: str, *modules: str) -> None:
-    """Raises `UsageError`, with how to install an extra, if a module of it is missing."""
+def require_demo(*modules: str) -> None:
+    """Raises `UsageError`, with how to install the extra `demo`, if a module of it is missing."""
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(
             f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed: "
-            f"pip install 'crosstrain[{extra}]'"
+            "pip install 'crosstrain[demo]'"
         )

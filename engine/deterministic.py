@@ -232,6 +232,7 @@ class DeterministicEngine(Engine):
             values["shown"]["engines"] = self._unsaved.tell(
                 objects, ended, self._structure, self._cursor
             )
+        values["made"] = self._unsaved.made()
         values["structure"] = self._structure.record(objects)
         values["environment"] = self._environment()
         values["exact"] = exact
@@ -516,6 +517,16 @@ class DeterministicEngine(Engine):
         self._structure.batches_begin(objects)
         self._unsaved.batches_begin(objects)
         yield from super()._run_batches(place)
+
+    def _after_each_step(self) -> list[Callable[[], None]] | None:
+        calls = super()._after_each_step()
+        if not self._unsaved.looks_after_steps:
+            return calls
+        return [*(calls or ()), self._look_at_made]
+
+    def _look_at_made(self) -> None:
+        if self._unsaved.looks_after_steps:
+            self._unsaved.step_done(self._structured())
 
     def _ends(self) -> None:
         snapshot = self._full_snapshot()

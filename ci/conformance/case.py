@@ -60,13 +60,7 @@ def expect_flags(before: Mapping[str, object], problem: str) -> None:
 
 
 def expect_refusal(call: Callable[[], object], about: str, problem: str) -> None:
-    """Expect a call to raise an error that says something, of any kind: each library has its own.
-
-    Args:
-        call: what is to be refused.
-        about: what the error has to speak of, in its problem's words.
-        problem: what is wrong if there is none.
-    """
+    """Expect a call to raise an error that says something, of whichever kind the library has."""
     try:
         call()
     except Exception as error:  # noqa: BLE001
@@ -87,31 +81,17 @@ def expect_error_passes(context: AbstractContextManager[object], name: str) -> N
 
 
 class Case:
-    """A backend under test, made anew for each check.
+    """A backend under test, made anew for each check; see `check_backend` for the arguments."""
 
-    Args:
-        target: a spec, or a backend's class.
-        option: the option, where ``target`` is a class; the first by default.
-        tolerance: by how much, as a share, results may differ from fp32 on the CPU.
-
-    Raises:
-        UnknownBackend: if there is no such spec.
-        BackendUnavailable: if the spec cannot run here.
-    """
-
-    def __init__(
-        self, target: TargetBackend, option: str | None = None, tolerance: float = 0.05
-    ) -> None:
+    def __init__(self, target: TargetBackend, option: str | None, tolerance: float) -> None:
         self.kind: Any
-        if isinstance(target, str):
-            if option is not None:
-                raise ValueError(
-                    f"The spec {target!r} says its option; leave option={option!r} out."
-                )
+        if not isinstance(target, str):
+            self.kind, self.option = target, option or target.options[0]
+        elif option is not None:
+            raise ValueError(f"The spec {target!r} says its option; leave option={option!r} out.")
+        else:
             made = get(target)
             self.kind, self.option = type(made), made.option
-        else:
-            self.kind, self.option = target, option or target.options[0]
         self.tolerance = tolerance
         self.at_start = {name: value for name, value in flags().items() if name in _SETTINGS}
         self._load()
@@ -255,8 +235,7 @@ class Training:
 def by_hand(steps: int, max_norm: float | None = None) -> tuple[list[float], torch.Tensor, float]:
     """Train in plain torch, in fp32 on the CPU: what every backend has to come close to.
 
-    Returns:
-        The losses, the weights at the end as one vector, and the last gradient's norm.
+    It returns the losses, the weights at the end as one vector, and the last gradient's norm.
     """
     model = plain_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
@@ -292,11 +271,7 @@ def is_close(ours: float, theirs: float, tolerance: float) -> bool:
 
 
 def through_a_file(value: Any) -> Any:
-    """Save a value and load it as a checkpoint is loaded: safely, and without its device.
-
-    Raises:
-        NonConformance: if it holds what a safe load refuses, or a tensor that is not on the CPU.
-    """
+    """Save a value and load it as a checkpoint is loaded: safely, and without its device."""
     devices: set[str] = set()
     map_tensors(value, lambda tensor: devices.add(str(tensor.device)))
     expect(devices <= {"cpu"}, f"A state holds tensors on {sorted(devices)}; copy them to the CPU.")

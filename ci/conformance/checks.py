@@ -42,7 +42,6 @@ class Check:
     """One promise of the protocol, as a function that raises where it is not kept.
 
     Args:
-        run: called with the case.
         computes: whether it needs a backend that runs arithmetic.
         scales: whether it needs a backend that scales the loss.
     """

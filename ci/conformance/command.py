@@ -30,12 +30,7 @@ _TOLERANCE = 0.05
 
 @dataclass(frozen=True)
 class Finding:
-    """One promise of the step protocol that a backend does not keep.
-
-    Args:
-        check: the name of the check that found it, a key of ``CHECKS``.
-        problem: what is wrong, as a sentence.
-    """
+    """One promise of the step protocol that a backend does not keep: which check says what."""
 
     check: str
     problem: str
@@ -48,18 +43,8 @@ def applicable(target: TargetBackend, option: str | None = None) -> list[str]:
     """Return the names of the checks that apply to a backend, in the order in which they run.
 
     A backend whose ``capabilities`` hold ``null`` runs no arithmetic, so nothing is asked about
-    its results; one without ``loss_scaling`` is not asked to skip an overflow.
-
-    Args:
-        target: a spec such as ``cpu:bf16``, or a backend's class.
-        option: the option, where ``target`` is a class; the first by default.
-
-    Returns:
-        Keys of ``CHECKS``.
-
-    Raises:
-        UnknownBackend: if there is no such spec.
-        BackendUnavailable: if the backend cannot run here.
+    its results; one without ``loss_scaling`` is not asked to skip an overflow. Arguments and errors
+    are those of `check_backend`.
     """
     case = _made(target, option, _TOLERANCE)
     return [case.check] if isinstance(case, Finding) else _applicable(case)

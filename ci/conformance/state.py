@@ -104,7 +104,6 @@ def check_random_states(case: Case) -> None:
 
 
 def _check_reading(backend: Backend) -> None:
-    """Reading a state must not advance it."""
     _seed(backend, 9)
     first = _draw(backend)
     _seed(backend, 9)

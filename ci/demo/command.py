@@ -8,18 +8,18 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from crosstrain.backends import add_backend_argument, get
-from crosstrain.ci.options import UsageError, at_least, folder, require_extra
+from crosstrain.ci.options import UsageError, at_least, folder, require_demo
 from crosstrain.ci.trials.course import first_difference
 from crosstrain.ci.trials.order import Order
 from crosstrain.ci.trials.processes import Life, TrainingFailed
 
 from .report import DemoRun, draw, print_table
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 _EVERY = 10
 
@@ -45,15 +45,9 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         0 if the killed and resumed run ended with the bits of the one that ran straight through, 1
         if not or if a training failed.
-
-    Raises:
-        BackendError: if the backend is unknown or cannot run here.
-        UsageError: if the extra `demo` is not installed, or the folder holds other files.
     """
-    from rich.console import Console
-
     console = Console()
-    require_extra("demo", "sklearn", "matplotlib")
+    require_demo("sklearn", "matplotlib")
     get(args.backend)
     folders = _fresh_folders(args.out)
     console.print(
@@ -91,8 +85,6 @@ def _fresh_folders(out: Path) -> tuple[Path, Path]:
 def _train_both(
     args: argparse.Namespace, folders: tuple[Path, Path], console: Console
 ) -> tuple[DemoRun, DemoRun]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     straight, killed = DemoRun(), DemoRun()
     columns = (
         TextColumn("{task.description:<20}"),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
 
 from crosstrain.ci.trials.course import Course, losses_of
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 _Row = tuple[str, list[str], bool | None]
 
@@ -47,8 +47,6 @@ def print_table(console: Console, straight: DemoRun, killed: DemoRun, difference
 
 
 def _print_wide(console: Console, title: str, heads: tuple[str, str], rows: list[_Row]) -> None:
-    from rich.table import Table
-
     table = Table(title=title)
     table.add_column("", no_wrap=True)
     for head in heads:

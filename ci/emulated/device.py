@@ -41,7 +41,7 @@ _OTHER = 7919
 
 
 class _Machine:
-    """What torch knows as `torch.emulated`, and what the devices have besides tensors."""
+    """What torch knows as `torch.emulated`, with its names, and what the devices have besides."""
 
     Stream, Event = Stream, Event
     current_stream = staticmethod(current)
@@ -57,50 +57,39 @@ class _Machine:
         self.room: int | None = None
 
     def manual_seed(self, seed: int) -> None:
-        """Seeds the present device's generator."""
         self.states[self.index] = _seeded(seed)
 
     def manual_seed_all(self, seed: int) -> None:
-        """Seeds the generators of all devices, as `torch.manual_seed` asks for."""
         self.states = [_seeded(seed) for _ in range(COUNT)]
 
     def get_rng_state(self, device: Any = None) -> torch.Tensor:
-        """Returns the state of a device's generator."""
         return self.states[self._number(device)].clone()
 
     def set_rng_state(self, state: torch.Tensor, device: Any = None) -> None:
-        """Sets the state of a device's generator."""
         self.states[self._number(device)] = state.clone()
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
-        """Returns what autocast casts to."""
         return [torch.float16, torch.bfloat16]
 
     def stream(self, stream: Any) -> Any:
-        """Returns the context in which a stream is the present one."""
         return stream
 
     def is_initialized(self) -> bool:
-        """Tells that there is nothing to start."""
         return True
 
     def is_available(self) -> bool:
-        """Tells that the devices are there."""
         return True
 
     def _is_in_bad_fork(self) -> bool:
         return False
 
     def device_count(self) -> int:
-        """Returns how many devices there are."""
         return COUNT
 
     def current_device(self) -> int:
-        """Returns the number of the present device."""
         return self.index
 
     def set_device(self, device: Any) -> None:
-        """Makes a device the present one."""
         self.index = self._number(device)
 
     def _number(self, device: Any) -> int:
@@ -110,7 +99,6 @@ class _Machine:
         return self.index if index is None else index
 
     def note_read(self, name: str) -> None:
-        """Counts a read."""
         for counted in self.reads:
             counted[name] += 1
 
@@ -376,14 +364,7 @@ def _to_host(call: _Call, name: str, queue: Queue) -> Any:
 
 
 class _Call:
-    """An operation on what the tensors of the device hold.
-
-    Args:
-        func: the operation.
-        args: its arguments, with tensors of the CPU.
-        kwargs: those by name.
-        index: the number of the device whose generator it draws from.
-    """
+    """An operation on what the tensors of a device hold, which draws from its generator."""
 
     def __init__(self, func: Any, args: Any, kwargs: dict[str, Any], index: int) -> None:
         self.func, self.args, self.kwargs, self.index = func, args, kwargs, index
@@ -416,9 +397,7 @@ class _Call:
     def later(self, queue: Queue, keep_inputs: bool = False) -> Any:
         """Queues it, and returns poison in the place of its results until it has run.
 
-        Args:
-            queue: of the stream that it runs on.
-            keep_inputs: whether it works on its inputs as they are now.
+        With `keep_inputs` it works on its inputs as they are now.
         """
         changed = self._changed()
         if changed:

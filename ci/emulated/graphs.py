@@ -29,11 +29,7 @@ class EmulatedGraph:
         self._queue: Queue | None = None
 
     def capture_begin(self, pool: Any = None, capture_error_mode: str = "global") -> None:
-        """Records, from here on, what is asked of the present stream.
-
-        Raises:
-            RuntimeError: if that is the default stream, or records already.
-        """
+        """Records, from here on, what is asked of the present stream."""
         del pool, capture_error_mode
         queue = current_queue(torch.accelerator.current_device_index())
         if queue.is_default or queue.recorded is not None:
@@ -46,9 +42,8 @@ class EmulatedGraph:
     def capture_end(self) -> None:
         """Ends what `capture_begin` began.
 
-        Raises:
-            RuntimeError: if something was asked that cannot be part of a graph. Then, as CUDA's,
-                the device's generator refuses to draw until the next recording.
+        If something was asked that cannot be part of a graph, then, as CUDA's, the device's
+        generator refuses to draw until the next recording.
         """
         if self._queue is None:
             return

@@ -44,11 +44,7 @@ class Queue:
             _busy[id(self)] = self
 
     def run_until(self, position: int) -> None:
-        """Does all work that was queued before a position.
-
-        Raises:
-            RuntimeError: if it is recorded for a graph, in which nothing is done.
-        """
+        """Does all work that was queued before a position."""
         if self.recorded is not None:
             raise self.refusal("synchronize: operation not permitted when stream is capturing")
         with LOCK, torch.no_grad():

@@ -1,8 +1,4 @@
-"""``crosstrain matrix``: every scenario on every backend, and the reports of it.
-
-Each cell runs in a process of its own (see `crosstrain.ci.matrix.run_all`). With ``--merge``, the
-reports of several machines become one.
-"""
+"""``crosstrain matrix``: every scenario on every backend, and the reports of it."""
 
 from __future__ import annotations
 
@@ -19,20 +15,21 @@ from collections.abc import Generator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
 
-from crosstrain.ci.options import UsageError, above_zero, add_words, at_least, folder, require_extra
+from rich.console import Console
 
-from .report import InvalidReport, Report, Run, merged
+from crosstrain.backends import Availability
+from crosstrain.ci.options import UsageError, above_zero, add_words, at_least, folder, require_demo
+from crosstrain.ci.trials.scenarios import SCENARIOS
+from crosstrain.ci.trials.target import Target
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from crosstrain.backends import Availability
-
-    from .outcome import Outcome
-    from .run_all import CellPlan
-    from .selection import Selection
+from .outcome import Cell, Outcome
+from .progress import print_summary, progress_on
+from .report import Report, Run, merged
+from .report_html import page
+from .report_junit import junit
+from .run_all import CellPlan, run_cells
+from .selection import Selection, chosen_scenarios, exclusive_specs, selected
 
 # Exit codes; after a signal it is that of a shell for a process that a signal ended.
 OK, BROKEN = 0, 1
@@ -109,32 +106,19 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         0 if every cell passed or was skipped; 1 if one did not, or a required backend is missing;
         130 after Ctrl-C and 143 after SIGTERM, with the report of what had ended until then.
-
-    Raises:
-        BackendError: if a spec does not exist, or was asked for and cannot run here.
-        UsageError: if an argument is wrong, a report cannot be read, or something is not installed.
     """
-    from rich.console import Console
-
-    try:
-        if args.merge:
-            return _merge(args)
-        if args.target is None:
-            # The scenarios' own trainings are on its digits.
-            require_extra("demo", "sklearn")
-        return _run(args, Console(highlight=False))
-    except InvalidReport as error:
-        raise UsageError(str(error)) from error
+    if args.merge:
+        return _merge(args)
+    if args.target is None:
+        # The scenarios' own trainings are on its digits.
+        require_demo("sklearn")
+    else:
+        Target.parse(args.target)
+    return _run(args, Console(highlight=False))
 
 
 def _run(args: argparse.Namespace, console: Console) -> int:
-    from crosstrain.ci.trials.scenarios import SCENARIOS
-
-    from .progress import print_summary
-    from .selection import check_target, chosen_scenarios, selected
-
-    check_target(args.target)
-    scenarios = chosen_scenarios(args.scenarios, SCENARIOS)
+    scenarios = chosen_scenarios(args.scenarios)
     selection = selected(args.backends, args.require)
     for spec in selection.backends:
         # At once and not after an hour: what is missing makes this run fail in any case.
@@ -166,8 +150,8 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         report = Report((result,))
         print_summary(console, result)
         if args.report:
-            page = write_reports(report, args.report)
-            console.print(f"report: {page}", markup=False, soft_wrap=True)
+            written = write_reports(report, args.report)
+            console.print(f"report: {written}", markup=False, soft_wrap=True)
     if stopped_by is not None:
         return 128 + stopped_by
     return BROKEN if report.broken() else OK
@@ -176,10 +160,6 @@ def _run(args: argparse.Namespace, console: Console) -> int:
 def _plan(
     args: argparse.Namespace, selection: Selection, scenarios: Sequence[str], place: Path
 ) -> CellPlan:
-    from .outcome import Cell
-    from .run_all import CellPlan
-    from .selection import exclusive_specs
-
     return CellPlan(
         # Scenario by scenario, so that a broken one shows before all of a backend has run.
         cells=tuple(
@@ -204,10 +184,6 @@ def _outcomes(
     plan: CellPlan, selection: Selection, scenarios: Sequence[str], console: Console
 ) -> tuple[list[Outcome], signal.Signals | None]:
     """Runs the cells; gives the outcomes, and the signal that stopped it, if one did."""
-    from .outcome import Outcome
-    from .progress import progress_on
-    from .run_all import run_cells
-
     outcomes = [
         Outcome(spec=spec, scenario=scenario, status="unavailable", reason=_why(found))
         for scenario in scenarios
@@ -290,7 +266,7 @@ def _merge(args: argparse.Namespace) -> int:
             "--merge runs nothing: --backends, --scenarios, --target and --name do not go with it."
         )
     report = merged(Report.read(path) for path in args.merge)
-    page = write_reports(report, args.report)
+    written = write_reports(report, args.report)
     broken = report.broken()
     for one, outcome in broken:
         name = f"{one.name}: {outcome.scenario} on {outcome.spec}: {outcome.status}"
@@ -303,7 +279,7 @@ def _merge(args: argparse.Namespace) -> int:
     if interrupted:
         print(f"interrupted, so not every cell has run: {', '.join(interrupted)}", file=sys.stderr)
     cells = sum(len(one.outcomes) for one in report.runs)
-    print(f"{len(report.runs)} runs, {cells} cells, {len(broken)} broken; report: {page}")
+    print(f"{len(report.runs)} runs, {cells} cells, {len(broken)} broken; report: {written}")
     return BROKEN if broken or missing or interrupted else OK
 
 
@@ -313,9 +289,6 @@ def _has_run(outcome: Outcome) -> bool:
 
 def write_reports(report: Report, folder: Path) -> Path:
     """Write a report in its three forms."""
-    from .report_html import page
-    from .report_junit import junit
-
     report.write(folder)
     (folder / "junit.xml").write_bytes(junit(report))
     target = folder / "index.html"

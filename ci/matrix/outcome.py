@@ -6,10 +6,13 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypedDict, cast, get_args
+from types import UnionType
+from typing import Any, Literal, TypedDict, cast, get_args, get_origin, get_type_hints
+
+from crosstrain.ci.options import UsageError
 
 #: The file that a cell writes into its folder.
 OUTCOME = "outcome.json"
@@ -23,8 +26,8 @@ Figure = int | float | str
 _NON_FINITE = ("nan", "inf", "-inf")
 
 
-class InvalidOutcome(ValueError):
-    """An outcome that breaks the schema: it says where, what was found, and what is legal."""
+class InvalidReport(UsageError, ValueError):
+    """What is no report, or no outcome: it says where, what was found, and what is legal."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +44,7 @@ class Cell:
 
 
 class Hardware(TypedDict):
-    """The machine that a cell ran on.
-
-    Args:
-        machine: a name that tells the team's machines apart, such as the host's name.
-        cores: the CPU cores that the process could use.
-        devices: the devices that the backend trained on, as people call them.
-    """
+    """The machine that a cell ran on, its cores that could be used, and the backend's devices."""
 
     machine: str
     cores: int
@@ -58,7 +55,7 @@ class Hardware(TypedDict):
 class Outcome:
     """What became of one scenario on one backend.
 
-    It is checked when it is made: a wrong value is an `InvalidOutcome` there.
+    A wrong value is an `InvalidReport` when it is made.
 
     Args:
         spec: the backend's spec, such as `cpu:bf16`.
@@ -87,7 +84,22 @@ class Outcome:
     hardware: Hardware | None = None
 
     def __post_init__(self) -> None:
-        _check(self)
+        for name in ("spec", "scenario"):
+            if not getattr(self, name):
+                raise InvalidReport(f"{name} is empty; it names the cell")
+        if (self.status == "passed") == bool(self.reason):
+            raise InvalidReport(
+                f"status {self.status!r} with reason {self.reason!r}: the reason is empty if the "
+                "cell passed, and only then"
+            )
+        if not (math.isfinite(self.seconds) and self.seconds >= 0):
+            raise InvalidReport(f"seconds: {self.seconds!r} is not a duration")
+        for key, figure in self.figures.items():
+            if figure in _NON_FINITE:
+                raise InvalidReport(f"figures[{key!r}]: write float({figure!r}), not the string")
+        cores = 1 if self.hardware is None else self.hardware["cores"]
+        if cores < 1:
+            raise InvalidReport(f"hardware['cores']: {cores} is not a number of cores")
 
     @property
     def cell(self) -> Cell:
@@ -95,10 +107,7 @@ class Outcome:
         return Cell(self.spec, self.scenario)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the outcome as plain values of which `json.dumps` makes valid JSON.
-
-        The numbers nan, inf and -inf become the strings of these names.
-        """
+        """Returns the outcome as plain values of which `json.dumps` makes valid JSON."""
         return {
             **vars(self),
             "losses": [_encoded(loss) for loss in self.losses],
@@ -108,19 +117,9 @@ class Outcome:
 
     @classmethod
     def from_json(cls, value: Any) -> Outcome:
-        """Returns the outcome that `to_json` wrote.
-
-        Raises:
-            InvalidOutcome: if a key is missing or unknown, or a value is none of the legal ones.
-        """
-        content = dict(with_keys(value, "an outcome", {one.name for one in fields(cls)}))
-        for name in ("losses", "resumed_losses"):
-            content[name] = tuple(as_number(x, name) for x in as_list(content[name], name))
-        figures = as_mapping(content["figures"], "figures")
-        content["figures"] = {
-            name: as_number(x, name) if x in _NON_FINITE else x for name, x in figures.items()
-        }
-        return cls(**content)
+        """Returns the outcome that `to_json` wrote."""
+        found: Outcome = typed(cls, value, "an outcome")
+        return found
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Writes the outcome as a JSON file, whole or not at all."""
@@ -128,16 +127,11 @@ class Outcome:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Outcome:
-        """Returns the outcome that a file holds.
-
-        Raises:
-            InvalidOutcome: if the file holds no valid outcome; the message names the file.
-            OSError: if it cannot be read.
-        """
+        """Returns the outcome that a file holds."""
         try:
             return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
         except ValueError as error:
-            raise InvalidOutcome(f"{os.fspath(path)}: {error}") from error
+            raise InvalidReport(f"{os.fspath(path)}: {error}") from error
 
 
 def write_json(target: Path, content: Mapping[str, Any]) -> None:
@@ -147,98 +141,59 @@ def write_json(target: Path, content: Mapping[str, Any]) -> None:
     beside.replace(target)
 
 
-def as_number(value: Any, name: str) -> float:
-    """Returns the number that JSON holds, in which nan, inf and -inf are strings.
-
-    Raises:
-        InvalidOutcome: if it is no number.
-    """
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if number or (isinstance(value, str) and value in _NON_FINITE):
-        return float(value)
-    raise InvalidOutcome(
-        f"{name}: {value!r} is not a number; numbers that JSON does not have are written as the "
-        f"strings {', '.join(_NON_FINITE)}"
-    )
-
-
 def _encoded(value: Figure) -> Figure:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _check(outcome: Outcome) -> None:
-    for name in ("spec", "scenario"):
-        if not as_text(getattr(outcome, name), name):
-            raise InvalidOutcome(f"{name} is empty; it names the cell")
-    if outcome.status not in STATUSES:
-        raise InvalidOutcome(f"status {outcome.status!r} is none of {', '.join(STATUSES)}")
-    reason = as_text(outcome.reason, "reason")
-    if (outcome.status == "passed") == bool(reason):
-        raise InvalidOutcome(
-            f"status {outcome.status!r} with reason {reason!r}: the reason is empty if the cell "
-            "passed, and only then"
-        )
-    if not (math.isfinite(as_number(outcome.seconds, "seconds")) and outcome.seconds >= 0):
-        raise InvalidOutcome(f"seconds: {outcome.seconds!r} is not a duration")
-    for name in ("losses", "resumed_losses"):
-        value: Any = getattr(outcome, name)
-        if not isinstance(cast("object", value), tuple):
-            raise InvalidOutcome(f"{name} is a tuple of floats, not {type(value).__name__}")
-        numbers: tuple[Any, ...] = value
-        for number in numbers:
-            if not isinstance(number, float):
-                raise InvalidOutcome(f"{name}: {number!r} is not a float; write float(loss)")
-    for key, figure in as_mapping(outcome.figures, "figures").items():
-        if isinstance(figure, bool) or not isinstance(figure, (int, float, str)):
-            raise InvalidOutcome(f"figures[{key!r}]: {figure!r} is not an int, a float or a str")
-        if isinstance(figure, str) and figure in _NON_FINITE:
-            raise InvalidOutcome(f"figures[{key!r}]: write float({figure!r}), not the string")
-    for key, version in as_mapping(outcome.versions, "versions").items():
-        as_text(version, f"versions[{key!r}]")
-    if outcome.hardware is not None:
-        _check_hardware(as_mapping(outcome.hardware, "hardware"))
+# The types of plain values, in words.
+_PLAIN: Mapping[Any, str] = {
+    str: "a str",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number; those that JSON does not have are written as the strings "
+    + ", ".join(_NON_FINITE),
+    Figure: "an int, a float or a str",
+}
 
 
-def _check_hardware(hardware: Mapping[str, Any]) -> None:
-    with_keys(hardware, "hardware", set(Hardware.__annotations__))
-    as_text(hardware["machine"], "hardware['machine']")
-    cores = hardware["cores"]
-    if isinstance(cores, bool) or not isinstance(cores, int) or cores < 1:
-        raise InvalidOutcome(f"hardware['cores']: {cores!r} is not a number of cores")
-    for device in as_list(hardware["devices"], "hardware['devices']"):
-        as_text(device, "hardware['devices']")
+def typed(kind: Any, value: Any, name: str) -> Any:
+    """Returns what JSON holds as a value of a type: a dataclass, a mapping, a list, a plain type.
+
+    Raises:
+        InvalidReport: if it is none; it says where, what is there, and what is legal.
+    """
+    origin, inner = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
+    if kind in _PLAIN:
+        return _plain(kind, value, name)
+    if origin is Literal:
+        if value not in inner:
+            raise InvalidReport(f"{name} {value!r} is none of {', '.join(inner)}")
+        return value
+    if origin is UnionType:
+        return None if value is None else typed(inner[0], value, name)
+    if origin in (tuple, list):
+        if not isinstance(value, (list, tuple)):
+            raise InvalidReport(f"{name} is a list, not {type(value).__name__}")
+        return origin(typed(inner[0], one, name) for one in cast("list[Any]", value))
+    if not isinstance(value, dict):
+        raise InvalidReport(f"{name} is an object, not {type(value).__name__}")
+    found = cast("dict[str, Any]", value)
+    if origin is Mapping:
+        return {key: typed(inner[1], one, f"{name}[{key!r}]") for key, one in found.items()}
+    hints = get_type_hints(kind)
+    if unknown := sorted(found.keys() - hints):
+        raise InvalidReport(f"{name}: unknown keys {unknown}; the keys are {sorted(hints)}")
+    if missing := sorted(hints.keys() - found):
+        raise InvalidReport(f"{name}: missing keys {missing}")
+    return kind(**{key: typed(hint, found[key], key) for key, hint in hints.items()})
 
 
-def as_text(value: Any, name: str) -> str:
-    """Returns a value if it is a str; otherwise raises `InvalidOutcome`, which names it."""
-    if not isinstance(value, str):
-        raise InvalidOutcome(f"{name}: {value!r} is not a str")
-    return value
-
-
-def as_list(value: Any, name: str) -> Sequence[Any]:
-    """Returns a value if it is a list or a tuple; otherwise raises `InvalidOutcome`."""
-    if not isinstance(cast("object", value), (list, tuple)):
-        raise InvalidOutcome(f"{name} is a list, not {type(value).__name__}")
-    found: Sequence[Any] = value
-    return found
-
-
-def as_mapping(value: Any, name: str) -> Mapping[str, Any]:
-    """Returns a value if it is a mapping from str; otherwise raises `InvalidOutcome`."""
-    if not isinstance(cast("object", value), Mapping):
-        raise InvalidOutcome(f"{name} is an object, not {type(value).__name__}")
-    found: Mapping[Any, Any] = value
-    for key in found:
-        as_text(key, f"a key of {name}")
-    return cast("Mapping[str, Any]", found)
-
-
-def with_keys(value: Any, name: str, known: set[str]) -> Mapping[str, Any]:
-    """Returns a value if it is a mapping with these keys; otherwise raises `InvalidOutcome`."""
-    found = as_mapping(value, name)
-    if unknown := sorted(found.keys() - known):
-        raise InvalidOutcome(f"{name}: unknown keys {unknown}; the keys are {sorted(known)}")
-    if missing := sorted(known - found.keys()):
-        raise InvalidOutcome(f"{name}: missing keys {missing}")
-    return found
+def _plain(kind: Any, value: Any, name: str) -> Any:
+    if kind in (float, Figure) and isinstance(value, str) and value in _NON_FINITE:
+        return float(value)
+    legal: tuple[type, ...] = {float: (int, float), Figure: (int, float, str)}.get(kind, (kind,))
+    if type(value) not in legal:
+        raise InvalidReport(f"{name}: {value!r} is not {_PLAIN[kind]}")
+    return float(value) if kind is float else value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -12,11 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from .outcome import Cell
-
-if TYPE_CHECKING:
-    from .outcome import Outcome, Status
-    from .report import Run
+from .outcome import Cell, Outcome, Status
+from .report import Run
 
 # A sign, a colour and a word for each status: no one of them is needed to tell them apart.
 MARKS: Mapping[Status, tuple[str, str]] = {
@@ -39,7 +36,7 @@ def duration(seconds: float) -> str:
 
 
 def progress_on(
-    console: Console, specs: Sequence[str], scenarios: Sequence[str], known: Sequence[Outcome] = ()
+    console: Console, specs: Sequence[str], scenarios: Sequence[str], known: Sequence[Outcome]
 ) -> PlainProgress:
     """Returns the progress that suits a console: live on a terminal, plain lines elsewhere."""
     kind = LiveProgress if console.is_terminal and not console.is_dumb_terminal else PlainProgress

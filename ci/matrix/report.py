@@ -9,21 +9,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-from .outcome import (
-    Cell,
-    InvalidOutcome,
-    Outcome,
-    as_list,
-    as_mapping,
-    as_number,
-    as_text,
-    with_keys,
-    write_json,
-)
+from .outcome import Cell, InvalidReport, Outcome, typed, write_json
 
 SCHEMA = "crosstrain-matrix"
 SCHEMA_VERSION = 1
@@ -33,29 +23,20 @@ FILE_NAME = "matrix.json"
 BROKEN = frozenset({"failed", "error", "timeout"})
 
 
-class InvalidReport(ValueError):
-    """A file that holds no report: it says which, where it is wrong, and what is legal."""
+class _Title(TypedDict):
+    name: str
+    title: str
+
+
+class _Content(TypedDict):
+    schema: str
+    version: int
+    runs: list[Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What one machine ran.
-
-    Args:
-        name: how the machine is called in the report.
-        started: when, as an ISO 8601 time in UTC.
-        seconds: how long it took.
-        interrupted: whether it was stopped before every cell had run.
-        target: the user's training, `module:function`; None for the scenarios' own.
-        backends: the specs, in the order of the columns.
-        required: those of them that had to be available.
-        scenarios: the scenarios' titles by their names, in the order of the rows.
-        machine: what the machine is, by name: host, platform, processor, cores, Python.
-        versions: the versions of the libraries, by name.
-        devices: the names of the devices of each spec.
-        outcomes: one for each cell that came to an end.
-        absent: why each other backend could not run there, by its name, in the doctor's words.
-    """
+    """What one machine ran: the keys of the schema, in which scenarios have their titles."""
 
     name: str
     started: str
@@ -95,34 +76,21 @@ class Run:
 
     @classmethod
     def from_json(cls, value: Any) -> Run:
-        """Returns the run that `to_json` wrote.
-
-        Raises:
-            ValueError: if a key is missing or unknown, or a value is none of the legal ones.
-        """
-        found = with_keys(value, "a run", {one.name for one in fields(cls)})
-        interrupted, target = found["interrupted"], found["target"]
-        if not isinstance(interrupted, bool):
-            raise InvalidReport(f"interrupted: {interrupted!r} is not true or false")
-        run = cls(
-            name=as_text(found["name"], "name"),
-            started=as_text(found["started"], "started"),
-            seconds=as_number(found["seconds"], "seconds"),
-            interrupted=interrupted,
-            target=None if target is None else as_text(target, "target"),
-            backends=_texts(found["backends"], "backends"),
-            required=_texts(found["required"], "required"),
-            scenarios=_titles(found["scenarios"]),
-            machine=_words(found["machine"], "machine"),
-            versions=_words(found["versions"], "versions"),
-            devices={
-                spec: _texts(names, f"devices[{spec!r}]")
-                for spec, names in as_mapping(found["devices"], "devices").items()
-            },
-            outcomes=tuple(map(Outcome.from_json, as_list(found["outcomes"], "outcomes"))),
-            absent=_words(found["absent"], "absent"),
-        )
-        _check_cells(run)
+        """Returns the run that `to_json` wrote."""
+        content: Any = value
+        if isinstance(value, dict) and "scenarios" in value:
+            titles = typed(list[_Title], content["scenarios"], "scenarios")
+            content = {**content, "scenarios": {one["name"]: one["title"] for one in titles}}
+        run: Run = typed(cls, content, "a run")
+        seen: set[Cell] = set()
+        for one in run.outcomes:
+            _one_of(one.spec, run.backends, "backends")
+            _one_of(one.scenario, list(run.scenarios), "scenarios")
+            if one.cell in seen:
+                raise InvalidReport(f"two outcomes of scenario {one.scenario!r} on {one.spec!r}")
+            seen.add(one.cell)
+        for spec in run.required:
+            _one_of(spec, run.backends, "backends")
         return run
 
 
@@ -154,16 +122,11 @@ class Report:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Report:
-        """Returns the report of a file, checked.
-
-        Raises:
-            InvalidReport: if there is none, or it breaks the schema; the message names the file.
-        """
+        """Returns the report of a file, checked; `InvalidReport` names the file."""
         file = Path(path)
         file = file / FILE_NAME if file.is_dir() else file
         try:
-            content = as_mapping(json.loads(file.read_text(encoding="utf-8")), "a report")
-            return cls._from_json(content)
+            return cls._from_json(json.loads(file.read_text(encoding="utf-8")))
         except OSError as error:
             raise InvalidReport(
                 f"{file}: {error.strerror}; name a folder that `crosstrain matrix --report` wrote, "
@@ -173,7 +136,8 @@ class Report:
             raise InvalidReport(f"{file}: {error}") from error
 
     @classmethod
-    def _from_json(cls, content: Mapping[str, Any]) -> Report:
+    def _from_json(cls, value: Any) -> Report:
+        content: Any = value if isinstance(value, dict) else {}
         if content.get("schema") != SCHEMA:
             raise InvalidReport(f"schema {content.get('schema')!r} is not {SCHEMA!r}")
         if content.get("version") != SCHEMA_VERSION:
@@ -181,8 +145,7 @@ class Report:
                 f"version {content.get('version')!r} of the schema; this crosstrain reads version "
                 f"{SCHEMA_VERSION}: write and merge with the same crosstrain"
             )
-        with_keys(content, "a report", {"schema", "version", "runs"})
-        runs = tuple(map(Run.from_json, as_list(content["runs"], "runs")))
+        runs = tuple(map(Run.from_json, typed(_Content, content, "a report")["runs"]))
         names = [run.name for run in runs]
         if len(set(names)) < len(names):
             raise InvalidReport(f"runs of one name: {names}")
@@ -210,35 +173,6 @@ def merged(reports: Iterable[Report]) -> Report:
         names.add(name)
         runs.append(replace(run, name=name))
     return Report(tuple(runs))
-
-
-def _texts(value: Any, name: str) -> tuple[str, ...]:
-    return tuple(as_text(one, name) for one in as_list(value, name))
-
-
-def _words(value: Any, name: str) -> dict[str, str]:
-    found = as_mapping(value, name).items()
-    return {key: as_text(word, f"{name}[{key!r}]") for key, word in found}
-
-
-def _titles(value: Any) -> dict[str, str]:
-    titles: dict[str, str] = {}
-    for one in as_list(value, "scenarios"):
-        found = with_keys(one, "a scenario", {"name", "title"})
-        titles[as_text(found["name"], "name")] = as_text(found["title"], "title")
-    return titles
-
-
-def _check_cells(run: Run) -> None:
-    seen: set[Cell] = set()
-    for one in run.outcomes:
-        _one_of(one.spec, run.backends, "backends")
-        _one_of(one.scenario, list(run.scenarios), "scenarios")
-        if one.cell in seen:
-            raise InvalidOutcome(f"two outcomes of scenario {one.scenario!r} on {one.spec!r}")
-        seen.add(one.cell)
-    for spec in run.required:
-        _one_of(spec, run.backends, "backends")
 
 
 def _one_of(word: str, words: Sequence[str], name: str) -> None:

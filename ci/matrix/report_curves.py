@@ -27,13 +27,11 @@ _LEAST_DECADE = -12
 
 @dataclass(frozen=True)
 class Curve:
-    """The losses of one training on one backend.
+    """The losses of one training on one backend, where nan and inf leave gaps.
 
     Args:
-        label: what the backend is called.
         style: the class of its colour and dashes.
-        losses: of the run that was never stopped, one an iteration; may hold nan and inf, which
-            leave gaps.
+        losses: of the run that was never stopped, one an iteration.
         resumed: of each run that was stopped and went on.
     """
 
@@ -46,7 +44,7 @@ class Curve:
         """Returns how far the resumed runs are from the one that was never stopped, at most."""
         found = [deviation(one, self.losses) for one in self.resumed]
         each = [one.each for one in found if one is not None]
-        return Deviation.of(tuple(map(max, zip(*each, strict=False)))) if each else None
+        return Deviation(tuple(map(max, zip(*each, strict=False)))) if each else None
 
 
 @dataclass(frozen=True)
@@ -54,32 +52,29 @@ class Deviation:
     """How far the losses of one run are from those of another.
 
     Args:
-        each: the absolute difference in each iteration that both have; inf where only one of them
-            is a finite number, 0 where both are the same infinity or both nan.
-        largest: the largest of these.
-        iteration: the first iteration in which it is reached, counted from 1.
+        each: the absolute difference in each iteration that both have, of which there is one at
+            least; inf where only one of them is a finite number, 0 where both are the same infinity
+            or both nan.
     """
 
     each: tuple[float, ...]
-    largest: float
-    iteration: int
 
-    @classmethod
-    def of(cls, each: tuple[float, ...]) -> Deviation:
-        """Makes it of the differences, of which there is at least one."""
-        largest = max(each)
-        return cls(each, largest, each.index(largest) + 1)
+    @property
+    def largest(self) -> float:
+        """The largest difference."""
+        return max(self.each)
 
     def __str__(self) -> str:
         if not self.largest:
             return "identical"
-        return f"{_figure(self.largest)} at iteration {self.iteration}"
+        words = f"{self.largest:.2g}" if math.isfinite(self.largest) else "not finite"
+        return f"{words} at iteration {self.each.index(self.largest) + 1}"
 
 
 def deviation(losses: Sequence[float], reference: Sequence[float]) -> Deviation | None:
     """Returns how far some losses are from the reference's; None if they share no iteration."""
     each = tuple(_apart(a, b) for a, b in zip(losses, reference, strict=False))
-    return Deviation.of(each) if each else None
+    return Deviation(each) if each else None
 
 
 def _apart(one: float, other: float) -> float:
@@ -100,7 +95,7 @@ def chart(
     Args:
         curves: one a backend.
         title: read out in place of the picture.
-        reference: the one of `curves`, or another, that all others are measured against.
+        reference: what all others are measured against.
         stops: the iterations after which a run was stopped and went on.
     """
     longest = max((len(curve.losses) for curve in curves), default=0)
@@ -270,7 +265,3 @@ def _ticks(low: float, high: float, whole: bool = False) -> list[float]:
     step = max(1.0, step) if whole else step
     first, last = math.floor(low / step), math.ceil(high / step)
     return [round(k * step, 12) for k in range(first, max(last, first + 1) + 1)]
-
-
-def _figure(value: float) -> str:
-    return f"{value:.2g}" if math.isfinite(value) else "not finite"

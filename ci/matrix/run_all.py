@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from crosstrain.ci.trials.processes import Child, ending
 
-from .outcome import OUTCOME, Cell, InvalidOutcome, Outcome, Status
+from .outcome import OUTCOME, Cell, InvalidReport, Outcome
 
 if TYPE_CHECKING:
     from .progress import PlainProgress
@@ -44,13 +44,11 @@ class CellPlan:
     """What to run, and how.
 
     Args:
-        cells: the cells, in the order in which they are started.
-        folder: where the cells' folders are made. That of a cell that passed, or
-            was skipped, is removed.
+        folder: where the cells' folders are made; that of a cell that passed, or was skipped, is
+            removed.
         timeout: how long a cell may take, in seconds.
         jobs: how many may run at a time.
         exclusive: specs whose device belongs to one process at a time.
-        target: the user's training, `module:function`; None for the scenarios' own.
         command: what follows `python`, and is followed by the cell's arguments.
     """
 
@@ -137,48 +135,40 @@ class _Process:
 
     def finish(self) -> Outcome:
         """Gives its outcome; kills it if it runs, and whatever it has left behind."""
-        code = self._process.poll()
-        seconds = self._seconds()
+        code, seconds = self._process.poll(), self._seconds()
         self.kill()
-        if code is None:
-            outcome = self._lost(
-                "timeout",
-                f"It had not ended after {self._timeout:g} s and was killed; "
-                "`--timeout SECONDS` gives it longer.",
-                seconds,
-            )
-        else:
-            outcome = self._written(code, seconds)
-        if outcome.status in ("passed", "skipped"):
-            shutil.rmtree(self._folder, ignore_errors=True)
-        return outcome
-
-    def _written(self, code: int, seconds: float) -> Outcome:
-        file = self._folder / OUTCOME
-        try:
-            outcome = Outcome.read(file)
-        except FileNotFoundError:
-            return self._lost(
-                "error", f"It ended with {ending(code)} before it wrote an outcome.", seconds
-            )
-        except (InvalidOutcome, OSError) as error:
-            return self._lost("error", f"Its outcome cannot be read: {error}.", seconds)
-        if outcome.cell != self.cell:
-            named = f"{outcome.scenario} on {outcome.spec}"
-            return self._lost("error", f"It wrote the outcome of another cell: {named}.", seconds)
-        return outcome
-
-    def _lost(self, status: Status, what: str, seconds: float) -> Outcome:
+        found = self._written(code)
+        if isinstance(found, Outcome):
+            if found.status in ("passed", "skipped"):
+                shutil.rmtree(self._folder, ignore_errors=True)
+            return found
         text = self._log("stderr").read_bytes().decode(errors="replace").strip()
         tail = "\n".join(text.splitlines()[-_TAIL_LINES:])[-_TAIL_CHARACTERS:]
         said = f"The end of its stderr:\n{tail}" if tail else "Its stderr is empty."
         return Outcome(
             spec=self.cell.spec,
             scenario=self.cell.scenario,
-            status=status,
-            reason=f"{what}\n{said}",
+            status="timeout" if code is None else "error",
+            reason=f"{found}\n{said}",
             seconds=seconds,
         )
+
+    def _written(self, code: int | None) -> Outcome | str:
+        """Returns the outcome that it has written, or why there is none."""
+        if code is None:
+            return (
+                f"It had not ended after {self._timeout:g} s and was killed; "
+                "`--timeout SECONDS` gives it longer."
+            )
+        try:
+            outcome = Outcome.read(self._folder / OUTCOME)
+        except FileNotFoundError:
+            return f"It ended with {ending(code)} before it wrote an outcome."
+        except (InvalidReport, OSError) as error:
+            return f"Its outcome cannot be read: {error}."
+        if outcome.cell != self.cell:
+            return f"It wrote the outcome of another cell: {outcome.scenario} on {outcome.spec}."
+        return outcome
 
 
 def _kill_marked(mark: str) -> None:

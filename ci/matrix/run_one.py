@@ -108,11 +108,7 @@ def _hardware(devices: list[str]) -> Hardware:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Plays the cell of a command line.
-
-    Returns:
-        0 if an outcome was written, 2 if the arguments are wrong.
-    """
+    """Plays the cell of a command line."""
     parser = argparse.ArgumentParser(
         prog="python -m crosstrain.ci.matrix.run_one", description=__doc__
     )

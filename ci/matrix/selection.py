@@ -11,7 +11,7 @@ from crosstrain.backends import Availability, BackendUnavailable, get, names, pr
 from crosstrain.backends.errors import UnknownBackend
 from crosstrain.backends.registry import short
 from crosstrain.ci.options import UsageError
-from crosstrain.ci.trials.target import Target, TargetError
+from crosstrain.ci.trials.scenarios import SCENARIOS
 
 # Not trained on: one records calls, the other stands for one of the rest.
 _NO_COLUMN = frozenset({"auto", "null"})
@@ -24,14 +24,7 @@ _SHARDED = "fsdp"
 
 @dataclass(frozen=True)
 class Selection:
-    """The columns of a matrix.
-
-    Args:
-        backends: the specs, in order.
-        required: those of them that have to be available.
-        found: what the probe of each says.
-        absent: what the probes of the other backends say that cannot run here, by name.
-    """
+    """The columns of a matrix, and what the probes say of them, and of others that are absent."""
 
     backends: tuple[str, ...]
     required: tuple[str, ...]
@@ -40,37 +33,29 @@ class Selection:
 
 
 def available_specs() -> list[str]:
-    """Returns every spec that can run here: each option of each backend but `null` and `auto`.
-
-    `emulated`, which is no hardware, is left out too: it has to be asked for.
-    Options that share a model out over processes are left out: one process has nothing to share.
+    """Returns every spec that can run here and shows something in one process.
 
     The CPU's come first, as the reference of all others; a backend's first option has the plain
     name.
     """
     specs: list[str] = []
-    for name in sorted(
-        set(names()) - _NO_COLUMN - _BY_NAME_ONLY, key=lambda name: (name != "cpu", name)
-    ):
-        if not probe(name).ok:
-            continue
-        options = get(name).options
-        specs += [name, *(f"{name}:{o}" for o in options[1:] if not o.startswith(_SHARDED))]
+    candidates = set(names()) - _NO_COLUMN - _BY_NAME_ONLY
+    for name in sorted(candidates, key=lambda name: (name != "cpu", name)):
+        if probe(name).ok:
+            options = get(name).options[1:]
+            specs += [name, *(f"{name}:{o}" for o in options if not o.startswith(_SHARDED))]
     return [spec for spec in specs if probe(spec).ok]
 
 
 def selected(asked: Sequence[str], required: Sequence[str]) -> Selection:
-    """Returns the columns that a command line asks for.
+    """Returns the columns that a command line asks for; by default those that can run here.
 
     Args:
-        asked: the specs of `--backends`; if there are none, and none is required, those that are
-            available here.
+        asked: the specs of `--backends`.
         required: the specs of `--require`: columns too, which may be unavailable.
 
     Raises:
-        UnknownBackend: if a spec does not exist.
         BackendUnavailable: if one was asked for, but not required, and cannot run here.
-        UsageError: if one cannot be trained on.
     """
     required = [short(spec) for spec in required]
     specs = [*map(short, asked), *required] or available_specs()
@@ -103,30 +88,16 @@ def _check_exists(spec: str) -> None:
         return
 
 
-def chosen_scenarios(asked: Sequence[str], known: Iterable[str]) -> list[str]:
-    """Returns the scenarios that a command line asks for, in their own order.
-
-    Raises:
-        UsageError: if one does not exist; the message has the nearest that does.
-    """
-    names_ = list(known)
+def chosen_scenarios(asked: Sequence[str]) -> list[str]:
+    """Returns the scenarios that a command line asks for, in their own order."""
     for name in asked:
-        if name not in names_:
-            close = difflib.get_close_matches(name, names_, n=1)
+        if name not in SCENARIOS:
+            close = difflib.get_close_matches(name, SCENARIOS, n=1)
             hint = f" Did you mean '{close[0]}'?" if close else ""
             raise UsageError(
-                f"There is no scenario '{name}'.{hint} Scenarios: {', '.join(names_)}."
+                f"There is no scenario '{name}'.{hint} Scenarios: {', '.join(SCENARIOS)}."
             )
-    return [name for name in names_ if not asked or name in asked]
-
-
-def check_target(target: str | None) -> None:
-    """Raises `UsageError` unless a target is None or names a function, as `Target.parse` says."""
-    if target is not None:
-        try:
-            Target.parse(target)
-        except TargetError as error:
-            raise UsageError(str(error)) from None
+    return [name for name in SCENARIOS if not asked or name in asked]
 
 
 def exclusive_specs(specs: Iterable[str]) -> frozenset[str]:

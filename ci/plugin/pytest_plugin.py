@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
-from .selection import Row, Selection, UnknownSpec, from_options
-from .world import RankReports, folder_of_rank, run_in_world, world_size
+from crosstrain.backends import Backend, UnknownBackend, get
 
-if TYPE_CHECKING:
-    from crosstrain.backends import Backend
+from .selection import Row, Selection, from_options
+from .world import RankReports, folder_of_rank, run_in_world, world_size
 
 _SELECTION = pytest.StashKey[Selection]()
 
@@ -54,11 +53,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Registers the marks and reads the options.
-
-    Raises:
-        pytest.UsageError: if a spec does not exist.
-    """
+    """Registers the marks and reads the options."""
     for mark in (
         "backends(spec, ...): it is about these backends (crosstrain)",
         "needs(capability, ...): it runs on backends that can do this: loss_scaling (crosstrain)",
@@ -69,7 +64,7 @@ def pytest_configure(config: pytest.Config) -> None:
     required: list[str] = config.getoption("--require-backends") or []
     try:
         config.stash[_SELECTION] = from_options(chosen, required, _EVERYTHING, os.environ)
-    except UnknownSpec as error:
+    except UnknownBackend as error:
         hint = ""
         if any("/" in text or text.endswith(".py") for text in required):
             hint = " Write --require-backends=SPEC,... with '=', or put it last: it took a path."
@@ -98,11 +93,7 @@ def _header(selection: Selection) -> list[str]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Runs each test that uses the fixtures on each backend.
-
-    Raises:
-        pytest.UsageError: if a mark names a backend that does not exist.
-    """
+    """Runs each test that uses the fixtures on each backend."""
     if _ROW not in metafunc.fixturenames:
         return
     selection = metafunc.config.stash[_SELECTION]
@@ -110,7 +101,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         rows = selection.rows(
             _words(metafunc.definition, "backends"), _words(metafunc.definition, "needs")
         )
-    except UnknownSpec as error:
+    except UnknownBackend as error:
         raise pytest.UsageError(f"{metafunc.definition.nodeid}: {error}") from None
     selection.used.update(row.spec for row in rows)
     ids = [row.spec or "no-backend" for row in rows]
@@ -118,12 +109,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves the fixtures of tests in several processes to these processes.
-
-    Raises:
-        pytest.UsageError: if a mark `world` has no number of processes, or one of our marks is on a
-            test that uses none of our fixtures, and so would do nothing.
-    """
+    """Leaves the fixtures of tests in several processes to these; refuses marks that do nothing."""
     ours = _OUR_MARKS - _marks_of_the_project(config)
     for item in items:
         names = ours & {mark.name for mark in item.iter_markers()}
@@ -194,8 +180,6 @@ def backend_spec(_crosstrain_row: str) -> str:
 @pytest.fixture
 def backend(_crosstrain_row: str) -> Iterator[Backend]:
     """The backend that the test runs on, opened, and closed after the test."""
-    from crosstrain.backends import get
-
     with get(_crosstrain_row) as opened:
         yield opened
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from crosstrain.backends import Availability
+from crosstrain.backends import Availability, BackendError, UnknownBackend, get, names, probe
+from crosstrain.backends.registry import short
+from crosstrain.ci.matrix.selection import available_specs
+from crosstrain.ci.options import words
 
 #: Names backends where `--backends` does not.
 VARIABLE = "CROSSTRAIN_BACKENDS"
-
-
-class UnknownSpec(ValueError):
-    """A spec does not exist; the message has the nearest that does."""
 
 
 @dataclass(frozen=True)
@@ -65,33 +63,21 @@ class Selection:
     def specs(self) -> tuple[str, ...]:
         """Returns the backends to test on, in order."""
         if self._specs is None:
-            from crosstrain.ci.matrix.selection import available_specs
-
             chosen = self.asked or tuple(available_specs())
             self._specs = tuple(dict.fromkeys((*chosen, *self.required)))
         return self._specs
 
     def look(self, spec: str) -> _Found:
-        """Returns what is known of a backend.
-
-        Raises:
-            UnknownSpec: if there is no such backend.
-        """
+        """Returns what is known of a backend; raises `UnknownBackend` if there is no such."""
         if spec not in self._found:
-            from crosstrain.backends import BackendError, UnknownBackend, get, probe
-
-            availability, capabilities = probe(spec), frozenset[str]()
             try:
-                if availability.ok:
-                    capabilities = get(spec).capabilities
-                else:
-                    get(spec)
-            except UnknownBackend as error:
-                raise UnknownSpec(str(error)) from None
-            # The probe has told the reason.
+                capabilities = get(spec).capabilities
+            except UnknownBackend:
+                raise
+            # Its probe tells the reason.
             except BackendError:
-                pass
-            self._found[spec] = _Found(availability, capabilities)
+                capabilities = frozenset()
+            self._found[spec] = _Found(probe(spec), capabilities)
         return self._found[spec]
 
     def is_required(self, spec: str) -> bool:
@@ -100,8 +86,6 @@ class Selection:
 
     def start(self) -> None:
         """Opens one backend of each name that tests run on, and closes it, if there are several."""
-        from crosstrain.backends import get
-
         here = (spec for spec in self.used if spec and self.look(spec).availability.ok)
         specs = {spec.partition(":")[0]: spec for spec in here}
         for spec in specs.values() if len(specs) > 1 else ():
@@ -118,18 +102,12 @@ class Selection:
         }
 
     def rows(self, about: Iterable[str], needs: Iterable[str]) -> list[Row]:
-        """Returns what a test is run on.
+        """Returns a row for each backend that a test is run on, or one that says why on none.
 
         Args:
             about: the specs that the test is about; empty: any.
             needs: the capabilities that a backend must have for it.
-
-        Returns:
-            One row for each backend; a backend that lacks what the test needs has none. If none
-            is left, one row that says why the test is skipped.
         """
-        from crosstrain.backends.registry import short
-
         about, needs = tuple(map(short, about)), frozenset(needs)
         for spec in about:
             self.look(spec)
@@ -158,8 +136,6 @@ class Selection:
 
     def table(self) -> list[str]:
         """Returns a line for each backend: those selected, and those that cannot run here."""
-        from crosstrain.backends import names, probe
-
         specs = list(self.specs())
         if not self.asked:
             known = {spec.partition(":")[0] for spec in specs}
@@ -188,38 +164,26 @@ def _why(spec: str, found: Availability) -> str:
 
 def _parse(texts: Iterable[str], source: str) -> tuple[str, ...]:
     """Reads lists of specs with commas between them; each in its shortest form."""
-    specs = [spec.strip() for text in texts for spec in text.split(",")]
-    if not all(specs):
-        raise UnknownSpec(
-            f"{source} has an empty entry; write specs with a comma between them, such as "
-            "cpu,cpu:bf16"
-        )
-    from crosstrain.backends.registry import short
-
+    try:
+        specs = [spec for text in texts for spec in words(text)]
+    except argparse.ArgumentTypeError as error:
+        raise UnknownBackend(f"{source}: {error}") from None
     return tuple(dict.fromkeys(map(short, specs)))
 
 
 def from_options(
     backends: Iterable[str],
-    required: Iterable[str],
+    required: Collection[str],
     everything: str,
     environment: Mapping[str, str],
 ) -> Selection:
-    """Returns the selection that a command line asks for.
-
-    Raises:
-        UnknownSpec: if a spec does not exist.
-    """
-    given = [*backends]
-    source = "--backends"
+    """Returns the selection that a command line asks for, all of which exists."""
+    given, source = [*backends], "--backends"
     if not given and environment.get(VARIABLE):
         given, source = [environment[VARIABLE]], VARIABLE
-    required = [*required]
     named = [text for text in required if text != everything]
     selection = Selection(
-        _parse(given, source) if given else (),
-        _parse(named, "--require-backends") if named else (),
-        everything in required,
+        _parse(given, source), _parse(named, "--require-backends"), everything in required
     )
     for spec in (*selection.asked, *selection.required):
         selection.look(spec)

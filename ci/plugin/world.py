@@ -27,11 +27,7 @@ def folder_of_rank() -> Path | None:
 
 
 def world_size(item: pytest.Item) -> int:
-    """Returns in how many processes a test runs, by its mark; 1 without one.
-
-    Raises:
-        pytest.UsageError: if the mark has no number of at least 1.
-    """
+    """Returns in how many processes a test runs, by its mark; 1 without one."""
     mark = item.get_closest_marker("world")
     if mark is None:
         return 1

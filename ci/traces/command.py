@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 from crosstrain.ci.options import above_zero
 
 from .diff import Comparison, Difference, compare, span
-from .file import Trace, TraceError
+from .file import Trace
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,14 +33,10 @@ def run(args: argparse.Namespace) -> int:
     """Compare the traces and print where they part.
 
     Returns:
-        0 if they do not part, 1 if they do, 2 if they cannot be compared.
+        0 if they do not part, 1 if they do.
     """
-    try:
-        left, right = Trace(args.left), Trace(args.right)
-        found = compare(left, right, tolerance=args.tolerance, exact=args.exact)
-    except (TraceError, ValueError) as error:
-        print(f"crosstrain diff: error: {error}", file=sys.stderr)
-        return 2
+    left, right = Trace(args.left), Trace(args.right)
+    found = compare(left, right, tolerance=args.tolerance, exact=args.exact)
     if args.json:
         print(json.dumps(_report(left, right, found), indent=1))
     else:

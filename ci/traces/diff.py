@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from crosstrain.ci.options import UsageError
+
 from .file import Record, Thing, Trace, TraceError
 
 # What is compared across kinds of devices: their random streams differ, and so does, for all that
@@ -25,8 +27,6 @@ class Difference:
     """The first thing in which two runs differ.
 
     Args:
-        iteration: the iteration.
-        epoch: the epoch that it is in.
         thing: what differs; None where one of the runs lacks the iteration.
         left: the first run's value (a loss, a setting, a norm); None where there is none.
         right: the second run's.
@@ -57,13 +57,9 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What came of comparing two traces.
+    """What came of comparing two traces: where they part, how they were compared, and why so.
 
     Args:
-        difference: where they part; None if they do not.
-        tolerance: the relative one, by norms; None: bit by bit.
-        why: why they were compared so, as a sentence.
-        iterations: how many iterations were compared.
         conditions: what differs between the environments that they were recorded in.
         unrecorded: iterations between the first and the last that only one of the traces holds.
     """
@@ -93,15 +89,9 @@ def compare(
         right: another.
         tolerance: compares by norms, with this relative tolerance, whatever the devices.
         exact: compares bit by bit, whatever the devices.
-
-    Raises:
-        TraceError: if they have no iteration in common.
-        ValueError: if both options are given, or the tolerance is not above 0.
     """
     if exact and tolerance is not None:
-        raise ValueError("exact compares bit by bit: it does not go with a tolerance.")
-    if tolerance is not None and not tolerance > 0:
-        raise ValueError(f"tolerance is a number above 0, such as 1e-3; got {tolerance}.")
+        raise UsageError("exact compares bit by bit: it does not go with a tolerance.")
     kinds = [_kind(trace.environment) for trace in (left, right)]
     if tolerance is not None:
         why = "A tolerance was asked for."
@@ -181,12 +171,8 @@ def first_difference(
 ) -> Difference | None:
     """Returns the first difference in the iterations that both have, or None.
 
-    If they agree there, and one goes on for longer, that is the difference.
-
-    Args:
-        left: a trace.
-        right: another.
-        tolerance: relative, by norms; None: bit by bit.
+    If they agree there, and one goes on for longer, that is the difference. With a tolerance they
+    are compared by norms.
     """
     common = sorted(set(left.iterations) & set(right.iterations))
     kinds: tuple[str, ...] = _BY_VALUE

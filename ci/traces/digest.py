@@ -7,21 +7,20 @@ their order, so every device gives the same digest for the same bits. A change o
 changes it; a change of several goes unseen with a chance of about 2**-63, and of 2**-32 where
 nothing but the highest bits of 32-bit elements changes. It is no protection against an adversary.
 
-`crosstrain.engine.digest` is another idea: SHA-256, which a device cannot compute without copying
-every tensor to the host. A trace takes a digest of everything in each iteration.
+`crosstrain.engine.digest` takes SHA-256, for which every tensor is copied to the host: too slow for
+a trace, which takes a digest of everything in each iteration.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-from collections.abc import Iterator
 from typing import Any, Final, cast
 
 import numpy
 import torch
 
-from crosstrain.engine.guards import is_array, is_mapping, is_sequence
+from crosstrain.engine.digest import leaf_of, parts
+from crosstrain.engine.guards import is_array
 from crosstrain.engine.splitmix import mix_into, word
 
 # Elements that are multiplied at once: the table of constants and the products take 8 MiB each.
@@ -29,7 +28,6 @@ _CHUNK: Final = 1 << 20
 _SMALLEST: Final = 1 << 12
 _KEPT: Final = 10_000
 _BITS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_PLAIN: Final = (bool, int, float, complex, str, bytes, type(None))
 
 
 def _constants(first: int, count: int) -> list[int]:
@@ -50,19 +48,14 @@ class Digester:
         self._known: dict[str, int] = {}
 
     def digest(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Returns the digest of a tensor's elements, unread; `salt` tells its shape and type.
+        """Returns the digest of a tensor's elements, of 64 bits, unread, on the same device.
 
-        Args:
-            tensor: of any shape, dtype and device; a sparse one is taken by its indices and values,
-                a distributed one by its local part.
-
-        Returns:
-            An integer of 64 bits, as a tensor without dimensions on the same device.
+        A sparse tensor is taken by its indices and values, a distributed one by its local part.
+        `salt` tells the shape and the type.
         """
         with torch.no_grad():
-            parts = [self._dense(part) for part in _dense_parts(tensor)]
-            total = parts[0]
-            for number, part in enumerate(parts[1:]):
+            total, *more = (self._dense(part) for part in _dense_parts(tensor))
+            for number, part in enumerate(more):
                 total = total + part * self._chunk_constant(number)
             return total
 
@@ -136,53 +129,20 @@ def text_digest(text: str | bytes) -> int:
 def tensors_of(value: Any) -> tuple[list[torch.Tensor], int]:
     """Takes a nest of anything apart, such as a batch.
 
-    Args:
-        value: mappings, sequences, dataclasses, tensors, arrays, plain values; of other objects,
-            the attributes.
-
     Returns:
         The tensors in it, in their order, and a digest of everything else: of where they are, and
         of plain values. Arrays of numbers are given as tensors.
     """
     tensors: list[torch.Tensor] = []
-    rest = "".join(_walk(value, tensors, 16))
-    return tensors, text_digest(rest)
-
-
-def _walk(value: Any, tensors: list[torch.Tensor], depth: int) -> Iterator[str]:
-    if isinstance(value, torch.Tensor):
-        tensors.append(value)
-        yield "T"
-    elif isinstance(value, _PLAIN):
-        yield f"{type(value).__name__}{value!r}"
-    elif is_array(value):
-        yield from _array(value, tensors)
-    elif depth == 0:
-        yield type(value).__name__
-    elif is_mapping(value):
-        for key in sorted(value, key=str):
-            yield f".{key}"
-            yield from _walk(value[key], tensors, depth - 1)
-    elif is_sequence(value):
-        yield "["
-        for item in value:
-            yield from _walk(item, tensors, depth - 1)
-        yield "]"
-    else:
-        yield type(value).__name__
-        yield from _walk(_attributes(value), tensors, depth - 1)
-
-
-def _array(array: Any, tensors: list[torch.Tensor]) -> Iterator[str]:
-    if array.dtype.kind in "biufc" and array.dtype.isnative:
-        # A copy: torch warns of arrays that cannot be written to, and refuses negative strides.
-        tensors.append(torch.from_numpy(array.copy()))  # pyright: ignore[reportUnknownMemberType]
-        yield "A"
-    else:
-        yield f"{array.dtype}{array.shape}{array.tolist()!r}"
-
-
-def _attributes(value: Any) -> dict[str, Any]:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    return dict(getattr(value, "__dict__", {}))
+    rest: list[str] = []
+    for path, part in parts(value):
+        if isinstance(part, torch.Tensor):
+            tensors.append(part)
+            rest.append(path)
+        elif is_array(part) and part.dtype.kind in "biufc" and part.dtype.isnative:
+            # A copy: torch warns of arrays that cannot be written to, and refuses negative strides.
+            tensors.append(torch.from_numpy(part.copy()))  # pyright: ignore[reportUnknownMemberType]
+            rest.append(f"{path} array")
+        else:
+            rest.append(repr(leaf_of(path, part)))
+    return tensors, text_digest("\n".join(rest))

@@ -16,12 +16,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from crosstrain.ci.options import UsageError
+
 #: The version of the format.
 FORMAT: Final = 1
 _NOTHING: Final = "-" * 16
 
 
-class TraceError(ValueError):
+class TraceError(UsageError):
     """A file is no trace, or is damaged; the message names it and says where."""
 
 
@@ -60,7 +62,6 @@ class Header:
         after: the iteration after which it begins; 0 for a new run.
         things: what is recorded of each iteration, in the order in which it comes about.
         environment: the backend's spec, the devices, versions and whatever else decides the bits.
-        seed: the run's seed.
     """
 
     after: int
@@ -74,8 +75,6 @@ class Record:
     """One iteration.
 
     Args:
-        iteration: its number, from 1.
-        epoch: the epoch that it is in, from 1.
         digests: 16 hexadecimal digits by thing; a thing that was not there has none.
         values: a number by thing: the loss, a setting, the norm of a tensor.
     """
@@ -92,11 +91,7 @@ def path_of_rank(path: str | os.PathLike[str], rank: int) -> Path:
 
 
 class TraceWriter:
-    """Appends to a trace's file; what is written is safe from the process being killed.
-
-    Raises:
-        TraceError: if the file holds something else than a trace.
-    """
+    """Appends to a trace's file; what is written is safe from the process being killed."""
 
     def __init__(self, path: str | os.PathLike[str], header: Header) -> None:
         self._path = Path(path)
@@ -109,12 +104,7 @@ class TraceWriter:
     def append(
         self, records: Sequence[tuple[int, int, Sequence[int | None], Sequence[float | None]]]
     ) -> None:
-        """Appends iterations, all at once.
-
-        Args:
-            records: iteration, epoch, and for each of the header's things the digest, and the
-                value.
-        """
+        """Appends iterations, each with its epoch, and the digests and values of its things."""
         lines: list[dict[str, Any]] = []
         for iteration, epoch, digests, values in records:
             text = "".join(_NOTHING if one is None else f"{one:016x}" for one in digests)
@@ -154,9 +144,6 @@ def _parse(line: bytes) -> dict[str, Any]:
 
 class Trace:
     """Reads a trace; an iteration is parsed when it is asked for.
-
-    Args:
-        path: the file.
 
     Raises:
         TraceError: if there is none, it is no trace, or a line before the last one is damaged.
@@ -219,11 +206,7 @@ class Trace:
         return self.headers[-1].environment
 
     def record(self, iteration: int) -> Record:
-        """Returns an iteration.
-
-        Raises:
-            KeyError: if the trace does not hold it.
-        """
+        """Returns an iteration."""
         offset, number = self._places[iteration]
         with self.path.open("rb") as file:
             file.seek(offset)

@@ -30,9 +30,7 @@ class Course:
         length: the iterations of an epoch.
         environment: the conditions that the trainer's state names.
         metrics: the numbers in the trainer's `state.metrics` at the end.
-        resumed_from: from which iteration each process but the first went on; None: from none.
-        kills: how many processes were killed with SIGKILL.
-        stops: how many saved and ended upon SIGTERM.
+        resumed_from: from which iteration each process went on; None: from none.
         repeated: iterations that two processes did, and differently, each as a sentence.
     """
 
@@ -108,13 +106,7 @@ def first_difference(straight: Course, resumed: Course) -> str:
 def first_distance(straight: Course, resumed: Course, tolerance: float | None) -> str:
     """Returns where two runs on different backends are further apart than they may be; "" if not.
 
-    Args:
-        straight: a run.
-        resumed: the other.
-        tolerance: by how much losses may differ; None: by any number.
-
-    Returns:
-        A sentence that names the first iteration. Epochs and batches must not differ in a bit.
+    Epochs and batches must not differ in a bit; losses by the tolerance, or None: by any number.
     """
     found = _in_rows(straight, resumed, ("epoch", "batch"))
     if found or tolerance is None:

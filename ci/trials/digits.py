@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import random
 from pathlib import Path
@@ -21,9 +20,6 @@ def read_digits(number: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
 
     Returns:
         Images (n, 1, 8, 8), float32 from 0 to 1, and labels (n,), int64 from 0 to 9.
-
-    Raises:
-        ModuleNotFoundError: if scikit-learn is not installed.
     """
     spec = importlib.util.find_spec("sklearn")
     if spec is None:
@@ -32,20 +28,11 @@ def read_digits(number: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
             "'crosstrain[demo]'.",
             name="sklearn",
         )
-    places = [
-        Path(place) / "datasets/data/digits.csv.gz"
-        for place in spec.submodule_search_locations or ()
-    ]
-    file = next((place for place in places if place.is_file()), None)
-    if file is not None:
-        # Importing scikit-learn takes as long as importing torch, which many short processes pay.
-        table: Any = numpy.loadtxt(file, delimiter=",", max_rows=number)
-        images, labels = table[:, :-1], table[:, -1]
-    else:
-        load: Any = importlib.import_module("sklearn.datasets").load_digits
-        images, labels = (part[:number] for part in load(return_X_y=True))
-    pixels = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16
-    return pixels, torch.tensor(labels, dtype=torch.int64)
+    # Importing scikit-learn takes as long as importing torch, which many short processes pay.
+    file = Path(*(spec.submodule_search_locations or ()), "datasets/data/digits.csv.gz")
+    table: Any = numpy.loadtxt(file, delimiter=",", max_rows=number)
+    pixels = torch.tensor(table[:, :-1], dtype=torch.float32).view(-1, 1, 8, 8) / 16
+    return pixels, torch.tensor(table[:, -1], dtype=torch.int64)
 
 
 class DigitsDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):

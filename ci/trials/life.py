@@ -20,7 +20,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -177,11 +177,11 @@ def _goes_on(order: Order) -> bool:
 
 def _build(order: Order) -> Training:
     if order.target is not None:
-        return Target.parse(order.target).build(order.spec, order.workers or 0)
+        return Target.parse(order.target).build(order.spec, order.workers)
     # The networks are too small for several threads, and their number would change their bits.
     torch.set_num_threads(1)
     backend = get(order.spec).open()
-    return TRAININGS[order.training](backend, order.workers or 0, **order.options)
+    return TRAININGS[order.training](backend, order.workers, **order.options)
 
 
 def _ending(training: Training, order: Order) -> dict[str, Any]:
@@ -212,22 +212,11 @@ def _probe(spec: str, target: str | None) -> dict[str, Any]:
 
     `wrong` says what is wrong with the names of the backend or the target; empty if nothing is.
     """
-    found = probe(spec)
-    answer: dict[str, Any] = {
-        "ok": found.ok,
-        "reason": found.reason,
-        "remedy": found.remedy,
-        "versions": found.versions,
-        "devices": found.devices,
-        "capabilities": sorted(get(spec).capabilities) if found.ok else [],
-        "takes_workers": True,
-        "wrong": "",
-    }
+    answer = {**asdict(probe(spec)), "capabilities": [], "takes_workers": True, "wrong": ""}
     try:
-        if found.ok and target is not None:
+        answer["capabilities"] = sorted(get(spec).capabilities)
+        if target is not None:
             answer["takes_workers"] = Target.parse(target).takes_workers()
-        if not found.ok:
-            get(spec)
     except (TargetError, UnknownBackend) as error:
         answer["wrong"] = str(error)
     # The probe has told the reason.

@@ -18,15 +18,14 @@ class Order:
     """What one process does: it trains, from the folder's newest checkpoint if there is one.
 
     Args:
-        spec: the backend.
         folder: where checkpoints are kept; None: the run is not saved.
         training: which of our trainings it is; unused with a target.
         options: what our training is made with, by name.
-        target: a user's training, as `module:function`.
+        target: a user's training.
         seed: seeds the process's generators before the training is built. A resumed run must not
             depend on it.
         resumed_seed: the same, if there is a checkpoint to go on from; None: as `seed`.
-        workers: worker processes of the data loader; None: as the training has them.
+        workers: worker processes of the data loader.
         every: iterations between two checkpoints; 0: none but the last.
         background: whether checkpoints are written in the background.
         overlap: whether the training goes on while they are copied; never with a sharded model.
@@ -43,7 +42,7 @@ class Order:
     target: str | None = None
     seed: int = 0
     resumed_seed: int | None = None
-    workers: int | None = None
+    workers: int = 0
     every: int = 0
     background: bool = False
     overlap: bool = False

@@ -22,14 +22,7 @@ class NotApplicable(Exception):
 
 
 class Verdict(NamedTuple):
-    """How a scenario ended.
-
-    Args:
-        problem: the first thing that differs, as a sentence; empty if it passed.
-        straight: the run that was never stopped.
-        resumed: the run that was interrupted.
-        figures: what else is to be told, by name.
-    """
+    """How a scenario ended: the first thing that differs, as a sentence; empty if it passed."""
 
     problem: str
     straight: Course
@@ -45,7 +38,7 @@ class Play:
     Args:
         spec: the backend.
         folder: an empty one, for checkpoints and the processes' last words.
-        target: a user's training, as `module:function`; None: the scenario's own.
+        target: a user's training; None: the scenario's own.
         seed: of the moments of the kills.
         processes: how many the scenario will need; they are started ahead.
     """
@@ -106,9 +99,7 @@ class Play:
     def begin(self, training: str = "plain", **order: Any) -> None:
         """Trains straight through, by which the lengths of the run become known.
 
-        Args:
-            training: which of ours; unused with a target.
-            **order: what shall differ from an `Order`'s defaults in all processes of the play.
+        What is given differs from an `Order`'s defaults in all processes of the play.
         """
         self._start(self._processes)
         self._order = replace(self._order, training=training, **order)
@@ -125,11 +116,7 @@ class Play:
         return self.straight.total
 
     def stop(self, at: int, **order: Any) -> None:
-        """Goes on, and is asked by SIGTERM to stop after an iteration.
-
-        Raises:
-            NotApplicable: if the run is not longer than that.
-        """
+        """Goes on, and is asked by SIGTERM to stop after an iteration."""
         if not 0 < at < self.total:
             raise NotApplicable(
                 f"The training has {self.total} iterations in epochs of {self.length}, which is "
@@ -146,9 +133,6 @@ class Play:
             last: after which iteration at the latest; it comes to one more at most.
             together: how many processes train together, under torchrun.
             **order: what differs from an `Order`'s defaults in this process.
-
-        Raises:
-            NotApplicable: if the run is not longer than that.
         """
         if not 0 < first <= last < self.total - 1:
             raise NotApplicable(

@@ -74,7 +74,7 @@ class Child:
         orders: bool = False,
     ) -> None:
         self._errors = errors
-        self._killer: threading.Timer | None = None
+        self._timers: list[threading.Timer] = []
         #: Whether we have killed it.
         self.killed = False
         with contextlib.ExitStack() as files:
@@ -108,11 +108,7 @@ class Child:
                 yield json.loads(text)
 
     def text(self, timeout: float | None = None) -> str:
-        """Returns all that it writes to stdout, once it has ended.
-
-        Raises:
-            subprocess.TimeoutExpired: if it has not after so many seconds.
-        """
+        """Returns all that it writes to stdout, once it has ended."""
         found: str = self._process.communicate(timeout=timeout)[0]
         return found
 
@@ -123,8 +119,7 @@ class Child:
     def wait(self) -> int:
         """Waits for its end; returns the exit code, or minus the signal."""
         code = self._process.wait()
-        if self._killer is not None:
-            self._killer.cancel()
+        self._cancel()
         return code
 
     def kill(self) -> None:
@@ -141,8 +136,12 @@ class Child:
         self._later(seconds, self.kill)
 
     def _later(self, seconds: float, strike: Any, *arguments: Any) -> None:
-        self._killer = threading.Timer(seconds, strike, arguments)
-        self._killer.start()
+        self._timers.append(threading.Timer(seconds, strike, arguments))
+        self._timers[-1].start()
+
+    def _cancel(self) -> None:
+        for timer in self._timers:
+            timer.cancel()
 
     def _kill_group(self, group: int) -> None:
         # It may have ended by itself meanwhile.
@@ -160,8 +159,7 @@ class Child:
 
     def close(self) -> None:
         """Kills what still runs of it, and takes the exit code."""
-        if self._killer is not None:
-            self._killer.cancel()
+        self._cancel()
         killed = self.killed
         self.kill()
         self.killed = killed
@@ -212,11 +210,7 @@ class Life(Child):
         self.write(json.dumps({"train": order.as_json()}))
 
     def probe(self, spec: str, target: str | None) -> dict[str, Any]:
-        """Returns what the probe of a backend says, its `capabilities`, and how a target looks.
-
-        Raises:
-            TrainingFailed: if the process ends instead.
-        """
+        """Returns what the probe of a backend says, its `capabilities`, and how a target looks."""
         self.write(json.dumps({"probe": spec, "target": target}))
         answer = next(self.lines(), None)
         if answer is None:
@@ -232,9 +226,6 @@ class Life(Child):
 
     def train(self, order: Order | None = None) -> Iterator[dict[str, Any]]:
         """Has it train, and yields what it says, until it ends.
-
-        Args:
-            order: what it does; None: it has been given its order.
 
         Raises:
             TrainingFailed: if it ends before its run does and was neither stopped nor killed.

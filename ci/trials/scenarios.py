@@ -21,6 +21,7 @@ COMPUTES_NOTHING = "null"
 #: the loss of a network that knows nothing.
 LOSS_TOLERANCE = 0.05
 
+# The iterations in which the gradients are made to overflow.
 _OVERFLOWS = (4, 12)
 
 
@@ -29,9 +30,7 @@ class Scenario:
     """One way to interrupt a training.
 
     Args:
-        name: what it is called on the command line.
         title: what it shows, in a few words.
-        run: plays it and compares.
         needs: the capabilities that a backend must have for it.
         processes: how many processes it starts.
         own_only: why it cannot be played with a user's training, as a sentence; empty if it can.
@@ -82,7 +81,7 @@ def _workers(play: Play) -> Verdict:
 
 
 def _overflow(play: Play) -> Verdict:
-    play.begin("overflowing")
+    play.begin("overflowing", options={"at": _OVERFLOWS})
     before, after = _OVERFLOWS
     play.kill(before + 3, after - 2, every=2, background=True)
     play.finish()

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from crosstrain.ci.options import UsageError
+
 if TYPE_CHECKING:
     from crosstrain.engine import DeterministicEngine
 
@@ -21,7 +23,7 @@ _FORMS = "PACKAGE.MODULE:FUNCTION or PATH/TO/FILE.py:FUNCTION"
 _CONTRACT = "def training(backend: str, workers: int = 0) -> Training"
 
 
-class TargetError(ValueError):
+class TargetError(UsageError, ValueError):
     """A target cannot be used; the message says why and what to write in its place."""
 
 
@@ -120,10 +122,6 @@ class Target:
 
     def build(self, backend: str, workers: int = 0) -> Training:
         """Calls the function and checks what it returns.
-
-        Args:
-            backend: the spec that it is called with.
-            workers: how many worker processes the loader shall have.
 
         Raises:
             TargetError: if the function takes no `workers` and some are asked for, or what it

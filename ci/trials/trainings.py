@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -28,9 +28,6 @@ Builder = Callable[..., Training]
 _EPOCHS = 2
 # Eight batches an epoch, of which the last is smaller.
 _SAMPLES, _BATCH = 120, 16
-
-#: The iterations in which the training `overflowing` makes its gradients overflow.
-OVERFLOWS = (4, 12)
 
 
 def _data(workers: int) -> DataLoader[Any]:
@@ -75,12 +72,12 @@ def _beyond_fp16(gradient: torch.Tensor) -> torch.Tensor:
     return gradient * 2.0**14
 
 
-def _overflowing(backend: Backend, workers: int) -> Training:
-    """Gradients beyond the range of fp16 in two iterations, whose losses are those of others."""
+def _overflowing(backend: Backend, workers: int, at: Sequence[int]) -> Training:
+    """Gradients beyond the range of fp16 in some iterations, whose losses are those of others."""
     held: list[DeterministicEngine] = []
 
     def loss_fn(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        if held[0].state.iteration in OVERFLOWS:
+        if held[0].state.iteration in at:
             hooked: Any = found
             hooked.register_hook(_beyond_fp16)
         return nn.functional.cross_entropy(found, wanted)

@@ -178,21 +178,17 @@ _ANEW: Final = MappingProxyType(
 def causes(
     status: Status,
     kind: str | None,
-    *,
-    epoch_began: bool = False,
-    traits: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    epoch_began: bool,
+    traits: Mapping[str, Sequence[str]],
 ) -> tuple[str, ...]:
     """Returns what usually causes a difference, and what to do about it, the likeliest first.
 
     Args:
-        status: `not repeatable` where two straight runs differ, `not exact` where only a resumed
-            one does.
+        status: of the verdict, which is not exact.
         kind: the kind of the first thing that differs (see `Thing`); None for a missing iteration.
         epoch_began: whether an epoch has begun between the resume and the difference.
         traits: what the training has of its own that may hold state, by kind (see `traits_of`).
     """
-    if status == "exact":
-        return ()
     if status == "not repeatable":
         return _ANEW[kind or "missing"]
     if kind == "batch" and epoch_began:

@@ -6,18 +6,23 @@ import argparse
 import json
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
+from rich.console import Console
 from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
 
 from crosstrain.backends import add_backend_argument
-from crosstrain.ci.options import UsageError, above_zero, at_least, file_to_write, folder
+from crosstrain.ci.options import above_zero, at_least, file_to_write, folder
 
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.progress import TaskID
-
-    from .run import RunResult, Verdict
+from .run import RunResult, Verdict, verify
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -109,18 +114,7 @@ def run(args: argparse.Namespace) -> int:
 
     Returns:
         0 if it resumes exactly, 1 if it does not.
-
-    Raises:
-        BackendError: if the backend is unknown or cannot run here.
-        UsageError: if it cannot be told.
     """
-    from rich.console import Console
-
-    from crosstrain.ci.trials.target import TargetError
-
-    from .processes import VerifyError
-    from .run import verify
-
     console = Console(highlight=False)
     # Before torch is imported, which takes a while.
     console.print(
@@ -129,23 +123,20 @@ def run(args: argparse.Namespace) -> int:
         soft_wrap=True,
     )
     many: list[int] = args.nproc_per_node
-    try:
-        with _progress(console) as progress:
-            verdict = verify(
-                args.target,
-                args.backend,
-                nproc_per_node=many[0] if len(many) == 1 else many,
-                at=args.at,
-                kills=args.kills,
-                workers=args.workers,
-                seed=args.seed,
-                every=args.every,
-                time_limit=args.time_limit,
-                folder=args.keep,
-                progress=progress,
-            )
-    except (TargetError, VerifyError) as error:
-        raise UsageError(str(error)) from error
+    with _progress(console) as progress:
+        verdict = verify(
+            args.target,
+            args.backend,
+            nproc_per_node=many[0] if len(many) == 1 else many,
+            at=args.at,
+            kills=args.kills,
+            workers=args.workers,
+            seed=args.seed,
+            every=args.every,
+            time_limit=args.time_limit,
+            folder=args.keep,
+            progress=progress,
+        )
     if args.json is not None:
         args.json.write_text(json.dumps(verdict.as_json(), indent=1) + "\n")
     print_verdict(console, verdict)
@@ -155,8 +146,6 @@ def run(args: argparse.Namespace) -> int:
 @contextmanager
 def _progress(console: Console) -> Generator[Callable[[str, int, int], None]]:
     """Shows each run while it goes on: a bar on a terminal, a line when it begins elsewhere."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     columns = (
         TextColumn("{task.description:<24}"),
         BarColumn(),
@@ -181,8 +170,6 @@ def _progress(console: Console) -> Generator[Callable[[str, int, int], None]]:
 
 def print_verdict(console: Console, verdict: Verdict) -> None:
     """Print a table of the runs, and what was found with its usual causes."""
-    from rich.table import Table
-
     count = verdict.nproc_per_node
     shown = ", ".join(map(str, count)) if isinstance(count, tuple) else str(count)
     many = f" in {shown} processes" if count != 1 else ""

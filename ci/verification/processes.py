@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import random
 import signal
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from crosstrain.ci.options import UsageError
 from crosstrain.ci.trials.order import UNUSABLE, Order
 from crosstrain.ci.trials.processes import STOPPED, Life
 
 
-class VerifyError(Exception):
+class VerifyError(UsageError):
     """A training cannot be verified; the message says why and what to do."""
 
 
@@ -43,11 +43,6 @@ class End:
         resumed_from: the iteration that it went on from; None: it began.
         last: the last iteration that it reported.
         iterations: where the training ended; None if this process did not end it.
-        epoch_length: the iterations of an epoch; None where the process did not tell.
-        error: what it raised; empty if nothing.
-        warnings: the `ResumeWarning`s of the engine.
-        traits: what the training has of its own that may hold state, by kind.
-        seconds: how long it took from its order on.
         codes: the exit codes that processes of torchrun's told, by rank.
     """
 
@@ -109,7 +104,7 @@ class Processes:
             several, which orders name in turn.
     """
 
-    def __init__(self, folder: Path, time_limit: float, sizes: tuple[int, ...] = (1,)) -> None:
+    def __init__(self, folder: Path, time_limit: float, sizes: tuple[int, ...]) -> None:
         self._folder = folder
         self._limit = time_limit
         self.sizes = sizes
@@ -140,9 +135,9 @@ class Processes:
     def run(
         self,
         order: Order,
-        kill: Kill | None = None,
-        seen: Callable[[int], None] | None = None,
-        number: int = 0,
+        kill: Kill | None,
+        seen: Callable[[int], None],
+        number: int,
     ) -> End:
         """Has processes carry out an order, and follows them to their end.
 
@@ -151,30 +146,17 @@ class Processes:
             kill: when to kill one of them.
             seen: called with each iteration that they have done.
             number: which of the sizes, in turn.
-
-        Raises:
-            VerifyError: if its target or its backend cannot be used, or the time is up.
         """
         self.size = self.sizes[number % len(self.sizes)]
-        life = self._start(order)
-        self.expected -= 1
-        self._spare = self._start_ahead()
-        started = time.monotonic()
-        late = threading.Event()
-
-        def stop() -> None:
-            late.set()
-            life.kill()
-
-        watch = threading.Timer(max(0.0, self._deadline - started), stop)
-        watch.start()
-        try:
-            end = _follow(life, kill, seen or (lambda _: None))
-        finally:
-            watch.cancel()
-            life.close()
-        end.seconds = time.monotonic() - started
-        if late.is_set():
+        with self._start(order) as life:
+            self.expected -= 1
+            self._spare = self._start_ahead()
+            started = time.monotonic()
+            life.kill_after(max(0.0, self._deadline - started))
+            end = _follow(life, kill, seen)
+        ended = time.monotonic()
+        end.seconds = ended - started
+        if ended >= self._deadline:
             raise VerifyError(
                 f"The time limit of {self._limit:g} s is over, at iteration {end.last} of one of "
                 "the runs. Raise it by --time-limit, or make the training shorter."
@@ -218,7 +200,7 @@ def _follow(life: Life, kill: Kill | None, seen: Callable[[int], None]) -> End:
     return end
 
 
-def moments(kills: int, iterations: int, seed: int, processes: int = 1) -> list[Kill]:
+def moments(kills: int, iterations: int, seed: int, processes: int) -> list[Kill]:
     """Returns when to kill which of the processes: at random moments, some at their start."""
     source = random.Random(seed)
     found: list[Kill] = []

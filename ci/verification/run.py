@@ -29,11 +29,9 @@ class RunResult:
     """One interrupted run, compared with the one that went straight through.
 
     Args:
-        name: what was done to it.
         workers: worker processes of the loader, of each of its processes.
         resumed_from: the iterations that it went on from.
         killed: how often it was killed.
-        seconds: how long its processes took.
         resumed: whether it went on from a checkpoint before the training's end: a run that did not
             says nothing.
         difference: where it parts from the straight run; None if it does not.
@@ -251,7 +249,7 @@ class _Verification:
         if before and length:
             began = (difference.iteration - 1) // length > (before[-1] - 1) // length
         kind = None if difference.thing is None else difference.thing.kind
-        return causes(status, kind, epoch_began=began, traits=self._traits)
+        return causes(status, kind, began, self._traits)
 
     def _order(self, name: str, **more: Any) -> Order:
         trace = str(self._folder / f"{name}.trace")

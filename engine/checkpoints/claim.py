@@ -18,12 +18,7 @@ from crosstrain.engine.storage.locations import Location
 class Claim:
     """Keeps other trainers of this process out of a place, from `take` to `give_back`.
 
-    A trainer that is freed has no place any more.
-
-    Args:
-        place: the folder, which exists, or its URL in a store.
-        prefix: the first part of the files' names.
-        trainer: whose run it is.
+    A trainer that is freed has no place any more. The folder exists, if it is one on a disk.
     """
 
     _trainers: ClassVar[weakref.WeakValueDictionary[tuple[str, str], Engine]] = (
@@ -36,11 +31,7 @@ class Claim:
         self._trainer = weakref.ref(trainer)
 
     def take(self) -> None:
-        """Takes the place; once more, if it has it.
-
-        Raises:
-            CheckpointBusy: if another trainer has it.
-        """
+        """Takes the place; once more, if it has it. CheckpointBusy if another trainer has it."""
         trainer, other = self._trainer(), self._trainers.get(self._key)
         if other is not None and other is not trainer:
             place, prefix = self._key

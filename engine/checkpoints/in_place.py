@@ -11,7 +11,6 @@ from crosstrain.engine.nests import is_module
 
 from .model_part import ModelPart
 
-_HOOKS_OF_MODULES = ("_load_state_dict_pre_hooks",)
 _HOOKS_OF_OPTIMIZERS = (
     "_optimizer_load_state_dict_pre_hooks",
     "_optimizer_load_state_dict_post_hooks",
@@ -23,10 +22,6 @@ def copies_its_state(target: Any, kwargs: Mapping[str, Any]) -> bool:
     """Tells whether a module copies all that it is given into tensors that it has already.
 
     Where somebody else's code sees the state, the answer is no: it might keep a part of it.
-
-    Args:
-        target: the object that is to load a state.
-        kwargs: the arguments of its `load_state_dict`.
     """
     if isinstance(target, ModelPart):
         return type(target) is ModelPart and copies_its_state(target.model, {})
@@ -49,18 +44,14 @@ def _copies(module: torch.nn.Module) -> bool:
         return False
     if kind.set_extra_state is not torch.nn.Module.set_extra_state:
         return False
-    if any(vars(module).get(name) for name in _HOOKS_OF_MODULES):
+    if vars(module).get("_load_state_dict_pre_hooks"):
         return False
     own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
     return all(type(tensor) in _PLAIN and not tensor.is_meta for tensor in own)
 
 
 def keeps_in_its_state(target: Any) -> bool:
-    """Tells whether what an optimizer keeps of its state is in its `state` and `param_groups`.
-
-    Args:
-        target: the object that is to load a state.
-    """
+    """Tells whether what an optimizer keeps of its state is in its `state` and `param_groups`."""
     if not isinstance(target, torch.optim.Optimizer):
         return False
     own: Any = vars(target)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from crosstrain.engine.formats.safe_load import LoadedFile, load_file, verify_file
 from crosstrain.engine.parts.fill import filled
@@ -15,7 +15,7 @@ from crosstrain.engine.storage.errors import (
     CheckpointCorrupt,
     CheckpointError,
     CheckpointNotFound,
-    is_lack,
+    lack_of,
 )
 from crosstrain.engine.storage.folder import Entry
 from crosstrain.engine.storage.locations import Location
@@ -24,57 +24,21 @@ from crosstrain.engine.storage.parts_files import ENDING
 from crosstrain.engine.stores.folders import folder_at
 
 
-class Layout(Protocol):
-    """What a checkpoint looks like on the disk, and what can be asked of it by its path."""
-
-    ending: str
-
-    def path_of(self, folder: Location, filename: str) -> Location:
-        """Returns where the checkpoint lies that was saved under a name."""
-        ...
-
-    def is_one(self, entry: Entry) -> bool:
-        """Tells whether what has such a name can be one, by its kind of file."""
-        ...
-
-    def manifest(self, path: Location) -> Manifest:
-        """Reads what a checkpoint says of itself, and nothing else.
-
-        Raises:
-            CheckpointError: if it says nothing that can be read.
-            OSError: likewise.
-        """
-        ...
-
-    def verify(self, path: Location) -> Manifest | None:
-        """Checks that every byte is as it was written.
-
-        Raises:
-            CheckpointError: if one is not.
-        """
-        ...
-
-    def read(self, path: Location) -> LoadedFile:
-        """Reads all of it into memory, verified, on the CPU.
-
-        Raises:
-            CheckpointError: if it is damaged, or not safe.
-        """
-        ...
-
-
 class _File:
     """One file, which ends with its manifest."""
 
     ending = ".pt"
 
     def path_of(self, folder: Location, filename: str) -> Location:
+        """Returns where the checkpoint lies that was saved under a name."""
         return folder / filename
 
     def is_one(self, entry: Entry) -> bool:
+        """Tells whether what has such a name can be one, by its kind of file."""
         return entry.is_file
 
     def manifest(self, path: Location) -> Manifest:
+        """Reads what a checkpoint says of itself, and nothing else."""
         with folder_at(path.parent).peek(path.name) as file:
             comment = read_comment(file)
         if comment:
@@ -85,14 +49,19 @@ class _File:
         )
 
     def verify(self, path: Location) -> Manifest | None:
+        """Checks that every byte is as it was written."""
         return verify_file(path)
 
     def read(self, path: Location) -> LoadedFile:
+        """Reads all of it into memory, verified, on the CPU."""
         return load_file(path)
 
 
 class _Parts:
-    """A folder into which each process has written what it held; see `store_parts` for a store."""
+    """A folder into which each process has written what it held; see `store_parts` for a store.
+
+    What it tells is what `_File` tells.
+    """
 
     ending = ENDING
 
@@ -106,20 +75,17 @@ class _Parts:
         return Parts.open(path).manifest
 
     def verify(self, path: Location) -> Manifest:
-        found = Parts.open(path)
-        found.verify()
-        found.index()
-        return found.manifest
+        return Parts.verified(path).manifest
 
     def read(self, path: Location) -> LoadedFile:
-        found = Parts.open(path)
-        found.verify()
+        found = Parts.verified(path)
         states, places, _ = own_states(found, 0)
         return LoadedFile(found.path, found.manifest, filled(found, states, places, {}))
 
 
 FILE = _File()
 PARTS = _Parts()
+Layout = _File | _Parts
 _LAYOUTS: tuple[Layout, ...] = (FILE, PARTS)
 
 
@@ -129,17 +95,11 @@ def layout_of(path: Location) -> Layout:
 
 
 def is_there(parts: Location) -> bool:
-    """Tells whether there is a checkpoint in parts, good or damaged.
-
-    Args:
-        parts: where it would be.
-    """
+    """Tells whether there is a checkpoint in parts, good or damaged."""
     try:
         PARTS.manifest(parts)
-    except CheckpointNotFound:
-        return False
-    except CheckpointError:
-        return True
+    except CheckpointError as error:
+        return not isinstance(error, CheckpointNotFound)
     return True
 
 
@@ -184,7 +144,7 @@ def list_checkpoints(folder: Location, names: re.Pattern[str] | None = None) -> 
     except FileNotFoundError:
         raise CheckpointNotFound(f"There is no folder {folder}") from None
     except OSError as error:
-        kind = CheckpointCorrupt if is_lack(error) else CheckpointNotFound
+        kind = CheckpointCorrupt if lack_of(error) else CheckpointNotFound
         text = f"{folder} cannot be read as a folder: {error.strerror or error}"
         raise kind(text) from error
     found: list[Told] = []
@@ -211,13 +171,13 @@ def _told(path: Location, layout: Layout, entry: Entry) -> Told | None:
     try:
         return Told(path, layout, layout.manifest(path), entry.modified_ns)
     except CheckpointError as error:
-        if is_lack(error):
+        if lack_of(error):
             raise
         doubt = error
     except FileNotFoundError:
         return None
     except OSError as error:
-        if is_lack(error):
+        if lack_of(error):
             text = f"{path} cannot be read: {error.strerror or error}"
             raise CheckpointCorrupt(text) from error
         doubt = CheckpointCorrupt(f"it cannot be read: {error.strerror or error}")
@@ -237,12 +197,7 @@ def newest_time(listed: list[Told]) -> int:
 
 
 def doubt_of(told: Told, objects: Collection[str] = ()) -> str | None:
-    """Returns why a checkpoint is not what is looked for; None if it may be.
-
-    Args:
-        told: the checkpoint.
-        objects: names that it must hold.
-    """
+    """Returns why a checkpoint is not what is looked for, with these objects; None if it may be."""
     manifest: Any = told.manifest
     if not isinstance(manifest, Manifest):
         return str(manifest)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from crosstrain.engine.engine import Engine
@@ -20,11 +22,10 @@ from crosstrain.engine.ranks.world import this_rank, world_size
 from crosstrain.engine.shown import shown
 from crosstrain.engine.spread import parameter_names
 from crosstrain.engine.storage.errors import (
-    CheckpointCorrupt,
     CheckpointError,
     CheckpointNotFound,
     CheckpointWarning,
-    is_lack,
+    lack_of,
 )
 from crosstrain.engine.storage.locations import Location, location_of
 from crosstrain.engine.storage.manifest import Manifest
@@ -49,19 +50,17 @@ def load_objects(
         )
     check_objects(to_load, "load_state_dict", "to_load")
     if isinstance(checkpoint, Mapping):
-        return restore(to_load, checkpoint, None, kwargs, checks)
+        return restore(to_load, LoadedFile(None, None, checkpoint), kwargs, checks)
     path = checkpoint.place if isinstance(checkpoint, Latest) else location_of(checkpoint)
     if is_in_parts(path):
-        return load_parts(to_load, verified_parts(path), checks, **kwargs)
+        with Line() if has_ranks() else nullcontext() as line:
+            found = Parts.verified(path, line)
+        return load_parts(to_load, found, checks, **kwargs)
     goes_on = any(isinstance(value, Engine) for _, value in walk_objects(to_load))
-
-    def kept(state: Any, manifest: Manifest | None) -> Any:
-        return to_own(to_load, state, None if manifest is None else manifest.bare, kwargs)
-
-    loaded = load_file(path, take=kept, names=None if goes_on else list(to_load))
-    _tell_doubts(loaded)
-    bare = None if loaded.manifest is None else loaded.manifest.bare
-    return restore(to_load, loaded.state, loaded.path, kwargs, checks, bare, loaded.mapped)
+    take = partial(to_own, to_load, kwargs)
+    loaded = load_file(path, take=take, names=None if goes_on else list(to_load))
+    _tell_doubts(path, loaded.manifest)
+    return restore(to_load, loaded, kwargs, checks)
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> Any:
@@ -86,17 +85,16 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
     return layout_of(where).read(where).state
 
 
-def _tell_doubts(loaded: LoadedFile) -> None:
+def _tell_doubts(path: Location, manifest: Manifest | None) -> None:
     """Warns of what can be loaded but not be vouched for."""
-    manifest = loaded.manifest
     if manifest is None:
         doubt = (
-            f"{loaded.path} has no manifest, because another program wrote it: damage in its "
+            f"{path} has no manifest, because another program wrote it: damage in its "
             "tensors cannot be found. A checkpoint saved by crosstrain has one"
         )
-    elif manifest.file != loaded.path.name:
+    elif manifest.file != path.name:
         doubt = (
-            f"{loaded.path} was saved as {manifest.file} (iteration {manifest.iteration}): it was "
+            f"{path} was saved as {manifest.file} (iteration {manifest.iteration}): it was "
             "renamed, or two files were swapped"
         )
     else:
@@ -170,7 +168,7 @@ def find_latest(folder: Location, objects: Collection[str] = ()) -> Latest:
                 manifest = told.layout.verify(told.path)
                 return Latest(folder, told.path, manifest, tuple(passed_over))
             except CheckpointError as error:
-                if is_lack(error):
+                if lack_of(error):
                     raise
                 reason = str(error)
         pass_over(told.path, reason, passed_over)
@@ -186,55 +184,14 @@ def pass_over(path: Location, reason: str, passed_over: list[PassedOver]) -> Non
 # ------------------------------------------------------------------ a checkpoint in parts
 
 
-def verified_parts(path: Location) -> Parts:
-    """Opens and verifies a checkpoint in parts; the processes share the work, all call it together.
-
-    Args:
-        path: its folder.
-
-    Raises:
-        CheckpointError: in all processes, what one of them finds.
-        RankFailed: if one of them does not come.
-    """
-    error: CheckpointError | None = None
-    found: Parts | None = None
-    try:
-        found = Parts.open(path)
-        found.verify((this_rank(), world_size()) if has_ranks() else (0, 1))
-        found.index()
-    except CheckpointError as caught:
-        error = caught
-    if has_ranks():
-        with Line() as line:
-            mine = None if error is None else str(error)
-            told = line.meet(f"verifying {path.name}", mine, of=line.everyone)
-        theirs = next(((r, text) for r, text in enumerate(told) if text is not None), None)
-        if error is None and theirs is not None:
-            error = CheckpointCorrupt(f"{theirs[1]} (found by rank {theirs[0]})")
-    if error is not None:
-        raise error
-    assert found is not None
-    return found
-
-
 def load_parts(
     to_load: Mapping[str, Any], found: Parts, checks: Checks | None = None, **kwargs: Any
 ) -> Proof:
     """Gives objects their states from a checkpoint in parts; all processes call it together.
 
-    The objects may lie in any number of processes, sharded or not. Models are filled in place.
-    What is each process's own, such as a random state, is restored where the number of processes
-    is the one that wrote it; with another number all of them get rank 0's.
-
-    Args:
-        to_load: the objects by name, or nests of them.
-        found: the checkpoint, verified.
-        checks: as of `Checkpoint.load_objects`.
-        **kwargs: likewise.
-
-    Raises:
-        CheckpointError: if it is damaged, not safe, or does not fit the objects.
-        ResumeError: if an object does not hold what it was given.
+    The objects may lie in any number of processes, sharded or not. Models are filled in place. What
+    is each process's own, such as a random state, is restored where the number of processes is the
+    one that wrote it; with another number all of them get rank 0's.
     """
     same = found.manifest.world_size == world_size()
     states, places, names = own_states(found, this_rank() if same else 0)
@@ -243,6 +200,5 @@ def load_parts(
         now = live.get(where)
         if now is not None and now != then and sorted(now) == sorted(then):
             places = reordered(states, places, where, then, now)
-    return restore(
-        to_load, filled(found, states, places, to_load), found.path, kwargs, checks, bare=False
-    )
+    loaded = LoadedFile(found.path, found.manifest, filled(found, states, places, to_load))
+    return restore(to_load, loaded, kwargs, checks)

@@ -13,6 +13,7 @@ import torch
 from crosstrain.engine.engine import Engine
 from crosstrain.engine.errors import warn_user
 from crosstrain.engine.formats.mapped import Mapped
+from crosstrain.engine.formats.safe_load import LoadedFile
 from crosstrain.engine.guards import is_mapping, is_sequence
 from crosstrain.engine.nests import (
     has,
@@ -32,7 +33,7 @@ from crosstrain.engine.storage.errors import (
     CheckpointMismatch,
     CheckpointWarning,
 )
-from crosstrain.engine.storage.locations import Location
+from crosstrain.engine.storage.manifest import Manifest
 from crosstrain.engine.structure import named, rebuild_groups, recordable
 
 from .in_place import copies_its_state, keeps_in_its_state
@@ -54,9 +55,6 @@ def check_objects(objects: Any, method: str, argument: str) -> None:
         objects: the nest.
         method: `state_dict` or `load_state_dict`.
         argument: what the nest was passed as, for the message.
-
-    Raises:
-        TypeError: if the nest is no mapping, or an object in it lacks the method.
     """
     if not is_mapping(objects):
         raise TypeError(f"Argument `{argument}` should be a dictionary, but given {type(objects)}")
@@ -72,9 +70,7 @@ def check_objects(objects: Any, method: str, argument: str) -> None:
 def gather_states(objects: Mapping[str, Any], rank: int) -> dict[str, Any]:
     """Returns the states of a nest of objects, in a nest of the same form.
 
-    Args:
-        objects: the nest.
-        rank: the process that saves; an optimizer that is spread over processes is gathered there.
+    An optimizer that is spread over processes is gathered on the rank that saves.
     """
     states = map_objects(lambda value, _: _state_of(unwrap(value), rank), objects)
     return cast("dict[str, Any]", states)
@@ -122,12 +118,7 @@ def _state_of(value: Any, rank: int) -> Any:
 def unsaved_objects(trainer: Any, objects: Mapping[str, Any]) -> list[str]:
     """Names what a trainer trains and a nest of objects leaves out.
 
-    Args:
-        trainer: an engine; the factories' engines tell what they train by their `objects`.
-        objects: what is to be saved or loaded.
-
-    Returns:
-        The names, as the trainer has them; empty if the trainer does not tell.
+    A trainer tells what it trains by its `objects`, as the factories' engines do.
     """
     trained: Mapping[str, Any] = getattr(trainer, "objects", None) or {}
     values = (value for _, value in walk_objects(objects))
@@ -140,24 +131,18 @@ def unsaved_objects(trainer: Any, objects: Mapping[str, Any]) -> list[str]:
 
 def restore(
     to_load: Mapping[str, Any],
-    state: Any,
-    path: Location | None,
+    loaded: LoadedFile,
     kwargs: Mapping[str, Any],
     checks: Checks | None = None,
-    bare: bool | None = None,
-    mapped: Mapped | None = None,
 ) -> Proof:
     """Gives objects their states: the engines last, since they go on from what all others are.
 
     Args:
         to_load: the objects.
-        state: the states by name, or the state of the only object itself.
-        path: the file that they come from, for messages.
+        loaded: the states by name, or the state of the only object itself; if they lie in the
+            memory of their file, none does afterwards that an object holds.
         kwargs: arguments for the `load_state_dict` of modules.
         checks: how strict it is; None: as strict as an engine among the objects is.
-        bare: whether the state is that of one object itself, where the file says so.
-        mapped: the file's memory, if tensors of the state lie in it; none does afterwards that an
-            object holds.
 
     Returns:
         What was checked; the proof of the first engine, if there is one.
@@ -167,9 +152,10 @@ def restore(
         CheckpointMismatch: if names are missing or too many, or an object refuses its state.
         ResumeError: if an object does not hold what it was given.
     """
-    source = "the checkpoint" if path is None else str(path)
+    source = "the checkpoint" if loaded.path is None else str(loaded.path)
+    mapped = loaded.mapped
     engines = [value for _, value in walk_objects(to_load) if isinstance(value, Engine)]
-    state = _by_name(to_load, state, bare)
+    state = _by_name(to_load, loaded.state, loaded.manifest)
     if not is_mapping(state):
         raise CheckpointMismatch(
             f"{source} holds a {type(state).__name__}, not objects by name. Nothing was loaded"
@@ -210,19 +196,15 @@ def restore(
 
 
 def to_own(
-    to_load: Mapping[str, Any], state: Any, bare: bool | None, kwargs: Mapping[str, Any]
+    to_load: Mapping[str, Any], kwargs: Mapping[str, Any], state: Any, manifest: Manifest | None
 ) -> list[Any]:
     """Returns the states, of those that are about to be loaded, that will need memory of their own.
 
-    Args:
-        to_load: the objects.
-        state: as of `restore`, and not verified yet.
-        bare: likewise.
-        kwargs: likewise.
+    They are not verified yet.
     """
     pairs: list[tuple[str, Any, Any]] = []
     with contextlib.suppress(CheckpointMismatch):  # restore tells it, when the file is verified
-        _pair(to_load, _by_name(to_load, state, bare), (), pairs)
+        _pair(to_load, _by_name(to_load, state, manifest), (), pairs)
     objects = [(unwrap(value), its_state) for _, value, its_state in pairs]
     return [
         its_state
@@ -233,14 +215,13 @@ def to_own(
     ]
 
 
-def _by_name(to_load: Mapping[str, Any], state: Any, bare: bool | None) -> Any:
+def _by_name(to_load: Mapping[str, Any], state: Any, manifest: Manifest | None) -> Any:
     """Returns the states by name, also if there is one, of one object, that stands for itself."""
     if len(to_load) != 1:
         return state
     name = next(iter(to_load))
-    if bare or (bare is None and not (is_mapping(state) and name in state)):
-        return {name: state}
-    return state
+    by_name = is_mapping(state) and name in state if manifest is None else not manifest.bare
+    return state if by_name else {name: state}
 
 
 def _takes_mapped(target: Any, kwargs: Mapping[str, Any]) -> bool:
@@ -299,13 +280,7 @@ def _other_form(path: tuple[Any, ...], expected: str, state: Any) -> str:
 class _Load:
     """Loads one object after the other, and reads back from each what it was given.
 
-    Args:
-        source: where the states come from, for messages.
-        kwargs: arguments for the `load_state_dict` of modules.
-        checks: how strict it is.
-        proof: takes what was found.
-        goes_on: whether a run goes on from what is loaded.
-        mapped: the file's memory, if tensors of the states lie in it.
+    `proof` takes what was found; `goes_on` says whether a run goes on from what is loaded.
     """
 
     source: str
@@ -318,12 +293,7 @@ class _Load:
     read: list[str] = field(default_factory=list[str])
 
     def one(self, name: str, value: Any, state: Any) -> None:
-        """Loads one object.
-
-        Raises:
-            CheckpointMismatch: if it does not take its state.
-            ResumeError: if it does not hold it then.
-        """
+        """Loads one object."""
         target = unwrap(value)
         try:
             self._one(name, target, state)
@@ -459,11 +429,7 @@ def _uncompiled(key: str) -> str:
 
 
 def _check_groups(optimizer: torch.optim.Optimizer, state: Any) -> None:
-    """Says what is to be done where the optimizer lacks groups that training has added.
-
-    Raises:
-        ValueError: if the groups are others than those that were saved.
-    """
+    """Raises what is to be done where the optimizer lacks groups that training has added."""
     groups = state.get("param_groups") if is_mapping(state) else None
     if not is_sequence(groups) or not all(is_mapping(group) for group in groups):
         return

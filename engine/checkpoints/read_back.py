@@ -37,10 +37,6 @@ class _Pair(NamedTuple):
 def differences(saved: Any, own: Any) -> tuple[list[Difference], list[str]]:
     """Compares a state that was loaded with the one that the object has then.
 
-    Args:
-        saved: what was loaded.
-        own: what the object's `state_dict` returns.
-
     Returns:
         The first things that differ, those first that are no casts; and what the object has and
         the checkpoint has not.
@@ -54,27 +50,14 @@ def differences(saved: Any, own: Any) -> tuple[list[Difference], list[str]]:
     # Other devices' libraries need not bear threads; what takes no time is not worth one.
     apart = [each for each in pairs if each.own.is_cpu and each.own.nbytes >= _WORTH_A_THREAD]
     told = dict(zip(map(id, apart), in_threads(_compare, apart), strict=True))
-    found = [
-        difference
-        for each in walked
-        if (difference := _difference(each, told.get(id(each)))) is not None
-    ]
+    found: list[Difference] = []
+    for each in walked:
+        if isinstance(each, Difference):
+            found.append(each)
+        elif not (told[id(each)] if id(each) in told else _compare(each)):
+            found.append(Difference(f"{each.where} has other values than were saved", False))
     found.sort(key=lambda each: each.is_cast)
     return found[:_SHOWN], extra
-
-
-def _difference(each: Difference | _Pair, same: bool | None) -> Difference | None:
-    """Returns what differs.
-
-    Args:
-        each: what the walk has found.
-        same: whether the tensors are equal, if they were compared already.
-    """
-    if isinstance(each, Difference):
-        return each
-    if _compare(each) if same is None else same:
-        return None
-    return Difference(f"{each.where} has other values than were saved", False)
 
 
 def _compare(pair: _Pair) -> bool:

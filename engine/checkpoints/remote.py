@@ -11,16 +11,14 @@ from pathlib import Path
 from crosstrain.engine.errors import warn_user
 from crosstrain.engine.formats.safe_load import verify_file
 from crosstrain.engine.parts.copy_to_store import PartsToCopy
-from crosstrain.engine.parts.write import Writers
+from crosstrain.engine.parts.writers import Writers
 from crosstrain.engine.ranks.line import Line
 from crosstrain.engine.ranks.world import this_rank
 from crosstrain.engine.shown import shown
 from crosstrain.engine.storage.errors import (
-    CheckpointError,
     CheckpointWarning,
-    CheckpointWriteError,
+    refused,
 )
-from crosstrain.engine.storage.folder import Claim
 from crosstrain.engine.storage.locations import StorePath
 from crosstrain.engine.stores.folders import open_place
 from crosstrain.engine.stores.store_folder import StoreFolder
@@ -39,17 +37,8 @@ class RemoteCopies:
     A copy may take longer than the time between two saves on the disk: it does not hold these up,
     and what it copies is the checkpoint as it was, whatever becomes of its name.
 
-    One process copies files. Of a checkpoint in parts each process copies what it has written; then
-    all of them make this object, and call what it has, together.
-
-    Args:
-        location: the folder in the store.
-        n_saved: how many copies to keep there; None keeps all.
-        in_parts: whether all processes copy together.
-
-    Raises:
-        CheckpointBusy: if another process saves there.
-        CheckpointWriteError: if the store cannot be used.
+    One process copies files. Of a checkpoint in parts (`in_parts`) each process copies what it has
+    written; then all of them make this object, and call what it has, together.
     """
 
     def __init__(self, location: StorePath, n_saved: int | None, in_parts: bool = False) -> None:
@@ -58,32 +47,23 @@ class RemoteCopies:
         self._n_saved = n_saved
         self._kept: list[Item] = []
         self._job: JointJob | None = None
-        self._claim: Claim | None = None
         self._lines: tuple[Line | None, Line | None] = (None, None)
-        if this_rank() == 0:
-            self._claim = self._open()
+        self._is_first = this_rank() == 0
+        if self._is_first:
+            self._open()
         if in_parts:
             self._lines = own_lines("copies")
 
-    def _open(self) -> Claim:
-        try:
+    def _open(self) -> None:
+        with refused(f"Checkpoints cannot be copied to {self.location}", self.location):
             self._folder.make()
-            claim = self._folder.claim()
-        except OSError as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointWriteError(
-                f"Checkpoints cannot be copied to {self.location}: {error.strerror or error}",
-                error,
-                self.location,
-            ) from None
-        if claim.removed:
+            removed = self._folder.claim()
+        if removed:
             _logger.info(
                 "Ended %d upload(s) to %s that a killed process had not finished.",
-                len(claim.removed),
+                removed,
                 shown(self.location),
             )
-        return claim
 
     def keeps(self, items: Iterable[Item]) -> None:
         """Hears which copies of this run are there: they are removed when newer ones are."""
@@ -105,7 +85,7 @@ class RemoteCopies:
             self.copy(path, manifest.iteration, compare=name in there)
 
     def copy(self, path: Path, iteration: int, *, compare: bool = False) -> None:
-        """Begins to copy a checkpoint; waits for the copy before it first.
+        """Begins to copy a checkpoint, when the copy before it has ended; raises what that has met.
 
         It is held against its own manifest before it is put; a damaged one is not, and is told as
         an error.
@@ -114,25 +94,23 @@ class RemoteCopies:
             path: the file, or the folder of the parts.
             iteration: of the run.
             compare: leaves what is there already, if it has the same bytes.
-
-        Raises:
-            CheckpointError: what the copy before it raised.
         """
         self.wait()
         writing, voting = self._lines
         # Opened here: the next save may remove it.
         put: Callable[[StoreFolder], None]
         if layout_of(path) is PARTS:
-            put = partial(PartsToCopy(path, Writers(writing)).put, compare=compare)
+            writers = Writers(writing, self.location / path.name)
+            put = partial(PartsToCopy(path, writers).put, compare=compare)
         else:
-            put = _file(path, compare) if this_rank() == 0 else _nothing
+            put = _file(path, compare) if self._is_first else _nothing
         item = Item(iteration, path.with_suffix(FILE.ending).name)
 
         def work() -> None:
             put(self._folder)
             # Only now: the new one was compared with what was put.
             self._keep_newest(item)
-            if this_rank() == 0:
+            if self._is_first:
                 _logger.info("%s is in %s, too.", shown(path.name), shown(self.location))
 
         self._job = JointJob(work, f"copying {path.name} to {self.location}", voting)
@@ -145,15 +123,13 @@ class RemoteCopies:
 
     def _remove(self, old: Item) -> bool:
         """Removes a copy; tells whether it is gone."""
-        if self._claim is None:
+        if not self._is_first:
             return True
         try:
             # Of a run from before it was sharded, or after, there are the others, too.
             self._folder.remove(old.filename)
             self._folder.remove_parts(PARTS.path_of(self.location, old.filename).name)
         except OSError as error:
-            if isinstance(error, CheckpointError):
-                raise
             # No error: the new one is there, and it would end this process only.
             why = error.strerror or error
             text = f"Old copy {self.location / old.filename} could not be removed: {why}"
@@ -167,11 +143,7 @@ class RemoteCopies:
             self.wait()
 
     def wait(self) -> None:
-        """Waits until the last copy is in the store.
-
-        Raises:
-            CheckpointError: if it could not be copied.
-        """
+        """Waits until the last copy is in the store, and raises what it has met."""
         job = self._job
         if job is None:
             return
@@ -185,17 +157,15 @@ class RemoteCopies:
         try:
             self.wait()
         finally:
-            if self._claim is not None:
-                self._claim.release()
+            self._folder.release()
             for line in filter(None, self._lines):
                 line.close()
 
 
 def _file(path: Path, compare: bool) -> Callable[[StoreFolder], None]:
     """Opens a file, and returns what verifies and copies it; see `RemoteCopies.copy`."""
-    with contextlib.ExitStack() as stack:
-        file = stack.enter_context(open_place(path))
-        held = stack.pop_all()
+    held = contextlib.ExitStack()
+    file = held.enter_context(open_place(path))
 
     def put(folder: StoreFolder) -> None:
         with held:

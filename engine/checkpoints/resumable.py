@@ -113,12 +113,19 @@ class ResumableRun:
         return trainer
 
     def attach(self, event: Any, remote_event: Any = None) -> None:
-        """Attaches the saving to the engine.
+        """Attaches the saving to the engine, and says what the run goes on from.
 
         Args:
             event: when a checkpoint is due.
             remote_event: when one is that is copied to a store; None: each of them.
         """
+        latest = self._latest
+        if not latest:
+            _say(f"No checkpoint in {latest.folder}: the run starts from the beginning.")
+        else:
+            told = latest.manifest
+            iteration, epoch = (told.iteration, told.epoch) if told else ("unknown", "unknown")
+            _say(f"Resumed from {latest.path}: iteration {iteration}, epoch {epoch}.")
         trainer = self._trainer
         trainer.restartable = True
         if not trainer.has_registered_events(Checkpoint.SAVED_CHECKPOINT):
@@ -165,13 +172,13 @@ class ResumableRun:
         if self._finished is not None and trainer.state.iteration == 0:
             # run() takes a state at its limit for a reason to train anew, from trained weights.
             trainer.state.iteration, trainer.state.epoch = self._finished
-            say(
+            _say(
                 f"The run is complete already, at iteration {self._finished[0]}: nothing is "
                 "trained. To train on, raise max_epochs or max_iters; to train anew, use another "
                 "folder."
             )
         elif trainer.should_terminate:
-            say(
+            _say(
                 f"The run was ended on purpose, by terminate(), at iteration {self._boundary}: "
                 "nothing is trained. To train on, set trainer.should_terminate = False before "
                 "run(); to train anew, use another folder."
@@ -195,11 +202,6 @@ class ResumableRun:
             _logger.warning("%s: saved at iteration %d; the run has ended.", stop.name, iteration)
 
     def _wait_for_save(self) -> None:
-        self._wait_for_disk()
-        if self._remote is not None:
-            self._remote.wait()
-
-    def _wait_for_disk(self) -> None:
         try:
             self.checkpoint.wait()
         except (CheckpointError, RankFailed):
@@ -208,6 +210,8 @@ class ResumableRun:
             # torch raises one wherever this thread is when a loader's worker dies: the save is not
             # to blame, and goes on.
             self.checkpoint.wait()
+        if self._remote is not None:
+            self._remote.wait()
 
     def _tell_proof(self) -> None:
         if self._proof_is_due:
@@ -304,42 +308,7 @@ class ResumableRun:
         return True
 
 
-def begin(
-    trainer: Engine,
-    checkpoint: Checkpoint,
-    claim: Claim,
-    latest: Latest,
-    signals: Sequence[signal.Signals],
-    event: Any,
-    remote: RemoteCopies | None = None,
-    remote_event: Any = None,
-) -> ResumableRun:
-    """Returns a run whose objects have been restored, attached to its engine, and says from what.
-
-    Args:
-        trainer: see `ResumableRun`, as for the next four.
-        checkpoint: likewise.
-        claim: likewise.
-        latest: likewise.
-        signals: likewise.
-        event: when a checkpoint is due.
-        remote: see `ResumableRun`.
-        remote_event: when a checkpoint is due that is copied; None: each.
-    """
-    manifest = latest.manifest
-    if not latest:
-        say(f"No checkpoint in {latest.folder}: the run starts from the beginning.")
-    else:
-        iteration, epoch = (
-            ("unknown", "unknown") if manifest is None else (manifest.iteration, manifest.epoch)
-        )
-        say(f"Resumed from {latest.path}: iteration {iteration}, epoch {epoch}.")
-    run = ResumableRun(trainer, checkpoint, claim, latest, signals, remote)
-    run.attach(event, remote_event)
-    return run
-
-
-def say(message: str) -> None:
+def _say(message: str) -> None:
     """Tells the user something once, on rank 0: in the log, or, where there is none, on stderr."""
     if this_rank() != 0:
         return
@@ -351,11 +320,7 @@ def say(message: str) -> None:
 
 
 def event_of(every: Any) -> Any:
-    """Returns the event of `every`: a number of iterations, or an event.
-
-    Raises:
-        TypeError: if it is neither.
-    """
+    """Returns the event of `every`: a number of iterations, or an event; else a TypeError."""
     if isinstance(every, int) and not isinstance(every, bool):
         return Events.ITERATION_COMPLETED(every=every)
     if is_event(every) or is_events_list(every):
@@ -367,12 +332,7 @@ def event_of(every: Any) -> Any:
 
 
 class Objects(Mapping[str, Any]):
-    """The objects of a run by name, of which the trainer itself is not kept: it keeps this.
-
-    Args:
-        objects: the objects.
-        trainer: the trainer, which may be one of them.
-    """
+    """The objects of a run by name, of which the trainer itself is not kept: it keeps this."""
 
     def __init__(self, objects: Mapping[str, Any], trainer: Engine) -> None:
         self._engine = weakref.ref(trainer)
@@ -392,12 +352,7 @@ class Objects(Mapping[str, Any]):
 
 
 def with_trainer(trainer: Engine, to_save: Mapping[str, Any]) -> Objects:
-    """Returns the objects with the trainer among them.
-
-    Raises:
-        TypeError: if an object lacks `state_dict` or `load_state_dict`.
-        ValueError: if what the trainer trains is left out.
-    """
+    """Returns the objects with the trainer among them; raises if what it trains is left out."""
     for method in ("state_dict", "load_state_dict"):
         check_objects(to_save, method, "to_save")
     objects = dict(to_save)

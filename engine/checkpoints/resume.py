@@ -10,7 +10,7 @@ import re
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,10 +23,9 @@ from crosstrain.engine.ranks.line import Line, has_ranks
 from crosstrain.engine.ranks.world import this_rank
 from crosstrain.engine.spread import is_sharded
 from crosstrain.engine.storage.errors import (
-    CheckpointCorrupt,
     CheckpointError,
     CheckpointNotFound,
-    is_lack,
+    lack_of,
 )
 from crosstrain.engine.storage.locations import Location, StorePath, location_of
 from crosstrain.engine.storage.manifest import Manifest
@@ -45,7 +44,7 @@ from .layouts import (
 from .loading import Latest, PassedOver, load_parts, pass_over
 from .objects import restore, to_own
 from .remote import RemoteCopies
-from .resumable import ResumableRun, begin, event_of, with_trainer
+from .resumable import ResumableRun, event_of, with_trainer
 from .retention import Item
 from .saver import DiskSaver
 from .stop_signals import STOP_SIGNALS
@@ -115,6 +114,7 @@ def resume_or_start(
         ResumeError: if the run would not go on as the one that was saved.
     """
     event = event_of(every)
+    remote_event = None if every_remote is None else event_of(every_remote)
     trainer.checks = trainer.checks if checks is None else checks
     objects = with_trainer(trainer, to_save)
     if overlap and is_sharded(objects):
@@ -137,12 +137,7 @@ def resume_or_start(
         undo = stack.enter_context(ExitStack())
         undo.callback(claim.give_back)
         saver = look.open(
-            lambda folder: DiskSaver(
-                dirname if folder is None else folder,
-                require_empty=False,
-                background=background,
-                overlap=overlap,
-            )
+            partial(DiskSaver, require_empty=False, background=background, overlap=overlap)
         )
         undo.callback(saver.close)
         claim.take()
@@ -156,17 +151,13 @@ def resume_or_start(
         checkpoint = Checkpoint(objects, saver, filename_prefix, n_saved=n_saved)
         undo.pop_all()
     checkpoint.load_state_dict({"_saved": look.own_files(trainer.state.iteration)})
-    remote_event = None if every_remote is None else event_of(every_remote)
-    return begin(trainer, checkpoint, claim, latest, signals, event, copies, remote_event)
+    run = ResumableRun(trainer, checkpoint, claim, latest, signals, copies)
+    run.attach(event, remote_event)
+    return run
 
 
 def _second_tier(folder: Location, remote: Any, every_remote: Any) -> tuple[StorePath, ...]:
-    """Returns where checkpoints are copied to, if they are.
-
-    Raises:
-        TypeError: if `every_remote` is no event.
-        ValueError: if the two tiers are not a disk and a store.
-    """
+    """Returns where checkpoints are copied to, if they are."""
     if remote is None:
         if every_remote is not None:
             raise ValueError(
@@ -174,8 +165,6 @@ def _second_tier(folder: Location, remote: Any, every_remote: Any) -> tuple[Stor
                 'give a URL, as remote="s3://bucket/run"'
             )
         return ()
-    if every_remote is not None:
-        event_of(every_remote)
     there = location_of(remote)
     if isinstance(folder, StorePath) or not isinstance(there, StorePath):
         raise ValueError(
@@ -188,20 +177,11 @@ def _second_tier(folder: Location, remote: Any, every_remote: Any) -> tuple[Stor
 class _Answer(NamedTuple):
     """What rank 0 has found: told to all ranks.
 
-    Args:
-        folder: where the run is saved.
-        path: the checkpoint; None if there is none.
-        manifest: what it says of itself.
-        passed_over: those before it, and why.
-        saved: the iterations and names of the run's own checkpoints.
-        copied: likewise, of those in the second tier.
-        newest_ns: when the newest of the folder was saved.
+    `saved` has the iterations and names of the run's own checkpoints, `copied` of those in the
+    second tier; `newest_ns` is when the newest of the folder was saved.
     """
 
-    folder: Location
-    path: Location | None
-    manifest: Manifest | None
-    passed_over: tuple[PassedOver, ...]
+    latest: Latest
     saved: tuple[Item, ...]
     copied: tuple[Item, ...]
     newest_ns: int
@@ -224,51 +204,42 @@ class _Look:
     resume_from: str | os.PathLike[str] | None
     line: Line | None
     folders: tuple[Location, ...]
-    latest: Latest | None = None
+    _answer: _Answer | None = None
     _loaded: LoadedFile | None = None
     _parts: Parts | None = None
-    _saved: tuple[Item, ...] = ()
-    _copied: tuple[Item, ...] = ()
     _left: Iterator[Told] = field(default_factory=lambda: iter(()))
     _passed_over: list[PassedOver] = field(default_factory=list[PassedOver])
 
-    def open(self, make: Callable[[Location | None], DiskSaver]) -> DiskSaver:
-        """Opens the folder and finds the checkpoint.
-
-        Args:
-            make: makes what saves, into the folder that it is given, or else the user's.
-
-        Raises:
-            CheckpointError: if there are checkpoints and none is good, or the folder is busy.
-            RankFailed: if another rank cannot.
-        """
+    def open(self, make: Callable[[Location], DiskSaver]) -> DiskSaver:
+        """Opens the folder with what makes a saver of it, and finds the checkpoint."""
         savers: list[DiskSaver] = []
 
         def begin_here() -> _Answer:
-            savers.append(make(None))
+            savers.append(make(self.folders[0]))
             return self._first(savers[0].dirname)
 
         try:
             answer = self._as_told_here(self._from_first(begin_here))
-            while answer.path is not None and layout_of(answer.path) is PARTS:
-                reason = self._bad_part(answer.path)
-                if reason is None:
+            while (path := answer.latest.path) is not None and layout_of(path) is PARTS:
+                try:
+                    self._parts = Parts.verified(path, self.line)
                     break
-                if self.resume_from is not None:
-                    raise CheckpointCorrupt(reason)
-                answer = self._as_told_here(self._from_first(partial(self._next, answer, reason)))
+                except CheckpointError as error:
+                    if self.resume_from is not None or lack_of(error):
+                        raise
+                    find_next = partial(self._next, answer, str(error))
+                answer = self._as_told_here(self._from_first(find_next))
             with nullcontext() if self.line is None else self.line.together(_READING):
                 if not savers:
-                    self._read_too(answer)
+                    self._read_too(answer.latest)
                     # It does not write files here, and so takes no folder.
-                    savers.append(make(answer.folder))
+                    savers.append(make(answer.latest.folder))
         except BaseException:
             # Whatever ended it: a saver that nobody gets would keep the folder's lock.
             for saver in savers:
                 saver.close()
             raise
-        self.latest = Latest(answer.folder, answer.path, answer.manifest, answer.passed_over)
-        self._saved, self._copied = answer.saved, answer.copied
+        self._answer = answer
         savers[0].follow(answer.newest_ns)
         return savers[0]
 
@@ -283,7 +254,8 @@ class _Look:
         tiers = [list_checkpoints(one, pattern) for one in (folder, *self.folders[1:])]
         listed = newest_first(told for tier in tiers for told in tier)
         saved, copied = _own(tiers[0]), _own(tiers[1]) if len(tiers) > 1 else ()
-        answer = _Answer(folder.absolute(), None, None, (), saved, copied, newest_time(listed))
+        latest = Latest(folder.absolute(), None, None, ())
+        answer = _Answer(latest, saved, copied, newest_time(listed))
         if self.resume_from is None:
             self._left = iter(listed)
             return self._next(answer)
@@ -291,100 +263,63 @@ class _Look:
         if layout_of(path) is PARTS:
             manifest: Manifest | None = Parts.open(path).manifest
         else:
-            self._loaded = load_file(path, take=self._kept)
-            manifest = self._loaded.manifest
+            manifest = self._load(path).manifest
         newest = 0 if manifest is None or not manifest.is_believable else manifest.saved_at_ns
         newest = max(answer.newest_ns, newest)
-        return answer._replace(path=path.absolute(), manifest=manifest, newest_ns=newest)
+        latest = replace(latest, path=path.absolute(), manifest=manifest)
+        return answer._replace(latest=latest, newest_ns=newest)
 
     def _next(self, answer: _Answer, bad: str | None = None) -> _Answer:
         """Returns the next checkpoint that may be it: a file that was read, or parts."""
-        if bad is not None and answer.path is not None:
-            pass_over(answer.path, bad, self._passed_over)
+        if bad is not None and answer.latest.path is not None:
+            pass_over(answer.latest.path, bad, self._passed_over)
         found: Told | None = None
         for told in self._left:
             reason = doubt_of(told, self.objects)
             if reason is None and told.layout is not PARTS:
                 try:
-                    self._loaded = load_file(told.path, take=self._kept)
+                    self._load(told.path)
                 except CheckpointError as error:
-                    if is_lack(error):
+                    if lack_of(error):
                         raise
                     reason = str(error)
             if reason is None:
                 found = told
                 break
             pass_over(told.path, reason, self._passed_over)
-        over = tuple(self._passed_over)
-        if found is None and over:
-            latest = Latest(answer.folder, None, None, over)
+        latest = Latest(answer.latest.folder, None, None, tuple(self._passed_over))
+        if found is None and latest.passed_over:
             raise CheckpointNotFound(
                 f"{latest.describe()}. A new run in this folder would lose what may be rescued: "
                 "move these files away to start from the beginning, or name one by resume_from"
             )
-        manifest = found.manifest if found and isinstance(found.manifest, Manifest) else None
-        path = None if found is None else found.path.absolute()
-        return answer._replace(path=path, manifest=manifest, passed_over=over)
+        if found is not None:
+            manifest = found.manifest if isinstance(found.manifest, Manifest) else None
+            latest = replace(latest, path=found.path.absolute(), manifest=manifest)
+        return answer._replace(latest=latest)
 
-    def _kept(self, state: Any, manifest: Manifest | None) -> Any:
-        return to_own(self.objects, state, None if manifest is None else manifest.bare, {})
+    def _load(self, path: Location) -> LoadedFile:
+        self._loaded = load_file(path, take=partial(to_own, self.objects, {}))
+        return self._loaded
 
-    def _bad_part(self, path: Location) -> str | None:
-        """Verifies a checkpoint in parts, each rank its share; returns what is wrong on one.
-
-        Raises:
-            CheckpointError: on all ranks, if one has not what it takes to read it.
-        """
-        line, mine, lacks = self.line, None, False
-        try:
-            self._parts = Parts.open(path)
-            self._parts.verify((0, 1) if line is None else (line.rank, line.size))
-            self._parts.index()
-        except CheckpointError as error:
-            mine, lacks = str(error), is_lack(error)
-        told = [(mine, lacks)]
-        if line is not None:
-            told = line.meet(f"verifying {path.name}", told[0], of=line.everyone)
-        for rank, (text, lacks) in enumerate(told):
-            if lacks:
-                raise CheckpointCorrupt(f"{text} (found by rank {rank})")
-        return next((text for text, _ in told if text is not None), None)
-
-    def _read_too(self, answer: _Answer) -> None:
+    def _read_too(self, latest: Latest) -> None:
         """Reads, on another rank, what rank 0 has read."""
-        if answer.path is None:
+        if latest.path is None:
             return
-        if self._parts is None or layout_of(answer.path) is not PARTS:
-            self._loaded = load_file(answer.path, take=self._kept)
-            manifest = self._loaded.manifest
-        else:
-            manifest = self._parts.manifest
-        if manifest != answer.manifest:
+        here = self._parts if layout_of(latest.path) is PARTS else self._load(latest.path)
+        if here is None or here.manifest != latest.manifest:
             raise CheckpointNotFound(
-                f"{answer.path} is another file here than on rank 0. All ranks resume from one "
+                f"{latest.path} is another file here than on rank 0. All ranks resume from one "
                 "file: save into a folder of a file system that they share"
             )
 
     def restore(self, checks: Checks) -> Latest:
-        """Restores the objects from what was found; on all ranks or on none.
-
-        Args:
-            checks: how strict it is.
-
-        Returns:
-            What was found.
-
-        Raises:
-            CheckpointError: if it is damaged, or does not fit the objects.
-            RankFailed: if another rank cannot.
-        """
-        latest = self.latest
-        assert latest is not None
-        path, manifest = latest.path, latest.manifest
+        """Restores the objects from what was found, and returns that; on all ranks or on none."""
+        assert self._answer is not None
+        latest, line = self._answer.latest, self.line
+        path = latest.path
         if path is None:
             return latest
-        bare = None if manifest is None else manifest.bare
-        line = self.line
         # Its name only: rank 0 has the folder's path as it was given, which may be relative.
         with nullcontext() if line is None else line.together(f"restoring {path.name}"):
             if layout_of(path) is PARTS:
@@ -392,8 +327,7 @@ class _Look:
                 load_parts(self.objects, self._parts, checks)
             else:
                 assert self._loaded is not None
-                found = self._loaded
-                restore(self.objects, found.state, path, {}, checks, bare, found.mapped)
+                restore(self.objects, self._loaded, {}, checks)
         self._loaded = self._parts = None
         return latest
 
@@ -406,21 +340,15 @@ class _Look:
         if self.resume_from is not None:
             told.append(location_of(self.resume_from).parent)
         here = {str(one): one for one in told if isinstance(one, StorePath)}
-        path = answer.path
+        path, folder = answer.latest.path, answer.latest.folder
         if isinstance(path, StorePath) and str(path.parent) in here:
             path = here[str(path.parent)] / path.name
-        folder = answer.folder
         if isinstance(folder, StorePath):
             folder = here.get(str(folder), folder)
-        return answer._replace(path=path, folder=folder)
+        return answer._replace(latest=replace(answer.latest, path=path, folder=folder))
 
     def copies(self, second: tuple[StorePath, ...], n_saved: int | None) -> RemoteCopies | None:
-        """Returns what copies to the second tier; nothing on ranks that have nothing to copy.
-
-        Raises:
-            CheckpointError: if it cannot be used.
-            RankFailed: if another rank cannot.
-        """
+        """Returns what copies to the second tier; nothing on ranks that have nothing to copy."""
         line, in_parts = self.line, is_sharded(self.objects)
         with nullcontext() if line is None else line.together("opening the second tier"):
             if not second or not (in_parts or this_rank() == 0):
@@ -431,12 +359,9 @@ class _Look:
         """Returns the checkpoints that a run has saved up to an iteration: those it may remove.
 
         Later ones belong to a course of the run that was given up; it is not for us to remove them.
-
-        Args:
-            iteration: where the run is.
-            remote: those of the second tier.
         """
-        items = self._copied if remote else self._saved
+        assert self._answer is not None
+        items = self._answer.copied if remote else self._answer.saved
         return [item for item in items if item.priority <= iteration]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -18,19 +18,15 @@ class Item(NamedTuple):
     filename: str
 
 
-class Retention:
-    """Decides which files are kept: the `n_saved` of the highest priority.
+class Retention(NamedTuple):
+    """Decides which files are kept: the `n_saved` of the highest priority; None keeps all.
 
-    Args:
-        n_saved: how many files; None keeps all.
-        or_equal: whether a file of the same priority as the lowest takes its place.
-        items: the files that are there.
+    With `or_equal`, a file of the same priority as the lowest takes its place.
     """
 
-    def __init__(self, n_saved: int | None, or_equal: bool, items: Iterable[Item] = ()) -> None:
-        self.n_saved = n_saved
-        self.or_equal = or_equal
-        self.items = list(items)
+    n_saved: int | None
+    or_equal: bool
+    items: Sequence[Item]
 
     def admits(self, priority: int | float) -> bool:
         """Tells whether a file of this priority is to be saved."""

@@ -20,14 +20,8 @@ from .save_job import SaveJob
 class RunFacts:
     """What a checkpoint is of: what its manifest tells, and the live objects themselves.
 
-    Args:
-        iteration: completed iterations of the engine.
-        epoch: its epoch.
-        backend: the spec of its backend.
-        names: the names of the objects.
-        bare: whether the checkpoint is the state of its one object itself.
-        objects: the objects, by name.
-        checks: how strict to be about what could not be loaded again.
+    `bare` says whether it is the state of its one object itself, `checks` how strict to be about
+    what could not be loaded again.
     """
 
     iteration: int | None = None
@@ -104,11 +98,7 @@ SaveHandler = Callable[..., None] | BaseSaveHandler
 
 
 class _Adapted(BaseSaveHandler):
-    """A function, or another library's handler, as a save handler of ours.
-
-    Args:
-        store: the function of (checkpoint, filename) or (checkpoint, filename, metadata).
-    """
+    """A function, or another library's handler, as a save handler of ours."""
 
     def __init__(self, store: Callable[..., Any]) -> None:
         self._store = store

@@ -17,11 +17,10 @@ _logger = logging.getLogger(__name__)
 def own_lines(of: str) -> tuple[Line | None, Line | None]:
     """Returns lines to the other processes: one for the thread that works, one to vote on.
 
-    Args:
-        of: whose they are, in a word; all processes ask for the same ones in the same order.
+    None and None where there are no others; all ask for the same ones in the same order.
 
-    Returns:
-        The lines; None and None where there are no other processes.
+    Args:
+        of: whose they are, in a word.
     """
     if not has_ranks():
         return None, None
@@ -30,49 +29,10 @@ def own_lines(of: str) -> tuple[Line | None, Line | None]:
     return Line(f"{of}/{number}/write"), Line(f"{of}/{number}/vote")
 
 
-class BackgroundJob:
-    """Runs a function in a thread that the interpreter waits for before it exits.
-
-    Args:
-        work: what to run.
-        name: what it is, for the log and for debuggers.
-    """
-
-    def __init__(self, work: Callable[[], None], name: str) -> None:
-        self.name = name
-        self._work = work
-        self.error: BaseException | None = None
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=False)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            self._work()
-        except BaseException as error:  # noqa: BLE001 - raised again in the thread that asks
-            # Logged as well: nobody may ask before the program ends.
-            _logger.error("%s failed: %s", shown(self.name), shown(error))
-            self.error = error
-        finally:
-            self._done.set()
-
-    @property
-    def running(self) -> bool:
-        """Whether the work is still going on."""
-        return not self._done.is_set()
-
-    def join(self) -> None:
-        """Waits for the end of the work; `error` then holds what it raised, if it did.
-
-        Not by the thread's own `join`: where a signal's handler raises in that, as Ctrl-C does, and
-        torch where a loader's worker has died, Python takes the thread for ended. It then neither
-        waits for it at exit nor survives its end.
-        """
-        self._done.wait()
-
-
 class JointJob:
-    """A piece of work that the processes do together, each in a thread of its own.
+    """A piece of work in a thread, which the interpreter waits for before it exits.
+
+    Where processes do it together, each does its part in a thread of its own.
 
     Args:
         work: this process's part of it.
@@ -82,15 +42,29 @@ class JointJob:
     """
 
     def __init__(self, work: Callable[[], None], name: str, line: Line | None = None) -> None:
+        self._name = name
+        self._work = work
         self._line = line
         self._vote: Callable[[], bool] | None = None
-        self._ended = False
-        self._thread = BackgroundJob(work, name)
+        self._all_ended = False
+        self._error: BaseException | None = None
+        self._done = threading.Event()
+        threading.Thread(target=self._run, name=name, daemon=False).start()
+
+    def _run(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:  # noqa: BLE001 - raised again in the thread that asks
+            # Logged as well: nobody may ask before the program ends.
+            _logger.error("%s failed: %s", shown(self._name), shown(error))
+            self._error = error
+        finally:
+            self._done.set()
 
     @property
     def working(self) -> bool:
         """Whether this process is still working."""
-        return self._thread.running
+        return not self._done.is_set()
 
     @property
     def running(self) -> bool:
@@ -100,26 +74,27 @@ class JointJob:
         waits for it.
         """
         if self._line is None:
-            return self._thread.running
-        if self._ended:
+            return self.working
+        if self._all_ended:
             return False
         if self._vote is not None and self._vote():
-            self._ended = True
+            self._all_ended = True
             return False
-        self._vote = self._line.begin_vote(not self._thread.running)
+        self._vote = self._line.begin_vote(not self.working)
         return True
 
     def finish(self) -> BaseException | None:
-        """Waits for the end of the work; all processes call it together.
+        """Waits for the end of the work; returns what this process has met. All call it together.
 
-        Returns:
-            What this process has met.
+        Not by the thread's own `join`: where a signal's handler raises in that, as Ctrl-C does, and
+        torch where a loader's worker has died, Python takes the thread for ended. It then neither
+        waits for it at exit nor survives its end.
         """
-        if self._vote is not None and not self._ended:
+        if self._vote is not None and not self._all_ended:
             self._vote()
-        self._vote, self._ended = None, True
-        self._thread.join()
-        return self._thread.error
+        self._vote, self._all_ended = None, True
+        self._done.wait()
+        return self._error
 
 
 class SaveJob:
@@ -131,8 +106,7 @@ class SaveJob:
         write: writes the snapshot, once it is there.
         remove: removes the checkpoint of a name.
         path: where it will be, for messages.
-        line: to the other processes that write it too, which all learn in the same iteration that
-            it is there; None if this one writes alone.
+        line: as of `JointJob`.
     """
 
     def __init__(
@@ -180,10 +154,9 @@ class SaveJob:
         return self._job.running
 
     def finish(self) -> None:
-        """Waits until the checkpoint is on the disk; all processes that write call it together.
+        """Waits until the checkpoint is on the disk, and raises what this process has met.
 
-        Raises:
-            CheckpointError: if it could not be saved.
+        All processes that write call it together.
         """
         error = self._job.finish()
         self._snapshot.close()

@@ -29,12 +29,7 @@ class Pending(NamedTuple):
 
 
 def as_handler(save_handler: Any, save_on_rank: int) -> SaveHandler:
-    """Returns what saves: for a folder, a `DiskSaver`.
-
-    Raises:
-        TypeError: if it is neither a folder nor callable.
-        Exception: as `DiskSaver` does.
-    """
+    """Returns what saves: for a folder, a `DiskSaver`."""
     # What can be called is no folder, though it may stand for a path as well.
     if is_path(save_handler) and not callable(save_handler):
         return DiskSaver(save_handler, create_dir=True, save_on_rank=save_on_rank)
@@ -47,12 +42,7 @@ def as_handler(save_handler: Any, save_on_rank: int) -> SaveHandler:
 
 
 def check_room_for(name: str, to_save: Mapping[str, Any]) -> None:
-    """Makes sure that a handler's own state can be saved with the objects.
-
-    Raises:
-        TypeError: if the mapping cannot be changed.
-        ValueError: if it has an object of that name.
-    """
+    """Makes sure that a handler's own state can be saved with the objects."""
     if not isinstance(to_save, MutableMapping):
         raise TypeError(
             f"If `include_self` is True, then `to_save` must be mutable, but given {type(to_save)}."
@@ -101,9 +91,7 @@ def warn_of_unsaved(to_save: Mapping[str, Any], warned_of: set[str]) -> None:
 def warn_of_repeated_data(trainer: Engine, doing: str) -> None:
     """Warns, once for each engine, that it is inside an epoch and does not keep its place there.
 
-    Args:
-        trainer: an engine.
-        doing: what the run does, in words.
+    What the run does is told in words.
     """
     state = trainer.state
     done = state.iteration % (state.epoch_length or state.iteration or 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,19 +17,19 @@ from crosstrain.engine.formats.safe_write import contents_of
 from crosstrain.engine.formats.staging import HostBuffers, HostState, Snapshot, on_host
 from crosstrain.engine.guards import is_mapping
 from crosstrain.engine.nests import walk_objects
-from crosstrain.engine.parts.write import Staged, Writers, write_in_parts
+from crosstrain.engine.parts.write import Staged, write_in_parts
+from crosstrain.engine.parts.writers import Writers
 from crosstrain.engine.proof import Strictness
 from crosstrain.engine.ranks.line import Line
 from crosstrain.engine.ranks.world import this_rank, world_size
 from crosstrain.engine.shown import shown
 from crosstrain.engine.spread import has_spread, parameter_names, split
 from crosstrain.engine.storage.errors import (
-    CheckpointError,
     CheckpointNotFound,
     CheckpointWarning,
     CheckpointWriteError,
+    refused,
 )
-from crosstrain.engine.storage.folder import Claim
 from crosstrain.engine.storage.locations import Location, StorePath, location_of
 from crosstrain.engine.storage.manifest import Manifest, later_than, software_versions
 from crosstrain.engine.stores.folders import folder_at
@@ -100,7 +100,6 @@ class DiskSaver(BaseSaveHandler):
         self.save_on_rank = save_on_rank
         self._background = background
         self._run = RunFacts()
-        self._claim: Claim | None = None
         self._lines: tuple[Line | None, Line | None] | None = None
         self._newest_ns: int | None = None
         self._told_of_ending = False
@@ -118,32 +117,23 @@ class DiskSaver(BaseSaveHandler):
             self._open_folder(create_dir, require_empty)
 
     def _open_folder(self, create_dir: bool, require_empty: bool) -> None:
-        try:
+        with refused(f"Checkpoints cannot be saved into {self.dirname}", self.dirname):
             if create_dir:
                 self._folder.make()
             if not self._folder.exists():
                 raise ValueError(
                     f"Directory path '{self.dirname}' is not found. Pass create_dir=True to make it"
                 )
-            self._claim = self._folder.claim()
-            if self._claim.removed:
+            if removed := self._folder.claim():
                 _logger.info(
                     "Removed %d leftover(s) from %s that a killed process had not finished.",
-                    len(self._claim.removed),
+                    removed,
                     shown(self.dirname),
                 )
             found = self._folder.entries(endings()) if require_empty else []
             present = [entry.name for entry in found]
-        except OSError as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointWriteError(
-                f"Checkpoints cannot be saved into {self.dirname}: {error.strerror or error}",
-                error,
-                self.dirname,
-            ) from error
         if present:
-            self._claim.release()
+            self._folder.release()
             told = " or ".join(sorted({f"'{Path(name).suffix}'" for name in present}))
             raise ValueError(
                 f"Files {present} with extension {told} are already present in the directory "
@@ -268,37 +258,42 @@ class DiskSaver(BaseSaveHandler):
         )
 
     def _keep_folder(self) -> None:
-        """Makes sure that the folder is still this process's.
+        """Makes sure that the folder is still this process's, where it was."""
+        lost = f"Nothing was saved into {self.dirname}, since its lock is lost"
+        with refused(lost, self.dirname):
+            self._folder.renew()
 
-        Raises:
-            CheckpointBusy: if another process saves there by now.
-            CheckpointWriteError: if that cannot be found out.
-        """
-        if self._claim is None:
-            return
-        try:
-            self._claim.renew()
-        except OSError as error:
-            raise CheckpointWriteError(
-                f"Nothing was saved into {self.dirname}, since its lock is lost: "
-                f"{error.strerror or error}",
-                error,
-                self.dirname,
-            ) from error
+    def _copied(
+        self, state: Any, stepped: Sequence[torch.optim.Optimizer] = ()
+    ) -> tuple[HostState, Snapshot | None]:
+        """Returns a state on the host, and what has yet to fill it where a thread is to."""
+        if not self._background:
+            return on_host(state), None
+        snapshot = Snapshot(state, self._buffers, stepped)
+        return HostState(snapshot.state, snapshot.nbytes), snapshot
+
+    def _begin(
+        self,
+        write: Callable[[], None],
+        filename: str,
+        path: Location,
+        snapshot: Snapshot | None,
+        voting: Line | None = None,
+    ) -> None:
+        if snapshot is None:
+            write()
+        else:
+            self._job = SaveJob(filename, snapshot, write, self._remove_now, path, voting)
 
     def _save_file(self, checkpoint: Any, filename: str, run: RunFacts) -> None:
         self._keep_folder()
         told = self._describe(checkpoint, filename, run)
-        path = FILE.path_of(self.dirname, filename)
-        if not self._background:
-            self._write(path, told, on_host(checkpoint), run.checks.writer)
-            return
-        values = (value for _, value in walk_objects(run.objects))
+        path = self.dirname / filename
+        values = [value for _, value in walk_objects(run.objects)] if self._overlap else []
         stepped = [value for value in values if isinstance(value, torch.optim.Optimizer)]
-        snapshot = Snapshot(checkpoint, self._buffers, stepped if self._overlap else ())
-        host = HostState(snapshot.state, snapshot.nbytes)
+        host, snapshot = self._copied(checkpoint, stepped)
         write = partial(self._write, path, told, host, run.checks.writer)
-        self._job = SaveJob(filename, snapshot, write, self._remove_now, path)
+        self._begin(write, filename, path, snapshot)
 
     def _write(
         self, path: Location, told: Manifest, host: HostState, strictness: Strictness
@@ -325,54 +320,32 @@ class DiskSaver(BaseSaveHandler):
         if run.bare and run.names:
             checkpoint = {run.names[0]: checkpoint}
         path = PARTS.path_of(self.dirname, filename)
-        writing, voting = self._own_lines()
-        writers = Writers(writing)
+        if self._lines is None:
+            self._lines = own_lines("savers")
+        writing, voting = self._lines
+        writers = Writers(writing, path)
         error: Exception | None = None
-        staged: Staged | None = None
-        snapshot: Snapshot | None = None
-        told: Manifest | None = None
+        ready: tuple[Manifest, Staged, Snapshot | None] | None = None
         try:
             self._keep_folder()
             told = replace(self._describe(checkpoint, path.name, run), bare=False, rank=0)
-            staged, snapshot = self._stage(checkpoint, run)
+            ready = (told, *self._stage(checkpoint, run))
         except Exception as caught:  # noqa: BLE001 - raised again when the others know of it
             error = caught
         # A state that cannot be saved may be one process's only: all must know before they write.
-        writers.agree(path, error)
-        assert staged is not None
-        assert told is not None
+        writers.agree(error)
+        assert ready is not None
+        told, staged, snapshot = ready
         write = partial(write_in_parts, self._folder, staged, told, writers)
-        if snapshot is None:
-            write()
-        else:
-            self._job = SaveJob(filename, snapshot, write, self._remove_now, path, voting)
-
-    def _own_lines(self) -> tuple[Line | None, Line | None]:
-        """Returns lines to the other processes: one for the thread that writes, one to vote on."""
-        if self._lines is None:
-            self._lines = own_lines("savers")
-        return self._lines
+        self._begin(write, filename, path, snapshot, voting)
 
     def _stage(self, checkpoint: Any, run: RunFacts) -> tuple[Staged, Snapshot | None]:
         """Returns this process's part of the states, and the snapshot that has yet to fill it."""
         names = parameter_names(run.objects) if run.objects else {}
         taken = split(checkpoint, names)
         parts = {name: shard.to_local().detach() for name, shard in taken.shards.items()}  # type: ignore[attr-defined]
-        nest: dict[str, Any] = {"states": taken.tree, "parts": parts}
-        snapshot = Snapshot(nest, self._buffers) if self._background else None
-        plain, nbytes = (
-            on_host(nest) if snapshot is None else HostState(snapshot.state, snapshot.nbytes)
-        )
-        staged = Staged(
-            plain["states"],
-            plain["parts"],
-            nbytes,
-            taken.shards,
-            taken.places,
-            names,
-            run.checks.writer,
-        )
-        return staged, snapshot
+        host, snapshot = self._copied({"states": taken.tree, "parts": parts})
+        return Staged(host, taken.shards, taken.places, names, run.checks.writer), snapshot
 
     def remove(self, filename: str) -> None:
         """Removes a checkpoint; in the background, after the pending one is good.
@@ -387,7 +360,15 @@ class DiskSaver(BaseSaveHandler):
         if this_rank() != self.save_on_rank:
             return
         if known is not True:
-            self._remove_file(filename)
+            place = self.dirname / filename
+            try:
+                self._folder.remove(filename)
+            except OSError as error:
+                told = _not_removed(place, error)
+                if not any(list(self._in_parts.values())):
+                    raise CheckpointWriteError(told, error, place) from error
+                # It is of before a resume, and the others would wait for this process.
+                warn_user(told, CheckpointWarning)
         if known is not False:
             parts = PARTS.path_of(self.dirname, filename)
             try:
@@ -395,19 +376,6 @@ class DiskSaver(BaseSaveHandler):
             except OSError as error:
                 # No error: it would end this process only, and the others would wait for it.
                 warn_user(_not_removed(parts, error), CheckpointWarning)
-
-    def _remove_file(self, filename: str) -> None:
-        place = self.dirname / filename
-        try:
-            self._folder.remove(filename)
-        except OSError as error:
-            if isinstance(error, CheckpointError):
-                raise
-            told = _not_removed(place, error)
-            if not any(list(self._in_parts.values())):
-                raise CheckpointWriteError(told, error, place) from error
-            # It is of before a resume, and the others would wait for this process.
-            warn_user(told, CheckpointWarning)
 
     def wait(self) -> None:
         """Waits until what was saved is on the disk.
@@ -431,8 +399,7 @@ class DiskSaver(BaseSaveHandler):
         try:
             self.wait()
         finally:
-            if self._claim is not None:
-                self._claim.release()
+            self._folder.release()
             lines, self._lines = self._lines, None
             for line in filter(None, lines or ()):
                 line.close()

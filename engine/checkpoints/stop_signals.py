@@ -29,11 +29,8 @@ class StopSignals:
     Within a second of the first signal it is the same one: torchrun passes on to its ranks what a
     scheduler may have sent to them too.
 
-    SIGHUP is left as it is where somebody has set it already, as `nohup` does.
-
-    Args:
-        signals: which signals.
-        noticed: called in the signal handler with the first one that arrives; sets flags only.
+    SIGHUP is left as it is where somebody has set it already, as `nohup` does. `noticed` is called
+    in the signal handler with the first one that arrives, and sets flags only.
     """
 
     def __init__(

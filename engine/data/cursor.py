@@ -15,13 +15,14 @@ import numpy
 import torch
 
 from crosstrain.backends import World, random_state
+from crosstrain.engine.digest import same
 from crosstrain.engine.errors import ResumeError
 from crosstrain.engine.proof import Proof, Strictness
 from crosstrain.engine.random_states import random_states_kept
 
 from .batch_before import Held, compare, compare_twice, differs, hold, is_comparable, record
 from .flows import Dataflow, Iterate, NoData, ReplayedFlow, SequenceFlow, StatefulFlow
-from .generators import is_stateful, same
+from .generators import is_stateful
 from .mapflow import MapFlow
 from .own_data import is_map_style, is_own, not_dealt_out, own_data
 from .sampling import is_loader
@@ -56,14 +57,7 @@ class _Opened:
 
 
 class _Check(NamedTuple):
-    """What the data of a resume is opened with, and how it is compared.
-
-    Args:
-        key: the run's seed and streams.
-        state: what the dataflow's `state` returned; None where a new pass is opened.
-        proof: takes down what the comparison found.
-        strictness: how strict it is.
-    """
+    """What the data of a resume is opened with (no state: a new pass), and how it is compared."""
 
     key: StreamKey
     state: Any
@@ -192,7 +186,11 @@ class Cursor:
             return {"reason": "the state was written in the middle of an iteration"}
         if last is None:
             return {"reason": "the state was written before the run had fetched a batch"}
-        return record(last, plain_indices(self._last_indices), world_of(self._backend))
+        return record(*self._given(last), world_of(self._backend))
+
+    def _given(self, last: Any) -> tuple[Any, Any]:
+        """Returns the batch that was given last, with its indices as they are recorded."""
+        return last, plain_indices(self._last_indices)
 
     def _exchanged(self) -> dict[str, Any]:
         """Returns what tells data that was exchanged before its first batch."""
@@ -249,19 +247,8 @@ class Cursor:
         """Opens data at a position; leaves the global generators in any state.
 
         The batch before the position is fetched once more, and compared with what the state keeps
-        of it. A process that has no random states to restore then calls `seed_anew`.
-
-        Args:
-            position: what `position` returned.
-            data: the data.
-            key: the run's seed and streams.
-            proof: takes down what the comparison found.
-            strictness: how strict the comparison is.
-            other: why the batch before may be another one now; None: it may not.
-
-        Raises:
-            ValueError: if it is not the data that the position is in.
-            ResumeError: if the batch before is another, and that is an error.
+        of it; `other` says why it may be another one now. A process that has no random states to
+        restore then calls `seed_anew`.
         """
         flow, self._prepared = self._prepared_for(data), None
         before_handlers, self._opened_before = self._opened_before, None
@@ -300,8 +287,7 @@ class Cursor:
         flow, key, state = self._open_at(before, check), check.key, check.state
         if flow.keeps_anew(state):
             flow.probe(state, True)
-            self._open_flow(key, state, 1)
-            self._fetch_first()
+            self._fetch_again(key, state)
             self._tell_kept(check.proof)
             self._open_flow(key, state)
         # Fetching may have changed it.
@@ -316,18 +302,22 @@ class Cursor:
         """Opens data at the batch before, and compares it; returns the dataflow."""
         flow = self._known
         flow.probe(check.state)
-        self._open_flow(check.key, check.state, 1)
         self._fetch_before(before, check.key, check.state)
         self._tell_kept(check.proof)
-        self._compare(before, check.proof, check.strictness, note)
+        place = f"batch {self.consumed} of pass {self._pass + 1}"
+        last, indices = (None, None) if self._ended else self._given(self._last)
+        try:
+            compare(
+                before, last, indices, place, flow.suspects(), check.proof, check.strictness, note
+            )
+        except ResumeError:
+            # The right data may be given to the next run.
+            flow.close()
+            raise
         return flow
 
     def rehearse(self, data: Any, key: StreamKey, proof: Proof, strictness: Strictness) -> None:
-        """Fetches the first batch of data that is opened next twice, and compares.
-
-        Raises:
-            ResumeError: if the two differ, and that is an error.
-        """
+        """Fetches the first batch of data that is opened next twice, and compares."""
         before = self._flow
         self._flow = self._prepared = flow = self._prepared_for(data)
         begun = flow.begun()
@@ -352,8 +342,7 @@ class Cursor:
             if item is _NONE and self.consumed:
                 item = self._first_of_next(key)
             if item is not _NONE:
-                held = hold(item) if self._last is None else self._last
-                found.append((held, plain_indices(self._last_indices)))
+                found.append(self._given(hold(item) if self._last is None else self._last))
             self._iterator = iter(())
             flow.put_back(kept)
         self._last = self._last_indices = self.share = None
@@ -394,10 +383,7 @@ class Cursor:
         """Compares the batch before a position at an epoch's beginning, before handlers run.
 
         What handlers of that beginning have changed by then is not to be told from what went wrong:
-        a difference is a warning.
-
-        Returns:
-            Whether there was something to compare.
+        a difference is a warning. Returns whether there was something to compare.
         """
         flow = self._prepared_for(data)
         before: Any = position.get("before")
@@ -452,13 +438,12 @@ class Cursor:
     def _fetch_before(
         self, before: Mapping[str, Any], key: StreamKey, state: Mapping[str, Any]
     ) -> None:
-        """Fetches the batch before, which is the first that the data was opened at."""
-        self._fetch_first()
+        """Opens data at the batch before, and fetches that."""
+        self._fetch_again(key, state)
         dataset: Mapping[str, Any] = state.get("dataset", {})
         if self._ended or same(dataset.get("now"), dataset.get("opening")):
             return
-        last, indices = self._last, plain_indices(self._last_indices)
-        if last is None or not differs(before, last, indices):
+        if self._last is None or not differs(before, *self._given(self._last)):
             return
         # A handler may have changed the dataset since that batch was fetched.
         first = self._last, self._last_indices
@@ -467,32 +452,17 @@ class Cursor:
         prepared = flow.kept()
         # Twice: a generator that no state has may have come to that batch by the attempt before.
         for _ in range(2):
-            self._open_flow(key, opening, 1)
-            self._fetch_first()
-            if self._last is None or differs(before, self._last, plain_indices(self._last_indices)):
+            self._fetch_again(key, opening)
+            if self._last is None or differs(before, *self._given(self._last)):
                 self._last, self._last_indices = first
                 flow.put_back(prepared)
                 break
 
-    def _fetch_first(self) -> None:
+    def _fetch_again(self, key: StreamKey, state: Mapping[str, Any]) -> None:
+        self._open_flow(key, state, 1)
         found = next(self, _NONE) is not _NONE
         # However many there are, the run is after this batch.
         self.fetched, self._ended, self.share = self.consumed, not found, None
-
-    def _compare(
-        self, before: Mapping[str, Any], proof: Proof, strictness: Strictness, note: str = ""
-    ) -> None:
-        flow = self._known
-        place = f"batch {self.consumed} of pass {self._pass + 1}"
-        last, indices = (None, None)
-        if not self._ended:
-            last, indices = self._last, plain_indices(self._last_indices)
-        try:
-            compare(before, last, indices, place, flow.suspects(), proof, strictness, note)
-        except ResumeError:
-            # The right data may be given to the next run.
-            flow.close()
-            raise
 
     def go_to_pass(self, number: int, batch: int, data: Any, key: StreamKey) -> None:
         """Opens data at a batch of a pass, as if this run had not had it before."""
@@ -550,11 +520,8 @@ class Cursor:
     def _open(self, key: StreamKey, state: Mapping[str, Any] | None, seeds: bool) -> None:
         """Opens the data at the position.
 
-        Args:
-            key: the run's seed and streams.
-            state: the dataflow's state there, if it has one.
-            seeds: whether the pass's seeding of the global generators stays in force, as where it
-                begins; where a run goes on within a pass, they are left as they were.
+        The pass's seeding of the global generators stays in force where it begins (`seeds`); where
+        a run goes on within a pass, they are left as they were.
         """
         if not seeds:
             with random_states_kept(self._backend):
@@ -614,12 +581,7 @@ class Cursor:
 
 
 def dataflow_of(data: Any, iterate: Iterate, world: World = ALONE) -> Dataflow:
-    """Returns the dataflow for a kind of data.
-
-    Raises:
-        ValueError: if there are several processes, and the data can neither be dealt out to them
-            nor says that it is each one's own.
-    """
+    """Returns the dataflow for a kind of data; of several processes, each has a part of it."""
     if data is None:
         return NoData(data)
     if world.size == 1:

@@ -9,8 +9,10 @@ taken.
 from __future__ import annotations
 
 import inspect
+import sys
+import types
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,7 +21,9 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from crosstrain.engine.structure import modules_of
 
+from .lazily import hooks_are_made_lazily, is_made_lazily
 from .trained import functions_of_trained
+from .unnamed import is_users_file
 
 __all__ = ["Attached"]
 
@@ -39,10 +43,50 @@ class Attached:
         self._begun: _Marks | None = None
         self._epoch: _Marks = Counter()
         self._batches: _Marks = Counter()
+        # What the first step has made.
+        self._made: _Marks | None = None
+        self._expected: list[str] = []
 
     def begin(self) -> None:
         """Forgets the run before: what a script does between runs, it does again."""
-        self._begun = None
+        self._begun = self._made = None
+
+    def expect(self, names: Iterable[str]) -> None:
+        """Takes what the first step of the run before had made, as of `made`."""
+        self._expected = list(names)
+
+    @property
+    def made(self) -> list[str]:
+        """What the first step of this run has made, by what to call it, for a state."""
+        names = {what: None for what, _, _ in self._made or ()}
+        return sorted(names or dict.fromkeys(self._expected))
+
+    def has_made(self, objects: Mapping[str, Any]) -> bool:
+        """Notes what hooks and modules the first step has made; tells whether there are any.
+
+        Args:
+            objects: as of `epoch_begins`.
+        """
+        self._made = _marks((), objects) - self._batches
+        return bool(self._made)
+
+    def keep_made(
+        self, objects: Mapping[str, Any], functions: Sequence[types.FunctionType]
+    ) -> bool:
+        """Keeps of it what each first step makes anew; tells whether there is any.
+
+        Args:
+            objects: as of `epoch_begins`.
+            functions: the user's, which may make them.
+        """
+        self._made = _made_lazily(self._made or Counter(), objects, functions)
+        return bool(self._made)
+
+    def not_made(self, objects: Mapping[str, Any]) -> list[str]:
+        """Returns what the first step of the run before had made, and is not there; once."""
+        expected, self._expected = self._expected, []
+        there = {what for what, _, _ in _marks((), objects)} if expected else set()
+        return [what for what in expected if what not in there]
 
     def epoch_begins(self, handlers: Iterable[_Called], objects: Mapping[str, Any]) -> None:
         """Notes what there is before the handlers of EPOCH_STARTED are called.
@@ -71,10 +115,12 @@ class Attached:
         """
         if self._begun is None:
             return []
-        now = _marks(handlers, objects)
+        now, made = _marks(handlers, objects), self._made or Counter()
+        gone = [f"{what}, which was removed" for what, _, _ in made - now]
         if ended:
-            return _differences(self._begun, now)
-        found = _differences(self._begun, self._epoch) + _differences(self._batches, now)
+            return _differences(self._begun, now - made) + gone
+        found = _differences(self._begun, self._epoch - made)
+        found += _differences(self._batches - made, now - made) + gone
         return list(dict.fromkeys(found))
 
 
@@ -97,6 +143,27 @@ def _marks(handlers: Iterable[_Called], objects: Mapping[str, Any]) -> _Marks:
         if not _module_of(plain).startswith("crosstrain."):
             found[name, id(getattr(plain, "__code__", type(plain))), lasts] += 1
     found.update(_classes(objects))
+    return found
+
+
+def _made_lazily(
+    made: _Marks, objects: Mapping[str, Any], functions: Sequence[types.FunctionType]
+) -> _Marks:
+    """Returns what of that which a first step has made each first step makes again."""
+    hooks = {
+        name: is_users_file(sys.modules.get(_module_of(function)))
+        for name, function in functions_of_trained(objects).items()
+    }
+    by_users = hooks_are_made_lazily(functions)
+    found: _Marks = Counter()
+    for (name, code, lasts), count in made.items():
+        path = name.partition(" (a ")[0]
+        if name in hooks:
+            lazy = by_users or not hooks[name]
+        else:
+            lazy = is_made_lazily(f".{path.rpartition('.')[2]}", functions)
+        if lazy:
+            found[name, code, lasts] = count
     return found
 
 

@@ -35,6 +35,7 @@ import torch
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from crosstrain.engine.data.generators import GLOBAL_GENERATORS
 from crosstrain.engine.data.source import ResumableSource
 from crosstrain.engine.digest import digest
 from crosstrain.engine.dispatch import Dispatcher
@@ -46,7 +47,6 @@ from crosstrain.engine.structure import RECORDED
 from .reads import ALL, WRITES, Use, names_read_of_state, uses_of, uses_of_self
 from .trained import functions_of_trained
 from .unnamed import (
-    GLOBAL_GENERATORS,
     TORCHS_OWN,
     TRAINED,
     attributes_of,
@@ -85,7 +85,8 @@ _COLLECTIONS: Final = (
 )
 # They are the data's and the loop's own matter.
 _CLOSED: Final = (DataLoader, Dataset, Sampler, Dispatcher, types.ModuleType, type, ResumableSource)
-_PLAIN: Final = (
+#: What is compared as a whole.
+PLAIN: Final = (
     *SCALARS,
     decimal.Decimal,
     fractions.Fraction,
@@ -140,6 +141,9 @@ class Forgotten:
             walk.function(function, name, _DEPTH)
         walk.settle()
         self.found = walk.found
+        self._owners = set(functions)
+        #: Those of it that are plain, and the functions that were looked into: for one look only.
+        self.values, self.functions = walk.values, walk.functions
         #: Other engines that the run uses, such as an evaluator, by where they were found.
         self.engines = walk.engines
         kept, read = {*_STATE, *keys}, names_read_of_state(walk.functions)
@@ -149,8 +153,21 @@ class Forgotten:
             if name in vars(state):
                 self.found["trainer.state", name] = _signature(vars(state)[name])
 
-    def changed(self, before: Forgotten) -> list[str]:
-        """Returns the names of what is other than it was before."""
+    def without_values(self) -> Forgotten:
+        """Lets go of the values, and keeps what they are compared by."""
+        self.values, self.functions = {}, []
+        return self
+
+    def begin_new(self, now: Forgotten) -> None:
+        """Counts what functions refer to that are new now as there from the beginning."""
+        new = tuple(now._owners - self._owners)
+        self._owners |= now._owners
+        for place, signature in now.found.items():
+            if place[0].startswith(new):
+                self.found.setdefault(place, signature)
+
+    def changed(self, before: Forgotten) -> list[tuple[str, str]]:
+        """Returns what is other than it was before: its owner, and what that calls it."""
         # What is reached by another way than then, such as another handler, need not have changed.
         known = [(name, signature) for (_, name), signature in before.found.items()]
 
@@ -160,9 +177,9 @@ class Forgotten:
             return (place[1], signature) in known
 
         return [
-            f"{owner}.{name}" if owner == "trainer.state" else f"{owner}, its {name!r}"
-            for (owner, name), signature in self.found.items()
-            if signature is not None and not is_as_before((owner, name), signature)
+            place
+            for place, signature in self.found.items()
+            if signature is not None and not is_as_before(place, signature)
         ]
 
 
@@ -184,6 +201,7 @@ class UsesWalk:
         # What the states of named objects are made of.
         self._saved: dict[int, set[str]] = {}
         self.found: dict[tuple[str, str], Any] = {}
+        self.values: dict[tuple[str, str], Any] = {}
         # pytorch-ignite's: a state only where something reads what they come to.
         self.metrics: dict[tuple[str, str], Any] = {}
         # Other engines, such as an evaluator, whose handlers are the run's as well.
@@ -269,7 +287,7 @@ class UsesWalk:
             return
         if len(self._seen) > _SEEN or isinstance(value, _CLOSED) or is_source(value):
             return
-        if isinstance(value, (*_PLAIN, *_COLLECTIONS)):
+        if isinstance(value, (*PLAIN, *_COLLECTIONS)):
             if any(use.read for use in uses):
                 self._note(value, owner, name)
             if isinstance(value, _COLLECTIONS) and depth > 0:
@@ -333,6 +351,7 @@ class UsesWalk:
         if id(value) not in self._known:
             self._read.add(id(value))
             self.found[owner, name] = _signature(value)
+            self.values[owner, name] = value
 
     def _items(self, value: Any, owner: str, name: str, depth: int) -> None:
         if id(value) in self._seen or id(value) in self._known:
@@ -341,7 +360,7 @@ class UsesWalk:
         inside = _inside(value)
         items = inside.items() if isinstance(inside, dict) else enumerate(inside)
         for key, item in list(items)[:64]:
-            if not isinstance(item, _PLAIN):
+            if not isinstance(item, PLAIN):
                 # The collection's own signature has those that it holds.
                 uses = frozenset[Use]() if isinstance(item, _COLLECTIONS) else ALL
                 self.value(item, owner, f"{name}[{key!r}]", depth - 1, uses)
@@ -420,7 +439,7 @@ def _values_of(kind: Any) -> dict[str, Any]:
         if each is not object and not is_others(each)
         for name, value in vars(each).items()
         if not name.startswith("__")
-        and (isinstance(value, (*_PLAIN, *_COLLECTIONS)) or is_users_object(value))
+        and (isinstance(value, (*PLAIN, *_COLLECTIONS)) or is_users_object(value))
     }
 
 

@@ -24,7 +24,7 @@ RANKS: Final = "ranks"
 #: What the number of logical shards is called among the conditions of a run.
 SHARDS: Final = "logical shards"
 _logger = logging.getLogger(__name__)
-_PARTS: Final = ("rng_states", "epoch_rng_states", "position", "backend", "step")
+_PARTS: Final = ("rng_states", "epoch_rng_states", "position", "backend", "step", "made")
 
 
 def gathered(values: Mapping[str, Any], engine: Engine, destination: int) -> dict[str, Any]:

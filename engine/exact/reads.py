@@ -95,7 +95,7 @@ class Use(NamedTuple):
 ALL: Final = frozenset({Use((), True)})
 
 
-def _tree(code: types.CodeType) -> ast.AST | None:
+def syntax_tree(code: types.CodeType) -> ast.AST | None:
     """Returns the syntax tree of a function; None where there is no source, as of `exec`."""
     try:
         source = textwrap.dedent(inspect.getsource(code))
@@ -133,7 +133,7 @@ def _with_parents(tree: ast.AST) -> Iterator[tuple[ast.AST, _Above]]:
 @lru_cache(maxsize=512)
 def uses_of(code: types.CodeType) -> Mapping[str, frozenset[Use]] | None:
     """Returns what a function does with each of its variables; None where that is not known."""
-    tree = _tree(code)
+    tree = syntax_tree(code)
     if tree is None:
         return None
     found: dict[str, set[Use]] = {}
@@ -307,7 +307,7 @@ def names_read_of_state(functions: Iterable[Any]) -> set[str]:
 
 @lru_cache(maxsize=512)
 def _reads_of_state(code: types.CodeType) -> frozenset[str]:
-    tree = _tree(code)
+    tree = syntax_tree(code)
     found: set[str] = set()
     for node, above in () if tree is None else _with_parents(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):

@@ -37,6 +37,7 @@ KEYS: Final = frozenset(
 OPTIONAL_KEYS: Final[Mapping[str, str]] = {
     "epoch_rng_states": "the random states of the epoch's beginning, for handlers of EPOCH_STARTED",
     "shown": "the last output and metrics, for handlers that read them before the first batch",
+    "made": "what the run had made for itself, which is made again",
     "structure": "the structure of what is trained: what wants gradients, parameter groups",
 }
 

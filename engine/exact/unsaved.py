@@ -21,6 +21,7 @@ from crosstrain.engine.structure import Structure, named
 from .attached import Attached
 from .fetches import Fetched, who_fetches
 from .forgotten import SCALARS, Forgotten
+from .made_again import LOOKS, MadeAgain
 from .trained import functions_held, functions_of_trained, holders_of_state, hooks_of_all
 from .unnamed import functions_of, unnamed_sources
 
@@ -50,6 +51,15 @@ _NOT_MADE_AGAIN = (
     "The run that was saved had made hooks, as {} told, and this one has not made them again. "
     "Register them before the run. If what is trained does not depend on it"
 )
+_MADE_OTHERWISE = (
+    "The run that was saved had made something for itself that no checkpoint holds, and this one "
+    "has made it again with other contents: {}. Keep it in an object that is named in to_save, or "
+    "make it before the run. If what is trained does not depend on it"
+)
+_NOT_MADE_BY_STEP = (
+    "The first step of the run that was saved had made {}, and that of this one has not. Make it "
+    "before the run. If what is trained does not depend on it"
+)
 _LOST = (
     "A resumed run will begin without what has changed of {}: it is too large to be a part of the "
     "trainer's state. Keep it in an object that is named in to_save, or let a handler of "
@@ -74,6 +84,9 @@ class Unsaved:
         # What the step and handlers refer to, as the run's first epoch begins.
         self._begun: Forgotten | None = None
         self._attached = Attached()
+        self._made_again = MadeAgain()
+        # Whether this process's first step is to come, and after how many it looks once more.
+        self._first_step, self._looks = False, 0
         self._told: set[str] = set()
         # The data, and which loaders handlers fetch from, it or others.
         self._fetches: tuple[Any, Fetched] | None = None
@@ -90,13 +103,15 @@ class Unsaved:
         """Forgets the run before."""
         self._begun = self._fetches = None
         self._attached.begin()
+        self._made_again.begin()
+        self._first_step = True
 
     def epoch_begins(self, objects: Mapping[str, Any]) -> None:
         """Notes what there is before the handlers of EPOCH_STARTED are called."""
         if self._engine.checks.unnamed == "off":
             return
         if self._begun is None:
-            self._begun = self._forgotten(objects)
+            self._begun = self._forgotten(objects).without_values()
         self._attached.epoch_begins(self._called(), objects)
 
     def batches_begin(self, objects: Mapping[str, Any]) -> None:
@@ -104,6 +119,35 @@ class Unsaved:
         engine = self._engine
         if engine.checks.unnamed != "off" and engine.has_users_handler(Events.EPOCH_STARTED):
             self._attached.batches_begin(self._called(), objects)
+
+    @property
+    def looks_after_steps(self) -> bool:
+        """Whether something is to be looked at after the next step."""
+        looks = self._first_step or (self._looks > 0 and self._made_again.expects)
+        return looks and self._engine.checks.unnamed != "off"
+
+    def step_done(self, objects: Mapping[str, Any]) -> None:
+        """Looks at what the first steps of this process have made.
+
+        At hooks and modules after the first; at what else a resumed run makes again after two.
+        """
+        now: Forgotten | None = None
+        if self._first_step:
+            self._first_step = False
+            if self._attached.has_made(objects):
+                now = self._forgotten(objects)
+                # What a new hook refers to is there from then on.
+                if self._attached.keep_made(objects, now.functions) and self._begun is not None:
+                    self._begun.begin_new(now)
+            self._tell(self._attached.not_made(objects), _NOT_MADE_BY_STEP)
+        if self._looks > 0 and self._made_again.expects:
+            self._looks -= 1
+            now = now or self._forgotten(objects)
+            self._tell(self._new(self._made_again.differences(now)), _MADE_OTHERWISE)
+            if self._looks == 0:
+                self._made_again.settle(self._engine.proof)
+                proof = self._engine.proof
+                self._engine.logger.info("After %s resumed iterations: %s.", LOOKS, proof)
 
     # ------------------------------------------------------------ when a state is taken
 
@@ -128,13 +172,19 @@ class Unsaved:
         engines: dict[str, Any] = {}
         if self._begun is not None:
             now = self._forgotten(objects)
-            self._tell(self._new(now.changed(self._begun)), _FORGOTTEN)
+            self._tell(self._new(self._made_again.differences(now)), _MADE_OTHERWISE)
+            changed = self._made_again.sift(now, now.changed(self._begun), self._told)
+            self._tell(self._new(changed), _FORGOTTEN)
             engines = now.engines
         attached = self._attached.changed(self._called(), objects, ended)
         self._tell(self._new(attached), _ATTACHED)
         self._tell(structure.not_made_again(objects), _NOT_MADE_AGAIN)
         self._tell(cursor.lost(), _LOST)
         return {name: plain_or_none(one.state.metrics) or {} for name, one in engines.items()}
+
+    def made(self) -> dict[str, Any]:
+        """Returns what a resumed run is to make again, for the state."""
+        return {"again": self._made_again.record(), "by the first step": self._attached.made}
 
     def _new(self, found: Iterable[str]) -> list[str]:
         new = [what for what in found if what not in self._told]
@@ -150,6 +200,10 @@ class Unsaved:
 
     def go_on(self, snapshot: Mapping[str, Any], objects: Mapping[str, Any]) -> None:
         """Gives loaders and engines that handlers use what a state has of them."""
+        made = snapshot.get("made", {"again": {}, "by the first step": []})
+        self._made_again.expect(made["again"])
+        self._attached.expect(made["by the first step"])
+        self._looks = LOOKS
         if snapshot["position"] is not None:
             # Before any handler fires that iterates over one of them.
             self.fetched(objects).go_on(snapshot["position"].get("loaders", {}))

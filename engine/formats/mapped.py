@@ -38,11 +38,7 @@ def stamp_of(descriptor: int) -> Stamp:
 
 
 def check_stamp(descriptor: int, before: Stamp) -> None:
-    """Makes sure that nobody has written to a file.
-
-    Raises:
-        CheckpointCorrupt: if somebody has.
-    """
+    """Raises CheckpointCorrupt if somebody has written to a file."""
     if stamp_of(descriptor) != before:
         raise CheckpointCorrupt(
             "it was written to while it was being read: what was verified may not be what was "
@@ -87,11 +83,7 @@ class Mapped:
         self._own: dict[int, torch.UntypedStorage] = {}
 
     def check_unchanged(self) -> None:
-        """Makes sure that what was copied is what was verified.
-
-        Raises:
-            CheckpointCorrupt: if somebody has written to the file meanwhile.
-        """
+        """Raises CheckpointCorrupt if what was copied is not what was verified."""
         with self._named():
             check_stamp(self._descriptor, self._stamp)
 
@@ -117,22 +109,13 @@ class Mapped:
     def own(self, nest: Any) -> None:
         """Gives the tensors of a nest memory of their own, in place; what is shared stays shared.
 
-        Args:
-            nest: containers of tensors; tensors that do not lie in the file are left alone.
-
-        Raises:
-            CheckpointCorrupt: if the file has become shorter, or cannot be read.
+        Tensors that do not lie in the file are left alone.
         """
         with self._named():
             self.own_by(self._read, nest)
 
     def own_by(self, read: Callable[[list[Place]], None], nest: Any) -> None:
-        """Does what `own` does, and leaves it to somebody else to read.
-
-        Args:
-            read: reads places of the file into memory.
-            nest: as of `own`.
-        """
+        """Does what `own` does, and has a function read places of the file into memory."""
         there = [
             (tensor, tensor.untyped_storage().data_ptr())
             for tensor in _tensors(nest)

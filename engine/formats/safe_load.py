@@ -50,17 +50,17 @@ Take = Callable[[Any, Manifest | None], Any]
 
 @dataclass(frozen=True)
 class LoadedFile:
-    """A checkpoint file that was verified and read.
+    """A checkpoint that was verified and read.
 
     Args:
-        path: the file.
+        path: where it was; None if it was in memory.
         manifest: what it says of itself; None if it was written by another program.
         state: what `torch.save` was given.
         mapped: the file's memory, if the state's tensors lie in it; whoever asked for it has to
             see to it that none of them outlives the load.
     """
 
-    path: Location
+    path: Location | None
     manifest: Manifest | None
     state: Any
     mapped: Mapped | None = None
@@ -78,9 +78,7 @@ def verify_file(path: Location, opened: IO[bytes] | None = None) -> Manifest | N
         because another program wrote it: then only its archive was checked.
 
     Raises:
-        CheckpointNotFound: if there is no such file.
-        CheckpointCorrupt: if it is damaged.
-        CheckpointUnsafe: if its archive is made to take more memory than it has bytes.
+        CheckpointError: as of `load_file`.
     """
     with _opened(path, opened) as file:
         whole = _Whole(file)
@@ -146,21 +144,7 @@ def load_part(file: IO[bytes], at: int, length: int, path: Location) -> Any:
 
     This is how parts of sharded checkpoints (`.distcp`) are read: each of their tensors is an
     archive of its own. What is checked is what `load_file` checks, but for the manifest; the part
-    is in memory while it is read.
-
-    Args:
-        file: the open file; its position is not used.
-        at: where in it the part begins.
-        length: how many bytes it has.
-        path: of the file, for messages.
-
-    Returns:
-        What `torch.save` was given, on the CPU.
-
-    Raises:
-        CheckpointCorrupt: if the part is damaged.
-        CheckpointUnsafe: if it needs classes that are neither tensors nor plain types, or would
-            take more memory than its size explains.
+    is in memory while it is read, and the file's position is not used.
     """
     with _named(path):
         window = Window(file.fileno(), at, length)
@@ -172,11 +156,7 @@ def load_part(file: IO[bytes], at: int, length: int, path: Location) -> Any:
 
 
 def check_loadable(descriptor: int) -> None:
-    """Holds an open file to what a load of it accepts, but for its hash.
-
-    Raises:
-        CheckpointError: if a load would refuse it.
-    """
+    """Raises a CheckpointError if a load of an open file would refuse it, but for its hash."""
     window = Window.whole(descriptor)
     _scan(window, read_archive(window))
 
@@ -220,19 +200,11 @@ def _neighbours(folder: Location) -> list[str]:
 
 
 class _Whole:
-    """An open file that is held against its manifest.
-
-    Args:
-        file: the open file.
-
-    Raises:
-        CheckpointCorrupt: if it is no archive, or not of the size that its manifest tells.
-        CheckpointUnsafe: if its archive is made to take more memory than it has bytes.
-    """
+    """An open file that is held against its manifest; made, against the size that this tells."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.stamp: Stamp = stamp_of(file.fileno())
-        self.archive = read_archive(file.fileno())
+        self.archive = read_archive(Window.whole(file.fileno()))
         self.manifest = Manifest.decode(self.archive.comment) if self.archive.comment else None
         self._file = file
         self._tree: TreeCheck | None = None
@@ -278,9 +250,6 @@ class _Whole:
         Args:
             spans: which bytes; None: all that were not verified before.
             places: of what is to be kept.
-
-        Raises:
-            CheckpointCorrupt: if it is not as it was written.
         """
         if self._tree is not None:
             self._tree.verify(spans, places)
@@ -374,11 +343,7 @@ def _load(file: IO[bytes], names: set[str]) -> Any:
 def _load_mapped(
     file: IO[bytes], path: Location, whole: _Whole, check: PickleCheck
 ) -> tuple[Any, Mapped] | None:
-    """Loads a state whose tensors lie in the file's memory.
-
-    Returns:
-        The state and the memory; None if this file, or this file system, has to be read.
-    """
+    """Loads a state whose tensors lie in the file's memory; None if this file has to be read."""
     records = [whole.archive.records[f"data/{key}"] for key in check.storages]
     if any(record.offset % _ALIGNED for record in records):
         return None

@@ -68,14 +68,7 @@ def contents_of(
 def _check_written(descriptor: int, state: Any, path: Location, strictness: Strictness) -> None:
     """Holds a file that was just written to what a load of it accepts, but for its hash.
 
-    Args:
-        descriptor: the file, open for reading too.
-        state: the plain state that was written: it is looked through for what is to blame.
-        path: what the file is to be called.
-        strictness: whether what could not be loaded is an error, a warning, or not looked for.
-
-    Raises:
-        CheckpointContentError: if the file could not be loaded; names the objects to blame.
+    An error names the objects to blame, which are looked for in the plain state.
     """
     if strictness == "off":
         return

@@ -28,12 +28,7 @@ _ALIGN = 64
 
 
 class HostState(NamedTuple):
-    """A state of plain types and tensors on the CPU.
-
-    Args:
-        state: the nest.
-        nbytes: the bytes of all its tensors, each storage counted once.
-    """
+    """A state of plain types and tensors on the CPU, and their bytes, each storage counted once."""
 
     state: Any
     nbytes: int
@@ -43,12 +38,6 @@ def on_host(state: Any) -> HostState:
     """Returns a state with plain types and tensors on the CPU; tensors there are not copied.
 
     Tensors that share memory as of two types are copied, and share it no more.
-
-    Args:
-        state: what `to_plain` takes.
-
-    Raises:
-        CheckpointContentError: if something has no plain form.
     """
     # The second entry keeps the address its own until the state is whole.
     seen: dict[int, tuple[torch.dtype, torch.UntypedStorage]] = {}
@@ -102,12 +91,7 @@ class HostBuffers:
         self._free = {key: list(storages) for key, storages in self._kept.items()}
 
     def take(self, nbytes: int, pinned: bool) -> torch.UntypedStorage:
-        """Returns memory for a storage; its contents are whatever they are.
-
-        Args:
-            nbytes: how many bytes.
-            pinned: whether an accelerator is to copy into it by itself.
-        """
+        """Returns memory for a storage; pinned, where an accelerator copies into it by itself."""
         key = (nbytes, pinned)
         free = self._free.get(key)
         storage = free.pop() if free else self._allocate(nbytes, pinned)
@@ -137,9 +121,6 @@ class Snapshot:
         stepped: optimizers whose parameters and states are to be copied later, by `finish` in
             another thread; their next step waits for it. Empty: all is copied, or, on an
             accelerator, ordered before whatever it computes next, when this returns.
-
-    Raises:
-        CheckpointContentError: if something has no plain form.
     """
 
     def __init__(

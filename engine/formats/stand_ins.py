@@ -65,11 +65,7 @@ class PickleCheck:
         self._spent = 0
 
     def spend(self, nbytes: int) -> None:
-        """Counts memory that the pickle takes: a few bytes of it may take it any number of times.
-
-        Raises:
-            CheckpointUnsafe: if it is more than the file's size explains.
-        """
+        """Counts memory that the pickle takes: few bytes of it may take it any number of times."""
         self._spent += nbytes
         if self._spent > self._max_bytes:
             raise CheckpointUnsafe(
@@ -95,12 +91,7 @@ class PickleCheck:
     def check_key(self, key: Any, hashes: Counter[int]) -> None:
         """Makes sure that a key of a dictionary, or an item of a set, is soon hashed and compared.
 
-        Args:
-            key: what is to be hashed.
-            hashes: how many keys beside it have which hash.
-
-        Raises:
-            CheckpointUnsafe: if it is not, or of a type that has no place there.
+        Beside it `hashes` counts how many keys have which hash.
         """
         if type(key) is str:
             return
@@ -129,16 +120,9 @@ class PickleCheck:
 def check_pickle(
     data: bytes, records: Mapping[str, Record], file_size: int, allowed: frozenset[str]
 ) -> PickleCheck:
-    """Runs a pickle of `torch.save` on stand-ins.
+    """Runs a pickle of `torch.save` on stand-ins; it may be loaded, if nothing is refused.
 
-    Args:
-        data: the pickle.
-        records: the archive's records by name.
-        file_size: the size of the whole file.
-        allowed: names of globals that the user has allowed by `torch.serialization`.
-
-    Returns:
-        What it asks for. It may be loaded, if nothing is refused.
+    The arguments are those of `PickleCheck`.
 
     Raises:
         CheckpointCorrupt: if it is no pickle, or refers to what is not there.
@@ -623,11 +607,7 @@ def _wrong(function: str, arguments: tuple[Any, ...]) -> CheckpointCorrupt:
 
 
 def _check_walkable(root: Any, max_steps: int) -> None:
-    """Makes sure that whoever walks a nest comes to an end, and soon.
-
-    Raises:
-        CheckpointUnsafe: if it holds itself, is nested too deep, or takes more steps.
-    """
+    """Raises CheckpointUnsafe if a nest holds itself, is too deep, or too long to walk."""
     weights: dict[int, int] = {}
     open_: set[int] = set()
     todo: list[tuple[Any, list[Any] | None]] = []

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
 from crosstrain.engine.storage.errors import CheckpointError
 from crosstrain.engine.storage.manifest import INDEX
-from crosstrain.engine.storage.parts_files import check_hash, hash_open
+from crosstrain.engine.storage.parts_files import check_hash, told_of
 from crosstrain.engine.stores.store_folder import StoreFolder
 
 from .read import Parts, writer_of
-from .write import Writers, filling, met
+from .writers import Writers
 
 
 class PartsToCopy:
@@ -22,14 +21,9 @@ class PartsToCopy:
 
     Each is compared with what the manifest tells before any is put: a copy replaces no good one by
     a damaged one. What it meets when it opens them is told when all processes copy, to all of them.
-
-    Args:
-        path: the checkpoint's folder, on a file system that all processes see.
-        writers: the processes.
     """
 
     def __init__(self, path: Path, writers: Writers) -> None:
-        self.name = path.name
         self._writers = writers
         self._held = contextlib.ExitStack()
         self._files: dict[str, IO[bytes]] = {}
@@ -44,17 +38,17 @@ class PartsToCopy:
             self._error = error
 
     def _verify(self) -> None:
+        if self._error is not None:
+            raise self._error
         for name, file in self._files.items():
             check_hash(file, self._found.manifest.files[name], self._found.place_of(name))
             file.seek(0)
 
     def _is_told_by(self, folder: StoreFolder) -> bool:
         """Tells whether the store's manifest is that of these files; asked by the first process."""
-        if self._writers.rank != 0:
-            return False
         # The index has another hash there if these are of an older version.
         index = self._files[INDEX]
-        told = os.fstat(index.fileno()).st_size, hash_open(index)
+        told = told_of(index)
         index.seek(0)
         manifest = self._found.manifest
         return folder.has_manifest(replace(manifest, files={**manifest.files, INDEX: told}))
@@ -62,27 +56,22 @@ class PartsToCopy:
     def put(self, folder: StoreFolder, *, compare: bool = False) -> None:
         """Puts them; all processes call it together, and return when the checkpoint is whole there.
 
+        If one fails, all raise a CheckpointError, and nothing is there, or what was.
+
         Args:
             folder: where to.
             compare: of a copy that is there already, puts only what has other bytes.
-
-        Raises:
-            CheckpointError: in all processes, if one fails; then nothing is there, or what was.
         """
-        writers, path = self._writers, folder.place / self.name
+        writers = self._writers
         with self._held:
-            writers.agree(path, self._error or met(self._verify))
+            writers.together(self._verify)
             manifest = self._found.manifest
-            if compare and writers.agree(path, None, self._is_told_by(folder))[0]:
-                writers.agree(path, met(lambda: folder.mend_parts(manifest, self._files)))
+            if compare and writers.first(lambda: self._is_told_by(folder)):
+                writers.together(lambda: folder.mend_parts(manifest, self._files))
                 return
             index = self._files.pop(INDEX).read() if writers.rank == 0 else b""
             aside = folder.aside(manifest)
-            with filling(aside, writers):
-                writers.begin(aside, 0, path)
+            with writers.filling(aside, 0):
                 aside.take(self._files)
-                writers.agree(path, met(aside.deliver))
-                if writers.rank == 0:
-                    writers.agree(path, met(lambda: aside.commit(index, manifest)))
-                else:
-                    writers.agree(path, None)
+                writers.together(aside.deliver)
+                writers.first(lambda: aside.commit(index, manifest))

@@ -24,12 +24,6 @@ def filled(
         states: its states without spread tensors; these are put in.
         places: where these belong.
         objects: the objects that the states are for; empty for none.
-
-    Returns:
-        The states.
-
-    Raises:
-        CheckpointError: if the parts are damaged, or another checkpoint has taken their name.
     """
     # torch takes half a second to import it, and most runs never need it.
     from .torch_parts import read_parts
@@ -72,16 +66,10 @@ def reordered(
 
     Args:
         states: the states; changed.
-        places: where spread tensors belong in them.
+        places: where spread tensors belong in them; those in the new order are returned.
         where: the optimizer's path.
         then: the names of its parameters when it was saved.
         now: their names now.
-
-    Returns:
-        The places in the new order.
-
-    Raises:
-        CheckpointMismatch: if it has several groups.
     """
     container, key = at_path(states, where)
     state = container[key]

@@ -55,11 +55,7 @@ def encode_index(entries: Mapping[str, Entry]) -> bytes:
 
 
 def decode_index(encoded: bytes, files: Mapping[str, tuple[int, str]]) -> dict[str, Entry]:
-    """Reads what `encode_index` returned, and holds it against the files.
-
-    Args:
-        encoded: the text.
-        files: the checkpoint's files, with their sizes.
+    """Reads what `encode_index` returned, and holds it against the checkpoint's files.
 
     Raises:
         CheckpointCorrupt: if a tensor's parts do not make it up, or are not in those files.

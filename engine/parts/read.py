@@ -8,15 +8,23 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import weakref
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from crosstrain.engine.formats.safe_load import load_file
 from crosstrain.engine.guards import is_mapping
+from crosstrain.engine.ranks.line import Line
 from crosstrain.engine.spread import at_path
 from crosstrain.engine.storage.atomic import open_regular
-from crosstrain.engine.storage.errors import CheckpointCorrupt, CheckpointError, CheckpointNotFound
+from crosstrain.engine.storage.errors import (
+    CheckpointCorrupt,
+    CheckpointError,
+    CheckpointNotFound,
+    lack_of,
+)
 from crosstrain.engine.storage.locations import Location, StorePath, location_of
 from crosstrain.engine.storage.manifest import INDEX, MANIFEST, Manifest, rank_file
 from crosstrain.engine.storage.parts_files import (
@@ -28,8 +36,8 @@ from crosstrain.engine.storage.parts_files import (
 )
 from crosstrain.engine.stores.by_url import store_of
 from crosstrain.engine.stores.store_parts import read_manifest
+from crosstrain.engine.stores.temporary import temporary_file
 
-from .fetch_from_store import Fetched
 from .index import Entry, decode_index
 
 Place = tuple[tuple[Any, ...], str]
@@ -47,19 +55,56 @@ def is_in_parts(path: str | os.PathLike[str]) -> bool:
     return os.path.isdir(folder) and (folder.name.endswith(ENDING) or (folder / MANIFEST).is_file())
 
 
-@dataclass(frozen=True)
-class Parts:
-    """A checkpoint in parts, as far as its manifest tells.
+class _Fetched:
+    """The files of one in a store, as far as they were needed: each fetched once, and verified.
 
-    Args:
-        path: its folder; in a store, its manifest, which stands for it.
-        manifest: the manifest.
-        fetched: its files, where they are in a store.
+    They are kept in files without names, which go with this object.
     """
 
+    def __init__(self, place: StorePath, files: Mapping[str, tuple[int, str]]) -> None:
+        self.place = place
+        self._files = files
+        self._store = store_of(place)
+        self._kept: dict[str, int] = {}
+        weakref.finalize(self, _close, self._kept)
+
+    @contextlib.contextmanager
+    def open(self, name: str) -> Generator[IO[bytes]]:
+        """Opens a file; the first time, it is fetched and verified."""
+        if name not in self._kept:
+            self._fetch(name)
+        os.lseek(self._kept[name], 0, os.SEEK_SET)
+        with open(self._kept[name], "rb", closefd=False) as file:
+            yield file
+
+    def _fetch(self, name: str) -> None:
+        told = self._files[name]
+        where = self.place / name
+        try:
+            check_size(self._store.head(name).size, told, where)
+            with temporary_file(told[0]) as file:
+                self._store.fetch(name, told[0], file.fileno())
+                file.seek(0)
+                check_hash(file, told, where)
+                self._kept[name] = os.dup(file.fileno())
+        except FileNotFoundError:
+            raise CheckpointCorrupt(f"{where} is missing") from None
+
+
+def _close(descriptors: dict[str, int]) -> None:
+    while descriptors:
+        os.close(descriptors.popitem()[1])
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A checkpoint in parts, as far as its manifest tells."""
+
+    #: Its folder; in a store, its manifest, which stands for it.
     path: Location
     manifest: Manifest
-    fetched: Fetched | None = field(default=None, compare=False, repr=False)
+    #: Its files, where they are in a store.
+    fetched: _Fetched | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Parts:
@@ -77,7 +122,7 @@ class Parts:
             if isinstance(place, Path):
                 return cls(place, manifest)
             files = place.parent / folder_of_parts(place.name, manifest.saved_at_ns)
-            return cls(place, manifest, Fetched(files, manifest.files))
+            return cls(place, manifest, _Fetched(files, manifest.files))
         except (FileNotFoundError, NotADirectoryError):
             raise _no_manifest(place) from None
         except OSError as error:
@@ -86,17 +131,41 @@ class Parts:
         except CheckpointError as error:
             raise CheckpointCorrupt(f"{place} is not a good checkpoint: {error}") from None
 
+    @classmethod
+    def verified(cls, path: str | os.PathLike[str], line: Line | None = None) -> Parts:
+        """Opens and verifies a checkpoint; the processes of a line share the work.
+
+        Raises:
+            CheckpointError: in all of them the same, what one finds: what it lacks comes first.
+        """
+        error: CheckpointError | None = None
+        found: Parts | None = None
+        try:
+            found = cls.open(path)
+            found.verify((0, 1) if line is None else (line.rank, line.size))
+            found.index()
+        except CheckpointError as caught:
+            error = caught
+        mine = None if error is None else (str(error), lack_of(error))
+        told = [mine]
+        if line is not None:
+            told = line.meet(f"verifying {location_of(path).name}", mine, of=line.everyone)
+        bad = [(rank, *one) for rank, one in enumerate(told) if one is not None]
+        if not bad:
+            assert found is not None
+            return found
+        rank, text, lack = next((one for one in bad if one[2]), bad[0])
+        if error is not None and (line is None or rank == line.rank):
+            raise error
+        cause = OSError(lack, os.strerror(lack)) if lack else None
+        raise CheckpointCorrupt(f"{text} (found by rank {rank})") from cause
+
     def place_of(self, name: str) -> Location:
         """Returns where a file is."""
         return (self.path if self.fetched is None else self.fetched.place) / name
 
     def open_file(self, name: str) -> contextlib.AbstractContextManager[IO[bytes]]:
-        """Opens a file; of a store, it is fetched and verified the first time.
-
-        Raises:
-            CheckpointCorrupt: if it is no regular file, or damaged.
-            OSError: if it cannot be opened.
-        """
+        """Opens a file; of a store, it is fetched and verified the first time."""
         if self.fetched is not None:
             return self.fetched.open(name)
         assert isinstance(self.path, Path)
@@ -109,9 +178,6 @@ class Parts:
             share: (r, n): process r of n checks its share. Where n processes have written it, that
                 is what r has written: the same that it is about to read. Of a store, what is
                 checked is fetched, and kept.
-
-        Raises:
-            CheckpointCorrupt: if one is not.
         """
         rank, size = share
         for name in sorted(self.manifest.files):
@@ -136,9 +202,6 @@ class Parts:
 
         Files are found by the folder's name, which a save under the same name gives to another. Not
         in a store: there they have a folder of their own, and each was held against its hash.
-
-        Raises:
-            CheckpointError: if the folder is gone, or another one.
         """
         if self.fetched is not None:
             return
@@ -149,11 +212,7 @@ class Parts:
             )
 
     def index(self) -> dict[str, Entry]:
-        """Returns the index of the spread tensors, held against the files.
-
-        Raises:
-            CheckpointCorrupt: if it does not fit.
-        """
+        """Returns the index of the spread tensors, held against the files."""
         try:
             with self.open_file(INDEX) as file:
                 encoded = file.read(self.manifest.files[INDEX][0])
@@ -205,15 +264,7 @@ def writer_of(name: str) -> int:
 def own_states(
     found: Parts, rank: int
 ) -> tuple[dict[str, Any], list[Place], dict[tuple[Any, ...], list[str]]]:
-    """Returns a rank's states without spread tensors, where these belong, and names.
-
-    Args:
-        found: the checkpoint.
-        rank: the rank.
-
-    Raises:
-        CheckpointError: if they are not in the form that is written.
-    """
+    """Returns a rank's states without spread tensors, where these belong, and names."""
     first: Any = _rank_states(found, 0)
     own: Any = first if rank == 0 else _rank_states(found, rank)
     try:

@@ -2,13 +2,13 @@
 
 What is used of it is what deals the tensors out and finds the parts that a process needs, whatever
 the number of processes was. Its own metadata is a pickle: it is written for torch's own tools and
-never read. The processes talk through a function that they are given, not through a process group.
+never read. The processes talk through their `Writers`, not through a process group.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,27 +24,19 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.storage import StorageReader
-from torch.futures import Future
 
 from crosstrain.engine.formats.safe_load import load_part
 from crosstrain.engine.storage.errors import CheckpointCorrupt, CheckpointError
-from crosstrain.engine.storage.folder import Aside
 from crosstrain.engine.storage.parts_files import PartsHash
+from crosstrain.engine.stores.folders import Aside
 
 from .index import Chunk, Entry
 from .read import Parts
-
-# Says something to all processes; returns what each said, or raises in all what one met.
-Agree = Callable[[Exception | None, Any], list[Any]]
+from .writers import Writers
 
 
 class _Planner(DefaultSavePlanner):
-    """Plans by the tensors, and writes the copies of their parts.
-
-    Args:
-        copies: this process's part of each tensor, on the CPU.
-    """
+    """Plans by the tensors, and writes the copies of this process's parts of them, on the CPU."""
 
     def __init__(self, copies: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
@@ -94,11 +86,7 @@ class _HashingStream:
 
 
 class _HashingFiles(FileSystem):
-    """Files whose size and hash are known when they are written: nothing is read back.
-
-    Args:
-        aside: where they go.
-    """
+    """Files whose size and hash are known when they are written: nothing is read back."""
 
     def __init__(self, aside: Aside) -> None:
         self._aside = aside
@@ -139,11 +127,7 @@ class _Writer(FileSystemWriter):
 
 
 def write_parts(
-    aside: Aside,
-    tensors: Mapping[str, Any],
-    copies: Mapping[str, torch.Tensor],
-    rank: int,
-    agree: Agree,
+    aside: Aside, tensors: Mapping[str, Any], copies: Mapping[str, torch.Tensor], writers: Writers
 ) -> tuple[dict[str, Entry], dict[str, tuple[int, str]]]:
     """Writes this process's parts of tensors; called by all processes together.
 
@@ -151,36 +135,23 @@ def write_parts(
         aside: where they go; nothing is there.
         tensors: the spread tensors by name; their values are not looked at.
         copies: this process's part of each, on the CPU.
-        rank: of this process.
-        agree: what the processes talk by.
+        writers: the processes.
 
     Returns:
         In the first process the index, in others nothing; size and hash of each file written here.
-
-    Raises:
-        CheckpointError: in all processes, if one fails.
     """
+    is_first = writers.rank == 0
     writer: Any = _Writer(aside)
     planner: Any = _Planner(copies)
-    writer.set_up_storage_writer(rank == 0)
-    planner.set_up_planner(dict(tensors), None, rank == 0)
-    plans = agree(None, writer.prepare_local_plan(planner.create_local_plan()))
+    writer.set_up_storage_writer(is_first)
+    planner.set_up_planner(dict(tensors), None, is_first)
+    plans = writers.agree(None, writer.prepare_local_plan(planner.create_local_plan()))
     # From the same plans, each process makes the same plan for all.
     plans, metadata = planner.create_global_plan(plans)
-    plan = planner.finish_plan(writer.prepare_global_plan(plans)[rank])
-    results = agree(*_tried(lambda: writer.write_data(plan, planner).wait()))
-    failed: Exception | None = None
-    if rank == 0:
-        failed, _ = _tried(lambda: writer.finish(metadata, results))
-    agree(failed, None)
-    return _entries(metadata, results) if rank == 0 else {}, writer.fs.found
-
-
-def _tried(work: Callable[[], Any]) -> tuple[Exception | None, Any]:
-    try:
-        return None, work()
-    except OSError as error:
-        return error, None
+    plan = planner.finish_plan(writer.prepare_global_plan(plans)[writers.rank])
+    results = writers.together(lambda: writer.write_data(plan, planner).wait())
+    writers.first(lambda: writer.finish(metadata, results))
+    return _entries(metadata, results) if is_first else {}, writer.fs.found
 
 
 def _entries(metadata: Metadata, results: Any) -> dict[str, Entry]:
@@ -206,83 +177,47 @@ def _entries(metadata: Metadata, results: Any) -> dict[str, Entry]:
     return found
 
 
-class _Reader(StorageReader):
-    """Reads parts by an index that was checked.
+def _metadata(index: Mapping[str, Entry]) -> Metadata:
+    """Returns an index in torch's form."""
+    tensors: dict[str, Any] = {}
+    for name, entry in index.items():
+        chunks = [
+            ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.sizes)) for c in entry.chunks
+        ]
+        tensors[name] = TensorStorageMetadata(
+            TensorProperties(dtype=entry.dtype), torch.Size(entry.size), chunks
+        )
+    return Metadata(tensors)
 
-    Args:
-        found: the checkpoint.
-        index: its index.
-    """
 
-    def __init__(self, found: Parts, index: Mapping[str, Entry]) -> None:
-        self._found = found
-        self._index = index
-        self._chunks = {
-            (name, chunk.offsets): chunk for name, entry in index.items() for chunk in entry.chunks
-        }
+def _read(found: Parts, index: Mapping[str, Entry], plan: Any, planner: Any) -> None:
+    """Reads each part of a plan once, and copies what is wanted of it."""
+    chunks = {(name, chunk.offsets): chunk for name, one in index.items() for chunk in one.chunks}
+    wanted: dict[Chunk, list[Any]] = {}
+    for item in plan.items:
+        at = (item.storage_index.fqn, tuple(item.storage_index.offset))
+        wanted.setdefault(chunks[at], []).append(item)
+    for chunk, items in sorted(wanted.items(), key=lambda pair: (pair[0].file, pair[0].at)):
+        tensor = _load(found, chunk)
+        for item in items:
+            part = tensor
+            for dim, (begin, length) in enumerate(
+                zip(item.storage_offsets, item.lengths, strict=True)
+            ):
+                part = part.narrow(dim, begin, length)
+            target = planner.resolve_tensor(item).detach()
+            if target.shape != part.shape:
+                raise CheckpointCorrupt(f"a part has shape {tuple(tensor.shape)}")
+            target.copy_(part)
+            planner.commit_tensor(item, target)
 
-    def reset(self, checkpoint_id: Any = None) -> None:
-        """Does nothing: it reads one checkpoint."""
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Returns the index in torch's form."""
-        tensors: dict[str, Any] = {}
-        for name, entry in self._index.items():
-            chunks = [
-                ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.sizes))
-                for c in entry.chunks
-            ]
-            tensors[name] = TensorStorageMetadata(
-                TensorProperties(dtype=entry.dtype), torch.Size(entry.size), chunks
-            )
-        return Metadata(tensors)
-
-    def set_up_storage_reader(self, *args: Any, **kwargs: Any) -> None:
-        """Does nothing: it needs no metadata of torch's."""
-
-    def prepare_local_plan(self, plan: Any) -> Any:
-        """Returns the plan."""
-        return plan
-
-    def prepare_global_plan(self, plans: Any) -> Any:
-        """Returns the plans."""
-        return plans
-
-    def read_data(self, plan: Any, planner: Any) -> Future[None]:
-        """Reads each part once, and copies what is wanted of it."""
-        wanted: dict[Chunk, list[Any]] = {}
-        for item in plan.items:
-            at = (item.storage_index.fqn, tuple(item.storage_index.offset))
-            wanted.setdefault(self._chunks[at], []).append(item)
-        for chunk, items in sorted(wanted.items(), key=lambda pair: (pair[0].file, pair[0].at)):
-            tensor = self._load(chunk)
-            for item in items:
-                part = tensor
-                for dim, (begin, length) in enumerate(
-                    zip(item.storage_offsets, item.lengths, strict=True)
-                ):
-                    part = part.narrow(dim, begin, length)
-                target = planner.resolve_tensor(item).detach()
-                if target.shape != part.shape:
-                    raise CheckpointCorrupt(f"a part has shape {tuple(tensor.shape)}")
-                target.copy_(part)
-                planner.commit_tensor(item, target)
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
-
-    def _load(self, chunk: Chunk) -> torch.Tensor:
-        with self._found.open_file(chunk.file) as file:
-            path = self._found.place_of(chunk.file)
-            tensor: Any = load_part(file, chunk.at, chunk.length, path)
-        if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != chunk.sizes:
-            raise CheckpointCorrupt(f"{chunk.file} holds another part at {chunk.at}")
-        return tensor
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
-        """Tells whether it can read such a checkpoint."""
-        return isinstance(checkpoint_id, Path)
+def _load(found: Parts, chunk: Chunk) -> torch.Tensor:
+    with found.open_file(chunk.file) as file:
+        tensor: Any = load_part(file, chunk.at, chunk.length, found.place_of(chunk.file))
+    if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != chunk.sizes:
+        raise CheckpointCorrupt(f"{chunk.file} holds another part at {chunk.at}")
+    return tensor
 
 
 def read_parts(
@@ -303,16 +238,13 @@ def read_parts(
     """
     if not targets:
         return
-    reader: Any = _Reader(found, {name: index[name] for name in targets})
+    index = {name: index[name] for name in targets}
     planner: Any = DefaultLoadPlanner()
     try:
         # The steps of torch's `load` for one process: nothing here needs the others.
-        metadata = reader.read_metadata()
-        reader.set_up_storage_reader(metadata, True)
-        planner.set_up_planner(dict(targets), metadata, True)
-        plan = reader.prepare_local_plan(planner.create_local_plan())
-        plan = planner.finish_plan(planner.create_global_plan([plan])[0])
-        reader.read_data(plan, planner).wait()
+        planner.set_up_planner(dict(targets), _metadata(index), True)
+        plan = planner.finish_plan(planner.create_global_plan([planner.create_local_plan()])[0])
+        _read(found, index, plan, planner)
     except CheckpointError:
         raise
     except Exception as error:

@@ -5,17 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-import socket
 import time
 from collections.abc import Callable, Generator, Iterable
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, Final, Self, TypeVar
 
 from torch import distributed
 
 from crosstrain.backends.process_group import group_store, timeout
 from crosstrain.engine.errors import RankFailed
+from crosstrain.engine.machine import began, machine
 from crosstrain.engine.shown import harmless, shown
 
 from .store import AskedStore
@@ -60,7 +59,7 @@ class Line:
         self._group: Any = None
         #: Called while this rank waits; raises if the wait is in vain.
         self.while_waiting: Callable[[], None] | None = None
-        self.set(f"process/{self.rank}", _process())
+        self.set(f"process/{self.rank}", f"{machine()} {os.getpid()} {began(os.getpid())}")
 
     def close(self) -> None:
         """Gives back the connection."""
@@ -143,15 +142,8 @@ class Line:
     def _is_dead(self, rank: int) -> bool:
         if rank == self.rank or not self.has(f"process/{rank}"):
             return False
-        here, process = self.get(f"process/{rank}").rsplit(" ", 1)
-        if here != _process().rsplit(" ", 1)[0]:
-            return False
-        try:
-            # A zombie is dead, too.
-            state = Path(f"/proc/{process}/stat").read_text(encoding="utf-8")
-        except OSError:
-            return True
-        return state.rpartition(") ")[2].startswith(("Z", "X"))
+        there, pid, then = self.get(f"process/{rank}").rsplit(" ", 2)
+        return there == machine() and began(int(pid)) != then
 
     # ---------------------------------------------------------------- meetings
 
@@ -329,14 +321,3 @@ def ended(ranks: list[int]) -> str:
     if len(ranks) == 1:
         return f"The process of rank {ranks[0]} has ended"
     return f"The processes of {said_of(ranks).lower()} have ended"
-
-
-def _process() -> str:
-    """Names this process: machine, its namespace of process ids, and the id."""
-    try:
-        space = os.stat("/proc/self/ns/pid").st_ino
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
-    except OSError:
-        # Where there is no /proc, nobody takes this process for one of its own machine.
-        space, boot = 0, f"{socket.gethostname()}/{os.getpid()}/{time.time_ns()}"
-    return f"{socket.gethostname()}/{boot}/{space} {os.getpid()}"

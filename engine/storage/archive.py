@@ -41,13 +41,7 @@ class Readable(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """A part of an open file, that is an archive of its own.
-
-    Args:
-        descriptor: the open file; its position is not used.
-        begin: where in it the archive begins.
-        length: how many bytes it has.
-    """
+    """A part of an open file that is an archive of its own; the file's position is not used."""
 
     descriptor: int
     begin: int
@@ -86,18 +80,14 @@ class Archive:
     comment: bytes
 
 
-def read_archive(source: int | Window) -> Archive:
+def read_archive(window: Window) -> Archive:
     """Reads the directory of an archive and checks each entry.
-
-    Args:
-        source: the descriptor of an open file, or the part of it that is the archive.
 
     Raises:
         CheckpointCorrupt: if this is no whole archive as `torch.save` writes them.
         CheckpointUnsafe: if records are compressed or overlap.
         OSError: if the file cannot be read.
     """
-    window = Window.whole(source) if isinstance(source, int) else source
     head = window.read(4, 0)
     if head != b"PK\x03\x04":
         raise CheckpointCorrupt(_no_archive(head, window.length))
@@ -114,12 +104,7 @@ def read_archive(source: int | Window) -> Archive:
 
 
 def read_comment(source: Readable) -> bytes:
-    """Returns the comment of an archive, and looks at nothing else of it.
-
-    Raises:
-        CheckpointCorrupt: if it is no archive, or cut off.
-        OSError: if it cannot be read.
-    """
+    """Returns the comment of an archive, and looks at nothing else of it."""
     try:
         return _find_end(source)[1]
     except CheckpointCorrupt:

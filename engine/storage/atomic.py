@@ -99,11 +99,7 @@ class HashingFile:
         """Does nothing: `finish` writes what is buffered."""
 
     def finish(self) -> Tree:
-        """Writes what is buffered; returns the hashes of everything.
-
-        Raises:
-            OSError: the first error of any write.
-        """
+        """Writes what is buffered; returns the hashes of everything, or raises the first error."""
         if self._error is None:
             self._empty_buffer()
         if self._error is not None:
@@ -139,10 +135,6 @@ class Contents:
 def write_file(path: Path, contents: Contents) -> None:
     """Writes a file so that at any moment its name stands for a whole file or for none.
 
-    Args:
-        path: the file; one of this name is replaced.
-        contents: what it is to hold.
-
     Raises:
         CheckpointWriteError: if it does not fit, or the file system refuses a step; it names the
             file, step and cause.
@@ -166,11 +158,7 @@ def write_file(path: Path, contents: Contents) -> None:
 
 
 def fill_file(descriptor: int, contents: Contents) -> None:
-    """Writes the contents of an open file, which is empty.
-
-    Raises:
-        OSError: if the file system refuses it.
-    """
+    """Writes the contents of an open file, which is empty."""
     with ThreadPoolExecutor(1) if contents.parallel else contextlib.nullcontext() as hasher:
         file = HashingFile(descriptor, hasher)
         contents.produce(file)
@@ -184,14 +172,8 @@ def fill_file(descriptor: int, contents: Contents) -> None:
 class _Aside:
     """A new file that is open, readable too, and has its name only when it is given it.
 
-    Left by an exception, it is gone.
-
-    Args:
-        path: what it is to be called.
-        named: opens it under its name; what was there is removed first.
-
-    Raises:
-        OSError: if the file system refuses it.
+    Left by an exception, it is gone. With `named` it is opened under its name; what was there is
+    removed first.
     """
 
     def __init__(self, path: Path, *, named: bool) -> None:
@@ -323,26 +305,14 @@ def _write_error(path: Path, step: str, error: OSError) -> CheckpointWriteError:
 
 
 def free_space(folder: Path) -> int | None:
-    """Returns how many bytes are free in a folder; None if its file system does not tell.
-
-    Raises:
-        OSError: if it cannot be asked.
-    """
+    """Returns how many bytes are free in a folder; None if its file system does not tell."""
     space = os.statvfs(folder)
     # One that counts no blocks at all does not tell its size.
     return space.f_bavail * space.f_frsize if space.f_blocks else None
 
 
 def check_free_space(path: Path, needed: int) -> None:
-    """Makes sure, before anything is written, that a file fits on its file system.
-
-    Args:
-        path: the file that is about to be written.
-        needed: its size in bytes.
-
-    Raises:
-        CheckpointWriteError: if less is free.
-    """
+    """Raises CheckpointWriteError, before anything is written, if a file has no room."""
     try:
         free = free_space(path.parent)
     except OSError as error:
@@ -368,8 +338,7 @@ def open_regular(path: Path, *, linked: bool = True) -> Generator[IO[bytes]]:
 
     Raises:
         CheckpointCorrupt: if it is a FIFO, a socket, or a device; or a link, where none may be.
-        IsADirectoryError: if it is a folder.
-        OSError: if it cannot be opened.
+        OSError: if it cannot be opened, or is a folder.
     """
     # Opening a FIFO without O_NONBLOCK waits until somebody writes into it.
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
@@ -395,14 +364,9 @@ def open_regular(path: Path, *, linked: bool = True) -> Generator[IO[bytes]]:
 
 def _no_folder(folder: Path) -> str:
     """Says what is where a folder, or one that it is in, cannot be made."""
-    for place in (folder, *folder.parents):
-        if place.is_symlink() and not place.exists():
-            return (
-                f"{place} is a link to {os.readlink(place)}, where nothing is: is that disk "
-                "mounted?"
-            )
-        if place.exists():
-            break
+    place = next((one for one in (folder, *folder.parents) if os.path.lexists(one)), folder)
+    if place.is_symlink() and not place.exists():
+        return f"{place} is a link to {os.readlink(place)}, where nothing is: is that disk mounted?"
     return f"{place} is no folder"
 
 

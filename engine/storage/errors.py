@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+from collections.abc import Generator
 from typing import Final
 
 from crosstrain.engine.shown import harmless
@@ -31,13 +33,14 @@ class CheckpointCorrupt(CheckpointError):
     """The file is damaged or incomplete, or is no checkpoint; nothing was loaded from it."""
 
 
-def is_lack(error: Exception) -> bool:
-    """Tells whether a checkpoint could not be read for want of something on this machine.
+def lack_of(error: Exception) -> int:
+    """Returns the `errno` of what this machine lacked to read a checkpoint; 0 if of nothing.
 
     It may be good then, and to go on from an older one would lose what was trained since.
     """
     causes = (error, error.__cause__)
-    return any(isinstance(each, OSError) and each.errno in _LACKS for each in causes)
+    told = (each.errno for each in causes if isinstance(each, OSError))
+    return next((number for number in told if number in _LACKS), 0)
 
 
 class CheckpointUnsafe(CheckpointError):
@@ -101,6 +104,18 @@ class CheckpointWriteError(CheckpointError, OSError):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+@contextlib.contextmanager
+def refused(what: str, place: Location) -> Generator[None]:
+    """Raises what the system refuses as a `CheckpointWriteError`; what is one of ours stays so."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except OSError as error:
+        text = f"{what}: {error.strerror or error}"
+        raise CheckpointWriteError(text, error, place) from error
 
 
 class CheckpointWarning(UserWarning):

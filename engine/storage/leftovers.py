@@ -16,11 +16,7 @@ ASIDE: Final = ".crosstrain-aside-"
 
 
 def new_name(kind: tuple[str, str]) -> str:
-    """Returns a name that nothing has, for something unfinished.
-
-    Args:
-        kind: `FILES` or `PARTS`.
-    """
+    """Returns a name that nothing has, for something unfinished: of `FILES` or `PARTS`."""
     return secrets.token_hex(8).join(kind)
 
 
@@ -29,15 +25,13 @@ def is_leftover(name: str, kind: tuple[str, str]) -> bool:
     return name.startswith(kind[0]) and name.endswith(kind[1])
 
 
-def remove_leftovers(folder: Path) -> list[str]:
+def remove_leftovers(folder: Path) -> int:
     """Removes what killed processes have left, and puts back what was set aside for a moment.
 
     Only call it while holding the folder's lock: what another process is writing looks the same.
-
-    Returns:
-        The names of what was removed.
+    Returns how many it has removed.
     """
-    removed: list[str] = []
+    removed = 0
     for entry in sorted(folder.iterdir()):
         home = folder / entry.name.removeprefix(ASIDE)
         aside = entry.name.startswith(ASIDE)
@@ -45,7 +39,7 @@ def remove_leftovers(folder: Path) -> list[str]:
             os.rename(entry, home)
         elif aside or is_leftover(entry.name, FILES) or is_leftover(entry.name, PARTS):
             _remove(entry)
-            removed.append(entry.name)
+            removed += 1
     return removed
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
 from typing import IO
@@ -16,16 +15,11 @@ from .atomic import Contents, check_free_space, flush_folder, write_file
 from .errors import CheckpointWarning, CheckpointWriteError
 from .leftovers import ASIDE, PARTS, new_name
 from .manifest import INDEX, MANIFEST, Manifest
-from .parts_files import hash_file
+from .parts_files import told_at
 
 
 class LocalAside:
-    """A folder aside, on a file system that all processes see.
-
-    Args:
-        folder: of the checkpoints.
-        name: of the new one.
-    """
+    """A folder aside, on a file system that all processes see; see `Aside`."""
 
     # What is behind the manifest has to be on the disk before it.
     flushes = True
@@ -37,12 +31,12 @@ class LocalAside:
 
     @property
     def root(self) -> Path:
-        """The folder."""
+        """The folder, as torch's writer is told it."""
         assert self._path is not None
         return self._path
 
     def begin(self, needed: int) -> str:
-        """Makes it."""
+        """Makes it, where so many bytes are free; returns by what the others join it."""
         path = self._folder / new_name(PARTS)
         check_free_space(path, needed)
         path.mkdir()
@@ -57,11 +51,9 @@ class LocalAside:
                 "folder on a file system that all processes share"
             )
 
-    @contextlib.contextmanager
-    def create(self, name: str) -> Generator[IO[bytes]]:
+    def create(self, name: str) -> IO[bytes]:
         """Opens a new file."""
-        with (self.root / name).open("wb") as file:
-            yield file
+        return (self.root / name).open("wb")
 
     def rename(self, name: str, new: str) -> None:
         """Renames a file."""
@@ -71,16 +63,16 @@ class LocalAside:
         """Writes a file; returns its size and hash."""
         path = self.root / name
         write_file(path, contents)
-        return path.stat().st_size, hash_file(path)
+        return told_at(path)
 
     def deliver(self) -> None:
         """Does nothing: the files are where they belong."""
 
     def commit(self, index: bytes, manifest: Manifest) -> None:
-        """Writes index and manifest, and gives the folder its name."""
+        """Writes index and manifest, and gives the folder its name, when all have delivered."""
         aside, folder = self.root, self._folder
         _write_flushed(aside / INDEX, index)
-        found = {INDEX: ((aside / INDEX).stat().st_size, hash_file(aside / INDEX))}
+        found = {INDEX: told_at(aside / INDEX)}
         # The manifest vouches for what is on the disk, so all else is flushed before it.
         flush_folder(aside)
         told = replace(manifest, files={**manifest.files, **found})

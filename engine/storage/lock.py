@@ -20,7 +20,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from crosstrain.engine.errors import warn_user
 
@@ -38,9 +38,6 @@ class FolderLock:
 
     DataLoader workers that outlive a killed trainer for some seconds do not keep it. All holders in
     one process share one lock.
-
-    Args:
-        folder: an existing folder.
 
     Raises:
         CheckpointBusy: if another process holds the folder; names its id and host.
@@ -103,19 +100,9 @@ class FolderLock:
         with self._guard:
             self._lock = None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.release()
-
 
 class _Lock(ABC):
-    """A lock of this process on a folder; given up when nobody refers to it any more.
-
-    Args:
-        folder: the folder.
-    """
+    """A lock of this process on a folder; given up when nobody refers to it any more."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.pid = folder, os.getpid()

@@ -170,11 +170,7 @@ def _closed(values: Mapping[str, Any]) -> bytes:
 
 
 def _of_parts(values: dict[str, Any]) -> Manifest:
-    """Returns the manifest of a checkpoint in parts.
-
-    Raises:
-        CheckpointCorrupt: if it lists what cannot be in one, or lacks what has to be.
-    """
+    """Returns the manifest of a checkpoint in parts, if it lists what one has and no more."""
     _check_schema(values)
     files = _files(values.get("files"))
     listed = {name: list(entry) for name, entry in files.items()}
@@ -270,11 +266,7 @@ def _checked(decoded: dict[str, Any]) -> dict[str, Any]:
 
 
 def _blocks(values: dict[str, Any]) -> tuple[str, ...]:
-    """Returns the hashes of a file's blocks.
-
-    Raises:
-        CheckpointCorrupt: if they are not those of a file of this size and hash.
-    """
+    """Returns the hashes of a file's blocks, if they are those of a file of this size and hash."""
     size, told, block_size = values["size"], values["blocks"], values["block_size"]
     many = block_size // LEAF
     fits = 0 < block_size < _END_OF_TIME and block_size == many * LEAF

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -27,11 +28,9 @@ _FOLDER: Final = re.compile(r"(.+)\.([0-9]{1,19})\.parts", re.DOTALL)
 
 
 def folder_of_parts(name: str, saved_at_ns: int) -> str:
-    """Returns what the folder of the files is called in a store.
+    """Returns what the folder of a checkpoint's files is called in a store.
 
-    Args:
-        name: the checkpoint's, which is that of its manifest.
-        saved_at_ns: as its manifest tells: two that are saved under one name share no file.
+    By the name and the time of its manifest: two that are saved under one name share no file.
     """
     return f"{name.removesuffix(ENDING)}.{saved_at_ns}.parts"
 
@@ -57,8 +56,7 @@ class PartsHash:
         return BLAKE3 + self._hash.hexdigest()
 
 
-def hash_open(file: IO[bytes]) -> str:
-    """Returns the hash of an open file from its position on, as a manifest tells it."""
+def _hash(file: IO[bytes]) -> str:
     made = PartsHash()
     _feed(made.update, file)
     return made.told()
@@ -67,18 +65,14 @@ def hash_open(file: IO[bytes]) -> str:
 def has_hash(file: IO[bytes], told: str) -> bool:
     """Tells whether an open file, from its position on, has the hash that a manifest tells."""
     if told.startswith(BLAKE3):
-        return hash_open(file) == told
+        return _hash(file) == told
     digest = hashlib.sha256()
     _feed(digest.update, file)
     return digest.hexdigest() == told
 
 
 def check_size(found: int, told: tuple[int, str], path: Location) -> None:
-    """Holds the bytes that a file has against what the manifest tells: their number and their hash.
-
-    Raises:
-        CheckpointCorrupt: if it has another number of them.
-    """
+    """Raises CheckpointCorrupt if a file has another number of bytes than the manifest tells."""
     if found != told[0]:
         raise CheckpointCorrupt(
             f"{path} is damaged: it has {found:,} bytes and was written with {told[0]:,}"
@@ -86,11 +80,7 @@ def check_size(found: int, told: tuple[int, str], path: Location) -> None:
 
 
 def check_hash(file: IO[bytes], told: tuple[int, str], path: Location) -> None:
-    """Holds an open file, from its position on, against what the manifest tells, as `check_size`.
-
-    Raises:
-        CheckpointCorrupt: if it has another hash.
-    """
+    """Raises CheckpointCorrupt if an open file, from its position on, has another hash."""
     if not has_hash(file, told[1]):
         raise CheckpointCorrupt(
             f"{path} is damaged, or of another checkpoint: its hash is not the one that the "
@@ -105,12 +95,13 @@ def _feed(update: Callable[[memoryview], object], file: IO[bytes]) -> None:
         update(buffer[:count])
 
 
-def hash_file(path: Path) -> str:
-    """Returns the hash of a file, as a manifest tells it.
+def told_of(file: IO[bytes]) -> tuple[int, str]:
+    """Returns size and hash of an open file, as a manifest tells them."""
+    file.seek(0)
+    return os.fstat(file.fileno()).st_size, _hash(file)
 
-    Raises:
-        CheckpointCorrupt: if it is no regular file.
-        OSError: if it cannot be read.
-    """
+
+def told_at(path: Path) -> tuple[int, str]:
+    """Returns size and hash of a file, as a manifest tells them; raises as `open_regular` does."""
     with open_regular(path, linked=False) as file:
-        return hash_open(file)
+        return told_of(file)

@@ -42,13 +42,7 @@ _R = TypeVar("_R")
 
 @dataclass(frozen=True)
 class Tree:
-    """The hashes of a file.
-
-    Args:
-        size: its bytes.
-        block_size: the bytes of a block; the last one may be shorter.
-        blocks: the hash of each block, in hexadecimal.
-    """
+    """The hashes of a file: of each block, in hexadecimal, of which the last may be shorter."""
 
     size: int
     block_size: int
@@ -101,10 +95,6 @@ class TreeCheck:
 
     The last two bytes are hashed as zeros: there the archive has the length of its comment, which
     is not known before the hash is.
-
-    Args:
-        descriptor: the file; its position is not used.
-        tree: what it should be.
     """
 
     def __init__(self, descriptor: int, tree: Tree) -> None:
@@ -127,7 +117,6 @@ class TreeCheck:
 
         Raises:
             CheckpointCorrupt: if a byte of such a block is not as it was written.
-            OSError: if the file cannot be read.
         """
         size = self._tree.block_size
         wanted = self._left
@@ -196,10 +185,7 @@ class _Places:
     def pieces(self, begin: int, end: int, buffer: memoryview) -> Iterator[Place]:
         """Yields where each piece of a run of bytes is to be read to: its place, or the buffer.
 
-        Args:
-            begin: where the run begins in the file.
-            end: where it ends.
-            buffer: memory for what is not kept, or is small; no piece is longer.
+        What is not kept, or is small, comes into the buffer; no piece is longer.
         """
         for first in range(begin, end, len(buffer)):
             at, last = first, min(first + len(buffer), end)
@@ -213,12 +199,7 @@ class _Places:
                 yield at, buffer[: last - at]
 
     def copy_small(self, at: int, view: memoryview) -> None:
-        """Copies what is small from the buffer to its place.
-
-        Args:
-            at: where in the file the buffer's bytes begin.
-            view: the buffer.
-        """
+        """Copies what is small to its place, from a buffer with the file's bytes from `at` on."""
         for start, small in _within(self._small, at, at + len(view)):
             begin, end = max(at, start), min(at + len(view), start + len(small))
             small[begin - start : end - start] = view[begin - at : end - at]
@@ -235,31 +216,19 @@ def _within(places: list[Place], begin: int, end: int) -> Iterator[Place]:
 
 
 def fill(descriptor: int, view: memoryview, at: int) -> None:
-    """Reads from a place in a file until memory is full.
-
-    Raises:
-        CheckpointCorrupt: if the file ends before that.
-        OSError: if it cannot be read.
-    """
+    """Reads from a place in a file until memory is full; CheckpointCorrupt if it ends before."""
     done = 0
     while done < len(view):
-        if hasattr(os, "preadv"):
-            count = os.preadv(descriptor, [view[done:]], at + done)
-        else:  # macOS before 11
-            data = os.pread(descriptor, len(view) - done, at + done)
-            count = len(data)
-            view[done : done + count] = data
+        count = os.preadv(descriptor, [view[done:]], at + done)
         if count == 0:
             raise CheckpointCorrupt("it has become shorter while it was being read")
         done += count
 
 
 def in_threads(do: Callable[[_T], _R], items: list[_T]) -> list[_R]:
-    """Returns what a function returns for each item; the items are done by several threads.
+    """Returns what a function returns for each item; several threads do them.
 
-    Args:
-        do: the function; it should spend its time outside of Python.
-        items: what it is called with.
+    It should spend its time outside of Python.
     """
     threads = min(_cores(), _MAX_THREADS, len(items))
     if threads < 2:

@@ -14,31 +14,24 @@ from crosstrain.engine.storage.locations import StorePath
 from .s3 import S3Store, s3_options
 from .store import Store
 
-# Whose URL has its credentials elsewhere, and where.
-_CREDENTIALS: Final = {
-    **dict.fromkeys(("s3", "s3a"), "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or ~/.aws"),
-    **dict.fromkeys(("gs", "gcs"), "GOOGLE_APPLICATION_CREDENTIALS"),
-    **dict.fromkeys(("az", "abfs", "abfss"), "AZURE_STORAGE_CONNECTION_STRING"),
-}
-_PACKAGES: Final = {
-    **dict.fromkeys(("s3", "s3a"), "s3fs"),
-    **dict.fromkeys(("gs", "gcs"), "gcsfs"),
-    **dict.fromkeys(("az", "abfs", "abfss"), "adlfs"),
+_AWS: Final = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or ~/.aws"
+# What reaches them, and where the credentials are that are not in the URL.
+_KNOWN: Final = {
+    **dict.fromkeys(("s3", "s3a"), ("s3fs", _AWS)),
+    **dict.fromkeys(("gs", "gcs"), ("gcsfs", "GOOGLE_APPLICATION_CREDENTIALS")),
+    **dict.fromkeys(("az", "abfs", "abfss"), ("adlfs", "AZURE_STORAGE_CONNECTION_STRING")),
 }
 
 
 def store_of(place: StorePath) -> Store:
     """Opens a folder of a store; nothing is asked of it yet.
 
-    Args:
-        place: the folder.
-
     Raises:
         CheckpointStoreMissing: if the package that reaches such a store is not installed.
         ValueError: if there is no such kind of store, or credentials are where they are not looked
             for.
     """
-    where = _CREDENTIALS.get(place.protocol)
+    _, where = _KNOWN.get(place.protocol, (None, None))
     if where and place.secrets:
         raise ValueError(
             f"{place} was given with credentials in the URL, where they are not looked for. Set "
@@ -70,7 +63,7 @@ def _opened(place: StorePath) -> Any:
         options = s3_options(core.conf) if place.protocol in ("s3", "s3a") else {}
         filesystem, _ = core.url_to_fs(place.url, use_listings_cache=False, **options)
     except ImportError as error:
-        package = _PACKAGES.get(place.protocol)
+        package, _ = _KNOWN.get(place.protocol, (None, None))
         remedy = f"pip install {package}" if package else place.hide(str(error))
         raise CheckpointStoreMissing(
             f"{place} cannot be reached: the package for {place.protocol}:// is not installed. "

@@ -26,9 +26,9 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar, Final
 
+from crosstrain.engine.machine import began, machine
 from crosstrain.engine.shown import shown
 from crosstrain.engine.storage.errors import CheckpointBusy
 
@@ -49,14 +49,9 @@ _SHORT: Final = 2.0
 class _Holder:
     """Who holds a generation.
 
-    Args:
-        token: of this holder alone.
-        pid: of its process.
-        host: the name of its machine.
-        machine: what tells this machine, since it was started, and its namespace of processes.
-        began: when the process began, as the system counts; ids are used again.
-        beat: how often it has said that it lives.
-        released: whether it has given the folder up.
+    `machine` tells this machine, since it was started, and its namespace of processes; `began` when
+    the process began, as the system counts: ids are used again. `beat` is how often it has said
+    that it lives.
     """
 
     token: str
@@ -83,43 +78,21 @@ class _Holder:
     @classmethod
     def here(cls) -> _Holder:
         pid = os.getpid()
-        return cls(secrets.token_hex(16), pid, socket.gethostname(), _machine(), _began(pid))
+        return cls(secrets.token_hex(16), pid, socket.gethostname(), machine(), began(pid))
 
     def is_this_process(self) -> bool:
         """Tells whether it was this process, in which nobody holds the folder any more."""
-        return (self.machine, self.pid) == (_machine(), os.getpid()) and not self.has_died()
+        return (self.machine, self.pid) == (machine(), os.getpid()) and not self.has_died()
 
     def has_died(self) -> bool:
         """Tells whether it is known to have ended: on this machine only."""
-        return self.machine == _machine() and self.began != _began(self.pid)
-
-
-def _machine() -> str:
-    try:
-        space = os.stat("/proc/self/ns/pid").st_ino
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
-    except OSError:
-        # Without /proc nobody is known to have ended.
-        return secrets.token_hex(16)
-    return f"{socket.gethostname()}/{boot}/{space}"
-
-
-def _began(pid: int) -> str:
-    """Returns when a process began; empty if there is none, or it is only not yet waited for."""
-    try:
-        told = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(") ")[2].split()
-    except OSError:
-        return ""
-    return "" if told[0] in "ZX" else told[19]
+        return self.machine == machine() and self.began != began(self.pid)
 
 
 class Lease:
     """Holds a folder of a store for this process, until `release` or the end of the process.
 
     All holders in one process share one lease.
-
-    Args:
-        store: the folder.
 
     Raises:
         CheckpointBusy: if another process holds it; names its id and host.
@@ -146,11 +119,7 @@ class Lease:
         self._dropped.atexit = False
 
     def renew(self) -> None:
-        """Makes sure that the folder is still this process's.
-
-        Raises:
-            CheckpointBusy: if another process has taken it meanwhile.
-        """
+        """Raises CheckpointBusy if another process has taken the folder meanwhile."""
         if self._dropped.alive and self._lease.pid == os.getpid():
             self._lease.check()
 
@@ -233,20 +202,15 @@ class _Held:
         self._wake.set()
 
     def check(self) -> None:
-        """Makes sure that nobody has followed.
-
-        Raises:
-            CheckpointBusy: if somebody has.
-        """
+        """Raises CheckpointBusy if somebody has followed."""
         newest = max(_hinted(self.store), self._number)
         found = _holder(self.store, self._number + 1)
         if found is None and newest == self._number:
             return
         found = found or _holder(self.store, newest)
-        raise CheckpointBusy(_busy(found, self.store, "has taken over") + _AFTER)
-
-
-_AFTER: Final = " This one has written nothing since."
+        told = _busy(found, self.store, "has taken over")
+        told += " This one has written nothing since."
+        raise CheckpointBusy(told)
 
 
 def _name(number: int) -> str:
@@ -291,9 +255,7 @@ def _hinted(store: Store) -> int:
     try:
         values: Any = json.loads(store.get(LOCK))
         number: Any = values["generation"]
-    except FileNotFoundError:
-        return 0
-    except (ValueError, TypeError, KeyError):
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
         return 0
     return number if type(number) is int and 0 <= number < 2**63 else 0
 
@@ -310,14 +272,10 @@ def _holder(store: Store, number: int) -> _Holder | None:
 
 
 def _wait_for_end_of(found: _Holder, number: int, store: Store) -> None:
-    """Returns when a holder is not there any more.
-
-    Raises:
-        CheckpointBusy: if it is.
-    """
+    """Returns when a holder is not there any more; raises CheckpointBusy if it is."""
     if found.released or found.has_died() or found.is_this_process():
         return
-    if found.machine == _machine():
+    if found.machine == machine():
         raise CheckpointBusy(_busy(found, store, "is saving"))
     patience = _MISSED * BEAT
     _logger.warning(

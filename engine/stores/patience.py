@@ -39,11 +39,7 @@ _T = TypeVar("_T")
 
 
 def patience_seconds() -> float:
-    """Returns for how many seconds a request that fails is repeated: CROSSTRAIN_STORE_TIMEOUT.
-
-    Raises:
-        ValueError: if that is no number, or none above 0.
-    """
+    """Returns for how many seconds a request that fails is repeated: CROSSTRAIN_STORE_TIMEOUT."""
     text = os.environ.get(PATIENCE, "")
     try:
         seconds = float(text) if text else _SECONDS
@@ -69,14 +65,11 @@ class Patience:
         self._random = random.Random()
 
     def __call__(self, what: str, do: Callable[[], _T]) -> _T:
-        """Returns what a function returns, called until it does.
+        """Returns what a function returns, called until it does, or raises its last error.
 
         Args:
             what: what it does, for the log; without credentials.
             do: the function; may be called again after any failure.
-
-        Raises:
-            Exception: its last one.
         """
         # Counted from the first failure on: a long upload that fails at its end is begun once more.
         ends: float | None = None

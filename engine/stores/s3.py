@@ -30,11 +30,7 @@ _DRAWING: Final = ("botocore.utils", "botocore.retryhandler", "aiohttp.connector
 
 
 def s3_options(configured: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what an `s3fs.S3FileSystem` is to be made with.
-
-    Args:
-        configured: what the user has set for fsspec, by kinds of store.
-    """
+    """Returns what an `s3fs.S3FileSystem` is made with, beside what the user has set for fsspec."""
     own: Any = configured.get("s3", {}).get("config_kwargs") or {}
     return {"config_kwargs": {"retries": {"total_max_attempts": 1}, **own}}
 
@@ -44,13 +40,7 @@ class _UploadGone(OSError):
 
 
 class S3Store(Store):
-    """A folder of a bucket.
-
-    Args:
-        place: the folder.
-        filesystem: an `s3fs.S3FileSystem` of our own.
-        root: bucket and prefix.
-    """
+    """A folder of a bucket; its file system is an `s3fs.S3FileSystem` of our own."""
 
     def __init__(self, place: StorePath, filesystem: Any, root: str) -> None:
         super().__init__(place, filesystem, root)
@@ -100,11 +90,7 @@ class S3Store(Store):
             raise FileExistsError(errno.EEXIST, f"{name} is there already")
 
     def upload(self, name: str, descriptor: int, size: int) -> None:
-        """Puts a file, whole or not at all, in place of one that is there; and looks that it is so.
-
-        Raises:
-            OSError: if the store refuses it, or has not what was put.
-        """
+        """Puts a file as `Store.upload` does."""
         part_size = _part_size(size)
         tries = 1
         while True:

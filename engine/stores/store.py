@@ -37,13 +37,9 @@ _WHOLE_OR_ABSENT: Final = frozenset({"gs", "gcs", "az", "abfs", "abfss"})
 class Stored:
     """What a store tells of something in a folder.
 
-    Args:
-        name: its name there.
-        size: its bytes.
-        is_folder: whether it holds others.
-        md5: the md5 of its bytes in hexadecimal, of S3 what S3 makes of it; None if not told.
-        version: what another object of this name would have another of; empty if not told.
-        modified: when it was put, in seconds since 1970; 0 if not told.
+    `md5` is that of its bytes in hexadecimal, of S3 what S3 makes of it, None if not told;
+    `version` what another object of this name would have another of; `modified` seconds since 1970,
+    0 if not told.
     """
 
     name: str
@@ -55,13 +51,7 @@ class Stored:
 
 
 class Store:
-    """A folder of a store.
-
-    Args:
-        place: the folder.
-        filesystem: of fsspec.
-        root: the folder, as the file system names it.
-    """
+    """A folder of a store; `root` is how the file system of fsspec names it."""
 
     def __init__(self, place: StorePath, filesystem: Any, root: str) -> None:
         self.place = place
@@ -71,11 +61,7 @@ class Store:
         self._is_object_store = bool(_WHOLE_OR_ABSENT & set(_protocols(filesystem)))
 
     def within(self, seconds: float) -> Store:
-        """Returns the same folder, asked with another patience.
-
-        Args:
-            seconds: so long after the first failure, the next one is final.
-        """
+        """Returns the same folder, asked with a patience of so many seconds."""
         made = copy.copy(self)
         made.patience = Patience(seconds)
         return made
@@ -88,10 +74,6 @@ class Store:
 
     def ask(self, what: str, do: Callable[[], _T]) -> _T:
         """Returns what a function returns that asks the store; repeated where that may help.
-
-        Args:
-            what: what it does, in words.
-            do: the function.
 
         Raises:
             FileNotFoundError: as the function does, as the other errors of the system.
@@ -140,11 +122,7 @@ class Store:
         return [one for one in found if one.name]
 
     def head(self, name: str) -> Stored:
-        """Returns what the store tells of an object.
-
-        Raises:
-            FileNotFoundError: if there is none.
-        """
+        """Returns what the store tells of an object; FileNotFoundError if there is none."""
 
         def ask() -> Any:
             self.fs.invalidate_cache()
@@ -169,11 +147,7 @@ class Store:
         )
 
     def get(self, name: str, begin: int | None = None, end: int | None = None) -> bytes:
-        """Returns the bytes of an object, or some of them.
-
-        Raises:
-            FileNotFoundError: if there is none.
-        """
+        """Returns the bytes of an object, or some of them; FileNotFoundError if there is none."""
 
         def ask() -> bytes:
             found: bytes = self.fs.cat_file(self.at(name), start=begin, end=end)
@@ -214,10 +188,9 @@ class Store:
         self.ask("writing to", lambda: self._place(name, lambda to: self.fs.pipe_file(to, data)))
 
     def create(self, name: str, data: bytes) -> None:
-        """Puts a small object where none of its name is.
+        """Puts a small object where none of its name is; FileExistsError if one is.
 
-        Raises:
-            FileExistsError: if one is: of several that try it at a time, one does not get this.
+        Of several that try it at a time, one does not get this.
         """
         self.ask("writing to", lambda: self._create(name, data))
 
@@ -225,11 +198,7 @@ class Store:
         self.fs.pipe_file(self.at(name), data, mode="create")
 
     def upload(self, name: str, descriptor: int, size: int) -> None:
-        """Puts a file, whole or not at all, in place of one that is there; and looks that it is so.
-
-        Raises:
-            OSError: if the store refuses it, or has not what was put.
-        """
+        """Puts a file, whole or not at all, in place of one that is there; looks that it is so."""
         self.ask("writing to", lambda: self._upload(name, descriptor, size))
         self._check(name, descriptor, size, self._md5(descriptor, size))
 
@@ -268,10 +237,7 @@ class Store:
         return digest.hexdigest()
 
     def holds(self, name: str, descriptor: int, size: int) -> bool:
-        """Tells whether an object is there and has the bytes of an open file.
-
-        By the md5 that the store tells, or all is read.
-        """
+        """Tells whether an object has an open file's bytes: by the md5 that is told, or by all."""
         try:
             self._check(name, descriptor, size, self._md5(descriptor, size))
         except OSError:

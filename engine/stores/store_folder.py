@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from typing import IO, Any, Final
 
 from crosstrain.engine.storage.atomic import Contents, fill_file
@@ -33,55 +33,23 @@ _MOST_NAMES: Final = 100
 _TRIES: Final = 3
 
 
-class _StoreClaim:
-    """The lease of a folder.
-
-    Args:
-        store: the folder.
-    """
-
-    removed: Sequence[str] = ()
-
-    def __init__(self, store: Store) -> None:
-        self.lease = Lease(store)
-        if self.lease.first:
-            left = store.end_uploads() + remove_orphans(store)
-            self.removed = ["an upload"] * left
-
-    def renew(self) -> None:
-        """Does nothing: each write asks the store, in whichever thread it is."""
-
-    def release(self) -> None:
-        self.lease.release()
-
-
 class StoreFolder:
-    """A folder in a store, as fsspec reaches them.
+    """A folder in a store, as fsspec reaches them; made, it raises as `store_of` does.
 
-    Args:
-        place: the folder.
-
-    Raises:
-        CheckpointStoreMissing: if the package that reaches such a store is not installed.
-        ValueError: if there is no such kind of store.
+    What it does is what `LocalFolder` does, and more.
     """
 
     def __init__(self, place: StorePath) -> None:
-        self._place = place
+        self.place = place
         self._store = store_of(place)
-        self._claim: _StoreClaim | None = None
-
-    @property
-    def place(self) -> StorePath:
-        """Where it is."""
-        return self._place
+        self._lease: Lease | None = None
 
     def check_name(self, name: str) -> None:
-        """Makes sure that a checkpoint can have a name here."""
+        """Raises ValueError if a checkpoint cannot have a name here."""
         check_name(name)
         if "?" in name:
             raise ValueError(
-                f"{name!r} cannot be the name of a checkpoint in {self._place}: in a URL, what is "
+                f"{name!r} cannot be the name of a checkpoint in {self.place}: in a URL, what is "
                 "behind a ? is no part of the name. Leave it out of filename_prefix, "
                 "filename_pattern and the names in to_save"
             )
@@ -91,13 +59,27 @@ class StoreFolder:
         self._store.make()
 
     def exists(self) -> bool:
-        """Tells whether it is there."""
+        """Tells whether something can be put there."""
         return True
 
-    def claim(self) -> _StoreClaim:
-        """Takes it for this process."""
-        self._claim = _StoreClaim(self._store)
-        return self._claim
+    def claim(self) -> int:
+        """Takes it for this process, and removes what killed ones have left; returns how many.
+
+        Raises:
+            CheckpointBusy: if another process has it.
+        """
+        self._lease = Lease(self._store)
+        if not self._lease.first:
+            return 0
+        return self._store.end_uploads() + remove_orphans(self._store)
+
+    def renew(self) -> None:
+        """Does nothing: each write asks the store, in whichever thread it is."""
+
+    def release(self) -> None:
+        """Gives it up; another holder in this process keeps it."""
+        if self._lease is not None:
+            self._lease.release()
 
     def entries(self, endings: tuple[str, ...]) -> list[Entry]:
         """Lists what is named like a checkpoint."""
@@ -122,40 +104,19 @@ class StoreFolder:
 
     def write(self, name: str, contents: Contents) -> None:
         """Writes a file, whole or not at all."""
-        place = self._place / name
-        step = "staging"
-        try:
-            with temporary_file(contents.needed) as file:
-                fill_file(file.fileno(), contents)
-                step = "reading back"
+        place = self.place / name
+        with _step("staging", place), temporary_file(contents.needed) as file:
+            fill_file(file.fileno(), contents)
+            with _step("reading back", place):
                 contents.check(file.fileno())
-                self.copy(name, file.fileno())
-        except OSError as error:
-            if isinstance(error, CheckpointError):
-                raise
-            why = f"{step} it failed with {error.strerror or error}"
-            raise CheckpointWriteError.of(place, why, error) from None
+            self.copy(name, file.fileno())
 
     def copy(self, name: str, descriptor: int) -> None:
-        """Puts a file of this machine, whole or not at all.
-
-        Args:
-            name: what it is called there.
-            descriptor: the file, open for reading; its position is not used.
-
-        Raises:
-            CheckpointWriteError: if a step is refused; says whether it is saved all the same.
-        """
-        step = "looking who else saves there, before uploading"
-        try:
-            self._renew()
-            step = "uploading"
+        """Puts an open file of this machine, whole or absent; an error says whether it is saved."""
+        with _step("looking who else saves there, before uploading", self.place / name):
+            self._keep()
+        with _step("uploading", self.place / name):
             self._store.upload(name, descriptor, os.fstat(descriptor).st_size)
-        except OSError as error:
-            if isinstance(error, CheckpointError):
-                raise
-            why = f"{step} it failed with {error.strerror or error}"
-            raise CheckpointWriteError.of(self._place / name, why, error) from None
         self._note(name)
 
     def _note(self, name: str) -> None:
@@ -164,7 +125,7 @@ class StoreFolder:
             saved = [name, *(one for one in self._saved() if one != name)][:_MOST_NAMES]
             self._store.put(SAVED, json.dumps(saved).encode())
         except OSError as error:
-            place = self._place / name
+            place = self.place / name
             raise CheckpointWriteError(
                 f"Checkpoint {place} is saved, but noting its name in {SAVED} failed with "
                 f"{error.strerror or error}: where the store's lists lag behind, it may not be "
@@ -175,25 +136,20 @@ class StoreFolder:
             ) from None
 
     def holds(self, name: str, descriptor: int) -> bool:
-        """Tells whether a file of a name is there, with the bytes of one of this machine.
-
-        Args:
-            name: what it is called there.
-            descriptor: the file, open for reading.
-        """
+        """Tells whether a file of a name is there, with the bytes of an open one."""
         return self._store.holds(name, descriptor, os.fstat(descriptor).st_size)
 
-    def _renew(self) -> None:
-        if self._claim is not None:
-            self._claim.lease.renew()
+    def _keep(self) -> None:
+        if self._lease is not None:
+            self._lease.renew()
 
     def aside(self, manifest: Manifest) -> StoreAside:
         """Returns where the files of a new checkpoint in parts go first."""
-        return StoreAside(self._store, manifest, self._renew, self.copy)
+        return StoreAside(self._store, manifest, self._keep, self.copy)
 
     @contextlib.contextmanager
     def open(self, name: str) -> Generator[IO[bytes]]:
-        """Opens a file."""
+        """Opens a file as one of this machine, with a descriptor; OSError if it cannot be."""
         for tries_left in reversed(range(_TRIES)):
             told = self._file(name)
             with temporary_file(told.size) as file:
@@ -212,7 +168,7 @@ class StoreFolder:
     def _file(self, name: str) -> Stored:
         told = self._store.head(name)
         if told.is_folder:
-            raise IsADirectoryError(f"{self._place / name} is a folder")
+            raise IsADirectoryError(f"{self.place / name} is a folder")
         return told
 
     @contextlib.contextmanager
@@ -221,11 +177,7 @@ class StoreFolder:
         yield _Peek(self._store, name, self._file(name).size)
 
     def has_manifest(self, manifest: Manifest) -> bool:
-        """Tells whether a checkpoint in parts is there that says the same of itself and its files.
-
-        Args:
-            manifest: what it should say.
-        """
+        """Tells whether a checkpoint in parts is there that says the same of its files."""
         try:
             there = read_manifest(self._store, manifest.file)
         except (OSError, CheckpointError):
@@ -234,37 +186,34 @@ class StoreFolder:
         return there.saved_at_ns == manifest.saved_at_ns and there.files == manifest.files
 
     def mend_parts(self, manifest: Manifest, files: Mapping[str, IO[bytes]]) -> None:
-        """Puts what is missing or has other bytes of a checkpoint in parts that is there.
-
-        Args:
-            manifest: what it says of itself.
-            files: what it should hold, of this machine; their positions are not used.
-
-        Raises:
-            OSError: if the store refuses one.
-            CheckpointBusy: if another run has the folder by now.
-        """
-        self._renew()
+        """Puts what is missing or has other bytes of a checkpoint in parts that is there."""
+        self._keep()
         mend_parts(self._store, manifest, files)
 
     def remove(self, name: str) -> None:
         """Removes a file, if it is there."""
-        self._renew()
+        self._keep()
         self._store.remove(name)
 
     def remove_parts(self, name: str) -> None:
-        """Removes a checkpoint in parts, if it is there."""
-        remove_parts(self._store, name, self._renew)
+        """Takes a checkpoint's name away at once, if it is there, then its parts."""
+        remove_parts(self._store, name, self._keep)
+
+
+@contextlib.contextmanager
+def _step(step: str, place: StorePath) -> Generator[None]:
+    """Says in which step of saving a checkpoint something was refused."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except OSError as error:
+        why = f"{step} it failed with {error.strerror or error}"
+        raise CheckpointWriteError.of(place, why, error) from None
 
 
 class _Peek:
-    """A file of a store, of which few bytes are fetched.
-
-    Args:
-        store: the folder.
-        name: of the file.
-        length: its bytes.
-    """
+    """A file of a store, of which few bytes are fetched."""
 
     def __init__(self, store: Store, name: str, length: int) -> None:
         self._store = store

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Final
@@ -23,7 +23,7 @@ from crosstrain.engine.storage.manifest import INDEX, Manifest
 from crosstrain.engine.storage.parts_files import (
     MAX_MANIFEST,
     folder_of_parts,
-    hash_open,
+    told_of,
     whose_parts,
 )
 
@@ -36,7 +36,7 @@ _SHORT: Final = 2.0
 
 
 class StoreAside:
-    """The files of this process, staged without names until they are uploaded.
+    """The files of this process, staged without names until they are uploaded; see `Aside`.
 
     Args:
         store: the folder of the checkpoints.
@@ -74,7 +74,7 @@ class StoreAside:
         return self._parts
 
     def begin(self, needed: int) -> str:
-        """Makes the folder of the files, where the store has such a thing."""
+        """Makes the folder of the files, where the store has such; returns by what all join it."""
         self._keep()
         name = folder_of_parts(self._manifest.file, self._manifest.saved_at_ns)
         store_of(self._store.place / name).make()
@@ -89,11 +89,9 @@ class StoreAside:
         file = self._files[name] = temporary_file(0)
         return file
 
-    @contextlib.contextmanager
-    def create(self, name: str) -> Generator[IO[bytes]]:
+    def create(self, name: str) -> IO[bytes]:
         """Opens a new file."""
-        with open(os.dup(self._stage(name).fileno()), "wb") as file:
-            yield file
+        return open(os.dup(self._stage(name).fileno()), "wb")
 
     def take(self, files: Mapping[str, IO[bytes]]) -> None:
         """Takes open files of this machine for its own: they are put as they are."""
@@ -108,14 +106,10 @@ class StoreAside:
         file = self._stage(name)
         fill_file(file.fileno(), contents)
         contents.check(file.fileno())
-        return _told(file)
+        return told_of(file)
 
     def deliver(self) -> None:
-        """Uploads what this process has written; each file is compared with what is there then.
-
-        Raises:
-            OSError: if the store refuses one; says which.
-        """
+        """Uploads what this process has written; each file is compared with what is there then."""
         for name, file in self._files.items():
             _upload(self._there, name, file)
 
@@ -125,7 +119,7 @@ class StoreAside:
         with self.create(INDEX) as file:
             file.write(index)
         self.deliver()
-        told = replace(manifest, files={**manifest.files, INDEX: _told(self._files[INDEX])})
+        told = replace(manifest, files={**manifest.files, INDEX: told_of(self._files[INDEX])})
         self._look_for_all(told)
         with temporary_file(0) as file:
             file.write(told.encode())
@@ -175,16 +169,7 @@ def _upload(parts: Store, name: str, file: IO[bytes]) -> None:
 
 
 def mend_parts(store: Store, manifest: Manifest, files: Mapping[str, IO[bytes]]) -> None:
-    """Puts what is missing or has other bytes of a checkpoint in parts.
-
-    Args:
-        store: the folder.
-        manifest: what the checkpoint says of itself.
-        files: what it should hold.
-
-    Raises:
-        OSError: if the store refuses one; says which.
-    """
+    """Puts what is missing or has other bytes of a checkpoint in parts."""
     parts = store_of(store.place / folder_of_parts(manifest.file, manifest.saved_at_ns))
     parts.make()
     for name, file in files.items():
@@ -192,18 +177,8 @@ def mend_parts(store: Store, manifest: Manifest, files: Mapping[str, IO[bytes]])
             _upload(parts, name, file)
 
 
-def _told(file: IO[bytes]) -> tuple[int, str]:
-    file.seek(0)
-    return os.fstat(file.fileno()).st_size, hash_open(file)
-
-
 def read_manifest(store: Store, name: str) -> Manifest:
-    """Reads the manifest of a checkpoint in parts.
-
-    Raises:
-        FileNotFoundError: if there is none.
-        CheckpointCorrupt: if it is none that can be read.
-    """
+    """Reads the manifest of a checkpoint in parts; FileNotFoundError if there is none."""
     size = store.head(name).size
     if size > MAX_MANIFEST:
         raise CheckpointCorrupt(f"its manifest has more than {MAX_MANIFEST:,} bytes")

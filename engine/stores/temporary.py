@@ -11,14 +11,7 @@ from crosstrain.engine.storage.atomic import free_space
 
 
 def temporary_file(needed: int) -> IO[bytes]:
-    """Opens a file without a name among the temporary ones (`TMPDIR`).
-
-    Args:
-        needed: how many bytes it is to take at most.
-
-    Raises:
-        OSError: if there is no room for it.
-    """
+    """Opens a file without a name among the temporary ones (`TMPDIR`), if it has room."""
     folder = Path(tempfile.gettempdir())
     free = free_space(folder)
     if free is not None and free < needed:

@@ -8,7 +8,7 @@ from types import FrameType
 
 import pytest
 
-from crosstrain.engine.checkpoints.save_job import BackgroundJob
+from crosstrain.engine.checkpoints.save_job import JointJob
 
 
 def test_a_wait_that_is_interrupted_can_be_gone_on_with() -> None:
@@ -18,17 +18,17 @@ def test_a_wait_that_is_interrupted_can_be_gone_on_with() -> None:
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    job = BackgroundJob(lambda: done.append(go_on.wait(20)), "work")
+    job = JointJob(lambda: done.append(go_on.wait(20)), "work")
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.05)
         with pytest.raises(KeyboardInterrupt):
-            job.join()
+            job.finish()
     finally:
         signal.signal(signal.SIGALRM, before)
     assert job.running
     assert any(thread.name == "work" for thread in threading.enumerate())
     go_on.set()
-    job.join()
+    job.finish()
     assert done == [True]
     assert not job.running

@@ -43,7 +43,7 @@ def trained(spec: str = "cpu", **limits: Any) -> tuple[DeterministicEngine, dict
 
 
 # What older states do not have.
-NEWER_KEYS = {"structure", "epoch_rng_states", "shown"}
+NEWER_KEYS = {"structure", "epoch_rng_states", "shown", "made"}
 KEYS = {
     "epoch_length",
     "iteration",

@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from report_samples import TITLES, sample_outcome, sample_run
 
-from crosstrain.ci.matrix.outcome import STATUSES, InvalidOutcome, Outcome
-from crosstrain.ci.matrix.report import InvalidReport, Report, merged
+from crosstrain.ci.matrix.outcome import STATUSES, InvalidReport, Outcome
+from crosstrain.ci.matrix.report import Report, merged
 from crosstrain.ci.matrix.report_junit import junit
 
 floats = st.floats(width=64)
@@ -71,14 +71,14 @@ def test_an_outcome_survives_json(
 )
 def test_a_wrong_outcome_is_refused(change: dict[str, Any], words: str) -> None:
     content = sample_outcome("cpu", "middle").to_json()
-    with pytest.raises(InvalidOutcome, match=words):
+    with pytest.raises(InvalidReport, match=words):
         Outcome.from_json(content | change)
 
 
 def test_an_outcome_lacks_no_key() -> None:
     content = sample_outcome("cpu", "middle").to_json()
     for key in content:
-        with pytest.raises(InvalidOutcome, match=rf"missing keys \['{key}'\]"):
+        with pytest.raises(InvalidReport, match=rf"missing keys \['{key}'\]"):
             Outcome.from_json({name: x for name, x in content.items() if name != key})
 
 
@@ -88,7 +88,7 @@ def test_an_outcome_survives_a_file(tmp_path: Path) -> None:
     assert Outcome.read(tmp_path / "outcome.json") == outcome
     assert [path.name for path in tmp_path.iterdir()] == ["outcome.json"]
     (tmp_path / "outcome.json").write_text("{")
-    with pytest.raises(InvalidOutcome, match=r"outcome\.json"):
+    with pytest.raises(InvalidReport, match=r"outcome\.json"):
         Outcome.read(tmp_path / "outcome.json")
 
 

@@ -148,7 +148,7 @@ def test_a_required_one_fails_the_session_though_no_test_uses_it(
     [
         (("--backends=cpu:bf17",), "Did you mean 'cpu:bf16'?"),
         (("--backends=gpu",), "Did you mean 'cuda'?"),
-        (("--backends=cpu,,cuda",), "--backends has an empty entry"),
+        (("--backends=cpu,,cuda",), "--backends: 'cpu,,cuda' has an empty entry"),
         (("--require-backends=cudda",), "Did you mean 'cuda'?"),
         (("--require-backends", "tests/test_it.py"), "it took a path"),
     ],

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from crosstrain.ci.matrix.outcome import as_mapping
+from crosstrain.ci.matrix.outcome import InvalidReport
 from crosstrain.ci.matrix.progress import MARKS, duration
-from crosstrain.ci.matrix.report import FILE_NAME, InvalidReport, Report, Run
+from crosstrain.ci.matrix.report import FILE_NAME, Report, Run
 
 __all__ = ["PARTS", "fails_for_apex_alone", "main", "markdown"]
 
@@ -98,7 +98,7 @@ def _environment(folder: Path) -> Iterator[str]:
     yield from ("## Machine", "")
     yield from (*_fenced(_content(folder / "device.txt").strip() or "unknown"), "")
     try:
-        found = as_mapping(json.loads(_content(folder / "environment.json")), "environment")
+        found: dict[str, Any] = json.loads(_content(folder / "environment.json"))
     except ValueError:
         return
     rows: dict[str, str] = {name: str(found[name]) for name in ("python", "platform")}

@@ -1,0 +1,132 @@
+"""What a run makes for itself where it is missing: measured that a resumed one makes it equal.
+
+A mask, a table, a cache that the first `forward` makes is in no checkpoint, and a resumed run makes
+it once more. To warn of it would be in vain, to trust it would be a guess. So a state has digests
+of such things, by where they are found, and a resumed run looks after its first and its second
+iteration, and whenever it is saved, at what it has made: what is equal is proved, what is not is
+told. What changes from one look to the next is not of this kind, and is told when it is saved.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Container, Iterable, Mapping
+from typing import Any, Final
+
+from crosstrain.engine.digest import digest
+from crosstrain.engine.proof import Proof
+
+from .forgotten import PLAIN, Forgotten
+from .lazily import is_made_lazily
+
+__all__ = ["MadeAgain"]
+
+#: After so many iterations it is known whether what was made again stays what it is.
+LOOKS: Final = 2
+_KINDS: Final = (*PLAIN, dict, list, tuple, set, frozenset, collections.deque)
+_KEYS: Final = 4096
+# Digests, by the keys of a mapping; of anything else there is one.
+_Digests = dict[str, str]
+Place = tuple[str, str]
+
+
+class MadeAgain:
+    """Keeps digests of what is made where it was missing, and compares those of a run before."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, _Digests] = {}
+        # By what they were taken, so that each is taken once.
+        self._taken: dict[str, tuple[Any, _Digests]] = {}
+        self._expected: dict[str, _Digests] = {}
+        self._equal: set[str] = set()
+
+    def begin(self) -> None:
+        """Forgets what the run before in this process has made."""
+        self._kept, self._taken = {}, {}
+
+    def expect(self, record: Mapping[str, Mapping[str, str]]) -> None:
+        """Takes what the run had made whose state is gone on from, as of `record`."""
+        self._expected = {name: dict(found) for name, found in record.items()}
+        self._equal = set()
+
+    @property
+    def expects(self) -> bool:
+        """Whether something was made that this run has not made again, or not looked at yet."""
+        return bool(self._expected)
+
+    def record(self) -> dict[str, _Digests]:
+        """Returns the digests of what was made, by name, for a state."""
+        return {**self._expected, **{name: dict(found) for name, found in self._kept.items()}}
+
+    def sift(self, now: Forgotten, changed: Iterable[Place], told: Container[str]) -> list[str]:
+        """Keeps the digests of what was made where it was missing; returns what is to be told.
+
+        Args:
+            now: what functions refer to.
+            changed: what of it is other than when the run began.
+            told: what was told before, which is not looked at.
+        """
+        left: list[str] = []
+        for place in changed:
+            if (name := named(place)) in told:
+                continue
+            before, found = self._kept.pop(name, {}), self._digests_of(now, place)
+            if found is None or not _goes_with(before, found) or not before.keys() <= found.keys():
+                left.append(name)
+                continue
+            self._kept[name] = found
+        return left
+
+    def differences(self, now: Forgotten) -> list[str]:
+        """Returns the names of what was made again, and is other than it was.
+
+        Args:
+            now: what functions refer to.
+        """
+        differ: list[str] = []
+        for place in now.values:
+            if (then := self._expected.get(name := named(place))) is None:
+                continue
+            value = now.values[place]
+            if value is None or (isinstance(value, _KINDS[-6:]) and not value):
+                continue
+            found = self._digests_of(now, place)
+            if found is None or not _goes_with(then, found):
+                differ.append(name)
+                del self._expected[name]
+                self._equal.discard(name)
+            elif then.keys() & found.keys():
+                self._equal.add(name)
+        return differ
+
+    def settle(self, proof: Proof) -> None:
+        """Notes in a proof what was made again and is equal, and what was not made yet."""
+        if self._equal:
+            proof.checked.append(f"made again, and equal: {'; '.join(sorted(self._equal))}")
+        if left := sorted(self._expected.keys() - self._equal):
+            proof.unchecked.append(f"{'; '.join(left)}: not made again yet")
+
+    def _digests_of(self, now: Forgotten, place: Place) -> _Digests | None:
+        """Returns the digests of what is made lazily; None for anything else."""
+        value, signature, name = now.values.get(place), now.found.get(place), named(place)
+        if not isinstance(value, _KINDS) or not is_made_lazily(place[1], now.functions):
+            return None
+        taken = self._taken.get(name)
+        if taken is None or taken[0] != signature:
+            if isinstance(value, dict) and 0 < len(value) <= _KEYS:
+                many: dict[Any, Any] = value
+                found = {f"[{key!r}]": digest(one) for key, one in many.items()}
+            else:
+                found = {"": digest(value)}
+            taken = self._taken[name] = signature, found
+        return taken[1]
+
+
+def named(place: Place) -> str:
+    """Returns what to call something that a function refers to."""
+    owner, name = place
+    return f"{owner}.{name}" if owner == "trainer.state" else f"{owner}, its {name!r}"
+
+
+def _goes_with(then: Mapping[str, str], now: Mapping[str, str]) -> bool:
+    return all(now[key] == one for key, one in then.items() if key in now)

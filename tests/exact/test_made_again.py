@@ -1,0 +1,379 @@
+"""What a run makes where it is missing is told only where a resumed one makes another."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.data import DataLoader
+
+from crosstrain.engine import (
+    Checks,
+    DeterministicEngine,
+    Events,
+    ResumeWarning,
+    resume_or_start,
+)
+
+KINDS = ("tensor", "large tensor", "array", "list", "tuple", "mapping", "number")
+
+
+def _made(kind: str, seed: float) -> Any:
+    """Makes a value that multiplies; of the same seed it is the same."""
+    numbers = [seed + index / 8 for index in range(3)]
+    if kind == "large tensor":
+        # Larger than what a signature reads of a tensor as a whole.
+        return torch.full((3, 100_000), seed).add_(torch.tensor(numbers)[:, None])
+    made: dict[str, Callable[[list[float]], Any]] = {
+        "tensor": torch.tensor,
+        "array": numpy.array,
+        "list": list,
+        "tuple": tuple,
+        "mapping": lambda many: dict(enumerate(many)),
+        "number": sum,
+    }
+    return made[kind](numbers)
+
+
+def _factor(value: Any) -> float:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, torch.Tensor):
+        return float(value.double().mean())
+    return float(numpy.mean(value))
+
+
+class Keeps:
+    """Makes something where it is missing: the same each time, or of what it is called with."""
+
+    def __init__(self, kind: str, same: bool) -> None:
+        self.kind, self.same = kind, same
+        self.table: Any = None
+        self.cache: dict[str, Any] = {}
+
+
+class IsNone(Keeps):
+    def take(self, seen: float) -> float:
+        if self.table is None:
+            self.table = _made(self.kind, 1.0 if self.same else seen)
+        return _factor(self.table)
+
+
+class IsNoAttribute(Keeps):
+    def take(self, seen: float) -> float:
+        if not hasattr(self, "window"):
+            self.window = _made(self.kind, 1.0 if self.same else seen)
+        return _factor(self.window)
+
+
+class ReturnsEarly(Keeps):
+    def _get(self, seen: float) -> Any:
+        if self.table is not None:
+            return self.table
+        table = _made(self.kind, 1.0 if self.same else seen)
+        self.table = table
+        return table
+
+    def take(self, seen: float) -> float:
+        return _factor(self._get(seen))
+
+
+class ByKey(Keeps):
+    def take(self, seen: float) -> float:
+        if self.kind not in self.cache:
+            self.cache[self.kind] = _made(self.kind, 1.0 if self.same else seen)
+        return _factor(self.cache[self.kind])
+
+
+class GetsFirst(Keeps):
+    def take(self, seen: float) -> float:
+        found = self.cache.get(self.kind)
+        if found is None:
+            found = self.cache[self.kind] = _made(self.kind, 1.0 if self.same else seen)
+        return _factor(found)
+
+
+class TriesFirst(Keeps):
+    def _get(self, seen: float) -> Any:
+        try:
+            return self.cache[self.kind]
+        except KeyError:
+            made = _made(self.kind, 1.0 if self.same else seen)
+            self.cache[self.kind] = made
+            return made
+
+    def take(self, seen: float) -> float:
+        return _factor(self._get(seen))
+
+
+class ByMethod(Keeps):
+    def _prepare(self, seen: float) -> None:
+        self.table = _made(self.kind, 1.0 if self.same else seen)
+
+    def take(self, seen: float) -> float:
+        if self.table is None:
+            self._prepare(seen)
+        return _factor(self.table)
+
+
+class Once(Keeps):
+    """A property that is computed once; it is of what was seen last."""
+
+    seen = 1.0
+
+    @functools.cached_property
+    def table_once(self) -> Any:
+        return _made(self.kind, 1.0 if self.same else self.seen)
+
+    def take(self, seen: float) -> float:
+        if not self.same:
+            self.seen = seen
+        return _factor(self.table_once)
+
+
+IDIOMS = {
+    each.__name__: (each, name)
+    for each, name in (
+        (IsNone, "table"),
+        (IsNoAttribute, "window"),
+        (ReturnsEarly, "table"),
+        (ByKey, "cache"),
+        (GetsFirst, "cache"),
+        (TriesFirst, "cache"),
+        (ByMethod, "table"),
+        (Once, "table_once"),
+    )
+}
+PLACES = ("forward", "step", "handler", "collate")
+
+
+def _data() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(5)
+    return [(torch.randn(3, generator=generator), torch.ones(1)) for _ in range(12)]
+
+
+class Net(nn.Module):
+    def __init__(self, keeps: Any) -> None:
+        super().__init__()
+        self.linear, self.keeps = nn.Linear(3, 1), keeps
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        scale = 1.0 if self.keeps is None else self.keeps.take(float(batch[0, 0].detach()))
+        return self.linear(batch * scale)
+
+
+class Killed(Exception):
+    """Ends a run."""
+
+
+Parts = tuple[Any, dict[str, Any], Any]
+
+
+def _trainer(keeps: Any, place: str) -> Parts:
+    model = Net(keeps if place == "forward" else None)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+
+    def step(engine: Any, batch: Any) -> float:
+        given, wanted = batch
+        scale = keeps.take(float(given[0, 0])) if place == "step" else 1.0
+        loss = ((model(given) - wanted) * scale).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    def collate(samples: Any) -> Any:
+        given = torch.stack([one for one, _ in samples])
+        scale = keeps.take(float(given[0, 0])) if place == "collate" else 1.0
+        return given * scale, torch.stack([one for _, one in samples])
+
+    trainer = DeterministicEngine(step, checks=Checks(batch_before="off"), seed=1)
+    if place == "handler":
+
+        @trainer.on(Events.ITERATION_STARTED)
+        def decay(engine: Any) -> None:
+            for group in optimizer.param_groups:
+                group["lr"] = 0.01 * keeps.take(float(engine.state.batch[0][0, 0]))
+
+    loader = DataLoader(_data(), batch_size=2, collate_fn=collate)  # type: ignore[arg-type]
+    return trainer, {"model": model, "optimizer": optimizer}, loader
+
+
+def _run(
+    folder: Path, make: Callable[[], Parts], dies: int | None = None, every: int = 1
+) -> tuple[list[str], dict[str, Any], Any]:
+    """Runs it until it dies; returns what it was warned of, its states, and the trainer."""
+    torch.manual_seed(3)
+    trainer, to_save, loader = make()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        resume_or_start(trainer, to_save, folder, every, signals=(), background=False)
+        if dies is not None:
+
+            @trainer.on(Events.ITERATION_STARTED(once=dies + 1))
+            def die() -> None:
+                raise Killed
+
+        try:
+            trainer.run(loader, max_epochs=3)
+        except Killed:
+            assert dies is not None
+    said = [str(item.message) for item in caught if item.category is ResumeWarning]
+    return said, {name: one.state_dict() for name, one in to_save.items()}, trainer
+
+
+def _weights(states: dict[str, Any]) -> bytes:
+    return b"".join(one.numpy().tobytes() for one in states["model"].values())
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    idiom=st.sampled_from(sorted(IDIOMS)),
+    kind=st.sampled_from(KINDS),
+    place=st.sampled_from(PLACES),
+    same=st.booleans(),
+    dies=st.integers(1, 12),
+    every=st.sampled_from((1, 2)),
+)
+def test_what_is_made_equal_is_not_told_and_anything_else_is(
+    idiom: str, kind: str, place: str, same: bool, dies: int, every: int, tmp_path_factory: Any
+) -> None:
+    folder = tmp_path_factory.mktemp("made")
+    keeps, name = IDIOMS[idiom]
+
+    def make() -> Parts:
+        return _trainer(keeps(kind, same), place)
+
+    _, straight, _ = _run(folder / "straight", make)
+    before, _, _ = _run(folder / "killed", make, dies, every)
+    after, resumed, _ = _run(folder / "killed", make, None, every)
+    identical = _weights(straight) == _weights(resumed)
+    if same:
+        assert identical
+        assert before == after == []
+    elif not identical:
+        assert any(name in one for one in before + after), (before, after)
+
+
+def _halved(module: nn.Module, given: Any, found: Any) -> Any:
+    return found * 0.5
+
+
+class Hooked(Net):
+    """Registers a hook in its first forward, unless it is told that it did before."""
+
+    def __init__(self, hooks: bool) -> None:
+        super().__init__(None)
+        self.hooks = hooks
+        self.handle: Any = None
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        if self.handle is None and self.hooks:
+            self.handle = self.linear.register_forward_hook(_halved)
+        return self.linear(batch)
+
+
+class Grows(Net):
+    """Makes a module without parameters in its first forward."""
+
+    def __init__(self, grows: bool) -> None:
+        super().__init__(None)
+        self.grows = grows
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        if not hasattr(self, "squash"):
+            self.squash = nn.Tanh() if self.grows else nn.Sigmoid()
+        return self.squash(self.linear(batch))
+
+
+def _hooked(model: nn.Module) -> Parts:
+    trainer, to_save, loader = _trainer(None, "nowhere")
+    to_save["model"].forward = model.forward
+    to_save["model"].inner = model
+    return trainer, to_save, loader
+
+
+@pytest.mark.parametrize("model", [Hooked, Grows])
+def test_a_hook_or_a_module_that_each_first_step_makes_is_not_told(
+    model: Callable[[bool], nn.Module], tmp_path: Path
+) -> None:
+    def make() -> Parts:
+        return _hooked(model(True))
+
+    _, straight, _ = _run(tmp_path / "straight", make)
+    before, _, _ = _run(tmp_path, make, 4)
+    after, resumed, _ = _run(tmp_path, make)
+    assert before == after == []
+    assert _weights(straight) == _weights(resumed)
+
+
+@pytest.mark.parametrize(
+    ("model", "what"),
+    [(Hooked, "a forward hook of model.inner.linear"), (Grows, "model.inner.squash (a Tanh)")],
+)
+def test_one_that_a_resumed_first_step_does_not_make_is_told(
+    model: Callable[[bool], nn.Module], what: str, tmp_path: Path
+) -> None:
+    before, _, _ = _run(tmp_path, lambda: _hooked(model(True)), 4)
+    after, _, _ = _run(tmp_path, lambda: _hooked(model(False)))
+    assert before == []
+    assert what in after[0]
+
+
+def test_the_proof_says_what_was_made_again(tmp_path: Path) -> None:
+    def make() -> Parts:
+        return _trainer(IsNone("tensor", True), "forward")
+
+    _run(tmp_path, make, 4)
+    _, _, trainer = _run(tmp_path, make)
+    (said,) = (one for one in trainer.proof.checked if "made again" in one)
+    assert "table" in said
+
+
+class Counts(Keeps):
+    """Makes a number where it is missing, and counts it up: that is not made again."""
+
+    def take(self, seen: float) -> float:
+        if self.table is None:
+            self.table = [0]
+        self.table[0] += 1
+        return float(self.table[0])
+
+
+class MakesMore(Keeps):
+    """Does more than to make something where it is missing."""
+
+    def take(self, seen: float) -> float:
+        if self.table is None:
+            torch.manual_seed(int(abs(seen) * 1000))
+            self.table = torch.ones(3)
+        return _factor(self.table) + float(torch.rand(1))
+
+
+class UsesFirst(Keeps):
+    """Uses it before it is made."""
+
+    def take(self, seen: float) -> float:
+        factor = 0.5 if self.table is None else 1.0
+        if self.table is None:
+            self.table = torch.ones(3)
+        return factor
+
+
+@pytest.mark.parametrize("keeps", [Counts, MakesMore, UsesFirst])
+@pytest.mark.parametrize("place", PLACES)
+def test_what_does_more_than_to_make_it_is_told_when_it_is_saved(
+    keeps: Callable[[str, bool], Keeps], place: str, tmp_path: Path
+) -> None:
+    (said,) = _run(tmp_path, lambda: _trainer(keeps("tensor", True), place), 4)[0]
+    assert "begin without what has changed of" in said
+    assert "table" in said
