@@ -45,10 +45,6 @@ class AcceleratorBackend(TorchBackend):
         scaler: a loss scaler to use in place of the default one, with fp16.
         index: the device to use instead.
         sharding: see `TorchBackend`.
-
-    Raises:
-        UnknownBackend: if there is no such option.
-        BackendUnavailable: if there is no such device, or none that can do this.
     """
 
     options: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "fp16", "fsdp", "fsdp-bf16", "fsdp-fp16")
@@ -158,11 +154,7 @@ class AcceleratorBackend(TorchBackend):
         join(self.world, self.transport, stack, on_device)
 
     def prepare(self, *objects: Any, replicated: bool = True) -> tuple[Any, ...]:
-        """Does what `TorchBackend.prepare` does.
-
-        Raises:
-            BackendError: further, if the device cannot hold one of the types.
-        """
+        """Does what `TorchBackend.prepare` does, on a device that may not hold every type."""
         # Its own TypeError, for objects of another kind, is told as it is.
         sort_objects(objects)
         try:
@@ -211,11 +203,7 @@ class AcceleratorBackend(TorchBackend):
         return map(self.put, data)
 
     def graphs(self, optimizers: Iterable[torch.optim.Optimizer]) -> DeviceGraphs:
-        """Returns what records graphs of steps that step these optimizers.
-
-        Raises:
-            BackendError: if there are no graphs here, or such steps cannot be recorded.
-        """
+        """Returns what records graphs of steps that step these optimizers."""
         missing = self._unrecorded() or why_not_captured(optimizers, scales=self.precision.scales)
         if missing is not None:
             raise self._no_graphs(missing)
@@ -247,11 +235,7 @@ class AcceleratorBackend(TorchBackend):
             module.manual_seed(seed)
 
     def rng_state(self) -> dict[str, Any]:
-        """Returns the state of the device's generator, a tensor of bytes on the CPU.
-
-        Raises:
-            BackendError: if torch can neither read nor set it: such a run cannot go on exactly.
-        """
+        """Returns the state of the device's generator, a tensor of bytes on the CPU."""
         module: Any = torch.get_device_module(self.device)
         read = getattr(module, "get_rng_state", None)
         if read is None:
@@ -265,11 +249,7 @@ class AcceleratorBackend(TorchBackend):
         return {self.device.type: state.cpu()}
 
     def set_rng_state(self, state: Mapping[str, Any]) -> None:
-        """Restores what `rng_state` returned.
-
-        Raises:
-            BackendError: if it is the state of another kind of device.
-        """
+        """Restores what `rng_state` returned."""
         kind = self.device.type
         own = random_state_of(kind, state, f"'{kind}'")
         module: Any = torch.get_device_module(self.device)

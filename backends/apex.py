@@ -42,10 +42,6 @@ class ApexBackend(CudaBackend):
         loss_scale: a fixed loss scale, or `dynamic`; None: what the opt level says.
         num_losses: how many losses have a scaler of their own; by default one an optimizer. A
             backward pass uses the scaler of the first optimizer that it is given.
-
-    Raises:
-        UnknownBackend: if there is no such option.
-        BackendUnavailable: if there is no GPU, or no apex with `amp`.
     """
 
     options = ("O1", "O0", "O2", "O3")
@@ -102,10 +98,6 @@ class ApexBackend(CudaBackend):
         """Places models on the GPU and has `amp.initialize` cast and patch all of them.
 
         A model that is prepared already, as for its evaluation, comes back as it is.
-
-        Raises:
-            TypeError: if an object is neither a model nor an optimizer.
-            BackendError: if the backend is not open, or apex was initialised with other objects.
         """
         amp = self._opened_amp()
         models, optimizers = sort_objects(objects)
@@ -165,11 +157,7 @@ class ApexBackend(CudaBackend):
         return self._enabled and self.option == "O2"
 
     def backward(self, loss: torch.Tensor, optimizer: Any) -> None:
-        """Runs the backward pass inside `amp.scale_loss`, which unscales the gradients after it.
-
-        Raises:
-            BackendError: if no optimizer is given, or one that `prepare` has not seen.
-        """
+        """Runs the backward pass inside `amp.scale_loss`, which unscales the gradients after it."""
         optimizers = as_optimizers(optimizer)
         if not optimizers or not self._is_known((), optimizers):
             raise BackendError(
@@ -190,19 +178,11 @@ class ApexBackend(CudaBackend):
         return float(self._opened_amp().state_dict()[f"loss_scaler{number}"]["loss_scale"])
 
     def unscale(self, optimizer: Any) -> None:
-        """Does nothing to the gradients: apex has unscaled them at the end of the backward pass.
-
-        Raises:
-            BackendError: if no parameter of the optimizer has a gradient.
-        """
+        """Does nothing to the gradients: apex has unscaled them at the end of the backward pass."""
         require_gradient(optimizer)
 
     def step(self, optimizer: Any, max_norm: float | None = None) -> StepResult:
-        """Clips the fp32 gradients and steps; apex skips the step after an overflow.
-
-        Raises:
-            BackendError: if no parameter of the optimizer has a gradient.
-        """
+        """Clips the fp32 gradients and steps; apex skips the step after an overflow."""
         require_gradient(optimizer)
         norm = None
         if max_norm is not None:
@@ -231,12 +211,7 @@ class ApexBackend(CudaBackend):
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores what `state_dict` returned; load models and optimizers before.
-
-        Raises:
-            BackendError: if the state is that of another opt level or of no apex, or has other
-                masters than the optimizers.
-        """
+        """Restores what `state_dict` returned; load models and optimizers before."""
         if not self._enabled and not state:
             return
         level = state.get("opt_level", "(none)")
@@ -263,9 +238,6 @@ class ApexBackend(CudaBackend):
 
         With O2 the fp32 masters are made anew from the models, which were loaded into fp16 weights:
         those that `prepare` made are of the weights before. Loss scalers go from O1 to O2 and back.
-
-        Raises:
-            BackendError: if `prepare` was not called.
         """
         lost, begun = name_parts(state), list[str]()
         if not self._enabled:

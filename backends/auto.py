@@ -25,13 +25,7 @@ _CANDIDATES: tuple[tuple[str, str], ...] = (
 
 
 class Choice(NamedTuple):
-    """What `auto` chose.
-
-    Args:
-        spec: the spec.
-        why: why it and none before it, as a sentence.
-        found: what its probe says.
-    """
+    """What `auto` chose, why that and none before it, as a sentence, and what its probe says."""
 
     spec: str
     why: str
@@ -39,11 +33,7 @@ class Choice(NamedTuple):
 
 
 def choose(probe: Callable[[str], Availability]) -> Choice:
-    """Returns the first candidate that can run here, and logs it.
-
-    Raises:
-        BackendUnavailable: if not even the CPU can be used.
-    """
+    """Returns the first candidate that can run here, and logs it."""
     refused: list[str] = []
     found = Availability(False)
     for spec, reason in _CANDIDATES:

@@ -1,20 +1,24 @@
-"""CUDA at fp32 or TF32: NVIDIA's GPUs."""
+"""CUDA at fp32 or TF32: NVIDIA's GPUs, and the flags that decide the bits of their arithmetic."""
 
 from __future__ import annotations
 
-import contextlib
+import os
 from collections.abc import Generator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
 import torch
 
 from .accelerator import AcceleratorBackend
 from .cuda_devices import absence, installed_devices, needed_capability
-from .cuda_flags import deterministic_kernels, tensor_float_32
 from .errors import BackendUnavailable, Missing
 from .fsdp import arithmetic_of
 from .protocol import Availability
+
+_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+
+# With these, cuBLAS has one workspace a stream and repeats its results.
+_REPEATABLE = (":4096:8", ":16:8")
 
 
 class CudaBackend(AcceleratorBackend):
@@ -28,10 +32,6 @@ class CudaBackend(AcceleratorBackend):
         scaler: a loss scaler, for a subclass with fp16.
         index: the GPU to use instead; it counts among those that CUDA_VISIBLE_DEVICES leaves.
         sharding: see `TorchBackend`.
-
-    Raises:
-        UnknownBackend: if there is no such option.
-        BackendUnavailable: if there is no GPU, or none that can do this.
     """
 
     options: ClassVar[tuple[str, ...]] = ("fp32", "tf32", "fsdp", "fsdp-tf32")
@@ -82,7 +82,7 @@ class CudaBackend(AcceleratorBackend):
         super()._start(stack)
         stack.enter_context(tensor_float_32(self.arithmetic == "tf32"))
 
-    @contextlib.contextmanager
+    @contextmanager
     def deterministic(self, warn_only: bool = False) -> Generator[None, None, None]:
         """Makes arithmetic repeat bit for bit inside, and restores every flag after.
 
@@ -102,3 +102,47 @@ def _too_old(option: str, found: str) -> Missing:
         f"{found}.",
         "Use another option, or a newer GPU.",
     )
+
+
+@contextmanager
+def tensor_float_32(allowed: bool) -> Generator[None, None, None]:
+    """Allows or forbids fp32 products to be rounded to TF32 (10 bits of mantissa), inside.
+
+    torch's default is mixed: convolutions round, matrix products do not.
+    """
+    # The flags are set by their old names and restored by their new ones: torch raises where it
+    # reads an old name, as its compiler does, after the new one was set to something else.
+    matmul: Any = torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn
+    parts = (matmul, cudnn.conv, cudnn.rnn)
+    before: list[str] = [part.fp32_precision for part in parts]
+    matmul.allow_tf32 = cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        matmul.allow_tf32 = before[0] == "tf32"
+        cudnn.allow_tf32 = before[1] == "tf32"
+        for part, precision in zip(parts, before, strict=True):
+            part.fp32_precision = precision
+
+
+@contextmanager
+def deterministic_kernels() -> Generator[None, None, None]:
+    """Has cuDNN and cuBLAS use kernels that repeat their results bit for bit, inside.
+
+    cuBLAS reads its variable when its first product is computed: enter this before.
+    """
+    cudnn: Any = torch.backends.cudnn
+    before = (cudnn.deterministic, cudnn.benchmark)
+    workspace = os.environ.get(_WORKSPACE)
+    if workspace not in _REPEATABLE:
+        os.environ[_WORKSPACE] = _REPEATABLE[0]
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = before
+        if workspace is None:
+            os.environ.pop(_WORKSPACE, None)
+        else:
+            os.environ[_WORKSPACE] = workspace

@@ -64,11 +64,7 @@ def arithmetic_of(option: str, options: Sequence[str]) -> str:
 def open_mesh(world: World, device: torch.device, transport: str, stack: ExitStack) -> Any:
     """Returns the mesh of all processes; of this one alone where there are no others.
 
-    Args:
-        world: the processes.
-        device: the device of this one.
-        transport: torch's name of the process group's backend.
-        stack: what is pushed to it leaves a group that had to be made for one process.
+    What is pushed to the stack leaves a group that had to be made for one process.
     """
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -86,16 +82,9 @@ def shard(
 ) -> None:
     """Shards models in place; all processes take rank 0's parameters and buffers.
 
-    Args:
-        models: the models, on their device.
-        optimizers: their optimizers, which get the new parameters with what state they have.
-        mesh: the processes.
-        dtype: what the parameters are cast to for forward and backward passes; gradients are
-            reduced in fp32 and the model's outputs are fp32. None: nothing is cast.
-        sharding: how.
-
-    Raises:
-        BackendError: if the processes' models differ.
+    Optimizers get the new parameters with what state they have. Where there is a dtype, parameters
+    are cast to it for forward and backward passes; gradients are reduced in fp32 and the model's
+    outputs are fp32.
     """
     from torch.distributed.fsdp import FSDPModule
 
@@ -167,11 +156,7 @@ def _separate(
 
 
 def check_filled(models: Iterable[torch.nn.Module]) -> None:
-    """Refuses models that have no data.
-
-    Raises:
-        BackendError: if a parameter or buffer is on the device `meta`.
-    """
+    """Refuses models that have no data: a parameter or buffer on the device `meta`."""
     for model in models:
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if tensor.is_meta:

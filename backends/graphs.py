@@ -109,17 +109,19 @@ class DeviceGraphs:
         finally:
             present.wait_stream(self._stream)
 
-    def graph(self) -> DeviceGraph:
-        """Returns a graph that nothing was recorded in yet."""
-        return DeviceGraph(self)
-
     def forget(self) -> None:
         """Has the next graph begin a pool: that of graphs which are gone cannot be taken again."""
         self._pool = None
 
     @contextmanager
-    def recording(self, graph: Any) -> Generator[None, None, None]:
-        """Records in a graph of the device's module what is asked of the device inside."""
+    def recording(self) -> Generator[Any, None, None]:
+        """Records what is asked of the device inside; nothing of it is done.
+
+        Yields:
+            The graph, whose `replay` does it, on the present stream, with what is in the same
+            memory then.
+        """
+        graph: Any = graph_class(self.device.type)()
         pool = {} if self._pool is None else {"pool": self._pool}
         present: Any = self._module.current_stream(self.device)
         try:
@@ -127,7 +129,7 @@ class DeviceGraphs:
                 _no_collection(),
                 self._module.graph(graph, stream=self._stream, **pool, **self._options),
             ):
-                yield
+                yield graph
         except BaseException:
             # A recording that failed leaves its stream the present one.
             torch.accelerator.set_stream(present)
@@ -154,21 +156,3 @@ class DeviceGraphs:
                 ),
             ):
                 pass
-
-
-class DeviceGraph:
-    """The work of one step on a device."""
-
-    def __init__(self, owner: DeviceGraphs) -> None:
-        self._owner = owner
-        self._graph: Any = graph_class(owner.device.type)()
-
-    @contextmanager
-    def recording(self) -> Generator[None, None, None]:
-        """Records what is asked of the device inside; nothing of it is done."""
-        with self._owner.recording(self._graph):
-            yield
-
-    def replay(self) -> None:
-        """Does what was recorded, on the present stream, with what is in the same memory now."""
-        self._graph.replay()

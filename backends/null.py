@@ -20,9 +20,6 @@ class NullBackend:
 
     Args:
         option: `record`, the only one.
-
-    Raises:
-        UnknownBackend: if another option is asked for.
     """
 
     options: ClassVar[tuple[str, ...]] = ("record",)

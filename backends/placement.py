@@ -21,13 +21,6 @@ def map_tensors(value: Any, move: Callable[[Any], Any]) -> Any:
     Goes into tuples, named tuples, lists, mappings and dataclasses, which keep their types and are
     never changed themselves; takes other objects that have a method `to` (packed sequences, the
     batches of other libraries) as tensors; returns everything else as it is.
-
-    Args:
-        value: the nest.
-        move: called with each tensor, returns what takes its place.
-
-    Raises:
-        TypeError: if a mapping of some other library cannot be made anew from a dict.
     """
     if isinstance(value, torch.Tensor):
         return move(value)

@@ -50,10 +50,6 @@ class Precision:
         dtype: what to autocast to; None: nothing is cast.
         scaler: the loss scaler. None: one with torch's defaults where `dtype` is fp16, whose
             gradients underflow without it, and none otherwise.
-
-    Raises:
-        BackendError: if torch cannot autocast on this type of device, or the scaler is one of
-            another type of device that has disabled itself.
     """
 
     def __init__(
@@ -109,9 +105,6 @@ class Precision:
 
         Whether one of them is not finite is found out here: changing that one later, by clipping
         values, say, does not keep the step from being skipped.
-
-        Raises:
-            BackendError: if no parameter of the optimizer has a gradient.
         """
         require_gradient(optimizer)
         if self.scaler is None or not self.scaler.is_enabled():
@@ -128,9 +121,6 @@ class Precision:
 
         The scale is adapted later, at the step boundary or when this optimizer's next gradients are
         made: until then, other optimizers whose gradients carry the same scale can be stepped.
-
-        Raises:
-            BackendError: if no parameter of the optimizer has a gradient.
         """
         require_gradient(optimizer)
         scaler = self.scaler
@@ -168,8 +158,7 @@ class Precision:
     def adapt_scale(self) -> None:
         """Adapts the loss scale to the steps since the last time, if there were any.
 
-        Raises:
-            BackendError: if an optimizer still holds gradients of the present scale.
+        No optimizer may hold gradients of the present scale any more.
         """
         if self.scaler is None:
             return
@@ -198,11 +187,7 @@ class Precision:
         return dict(self.scaler.state_dict())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores what `state_dict` returned.
-
-        Raises:
-            BackendError: if one side scales the loss and the other does not, or a key is missing.
-        """
+        """Restores what `state_dict` returned, on a backend that scales as that one did."""
         if bool(state) != self.scales:
             here, there = ("scales", "has none") if self.scales else ("does not scale", "has one")
             raise BackendError(
@@ -284,11 +269,7 @@ def as_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
 
 
 def require_gradient(optimizer: torch.optim.Optimizer) -> None:
-    """Refuses to step an optimizer that no backward pass has reached.
-
-    Raises:
-        BackendError: if no parameter of the optimizer has a gradient.
-    """
+    """Refuses to step an optimizer that no backward pass has reached."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter.grad is not None:

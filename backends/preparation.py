@@ -13,11 +13,7 @@ from .errors import BackendError
 def sort_objects(
     objects: Iterable[Any],
 ) -> tuple[list[torch.nn.Module], list[torch.optim.Optimizer]]:
-    """Returns the models and the optimizers among the objects.
-
-    Raises:
-        TypeError: if an object is neither.
-    """
+    """Returns the models and the optimizers among the objects, which are one or the other."""
     models: list[torch.nn.Module] = []
     optimizers: list[torch.optim.Optimizer] = []
     for thing in objects:
@@ -43,9 +39,6 @@ def place(
     On some devices `Module.to` makes new parameters: weights that were shared come apart, and an
     optimizer keeps the old ones. Here shared weights stay shared, and each optimizer gets the new
     parameters, with its state.
-
-    Raises:
-        BackendError: if an optimizer holds a parameter that is not on the device after it.
     """
     moved: dict[int, torch.nn.Parameter] = {}
     for model in models:

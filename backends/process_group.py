@@ -34,10 +34,6 @@ def join(
         transport: torch's name of the group's backend, such as `gloo`.
         stack: what is pushed to it leaves the group.
         device: the device that the transport works on, where it works on one only.
-
-    Raises:
-        BackendError: if torchrun's address is not set, the group does not come together, or the
-            script has joined another one.
     """
     if world.size == 1:
         return
@@ -118,11 +114,7 @@ def _meet(world: World, store: Any) -> None:
 
 
 def group_store() -> Any:
-    """Returns the store that the process group came together by, whoever has joined it.
-
-    Raises:
-        ValueError: if there is no process group.
-    """
+    """Returns the store that the process group came together by, whoever has joined it."""
     group: Any = distributed.group.WORLD
     if group is None:
         raise ValueError(
@@ -149,11 +141,7 @@ def _leave_later(stack: ExitStack) -> None:
 
 
 def timeout() -> float:
-    """Returns the seconds after which a collective that a rank is missing from fails.
-
-    Raises:
-        BackendError: if CROSSTRAIN_TIMEOUT is no number above 0.
-    """
+    """Returns the seconds after which a collective that a rank is missing from fails."""
     text = os.environ.get("CROSSTRAIN_TIMEOUT", "1800")
     try:
         seconds = float(text)
@@ -219,9 +207,6 @@ def replicate(
     in a bucket it is, so a run that is resumed would differ from one that never stopped in that
     pass. Here the buckets are laid out before the training, from the last parameter to the first,
     by two passes that change nothing; they are then the same in every process's life.
-
-    Raises:
-        BackendError: if the processes' models differ in the number or shapes of their parameters.
     """
     fixed = settings.get("find_unused_parameters", False) or _has_sparse_gradients(model)
     whole: Any = model if fixed else _Layout(model)
@@ -240,11 +225,7 @@ def replicate(
 
 
 def _lay_out(wrapped: DistributedDataParallel, model: torch.nn.Module) -> None:
-    """Has the buckets laid out, and the model take the place of what stood in for it.
-
-    Raises:
-        BackendError: if this torch does not do what is relied on.
-    """
+    """Has the buckets laid out, and the model take the place of what stood in for it."""
     # Another in its place for the second pass: so it is seen that it is the one that is called.
     other = _Layout(model)
     rebuild: Any = getattr(getattr(wrapped, "reducer", None), "_rebuild_buckets", None)

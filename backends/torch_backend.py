@@ -29,11 +29,6 @@ class TorchBackend:
         option: one of `options`; None: the first.
         scaler: a loss scaler to use in place of the default one.
         sharding: how the options `fsdp` and `fsdp-...` shard models; None: the defaults.
-
-    Raises:
-        UnknownBackend: if there is no such option.
-        BackendError: if a loss scaler is given for a precision that is not fp16, or `sharding` for
-            an option that does not shard.
     """
 
     options: ClassVar[tuple[str, ...]] = ("fp32",)
@@ -309,11 +304,7 @@ class TorchBackend:
 
 
 def random_state_of(kind: str, state: Mapping[str, Any], device: str) -> Any:
-    """Returns the random state of a kind of device.
-
-    Raises:
-        BackendError: if it is the state of another kind.
-    """
+    """Returns the random state of a kind of device, and refuses that of another."""
     if kind not in state:
         raise BackendError(
             f"The random state is that of {sorted(state) or 'a device without one'}, not of "

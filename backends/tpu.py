@@ -33,10 +33,6 @@ class TpuBackend(TorchBackend):
     Args:
         option: `fp32` or `bf16`.
         scaler: refused, since no option is fp16.
-
-    Raises:
-        UnknownBackend: if there is no such option.
-        BackendUnavailable: if there is no TPU, or a library is missing.
     """
 
     options = ("fp32", "bf16")
@@ -98,11 +94,7 @@ class TpuBackend(TorchBackend):
         return {"tpu": self._generator().get_state().cpu()}
 
     def set_rng_state(self, state: Mapping[str, Any]) -> None:
-        """Restores what `rng_state` returned.
-
-        Raises:
-            BackendError: if it is the state of another kind of device.
-        """
+        """Restores what `rng_state` returned."""
         self._generator().set_state(random_state_of("tpu", state, "a TPU").cpu())
 
 

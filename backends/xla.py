@@ -40,11 +40,6 @@ class XlaBackend(TorchBackend):
         option: `fp32` or `bf16`.
         scaler: refused, since no option is fp16.
         index: which of the process's XLA devices to use; the first by default.
-
-    Raises:
-        UnknownBackend: if there is no such option.
-        BackendUnavailable: if torch_xla is missing or does not fit, or PJRT_DEVICE does not say
-            which device it shall be.
     """
 
     options = ("fp32", "bf16")
@@ -123,11 +118,7 @@ class XlaBackend(TorchBackend):
             self._reduced.add(optimizer)
 
     def step(self, optimizer: Any, max_norm: float | None = None) -> StepResult:
-        """Reduces the gradients of all processes to their mean, clips, and steps.
-
-        Raises:
-            BackendError: if no parameter of the optimizer has a gradient.
-        """
+        """Reduces the gradients of all processes to their mean, clips, and steps."""
         if self.world.size > 1 and optimizer not in self._reduced:
             self._model.reduce_gradients(optimizer)
         self._reduced.discard(optimizer)
@@ -179,11 +170,7 @@ class XlaBackend(TorchBackend):
         return {"xla": self._read_state()}
 
     def set_rng_state(self, state: Mapping[str, Any]) -> None:
-        """Restores what `rng_state` returned.
-
-        Raises:
-            BackendError: if it is the state of another kind of device.
-        """
+        """Restores what `rng_state` returned."""
         self._write_state(int(random_state_of("xla", state, "an XLA device")))
 
     def counts(self) -> dict[str, int]:

@@ -33,10 +33,6 @@ class XlaSpmdBackend(XlaBackend):
     Args:
         option: `fp32` or `bf16`.
         scaler: refused, since no option is fp16.
-
-    Raises:
-        UnknownBackend: if there is no such option.
-        BackendUnavailable: if `xla` is, or there is one device only.
     """
 
     name = "xla-spmd"

@@ -25,9 +25,6 @@ def refuse_processes(world: World) -> None:
 
     There torch_xla gives each process a world of its own, of size 1, and its collective operations
     do nothing, silently.
-
-    Raises:
-        BackendError: if there are several.
     """
     if world.size > 1:
         raise BackendError(
@@ -43,14 +40,6 @@ def join_on_tpu(world: World, stack: ExitStack) -> None:
 
     It comes before the device is started, because it tells the TPU's runtime which process of the
     host this is.
-
-    Args:
-        world: what torchrun says; of one process: nothing is done.
-        stack: what is pushed to it leaves the group.
-
-    Raises:
-        BackendError: if torch_xla has come to another world than torchrun, or the script has joined
-            a group of another kind.
     """
     if world.size == 1:
         return

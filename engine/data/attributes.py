@@ -19,13 +19,12 @@ from torch.utils.data import Dataset
 from crosstrain.engine.digest import digest
 from crosstrain.engine.guards import is_users_object
 
-from .generators import TRANSFORMS, copied, packed, same, unpacked
+from .generators import SCALARS, TRANSFORMS, copied, packed, same, unpacked
 
 _DEPTH: Final = 4
 # What is larger is the data itself, and not a state of it.
 _ENTRIES: Final = 4096
 _BYTES: Final = 1 << 20
-_SCALARS: Final = (bool, int, float, str, type(None))
 _ABSENT: Final = object()
 # What `functools.lru_cache` makes of a function.
 _CACHED: Final = type(functools.lru_cache(lambda: None))
@@ -121,7 +120,7 @@ class _Owner:
         ]
         if self.is_remade():
             # Numbers go with what was made anew; what was collected is lost.
-            found += [name for name, value in self.changed() if type(value) not in _SCALARS]
+            found += [name for name, value in self.changed() if type(value) not in SCALARS]
         return found
 
     def grown(self) -> list[str]:
@@ -233,7 +232,7 @@ def _count(name: str, value: Any, found: dict[str, int], plain: bool = False) ->
 def _size(value: Any, depth: int = 3) -> int:
     """Returns how many entries a plain value has; more than are allowed if it is none."""
     kind: Any = type(value)
-    if kind in _SCALARS:
+    if kind in SCALARS:
         return 1
     if kind is torch.Tensor:
         return 1 if value.nbytes <= _BYTES and not value.requires_grad else _ENTRIES + 1

@@ -56,14 +56,7 @@ class _Opened:
 
 
 class _Check(NamedTuple):
-    """What the data of a resume is opened with, and how it is compared.
-
-    Args:
-        key: the run's seed and streams.
-        state: what the dataflow's `state` returned; None where a new pass is opened.
-        proof: takes down what the comparison found.
-        strictness: how strict it is.
-    """
+    """What the data of a resume is opened with (no state: a new pass), and how it is compared."""
 
     key: StreamKey
     state: Any
@@ -192,7 +185,11 @@ class Cursor:
             return {"reason": "the state was written in the middle of an iteration"}
         if last is None:
             return {"reason": "the state was written before the run had fetched a batch"}
-        return record(last, plain_indices(self._last_indices), world_of(self._backend))
+        return record(*self._given(last), world_of(self._backend))
+
+    def _given(self, last: Any) -> tuple[Any, Any]:
+        """Returns the batch that was given last, with its indices as they are recorded."""
+        return last, plain_indices(self._last_indices)
 
     def _exchanged(self) -> dict[str, Any]:
         """Returns what tells data that was exchanged before its first batch."""
@@ -249,19 +246,8 @@ class Cursor:
         """Opens data at a position; leaves the global generators in any state.
 
         The batch before the position is fetched once more, and compared with what the state keeps
-        of it. A process that has no random states to restore then calls `seed_anew`.
-
-        Args:
-            position: what `position` returned.
-            data: the data.
-            key: the run's seed and streams.
-            proof: takes down what the comparison found.
-            strictness: how strict the comparison is.
-            other: why the batch before may be another one now; None: it may not.
-
-        Raises:
-            ValueError: if it is not the data that the position is in.
-            ResumeError: if the batch before is another, and that is an error.
+        of it; `other` says why it may be another one now. A process that has no random states to
+        restore then calls `seed_anew`.
         """
         flow, self._prepared = self._prepared_for(data), None
         before_handlers, self._opened_before = self._opened_before, None
@@ -271,7 +257,10 @@ class Cursor:
         self._pass, self._exchanges = position["pass"], position["exchanges"]
         self.consumed = position["batch"]
         if before_handlers is not None and before_handlers.flow is flow:
-            self._go_on_in(before_handlers)
+            # It was opened, and compared, already.
+            self._note_opened(flow, before_handlers.iterator)
+            self._ended = before_handlers.ended
+            self._last, self._last_indices = before_handlers.last, before_handlers.indices
             return
         before: Any = position.get("before")
         check = _Check(key, position["flow"], proof, strictness)
@@ -289,19 +278,12 @@ class Cursor:
             self._rehearse(check)
             self._open_flow(key, check.state)
 
-    def _go_on_in(self, found: _Opened) -> None:
-        """Goes on in a pass that was opened, and compared, before handlers ran."""
-        self._note_opened(found.flow, found.iterator)
-        self._ended = found.ended
-        self._last, self._last_indices = found.last, found.indices
-
     def _open_after(self, before: Mapping[str, Any], check: _Check) -> None:
         """Opens data after the batch before, which is fetched once more and compared."""
         flow, key, state = self._open_at(before, check), check.key, check.state
         if flow.keeps_anew(state):
             flow.probe(state, True)
-            self._open_flow(key, state, 1)
-            self._fetch_first()
+            self._fetch_again(key, state)
             self._tell_kept(check.proof)
             self._open_flow(key, state)
         # Fetching may have changed it.
@@ -316,18 +298,22 @@ class Cursor:
         """Opens data at the batch before, and compares it; returns the dataflow."""
         flow = self._known
         flow.probe(check.state)
-        self._open_flow(check.key, check.state, 1)
         self._fetch_before(before, check.key, check.state)
         self._tell_kept(check.proof)
-        self._compare(before, check.proof, check.strictness, note)
+        place = f"batch {self.consumed} of pass {self._pass + 1}"
+        last, indices = (None, None) if self._ended else self._given(self._last)
+        try:
+            compare(
+                before, last, indices, place, flow.suspects(), check.proof, check.strictness, note
+            )
+        except ResumeError:
+            # The right data may be given to the next run.
+            flow.close()
+            raise
         return flow
 
     def rehearse(self, data: Any, key: StreamKey, proof: Proof, strictness: Strictness) -> None:
-        """Fetches the first batch of data that is opened next twice, and compares.
-
-        Raises:
-            ResumeError: if the two differ, and that is an error.
-        """
+        """Fetches the first batch of data that is opened next twice, and compares."""
         before = self._flow
         self._flow = self._prepared = flow = self._prepared_for(data)
         begun = flow.begun()
@@ -343,24 +329,34 @@ class Cursor:
         again = repeatable if again is None or repeatable is None else again
         if again is None or strictness == "off":
             return
-        found: list[tuple[Held, Any]] = []
-        for _ in range(2):
-            kept = flow.kept()
-            self._open_flow(key, state, again)
-            self._last = self._last_indices = None
-            item = next(self, _NONE)
-            if item is _NONE and self.consumed:
-                item = self._first_of_next(key)
-            if item is not _NONE:
-                held = hold(item) if self._last is None else self._last
-                found.append((held, plain_indices(self._last_indices)))
-            self._iterator = iter(())
-            flow.put_back(kept)
-        self._last = self._last_indices = self.share = None
-        if len(found) == 2:
+        first, second = (self._look_at(key, state, again, bool(self.consumed)) for _ in range(2))
+        if first is not None and second is not None:
             place = f"batch {self.consumed + 1 - again} of pass {self._pass + 1}"
-            first = record(*found[0], world_of(self._backend))
-            compare_twice(first, *found[1], place, flow.suspects(), proof, strictness)
+            told = record(*first, world_of(self._backend))
+            compare_twice(told, *second, place, flow.suspects(), proof, strictness)
+
+    def _look_at(
+        self, key: StreamKey, state: Mapping[str, Any] | None, again: int, beyond: bool
+    ) -> tuple[Held, Any] | None:
+        """Returns the batch that a state leads to, with its indices, and leaves the data as it was.
+
+        Where its pass has ended there, that is the first of the next pass, if it is to be looked
+        `beyond`.
+        """
+        kept = self._known.kept()
+        self._open_flow(key, state, again)
+        self._last = self._last_indices = None
+        item = next(self, _NONE)
+        if item is _NONE and beyond:
+            item = self._first_of_next(key)
+        found = None
+        if item is not _NONE:
+            found = self._given(hold(item) if self._last is None else self._last)
+        self._iterator = iter(())
+        self.fetched, self._ended = self.consumed, False
+        self._last = self._last_indices = self.share = None
+        self._known.put_back(kept)
+        return found
 
     def _hear_witness(self, check: _Check) -> None:
         """Opens data at an earlier state whose next batch is known, and compares."""
@@ -368,14 +364,7 @@ class Cursor:
         witness = flow.witness(state, self._pass)
         if witness is None:
             return
-        kept = flow.kept()
-        self._open_flow(key, witness["state"])
-        self._last = None
-        found = next(self, _NONE) is not _NONE
-        last, self._iterator = self._last if found else None, iter(())
-        self.fetched, self._ended, self.share = self.consumed, False, None
-        self._last = self._last_indices = None
-        flow.put_back(kept)
+        last, _ = self._look_at(key, witness["state"], 0, False) or (None, None)
         what = "the batch after an earlier state of the data"
         compare(witness["next"], last, None, what, flow.suspects(), proof, strictness, _NO_PLACE)
 
@@ -394,10 +383,7 @@ class Cursor:
         """Compares the batch before a position at an epoch's beginning, before handlers run.
 
         What handlers of that beginning have changed by then is not to be told from what went wrong:
-        a difference is a warning.
-
-        Returns:
-            Whether there was something to compare.
+        a difference is a warning. Returns whether there was something to compare.
         """
         flow = self._prepared_for(data)
         before: Any = position.get("before")
@@ -452,13 +438,12 @@ class Cursor:
     def _fetch_before(
         self, before: Mapping[str, Any], key: StreamKey, state: Mapping[str, Any]
     ) -> None:
-        """Fetches the batch before, which is the first that the data was opened at."""
-        self._fetch_first()
+        """Opens data at the batch before, and fetches that."""
+        self._fetch_again(key, state)
         dataset: Mapping[str, Any] = state.get("dataset", {})
         if self._ended or same(dataset.get("now"), dataset.get("opening")):
             return
-        last, indices = self._last, plain_indices(self._last_indices)
-        if last is None or not differs(before, last, indices):
+        if self._last is None or not differs(before, *self._given(self._last)):
             return
         # A handler may have changed the dataset since that batch was fetched.
         first = self._last, self._last_indices
@@ -467,32 +452,17 @@ class Cursor:
         prepared = flow.kept()
         # Twice: a generator that no state has may have come to that batch by the attempt before.
         for _ in range(2):
-            self._open_flow(key, opening, 1)
-            self._fetch_first()
-            if self._last is None or differs(before, self._last, plain_indices(self._last_indices)):
+            self._fetch_again(key, opening)
+            if self._last is None or differs(before, *self._given(self._last)):
                 self._last, self._last_indices = first
                 flow.put_back(prepared)
                 break
 
-    def _fetch_first(self) -> None:
+    def _fetch_again(self, key: StreamKey, state: Mapping[str, Any]) -> None:
+        self._open_flow(key, state, 1)
         found = next(self, _NONE) is not _NONE
         # However many there are, the run is after this batch.
         self.fetched, self._ended, self.share = self.consumed, not found, None
-
-    def _compare(
-        self, before: Mapping[str, Any], proof: Proof, strictness: Strictness, note: str = ""
-    ) -> None:
-        flow = self._known
-        place = f"batch {self.consumed} of pass {self._pass + 1}"
-        last, indices = (None, None)
-        if not self._ended:
-            last, indices = self._last, plain_indices(self._last_indices)
-        try:
-            compare(before, last, indices, place, flow.suspects(), proof, strictness, note)
-        except ResumeError:
-            # The right data may be given to the next run.
-            flow.close()
-            raise
 
     def go_to_pass(self, number: int, batch: int, data: Any, key: StreamKey) -> None:
         """Opens data at a batch of a pass, as if this run had not had it before."""
@@ -550,11 +520,8 @@ class Cursor:
     def _open(self, key: StreamKey, state: Mapping[str, Any] | None, seeds: bool) -> None:
         """Opens the data at the position.
 
-        Args:
-            key: the run's seed and streams.
-            state: the dataflow's state there, if it has one.
-            seeds: whether the pass's seeding of the global generators stays in force, as where it
-                begins; where a run goes on within a pass, they are left as they were.
+        The pass's seeding of the global generators stays in force where it begins (`seeds`); where
+        a run goes on within a pass, they are left as they were.
         """
         if not seeds:
             with random_states_kept(self._backend):
@@ -614,12 +581,7 @@ class Cursor:
 
 
 def dataflow_of(data: Any, iterate: Iterate, world: World = ALONE) -> Dataflow:
-    """Returns the dataflow for a kind of data.
-
-    Raises:
-        ValueError: if there are several processes, and the data can neither be dealt out to them
-            nor says that it is each one's own.
-    """
+    """Returns the dataflow for a kind of data; of several processes, each has a part of it."""
     if data is None:
         return NoData(data)
     if world.size == 1:
@@ -640,11 +602,9 @@ def _flow(data: Any, iterate: Iterate, world: World) -> Dataflow:
         return StatefulFlow(data, data)
     if is_loader(data) and data.num_workers == 0 and is_stateful(data.dataset):
         return StatefulFlow(data, data.dataset)
-    return SequenceFlow(data, iterate) if _is_sequence(data) else ReplayedFlow(data)
-
-
-def _is_sequence(data: Any) -> bool:
-    return isinstance(data, (Sequence, torch.Tensor, numpy.ndarray))
+    if isinstance(data, (Sequence, torch.Tensor, numpy.ndarray)):
+        return SequenceFlow(data, iterate)
+    return ReplayedFlow(data)
 
 
 def _owners(data: Mapping[str, Any]) -> str:

@@ -122,11 +122,10 @@ class Dataflow:
         self._dataset_prepared = True
 
     def give_dataset(self, state: Mapping[str, Any] | None, when: str) -> None:
-        """Sets the dataset's attributes that had changed; none for a state of an older version.
+        """Sets the dataset's attributes that had changed, if there is a state that has them.
 
-        Args:
-            state: what `state` returned; None does nothing.
-            when: `opening`: as they were when the pass was opened; `now`: as the state was written.
+        They become what they were when the pass was opened (`opening`), or the state written
+        (`now`).
         """
         if state is not None and "dataset" in state:
             self._changed |= changed_places(state)
@@ -157,8 +156,7 @@ class Dataflow:
     def rehearsal(self, batch: int, state: Mapping[str, Any] | None) -> int | None:
         """Tells which batch can be fetched twice to see whether the states tell what follows.
 
-        Returns:
-            0: the next one; 1: the one before; None: neither can.
+        0 is the next one, 1 the one before; None: neither can.
         """
         return None
 
@@ -262,7 +260,26 @@ class SequenceFlow(Dataflow):
         return min(batch, 1)
 
 
-class ReplayedFlow(Dataflow):
+class KeptFlow(Dataflow):
+    """Data of which a pass can be opened to look at it, and left as it was."""
+
+    def __init__(self, data: Any) -> None:
+        super().__init__(data)
+        # What it carries from pass to pass, beside the attributes of its dataset.
+        self._own = OwnStates()
+
+    def kept(self) -> Any:
+        """Returns what opening a pass moves, to be put back after it was looked at."""
+        return self._own.take(), self._attributes.take(), self._dataset_prepared
+
+    def put_back(self, kept: Any) -> None:
+        """Puts back what `kept` returned."""
+        states, attributes, self._dataset_prepared = kept
+        self._own.give(states)
+        self._attributes.give(attributes)
+
+
+class ReplayedFlow(KeptFlow):
     """Iterable data without a state: batches before the wanted one are fetched and thrown away.
 
     It is not fetched ahead. What it draws from the global generators are random streams of its own,
@@ -291,11 +308,7 @@ class ReplayedFlow(Dataflow):
     def open(
         self, key: StreamKey, batch: int, state: Mapping[str, Any] | None, again: int = 0
     ) -> Iterator[Any]:
-        """Returns an iterator over a pass from a batch on; warns if that takes fetching.
-
-        Raises:
-            RuntimeError: if there are not that many batches.
-        """
+        """Returns an iterator over a pass from a batch on; warns if that takes fetching."""
         self._open_dataset(state, "opening")
         self._dataset_at_opening = self._attributes.take()
         if state is not None:
@@ -322,16 +335,6 @@ class ReplayedFlow(Dataflow):
         """Returns that the first batch is fetched twice: others would take fetching all before."""
         return 0 if batch == 0 and self.unrepeatable is None else None
 
-    def kept(self) -> Any:
-        """Returns the states of the data's own generators, and what has changed of it."""
-        return self._own.take(), self._attributes.take(), self._dataset_prepared
-
-    def put_back(self, kept: Any) -> None:
-        """Puts back what `kept` returned."""
-        states, attributes, self._dataset_prepared = kept
-        self._own.give(states)
-        self._attributes.give(attributes)
-
     def fingerprint(self) -> dict[str, Any]:
         """Returns the numbers of batches and workers: each worker has its own part of the data."""
         found = super().fingerprint()
@@ -341,17 +344,9 @@ class ReplayedFlow(Dataflow):
 def _after(
     iterator: Iterator[Any], batch: int, again: int, data: Any, why: str | None
 ) -> Iterator[Any]:
-    """Returns the rest of an iterator: what comes before is fetched and thrown away.
+    """Returns the rest of an iterator over a pass: what comes before is fetched and thrown away.
 
-    Args:
-        iterator: over a pass of the data.
-        batch: how many of its batches to leave out.
-        again: how many of those, 0 or 1, are to be fetched once more.
-        data: the data, for messages.
-        why: why it is not entered there; None says nothing of it.
-
-    Raises:
-        RuntimeError: if there are not that many batches.
+    `batch` and `again` are as of `Dataflow.open`; `why` it is not entered there is told, if given.
     """
     name = type(data).__name__
     if why is not None:
@@ -373,17 +368,14 @@ def _after(
     return chain(first, iterator)
 
 
-class StatefulFlow(Dataflow):
+class StatefulFlow(KeptFlow):
     """Iterable data with `state_dict` and `load_state_dict`: asked for its state, and given it.
 
     It is not fetched ahead: its state would be that of a batch that has not been used yet. Where a
     state is the same as when the pass was opened, although batches were taken, it does not tell a
     position (some keep where their pass began): the data is then entered there, and the batches
-    taken since are fetched and thrown away.
-
-    Args:
-        data: what is iterated over.
-        owner: what has the state: the data, or the dataset of a loader without workers.
+    taken since are fetched and thrown away. The state's owner is the data, or the dataset of a
+    loader without workers.
     """
 
     kind = "iterable data with a state"
@@ -402,7 +394,7 @@ class StatefulFlow(Dataflow):
         self.apart = not getattr(data, "num_workers", 0)
         self._apart: Apart | None = None
         # Generators that the data holds, whether its state has them or not.
-        self._own = OwnStates(data=owner)
+        self._generating = OwnStates(data=owner)
         # As the pass was opened, and how many batches were taken since.
         self._at_opening: dict[str, Any] | None = None
         self._since = self._epoch = 0
@@ -432,7 +424,7 @@ class StatefulFlow(Dataflow):
         if state is not None:
             self._open_dataset(state, "opening" if "replay" in state else "now")
             if "own" in state:
-                self._own.give(state["own"])
+                self._generating.give(state["own"])
             self._owner.load_state_dict(state["data"])
         self._dataset_at_opening = self._attributes.take()
         if state is not None and state["ended"]:
@@ -474,8 +466,8 @@ class StatefulFlow(Dataflow):
     def _beside(self) -> dict[str, Any]:
         """Returns the random states that the data draws from, beside its own state."""
         found: dict[str, Any] = {"random": None if self._apart is None else self._apart.states()}
-        if self._own.generators:
-            found["own"] = self._own.take()
+        if self._generating.generators:
+            found["own"] = self._generating.take()
         return found
 
     def _watched(self, iterator: Iterator[Any]) -> Iterator[Any]:
@@ -576,7 +568,7 @@ class StatefulFlow(Dataflow):
             # Theirs is taken when they are iterated over, and once only.
             return
         if "own" in state:
-            self._own.give(state["own"])
+            self._generating.give(state["own"])
         self._owner.load_state_dict(state["data"])
 
     def rehearsal(self, batch: int, state: Mapping[str, Any] | None) -> int | None:
@@ -591,15 +583,6 @@ class StatefulFlow(Dataflow):
             return self._now()
         except Exception:  # noqa: BLE001  before its first batch, data may refuse in any way
             return None
-
-    def kept(self) -> Any:
-        """Returns what has changed of the dataset."""
-        return self._attributes.take(), self._dataset_prepared
-
-    def put_back(self, kept: Any) -> None:
-        """Puts back what `kept` returned."""
-        attributes, self._dataset_prepared = kept
-        self._attributes.give(attributes)
 
     def close(self) -> None:
         """Keeps the data's state: asked without an iterator, some loaders would make a new one."""

@@ -26,11 +26,16 @@ _LOOKED_INTO: Final = (Dataset, Sampler, list, tuple, dict, *GENERATORS)
 # How far is looked: further than this, generators belong to something else.
 _DEPTH: Final = 4
 _MANY: Final = 64
-# They are nobody's own.
-_GLOBAL: Final = (
-    torch.default_generator,
-    getattr(random.seed, "__self__", None),
-    getattr(numpy.random.mtrand, "_rand", None),
+#: Their identities. They are nobody's own, and part of every state.
+GLOBAL_GENERATORS: Final = frozenset(
+    map(
+        id,
+        (
+            torch.default_generator,
+            getattr(random.seed, "__self__", None),
+            getattr(numpy.random.mtrand, "_rand", None),
+        ),
+    )
 )
 TRANSFORMS: Final = ("transform", "transforms", "target_transform", "collate_fn")
 
@@ -39,15 +44,7 @@ def generators_in(thing: Any, name: str, apart: tuple[Any, ...] = ()) -> dict[st
     """Returns the random generators that an object holds, by name, each once.
 
     Looked into are its attributes, and theirs where they are lists, transforms, samplers, data or
-    objects of the user's.
-
-    Args:
-        thing: a sampler, a dataset, any object.
-        name: what it is called in the names.
-        apart: data that is not looked into; then no other dataset is, either.
-
-    Returns:
-        `torch.Generator`, `random.Random`, `numpy.random.Generator` and `RandomState` objects.
+    objects of the user's; not the data in `apart`, and then no other dataset, either.
     """
     found: dict[str, Any] = {}
     _collect(thing, name, apart, _DEPTH, found)
@@ -60,7 +57,7 @@ def _collect(
     if apart and (isinstance(thing, Dataset) or any(thing is one for one in apart)):
         return
     if isinstance(thing, GENERATORS):
-        if not any(thing is known for known in (*_GLOBAL, *found.values())):
+        if id(thing) not in {*GLOBAL_GENERATORS, *map(id, found.values())}:
             found[name] = thing
     elif depth > 0:
         for part, value in _parts(thing):
@@ -89,11 +86,8 @@ class OwnStates:
 
     These are their generators; a sampler's epoch, as of torch's `DistributedSampler`; the plain
     attributes of samplers, such as a counter of passes, weights, a list that is shuffled in place;
-    and what they give by `state_dict`, if they take it back by `load_state_dict`.
-
-    Args:
-        apart: as of `generators_in`.
-        **owners: the objects, by what they are called in messages.
+    and what they give by `state_dict`, if they take it back by `load_state_dict`. The objects are
+    given by what they are called in messages.
     """
 
     def __init__(self, apart: tuple[Any, ...] = (), **owners: Any) -> None:
@@ -109,7 +103,9 @@ class OwnStates:
             and isinstance(getattr(owner, "epoch", None), int)
         }
         # Iterable data that has one is asked for it at its position.
-        samplers = _samplers_in(owners)
+        samplers: dict[str, Any] = {}
+        for name, owner in owners.items():
+            _look_for_samplers(name, owner, _DEPTH, samplers)
         loader = owners.get("loader")
         if isinstance(loader, DataLoader) and set(vars(loader)) - _of_loaders():
             # What a subclass counts for itself, such as its passes.
@@ -151,15 +147,11 @@ class OwnStates:
         }
 
     def give(self, states: Mapping[str, Any], stateful: bool = True) -> None:
-        """Sets what `take` returned.
-
-        Raises:
-            ValueError: if the objects that have such states are not those that had.
-        """
-        for kind, owners in (
-            ("epochs", self._epochs),
-            ("generators", self.generators),
-            ("states", self._stateful),
+        """Sets what `take` returned, of the same objects; `stateful`: by load_state_dict, too."""
+        for kind, owners, set_state in (
+            ("epochs", self._epochs, lambda owner, state: owner.set_epoch(state)),
+            ("generators", self.generators, set_generator_state),
+            ("states", self._stateful, lambda owner, state: owner.load_state_dict(state)),
         ):
             then: Mapping[str, Any] = states.get(kind, {})
             if set(then) != set(owners):
@@ -170,7 +162,7 @@ class OwnStates:
                 )
             for name, state in then.items():
                 if stateful or kind != "states":
-                    _set_state(kind, owners[name], state)
+                    set_state(owners[name], state)
         given = {
             ("attribute", name): unpacked(value)
             for name, value in states.get("attributes", {}).items()
@@ -252,15 +244,8 @@ def differing(one: Raw, other: Raw) -> set[tuple[str, str]]:
     return missing | {p for p in places - missing if not same(one[p], other[p])}
 
 
-def _samplers_in(owners: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the samplers among some objects, and those that they hold, each once."""
-    found: dict[str, Any] = {}
-    for name, owner in owners.items():
-        _look_for_samplers(name, owner, _DEPTH, found)
-    return found
-
-
 def _look_for_samplers(name: str, thing: Any, depth: int, found: dict[str, Any]) -> None:
+    """Adds an object that is a sampler, and those that it holds, to what was found, each once."""
     known = any(thing is one for one in found.values())
     # A loader takes any iterable for a sampler.
     samples = isinstance(thing, Sampler) or name in ("sampler", "batch_sampler") or _helps(thing)
@@ -293,7 +278,7 @@ def _stays(sampler: Any) -> bool:
     return torchs or callable(getattr(sampler, "indices", None))
 
 
-_SCALARS: Final = (bool, int, float, str, type(None))
+SCALARS: Final = frozenset({bool, int, float, str, type(None)})
 # What is longer is taken for data, and not for a state.
 _LONGEST: Final = 1 << 20
 _LARGEST: Final = 1 << 23
@@ -305,14 +290,14 @@ def _is_plain(value: Any, depth: int = 3) -> bool:
     if isinstance(value, numpy.ndarray):
         return value.dtype.kind in "biuf" and value.nbytes <= _LARGEST
     kind: Any = type(value)
-    if kind in _SCALARS:
+    if kind in SCALARS:
         return True
     if depth == 0 or kind not in (list, tuple, dict) or len(value) > _LONGEST:
         return False
     if kind is dict:
-        return all(type(k) in _SCALARS and _is_plain(v, depth - 1) for k, v in value.items())
+        return all(type(k) in SCALARS and _is_plain(v, depth - 1) for k, v in value.items())
     # A list of a million numbers is looked at by their types, which are few.
-    if {*map(type, value)} <= {*_SCALARS}:
+    if {*map(type, value)} <= SCALARS:
         return True
     return len(value) <= _MANY and all(_is_plain(one, depth - 1) for one in value)
 
@@ -330,18 +315,23 @@ def copied(value: Any) -> Any:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Tells whether two plain values are of one type, and equal."""
+    """Tells whether two plain values are of one type, and equal; tensors to the bit."""
     if type(one) is not type(other):
         return False
     if isinstance(one, torch.Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
+        alike = one.dtype == other.dtype and one.shape == other.shape
+        return alike and torch.equal(_bits(one), _bits(other))
     if isinstance(one, numpy.ndarray):
         return one.dtype == other.dtype and numpy.array_equal(one, other)
     if isinstance(one, dict):
         return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, (list, tuple)) and one and not isinstance(one[0], _SCALARS):
+    if isinstance(one, (list, tuple)) and not {*map(type, one)} <= SCALARS:
         return len(one) == len(other) and all(map(same, one, other))
     return bool(one == other)
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
 
 
 def packed(value: Any) -> dict[str, Any]:
@@ -415,15 +405,6 @@ def generator_state(generator: Any) -> Any:
     if isinstance(generator, torch.Generator):
         return state
     return list(state) if isinstance(generator, random.Random) else without_arrays(state)
-
-
-def _set_state(kind: str, owner: Any, state: Any) -> None:
-    if kind == "epochs":
-        owner.set_epoch(state)
-    elif kind == "states":
-        owner.load_state_dict(state)
-    else:
-        set_generator_state(owner, state)
 
 
 def set_generator_state(owner: Any, state: Any) -> None:

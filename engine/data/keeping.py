@@ -28,10 +28,8 @@ _OTHER: Final = 0x6B656570
 class Probe:
     """Asks, in the process that fetches, what a dataset keeps; answers in the main process.
 
-    Args:
-        attributes: those of the dataset.
-        places: which of them had changed when the state was written: they are taken away, so that
-            what is kept in them is made anew.
+    Those of its attributes that had changed when the state was written (`places`) are taken away,
+    so that what is kept in them is made anew.
     """
 
     def __init__(self, attributes: Attributes, places: Iterable[str]) -> None:

@@ -16,7 +16,7 @@ from crosstrain.engine.progress import data_length
 
 from .apart import Secluded
 from .batch_before import Noted
-from .flows import Dataflow, Iterate, changed_places
+from .flows import Iterate, KeptFlow, changed_places
 from .generators import OwnStates, Raw, differing, generators_in
 from .keeping import Probe
 from .order import draws_at_once
@@ -25,14 +25,11 @@ from .shares import ALONE, check_divisible
 from .streams import KeyedBatchDataset, KeyedDataset, StreamKey, rank_seed, sample_key
 
 
-class MapFlow(Dataflow):
+class MapFlow(KeptFlow):
     """A DataLoader over a map-style dataset: opened at any batch without fetching, streams keyed.
 
     The order of pass p is the one that torch gives under `manual_seed(seed + p)`, whatever the
     number of workers. The user's loader is left as it is.
-
-    Raises:
-        ValueError: if a batch has fewer samples than there are processes.
     """
 
     kind = "a DataLoader over a map-style dataset"
@@ -88,11 +85,7 @@ class MapFlow(Dataflow):
     def open(
         self, key: StreamKey, batch: int, state: Mapping[str, Any] | None, again: int = 0
     ) -> Iterator[Any]:
-        """Returns an iterator over a pass from a batch on; fetches nothing before it.
-
-        Raises:
-            ValueError: if the state has a generator that the loader lacks, or the other way round.
-        """
+        """Returns an iterator over a pass from a batch on; fetches nothing before it."""
         workers = self._loader.num_workers > 0
         prepared = self._dataset_prepared
         # Workers have the dataset as it is when they start, and do not see what changes later.
@@ -235,16 +228,6 @@ class MapFlow(Dataflow):
         """Returns which batch is fetched twice: the one before, or the first."""
         return min(batch, 1)
 
-    def kept(self) -> Any:
-        """Returns the samplers' states, and what has changed of the dataset."""
-        return self._own.take(), self._attributes.take(), self._dataset_prepared
-
-    def put_back(self, kept: Any) -> None:
-        """Puts back what `kept` returned."""
-        states, attributes, self._dataset_prepared = kept
-        self._own.give(states)
-        self._attributes.give(attributes)
-
     def end(self, batches: int, ended: bool) -> None:
         """Sets the loader's own samplers to where the batches taken leave them.
 
@@ -303,9 +286,6 @@ def _iterator_of(loader: Any, sampler: KeyedSampler, entered: Callable[[], None]
 
     torch's loaders ask when they are iterated over, those of others with their first
     batch; `entered` is called then.
-
-    Raises:
-        RuntimeError: with that batch, if it has not.
     """
     with workers_left_alone(loader):
         iterator: Iterator[Any] = iter(loader)

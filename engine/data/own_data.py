@@ -51,11 +51,7 @@ def is_map_style(data: Any) -> bool:
 
 
 def is_own(data: Any, world: World) -> bool:
-    """Tells whether data is each process's own: it says so, or its sampler is distributed.
-
-    Raises:
-        ValueError: if its sampler deals out to other processes than there are.
-    """
+    """Tells whether data is each process's own: it says so, or its sampler is distributed."""
     if isinstance(data, PerRank):
         return True
     if not is_map_style(data):
@@ -93,10 +89,6 @@ def not_dealt_out(data: Any, world: World) -> str:
 
 
 def check_own(data: Any, world: World) -> None:
-    """Checks that an engine which deals nothing out does not train on the same data everywhere.
-
-    Raises:
-        ValueError: if nothing says that the data is each process's own.
-    """
+    """Refuses data on all of which each process would train, where an engine deals nothing out."""
     if data is not None and not is_own(data, world):
         raise ValueError(not_dealt_out(data, world))

@@ -96,10 +96,6 @@ class FeistelNetwork:
         key: which bijection, from 0 to 2**64 - 1.
         rounds: how many rounds; another number gives another bijection. Below `ROUNDS` it is
             measurably less even: only tests want that.
-
-    Raises:
-        TypeError: an argument is not an integer.
-        ValueError: an argument is out of range.
     """
 
     __slots__ = ("_columns", "_rows", "_size", "_states", "_walks")
@@ -119,14 +115,7 @@ class FeistelNetwork:
         self._walks = rows * columns > size
 
     def forward(self, positions: Words) -> Words:
-        """Give the value at each position.
-
-        Args:
-            positions: uint64, shape (k,), each below ``size`` (unchecked).
-
-        Returns:
-            A new uint64 array of shape (k,), each below ``size``.
-        """
+        """Give the value at each position, which are below ``size`` (unchecked)."""
         return self._blockwise(positions, backwards=False)
 
     def inverse(self, values: Words) -> Words:
@@ -189,15 +178,7 @@ def _draw_into(out: Words, scratch: Words, state: Words, source: Words, modulus:
 
 
 def sorted_orders(size: int, keys: Sequence[int]) -> IndexArray:
-    """Shuffle a small ``range(size)`` once for each key, by sorting random words.
-
-    Args:
-        size: how many values there are.
-        keys: which shuffles, each from 0 to 2**64 - 1.
-
-    Returns:
-        int64, shape (len(keys), size).
-    """
+    """Shuffle a small ``range(size)`` once for each key, a row each, by sorting random words."""
     states = [(mix(key, size) + GOLDEN) % WORD for key in keys]
     words = np.empty((len(keys), size), dtype=np.uint64)
     column = np.array(states, dtype=np.uint64)[:, None]
@@ -254,11 +235,7 @@ def unpermute(indices: npt.ArrayLike, n: int, key: int) -> IndexArray:
 
 
 def as_int(name: str, value: object) -> int:
-    """Give an integer of any type as an int, or refuse it by its name.
-
-    Raises:
-        TypeError: the value is not an integer.
-    """
+    """Give an integer of any type as an int, or refuse it by its name."""
     if type(value) is int:  # the common case; the check of a protocol takes microseconds
         return value
     if isinstance(value, SupportsIndex) and not isinstance(value, bool):
@@ -270,12 +247,7 @@ def as_int(name: str, value: object) -> int:
 
 
 def integer_within(name: str, value: object, low: int, high: int) -> int:
-    """Give an integer as an int, or refuse it with the legal values.
-
-    Raises:
-        TypeError: the value is not an integer.
-        ValueError: the value is out of range.
-    """
+    """Give an integer as an int, or refuse it with the legal values."""
     number = as_int(name, value)
     if not low <= number <= high:
         raise ValueError(f"{name} must be from {low} to {high}, not {number}")

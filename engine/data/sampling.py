@@ -39,7 +39,7 @@ class ReproducibleBatchSampler(BatchSampler):
     """
 
     def __init__(self, batch_sampler: Any, start_iteration: int | None = None) -> None:
-        if not _iterates(batch_sampler):
+        if not isinstance(batch_sampler, Iterable) or isinstance(batch_sampler, (str, bytes)):
             raise TypeError(
                 "Argument batch_sampler should be torch.utils.data.sampler.BatchSampler or another "
                 f"iterable of lists of indices, got {type(batch_sampler)}"
@@ -62,14 +62,16 @@ class ReproducibleBatchSampler(BatchSampler):
 class KeyedSampler:
     """Gives a loader the order of one pass at a time, each batch with the key of its streams.
 
+    Where the samplers carry something from pass to pass, their order is drawn some batches at a
+    time under states that nobody else sees: what handlers change, or draw from the same generators,
+    neither changes the pass nor depends on how far it was drawn ahead.
+
     Args:
         sampler: the loader's batch sampler, or its sampler where it does not batch.
         batched: whether it gives batches.
         collates: whether collating them may draw random numbers.
         world: among which processes each batch is dealt out.
-        own: what the samplers carry from pass to pass. Their order is drawn some batches at a time
-            under states that nobody else sees: what handlers change, or draw from the same
-            generators, neither changes the pass nor depends on how far it was drawn ahead.
+        own: what the samplers carry from pass to pass.
     """
 
     def __init__(
@@ -140,7 +142,7 @@ class KeyedSampler:
         self._own.put(self.visible)
         return chain(first, _rest(order, random_state.capture(), own, self.ahead))
 
-    def _from(self, order: Iterator[Batch], many: int) -> tuple[list[Batch], Iterator[Batch]]:
+    def _from(self, order: Iterator[T], many: int) -> tuple[list[T], Iterator[T]]:
         # Drawn now, while the generators are as they were seeded for this pass.
         first = list(islice(order, many))
         self.is_over = not first
@@ -153,7 +155,10 @@ class KeyedSampler:
             parts = deal(_lists(self._opened(start)), self._world)
             return _noted(parts, self.shares, self.given, keys, False)
         spans = deal_spans(self.sampler, start, self._world)
-        parts = deal(self._opened(start), self._world) if spans is None else _primed(spans)
+        if spans is None:
+            parts = deal(self._opened(start), self._world)
+        else:
+            parts = chain(*self._from(spans, 1))
         return _noted(parts, self.shares, self.given, keys, True)
 
     def order(self, start: int) -> Iterator[Batch]:
@@ -229,11 +234,6 @@ def _singles(sampler: Any, start: int) -> Iterator[Batch]:
         yield Batch(position, position, index)
 
 
-def _primed(order: Iterator[T]) -> Iterator[T]:
-    # Drawn now, while the generators are as they were seeded for this pass.
-    return chain(list(islice(order, 1)), order)
-
-
 def _rest(
     order: Iterator[Batch], states: dict[str, Any], own: OwnStates | None, ahead: list[Raw]
 ) -> Iterator[Batch]:
@@ -288,10 +288,6 @@ def is_loader(data: Any) -> TypeGuard[DataLoader[Any]]:
 def is_iterable(dataset: Any) -> bool:
     """Tells whether a dataset is iterable, as opposed to map-style."""
     return isinstance(dataset, IterableDataset)
-
-
-def _iterates(value: Any) -> bool:
-    return isinstance(value, Iterable) and not isinstance(value, (str, bytes))
 
 
 def rebuilt(loader: Any, **changes: Any) -> Any:

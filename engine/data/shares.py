@@ -76,11 +76,10 @@ class ShardedBatch(list[Any]):
 class Shards(World):
     """The logical shards that a process computes, for which batches are dealt out as for processes.
 
-    Args:
-        size: how many shards the run has.
-        own: those of this process.
+    There are `size` of them in the run.
     """
 
+    #: Those of this process.
     own: range = range(1)
 
     @classmethod
@@ -160,9 +159,8 @@ def _part(total: int, place: World) -> tuple[int, int, BatchShare]:
 def deal_spans(batch_sampler: Any, start: int, world: World) -> Iterator[Dealt] | None:
     """Returns a process's part of each batch, computed without the rest of the batch.
 
-    Returns:
-        None where that cannot be done, or costs more than to slice the batch: a call of `indices`
-        costs as much as some 2000 samples in a block.
+    None where that cannot be done, or costs more than to slice the batch: a call of `indices` costs
+    as much as some 2000 samples in a block.
     """
     if type(batch_sampler) is not BatchSampler or batch_sampler.batch_size < BLOCK // 4:
         return None
@@ -183,11 +181,7 @@ def _spans(batch_sampler: Any, start: int, world: World) -> Iterator[Dealt]:
 
 
 def check_divisible(batch_size: Any, world: World) -> None:
-    """Checks that each process gets a sample of each full batch.
-
-    Raises:
-        ValueError: if the batch has fewer samples than there are processes.
-    """
+    """Refuses batches of fewer samples than there are processes."""
     if isinstance(world, Shards):
         # Those without a sample count for nothing.
         return
@@ -202,11 +196,7 @@ def check_divisible(batch_size: Any, world: World) -> None:
 
 
 def check_shards(count: Any, world: World) -> int:
-    """Returns a number of logical shards, if a world of processes can compute them.
-
-    Raises:
-        ValueError: if it is no power of two, or the number of processes does not divide it.
-    """
+    """Returns a number of logical shards, if a world of processes can compute them."""
     if not isinstance(count, int) or count < 1 or count & (count - 1):
         raise ValueError(
             f"The number of logical shards is a power of two (1, 2, 4, 8, ...), got {count!r}. "
@@ -233,11 +223,7 @@ def share_of(engine: Any) -> BatchShare | None:
 
 
 def counted(counts: deque[BatchShare], data: Any) -> BatchShare:
-    """Returns the share of the batch that was given just now, and forgets it.
-
-    Raises:
-        RuntimeError: if more batches were given than were asked for.
-    """
+    """Returns the share of the batch that was given just now, and forgets it."""
     if not counts:
         raise RuntimeError(
             f"{type(data).__name__} gives more batches than its batch sampler has lists, so it is "

@@ -7,21 +7,19 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
-import torch
-
 from crosstrain.backends import World
+from crosstrain.engine.data.generators import same
 from crosstrain.engine.errors import ResumeWarning, warn_user
-from crosstrain.engine.guards import is_mapping, is_sequence
+from crosstrain.engine.guards import is_mapping
 from crosstrain.engine.ranks.agreement import agreement_of
 from crosstrain.engine.ranks.line import Line, has_ranks
+from crosstrain.engine.ranks.of_each import RANKS, warn_of_own
 from crosstrain.engine.training.gradients import combined
 
 if TYPE_CHECKING:
     from crosstrain.backends import Backend
     from crosstrain.engine.engine import Engine
 
-#: The key of a state that holds what differs between the ranks.
-RANKS: Final = "ranks"
 #: What the number of logical shards is called among the conditions of a run.
 SHARDS: Final = "logical shards"
 _logger = logging.getLogger(__name__)
@@ -43,14 +41,15 @@ def gathered(values: Mapping[str, Any], engine: Engine, destination: int) -> dic
     if size == 1 or not has_ranks():
         return dict(values)
     what = f"taking the engine's state at iteration {values['iteration']}"
-    own = {name: values[name] for name in _PARTS if name in values}
+    names = (*_PARTS, *engine.state_dict_user_keys)
+    own = {name: values[name] for name in names if name in values}
     agreement = agreement_of(engine)
     with Line() if agreement is None else nullcontext(agreement.line) as line:
         found, rank = line.gather(what, own, destination), line.rank
     others = None
     if found is not None:
         others = [
-            {name: part for name, part in theirs.items() if not _same(part, values[name])}
+            {name: part for name, part in theirs.items() if not same(part, values[name])}
             for theirs in found
         ]
     return {**values, RANKS: {"size": size, "rank": rank, "others": others}}
@@ -92,6 +91,9 @@ def own_part(state: Mapping[str, Any], backend: Backend | None) -> dict[str, Any
     ranks = state.get(RANKS)
     size = state["environment"]["world size"] if ranks is None else ranks["size"]
     shards = state["environment"].get(SHARDS)
+    found: Sequence[Mapping[str, Any]] = (ranks or {}).get("others") or []
+    if size != world.size:
+        warn_of_own({name for one in found for name in one} - {*_PARTS}, size, world.size)
     if shards is not None and size != world.size:
         # What the training computes is the same in all processes, and so are their streams.
         _logger.info(
@@ -101,7 +103,9 @@ def own_part(state: Mapping[str, Any], backend: Backend | None) -> dict[str, Any
             world.size,
             shards,
         )
-        return {**own, "environment": {**own["environment"], "world size": world.size}}
+        theirs = found[world.rank] if world.rank < len(found) else {}
+        kept = {name: value for name, value in theirs.items() if name not in _PARTS}
+        return {**own, **kept, "environment": {**own["environment"], "world size": world.size}}
     if ranks is None and size == world.size:
         return own
     if ranks is not None and ranks["others"] is None:
@@ -153,32 +157,3 @@ def _of_other_size(parts: Sequence[dict[str, Any]], size: int, world: World) -> 
 
 def _has_window(step: Any) -> bool:
     return is_mapping(step) and bool(step.get("gradients"))
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Tells whether two nests of tensors and plain values are equal, to the bit and the type."""
-    if isinstance(one, torch.Tensor):
-        return (
-            isinstance(other, torch.Tensor)
-            and one.dtype == other.dtype
-            and one.shape == other.shape
-            and torch.equal(_bits(one), _bits(other))
-        )
-    if is_mapping(one):
-        return (
-            is_mapping(other)
-            and list(one) == list(other)
-            and all(_same(value, other[key]) for key, value in one.items())
-        )
-    if is_sequence(one):
-        return (
-            is_sequence(other)
-            and type(one) is type(other)
-            and len(one) == len(other)
-            and all(map(_same, one, other))
-        )
-    return type(one) is type(other) and bool(one == other)
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import inspect
 import io
 import itertools
-import random
 import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,7 +23,7 @@ import torch
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from crosstrain.engine.data.generators import generators_in
+from crosstrain.engine.data.generators import GENERATORS, GLOBAL_GENERATORS, generators_in
 from crosstrain.engine.data.source import ResumableSource
 from crosstrain.engine.dispatch import Dispatcher
 from crosstrain.engine.guards import OTHER_PACKAGES, is_others, is_users_object
@@ -37,24 +36,10 @@ TRAINED: Final = (torch.nn.Module, Optimizer)
 TORCHS_OWN: Final = frozenset({*vars(torch.nn.Module()), "defaults", "param_groups", "state"})
 # Iterators are sources, too: see `is_source`.
 _SOURCES: Final = (
-    torch.Generator,
-    random.Random,
-    numpy.random.Generator,
-    numpy.random.RandomState,
+    *GENERATORS,
     numpy.random.BitGenerator,
     torch.quasirandom.SobolEngine,
     ResumableSource,
-)
-# They are part of every state.
-GLOBAL_GENERATORS: Final = frozenset(
-    map(
-        id,
-        (
-            torch.default_generator,
-            getattr(random.seed, "__self__", None),
-            getattr(numpy.random.mtrand, "_rand", None),
-        ),
-    )
 )
 # What holds draws of its own, which other checks are for, or none.
 _CLOSED: Final = (

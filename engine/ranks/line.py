@@ -5,17 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-import socket
 import time
 from collections.abc import Callable, Generator, Iterable
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, Final, Self, TypeVar
 
 from torch import distributed
 
 from crosstrain.backends.process_group import group_store, timeout
 from crosstrain.engine.errors import RankFailed
+from crosstrain.engine.machine import began, machine
 from crosstrain.engine.shown import harmless, shown
 
 from .store import AskedStore
@@ -29,6 +28,8 @@ _CARE: Final = 16
 _HERE: Final = "CROSSTRAIN_TIMEOUT"
 # What is larger than this goes over a process group: the store is one process's.
 _LARGE: Final = 1 << 20
+# What gloo says then.
+_IN_VAIN: Final = ("Timed out waiting", "Application timeout")
 T = TypeVar("T")
 
 
@@ -60,7 +61,7 @@ class Line:
         self._group: Any = None
         #: Called while this rank waits; raises if the wait is in vain.
         self.while_waiting: Callable[[], None] | None = None
-        self.set(f"process/{self.rank}", _process())
+        self.set(f"process/{self.rank}", f"{machine()} {os.getpid()} {began(os.getpid())}")
 
     def close(self) -> None:
         """Gives back the connection."""
@@ -143,15 +144,8 @@ class Line:
     def _is_dead(self, rank: int) -> bool:
         if rank == self.rank or not self.has(f"process/{rank}"):
             return False
-        here, process = self.get(f"process/{rank}").rsplit(" ", 1)
-        if here != _process().rsplit(" ", 1)[0]:
-            return False
-        try:
-            # A zombie is dead, too.
-            state = Path(f"/proc/{process}/stat").read_text(encoding="utf-8")
-        except OSError:
-            return True
-        return state.rpartition(") ")[2].startswith(("Z", "X"))
+        there, pid, then = self.get(f"process/{rank}").rsplit(" ", 2)
+        return there == machine() and began(int(pid)) != then
 
     # ---------------------------------------------------------------- meetings
 
@@ -199,7 +193,9 @@ class Line:
                 self.count(f"{base}/came", -1)
                 self.drop(f"{base}/{rank}")
                 self.drop(f"{base}/what")
-                if failed.rank is not None and self.dead([failed.rank]):
+                dead = failed.rank is not None and self.dead([failed.rank])
+                if dead or is_timeout(failed):
+                    # The other rank's message does not say what it was that it did not come to.
                     raise RankFailed(f"Rank {rank} was {what}. {failed}", failed.rank) from None
             raise
         self._check_met(base, error, what)
@@ -318,6 +314,11 @@ class Line:
         return self._group
 
 
+def is_timeout(error: BaseException) -> bool:
+    """Tells whether a rank has waited in vain in a collective operation, by what it says."""
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in _IN_VAIN)
+
+
 def said_of(ranks: list[int]) -> str:
     """Names some ranks, as the subject of a sentence."""
     named = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
@@ -329,14 +330,3 @@ def ended(ranks: list[int]) -> str:
     if len(ranks) == 1:
         return f"The process of rank {ranks[0]} has ended"
     return f"The processes of {said_of(ranks).lower()} have ended"
-
-
-def _process() -> str:
-    """Names this process: machine, its namespace of process ids, and the id."""
-    try:
-        space = os.stat("/proc/self/ns/pid").st_ino
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
-    except OSError:
-        # Where there is no /proc, nobody takes this process for one of its own machine.
-        space, boot = 0, f"{socket.gethostname()}/{os.getpid()}/{time.time_ns()}"
-    return f"{socket.gethostname()}/{boot}/{space} {os.getpid()}"

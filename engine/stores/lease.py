@@ -26,9 +26,9 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar, Final
 
+from crosstrain.engine.machine import began, machine
 from crosstrain.engine.shown import shown
 from crosstrain.engine.storage.errors import CheckpointBusy
 
@@ -78,34 +78,15 @@ class _Holder:
     @classmethod
     def here(cls) -> _Holder:
         pid = os.getpid()
-        return cls(secrets.token_hex(16), pid, socket.gethostname(), _machine(), _began(pid))
+        return cls(secrets.token_hex(16), pid, socket.gethostname(), machine(), began(pid))
 
     def is_this_process(self) -> bool:
         """Tells whether it was this process, in which nobody holds the folder any more."""
-        return (self.machine, self.pid) == (_machine(), os.getpid()) and not self.has_died()
+        return (self.machine, self.pid) == (machine(), os.getpid()) and not self.has_died()
 
     def has_died(self) -> bool:
         """Tells whether it is known to have ended: on this machine only."""
-        return self.machine == _machine() and self.began != _began(self.pid)
-
-
-def _machine() -> str:
-    try:
-        space = os.stat("/proc/self/ns/pid").st_ino
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
-    except OSError:
-        # Without /proc nobody is known to have ended.
-        return secrets.token_hex(16)
-    return f"{socket.gethostname()}/{boot}/{space}"
-
-
-def _began(pid: int) -> str:
-    """Returns when a process began; empty if there is none, or it is only not yet waited for."""
-    try:
-        told = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(") ")[2].split()
-    except OSError:
-        return ""
-    return "" if told[0] in "ZX" else told[19]
+        return self.machine == machine() and self.began != began(self.pid)
 
 
 class Lease:
@@ -294,7 +275,7 @@ def _wait_for_end_of(found: _Holder, number: int, store: Store) -> None:
     """Returns when a holder is not there any more; raises CheckpointBusy if it is."""
     if found.released or found.has_died() or found.is_this_process():
         return
-    if found.machine == _machine():
+    if found.machine == machine():
         raise CheckpointBusy(_busy(found, store, "is saving"))
     patience = _MISSED * BEAT
     _logger.warning(

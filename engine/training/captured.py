@@ -248,10 +248,13 @@ class Captured:
 
     def _record_now(self, held: Any, statics: Sequence[Tensor]) -> _Recorded:
         given = [(p, p.grad) for p in self._parameters if p.grad is not None]
-        graph = self._graphs.graph()
         self._rates.fill()
         try:
-            with self._hooks.silenced() as stepped, self.as_recorded(), graph.recording():
+            with (
+                self._hooks.silenced() as stepped,
+                self.as_recorded(),
+                self._graphs.recording() as graph,
+            ):
                 told = self.function(*held)
         except Exception as error:
             raise BackendError(

@@ -18,8 +18,8 @@ import torch
 from crosstrain import backends
 from crosstrain.backends import BackendUnavailable, UnknownBackend
 from crosstrain.backends.apex import LAST_WITH_AMP, amp_absence
+from crosstrain.backends.cuda import deterministic_kernels, tensor_float_32
 from crosstrain.backends.cuda_devices import CudaDevice, needed_capability, parse_devices
-from crosstrain.backends.cuda_flags import deterministic_kernels, tensor_float_32
 from crosstrain.backends.tpu_host import hardware_absence, import_risk, tpu_chips
 from crosstrain.ci.conformance.case import flags
 

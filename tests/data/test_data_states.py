@@ -420,6 +420,28 @@ def test_what_handlers_change_of_an_object_in_a_dataset_is_as_it_was() -> None:
     _resumes(lambda: _loader(Helped()), raises)
 
 
+class Windowed(Rows):
+    """Has a number and tensors in one list: two of these are not compared by `==`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.window: list[Any] = [0, torch.zeros(2), torch.full((2,), float("nan"))]
+
+    def __getitem__(self, index: int) -> Any:
+        return super().__getitem__(index) + self.window[1].sum() + self.window[0]
+
+
+def test_what_handlers_change_of_a_list_with_tensors_is_as_it_was() -> None:
+    def moves(engine: DeterministicEngine, data: Any) -> None:
+        def move() -> None:
+            count, ones, rest = data.dataset.window
+            data.dataset.window = [count + 1, ones + 0.5, rest]
+
+        engine.add_event_handler(Events.EPOCH_COMPLETED, move)
+
+    _resumes(lambda: _loader(Windowed()), moves)
+
+
 def test_a_large_array_that_is_written_into_is_told() -> None:
     def writes(engine: DeterministicEngine, data: Any) -> None:
         data.dataset.negatives = np.zeros((SIZE, 50_000))

@@ -99,6 +99,7 @@ LEVELS = {
             "errors",
             "guards",
             "loader_workers",
+            "machine",
             "nests",
             "place",
             "progress",
