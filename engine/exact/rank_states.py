@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
 from crosstrain.backends import World
-from crosstrain.engine.data.generators import same
+from crosstrain.engine.digest import same
 from crosstrain.engine.errors import ResumeWarning, warn_user
 from crosstrain.engine.guards import is_mapping
 from crosstrain.engine.ranks.agreement import agreement_of
