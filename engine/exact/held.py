@@ -19,8 +19,8 @@ from crosstrain.engine.nests import unwrap
 from crosstrain.engine.state import State
 from crosstrain.engine.structure import RECORDED, modules_of
 
-from .reads import Use, attributes_used
-from .unnamed import TORCHS_OWN, TRAINED, attributes_of, variables_of
+from .reads import Use, attributes_used, names_in
+from .unnamed import TORCHS_OWN, TRAINED, variables_of
 
 # Attributes of every state; how often a step was applied, the step's own state tells.
 _STATE: Final = frozenset({*vars(State()), "applied_steps", "skipped_steps"})
@@ -50,6 +50,10 @@ class Holders:
                 for attribute in _further(part, kept, id(part) in recorded):
                     self._by_name.setdefault(attribute, []).append((where, part))
 
+    def are_named_in(self, function: types.FunctionType) -> bool:
+        """Tells whether a function may fetch anything of them: a quick look at its code."""
+        return not names_in(function.__code__).isdisjoint(self._by_name)
+
     def used_by(
         self, function: types.FunctionType, variables: Mapping[str, Any]
     ) -> Iterator[tuple[str, str, Any, frozenset[Use]]]:
@@ -68,12 +72,13 @@ class Holders:
                     if self._may_be(holder, one.base, one.of, function, variables)
                 )
                 if found:
-                    yield where, name, attributes_of(holder)[name], found
+                    yield where, name, vars(holder)[name], found
 
     def values_used_by(self, function: types.FunctionType) -> Iterator[tuple[str, Any]]:
         """Yields what a function may fetch, and what to call it."""
-        for where, name, value, _ in self.used_by(function, dict(variables_of(function))):
-            yield f"{where}, its {name!r}", value
+        if self.are_named_in(function):
+            for where, name, value, _ in self.used_by(function, dict(variables_of(function))):
+                yield f"{where}, its {name!r}", value
 
     def _may_be(
         self,
@@ -112,6 +117,6 @@ def _further(holder: Any, kept: set[str], recorded: bool) -> Iterator[str]:
         ours = {name for each in type(holder).__mro__ if is_others(each) for name in vars(each)}
         yield from vars(holder).keys() - holder.made_with - ours
     elif isinstance(holder, TRAINED):
-        for name, value in attributes_of(holder).items():
+        for name, value in vars(holder).items():
             if name not in TORCHS_OWN and not (recorded and type(value) in RECORDED):
                 yield name
