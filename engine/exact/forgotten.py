@@ -332,8 +332,8 @@ class UsesWalk:
             called = [*_MAKING, *(use.path[0] for use in uses if use.path)]
             inner = uses_of_self(value, called)[0] | uses_of_self(type(value), called)[0]
             values = {**_values_of(type(value)), **_values_of(value)}
-            if any(not use.path for use in inner):
-                # Such as `type(self).calls`.
+            if any(not use.path for use in (*uses, *inner)):
+                # Such as `type(self).calls`, or passed on to another function.
                 inner |= {Use((name,), True) for name in values}
             self._space(values, owner, name, depth, uses | inner)
             if id(value) in self._seen:
