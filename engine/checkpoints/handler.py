@@ -5,19 +5,26 @@ from __future__ import annotations
 import numbers
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, MutableMapping
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
+from crosstrain.backends import spec_of
+from crosstrain.engine.engine import Engine
+from crosstrain.engine.errors import ResumeWarning, warn_user
 from crosstrain.engine.events import EventEnum, Events
+from crosstrain.engine.guards import is_path
+from crosstrain.engine.nests import walk_objects
 from crosstrain.engine.proof import Checks, Proof
+from crosstrain.engine.storage.errors import CheckpointWarning
 from crosstrain.engine.storage.locations import Location, StorePath, location_of
 
 from .loading import Latest, find_latest, load_objects
-from .objects import OWN_NAME, check_objects, gather_states, introduce
+from .objects import OWN_NAME, check_objects, gather_states, introduce, unsaved_objects
 from .retention import Item, Retention, format_score, setup_filename_pattern
-from .save_handler import SaveHandler, adapted
-from .save_request import Pending, as_handler, check_room_for, facts_of, warn_of_unsaved
+from .save_handler import RunFacts, SaveHandler, adapted
+from .save_job import SaveJob
+from .saver import DiskSaver
 
 # Few runs come to a step that is longer.
 _LONG_STEP = 10**7 - 1
@@ -27,6 +34,14 @@ class CheckpointEvents(EventEnum):
     """What a `Checkpoint` fires on the engine that it is attached to."""
 
     SAVED_CHECKPOINT = "saved_checkpoint"
+
+
+class _Pending(NamedTuple):
+    """A file that a thread is writing: its job, whose it is, and the list of files before it."""
+
+    job: SaveJob
+    engine: Any
+    saved_before: list[Item]
 
 
 class Checkpoint:
@@ -81,7 +96,7 @@ class Checkpoint:
     ) -> None:
         check_objects(to_save, "state_dict", "to_save")
         if include_self:
-            check_room_for(OWN_NAME, to_save)
+            _check_room_for(OWN_NAME, to_save)
         if global_step_transform is not None and not callable(global_step_transform):  # pyright: ignore[reportUnnecessaryComparison]
             raise TypeError(
                 f"global_step_transform should be a function, got {type(global_step_transform)} "
@@ -104,9 +119,9 @@ class Checkpoint:
         self.greater_or_equal = greater_or_equal
         self.save_on_rank = save_on_rank
         self._saved: list[Item] = []
-        self._pending: Pending | None = None
+        self._pending: _Pending | None = None
         self._warned_of: set[str] = set()
-        self.save_handler: SaveHandler = as_handler(save_handler, save_on_rank)
+        self.save_handler: SaveHandler = _as_handler(save_handler, save_on_rank)
         self._saver = adapted(self.save_handler)
         self._check_names()
 
@@ -157,7 +172,7 @@ class Checkpoint:
             self._save(engine, step, priority)
 
     def _save(self, engine: Any, step: int | None, priority: int | float) -> None:
-        warn_of_unsaved(self.to_save, self._warned_of)
+        _warn_of_unsaved(self.to_save, self._warned_of)
         introduce(self.to_save)
         checkpoint: Any = gather_states(self.to_save, self.save_on_rank)
         name = next(iter(checkpoint)) if len(checkpoint) == 1 else "checkpoint"
@@ -167,7 +182,7 @@ class Checkpoint:
         saved, removed = retention.with_added(Item(priority, filename))
         if self.include_self:
             checkpoint[OWN_NAME] = _own_state(saved)
-        facts = facts_of(engine, self.to_save, checkpoint)
+        facts = _facts_of(engine, self.to_save, checkpoint)
         if facts.bare:
             checkpoint = checkpoint[name]
         prefix = f"{self.filename_prefix}_" if self.filename_prefix else ""
@@ -185,7 +200,7 @@ class Checkpoint:
         if job is None:
             engine.fire_event(self.SAVED_CHECKPOINT)
         else:
-            self._pending = Pending(job, engine, before)
+            self._pending = _Pending(job, engine, before)
             self._watch(engine)
 
     def _watch(self, engine: Any) -> None:
@@ -418,3 +433,82 @@ class Checkpoint:
 
 def _own_state(saved: list[Item]) -> OrderedDict[str, list[tuple[int | float, str]]]:
     return OrderedDict(_saved=[(item.priority, item.filename) for item in saved])
+
+
+def _as_handler(save_handler: Any, save_on_rank: int) -> SaveHandler:
+    """Returns what saves: for a folder, a `DiskSaver`."""
+    # What can be called is no folder, though it may stand for a path as well.
+    if is_path(save_handler) and not callable(save_handler):
+        return DiskSaver(save_handler, create_dir=True, save_on_rank=save_on_rank)
+    if not callable(save_handler):
+        raise TypeError(
+            "Argument `save_handler` should be a string or Path object or callable or inherit "
+            f"from BaseSaveHandler, but given {type(save_handler)}"
+        )
+    return cast("SaveHandler", save_handler)
+
+
+def _check_room_for(name: str, to_save: Mapping[str, Any]) -> None:
+    """Makes sure that a handler's own state can be saved with the objects."""
+    if not isinstance(to_save, MutableMapping):
+        raise TypeError(
+            f"If `include_self` is True, then `to_save` must be mutable, but given {type(to_save)}."
+        )
+    if name in to_save:
+        raise ValueError(f"Cannot have key {name!r} if `include_self` is True: {list(to_save)}")
+
+
+def _facts_of(engine: Any, to_save: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> RunFacts:
+    """Returns what a checkpoint is of.
+
+    Args:
+        engine: the engine whose event has fired.
+        to_save: the objects; an engine among them is the one whose progress counts.
+        checkpoint: their states, as they are about to be saved.
+    """
+    engines = [value for _, value in walk_objects(to_save) if isinstance(value, Engine)]
+    trainer = engines[0] if engines else engine
+    return RunFacts(
+        iteration=trainer.state.iteration,
+        epoch=trainer.state.epoch,
+        backend=spec_of(getattr(trainer, "backend", None)),
+        names=tuple(map(str, checkpoint)),
+        bare=len(checkpoint) == 1,
+        objects=to_save,
+        checks=getattr(trainer, "checks", Checks()),
+    )
+
+
+def _warn_of_unsaved(to_save: Mapping[str, Any], warned_of: set[str]) -> None:
+    """Warns, once for each, of what a trainer in `to_save` trains and `to_save` leaves out."""
+    for name, value in walk_objects(to_save):
+        if not isinstance(value, Engine):
+            continue
+        warn_of_repeated_data(value, "is saved")
+        missing = sorted(set(unsaved_objects(value, to_save)) - warned_of)
+        if missing:
+            warned_of.update(missing)
+            warn_user(
+                f"to_save holds the trainer {name!r} but not {', '.join(missing)}, which it "
+                "trains: a run cannot go on exactly from this checkpoint. Name it in to_save",
+                CheckpointWarning,
+            )
+
+
+def warn_of_repeated_data(trainer: Engine, doing: str) -> None:
+    """Warns, once for each engine, that it is inside an epoch and does not keep its place there.
+
+    What the run does is told in words.
+    """
+    state = trainer.state
+    done = state.iteration % (state.epoch_length or state.iteration or 1)
+    if trainer.resumes_data or trainer.warned_of_data or not done or state.dataloader is None:
+        return
+    trainer.warned_of_data = True
+    warn_user(
+        f"The run {doing} inside an epoch, after {done} of {state.epoch_length} iterations, and a "
+        "plain Engine that goes on there begins the data anew: it repeats some samples and skips "
+        "others. Use DeterministicEngine, or create_supervised_trainer(..., deterministic=True), "
+        "which goes on with the next batch; or save at the end of epochs only",
+        ResumeWarning,
+    )

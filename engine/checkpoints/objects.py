@@ -36,13 +36,17 @@ from crosstrain.engine.storage.errors import (
 from crosstrain.engine.storage.manifest import Manifest
 from crosstrain.engine.structure import named, rebuild_groups, recordable
 
-from .in_place import copies_its_state, keeps_in_its_state
 from .model_part import ModelPart
 from .read_back import Difference, differences
 
 # The name under which a Checkpoint saves its own state (include_self).
 OWN_NAME = "checkpointer"
 _COMPILED = "_orig_mod"
+_HOOKS_OF_OPTIMIZERS = (
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 # ------------------------------------------------------------------ what is saved
@@ -225,7 +229,7 @@ def _by_name(to_load: Mapping[str, Any], state: Any, manifest: Manifest | None) 
 
 
 def _takes_mapped(target: Any, kwargs: Mapping[str, Any]) -> bool:
-    return copies_its_state(target, kwargs) or keeps_in_its_state(target)
+    return _copies_its_state(target, kwargs) or _keeps_in_its_state(target)
 
 
 def _check_nothing_left(to_load: Mapping[str, Any], states: Mapping[str, Any], source: str) -> None:
@@ -469,3 +473,53 @@ def _put_back_values(own: Any, saved: Mapping[Any, Any]) -> None:
             and value.shape == mine.shape
         ):
             cast("dict[Any, Any]", own)[key] = value.to(mine.device)
+
+
+# ------------------------------------------------------------------ what may lie in a file
+
+
+def _copies_its_state(target: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Tells whether a module copies all that it is given into tensors that it has already.
+
+    Where somebody else's code sees the state, the answer is no: it might keep a part of it.
+    """
+    if isinstance(target, ModelPart):
+        return type(target) is ModelPart and _copies_its_state(target.model, {})
+    if not is_module(target) or kwargs.get("assign", False):
+        return False
+    if torch.__future__.get_swap_module_params_on_conversion():
+        return False
+    whole = type(target).load_state_dict is torch.nn.Module.load_state_dict
+    return whole and all(_copies(module) for module in target.modules())
+
+
+def _copies(module: torch.nn.Module) -> bool:
+    kind = type(module)
+    # Of torch's own modules batch norm has one, which adds what old states lack.
+    loads: Any = kind._load_from_state_dict
+    if loads.__module__.partition(".")[0] != "torch" or vars(module).keys() & {
+        "load_state_dict",
+        "_load_from_state_dict",
+    }:
+        return False
+    if kind.set_extra_state is not torch.nn.Module.set_extra_state:
+        return False
+    if vars(module).get("_load_state_dict_pre_hooks"):
+        return False
+    own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    return all(type(tensor) in _PLAIN and not tensor.is_meta for tensor in own)
+
+
+def _keeps_in_its_state(target: Any) -> bool:
+    """Tells whether what an optimizer keeps of its state is in its `state` and `param_groups`."""
+    if not isinstance(target, torch.optim.Optimizer):
+        return False
+    own: Any = vars(target)
+    parameters = (one for group in target.param_groups for one in group["params"])
+    return (
+        type(target).load_state_dict is torch.optim.Optimizer.load_state_dict
+        and type(target).__setstate__.__module__.partition(".")[0] == "torch"
+        and "load_state_dict" not in own
+        and not any(own.get(name, True) for name in _HOOKS_OF_OPTIMIZERS)
+        and all(type(tensor) in _PLAIN for tensor in parameters)
+    )

@@ -25,11 +25,10 @@ from crosstrain.engine.storage.errors import CheckpointError
 from crosstrain.engine.storage.locations import Location
 
 from .claim import Claim
-from .handler import Checkpoint, CheckpointEvents
+from .handler import Checkpoint, CheckpointEvents, warn_of_repeated_data
 from .loading import Latest, PassedOver
 from .objects import check_objects, unsaved_objects
 from .remote import RemoteCopies
-from .save_request import warn_of_repeated_data
 from .stop_signals import StopSignals
 
 _logger = logging.getLogger(__name__)
