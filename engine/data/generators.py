@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from crosstrain.backends.random_state import with_arrays, without_arrays
-from crosstrain.engine.guards import is_collection, is_users_object
+from crosstrain.engine.guards import is_collection, is_dense, is_users_object
 
 GENERATORS: Final = (
     torch.Generator,
@@ -286,7 +286,7 @@ _LARGEST: Final = 1 << 23
 
 def _is_plain(value: Any, depth: int = 3) -> bool:
     if isinstance(value, torch.Tensor):
-        return value.nbytes <= _LARGEST
+        return is_dense(value) and value.nbytes <= _LARGEST
     if isinstance(value, numpy.ndarray):
         return value.dtype.kind in "biuf" and value.nbytes <= _LARGEST
     kind: Any = type(value)
@@ -331,7 +331,8 @@ def same(one: Any, other: Any) -> bool:
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    found = tensor.detach().cpu().resolve_conj().resolve_neg()
+    return found.contiguous().reshape(-1).view(torch.uint8)
 
 
 def packed(value: Any) -> dict[str, Any]:
