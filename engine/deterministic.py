@@ -23,7 +23,7 @@ from crosstrain.engine.data.shares import BatchShare, Shards, check_shards, worl
 from crosstrain.engine.data.streams import ALL_STREAMS, StreamKey
 from crosstrain.engine.exact.laid_over import LaidOver
 from crosstrain.engine.exact.porting import port
-from crosstrain.engine.exact.rank_states import RANKS, SHARDS, check_same_shards, gathered, own_part
+from crosstrain.engine.exact.rank_states import SHARDS, check_same_shards, gathered, own_part
 from crosstrain.engine.exact.snapshot import (
     FORMAT,
     KEYS,
@@ -37,6 +37,7 @@ from crosstrain.engine.exact.snapshot import (
 )
 from crosstrain.engine.exact.unsaved import Unsaved
 from crosstrain.engine.ranks.agreed_seed import agreed_seed
+from crosstrain.engine.ranks.of_each import RANKS
 from crosstrain.engine.training.own_step import OwnStep
 
 from .engine import Engine
@@ -280,6 +281,8 @@ class DeterministicEngine(Engine):
         if full:
             check_same_shards(state_dict, self.shards)
         self._snapshot = own_part(state_dict, self.backend) if full else dict(state_dict)
+        for key in self.state_dict_user_keys:
+            setattr(self.state, key, self._snapshot[key])
         self._passed_by = False
         self._reseeds = full and self._snapshot["rng_states"] is None
         if self._reseeds:

@@ -37,6 +37,7 @@ from crosstrain.engine.storage.manifest import Manifest
 from crosstrain.engine.structure import named, rebuild_groups, recordable
 
 from .model_part import ModelPart
+from .rank_objects import note_differences, with_own
 from .read_back import Difference, differences
 
 # The name under which a Checkpoint saves its own state (include_self).
@@ -77,6 +78,9 @@ def gather_states(objects: Mapping[str, Any], rank: int) -> dict[str, Any]:
     An optimizer that is spread over processes is gathered on the rank that saves.
     """
     states = map_objects(lambda value, _: _state_of(unwrap(value), rank), objects)
+    pairs: list[tuple[str, Any, Any]] = []
+    _pair(objects, states, (), pairs)
+    note_differences(pairs, rank)
     return cast("dict[str, Any]", states)
 
 
@@ -171,6 +175,7 @@ def restore(
         _pair(to_load, state, (), pairs)
     except CheckpointMismatch as error:
         raise CheckpointMismatch(f"{source}: {error}. Nothing was loaded") from None
+    pairs = with_own(pairs)
     if mapped is not None:
         mapped.own([its for _, one, its in pairs if not _takes_mapped(unwrap(one), kwargs)])
     for engine in engines:

@@ -195,6 +195,7 @@ class UsesWalk:
         self._known = frozenset(known)
         self._recorded = frozenset(recorded)
         self._seen: set[Any] = set()
+        self._of_classes: dict[Any, tuple[set[Use], list[types.FunctionType]]] = {}
         # What is looked at only to be written into a collection: a state, if that is read.
         self._waiting: list[tuple[str, str, Any, int]] = []
         self._read: set[int] = set()
@@ -382,11 +383,13 @@ class UsesWalk:
                 self._saved[id(value)] = _parts_of(value)
             saved = self._saved[id(value)]
             own = {name: one for name, one in own.items() if _mark(one) not in saved}
-        more, functions = uses_of_self(kind, [use.path[0] for use in uses if use.path])
+        more, functions = self._uses_of_self(
+            kind, frozenset(use.path[0] for use in uses if use.path)
+        )
         # What is passed on, or passes itself on, may be used in any way.
         whole = any(use.path[:1] in ((), ("__dict__",)) for use in (*uses, *more))
         if whole:
-            more, functions = uses_of_self(kind, set(dir(kind)) - set(_MAKING))
+            more, functions = self._uses_of_self(kind, frozenset(dir(kind)) - set(_MAKING))
         for function in functions:
             self._variables(function, owner, depth - 1)
         by_name: dict[str, set[Use]] = {attribute: set() for attribute in own if whole}
@@ -402,6 +405,14 @@ class UsesWalk:
             if (id(value), attribute, some) not in self._seen:
                 self._seen.add((id(value), attribute, some))
                 self.value(item, owner, f"{name}.{attribute}", depth - 1, some)
+
+    def _uses_of_self(
+        self, kind: type, names: frozenset[str]
+    ) -> tuple[set[Use], list[types.FunctionType]]:
+        # Many objects of a library's are of one class.
+        if (kind, names) not in self._of_classes:
+            self._of_classes[kind, names] = uses_of_self(kind, names)
+        return self._of_classes[kind, names]
 
     def settle(self) -> None:
         """Notes what was written into collections that are read after all."""

@@ -80,7 +80,7 @@ def hooks_are_made_lazily(functions: Iterable[types.FunctionType]) -> bool:
     return all(map(_hooks_first, codes))
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=1 << 15)
 def _hooks_first(code: types.CodeType) -> bool:
     if not any(_HOOK.search(name) for name in code.co_names):
         return True
@@ -165,7 +165,7 @@ class _Found:
     calls: set[str] = field(default_factory=set[str])
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1 << 15)
 def _of(
     code: types.CodeType, name: str, variable: bool, through: frozenset[str] = frozenset()
 ) -> _Found:
@@ -617,7 +617,7 @@ def _draws(call: ast.Call, made: set[str]) -> bool:
     return not (own and isinstance(call.func, ast.Attribute))
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=1 << 15)
 def _is_harmless(code: types.CodeType) -> bool:
     """Tells whether a function does nothing but return something."""
     body = getattr(syntax_tree(code), "body", [None])

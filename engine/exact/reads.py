@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import inspect
+import linecache
 import textwrap
 import types
 from collections.abc import Iterable, Iterator, Mapping
@@ -74,6 +76,8 @@ _QUIET: Final = frozenset(
         "tuple",
     }
 )
+# A library's model leads to thousands of functions, which each look at a run comes to.
+_KEPT: Final = 1 << 15
 _Above = tuple[ast.AST, ...]
 
 
@@ -97,6 +101,10 @@ ALL: Final = frozenset({Use((), True)})
 
 def syntax_tree(code: types.CodeType) -> ast.AST | None:
     """Returns the syntax tree of a function; None where there is no source, as of `exec`."""
+    if code.co_name != "<lambda>":
+        with contextlib.suppress(SyntaxError):
+            # To find the end of a function by its tokens takes many times as long.
+            return ast.parse(textwrap.dedent(_lines_of(code)))
     try:
         source = textwrap.dedent(inspect.getsource(code))
     except (OSError, TypeError):
@@ -121,6 +129,25 @@ def syntax_tree(code: types.CodeType) -> ast.AST | None:
     return None
 
 
+def _lines_of(code: types.CodeType) -> str:
+    """Returns a function's source as far as its code goes.
+
+    Raises:
+        SyntaxError: if that is not known.
+    """
+    lines = linecache.getlines(code.co_filename)
+    source = "".join(lines[code.co_firstlineno - 1 : _last_line(code)])
+    if not source.lstrip().startswith(("def ", "async def ", "@")):
+        raise SyntaxError
+    return source
+
+
+def _last_line(code: types.CodeType) -> int:
+    inner = (one for one in code.co_consts if isinstance(one, types.CodeType))
+    ends = (end for _, end, _, _ in code.co_positions() if end is not None)
+    return max((code.co_firstlineno, *ends, *map(_last_line, inner)))
+
+
 def _with_parents(tree: ast.AST) -> Iterator[tuple[ast.AST, _Above]]:
     stack: list[tuple[ast.AST, _Above]] = [(tree, ())]
     while stack:
@@ -130,7 +157,7 @@ def _with_parents(tree: ast.AST) -> Iterator[tuple[ast.AST, _Above]]:
         stack.extend((child, inner) for child in ast.iter_child_nodes(node))
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=_KEPT)
 def uses_of(code: types.CodeType) -> Mapping[str, frozenset[Use]] | None:
     """Returns what a function does with each of its variables; None where that is not known."""
     tree = syntax_tree(code)
@@ -300,14 +327,20 @@ def uses_of_self(kind: type, names: Iterable[str]) -> tuple[set[Use], list[types
 # ------------------------------------------------------------------------------- of the state
 
 
+def _names(code: types.CodeType, name: str) -> bool:
+    inner = (one for one in code.co_consts if isinstance(one, types.CodeType))
+    names = (*code.co_names, *code.co_varnames, *code.co_freevars)
+    return name in names or any(_names(one, name) for one in inner)
+
+
 def names_read_of_state(functions: Iterable[Any]) -> set[str]:
     """Returns the attributes that functions read of anything that is called `state`."""
     return {name for function in functions for name in _reads_of_state(function.__code__)}
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=_KEPT)
 def _reads_of_state(code: types.CodeType) -> frozenset[str]:
-    tree = syntax_tree(code)
+    tree = syntax_tree(code) if _names(code, "state") else None
     found: set[str] = set()
     for node, above in () if tree is None else _with_parents(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
