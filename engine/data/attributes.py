@@ -16,10 +16,10 @@ import numpy
 import torch
 from torch.utils.data import Dataset
 
-from crosstrain.engine.digest import digest
+from crosstrain.engine.digest import digest, same
 from crosstrain.engine.guards import is_users_object
 
-from .generators import SCALARS, TRANSFORMS, copied, packed, same, unpacked
+from .generators import SCALARS, TRANSFORMS, copied, packed, unpacked
 
 _DEPTH: Final = 4
 # What is larger is the data itself, and not a state of it.

@@ -15,13 +15,14 @@ import numpy
 import torch
 
 from crosstrain.backends import World, random_state
+from crosstrain.engine.digest import same
 from crosstrain.engine.errors import ResumeError
 from crosstrain.engine.proof import Proof, Strictness
 from crosstrain.engine.random_states import random_states_kept
 
 from .batch_before import Held, compare, compare_twice, differs, hold, is_comparable, record
 from .flows import Dataflow, Iterate, NoData, ReplayedFlow, SequenceFlow, StatefulFlow
-from .generators import is_stateful, same
+from .generators import is_stateful
 from .mapflow import MapFlow
 from .own_data import is_map_style, is_own, not_dealt_out, own_data
 from .sampling import is_loader

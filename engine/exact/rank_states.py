@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
 from crosstrain.backends import World
-from crosstrain.engine.data.generators import same
+from crosstrain.engine.digest import same
 from crosstrain.engine.errors import ResumeWarning, warn_user
 from crosstrain.engine.guards import is_mapping
 from crosstrain.engine.ranks.agreement import agreement_of
@@ -39,6 +39,15 @@ def gathered(values: Mapping[str, Any], engine: Engine, destination: int) -> dic
     """
     size = 1 if engine.backend is None else engine.backend.world.size
     if size == 1 or not has_ranks():
+        if engine.backend is None and has_ranks():
+            warn_user(
+                "The state is that of this process alone: the engine has no backend, and so knows "
+                "nothing of the other ranks of the process group. A run that goes on from it gives "
+                "all of them this one's random states and position. Make the engine with a "
+                "backend, which takes the group that is there: DeterministicEngine(step, get("
+                '"cpu").open()).',
+                ResumeWarning,
+            )
         return dict(values)
     what = f"taking the engine's state at iteration {values['iteration']}"
     names = (*_PARTS, *engine.state_dict_user_keys)

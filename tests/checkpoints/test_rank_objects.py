@@ -68,6 +68,15 @@ def test_one_rank_may_evaluate_a_model_that_shares_its_gradients(told: Any) -> N
     assert [rank["evaluated"] for rank in told[0]] == [2, 2]
 
 
+def test_an_engine_without_a_backend_is_told_that_there_are_others(told: Any) -> None:
+    for rank in told[0]:
+        refused, warned = rank["alone"]
+        assert "This is one of 2 processes, and the trainer has no backend" in refused
+        assert 'DeterministicEngine(step, get("cpu").open())' in refused
+        assert "The state is that of this process alone: the engine has no backend" in warned
+    assert not (told[1] / "alone").exists()
+
+
 def test_a_wait_in_vain_says_what_all_ranks_have_to_do(told: Any) -> None:
     first, second = told[0]
     hint = "called on every rank, in the same order and as often, not under `if rank == 0`"

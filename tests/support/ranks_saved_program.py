@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -159,6 +160,20 @@ def evaluated(rank: int) -> int:
     return int(ones.item())
 
 
+def alone(folder: Path) -> list[str]:
+    """An engine that has not been told of the process group which the script has joined."""
+    model = nn.Linear(4, 2)
+    engine = DeterministicEngine(lambda engine, batch: None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        engine.state_dict()
+    try:
+        resume_or_start(engine, {"model": model}, folder / "alone", every=2)
+    except ValueError as error:
+        return [str(error), *(str(one.message) for one in caught)]
+    return []
+
+
 def apart(rank: int, state: bool) -> list[str]:
     """A rank waits for another in a collective operation; that one is, or saves, elsewhere."""
     module: Any = distributed
@@ -192,6 +207,7 @@ def main(folder: Path) -> None:
             "scored": scored(folder, rank),
             "named": named(folder, rank),
             "evaluated": evaluated(rank),
+            "alone": alone(folder),
             "apart": apart(rank, False),
             "apart from a state": apart(rank, True),
         }
