@@ -19,6 +19,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from .digest import digest
+from .guards import is_dense
 from .nests import unwrap
 from .proof import Proof, Strictness
 
@@ -296,7 +297,7 @@ class Structure:
         """Returns a small buffer's copy, and a large one's digest."""
         if buffer is None:
             return None
-        if buffer.nbytes <= _LARGEST_BUFFER:
+        if is_dense(buffer) and buffer.nbytes <= _LARGEST_BUFFER:
             return buffer.detach().clone()
         known = self._digests.get(name)
         version = -1 if buffer.is_inference() else buffer._version
