@@ -22,6 +22,7 @@ from crosstrain.engine.data.sampling import ReproducibleBatchSampler, update_dat
 from crosstrain.engine.data.shares import BatchShare, Shards, check_shards, world_of
 from crosstrain.engine.data.streams import ALL_STREAMS, StreamKey
 from crosstrain.engine.exact.laid_over import LaidOver
+from crosstrain.engine.exact.made_again import is_made_beside
 from crosstrain.engine.exact.porting import port
 from crosstrain.engine.exact.rank_states import SHARDS, check_same_shards, gathered, own_part
 from crosstrain.engine.exact.snapshot import (
@@ -240,7 +241,7 @@ class DeterministicEngine(Engine):
                 objects, ended, self._structure, self._cursor
             )
         values["made"] = self._unsaved.made()
-        values["structure"] = self._structure.record(objects)
+        values["structure"] = self._structure.record(objects, is_made_beside)
         values["environment"] = self._environment()
         values["exact"] = exact
         return values
@@ -558,7 +559,7 @@ class DeterministicEngine(Engine):
 
     def _look_at_made(self) -> None:
         if self._unsaved.looks_after_steps:
-            self._unsaved.step_done(self._structured())
+            self._unsaved.step_done(self._structured(), self._structure)
 
     def _ends(self) -> None:
         snapshot = self._full_snapshot()

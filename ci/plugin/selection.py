@@ -43,8 +43,7 @@ class Selection:
 
     Args:
         asked: the specs that were asked for; empty: those that are available here.
-        required: the specs that have to be available.
-        all_required: whether each one that was asked for has to be.
+        all_required: whether each one that was asked for has to be available.
         used: the specs that tests run on, so far as they are known.
     """
 

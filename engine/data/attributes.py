@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import Dataset
 
 from crosstrain.engine.digest import digest, same
-from crosstrain.engine.guards import is_users_object
+from crosstrain.engine.guards import is_dense, is_users_object
 
 from .generators import SCALARS, TRANSFORMS, copied, packed, unpacked
 
@@ -235,7 +235,8 @@ def _size(value: Any, depth: int = 3) -> int:
     if kind in SCALARS:
         return 1
     if kind is torch.Tensor:
-        return 1 if value.nbytes <= _BYTES and not value.requires_grad else _ENTRIES + 1
+        plain = is_dense(value) and value.nbytes <= _BYTES and not value.requires_grad
+        return 1 if plain else _ENTRIES + 1
     if kind is numpy.ndarray:
         plain = value.dtype.kind in "biuf" and value.nbytes <= _BYTES
         return 1 if plain else _ENTRIES + 1

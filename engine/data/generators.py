@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from crosstrain.backends.random_state import with_arrays, without_arrays
 from crosstrain.engine.digest import same
-from crosstrain.engine.guards import is_collection, is_users_object
+from crosstrain.engine.guards import is_collection, is_dense, is_users_object
 
 GENERATORS: Final = (
     torch.Generator,
@@ -287,7 +287,7 @@ _LARGEST: Final = 1 << 23
 
 def _is_plain(value: Any, depth: int = 3) -> bool:
     if isinstance(value, torch.Tensor):
-        return value.nbytes <= _LARGEST
+        return is_dense(value) and value.nbytes <= _LARGEST
     if isinstance(value, numpy.ndarray):
         return value.dtype.kind in "biuf" and value.nbytes <= _LARGEST
     kind: Any = type(value)

@@ -40,7 +40,7 @@ from crosstrain.engine.data.generators import GLOBAL_GENERATORS
 from crosstrain.engine.data.source import ResumableSource
 from crosstrain.engine.digest import digest
 from crosstrain.engine.dispatch import Dispatcher
-from crosstrain.engine.guards import OTHER_PACKAGES, is_others, is_users_object
+from crosstrain.engine.guards import OTHER_PACKAGES, is_dense, is_others, is_users_object
 from crosstrain.engine.nests import unwrap
 from crosstrain.engine.state import State
 from crosstrain.engine.structure import RECORDED
@@ -592,7 +592,7 @@ def _signature(value: Any, depth: int = 16) -> Any:
     if isinstance(value, (ctypes._SimpleCData, ctypes.Array)):
         return type(value).__name__, bytes(value)
     if isinstance(value, torch.Tensor):
-        if value.nbytes <= _BYTES:
+        if not is_dense(value) or value.nbytes <= _BYTES:
             return digest(value)
         some = value.detach().reshape(-1)[:: value.numel() >> 12]
         return id(value), tuple(value.shape), _version(value), digest(some)

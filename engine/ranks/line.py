@@ -137,9 +137,9 @@ class Line:
             time.sleep(pause)
             pause = min(2 * pause, longest)
 
-    def dead(self, ranks: Iterable[int] | None = None) -> list[int]:
-        """Returns the ranks whose process, on this machine, is known to have ended."""
-        return [rank for rank in (self.everyone if ranks is None else ranks) if self._is_dead(rank)]
+    def dead(self, ranks: Iterable[int]) -> list[int]:
+        """Returns those of some ranks whose process, on this machine, is known to have ended."""
+        return [rank for rank in ranks if self._is_dead(rank)]
 
     def _is_dead(self, rank: int) -> bool:
         if rank == self.rank or not self.has(f"process/{rank}"):
