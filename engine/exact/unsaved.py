@@ -21,7 +21,7 @@ from crosstrain.engine.structure import Structure, named
 from .attached import Attached
 from .fetches import Fetched, who_fetches
 from .forgotten import SCALARS, Forgotten
-from .made_again import LOOKS, MadeAgain
+from .made_again import LOOKS, MadeAgain, names_of_states
 from .trained import functions_held, functions_of_trained, holders_of_state, hooks_of_all
 from .unnamed import functions_of, unnamed_sources
 
@@ -292,4 +292,6 @@ class Unsaved:
         }
         engine, functions = self._engine, self._functions(objects)
         keys = engine.state_dict_user_keys
-        return Forgotten(functions, self._named_elsewhere(), engine.state, keys, recorded)
+        found = Forgotten(functions, self._named_elsewhere(), engine.state, keys, recorded)
+        found.states = lambda: names_of_states(objects)
+        return found
