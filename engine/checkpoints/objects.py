@@ -111,11 +111,16 @@ def introduce(
     return added
 
 
-def _state_of(value: Any, rank: int) -> Any:
+def _is_spread_optimizer(value: Any) -> bool:
+    """Tells whether an optimizer has its state in several processes, as torch's ZeRO has."""
     # Only where somebody has imported it can there be one; importing it here would take a while.
     optim = sys.modules.get("torch.distributed.optim")
     zero = getattr(optim, "ZeroRedundancyOptimizer", None)
-    if zero is not None and isinstance(value, zero):
+    return zero is not None and isinstance(value, zero)
+
+
+def _state_of(value: Any, rank: int) -> Any:
+    if _is_spread_optimizer(value):
         value.consolidate_state_dict(to=rank)
         if this_rank() != rank:
             return {}
@@ -347,7 +352,8 @@ class _Load:
         if isinstance(target, torch.optim.Optimizer):
             _check_groups(target, state)
             target.load_state_dict(state)
-            _put_back(target, state)
+            if not _is_spread_optimizer(target):
+                _put_back(target, state)
             return state
         target.load_state_dict(state)
         return state
@@ -374,6 +380,9 @@ class _Load:
             warn_user(text, CheckpointWarning)
 
     def _read_back(self, name: str, target: Any, state: Any) -> None:
+        if _is_spread_optimizer(target):
+            self.proof.unchecked.append(f"{name!r} holds its part of what was loaded only")
+            return
         try:
             found, extra = differences(state, target.state_dict())
         except CheckpointContentError as error:

@@ -1,12 +1,14 @@
 """What named objects hold on one rank and not on another: saved for each, and given back to each.
 
 A meter of this rank's losses, a source that this rank draws from, a metric before it is reduced: of
-these the rank that saves has only its own. Models and optimizers are the same on all ranks, so
-what has parameters is not compared.
+these the rank that saves has only its own. What is trained is the same on all ranks, and is not
+compared; but the numbers by which an optimizer steps are, since its model parts where they differ.
+Of other modules, such as an average of the model, the buffers are compared.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Final
@@ -16,6 +18,7 @@ import torch
 from crosstrain.backends import World
 from crosstrain.engine.digest import digest
 from crosstrain.engine.engine import Engine
+from crosstrain.engine.errors import ResumeWarning, warn_user
 from crosstrain.engine.formats.plain import to_plain
 from crosstrain.engine.guards import is_mapping, is_sequence
 from crosstrain.engine.nests import is_module, unwrap, walk_objects
@@ -68,7 +71,8 @@ def note_differences(pairs: Sequence[Pair], rank: int) -> None:
     ranks = [its[RANKS] for _, _, its in pairs if is_mapping(its) and RANKS in its]
     if not ranks or not has_ranks():
         return
-    own = {name: _plain(state) if _may_differ(one) else None for name, one, state in pairs}
+    trained = _trained(pairs)
+    own = {name: _plain(_own_of(one, state, trained)) for name, one, state in pairs}
     with _line({name: value for name, value, _ in pairs}) as line:
         mine = {name: digest(state) for name, state in own.items()}
         told = line.meet(_WHAT, mine, of=line.everyone)
@@ -76,6 +80,7 @@ def note_differences(pairs: Sequence[Pair], rank: int) -> None:
         for other, theirs in enumerate(told):
             _check_names(known, rank, theirs, other)
         differ = [name for name in known if any(one[name] != known[name] for one in told)]
+        differ = _without_parted(differ, pairs)
         if not differ:
             return
         states = {name: own[name] for name in differ}
@@ -115,7 +120,7 @@ def with_own(pairs: Sequence[Pair]) -> list[Pair]:
         if len(others) != world.size:
             warn_of_own({name for theirs in others for name in theirs}, len(others), world.size)
         own = others[world.rank] if world.rank < len(others) else {}
-        return [(name, one, own.get(name, its_state)) for name, one, its_state in pairs]
+        return [(name, one, _laid_over(one, its, own.get(name))) for name, one, its in pairs]
     return list(pairs)
 
 
@@ -133,15 +138,55 @@ def _line(objects: Mapping[str, Any]) -> Generator[Line]:
         yield line
 
 
-def _may_differ(value: Any) -> bool:
+def _trained(pairs: Sequence[Pair]) -> set[int]:
+    """Returns the identities of the parameters that the optimizers among objects step."""
+    optimizers = [one for _, one, _ in pairs if isinstance(one, torch.optim.Optimizer)]
+    groups = [group for one in optimizers for group in one.param_groups]
+    return {id(parameter) for group in groups for parameter in group["params"]}
+
+
+def _own_of(value: Any, state: Any, trained: set[int]) -> Any:
+    """Returns what of an object's state may be another on each rank; None if nothing is."""
     value = unwrap(value)
-    if isinstance(value, (Engine, torch.optim.Optimizer, ModelPart)):
-        return False
-    return not is_module(value) or next(value.parameters(), None) is None
+    if isinstance(value, torch.optim.Optimizer):
+        return [{k: v for k, v in g.items() if k != "params"} for g in value.param_groups]
+    if isinstance(value, (Engine, ModelPart)):
+        return None
+    if not is_module(value) or not is_mapping(state):
+        return state
+    parameters = dict(value.named_parameters(remove_duplicate=False))
+    if any(id(parameter) in trained for parameter in parameters.values()):
+        # Its buffers are rank 0's, or alike, in each forward pass.
+        return None
+    return {name: part for name, part in state.items() if name not in parameters}
+
+
+def _without_parted(differ: list[str], pairs: Sequence[Pair]) -> list[str]:
+    """Warns of optimizers among what differs between the ranks, and returns the rest."""
+    objects = {name: one for name, one, _ in pairs}
+    parted = [name for name in differ if isinstance(objects[name], torch.optim.Optimizer)]
+    if parted:
+        warn_user(
+            f"The optimizer {', '.join(map(repr, parted))} does not step by the same numbers on "
+            "all ranks, such as its learning rate, so the copies of its model part; a run that "
+            "goes on gives all of them those of the rank that saves. Where a scheduler is stepped "
+            "by a loss or a metric, step it by the mean of all ranks (mean_over_ranks).",
+            ResumeWarning,
+        )
+    return [name for name in differ if name not in parted]
+
+
+def _laid_over(value: Any, state: Any, own: Any) -> Any:
+    """Returns an object's state with what this rank has of its own."""
+    if own is None or not (is_module(unwrap(value)) and is_mapping(own) and is_mapping(state)):
+        return state if own is None else own
+    whole: Any = copy.copy(state)
+    whole.update(own)
+    return whole
 
 
 def _plain(state: Any) -> Any:
-    if has_spread(state):
+    if state is None or has_spread(state):
         # Each process writes its part.
         return None
     try:

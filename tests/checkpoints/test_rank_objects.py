@@ -26,7 +26,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]]
 
 
 def test_each_rank_gets_its_own_state_of_a_named_object(told: Any) -> None:
-    """A meter, a metric without parameters, a source, an attribute of the engine's state."""
+    """A meter, a metric, an average's buffer, an attribute of the engine's state, a source."""
     first, second = told[0]
     assert first["own"][0] != second["own"][0]
     for rank in (first, second):
@@ -38,7 +38,7 @@ def test_with_another_number_of_ranks_it_is_told_what_differed(told: Any) -> Non
     with pytest.warns(ResumeWarning) as caught:
         resume_or_start(trainer, to_save, told[1] / "parted", every=5, signals=())
     texts = " ".join(str(one.message) for one in caught)
-    for names in ("'meters[0]', 'meters[1]', 'noise' differed", "'average' differed"):
+    for names in ("'meters[0]', 'meters[1]', 'meters[2]', 'noise' differed", "'average' differed"):
         assert names in texts
 
 
@@ -66,6 +66,20 @@ def test_ranks_that_name_other_objects_are_told_at_the_first_save(told: Any) -> 
 def test_one_rank_may_evaluate_a_model_that_shares_its_gradients(told: Any) -> None:
     """Its buffers are not sent to ranks that do not evaluate."""
     assert [rank["evaluated"] for rank in told[0]] == [2, 2]
+
+
+def test_an_optimizer_that_steps_by_other_numbers_is_told(told: Any) -> None:
+    """A schedule that follows each rank's own loss lets the copies of the model part."""
+    for rank in told[0]:
+        (text,) = rank["parted"]
+        assert "The optimizer 'optimizer' does not step by the same numbers on all ranks" in text
+
+
+def test_an_optimizer_whose_state_is_spread_over_processes_goes_on(told: Any) -> None:
+    """torch's ZeroRedundancyOptimizer."""
+    for rank in told[0]:
+        assert rank["spread"]
+        assert all(rank["spread"])
 
 
 def test_an_engine_without_a_backend_is_told_that_there_are_others(told: Any) -> None:

@@ -55,6 +55,17 @@ class Count(nn.Module):
         self.register_buffer("seen", torch.zeros(()))
 
 
+class Average(nn.Module):
+    """As of a model with batch norm: parameters that are alike, and a buffer of this process's."""
+
+    seen: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3))
+        self.register_buffer("seen", torch.zeros(()))
+
+
 def training(rank: int) -> tuple[Engine, dict[str, Any], Callable[[], list[float]]]:
     """Returns a trainer, its objects, of which some differ between ranks, and what they hold."""
     model = nn.Linear(4, 2)
@@ -65,7 +76,8 @@ def training(rank: int) -> tuple[Engine, dict[str, Any], Callable[[], list[float
     trainer.state_dict_user_keys.append("average")
     state: Any = trainer.state
     state.average = 0.0
-    meter, count, noise = Meter(), Count(), torch.Generator().manual_seed(rank)
+    meter, count, mean = Meter(), Count(), Average()
+    noise = torch.Generator().manual_seed(rank)
     drawn = [0.0]
 
     @trainer.on(Events.ITERATION_COMPLETED)
@@ -73,12 +85,17 @@ def training(rank: int) -> tuple[Engine, dict[str, Any], Callable[[], list[float
         loss = trainer.state.output
         meter.value += loss
         count.seen += loss
+        mean.seen += loss
         state.average += loss
         drawn[0] = torch.rand(1, generator=noise).item()
 
-    to_save = {"model": model, "optimizer": optimizer, "meters": [meter, count]}
+    to_save = {"model": model, "optimizer": optimizer, "meters": [meter, count, mean]}
     to_save["noise"] = ResumableSource(noise)
-    return trainer, to_save, lambda: [meter.value, count.seen.item(), state.average, drawn[0]]
+
+    def held() -> list[float]:
+        return [meter.value, count.seen.item(), mean.seen.item(), state.average, drawn[0]]
+
+    return trainer, to_save, held
 
 
 def loader() -> DataLoader[Any]:
@@ -160,6 +177,55 @@ def evaluated(rank: int) -> int:
     return int(ones.item())
 
 
+def parted(folder: Path, rank: int) -> list[str]:
+    """A schedule that has followed this rank's own loss: ranks step by other numbers."""
+    trainer, to_save, _ = training(rank)
+    to_save["optimizer"].param_groups[0]["lr"] = 0.1 * (1 + rank)
+    handler = Checkpoint({**to_save, "trainer": trainer}, DiskSaver(folder / "p", create_dir=True))
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=2), handler)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.run(loader(), max_epochs=1)
+    return [str(one.message) for one in caught]
+
+
+def spread(folder: Path) -> list[bool]:
+    """An optimizer whose state lies in both processes is saved whole, and loaded in parts."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    backend = get("cpu").open()
+
+    def made() -> tuple[dict[str, Any], Any]:
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+        shared = nn.parallel.DistributedDataParallel(model)
+        optimizer = ZeroRedundancyOptimizer(
+            shared.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9
+        )
+
+        def step(engine: Engine, batch: Any) -> None:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(shared(batch[0]), batch[1]).backward()
+            optimizer.step()
+
+        trainer = DeterministicEngine(step, backend)
+        return {"model": model, "optimizer": optimizer, "trainer": trainer}, optimizer
+
+    objects, optimizer = made()
+    handler = Checkpoint(objects, DiskSaver(folder / "zero", create_dir=True))
+    objects["trainer"].add_event_handler(Events.ITERATION_COMPLETED, handler)
+    objects["trainer"].run(loader(), max_epochs=1)
+    again, loaded = made()
+    Checkpoint.load_objects(again, Checkpoint.latest(folder / "zero"))
+    before, after = (
+        [one.optim.state[each] for each in one.optim.param_groups[0]["params"]]
+        for one in (optimizer, loaded)
+    )
+    return [
+        torch.equal(one["momentum_buffer"], other["momentum_buffer"])
+        for one, other in zip(before, after, strict=True)
+    ]
+
+
 def alone(folder: Path) -> list[str]:
     """An engine that has not been told of the process group which the script has joined."""
     model = nn.Linear(4, 2)
@@ -177,7 +243,9 @@ def alone(folder: Path) -> list[str]:
 def apart(rank: int, state: bool) -> list[str]:
     """A rank waits for another in a collective operation; that one is, or saves, elsewhere."""
     module: Any = distributed
-    group = module.new_group(timeout=timedelta(seconds=1))
+    group = module.new_group()
+    # Not when it is made: to connect may take longer.
+    module.distributed_c10d._set_pg_timeout(timedelta(seconds=1), group)
     engine = DeterministicEngine(lambda engine, batch: None, get("cpu").open())
     agree(engine)
 
@@ -207,6 +275,8 @@ def main(folder: Path) -> None:
             "scored": scored(folder, rank),
             "named": named(folder, rank),
             "evaluated": evaluated(rank),
+            "parted": parted(folder, rank),
+            "spread": spread(folder),
             "alone": alone(folder),
             "apart": apart(rank, False),
             "apart from a state": apart(rank, True),
