@@ -25,7 +25,7 @@ import queue
 import threading
 import types
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.sharedctypes import SynchronizedBase
@@ -146,6 +146,8 @@ class Forgotten:
         self._owners = set(functions)
         #: Those of it that are plain, and the functions that were looked into: for one look only.
         self.values, self.functions = walk.values, walk.functions
+        #: Gives the names of parameters and buffers.
+        self.states: Callable[[], frozenset[str]] = frozenset
         #: Other engines that the run uses, such as an evaluator, by where they were found.
         self.engines = walk.engines
         if walk.reads_metrics():
@@ -153,7 +155,7 @@ class Forgotten:
 
     def without_values(self) -> Forgotten:
         """Lets go of the values, and keeps what they are compared by."""
-        self.values, self.functions = {}, []
+        self.values, self.functions, self.states = {}, [], frozenset
         return self
 
     def begin_new(self, now: Forgotten) -> None:

@@ -59,32 +59,38 @@ _CONTROL: Final = (ast.If, ast.For, ast.While, ast.Try, ast.ExceptHandler, ast.I
 _COPIES: Final = frozenset({"__getitem__", "get", "getattr"})
 
 
-def is_made_lazily(path: str, functions: Iterable[types.FunctionType]) -> bool:
+def is_made_lazily(
+    path: str, functions: Iterable[types.FunctionType], states: frozenset[str] = frozenset()
+) -> bool:
     """Tells whether something is made where it is missing, and used nowhere before that.
 
     Args:
         path: where functions find it, such as `self.mask`: a variable, and attributes.
         functions: all that may use it.
+        states: names of parameters and buffers, which are no such things.
     """
     codes = [one.__code__ for one in functions if one.__name__ not in _MAKING]
     made = False
     for index, name in enumerate(re.sub(r"\[.*?\]", "", path).split(".")):
-        answer = _is_made(name, index == 0, codes)
+        answer = _is_made(name, index == 0, codes, states)
         if answer is False:
             return False
         made |= answer is True
     return made
 
 
-def made_beside(name: str, functions: Iterable[types.FunctionType]) -> set[str]:
+def made_beside(
+    name: str, functions: Iterable[types.FunctionType], states: frozenset[str]
+) -> set[str]:
     """Returns the attributes that are made together with one, if that is made where it is missing.
 
     Args:
         name: of an attribute, such as a flag that says that the others are made.
         functions: all that may use it.
+        states: as of `is_made_lazily`.
     """
     codes = list(dict.fromkeys(one.__code__ for one in functions if one.__name__ not in _MAKING))
-    if _is_made(name, False, codes) is not True:
+    if _is_made(name, False, codes, states) is not True:
         return set()
     through = frozenset(one.name for one in (_of(c, name, False) for c in codes) if one.spoils)
     found = [
@@ -135,12 +141,23 @@ def _is_hook(call: ast.Call) -> bool:
     return _HOOK.search(name_of(call.func)) is not None
 
 
-def _is_made(name: str, variable: bool, codes: Sequence[types.CodeType]) -> bool | None:
-    """Returns whether a name's writes all make it; None if nothing writes to it."""
+def _is_made(
+    name: str,
+    variable: bool,
+    codes: Sequence[types.CodeType],
+    states: frozenset[str] = frozenset(),
+    within: frozenset[str] = frozenset(),
+) -> bool | None:
+    """Returns whether a name's writes all make it; None if nothing writes to it.
+
+    What is written beside it has to be so, too, and to be none of the states, which a resume puts
+    back and that would be written over.
+    """
     codes = list(dict.fromkeys(codes))
     found = [_of(code, name, variable) for code in codes]
     # A function that makes it and does nothing else may be called where it is missing.
-    if through := frozenset(one.name for one in found if one.spoils):
+    through_found = [one for one in found if one.spoils]
+    if through := frozenset(one.name for one in through_found):
         if not all(one.only_makes for one in found if one.spoils):
             return False
         kin = frozenset[str]().union(*(one.beside for one in found))
@@ -157,6 +174,12 @@ def _is_made(name: str, variable: bool, codes: Sequence[types.CodeType]) -> bool
     called = set[str]().union(*(one.calls for one in found if one.makes))
     if through - called or not all(
         _is_harmless(code) for code in codes if code.co_name in called - makers - through
+    ):
+        return False
+    within |= {name}
+    beside = frozenset[str]().union(*(one.beside for one in (*found, *through_found))) - within
+    if beside & states or any(
+        _is_made(one, False, codes, states, within | beside) is False for one in beside
     ):
         return False
     if any(one.itself for one in found):

@@ -146,7 +146,9 @@ class MadeAgain:
     def _digests_of(self, now: Forgotten, place: Place) -> _Digests | None:
         """Returns the digests of what is made lazily; None for anything else."""
         value, signature, name = now.values.get(place), now.found.get(place), named(place)
-        if not isinstance(value, _KINDS) or not is_made_lazily(place[1], now.functions):
+        if not isinstance(value, _KINDS):
+            return None
+        if not is_made_lazily(place[1], now.functions, now.states()):
             return None
         taken = self._taken.get(name)
         if taken is None or taken[0] != signature:
@@ -179,8 +181,20 @@ def is_made_beside(owner: Any, name: str) -> bool:
     kind = type(owner)
     if not isinstance(owner, torch.nn.Module) or is_others(kind):
         return False
-    found = made_beside(name, uses_of_self(kind, ["forward"])[1])
+    states = frozenset((*owner._parameters, *owner._buffers, *owner._modules))
+    found = made_beside(name, uses_of_self(kind, ["forward"])[1], states)
     return any(not isinstance(vars(owner).get(one), (*RECORDED, type(None))) for one in found)
+
+
+def names_of_states(objects: Mapping[str, Any]) -> frozenset[str]:
+    """Returns the names that modules call their parameters and buffers by."""
+    return frozenset(
+        name
+        for value in objects.values()
+        if isinstance(value, torch.nn.Module)
+        for module in value.modules()
+        for name in (*module._parameters, *module._buffers)
+    )
 
 
 def named(place: Place) -> str:

@@ -22,7 +22,7 @@ from .attached import Attached
 from .fetches import Fetched, who_fetches
 from .forgotten import Forgotten
 from .held import Holders
-from .made_again import LOOKS, MadeAgain
+from .made_again import LOOKS, MadeAgain, names_of_states
 from .saved import Saved
 from .trained import functions_held, functions_of_trained, hooks_of_all
 from .unnamed import functions_of, unnamed_sources
@@ -299,7 +299,9 @@ class Unsaved:
         saved, functions = self._saved(), self._functions(objects)
         known = self._named_elsewhere() | saved.held
         holders, recorded = self._holders(objects), _recorded(objects)
-        return Forgotten(functions, known, holders, recorded, saved.contents)
+        found = Forgotten(functions, known, holders, recorded, saved.contents)
+        found.states = lambda: names_of_states(objects)
+        return found
 
 
 def _recorded(objects: Mapping[str, Any]) -> set[int]:

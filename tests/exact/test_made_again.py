@@ -399,7 +399,20 @@ class UsesFirst(Keeps):
         return factor
 
 
-@pytest.mark.parametrize("keeps", [Counts, MakesMore, UsesFirst])
+class ResetsBeside(Keeps):
+    """Sets something back that goes on, where it makes another."""
+
+    count = 0
+
+    def take(self, seen: float) -> float:
+        if self.table is None:
+            self.table = torch.ones(3)
+            self.count = 0
+        self.count += 1
+        return _factor(self.table) / self.count
+
+
+@pytest.mark.parametrize("keeps", [ResetsBeside, Counts, MakesMore, UsesFirst])
 @pytest.mark.parametrize("place", PLACES)
 def test_what_does_more_than_to_make_it_is_told_when_it_is_saved(
     keeps: Callable[[str, bool], Keeps], place: str, tmp_path: Path
@@ -513,3 +526,23 @@ def test_an_index_of_the_dataset_is_told_only_if_it_is_made_other(
     after, _, _ = _run(tmp_path, lambda: make(shift))
     assert before == []
     assert ["dataset.index" in one for one in after] == [True] * shift
+
+
+class Calibrates(Net):
+    """Sets a buffer, which is saved, where it makes a table."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.register_buffer("scale", torch.ones(3))
+        self.table: Any = None
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        if self.table is None:
+            self.table = torch.ones(3)
+            self.scale = 1 + batch.abs().mean(0)
+        return self.linear(batch * self.scale * self.table)
+
+
+def test_what_writes_over_a_buffer_is_told(tmp_path: Path) -> None:
+    (said,) = _run(tmp_path, lambda: _hooked(Calibrates()), 4)[0]
+    assert "table" in said
