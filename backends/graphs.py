@@ -29,13 +29,10 @@ def is_repeatable(hook: Any) -> bool:
 
 
 def graph_class(kind: str) -> Any:
-    """Returns the class of graphs of a type of device, such as `torch.cuda.CUDAGraph`.
+    """Returns the class of graphs of a type of device, such as `torch.cuda.CUDAGraph`, or None.
 
     torch and the makers of devices name it by the type (`torch.xpu.XPUGraph`), beside a context
     `graph` that records one.
-
-    Returns:
-        The class; None where the type's module has none.
     """
     module: Any = torch.get_device_module(kind)
     found = getattr(module, f"{kind.upper()}Graph", None)

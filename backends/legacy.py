@@ -82,12 +82,7 @@ _STEPS: dict[str, tuple[str | None, str | None]] = {
 
 
 def for_step(name: str, device: str | torch.device | None, scaler: GradScaler | None) -> Backend:
-    """Returns the backend that one of pytorch-ignite's step functions stands for.
-
-    Raises:
-        ValueError: if the device and the function do not go together.
-        BackendUnavailable: if the backend cannot run here.
-    """
+    """Returns the backend that one of pytorch-ignite's step functions stands for."""
     usual, amp_mode = _STEPS[name]
     return from_arguments(device or usual, amp_mode, scaler or False)
 

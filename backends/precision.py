@@ -83,9 +83,7 @@ class Precision:
     def backward(self, loss: torch.Tensor, optimizer: Any = None) -> None:
         """Runs the backward pass of a loss of one element, multiplied by the loss scale if any.
 
-        Raises:
-            BackendError: if one of them was stepped in this iteration, so that the scale has to be
-                adapted first, while another still holds gradients of the present scale.
+        If one of the optimizers was stepped in this iteration, the scale is adapted first.
         """
         if self.scaler is None or not self.scaler.is_enabled():
             loss.backward()  # type: ignore[no-untyped-call]

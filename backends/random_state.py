@@ -41,12 +41,7 @@ def capture() -> dict[str, Any]:
 
 
 def restore(state: Mapping[str, Any]) -> None:
-    """Sets the three generators to what `capture` returned.
-
-    Raises:
-        ValueError: if one of them is missing, or NumPy's global generator is of another kind than
-            the one whose state was captured.
-    """
+    """Sets the three generators to what `capture` returned."""
     missing = [name for name in ("python", "numpy", "torch") if name not in state]
     if missing:
         raise ValueError(

@@ -205,12 +205,7 @@ class TorchBackend:
     def backward(self, loss: torch.Tensor, optimizer: Any) -> None:
         """Runs the backward pass of a loss of one element, scaled where the precision asks for it.
 
-        Args:
-            loss: the loss.
-            optimizer: the optimizer whose gradients this makes, several of them, or None.
-
-        Raises:
-            BackendError: if optimizers that share a loss scale are stepped out of turn.
+        `optimizer` is the one whose gradients this makes, several of them, or None.
         """
         self.precision.backward(loss, optimizer)
 
@@ -231,14 +226,7 @@ class TorchBackend:
         return self.precision.step(optimizer, max_norm)
 
     def graphs(self, optimizers: Iterable[torch.optim.Optimizer]) -> Any:
-        """Returns what records a step as a graph, with the capability `graphs`.
-
-        Args:
-            optimizers: those that are stepped in it.
-
-        Raises:
-            BackendError: always here, with the reason; see `AcceleratorBackend`.
-        """
+        """Raises why nothing records a step as a graph here; see `AcceleratorBackend`."""
         del optimizers
         raise self._no_graphs(self._graphless)
 

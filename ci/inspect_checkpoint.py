@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
     """
     path: Location = args.path
     try:
-        files = _checkpoints(path)
+        files = [path] if is_checkpoint(path) else [told.path for told in list_checkpoints(path)]
     except CheckpointError as error:
         _print(shown(error))
         return 1
@@ -136,13 +136,6 @@ def _print(text: str) -> None:
     """Prints, escaped, what the output's encoding does not have, too."""
     encoding = sys.stdout.encoding or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding))
-
-
-def _checkpoints(path: Location) -> list[Location]:
-    """Returns the checkpoints that a path names: itself, or those of a folder."""
-    if is_checkpoint(path):
-        return [path]
-    return [told.path for told in list_checkpoints(path)]
 
 
 def _as_json(finding: Finding) -> dict[str, Any]:

@@ -22,8 +22,9 @@ from crosstrain.engine.data.sampling import ReproducibleBatchSampler, update_dat
 from crosstrain.engine.data.shares import BatchShare, Shards, check_shards, world_of
 from crosstrain.engine.data.streams import ALL_STREAMS, StreamKey
 from crosstrain.engine.exact.laid_over import LaidOver
+from crosstrain.engine.exact.made_again import is_made_beside
 from crosstrain.engine.exact.porting import port
-from crosstrain.engine.exact.rank_states import RANKS, SHARDS, check_same_shards, gathered, own_part
+from crosstrain.engine.exact.rank_states import SHARDS, check_same_shards, gathered, own_part
 from crosstrain.engine.exact.snapshot import (
     FORMAT,
     KEYS,
@@ -37,6 +38,7 @@ from crosstrain.engine.exact.snapshot import (
 )
 from crosstrain.engine.exact.unsaved import Unsaved
 from crosstrain.engine.ranks.agreed_seed import agreed_seed
+from crosstrain.engine.ranks.of_each import RANKS
 from crosstrain.engine.training.own_step import OwnStep
 
 from .engine import Engine
@@ -239,7 +241,7 @@ class DeterministicEngine(Engine):
                 objects, ended, self._structure, self._cursor
             )
         values["made"] = self._unsaved.made()
-        values["structure"] = self._structure.record(objects)
+        values["structure"] = self._structure.record(objects, is_made_beside)
         values["environment"] = self._environment()
         values["exact"] = exact
         return values
@@ -286,6 +288,8 @@ class DeterministicEngine(Engine):
         if full:
             check_same_shards(state_dict, self.shards)
         self._snapshot = own_part(state_dict, self.backend) if full else dict(state_dict)
+        for key in self.state_dict_user_keys:
+            setattr(self.state, key, self._snapshot[key])
         self._passed_by, self._later = False, None
         self._reseeds = full and self._snapshot["rng_states"] is None
         if self._reseeds:
@@ -555,7 +559,7 @@ class DeterministicEngine(Engine):
 
     def _look_at_made(self) -> None:
         if self._unsaved.looks_after_steps:
-            self._unsaved.step_done(self._structured())
+            self._unsaved.step_done(self._structured(), self._structure)
 
     def _ends(self) -> None:
         snapshot = self._full_snapshot()

@@ -19,6 +19,8 @@ import torch
 from .guards import is_array, is_collection, is_mapping, is_sequence
 
 _PLAIN: Final = (bool, int, float, complex, str, bytes, type(None))
+# Of these, what is equal has the same bits.
+_EXACT: Final = frozenset({bool, int, str, bytes, type(None)})
 _DEPTH: Final = 16
 
 
@@ -172,17 +174,52 @@ def _dense(tensor: torch.Tensor) -> Iterable[torch.Tensor]:
 
 
 def _tensor_bytes(tensor: torch.Tensor) -> Any:
+    return _flat(tensor).numpy() if tensor.numel() else b""
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns a tensor's bytes, on the host."""
     tensor = tensor.cpu().resolve_conj().resolve_neg().contiguous()
-    if tensor.numel() == 0:
-        return b""
-    content: Any = tensor.as_subclass(torch.Tensor).reshape(-1).view(torch.uint8)
-    return content.numpy()
+    return tensor.as_subclass(torch.Tensor).reshape(-1).view(torch.uint8)
 
 
 def _array_bytes(array: numpy.ndarray[Any, Any]) -> Any:
     if array.nbytes == 0:
         return b""
     return numpy.ascontiguousarray(array).reshape(-1).view(numpy.uint8)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Tells whether two nests are equal, to the bit and the type, wherever their tensors lie."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        if (one.dtype, one.shape) != (other.dtype, other.shape):
+            return False
+        pairs = zip(_dense(one.detach()), _dense(other.detach()), strict=True)
+        return all(torch.equal(_flat(a), _flat(b)) for a, b in pairs)
+    if is_mapping(one):
+        return (
+            is_mapping(other)
+            and list(one) == list(other)
+            and all(same(value, other[key]) for key, value in one.items())
+        )
+    if type(one) is not type(other):
+        return False
+    if is_sequence(one):
+        # A list of a million numbers is looked at as a whole.
+        kinds = {*map(type, one)}
+        if len(one) != len(other) or kinds != {*map(type, other)}:
+            return False
+        if kinds == {float}:
+            return numpy.array(one).tobytes() == numpy.array(other).tobytes()
+        return one == other if kinds <= _EXACT else all(map(same, one, other))
+    if is_array(one):
+        if (one.dtype, one.shape) != (other.dtype, other.shape):
+            return False
+        if one.dtype.hasobject:
+            return same(one.tolist(), other.tolist())
+        return numpy.array_equal(_array_bytes(one), _array_bytes(other))
+    # NaN is not equal to itself, and zeros of both signs are.
+    return repr(one) == repr(other) if isinstance(one, float) else bool(one == other)
 
 
 def differences(then: Iterable[Leaf], now: Iterable[Leaf]) -> Iterator[str]:

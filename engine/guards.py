@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, TypeGuard
 
 import numpy as np
+import torch
 
 #: Objects of these packages are not looked into: what they keep is theirs.
 OTHER_PACKAGES: Final = frozenset(
@@ -33,6 +34,12 @@ def is_collection(value: object, kinds: tuple[type[Any], ...]) -> TypeGuard[Iter
 def is_array(value: object) -> TypeGuard[np.ndarray[Any, Any]]:
     """Tells whether a value is a NumPy array."""
     return isinstance(value, np.ndarray)
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Tells whether a tensor is numbers in memory: not sparse, nested, quantized or of no data."""
+    odd = tensor.is_nested or tensor.is_quantized or tensor.is_meta
+    return tensor.layout is torch.strided and not odd
 
 
 def is_path(value: object) -> TypeGuard[str | os.PathLike[str]]:

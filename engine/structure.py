@@ -10,7 +10,7 @@ and tells what cannot.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -19,6 +19,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from .digest import digest
+from .guards import is_dense
 from .nests import unwrap
 from .proof import Proof, Strictness
 
@@ -139,6 +140,11 @@ class Structure:
     # How many hooks there were, and what is to be made with more of them.
     _hooks: dict[str, dict[str, int]] = field(default_factory=dict[str, dict[str, int]])
     _to_be_made: set[str] = field(default_factory=set[str])
+    # The buffers that there were, and what those are to hold that are to be made.
+    _buffers: dict[str, set[str]] = field(default_factory=dict[str, set[str]])
+    _awaited: dict[str, torch.Tensor | str | None] = field(
+        default_factory=dict[str, "torch.Tensor | str | None"]
+    )
     _digests: dict[str, tuple[weakref.ref[torch.Tensor], int, str]] = field(
         default_factory=dict[str, tuple["weakref.ref[torch.Tensor]", int, str]]
     )
@@ -146,6 +152,7 @@ class Structure:
     def begin(self, objects: Mapping[str, Any]) -> None:
         """Notes the attributes that objects begin a run with: those that change are recorded."""
         self._changed, self._hooks, self._to_be_made = {}, {}, set()
+        self._buffers, self._awaited = {}, {}
         self._begun = {name: _plain_attributes(value) for name, value in objects.items()}
 
     def batches_begin(self, objects: Mapping[str, Any]) -> None:
@@ -153,6 +160,8 @@ class Structure:
         for name, value in objects.items():
             if name not in self._hooks:
                 self._hooks[name] = _hooks_by_path(value)
+                if isinstance(value, Module):
+                    self._buffers[name] = {own for own, _, _ in _unsaved_buffers(value)}
 
     def not_made_again(self, objects: Mapping[str, Any]) -> list[str]:
         """Returns what a record told to be made with hooks, and no step has made since; once.
@@ -168,10 +177,51 @@ class Structure:
         waited, self._to_be_made = self._to_be_made, set()
         return sorted(path for path in waited if now.get(path) is not True)
 
-    def record(self, objects: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the structure of objects, as plain types and tensors."""
+    def buffers_unlike(self, objects: Mapping[str, Any]) -> list[str]:
+        """Returns which buffers steps had made, and have not made again equal; once.
+
+        Args:
+            objects: those that the record was put back into.
+        """
+        awaited, self._awaited = self._awaited, {}
+        now = {
+            f"{name}.{own}": owner._buffers[key]
+            for name, value in objects.items()
+            if awaited and isinstance(value, Module)
+            for own, owner, key in _unsaved_buffers(value)
+        }
+        return sorted(
+            full
+            for full, saved in awaited.items()
+            if full not in now or not self._holds(full, now[full], saved)
+        )
+
+    def _holds(self, full: str, now: torch.Tensor | None, saved: torch.Tensor | str | None) -> bool:
+        if isinstance(saved, str):
+            return now is not None and self._record_buffer(full, now) == saved
+        return _same_buffer(now, saved)
+
+    def record(
+        self,
+        objects: Mapping[str, Any],
+        is_made_beside: Callable[[Any, str], bool] = lambda owner, name: False,
+    ) -> dict[str, Any]:
+        """Returns the structure of objects, as plain types and tensors.
+
+        Args:
+            objects: those that are trained.
+            is_made_beside: tells whether an attribute says that something was made which a
+                resumed run has to make again; put back, it would keep it from that.
+        """
         names = _names(objects)
-        attributes = {name: self._changed_attributes(name, v) for name, v in objects.items()}
+        attributes = {
+            name: {
+                path: item
+                for path, item in self._changed_attributes(name, value).items()
+                if not is_made_beside(*_holder_of(value, path))
+            }
+            for name, value in objects.items()
+        }
         made = {name: self._made_with_hooks(name, v) for name, v in objects.items()}
         return {
             "modules": {
@@ -236,13 +286,18 @@ class Structure:
                 own: self._record_buffer(f"{name}.{own}", owner._buffers[key])
                 for own, owner, key in _unsaved_buffers(module)
             },
+            "made buffers": [
+                own
+                for own, _, _ in _unsaved_buffers(module)
+                if name in self._buffers and own not in self._buffers[name]
+            ],
         }
 
     def _record_buffer(self, name: str, buffer: torch.Tensor | None) -> torch.Tensor | str | None:
         """Returns a small buffer's copy, and a large one's digest."""
         if buffer is None:
             return None
-        if buffer.nbytes <= _LARGEST_BUFFER:
+        if is_dense(buffer) and buffer.nbytes <= _LARGEST_BUFFER:
             return buffer.detach().clone()
         known = self._digests.get(name)
         version = -1 if buffer.is_inference() else buffer._version
@@ -305,21 +360,24 @@ class Structure:
                 # Not train(): it changes all modules inside.
                 one.training = mode
                 found.put_back.append(f"training mode of {name}{'.' if own else ''}{own}")
-        self._restore_buffers(name, module, then["buffers"], found)
+        self._restore_buffers(name, module, then, found)
 
     def _restore_buffers(
         self, name: str, module: Module, then: Mapping[str, Any], found: Restored
     ) -> None:
         present = {own: (owner, key) for own, owner, key in _unsaved_buffers(module)}
-        for own, saved in then.items():
+        for own, saved in then["buffers"].items():
             full = f"{name}.{own}"
+            if own not in present and own in then.get("made buffers", ()):
+                self._awaited[full] = saved
+                continue
             if own not in present:
                 found.different.append(f"{full} was a buffer with persistent=False, is none now")
                 continue
             owner, key = present[own]
             now = owner._buffers[key]
             if isinstance(saved, str):
-                if now is None or self._record_buffer(full, now) != saved:
+                if not self._holds(full, now, saved):
                     found.different.append(
                         f"{full}, a buffer with persistent=False of more than "
                         f"{_LARGEST_BUFFER} bytes, had other contents"
@@ -388,6 +446,12 @@ def _holders(value: Any) -> dict[str, Any]:
     if isinstance(value, Module):
         return {f"{name}." if name else "": one for name, one in modules_of(value).items()}
     return {"": value}
+
+
+def _holder_of(value: Any, path: str) -> tuple[Any, str]:
+    """Returns what has an attribute, and what it calls that."""
+    head, dot, own = path.rpartition(".")
+    return _holders(value).get(head + dot), own
 
 
 def _plain_attributes(value: Any) -> dict[str, Any]:

@@ -97,10 +97,7 @@ class Case:
         self._load()
 
     def _load(self) -> None:
-        """Open, use and close it once: what is loaded may set variables, once and for all.
-
-        torch sets one of CUDA's when the device is first asked for something.
-        """
+        """Open, use and close it once: what is loaded may set variables, once and for all."""
         # If it does not open, the check of opening says so; if it puts nothing, that of putting.
         with contextlib.suppress(Exception), self.opened() as backend:
             backend.put(torch.zeros(1))

@@ -59,8 +59,9 @@ class Check:
 def check_declaration(case: Case) -> None:
     """It says its name, options, capabilities and device, and has every method."""
     kind = case.kind
-    for method in _methods():
-        expect(callable(getattr(kind, method, None)), f"It has no method {method}().")
+    for name, member in vars(Backend).items():
+        if (callable(member) or isinstance(member, classmethod)) and not name.startswith("_"):
+            expect(callable(getattr(kind, name, None)), f"It has no method {name}().")
     options: Any = getattr(kind, "options", None)
     expect(
         type(options) is tuple and options and {type(word) for word in options} == {str},
@@ -84,14 +85,6 @@ def check_declaration(case: Case) -> None:
         isinstance(capabilities, frozenset),
         f"capabilities is {capabilities!r}, which is no frozenset of words.",
     )
-
-
-def _methods() -> list[str]:
-    return [
-        name
-        for name, member in vars(Backend).items()
-        if (callable(member) or isinstance(member, classmethod)) and not name.startswith("_")
-    ]
 
 
 def check_options(case: Case) -> None:

@@ -1,16 +1,4 @@
-"""Conformance: puts any backend through everything that the step protocol promises.
-
-For the authors of backends. In a test of yours::
-
-    import pytest
-    from crosstrain.ci.conformance import applicable, check_backend
-
-    @pytest.mark.parametrize("check", applicable("mine:bf16"))
-    def test_conforms(check):
-        assert check_backend("mine:bf16", checks=[check]) == []
-
-or on the command line: ``python -m crosstrain.ci.conformance mine:bf16``.
-"""
+"""Puts any backend through the checks, from a test or the command line: see docs/backends.md."""
 
 from __future__ import annotations
 

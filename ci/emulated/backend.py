@@ -17,17 +17,8 @@ from .device import COUNT, NAME, register, why_not
 class EmulatedBackend(AcceleratorBackend):
     """Trains on a device in Python, for tests: it is slower than the CPU and as strict as a GPU.
 
-    Nothing but its name is its own: it runs what `accelerator`, `mps`, `xpu` and `cuda` run.
-
-    Args:
-        option: one of `options`.
-        scaler: a loss scaler to use in place of the default one, with fp16.
-        index: the device to use instead of the first.
-        sharding: see `TorchBackend`.
-
-    Raises:
-        UnknownBackend: if there is no such option.
-        BackendUnavailable: if this torch cannot have a device in Python.
+    Nothing but its name is its own: it takes and runs what `accelerator`, `mps`, `xpu` and `cuda`
+    do.
     """
 
     name = kind = NAME

@@ -103,7 +103,6 @@ class _Machine:
             counted[name] += 1
 
     def take(self) -> None:
-        """Takes memory for a tensor."""
         if self.room == 0:
             raise torch.OutOfMemoryError(f"{NAME}: out of memory, as the test asked for.")
         if self.room is not None:
@@ -224,7 +223,6 @@ class Emulated(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Runs an operation that is given one of ours."""
         return _run(func, args, kwargs or {})
 
     @property
@@ -332,7 +330,10 @@ def _index_of(wanted: Any, ours: Sequence[Emulated]) -> int:
 
 def _reads(name: str, args: Any) -> bool:
     """Tells whether the host has to know something before the operation can go on."""
-    return name in _READERS or (name == "index" and _has_mask(args))
+    masks = (torch.bool, torch.uint8)
+    return name in _READERS or (
+        name == "index" and any(one.dtype in masks for one in _tensors(args[1]))
+    )
 
 
 def _refuse_recording(call: _Call, name: str, args: Any, to_host: bool) -> None:
@@ -345,10 +346,6 @@ def _refuse_recording(call: _Call, name: str, args: Any, to_host: bool) -> None:
         waits |= any(not is_pinned(one) for one in host)
     if waits:
         refuse_waiting(name)
-
-
-def _has_mask(args: Any) -> bool:
-    return any(mask.dtype in (torch.bool, torch.uint8) for mask in _tensors(args[1]))
 
 
 def _to_host(call: _Call, name: str, queue: Queue) -> Any:

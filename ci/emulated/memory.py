@@ -21,16 +21,13 @@ def is_pinned(tensor: torch.Tensor) -> bool:
     return tensor.untyped_storage().data_ptr() in _PINNED
 
 
-def _pinned_bytes(nbytes: int) -> torch.Tensor:
+def _pin(tensor: torch.Tensor, device: Any = None) -> torch.Tensor:
+    nbytes = tensor.numel() * tensor.element_size()
     buffer = numpy.empty(max(nbytes, 1), numpy.uint8)
     address = int(buffer.ctypes.data)
     _PINNED.add(address)
     weakref.finalize(buffer, _PINNED.discard, address)
-    return torch.from_numpy(buffer)[:nbytes]
-
-
-def _pin(tensor: torch.Tensor, device: Any = None) -> torch.Tensor:
-    raw = _pinned_bytes(tensor.numel() * tensor.element_size())
+    raw = torch.from_numpy(buffer)[:nbytes]
     return raw.view(tensor.dtype).view(tensor.size()).copy_(tensor)
 
 

@@ -271,7 +271,8 @@ def _merge(args: argparse.Namespace) -> int:
     for one, outcome in broken:
         name = f"{one.name}: {outcome.scenario} on {outcome.spec}: {outcome.status}"
         print(f"{name}: {outcome.reason}")
-    ran = {outcome.spec for one in report.runs for outcome in one.outcomes if _has_run(outcome)}
+    idle = ("unavailable", "skipped")
+    ran = {one.spec for run in report.runs for one in run.outcomes if one.status not in idle}
     missing = [spec for spec in args.require if spec not in ran]
     for spec in missing:
         print(f"required, but it ran on no machine: {spec}", file=sys.stderr)
@@ -281,10 +282,6 @@ def _merge(args: argparse.Namespace) -> int:
     cells = sum(len(one.outcomes) for one in report.runs)
     print(f"{len(report.runs)} runs, {cells} cells, {len(broken)} broken; report: {written}")
     return BROKEN if broken or missing or interrupted else OK
-
-
-def _has_run(outcome: Outcome) -> bool:
-    return outcome.status not in ("unavailable", "skipped")
 
 
 def write_reports(report: Report, folder: Path) -> Path:

@@ -8,7 +8,7 @@ page's style sheet, so they follow its light and its dark mode.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup, escape
@@ -92,18 +92,14 @@ def chart(
 ) -> Markup:
     """Returns an SVG element: the losses; below, how far resumed runs and backends are apart.
 
-    Args:
-        curves: one a backend.
-        title: read out in place of the picture.
-        reference: what all others are measured against.
-        stops: the iterations after which a run was stopped and went on.
+    There is a curve for each backend; the title is read out in place of the picture.
     """
     longest = max((len(curve.losses) for curve in curves), default=0)
     runs = [losses for curve in curves for losses in (curve.losses, *curve.resumed)]
     finite = [x for losses in runs for x in losses if math.isfinite(x)]
     if not finite:
         return Markup("")
-    across = _Scale(1, max(2, longest), _LEFT, _WIDTH - _RIGHT)
+    across = _scale(1, max(2, longest), _LEFT, _WIDTH - _RIGHT)
     parts = list(_losses(curves, finite, across))
     bottom = _TOP + _LOSS_HEIGHT
     for caption, found, zero in _panels(curves, reference):
@@ -117,6 +113,7 @@ def chart(
 
 
 _Found = list[tuple[Curve, Deviation]]
+_Scale = Callable[[float], float]
 
 
 def _panels(curves: Sequence[Curve], reference: Curve | None) -> Iterator[tuple[str, _Found, str]]:
@@ -134,24 +131,15 @@ def _panels(curves: Sequence[Curve], reference: Curve | None) -> Iterator[tuple[
             yield f"from {reference.label}: apart by", far, "0 at every iteration"
 
 
-@dataclass(frozen=True)
-class _Scale:
-    """A linear map of numbers to places."""
-
-    low: float
-    high: float
-    start: float
-    end: float
-
-    def __call__(self, value: float) -> float:
-        share = (value - self.low) / (self.high - self.low)
-        return round(self.start + share * (self.end - self.start), 1)
+def _scale(low: float, high: float, start: float, end: float) -> _Scale:
+    """Returns a linear map of numbers to places."""
+    return lambda value: round(start + (value - low) / (high - low) * (end - start), 1)
 
 
 def _losses(curves: Sequence[Curve], finite: Sequence[float], across: _Scale) -> Iterator[Markup]:
     ticks = _ticks(min(finite), max(finite))
     low, high = min(ticks[0], min(finite)), max(ticks[-1], max(finite))
-    up = _Scale(low, high, _TOP + _LOSS_HEIGHT, _TOP)
+    up = _scale(low, high, _TOP + _LOSS_HEIGHT, _TOP)
     yield _caption(_TOP, "loss")
     yield from _grid([(up(tick), f"{tick:g}") for tick in ticks])
 
@@ -178,7 +166,7 @@ def _deviations(
     yield _caption(top, caption)
     low = max(_LEAST_DECADE, math.floor(math.log10(min(values)))) if values else -1
     high = max(low + 1, math.ceil(math.log10(max(values)))) if values else 0
-    up = _Scale(low, high, bottom - 12, top)
+    up = _scale(low, high, bottom - 12, top)
     marks: list[tuple[float, str]] = []
     if values:
         step = max(1, math.ceil((high - low) / 2))

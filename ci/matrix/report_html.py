@@ -85,7 +85,7 @@ def page(report: Report) -> str:
     here = files("crosstrain.ci.matrix")
     columns = _columns(report)
     rows = [
-        (name, title, [_cell(report, each, name, title, k) for k, each in enumerate(columns)])
+        (name, title, [_cell(columns, name, title, place) for place in range(len(columns))])
         for name, title in report.scenarios().items()
     ]
     cells = [cell for _, _, views in rows for cell in views]
@@ -127,9 +127,10 @@ def _columns(report: Report) -> list[_Column]:
     return columns
 
 
-def _cell(report: Report, column: _Column, scenario: str, title: str, place: int) -> _CellView:
+def _cell(columns: Sequence[_Column], scenario: str, title: str, place: int) -> _CellView:
+    column = columns[place]
     outcome = column.run.outcome(column.spec, scenario)
-    reference = _reference(report, column.run, scenario)
+    reference = _reference(columns, column.run, scenario)
     losses = () if outcome is None else outcome.losses
     resumed = None if outcome is None else deviation(outcome.resumed_losses, losses)
     picture = Markup("")
@@ -153,11 +154,13 @@ def _cell(report: Report, column: _Column, scenario: str, title: str, place: int
     )
 
 
-def _reference(report: Report, run: Run, scenario: str) -> tuple[Run, tuple[float, ...]] | None:
-    """Returns the losses of the CPU in fp32: of this run, else of the first that has them."""
-    for one in (run, *report.runs):
-        outcome = one.outcome(_REFERENCE, scenario)
-        if outcome is not None and outcome.losses:
+def _reference(
+    columns: Sequence[_Column], run: Run, scenario: str
+) -> tuple[_Column, tuple[float, ...]] | None:
+    """Returns the CPU in fp32 with its losses: of this run, else of the first that has them."""
+    for one in sorted(columns, key=lambda column: column.run is not run):
+        outcome = one.run.outcome(one.spec, scenario)
+        if one.spec == _REFERENCE and outcome is not None and outcome.losses:
             return one, outcome.losses
     return None
 
@@ -184,11 +187,11 @@ def _all_curves(report: Report, columns: Sequence[_Column]) -> Iterator[dict[str
         if found:
             groups.setdefault(found, []).append((name, title))
     for group, scenarios in groups.items():
-        yield _curves(report, columns, group, [name for name, _ in scenarios], scenarios[0][1])
+        yield _curves(columns, group, [name for name, _ in scenarios], scenarios[0][1])
 
 
 def _curves(
-    report: Report, columns: Sequence[_Column], group: _Group, names: list[str], title: str
+    columns: Sequence[_Column], group: _Group, names: list[str], title: str
 ) -> dict[str, Any]:
     curves: list[Curve] = []
     stops: list[int] = []
@@ -198,7 +201,7 @@ def _curves(
         stops += [stop for outcome in outcomes for stop in _stops(outcome)]
         resumed = tuple(one.resumed_losses for one in outcomes if one.resumed_losses)
         curves.append(Curve(column.label, column.style, losses, resumed))
-    base = _base(report, columns, group, names[0], curves)
+    base = _base(columns, group, names[0], curves)
     return {
         "names": names,
         "title": title if len(names) == 1 else "one training, stopped in each of these ways",
@@ -217,18 +220,17 @@ def _curves(
 
 
 def _base(
-    report: Report, columns: Sequence[_Column], group: _Group, name: str, curves: list[Curve]
+    columns: Sequence[_Column], group: _Group, name: str, curves: list[Curve]
 ) -> Curve | None:
     """Returns the curve that the others are measured against: the CPU's in fp32."""
-    found = _reference(report, columns[group[0][0]].run, name)
+    found = _reference(columns, columns[group[0][0]].run, name)
     if found is None:
         return None
-    run, losses = found
+    column, losses = found
     for (place, _, _), curve in zip(group, curves, strict=True):
-        if columns[place].run is run and columns[place].spec == _REFERENCE:
+        if columns[place] is column:
             return curve
-    label = next(c.label for c in columns if c.run is run and c.spec == _REFERENCE)
-    return Curve(label, "", losses)
+    return Curve(column.label, "", losses)
 
 
 def _distance(curve: Curve, base: Curve | None) -> str:

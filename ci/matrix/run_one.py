@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from crosstrain.ci.trials.course import Course, losses_of
-from crosstrain.ci.trials.play import NotApplicable, Play, Verdict
+from crosstrain.ci.trials.play import NotApplicable, Play
 from crosstrain.ci.trials.processes import TrainingFailed
 from crosstrain.ci.trials.scenarios import COMPUTES_NOTHING, SCENARIOS, Scenario
 
-from .outcome import OUTCOME, Hardware, Outcome, Status
+from .outcome import OUTCOME, Outcome, Status
 
 
 def play_cell(
@@ -52,7 +52,11 @@ def play_cell(
             reason=reason,
             seconds=time.perf_counter() - started,
             versions=found.get("versions", {}),
-            hardware=_hardware(found.get("devices", [])),
+            hardware={
+                "machine": platform.node() or "unknown",
+                "cores": len(os.sched_getaffinity(0)),
+                "devices": found.get("devices", []),
+            },
             **more,
         )
 
@@ -76,7 +80,8 @@ def play_cell(
                 return outcome("skipped", str(reason), found)
             except TrainingFailed as error:
                 return outcome("error", str(error), found, **_losses(play.straight, play.resumed))
-    found["versions"] = {**found["versions"], **_versions(verdict)}
+    conditions = verdict.straight.environment
+    found["versions"] |= {x: str(conditions[x]) for x in ("python", "numpy") if x in conditions}
     return outcome(
         "failed" if verdict.problem else "passed",
         verdict.problem,
@@ -95,16 +100,6 @@ def _lacks(scenario: Scenario, capabilities: Sequence[str]) -> str:
         return "The backend computes nothing, so there is nothing to resume."
     missing = sorted(scenario.needs - set(capabilities))
     return f"The backend has no {', '.join(missing)}, which the scenario needs." if missing else ""
-
-
-def _versions(verdict: Verdict) -> dict[str, str]:
-    environment = verdict.straight.environment
-    return {name: str(environment[name]) for name in ("python", "numpy") if name in environment}
-
-
-def _hardware(devices: list[str]) -> Hardware:
-    cores = len(os.sched_getaffinity(0))
-    return {"machine": platform.node() or "unknown", "cores": cores, "devices": devices}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from crosstrain.backends import Availability, BackendError, UnknownBackend, get, names, probe
 from crosstrain.backends.registry import short
@@ -31,8 +32,7 @@ class Row:
     fail: bool = False
 
 
-@dataclass
-class _Found:
+class _Found(NamedTuple):
     availability: Availability
     capabilities: frozenset[str]
 
@@ -43,8 +43,7 @@ class Selection:
 
     Args:
         asked: the specs that were asked for; empty: those that are available here.
-        required: the specs that have to be available.
-        all_required: whether each one that was asked for has to be.
+        all_required: whether each one that was asked for has to be available.
         used: the specs that tests run on, so far as they are known.
     """
 

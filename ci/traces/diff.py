@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -92,7 +92,8 @@ def compare(
     """
     if exact and tolerance is not None:
         raise UsageError("exact compares bit by bit: it does not go with a tolerance.")
-    kinds = [_kind(trace.environment) for trace in (left, right)]
+    ours, theirs = left.environment, right.environment
+    kinds = [_kind(ours), _kind(theirs)]
     if tolerance is not None:
         why = "A tolerance was asked for."
     elif exact:
@@ -100,7 +101,7 @@ def compare(
     elif kinds[0] == kinds[1]:
         why = f"Both runs were on {kinds[0]}."
     else:
-        tolerance = default_tolerance(left.environment, right.environment)
+        tolerance = default_tolerance(ours, theirs)
         why = f"One run was on {kinds[0]}, the other on {kinds[1]}."
     if tolerance is not None and _scaled(left) != _scaled(right):
         why += " Gradients are left out: one of the runs scales its loss."
@@ -120,7 +121,11 @@ def compare(
         tolerance,
         why,
         len(common),
-        tuple(_conditions(left.environment, right.environment)),
+        tuple(
+            f"{name}: {ours.get(name)!r} and {theirs.get(name)!r}"
+            for name in dict.fromkeys((*ours, *theirs))
+            if ours.get(name) != theirs.get(name)
+        ),
         len(alone),
     )
 
@@ -158,12 +163,6 @@ def span(trace: Trace) -> str:
     """Returns the first and the last iteration of a trace, in words."""
     found = trace.iterations
     return f"{found[0]} to {found[-1]}" if found else "none"
-
-
-def _conditions(left: Mapping[str, Any], right: Mapping[str, Any]) -> Iterator[str]:
-    for name in dict.fromkeys((*left, *right)):
-        if left.get(name) != right.get(name):
-            yield f"{name}: {left.get(name)!r} and {right.get(name)!r}"
 
 
 def first_difference(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -95,6 +95,7 @@ class TraceWriter:
 
     def __init__(self, path: str | os.PathLike[str], header: Header) -> None:
         self._path = Path(path)
+        self._things = header.things
         self._path.parent.mkdir(parents=True, exist_ok=True)
         if self._path.exists():
             # What a kill has cut off: the next line would be taken for its rest.
@@ -102,15 +103,14 @@ class TraceWriter:
         self._write([{"trace": FORMAT, **asdict(header)}])
 
     def append(
-        self, records: Sequence[tuple[int, int, Sequence[int | None], Sequence[float | None]]]
+        self, records: Iterable[tuple[int, int, Mapping[Thing, int], Mapping[Thing, float]]]
     ) -> None:
         """Appends iterations, each with its epoch, and the digests and values of its things."""
         lines: list[dict[str, Any]] = []
         for iteration, epoch, digests, values in records:
-            text = "".join(_NOTHING if one is None else f"{one:016x}" for one in digests)
-            lines.append(
-                {"iteration": iteration, "epoch": epoch, "digests": text, "values": values}
-            )
+            told = (f"{digests[one]:016x}" if one in digests else _NOTHING for one in self._things)
+            line = {"iteration": iteration, "epoch": epoch, "digests": "".join(told)}
+            lines.append({**line, "values": [values.get(one) for one in self._things]})
         self._write(lines)
 
     def _write(self, lines: Sequence[Mapping[str, Any]]) -> None:

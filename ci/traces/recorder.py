@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import random
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 import numpy
@@ -105,8 +105,8 @@ class TraceRecorder:
         shards = getattr(trainer, "shards", None)
         if shards is not None:
             conditions["logical shards"] = shards
-        things = tuple(self._sources.things)
-        header = Header(trainer.state.iteration, things, conditions, trainer.state.seed)
+        things, state = self._sources.things, trainer.state
+        header = Header(state.iteration, things, conditions, state.seed)
         world = None if trainer.backend is None else trainer.backend.world
         # Each process sees its own batches.
         self._writer = TraceWriter(path_of_rank(self.path, world.rank if world else 0), header)
@@ -115,26 +115,23 @@ class TraceRecorder:
         sources = self._sources
         assert sources is not None
         state = sources.trainer.state
-        taken = self._current = _Iteration(
-            self._digester, state.iteration, state.epoch, len(sources.things)
-        )
+        taken = self._current = _Iteration(self._digester, state.iteration, state.epoch)
         batch = state.batch
         if isinstance(batch, ShardedBatch):
             # Rank 0's first shard is the same part of the batch whatever the number of processes.
             batch = batch[0]
-        taken.nest(0, batch)
-        for offset, stream in enumerate(sources.streams.values()):
-            taken.digests[1 + offset] = stream()
-        taken.settings(sources.place_of["setting"], sources.settings)
+        taken.nest(Thing("batch"), batch)
+        for name, stream in sources.streams.items():
+            taken.digests[Thing("random", name)] = stream()
+        taken.settings(sources.settings)
 
     def _take_gradients(self) -> None:
         sources, taken = self._sources, self._current
         if sources is None or taken is None:
             return
-        place = sources.place_of["gradient"]
-        for offset, parameter in enumerate(sources.parameters.values()):
+        for name, parameter in sources.parameters.items():
             if parameter.grad is not None:
-                taken.tensor(place + offset, parameter.grad, self.norms)
+                taken.tensor(Thing("gradient", name), parameter.grad, self.norms)
 
     def _end(self) -> None:
         sources, taken = self._sources, self._current
@@ -142,12 +139,12 @@ class TraceRecorder:
             return
         if not sources.has_backward_event:
             self._take_gradients()
-        taken.output(sources.place_of["loss"], sources.trainer.state.raw_output)
+        taken.output(sources.trainer.state.raw_output)
         for kind, tensors in (("parameter", sources.parameters), ("buffer", sources.buffers())):
-            for offset, tensor in enumerate(tensors.values()):
-                taken.tensor(sources.place_of[kind] + offset, tensor, self.norms)
-        for offset, stream in enumerate(sources.streams.values()):
-            taken.digests[sources.place_of["random after"] + offset] = stream()
+            for name, tensor in tensors.items():
+                taken.tensor(Thing(kind, name), tensor, self.norms)
+        for name, stream in sources.streams.items():
+            taken.digests[Thing("random after", name)] = stream()
         # Everything else can be given up.
         for unread in taken.unread.values():
             unread.gather()
@@ -159,88 +156,82 @@ class TraceRecorder:
     def flush(self) -> None:
         """Reads what has been computed since the last time, and appends it to the file."""
         pending, self._pending = self._pending, []
-        if not pending or self._writer is None:
-            return
-        _read(pending)
-        self._writer.append([(t.iteration, t.epoch, t.digests, t.values) for t in pending])
+        if pending and self._writer is not None:
+            _read(pending)
+            self._writer.append([(t.iteration, t.epoch, t.digests, t.values) for t in pending])
 
 
 class _Iteration:
-    """One iteration while it goes on: digests and values by place, read or still on a device."""
+    """One iteration while it goes on: digests and values, read or still on a device."""
 
-    def __init__(self, digester: Digester, iteration: int, epoch: int, places: int) -> None:
+    def __init__(self, digester: Digester, iteration: int, epoch: int) -> None:
         self.iteration = iteration
         self.epoch = epoch
-        self.digests: list[int | None] = [None] * places
-        self.values: list[float | None] = [None] * places
-        # By device: from place to what is to be added to its digest; the digests; the same of
-        # norms; then both in one tensor.
+        self.digests: dict[Thing, int] = {}
+        self.values: dict[Thing, float] = {}
         self.unread: dict[torch.device, _Unread] = {}
         self._digester = digester
 
-    def tensor(self, place: int, tensor: torch.Tensor, norm: bool) -> None:
-        """Takes a tensor."""
+    def tensor(self, thing: Thing, tensor: torch.Tensor, norm: bool) -> None:
         digest = self._digester.digest(tensor)
         unread = self.unread.setdefault(digest.device, _Unread())
-        unread.digests.append((place, self._digester.salt(tensor), digest))
+        unread.digests.append((thing, self._digester.salt(tensor), digest))
         floats = tensor.is_floating_point() and tensor.layout is torch.strided
         if norm and floats and not hasattr(tensor, "to_local"):
-            unread.values.append((place, _norm(tensor)))
+            unread.values.append((thing, _norm(tensor)))
 
-    def nest(self, place: int, value: Any) -> list[torch.Tensor]:
+    def nest(self, thing: Thing, value: Any) -> list[torch.Tensor]:
         """Takes a nest of tensors and other values, as one thing; returns the tensors."""
         tensors, rest = tensors_of(value)
-        self.digests[place] = rest
+        self.digests[thing] = rest
         for number, tensor in enumerate(tensors, 1):
             digest = self._digester.digest(tensor)
             unread = self.unread.setdefault(digest.device, _Unread())
             # Odd and different factors: the tensors of a nest cannot change places unseen.
             added = self._digester.salt(tensor) + number
-            unread.digests.append((place, added, digest * (2 * number - 1)))
+            unread.digests.append((thing, added, digest * (2 * number - 1)))
         return tensors
 
-    def settings(self, place: int, settings: Mapping[str, Callable[[], Any]]) -> None:
-        """Takes the settings of optimizers."""
-        for offset, setting in enumerate(settings.values()):
-            value = setting()
-            if not isinstance(value, (int, float)):
-                self.nest(place + offset, value)
-                continue
-            self.digests[place + offset] = self._digester.text(f"{type(value).__name__}{value!r}")
-            self.values[place + offset] = float(value)
+    def settings(self, settings: Mapping[str, Callable[[], Any]]) -> None:
+        for name, setting in settings.items():
+            thing, value = Thing("setting", name), setting()
+            if isinstance(value, (int, float)):
+                self.digests[thing] = self._digester.text(f"{type(value).__name__}{value!r}")
+                self.values[thing] = float(value)
+            else:
+                self.nest(thing, value)
 
-    def output(self, place: int, output: Any) -> None:
+    def output(self, output: Any) -> None:
         """Takes the iteration's output; its value, too, if it is a loss."""
         value = output.tensor if isinstance(output, Unread) else output
-        tensors = self.nest(place, value)
+        tensors = self.nest(Thing("loss"), value)
         if isinstance(value, (int, float)):
-            self.values[place] = float(value)
+            self.values[Thing("loss")] = float(value)
         elif len(tensors) == 1 and tensors[0].numel() == 1 and tensors[0].is_floating_point():
             loss = tensors[0].detach().reshape(()).to(torch.float32)
             unread = self.unread.setdefault(loss.device, _Unread())
-            unread.values.append((place, loss))
+            unread.values.append((Thing("loss"), loss))
 
 
 class _Unread:
     """Digests and values that lie on one device."""
 
     def __init__(self) -> None:
-        self.digests: list[tuple[int, int, torch.Tensor]] = []
-        self.values: list[tuple[int, torch.Tensor]] = []
-        self.places: list[tuple[int, int]] = []
-        self.value_places: list[int] = []
-        self.numbers: torch.Tensor | None = None
+        # With each digest what is to be added to it.
+        self.digests: list[tuple[Thing, int, torch.Tensor]] = []
+        self.values: list[tuple[Thing, torch.Tensor]] = []
+        self.numbers = torch.empty(0, dtype=torch.int64)
 
     def gather(self) -> None:
-        """Puts them into one tensor; values by their bits."""
+        """Puts them into one tensor, in whose place they are given up; values by their bits."""
         with torch.no_grad():
             self.numbers = torch.stack([digest for _, _, digest in self.digests])
             if self.values:
                 values = torch.stack([value for _, value in self.values]).view(torch.int32)
                 self.numbers = torch.cat([self.numbers, values.to(torch.int64)])
-        self.places = [(place, added) for place, added, _ in self.digests]
-        self.value_places = [place for place, _ in self.values]
-        self.digests, self.values = [], []
+        none = torch.empty(0)
+        self.digests = [(thing, added, none) for thing, added, _ in self.digests]
+        self.values = [(thing, none) for thing, _ in self.values]
 
 
 def _norm(tensor: torch.Tensor) -> torch.Tensor:
@@ -253,30 +244,20 @@ def _norm(tensor: torch.Tensor) -> torch.Tensor:
 def _read(pending: list[_Iteration]) -> None:
     """Copies the digests and values of several iterations to the host, a device at a time."""
     for device in {device for taken in pending for device in taken.unread}:
-        parts = [taken.unread[device] for taken in pending if device in taken.unread]
-        numbers: Any = torch.cat([one.numbers for one in parts if one.numbers is not None]).cpu()
-        start = 0
-        for taken in pending:
-            part = taken.unread.get(device)
-            if part is None:
-                continue
-            middle = start + len(part.places)
-            end = middle + len(part.value_places)
-            for (place, added), digest in zip(
-                part.places, numbers[start:middle].tolist(), strict=True
-            ):
-                known = taken.digests[place] or 0
-                taken.digests[place] = (known + digest + added) & _MASK
-            bits = numbers[middle:end].to(torch.int32).view(torch.float32)
-            for place, value in zip(part.value_places, bits.tolist(), strict=True):
-                taken.values[place] = value
-            start = end
-    for taken in pending:
-        taken.unread = {}
+        parts = [(taken, taken.unread.pop(device)) for taken in pending if device in taken.unread]
+        numbers: Any = torch.cat([part.numbers for _, part in parts]).cpu()
+        sizes = [size for _, part in parts for size in (len(part.digests), len(part.values))]
+        read = iter(numbers.split(sizes))
+        for taken, part in parts:
+            for (thing, added, _), digest in zip(part.digests, next(read).tolist(), strict=True):
+                taken.digests[thing] = (taken.digests.get(thing, 0) + digest + added) & _MASK
+            bits = next(read).to(torch.int32).view(torch.float32)
+            for (thing, _), value in zip(part.values, bits.tolist(), strict=True):
+                taken.values[thing] = value
 
 
 class _Sources:
-    """Where the things are that are recorded, and in which place of a record each of them is."""
+    """Where the things are that are recorded."""
 
     def __init__(self, trainer: Engine, objects: Mapping[str, Any]) -> None:
         self.trainer = trainer
@@ -295,23 +276,20 @@ class _Sources:
                 if id(parameter) not in seen:
                     seen.add(id(parameter))
                     self.parameters[f"{label}.{name}"] = parameter
-        self._buffer_names = list(self.buffers())
         self.streams = _streams(trainer)
         self.has_backward_event = StepEvents.BACKWARD_COMPLETED.name in trainer.state.event_to_attr
-        self.things: list[Thing] = []
-        self.place_of: dict[str, int] = {}
-        for kind, names in (
+        kinds: tuple[tuple[str, Iterable[str]], ...] = (
             ("batch", [""]),
             ("random", self.streams),
             ("setting", self.settings),
             ("loss", [""]),
             ("gradient", self.parameters),
             ("parameter", self.parameters),
-            ("buffer", self._buffer_names),
+            ("buffer", self.buffers()),
             ("random after", self.streams),
-        ):
-            self.place_of[kind] = len(self.things)
-            self.things.extend(Thing(kind, name) for name in names)
+        )
+        #: In the order in which they come about.
+        self.things = tuple(Thing(kind, name) for kind, names in kinds for name in names)
 
     def buffers(self) -> dict[str, torch.Tensor]:
         """Returns the buffers: looked up each time, since assigning one makes it another tensor."""

@@ -27,8 +27,4 @@ def leaf_digests(value: Any, name: str) -> dict[str, str]:
 
 
 def _gathered(value: Any) -> Any:
-    return map_tensors(value, _whole)
-
-
-def _whole(tensor: Any) -> Any:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return map_tensors(value, lambda one: one.full_tensor() if hasattr(one, "full_tensor") else one)

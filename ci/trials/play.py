@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from .course import Course, deviation, first_difference, first_distance
+from .course import Course, deviation, first_difference
 from .order import Order
 from .processes import Life
 
@@ -148,32 +148,25 @@ class Play:
         """Goes on to the end, alone or in several processes under torchrun."""
         self._live(self.resumed, self._ordered("resumed", **order), together=together)
 
-    def verdict(self, **figures: int | float | str) -> Verdict:
-        """Compares the runs bit for bit."""
-        problem = self._not_resumed() or first_difference(self.straight, self.resumed)
-        return self._verdict(problem, figures)
-
-    def verdict_within(self, tolerance: float | None, **figures: int | float | str) -> Verdict:
-        """Compares batches bit for bit, and losses within a tolerance; None: not at all."""
-        problem = self._not_resumed() or first_distance(self.straight, self.resumed, tolerance)
-        if tolerance is not None:
-            figures["tolerance"] = tolerance
-        return self._verdict(problem, figures)
-
-    def _not_resumed(self) -> str:
-        """Says so if a process began anew: equal runs would then show nothing."""
-        for number, iteration in enumerate(self.resumed.resumed_from[1:], 2):
-            if iteration is None:
-                return f"Process {number} found no checkpoint and began anew."
-        return ""
-
-    def _verdict(self, problem: str, figures: Mapping[str, int | float | str]) -> Verdict:
-        places = ", ".join(str(place) for place in self.resumed.resumed_from[1:])
+    def verdict(
+        self,
+        compare: Callable[[Course, Course], str] = first_difference,
+        /,
+        **figures: int | float | str,
+    ) -> Verdict:
+        """Compares the runs, bit for bit if nothing else is said, and tells figures of them."""
+        places = self.resumed.resumed_from[1:]
+        if None in places:
+            # Equal runs would show nothing.
+            number = places.index(None) + 2
+            problem = f"Process {number} found no checkpoint and began anew."
+        else:
+            problem = compare(self.straight, self.resumed)
         found: dict[str, int | float | str] = {
             "iterations": self.total,
             "kills": self.resumed.kills,
             "stops": self.resumed.stops,
-            "resumed_from": places,
+            "resumed_from": ", ".join(map(str, places)),
             "largest_deviation": deviation(self.straight, self.resumed),
             **figures,
         }

@@ -182,13 +182,8 @@ class Child:
 class Life(Child):
     """A process that trains, or those of torchrun: each a fresh interpreter.
 
-    A single one imports torch while nothing is asked of it yet. Those of torchrun, which share a
-    stdin, get their order when they are started.
-
-    Args:
-        errors: the file for what it writes to stderr.
-        order: what it does; None: it waits until `give` says.
-        processes: how many torchrun starts; 1: it is started without torchrun.
+    A single one imports torch while nothing is asked of it yet, and waits until `give` says what it
+    does. Those of torchrun, which share a stdin, get their order when they are started.
     """
 
     def __init__(self, errors: Path, order: Order | None = None, processes: int = 1) -> None:

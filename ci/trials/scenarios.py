@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 
+from .course import first_distance
 from .play import Play, Verdict
 
 #: The word in a backend's capabilities that says that it computes nothing: no scenario applies.
@@ -126,7 +128,11 @@ def _port(play: Play) -> Verdict:
     play.stop(max(1, play.total * 3 // 8))
     play.stop(max(2, play.total * 6 // 8), spec=other)
     play.finish()
-    return play.verdict_within(None if play.target else LOSS_TOLERANCE, ported_to=other)
+    if play.target:
+        # How far its losses may be apart is not known.
+        return play.verdict(partial(first_distance, tolerance=None), ported_to=other)
+    compare = partial(first_distance, tolerance=LOSS_TOLERANCE)
+    return play.verdict(compare, ported_to=other, tolerance=LOSS_TOLERANCE)
 
 
 _ALL = (

@@ -21,7 +21,8 @@ from crosstrain.engine.storage.locations import Location, StorePath, location_of
 
 from .loading import Latest, find_latest, load_objects
 from .objects import OWN_NAME, check_objects, gather_states, introduce, unsaved_objects
-from .retention import Item, Retention, format_score, setup_filename_pattern
+from .rank_objects import score_of_all
+from .retention import Item, Retention, format_score
 from .save_handler import RunFacts, SaveHandler, adapted
 from .save_job import SaveJob
 from .saver import DiskSaver
@@ -162,6 +163,7 @@ class Checkpoint:
                     f"Output of score_function should be a number, got {type(priority)}; of a "
                     "tensor, return its item()"
                 )
+            priority = score_of_all(priority, self.to_save, self.save_on_rank)
         else:
             if step is None:
                 step = engine.state.get_event_attrib_value(Events.ITERATION_COMPLETED)
@@ -236,7 +238,7 @@ class Checkpoint:
     def _filename(self, name: str, step: Any, score: Any) -> str:
         pattern = self.filename_pattern
         if pattern is None:
-            pattern = setup_filename_pattern(
+            pattern = self.setup_filename_pattern(
                 with_prefix=len(self.filename_prefix) > 0,
                 with_score=self.score_function is not None,
                 with_score_name=self.score_name is not None,
@@ -409,7 +411,17 @@ class Checkpoint:
         Raises:
             ValueError: if there is neither score nor step, or a score's name without a score.
         """
-        return setup_filename_pattern(with_prefix, with_score, with_score_name, with_global_step)
+        if not (with_global_step or with_score):
+            raise ValueError("At least one of with_score and with_global_step should be True.")
+        if with_score_name and not with_score:
+            raise ValueError("If with_score_name is True, with_score should be also True")
+        parts = ["{filename_prefix}"] if with_prefix else []
+        parts.append("{name}")
+        if with_global_step:
+            parts.append("{global_step}")
+        if with_score:
+            parts.append("{score_name}={score}" if with_score_name else "{score}")
+        return "_".join(parts) + ".{ext}"
 
     @staticmethod
     def get_default_score_fn(metric_name: str, score_sign: float = 1.0) -> Callable[[Any], float]:

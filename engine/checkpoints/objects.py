@@ -37,6 +37,7 @@ from crosstrain.engine.storage.manifest import Manifest
 from crosstrain.engine.structure import named, rebuild_groups, recordable
 
 from .model_part import ModelPart
+from .rank_objects import note_differences, with_own
 from .read_back import Difference, differences
 
 # The name under which a Checkpoint saves its own state (include_self).
@@ -77,6 +78,9 @@ def gather_states(objects: Mapping[str, Any], rank: int) -> dict[str, Any]:
     An optimizer that is spread over processes is gathered on the rank that saves.
     """
     states = map_objects(lambda value, _: _state_of(unwrap(value), rank), objects)
+    pairs: list[tuple[str, Any, Any]] = []
+    _pair(objects, states, (), pairs)
+    note_differences(pairs, rank)
     return cast("dict[str, Any]", states)
 
 
@@ -107,11 +111,16 @@ def introduce(
     return added
 
 
-def _state_of(value: Any, rank: int) -> Any:
+def _is_spread_optimizer(value: Any) -> bool:
+    """Tells whether an optimizer has its state in several processes, as torch's ZeRO has."""
     # Only where somebody has imported it can there be one; importing it here would take a while.
     optim = sys.modules.get("torch.distributed.optim")
     zero = getattr(optim, "ZeroRedundancyOptimizer", None)
-    if zero is not None and isinstance(value, zero):
+    return zero is not None and isinstance(value, zero)
+
+
+def _state_of(value: Any, rank: int) -> Any:
+    if _is_spread_optimizer(value):
         value.consolidate_state_dict(to=rank)
         if this_rank() != rank:
             return {}
@@ -171,6 +180,7 @@ def restore(
         _pair(to_load, state, (), pairs)
     except CheckpointMismatch as error:
         raise CheckpointMismatch(f"{source}: {error}. Nothing was loaded") from None
+    pairs = with_own(pairs)
     if mapped is not None:
         mapped.own([its for _, one, its in pairs if not _takes_mapped(unwrap(one), kwargs)])
     for engine in engines:
@@ -342,7 +352,8 @@ class _Load:
         if isinstance(target, torch.optim.Optimizer):
             _check_groups(target, state)
             target.load_state_dict(state)
-            _put_back(target, state)
+            if not _is_spread_optimizer(target):
+                _put_back(target, state)
             return state
         target.load_state_dict(state)
         return state
@@ -369,6 +380,9 @@ class _Load:
             warn_user(text, CheckpointWarning)
 
     def _read_back(self, name: str, target: Any, state: Any) -> None:
+        if _is_spread_optimizer(target):
+            self.proof.unchecked.append(f"{name!r} holds its part of what was loaded only")
+            return
         try:
             found, extra = differences(state, target.state_dict())
         except CheckpointContentError as error:

@@ -131,10 +131,12 @@ class ResumableRun:
             # Here, not at the first save: handlers of it can be attached before the run.
             trainer.register_events(*CheckpointEvents)
         trainer.add_event_handler(event, self._mark)
+        if remote_event is not None:
+            # On ranks that copy nothing, too: what is due there is saved by all.
+            trainer.add_event_handler(remote_event, self._mark_remote)
         if self._remote is not None:
             if remote_event is None:
-                remote_event = event
-            trainer.add_event_handler(remote_event, self._mark_remote)
+                trainer.add_event_handler(event, self._mark_remote)
             trainer.add_event_handler(Checkpoint.SAVED_CHECKPOINT, self._copy)
             trainer.add_event_handler(Events.ITERATION_COMPLETED, self._remote.ask)
         trainer.add_event_handler(Events.STARTED, self._begin)

@@ -20,7 +20,7 @@ from crosstrain.engine.parts.read import Parts
 from crosstrain.engine.proof import Checks
 from crosstrain.engine.ranks.agreement import agree
 from crosstrain.engine.ranks.line import Line, has_ranks
-from crosstrain.engine.ranks.world import this_rank
+from crosstrain.engine.ranks.world import this_rank, world_size
 from crosstrain.engine.spread import is_sharded
 from crosstrain.engine.storage.errors import (
     CheckpointError,
@@ -117,6 +117,7 @@ def resume_or_start(
     remote_event = None if every_remote is None else event_of(every_remote)
     trainer.checks = trainer.checks if checks is None else checks
     objects = with_trainer(trainer, to_save)
+    _check_world(trainer)
     if overlap and is_sharded(objects):
         raise ValueError(
             "overlap=True copies in the thread that writes, which a sharded model cannot have: "
@@ -154,6 +155,22 @@ def resume_or_start(
     run = ResumableRun(trainer, checkpoint, claim, latest, signals, copies)
     run.attach(event, remote_event)
     return run
+
+
+def _check_world(trainer: Engine) -> None:
+    """Checks that a trainer in one of several processes knows of the others.
+
+    Raises:
+        ValueError: if it has no backend: only rank 0 would save, and nobody wait for it.
+    """
+    size = world_size()
+    if trainer.backend is None and size > 1:
+        raise ValueError(
+            f"This is one of {size} processes, and the trainer has no backend to know it by: each "
+            "would train on all batches, and look for checkpoints that only rank 0 saves. Make it "
+            "with one, which takes the process group that is there: DeterministicEngine(step, get("
+            '"cpu").open()), from crosstrain.backends import get'
+        )
 
 
 def _second_tier(folder: Location, remote: Any, every_remote: Any) -> tuple[StorePath, ...]:

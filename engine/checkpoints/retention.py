@@ -60,26 +60,6 @@ def format_score(priority: Any) -> str:
     return f"{priority}" if isinstance(priority, numbers.Integral) else f"{priority:.4f}"
 
 
-def setup_filename_pattern(
-    with_prefix: bool = True,
-    with_score: bool = True,
-    with_score_name: bool = True,
-    with_global_step: bool = True,
-) -> str:
-    """Does what `Checkpoint.setup_filename_pattern` documents."""
-    if not (with_global_step or with_score):
-        raise ValueError("At least one of with_score and with_global_step should be True.")
-    if with_score_name and not with_score:
-        raise ValueError("If with_score_name is True, with_score should be also True")
-    parts = ["{filename_prefix}"] if with_prefix else []
-    parts.append("{name}")
-    if with_global_step:
-        parts.append("{global_step}")
-    if with_score:
-        parts.append("{score_name}={score}" if with_score_name else "{score}")
-    return "_".join(parts) + ".{ext}"
-
-
 def global_step_from_engine(
     engine: Engine, custom_event_name: Any | None = None, fallback_attr: str = "epoch"
 ) -> Callable[[Any, Any], int]:

@@ -16,10 +16,10 @@ import numpy
 import torch
 from torch.utils.data import Dataset
 
-from crosstrain.engine.digest import digest
-from crosstrain.engine.guards import is_users_object
+from crosstrain.engine.digest import digest, same
+from crosstrain.engine.guards import is_dense, is_users_object
 
-from .generators import SCALARS, TRANSFORMS, copied, packed, same, unpacked
+from .generators import SCALARS, TRANSFORMS, copied, packed, unpacked
 
 _DEPTH: Final = 4
 # What is larger is the data itself, and not a state of it.
@@ -235,7 +235,8 @@ def _size(value: Any, depth: int = 3) -> int:
     if kind in SCALARS:
         return 1
     if kind is torch.Tensor:
-        return 1 if value.nbytes <= _BYTES and not value.requires_grad else _ENTRIES + 1
+        plain = is_dense(value) and value.nbytes <= _BYTES and not value.requires_grad
+        return 1 if plain else _ENTRIES + 1
     if kind is numpy.ndarray:
         plain = value.dtype.kind in "biuf" and value.nbytes <= _BYTES
         return 1 if plain else _ENTRIES + 1

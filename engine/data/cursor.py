@@ -15,13 +15,14 @@ import numpy
 import torch
 
 from crosstrain.backends import World, random_state
+from crosstrain.engine.digest import same
 from crosstrain.engine.errors import ResumeError
 from crosstrain.engine.proof import Proof, Strictness
 from crosstrain.engine.random_states import random_states_kept
 
 from .batch_before import Held, compare, compare_twice, differs, hold, is_comparable, record
 from .flows import Dataflow, Iterate, NoData, ReplayedFlow, SequenceFlow, StatefulFlow
-from .generators import is_stateful, same
+from .generators import is_stateful
 from .mapflow import MapFlow
 from .own_data import is_map_style, is_own, not_dealt_out, own_data
 from .sampling import is_loader
@@ -257,7 +258,10 @@ class Cursor:
         self._pass, self._exchanges = position["pass"], position["exchanges"]
         self.consumed = position["batch"]
         if before_handlers is not None and before_handlers.flow is flow:
-            self._go_on_in(before_handlers)
+            # It was opened, and compared, already.
+            self._note_opened(flow, before_handlers.iterator)
+            self._ended = before_handlers.ended
+            self._last, self._last_indices = before_handlers.last, before_handlers.indices
             return
         before: Any = position.get("before")
         check = _Check(key, position["flow"], proof, strictness)
@@ -274,12 +278,6 @@ class Cursor:
                 proof.differs(f"The data may not go on as it was: {doubt}.", "warn")
             self._rehearse(check)
             self._open_flow(key, check.state)
-
-    def _go_on_in(self, found: _Opened) -> None:
-        """Goes on in a pass that was opened, and compared, before handlers ran."""
-        self._note_opened(found.flow, found.iterator)
-        self._ended = found.ended
-        self._last, self._last_indices = found.last, found.indices
 
     def _open_after(self, before: Mapping[str, Any], check: _Check) -> None:
         """Opens data after the batch before, which is fetched once more and compared."""
@@ -332,23 +330,34 @@ class Cursor:
         again = repeatable if again is None or repeatable is None else again
         if again is None or strictness == "off":
             return
-        found: list[tuple[Held, Any]] = []
-        for _ in range(2):
-            kept = flow.kept()
-            self._open_flow(key, state, again)
-            self._last = self._last_indices = None
-            item = next(self, _NONE)
-            if item is _NONE and self.consumed:
-                item = self._first_of_next(key)
-            if item is not _NONE:
-                found.append(self._given(hold(item) if self._last is None else self._last))
-            self._iterator = iter(())
-            flow.put_back(kept)
-        self._last = self._last_indices = self.share = None
-        if len(found) == 2:
+        first, second = (self._look_at(key, state, again, bool(self.consumed)) for _ in range(2))
+        if first is not None and second is not None:
             place = f"batch {self.consumed + 1 - again} of pass {self._pass + 1}"
-            first = record(*found[0], world_of(self._backend))
-            compare_twice(first, *found[1], place, flow.suspects(), proof, strictness)
+            told = record(*first, world_of(self._backend))
+            compare_twice(told, *second, place, flow.suspects(), proof, strictness)
+
+    def _look_at(
+        self, key: StreamKey, state: Mapping[str, Any] | None, again: int, beyond: bool
+    ) -> tuple[Held, Any] | None:
+        """Returns the batch that a state leads to, with its indices, and leaves the data as it was.
+
+        Where its pass has ended there, that is the first of the next pass, if it is to be looked
+        `beyond`.
+        """
+        kept = self._known.kept()
+        self._open_flow(key, state, again)
+        self._last = self._last_indices = None
+        item = next(self, _NONE)
+        if item is _NONE and beyond:
+            item = self._first_of_next(key)
+        found = None
+        if item is not _NONE:
+            found = self._given(hold(item) if self._last is None else self._last)
+        self._iterator = iter(())
+        self.fetched, self._ended = self.consumed, False
+        self._last = self._last_indices = self.share = None
+        self._known.put_back(kept)
+        return found
 
     def _hear_witness(self, check: _Check) -> None:
         """Opens data at an earlier state whose next batch is known, and compares."""
@@ -356,14 +365,7 @@ class Cursor:
         witness = flow.witness(state, self._pass)
         if witness is None:
             return
-        kept = flow.kept()
-        self._open_flow(key, witness["state"])
-        self._last = None
-        found = next(self, _NONE) is not _NONE
-        last, self._iterator = self._last if found else None, iter(())
-        self.fetched, self._ended, self.share = self.consumed, False, None
-        self._last = self._last_indices = None
-        flow.put_back(kept)
+        last, _ = self._look_at(key, witness["state"], 0, False) or (None, None)
         what = "the batch after an earlier state of the data"
         compare(witness["next"], last, None, what, flow.suspects(), proof, strictness, _NO_PLACE)
 
@@ -601,11 +603,9 @@ def _flow(data: Any, iterate: Iterate, world: World) -> Dataflow:
         return StatefulFlow(data, data)
     if is_loader(data) and data.num_workers == 0 and is_stateful(data.dataset):
         return StatefulFlow(data, data.dataset)
-    return SequenceFlow(data, iterate) if _is_sequence(data) else ReplayedFlow(data)
-
-
-def _is_sequence(data: Any) -> bool:
-    return isinstance(data, (Sequence, torch.Tensor, numpy.ndarray))
+    if isinstance(data, (Sequence, torch.Tensor, numpy.ndarray)):
+        return SequenceFlow(data, iterate)
+    return ReplayedFlow(data)
 
 
 def _owners(data: Mapping[str, Any]) -> str:

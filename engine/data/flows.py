@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Final
 from torch.utils.data import BatchSampler, DataLoader
 
 from crosstrain.backends import random_state
-from crosstrain.engine.digest import digest
+from crosstrain.engine.digest import digest, same
 from crosstrain.engine.errors import ResumeWarning, warn_user
 from crosstrain.engine.guards import is_mapping
 from crosstrain.engine.loader_workers import workers_left_alone
@@ -26,7 +26,7 @@ from crosstrain.engine.progress import data_length
 from .apart import Apart
 from .attributes import Attributes
 from .batch_before import Held, Noted, Suspects, hold, record
-from .generators import OwnStates, same
+from .generators import OwnStates
 from .sampling import is_loader, rebuilt
 from .shares import ALONE, BatchShare
 from .streams import StreamKey

@@ -14,7 +14,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from crosstrain.backends.random_state import with_arrays, without_arrays
-from crosstrain.engine.guards import is_collection, is_users_object
+from crosstrain.engine.digest import same
+from crosstrain.engine.guards import is_collection, is_dense, is_users_object
 
 GENERATORS: Final = (
     torch.Generator,
@@ -286,7 +287,7 @@ _LARGEST: Final = 1 << 23
 
 def _is_plain(value: Any, depth: int = 3) -> bool:
     if isinstance(value, torch.Tensor):
-        return value.nbytes <= _LARGEST
+        return is_dense(value) and value.nbytes <= _LARGEST
     if isinstance(value, numpy.ndarray):
         return value.dtype.kind in "biuf" and value.nbytes <= _LARGEST
     kind: Any = type(value)
@@ -312,26 +313,6 @@ def copied(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: copied(one) for key, one in value.items()}
     return value.copy() if isinstance(value, numpy.ndarray) else value
-
-
-def same(one: Any, other: Any) -> bool:
-    """Tells whether two plain values are of one type, and equal; tensors to the bit."""
-    if type(one) is not type(other):
-        return False
-    if isinstance(one, torch.Tensor):
-        alike = one.dtype == other.dtype and one.shape == other.shape
-        return alike and torch.equal(_bits(one), _bits(other))
-    if isinstance(one, numpy.ndarray):
-        return one.dtype == other.dtype and numpy.array_equal(one, other)
-    if isinstance(one, dict):
-        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, (list, tuple)) and not {*map(type, one)} <= SCALARS:
-        return len(one) == len(other) and all(map(same, one, other))
-    return bool(one == other)
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
 
 
 def packed(value: Any) -> dict[str, Any]:

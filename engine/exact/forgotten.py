@@ -25,7 +25,7 @@ import queue
 import threading
 import types
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.sharedctypes import SynchronizedBase
@@ -40,13 +40,13 @@ from crosstrain.engine.data.generators import GLOBAL_GENERATORS
 from crosstrain.engine.data.source import ResumableSource
 from crosstrain.engine.digest import digest
 from crosstrain.engine.dispatch import Dispatcher
-from crosstrain.engine.guards import OTHER_PACKAGES, is_others, is_users_object
+from crosstrain.engine.guards import OTHER_PACKAGES, is_dense, is_others, is_users_object
 from crosstrain.engine.nests import unwrap
 from crosstrain.engine.state import State
 from crosstrain.engine.structure import RECORDED
 
 from .held import Holders
-from .reads import ALL, WRITES, Use, attributes_used, uses_of, uses_of_self
+from .reads import ALL, WRITES, Use, attributes_used, names_in, uses_of, uses_of_self
 from .saved import SCALARS
 from .trained import functions_of_trained
 from .unnamed import (
@@ -146,6 +146,8 @@ class Forgotten:
         self._owners = set(functions)
         #: Those of it that are plain, and the functions that were looked into: for one look only.
         self.values, self.functions = walk.values, walk.functions
+        #: Gives the names of parameters and buffers.
+        self.states: Callable[[], frozenset[str]] = frozenset
         #: Other engines that the run uses, such as an evaluator, by where they were found.
         self.engines = walk.engines
         if walk.reads_metrics():
@@ -153,7 +155,7 @@ class Forgotten:
 
     def without_values(self) -> Forgotten:
         """Lets go of the values, and keeps what they are compared by."""
-        self.values, self.functions = {}, []
+        self.values, self.functions, self.states = {}, [], frozenset
         return self
 
     def begin_new(self, now: Forgotten) -> None:
@@ -222,6 +224,7 @@ class UsesWalk:
         self._known = frozenset(known)
         self._recorded = frozenset(recorded)
         self._seen: set[Any] = set()
+        self._of_classes: dict[Any, tuple[set[Use], list[types.FunctionType]]] = {}
         # What is looked at only to be written into a collection: a state, if that is read.
         self._waiting: list[tuple[str, str, Any, int]] = []
         self._read: set[int] = set()
@@ -307,6 +310,8 @@ class UsesWalk:
         while left := [one for one in self._holders if begun.get(id(one), 0) < count]:
             for holders in left:
                 for plain in self.functions[begun.get(id(holders), 0) : count]:
+                    if not holders.are_named_in(plain):
+                        continue
                     variables = _variables_of(plain)
                     for where, name, value, uses in holders.used_by(plain, variables):
                         self._used(value, where, name, _DEPTH, uses, variables)
@@ -320,6 +325,7 @@ class UsesWalk:
         return any(
             one.of == "state" and (one.use.read or one.use.into)
             for function in self.functions
+            if self.metrics and "metrics" in names_in(function.__code__)
             for one in attributes_used(function.__code__).get("metrics", ())
         )
 
@@ -330,8 +336,8 @@ class UsesWalk:
             called = [*_MAKING, *(use.path[0] for use in uses if use.path)]
             inner = uses_of_self(value, called)[0] | uses_of_self(type(value), called)[0]
             values = {**_values_of(type(value)), **_values_of(value)}
-            if any(not use.path for use in inner):
-                # Such as `type(self).calls`.
+            if any(not use.path for use in (*uses, *inner)):
+                # Such as `type(self).calls`, or passed on to another function.
                 inner |= {Use((name,), True) for name in values}
             self._space(values, owner, name, depth, uses | inner)
             if id(value) in self._seen:
@@ -450,11 +456,13 @@ class UsesWalk:
             saved = self._saved[id(value)]
             # Of collections, tensors and arrays the contents were compared.
             own = {name: one for name, one in own.items() if _mark(one) not in saved}
-        more, functions = uses_of_self(kind, [use.path[0] for use in uses if use.path])
+        more, functions = self._uses_of_self(
+            kind, frozenset(use.path[0] for use in uses if use.path)
+        )
         # What is passed on, or passes itself on, may be used in any way.
         whole = any(use.path[:1] in ((), ("__dict__",)) for use in (*uses, *more))
         if whole:
-            more, functions = uses_of_self(kind, set(dir(kind)) - set(_MAKING))
+            more, functions = self._uses_of_self(kind, frozenset(dir(kind)) - set(_MAKING))
         for function in functions:
             self._variables(function, owner, depth - 1)
         by_name: dict[str, set[Use]] = {attribute: set() for attribute in own if whole}
@@ -470,6 +478,14 @@ class UsesWalk:
             if (id(value), attribute, some) not in self._seen:
                 self._seen.add((id(value), attribute, some))
                 self.value(item, owner, f"{name}.{attribute}", depth - 1, some)
+
+    def _uses_of_self(
+        self, kind: type, names: frozenset[str]
+    ) -> tuple[set[Use], list[types.FunctionType]]:
+        # Many objects of a library's are of one class.
+        if (kind, names) not in self._of_classes:
+            self._of_classes[kind, names] = uses_of_self(kind, names)
+        return self._of_classes[kind, names]
 
     def settle(self) -> None:
         """Notes what was written into collections that are read after all."""
@@ -580,7 +596,7 @@ def _signature(value: Any, depth: int = 16) -> Any:
     if isinstance(value, (ctypes._SimpleCData, ctypes.Array)):
         return type(value).__name__, bytes(value)
     if isinstance(value, torch.Tensor):
-        if value.nbytes <= _BYTES:
+        if not is_dense(value) or value.nbytes <= _BYTES:
             return digest(value)
         some = value.detach().reshape(-1)[:: value.numel() >> 12]
         return id(value), tuple(value.shape), _version(value), digest(some)

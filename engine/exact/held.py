@@ -19,8 +19,8 @@ from crosstrain.engine.nests import unwrap
 from crosstrain.engine.state import State
 from crosstrain.engine.structure import RECORDED, modules_of
 
-from .reads import Use, attributes_used
-from .unnamed import TORCHS_OWN, TRAINED, attributes_of, methods_in, variables_of
+from .reads import Use, attributes_used, names_in
+from .unnamed import TORCHS_OWN, TRAINED, methods_in, variables_of
 
 # Attributes of every state; how often a step was applied, the step's own state tells.
 _STATE: Final = frozenset({*vars(State()), "applied_steps", "skipped_steps"})
@@ -46,6 +46,7 @@ class Holders:
         self._by_name: dict[str, list[tuple[str, Any]]] = {}
         # Bound here: to fetch a property from its object would call it.
         self._methods: dict[str, list[tuple[str, Any, types.MethodType]]] = {}
+        kinds: dict[type, dict[str, Any]] = {}
         for name, one in objects.items():
             parts = modules_of(one) if isinstance(one, Module) else {"": one}
             for path, part in parts.items():
@@ -53,8 +54,18 @@ class Holders:
                 self._holders[id(part)] = part
                 for attribute in _further(part, kept, id(part) in recorded):
                     self._by_name.setdefault(attribute, []).append((where, part))
-                for method, bound in _methods_of(part).items():
-                    self._methods.setdefault(method, []).append((where, part, bound))
+                if isinstance(part, TRAINED):
+                    kind = type(part)
+                    kinds[kind] = own = kinds[kind] if kind in kinds else methods_in(kind)
+                    # What it computes by is looked at whether anybody names it or not.
+                    for method in own.keys() - _COMPUTES:
+                        bound = types.MethodType(own[method], part)
+                        self._methods.setdefault(method, []).append((where, part, bound))
+
+    def are_named_in(self, function: types.FunctionType) -> bool:
+        """Tells whether a function may fetch anything of them: a quick look at its code."""
+        names = names_in(function.__code__)
+        return not (names.isdisjoint(self._by_name) and names.isdisjoint(self._methods))
 
     def used_by(
         self, function: types.FunctionType, variables: Mapping[str, Any]
@@ -74,7 +85,7 @@ class Holders:
                     if self._may_be(holder, one.base, one.of, function, variables)
                 )
                 if found:
-                    yield where, name, attributes_of(holder)[name], found
+                    yield where, name, vars(holder)[name], found
 
     def methods_used_by(
         self, function: types.FunctionType, variables: Mapping[str, Any]
@@ -91,9 +102,11 @@ class Holders:
 
     def values_used_by(self, function: types.FunctionType) -> Iterator[tuple[str, Any]]:
         """Yields what a function may fetch, and what to call it."""
-        for where, name, value, _ in self.used_by(function, dict(variables_of(function))):
-            yield f"{where}, its {name!r}", value
-        yield from self.methods_used_by(function, dict(variables_of(function)))
+        if self.are_named_in(function):
+            variables = dict(variables_of(function))
+            for where, name, value, _ in self.used_by(function, variables):
+                yield f"{where}, its {name!r}", value
+            yield from self.methods_used_by(function, variables)
 
     def _may_be(
         self,
@@ -132,15 +145,6 @@ def _further(holder: Any, kept: set[str], recorded: bool) -> Iterator[str]:
         ours = {name for each in type(holder).__mro__ if is_others(each) for name in vars(each)}
         yield from vars(holder).keys() - holder.made_with - ours
     elif isinstance(holder, TRAINED):
-        for name, value in attributes_of(holder).items():
+        for name, value in vars(holder).items():
             if name not in TORCHS_OWN and not (recorded and type(value) in RECORDED):
                 yield name
-
-
-def _methods_of(holder: Any) -> dict[str, types.MethodType]:
-    """Returns the methods that a module or an optimizer of the user's has besides, by name."""
-    if not isinstance(holder, TRAINED):
-        return {}
-    # What it computes by is looked at whether anybody fetches it by its name or not.
-    own = methods_in(type(holder)).items()
-    return {name: types.MethodType(one, holder) for name, one in own if name not in _COMPUTES}

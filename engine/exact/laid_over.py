@@ -12,11 +12,10 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
-import numpy
 import torch
 from torch.optim import Optimizer
 
-from crosstrain.engine.guards import is_mapping
+from crosstrain.engine.digest import same
 
 
 class LaidOver:
@@ -53,7 +52,7 @@ class _Kept:
 
     def holds(self) -> bool:
         """Tells whether the object still has this state."""
-        return _same(self._value.state_dict(), self._state)
+        return same(self._value.state_dict(), self._state)
 
     def end(self) -> None:
         """Ends what was done for the handlers."""
@@ -96,12 +95,11 @@ class _KeptOptimizer(_Kept):
             len(value.param_groups) == len(self._groups)
             and len(value.state) == len(self._states)
             and all(
-                _same(_without_parameters(group), kept)
+                same(_without_parameters(group), kept)
                 for group, kept in zip(value.param_groups, self._groups, strict=True)
             )
             and all(
-                p in value.state and _same(dict(value.state[p]), kept)
-                for p, kept, _ in self._states
+                p in value.state and same(dict(value.state[p]), kept) for p, kept, _ in self._states
             )
         )
 
@@ -157,24 +155,3 @@ def _copied(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(map(_copied, value))
     return copy.deepcopy(value)
-
-
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        one = one.detach().to(other.device)
-        return one.dtype == other.dtype and torch.equal(one, other)
-    if is_mapping(one):
-        return (
-            is_mapping(other)
-            and list(one) == list(other)
-            and all(_same(item, other[key]) for key, item in one.items())
-        )
-    if isinstance(one, (list, tuple)):
-        return (
-            isinstance(other, (list, tuple))
-            and len(one) == len(other)
-            and all(map(_same, one, other))
-        )
-    if isinstance(one, numpy.ndarray):
-        return isinstance(other, numpy.ndarray) and numpy.array_equal(one, other)
-    return type(one) is type(other) and bool(one == other)

@@ -15,12 +15,27 @@ from __future__ import annotations
 import ast
 import re
 import types
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Final
 
 from .reads import WRITES, syntax_tree
+from .statements import (
+    Above,
+    calls_in,
+    does_nothing,
+    draws,
+    fresh_in,
+    in_order,
+    is_in_place,
+    is_nothing,
+    made_in,
+    name_of,
+    position_of,
+    returns_nothing,
+    root_of,
+)
 
 _MAKING: Final = frozenset({"__new__", "__init__", "__post_init__"})
 # What changes a collection and depends on what it holds, or takes something away.
@@ -38,36 +53,51 @@ _CHANGES: Final = WRITES | {
     "sort",
     "symmetric_difference_update",
 }
-_SAYS: Final = frozenset({"debug", "info", "log", "print", "warn", "warning", "register_buffer"})
 _SIZES: Final = frozenset({"device", "dtype", "len", "ndim", "numel", "shape", "size"})
-# What draws from a generator that all share, or sets one, or does a training's work.
-_DRAWS: Final = re.compile(
-    "bernoulli|choice|dropout|exponential|multinomial|normal|perm|poisson|rand|sample|seed|shuffle"
-    "|uniform|rng|^step$|zero_grad|backward|load|^next$|^apply$|^exec$|^eval$|setattr|delattr"
-)
 _HOOK: Final = re.compile("^register_.*hook$")
-# Made with a state of their own, they draw from nothing else.
-_OWN_DRAWS: Final = frozenset({"default_rng", "RandomState"})
-_Above = tuple[ast.AST, ...]
 _CONTROL: Final = (ast.If, ast.For, ast.While, ast.Try, ast.ExceptHandler, ast.IfExp)
 _COPIES: Final = frozenset({"__getitem__", "get", "getattr"})
 
 
-def is_made_lazily(path: str, functions: Iterable[types.FunctionType]) -> bool:
+def is_made_lazily(
+    path: str, functions: Iterable[types.FunctionType], states: frozenset[str] = frozenset()
+) -> bool:
     """Tells whether something is made where it is missing, and used nowhere before that.
 
     Args:
         path: where functions find it, such as `self.mask`: a variable, and attributes.
         functions: all that may use it.
+        states: names of parameters and buffers, which are no such things.
     """
     codes = [one.__code__ for one in functions if one.__name__ not in _MAKING]
     made = False
     for index, name in enumerate(re.sub(r"\[.*?\]", "", path).split(".")):
-        answer = _is_made(name, index == 0, codes)
+        answer = _is_made(name, index == 0, codes, states)
         if answer is False:
             return False
         made |= answer is True
     return made
+
+
+def made_beside(
+    name: str, functions: Iterable[types.FunctionType], states: frozenset[str]
+) -> set[str]:
+    """Returns the attributes that are made together with one, if that is made where it is missing.
+
+    Args:
+        name: of an attribute, such as a flag that says that the others are made.
+        functions: all that may use it.
+        states: as of `is_made_lazily`.
+    """
+    codes = list(dict.fromkeys(one.__code__ for one in functions if one.__name__ not in _MAKING))
+    if _is_made(name, False, codes, states) is not True:
+        return set()
+    through = frozenset(one.name for one in (_of(c, name, False) for c in codes) if one.spoils)
+    found = [
+        _of(code, name, False, frozenset() if code.co_name in through else through)
+        for code in codes
+    ]
+    return set[str]().union(*(one.beside for one in found)) - {name}
 
 
 def hooks_are_made_lazily(functions: Iterable[types.FunctionType]) -> bool:
@@ -80,7 +110,7 @@ def hooks_are_made_lazily(functions: Iterable[types.FunctionType]) -> bool:
     return all(map(_hooks_first, codes))
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=1 << 15)
 def _hooks_first(code: types.CodeType) -> bool:
     if not any(_HOOK.search(name) for name in code.co_names):
         return True
@@ -88,14 +118,14 @@ def _hooks_first(code: types.CodeType) -> bool:
     statements: list[ast.stmt] = getattr(body[0] if body else None, "body", [])
     for one in statements:
         if any(isinstance(node, ast.Call) and _is_hook(node) for node in ast.walk(one)):
-            made = _made_in([one])
+            made = made_in([one])
             inside = [node for part in getattr(one, "body", []) for node in ast.walk(part)]
             if not isinstance(one, ast.If) or one.orelse:
                 return False
             if any(isinstance(node, (ast.Return, ast.AugAssign, ast.Delete)) for node in inside):
                 return False
             return all(
-                not isinstance(node, ast.Call) or _is_hook(node) or not _draws(node, made)
+                not isinstance(node, ast.Call) or _is_hook(node) or not draws(node, made)
                 for node in inside
             ) and all(
                 not isinstance(node, ast.Expr)
@@ -108,19 +138,31 @@ def _hooks_first(code: types.CodeType) -> bool:
 
 
 def _is_hook(call: ast.Call) -> bool:
-    return _HOOK.search(_last(call.func)) is not None
+    return _HOOK.search(name_of(call.func)) is not None
 
 
-def _is_made(name: str, variable: bool, codes: Sequence[types.CodeType]) -> bool | None:
-    """Returns whether a name's writes all make it; None if nothing writes to it."""
+def _is_made(
+    name: str,
+    variable: bool,
+    codes: Sequence[types.CodeType],
+    states: frozenset[str] = frozenset(),
+    within: frozenset[str] = frozenset(),
+) -> bool | None:
+    """Returns whether a name's writes all make it; None if nothing writes to it.
+
+    What is written beside it has to be so, too, and to be none of the states, which a resume puts
+    back and that would be written over.
+    """
     codes = list(dict.fromkeys(codes))
     found = [_of(code, name, variable) for code in codes]
     # A function that makes it and does nothing else may be called where it is missing.
-    if through := frozenset(one.name for one in found if one.spoils):
+    through_found = [one for one in found if one.spoils]
+    if through := frozenset(one.name for one in through_found):
         if not all(one.only_makes for one in found if one.spoils):
             return False
+        kin = frozenset[str]().union(*(one.beside for one in found))
         found = [
-            _of(code, name, variable, through)
+            _of(code, name, variable, through, kin)
             for code, one in zip(codes, found, strict=True)
             if not one.spoils
         ]
@@ -132,6 +174,12 @@ def _is_made(name: str, variable: bool, codes: Sequence[types.CodeType]) -> bool
     called = set[str]().union(*(one.calls for one in found if one.makes))
     if through - called or not all(
         _is_harmless(code) for code in codes if code.co_name in called - makers - through
+    ):
+        return False
+    within |= {name}
+    beside = frozenset[str]().union(*(one.beside for one in (*found, *through_found))) - within
+    if beside & states or any(
+        _is_made(one, False, codes, states, within | beside) is False for one in beside
     ):
         return False
     if any(one.itself for one in found):
@@ -153,6 +201,7 @@ class _Found:
         reads_first: whether it reads it before it has made it, or without that.
         called_before: the functions that it calls before it does.
         calls: those that it calls where it makes it.
+        beside: other attributes that it writes to there.
     """
 
     name: str
@@ -163,11 +212,16 @@ class _Found:
     reads_first: bool = False
     called_before: set[str] = field(default_factory=set[str])
     calls: set[str] = field(default_factory=set[str])
+    beside: set[str] = field(default_factory=set[str])
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1 << 15)
 def _of(
-    code: types.CodeType, name: str, variable: bool, through: frozenset[str] = frozenset()
+    code: types.CodeType,
+    name: str,
+    variable: bool,
+    through: frozenset[str] = frozenset(),
+    kin: frozenset[str] = frozenset(),
 ) -> _Found:
     found = _Found(code.co_name)
     if not any(_mentions_by_name(code, one) for one in (name, *through)):
@@ -182,7 +236,7 @@ def _of(
         return found
     if variable and (name in code.co_varnames or name == "object"):
         return found
-    _Places(tree, name, variable, through).judge(found)
+    _Places(tree, name, variable, through, kin).judge(found)
     return found
 
 
@@ -206,10 +260,19 @@ class _Places:
     """The places of a function's source where it mentions a name."""
 
     def __init__(
-        self, tree: ast.AST, name: str, variable: bool, through: frozenset[str] = frozenset()
+        self,
+        tree: ast.AST,
+        name: str,
+        variable: bool,
+        through: frozenset[str] = frozenset(),
+        kin: frozenset[str] = frozenset(),
     ) -> None:
         self._tree, self._name, self._variable, self._through = tree, name, variable, through
-        self._nodes = sorted(_in_order(tree, ()), key=_position)
+        # Functions that make it, and what else these make.
+        self._kin, self._is_beside = kin, False
+        self._nodes = sorted(in_order(tree, ()), key=position_of)
+        # A method that is called so, as `cos` of a tensor, is another thing.
+        self._methods = {id(node.func) for node, _ in self._nodes if isinstance(node, ast.Call)}
         self._aliases = {
             target.id
             for node, _ in self._nodes
@@ -236,10 +299,12 @@ class _Places:
             if region is None:
                 found.spoils = True
                 body: list[ast.stmt] = getattr(getattr(self._tree, "body", [None])[0], "body", [])
-                found.only_makes = bool(body) and self._is_alone(body) and _returns_nothing(body)
+                found.only_makes = bool(body) and self._is_alone(body) and returns_nothing(body)
+                found.beside = self._written_beside(body)
                 return
             regions.append(region)
-            found.calls |= _calls_in(region.statements)
+            found.calls |= calls_in(region.statements)
+            found.beside |= self._written_beside(region.statements)
         asked = {
             one.id for each in regions for one in ast.walk(each.asks) if isinstance(one, ast.Name)
         }
@@ -255,9 +320,10 @@ class _Places:
             if not any(one.comes_before(node, above) for one in regions):
                 found.reads_first = True
                 found.called_before = {
-                    _last(call.func)
+                    name_of(call.func)
                     for call, _ in self._nodes
-                    if isinstance(call, ast.Call) and _position((call, ())) < _position((node, ()))
+                    if isinstance(call, ast.Call)
+                    and position_of((call, ())) < position_of((node, ()))
                 }
                 return
 
@@ -265,7 +331,8 @@ class _Places:
         if isinstance(node, ast.Name):
             return node.id == self._name and self._variable
         if isinstance(node, ast.Attribute):
-            return node.attr == self._name and not self._variable
+            named = node.attr == self._name and not self._variable
+            return named and id(node) not in self._methods
         return isinstance(node, ast.Constant) and node.value == self._name and not self._variable
 
     def _mentions(self, node: ast.AST, aliases: bool = False) -> bool:
@@ -278,21 +345,21 @@ class _Places:
     def _is_copy(self, value: ast.AST) -> bool:
         """Tells whether a value is the thing itself, or what it holds under some key."""
         if isinstance(value, ast.Call):
-            return _last(value.func) in _COPIES and self._mentions(value)
+            return name_of(value.func) in _COPIES and self._mentions(value)
         if isinstance(value, ast.Subscript):
             value = value.value
         return self._is_mention(value)
 
-    def _writes(self, node: ast.AST, above: _Above) -> bool:
+    def _writes(self, node: ast.AST, above: Above) -> bool:
         """Tells whether a node is where it is written to, in whichever way."""
         if isinstance(node, ast.Call):
             function = node.func
             if isinstance(function, ast.Attribute) and self._is_itself(function.value):
                 own = function.attr
-                return own in _CHANGES or own == "setdefault" or _is_in_place(own)
-            if _last(function) in self._through:
+                return own in _CHANGES or own == "setdefault" or is_in_place(own)
+            if name_of(function) in self._through:
                 return True
-            return _last(function) in ("setattr", "delattr") and self._mentions(node)
+            return name_of(function) in ("setattr", "delattr") and self._mentions(node)
         if not self._is_mention(node) or isinstance(node, ast.Constant):
             return False
         inner = node
@@ -307,10 +374,10 @@ class _Places:
             node = node.value
         return self._is_mention(node)
 
-    def _region_of(self, node: ast.AST, above: _Above) -> _Region | None:
+    def _region_of(self, node: ast.AST, above: Above) -> _Region | None:
         """Returns where it is made, if it is made there as it was missing, and nothing else is."""
         statement = next((one for one in reversed(above) if isinstance(one, ast.stmt)), None)
-        by_call = isinstance(node, ast.Call) and _last(node.func) in self._through
+        by_call = isinstance(node, ast.Call) and name_of(node.func) in self._through
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and not by_call:
             if node.func.attr == "setdefault":
                 alone = self._is_alone([node])
@@ -331,7 +398,35 @@ class _Places:
         for region, missing in self._regions(above):
             if (missing or whole) and self._is_alone(region.statements) and self._ends(region):
                 return region
+        return self._with_another(node, above) if whole else None
+
+    def _with_another(self, node: ast.AST, above: Above) -> _Region | None:
+        """Returns where it is made together with another attribute, that was missing."""
+        if self._variable or self._is_beside:
+            return None
+        block = next((one for one in reversed(above) if isinstance(one, (ast.If, ast.Try))), None)
+        others = self._written_beside([] if block is None else [block])
+        for name in sorted((others | self._kin) - {self._name}):
+            other = _Places(self._tree, name, False, self._through, self._kin)
+            other._is_beside = True
+            for place in other._nodes:
+                if other._writes(*place):
+                    region = other._region_of(*place)
+                    if region is not None and region.has(node, above):
+                        return region
         return None
+
+    def _written_beside(self, statements: Iterable[ast.AST]) -> set[str]:
+        """Returns the attributes of what holds it that statements set."""
+        return {
+            one.attr
+            for statement in statements
+            for one in ast.walk(statement)
+            if isinstance(one, ast.Attribute)
+            and isinstance(one.ctx, ast.Store)
+            and isinstance(one.value, ast.Name)
+            and one.value.id in self._holders
+        }
 
     def _keeps_its_own(self, value: ast.AST) -> bool:
         """Tells whether a value is the thing itself unless that is missing."""
@@ -343,7 +438,7 @@ class _Places:
             return kept is not None and self._is_mention(kept)
         return False
 
-    def _regions(self, above: _Above) -> Iterator[tuple[_Region, bool]]:
+    def _regions(self, above: Above) -> Iterator[tuple[_Region, bool]]:
         """Yields what is done because it was missing or of another size, and whether missing."""
         for index in range(len(above) - 1, -1, -1):
             one, inner = above[index], above[index + 1] if index + 1 < len(above) else None
@@ -363,7 +458,7 @@ class _Places:
                     yield from self._after_exits(block, inner, above[: index + 1])
 
     def _after_exits(
-        self, block: list[Any], inner: Any, above: _Above
+        self, block: list[Any], inner: Any, above: Above
     ) -> Iterator[tuple[_Region, bool]]:
         """Yields what follows a test for it in a block that ends where it is there."""
         for place, one in enumerate(block[: block.index(inner)]):
@@ -379,14 +474,14 @@ class _Places:
         inside = [node for one in region.statements for node in ast.walk(one)]
         if region.returns:
             returned = [one.value for one in inside if isinstance(one, ast.Return)]
-            made = _made_in(region.statements) | self._aliases
-            return all(map(_is_nothing, returned)) or all(
+            made = made_in(region.statements) | self._aliases
+            return all(map(is_nothing, returned)) or all(
                 one is not None and self._gives_it(one, made) for one in returned
             )
         if any(isinstance(one, (ast.Return, ast.Break, ast.Continue)) for one in inside):
             return False
         # What it has made under other names is not looked at where nothing was made.
-        local = _made_in(region.statements) - ({self._name} if self._variable else set())
+        local = made_in(region.statements) - ({self._name} if self._variable else set())
         asked = {one.id for one in ast.walk(region.asks) if isinstance(one, ast.Name)}
         if asked & self._aliases - local:
             return False
@@ -405,7 +500,7 @@ class _Places:
             value = value.value
         if isinstance(value, ast.Name) and value.id in made:
             return True
-        beside = isinstance(value, ast.Attribute) and _root(value) is value.value
+        beside = isinstance(value, ast.Attribute) and root_of(value) is value.value
         return self._is_copy(value) or beside
 
     def _says_missing(self, test: ast.AST) -> int | None:
@@ -432,30 +527,30 @@ class _Places:
     def _compared(self, left: ast.expr, how: ast.cmpop, right: ast.expr) -> int | None:
         if isinstance(how, (ast.Is, ast.IsNot)):
             sign = 1 if isinstance(how, ast.Is) else -1
-            return sign if _is_nothing(right) and self._is_asked(left) else None
+            return sign if is_nothing(right) and self._is_asked(left) else None
         if isinstance(how, (ast.In, ast.NotIn)):
             sign = -1 if isinstance(how, ast.In) else 1
             return sign if self._is_mention(right) else None
         if isinstance(right, ast.Constant) and right.value == 0 and isinstance(left, ast.Call):
-            if _last(left.func) == "len":
+            if name_of(left.func) == "len":
                 return {ast.Eq: 1, ast.NotEq: -1, ast.Gt: -1}.get(type(how))
             return None
-        asked = {_last(one) for one in ast.walk(ast.Tuple([left, right])) if _last(one)}
-        return 0 if asked & _SIZES else None
+        asked = {name_of(one) for one in ast.walk(ast.Tuple([left, right])) if name_of(one)}
+        return 0 if asked & _SIZES or self._is_mention(left) or self._is_mention(right) else None
 
     def _is_asked(self, node: ast.AST) -> bool:
         if isinstance(node, ast.NamedExpr):
             node = node.value
         if isinstance(node, ast.Name) and node.id in self._aliases:
             return True
-        named = isinstance(node, ast.Call) and _last(node.func) == "hasattr"
+        named = isinstance(node, ast.Call) and name_of(node.func) == "hasattr"
         return self._is_copy(node) or (named and self._mentions(node))
 
     def _is_alone(self, statements: Sequence[ast.AST]) -> bool:
         """Tells whether statements do nothing but make it."""
-        made = _made_in(statements) | self._aliases
+        made = fresh_in(statements) | self._aliases
         return all(
-            _does_nothing(one, made, self._holders, self._is_itself, self._through)
+            does_nothing(one, made, self._holders, self._is_itself, self._through)
             for one in statements
         )
 
@@ -474,155 +569,29 @@ class _Region:
 
     statements: Sequence[ast.AST]
     test: ast.AST
-    above: _Above
+    above: Above
     asks: ast.AST
     returns: bool = False
 
-    def has(self, node: ast.AST, above: _Above) -> bool:
+    def has(self, node: ast.AST, above: Above) -> bool:
         """Tells whether a node is in the test or in the statements."""
         around = (*above, node)
         return any(one is self.test or one in self.statements for one in around)
 
-    def comes_before(self, node: ast.AST, above: _Above) -> bool:
+    def comes_before(self, node: ast.AST, above: Above) -> bool:
         """Tells whether it has been made wherever a node is come to."""
         holds = [one for one in self.above if isinstance(one, _CONTROL)]
-        return _position((self.test, ())) <= _position((node, ())) and all(
+        return position_of((self.test, ())) <= position_of((node, ())) and all(
             one in above for one in holds
         )
 
 
-def _in_order(node: ast.AST, above: _Above) -> Iterator[tuple[ast.AST, _Above]]:
-    yield node, above
-    if isinstance(node, ast.ClassDef):
-        # Its methods are functions of their own.
-        return
-    for child in ast.iter_child_nodes(node):
-        yield from _in_order(child, (*above, node))
-
-
-def _position(place: tuple[ast.AST, _Above]) -> tuple[int, int]:
-    node: Any = place[0]
-    return getattr(node, "lineno", 0), getattr(node, "col_offset", 0)
-
-
-def _last(function: ast.AST) -> str:
-    if isinstance(function, ast.Call):
-        function = function.func
-    if isinstance(function, ast.Attribute):
-        return function.attr
-    return function.id if isinstance(function, ast.Name) else ""
-
-
-def _root(node: ast.AST) -> ast.AST:
-    while isinstance(node, (ast.Attribute, ast.Subscript)):
-        node = node.value
-    return node
-
-
-def _is_in_place(name: str) -> bool:
-    return name.endswith("_") and not name.endswith("__")
-
-
-def _calls_in(statements: Iterable[ast.AST]) -> set[str]:
-    inside = (node for one in statements for node in ast.walk(one))
-    return {_last(node.func) for node in inside if isinstance(node, ast.Call)}
-
-
-def _made_in(statements: Iterable[ast.AST]) -> set[str]:
-    """Returns the local variables that statements set to what they make."""
-    return {
-        target.id
-        for one in statements
-        for node in ast.walk(one)
-        if isinstance(node, (ast.Assign, ast.AnnAssign, ast.NamedExpr, ast.For, ast.comprehension))
-        for targets in [node.targets if isinstance(node, ast.Assign) else [node.target]]
-        for each in targets
-        for target in ast.walk(each)
-        if isinstance(target, ast.Name) and isinstance(target.ctx, ast.Store)
-    }
-
-
-def _does_nothing(
-    node: ast.AST,
-    made: set[str],
-    holders: set[str],
-    is_itself: Callable[[ast.AST], bool],
-    through: frozenset[str] = frozenset(),
-) -> bool:
-    """Tells whether a statement writes to nothing but what is made, and draws nothing.
-
-    Args:
-        node: the statement.
-        made: local variables that hold what is made.
-        holders: what it may write to beside, such as a size to `self`.
-        is_itself: tells whether a node is what is made.
-        through: functions that make it.
-    """
-    for one in ast.walk(node):
-        if isinstance(one, (ast.Await, ast.Yield, ast.YieldFrom, ast.Delete)):
-            return False
-        if isinstance(one, ast.Call) and _draws(one, made):
-            return False
-        if isinstance(one, ast.Expr) and not _is_quiet(one.value, made, is_itself, through):
-            return False
-        if isinstance(one, ast.AugAssign):
-            root = _root(one.target)
-            if not (isinstance(root, ast.Name) and root.id in made):
-                return False
-        if isinstance(one, (ast.Attribute, ast.Subscript)) and isinstance(one.ctx, ast.Store):
-            root = _root(one)
-            name = root.id if isinstance(root, ast.Name) else ""
-            beside = isinstance(one, ast.Attribute) and one.value is root and name in holders
-            if not (is_itself(one) or beside or name in made):
-                return False
-    return True
-
-
-def _is_quiet(
-    value: ast.AST,
-    made: set[str],
-    is_itself: Callable[[ast.AST], bool],
-    through: frozenset[str],
-) -> bool:
-    """Tells whether an expression that stands alone writes to nothing but what is made."""
-    if isinstance(value, ast.Constant):
-        return True
-    if not isinstance(value, ast.Call):
-        return False
-    if _last(value.func) in _SAYS or _last(value.func) in through:
-        return True
-    root = _root(value.func)
-    itself = isinstance(value.func, ast.Attribute) and is_itself(value.func.value)
-    return itself or (isinstance(root, ast.Name) and root.id in made)
-
-
-def _is_nothing(value: ast.AST | None) -> bool:
-    return value is None or (isinstance(value, ast.Constant) and value.value is None)
-
-
-def _returns_nothing(body: Iterable[ast.AST]) -> bool:
-    inside = (node for one in body for node in ast.walk(one))
-    return all(_is_nothing(one.value) for one in inside if isinstance(one, ast.Return))
-
-
-def _draws(call: ast.Call, made: set[str]) -> bool:
-    """Tells whether a call may draw from, or set, a generator that others use."""
-    name = _last(call.func)
-    if name in _OWN_DRAWS or not _DRAWS.search(name):
-        return False
-    if any(one.arg == "generator" for one in call.keywords):
-        return False
-    root = _root(call.func)
-    own = isinstance(root, ast.Call) or (isinstance(root, ast.Name) and root.id in made)
-    return not (own and isinstance(call.func, ast.Attribute))
-
-
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=1 << 15)
 def _is_harmless(code: types.CodeType) -> bool:
     """Tells whether a function does nothing but return something."""
     body = getattr(syntax_tree(code), "body", [None])
     first: Any = body[0] if body else None
     if not isinstance(first, ast.FunctionDef):
         return False
-    made = _made_in(first.body)
-    return all(_does_nothing(one, made, set(), lambda _: False) for one in first.body)
+    made = fresh_in(first.body)
+    return all(does_nothing(one, made, set(), lambda _: False) for one in first.body)

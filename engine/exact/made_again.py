@@ -13,11 +13,17 @@ import collections
 from collections.abc import Container, Iterable, Mapping
 from typing import Any, Final
 
+import torch
+
 from crosstrain.engine.digest import digest
+from crosstrain.engine.guards import is_others
 from crosstrain.engine.proof import Proof
+from crosstrain.engine.structure import RECORDED
 
 from .forgotten import PLAIN, Forgotten
-from .lazily import is_made_lazily
+from .lazily import is_made_lazily, made_beside
+from .reads import uses_of_self
+from .unnamed import layers_of, methods_in
 
 __all__ = ["MadeAgain"]
 
@@ -99,6 +105,37 @@ class MadeAgain:
                 self._equal.add(name)
         return differ
 
+    def sift_data(self, dataset: Any, lost: Iterable[str]) -> list[str]:
+        """Does what `sift` does for what has changed of a dataset and is too large to save.
+
+        Args:
+            dataset: the dataset.
+            lost: the names of it, such as `dataset.index`; each is given once.
+        """
+        left: list[str] = []
+        for name in lost:
+            found = _digests_of_data(dataset, name)
+            if found is None:
+                left.append(name)
+            else:
+                self._kept[name] = found
+        return left
+
+    def differences_of_data(self, dataset: Any) -> list[str]:
+        """Does what `differences` does for a dataset; what is equal is not looked at again."""
+        differ: list[str] = []
+        for name, then in list(self._expected.items()):
+            found = _digests_of_data(dataset, name)
+            if found is None:
+                continue
+            del self._expected[name]
+            if found == then:
+                self._kept[name] = found
+                self._equal.add(name)
+            else:
+                differ.append(name)
+        return differ
+
     def settle(self, proof: Proof) -> None:
         """Notes in a proof what was made again and is equal, and what was not made yet."""
         if self._equal:
@@ -109,7 +146,9 @@ class MadeAgain:
     def _digests_of(self, now: Forgotten, place: Place) -> _Digests | None:
         """Returns the digests of what is made lazily; None for anything else."""
         value, signature, name = now.values.get(place), now.found.get(place), named(place)
-        if not isinstance(value, _KINDS) or not is_made_lazily(place[1], now.functions):
+        if not isinstance(value, _KINDS):
+            return None
+        if not is_made_lazily(place[1], now.functions, now.states()):
             return None
         taken = self._taken.get(name)
         if taken is None or taken[0] != signature:
@@ -120,6 +159,42 @@ class MadeAgain:
                 found = {"": digest(value)}
             taken = self._taken[name] = signature, found
         return taken[1]
+
+
+def _digests_of_data(dataset: Any, name: str) -> _Digests | None:
+    """Returns the digest of a dataset's list or mapping that is made lazily; None if it is not."""
+    head, _, own = name.rpartition(".")
+    value = getattr(dataset, "__dict__", {}).get(own) if head == "dataset" else None
+    if not value or not isinstance(value, (list, dict)):
+        return None
+    functions = [one for each in methods_in(type(dataset)).values() for one in layers_of(each)]
+    return {"": digest(value)} if is_made_lazily(f"self.{own}", functions) else None
+
+
+def is_made_beside(owner: Any, name: str) -> bool:
+    """Tells whether a number or a flag of a module says that something else there was made.
+
+    Args:
+        owner: the module.
+        name: of its attribute. What is made beside it lies in no state and is not recorded.
+    """
+    kind = type(owner)
+    if not isinstance(owner, torch.nn.Module) or is_others(kind):
+        return False
+    states = frozenset((*owner._parameters, *owner._buffers, *owner._modules))
+    found = made_beside(name, uses_of_self(kind, ["forward"])[1], states)
+    return any(not isinstance(vars(owner).get(one), (*RECORDED, type(None))) for one in found)
+
+
+def names_of_states(objects: Mapping[str, Any]) -> frozenset[str]:
+    """Returns the names that modules call their parameters and buffers by."""
+    return frozenset(
+        name
+        for value in objects.values()
+        if isinstance(value, torch.nn.Module)
+        for module in value.modules()
+        for name in (*module._parameters, *module._buffers)
+    )
 
 
 def named(place: Place) -> str:

@@ -8,19 +8,18 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
 from crosstrain.backends import World
-from crosstrain.engine.data.generators import same
+from crosstrain.engine.digest import same
 from crosstrain.engine.errors import ResumeWarning, warn_user
 from crosstrain.engine.guards import is_mapping
 from crosstrain.engine.ranks.agreement import agreement_of
 from crosstrain.engine.ranks.line import Line, has_ranks
+from crosstrain.engine.ranks.of_each import RANKS, warn_of_own
 from crosstrain.engine.training.gradients import combined
 
 if TYPE_CHECKING:
     from crosstrain.backends import Backend
     from crosstrain.engine.engine import Engine
 
-#: The key of a state that holds what differs between the ranks.
-RANKS: Final = "ranks"
 #: What the number of logical shards is called among the conditions of a run.
 SHARDS: Final = "logical shards"
 _logger = logging.getLogger(__name__)
@@ -40,9 +39,19 @@ def gathered(values: Mapping[str, Any], engine: Engine, destination: int) -> dic
     """
     size = 1 if engine.backend is None else engine.backend.world.size
     if size == 1 or not has_ranks():
+        if engine.backend is None and has_ranks():
+            warn_user(
+                "The state is that of this process alone: the engine has no backend, and so knows "
+                "nothing of the other ranks of the process group. A run that goes on from it gives "
+                "all of them this one's random states and position. Make the engine with a "
+                "backend, which takes the group that is there: DeterministicEngine(step, get("
+                '"cpu").open()).',
+                ResumeWarning,
+            )
         return dict(values)
     what = f"taking the engine's state at iteration {values['iteration']}"
-    own = {name: values[name] for name in _PARTS if name in values}
+    names = (*_PARTS, *engine.state_dict_user_keys)
+    own = {name: values[name] for name in names if name in values}
     agreement = agreement_of(engine)
     with Line() if agreement is None else nullcontext(agreement.line) as line:
         found, rank = line.gather(what, own, destination), line.rank
@@ -91,6 +100,9 @@ def own_part(state: Mapping[str, Any], backend: Backend | None) -> dict[str, Any
     ranks = state.get(RANKS)
     size = state["environment"]["world size"] if ranks is None else ranks["size"]
     shards = state["environment"].get(SHARDS)
+    found: Sequence[Mapping[str, Any]] = (ranks or {}).get("others") or []
+    if size != world.size:
+        warn_of_own({name for one in found for name in one} - {*_PARTS}, size, world.size)
     if shards is not None and size != world.size:
         # What the training computes is the same in all processes, and so are their streams.
         _logger.info(
@@ -100,7 +112,9 @@ def own_part(state: Mapping[str, Any], backend: Backend | None) -> dict[str, Any
             world.size,
             shards,
         )
-        return {**own, "environment": {**own["environment"], "world size": world.size}}
+        theirs = found[world.rank] if world.rank < len(found) else {}
+        kept = {name: value for name, value in theirs.items() if name not in _PARTS}
+        return {**own, **kept, "environment": {**own["environment"], "world size": world.size}}
     if ranks is None and size == world.size:
         return own
     if ranks is not None and ranks["others"] is None:

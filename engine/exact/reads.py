@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import inspect
 import itertools
+import linecache
 import textwrap
 import types
 from collections.abc import Iterable, Iterator, Mapping
@@ -75,6 +77,8 @@ _QUIET: Final = frozenset(
         "tuple",
     }
 )
+# A library's model leads to thousands of functions, which each look at a run comes to.
+_KEPT: Final = 1 << 15
 _Above = tuple[ast.AST, ...]
 
 
@@ -113,6 +117,10 @@ ALL: Final = frozenset({ALL_OF_IT})
 
 def syntax_tree(code: types.CodeType) -> ast.AST | None:
     """Returns the syntax tree of a function; None where there is no source, as of `exec`."""
+    if code.co_name != "<lambda>":
+        with contextlib.suppress(SyntaxError):
+            # To find the end of a function by its tokens takes many times as long.
+            return ast.parse(textwrap.dedent(_lines_of(code)))
     try:
         source = textwrap.dedent(inspect.getsource(code))
     except (OSError, TypeError):
@@ -137,6 +145,25 @@ def syntax_tree(code: types.CodeType) -> ast.AST | None:
     return None
 
 
+def _lines_of(code: types.CodeType) -> str:
+    """Returns a function's source as far as its code goes.
+
+    Raises:
+        SyntaxError: if that is not known.
+    """
+    lines = linecache.getlines(code.co_filename)
+    source = "".join(lines[code.co_firstlineno - 1 : _last_line(code)])
+    if not source.lstrip().startswith(("def ", "async def ", "@")):
+        raise SyntaxError
+    return source
+
+
+def _last_line(code: types.CodeType) -> int:
+    inner = (one for one in code.co_consts if isinstance(one, types.CodeType))
+    ends = (end for _, end, _, _ in code.co_positions() if end is not None)
+    return max((code.co_firstlineno, *ends, *map(_last_line, inner)))
+
+
 def _with_parents(tree: ast.AST) -> Iterator[tuple[ast.AST, _Above]]:
     stack: list[tuple[ast.AST, _Above]] = [(tree, ())]
     while stack:
@@ -146,7 +173,7 @@ def _with_parents(tree: ast.AST) -> Iterator[tuple[ast.AST, _Above]]:
         stack.extend((child, inner) for child in ast.iter_child_nodes(node))
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=_KEPT)
 def uses_of(code: types.CodeType) -> Mapping[str, frozenset[Use]] | None:
     """Returns what a function does with each of its variables; None where that is not known."""
     tree = syntax_tree(code)
@@ -159,7 +186,19 @@ def uses_of(code: types.CodeType) -> Mapping[str, frozenset[Use]] | None:
     return {name: frozenset(uses) for name, uses in found.items()}
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=_KEPT)
+def names_in(code: types.CodeType) -> frozenset[str]:
+    """Returns the names of attributes that a function may fetch: a quick look at its code."""
+    found = {*code.co_names}
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            found |= names_in(constant)
+        elif isinstance(constant, str):
+            found.add(constant)
+    return frozenset(found)
+
+
+@lru_cache(maxsize=_KEPT)
 def attributes_used(code: types.CodeType) -> Mapping[str, frozenset[AttributeUse]]:
     """Returns what a function does with attributes, by their names, whatever object they are of.
 

@@ -22,7 +22,7 @@ from .attached import Attached
 from .fetches import Fetched, who_fetches
 from .forgotten import Forgotten
 from .held import Holders
-from .made_again import LOOKS, MadeAgain
+from .made_again import LOOKS, MadeAgain, names_of_states
 from .saved import Saved
 from .trained import functions_held, functions_of_trained, hooks_of_all
 from .unnamed import functions_of, unnamed_sources
@@ -128,7 +128,7 @@ class Unsaved:
         looks = self._first_step or (self._looks > 0 and self._made_again.expects)
         return looks and self._engine.checks.unnamed != "off"
 
-    def step_done(self, objects: Mapping[str, Any]) -> None:
+    def step_done(self, objects: Mapping[str, Any], structure: Structure) -> None:
         """Looks at what the first steps of this process have made.
 
         At hooks and modules after the first; at what else a resumed run makes again after two.
@@ -142,10 +142,11 @@ class Unsaved:
                 if self._attached.keep_made(objects, now.functions) and self._begun is not None:
                     self._begun.begin_new(now)
             self._tell(self._attached.not_made(objects), _NOT_MADE_BY_STEP)
+            self._tell(structure.buffers_unlike(objects), _MADE_OTHERWISE)
         if self._looks > 0 and self._made_again.expects:
             self._looks -= 1
             now = now or self._forgotten(objects)
-            self._tell(self._new(self._made_again.differences(now)), _MADE_OTHERWISE)
+            self._tell(self._made_otherwise(now), _MADE_OTHERWISE)
             if self._looks == 0:
                 self._made_again.settle(self._engine.proof)
                 proof = self._engine.proof
@@ -176,19 +177,27 @@ class Unsaved:
         engines: dict[str, Any] = {}
         if self._begun is not None:
             now = self._forgotten(objects)
-            self._tell(self._new(self._made_again.differences(now)), _MADE_OTHERWISE)
+            self._tell(self._made_otherwise(now), _MADE_OTHERWISE)
             changed = self._made_again.sift(now, now.changed(self._begun), self._told)
             self._tell(self._new(changed), _FORGOTTEN)
             engines = now.engines
         attached = self._attached.changed(self._called(), objects, ended)
         self._tell(self._new(attached), _ATTACHED)
         self._tell(structure.not_made_again(objects), _NOT_MADE_AGAIN)
-        self._tell(cursor.lost(), _LOST)
+        lost = self._made_again.sift_data(self._dataset(), cursor.lost())
+        self._tell(lost, _LOST)
         return {name: plain_or_none(one.state.metrics) or {} for name, one in engines.items()}
 
     def made(self) -> dict[str, Any]:
         """Returns what a resumed run is to make again, for the state."""
         return {"again": self._made_again.record(), "by the first step": self._attached.made}
+
+    def _made_otherwise(self, now: Forgotten) -> list[str]:
+        found = self._made_again.differences(now)
+        return self._new([*found, *self._made_again.differences_of_data(self._dataset())])
+
+    def _dataset(self) -> Any:
+        return getattr(own_data(self._engine.state.dataloader), "dataset", None)
 
     def _new(self, found: Iterable[str]) -> list[str]:
         new = [what for what in found if what not in self._told]
@@ -290,7 +299,9 @@ class Unsaved:
         saved, functions = self._saved(), self._functions(objects)
         known = self._named_elsewhere() | saved.held
         holders, recorded = self._holders(objects), _recorded(objects)
-        return Forgotten(functions, known, holders, recorded, saved.contents)
+        found = Forgotten(functions, known, holders, recorded, saved.contents)
+        found.states = lambda: names_of_states(objects)
+        return found
 
 
 def _recorded(objects: Mapping[str, Any]) -> set[int]:

@@ -13,6 +13,7 @@ from crosstrain.engine.formats.safe_write import contents_of
 from crosstrain.engine.formats.staging import HostState
 from crosstrain.engine.guards import is_exact_list, is_mapping
 from crosstrain.engine.proof import Strictness
+from crosstrain.engine.spread import at_path
 from crosstrain.engine.storage.manifest import Manifest, rank_file
 from crosstrain.engine.stores.folders import Aside, Folder
 
@@ -101,7 +102,11 @@ def _without_repeated(states: Any, writers: Writers) -> tuple[Any, list[tuple[An
     if writers.rank == 0:
         return states, []
     same = [path for path, digest in digests.items() if first.get(path) == digest]
-    return _without(states, set(same), ()), same
+    for path in same:
+        # A plain state's containers are its own, so they can be changed.
+        container, key = at_path(states, path)
+        container[key] = None
+    return states, same
 
 
 def _digest(tensor: torch.Tensor) -> str:
@@ -121,18 +126,3 @@ def _large_tensors(value: Any, path: tuple[Any, ...]) -> Any:
         items = enumerate(value)
     for key, item in items:
         yield from _large_tensors(item, (*path, key))
-
-
-def _without(value: Any, same: set[tuple[Any, ...]], path: tuple[Any, ...]) -> Any:
-    if path in same:
-        return None
-    # A plain state's containers are its own, so they can be changed.
-    items: Any = ()
-    if is_mapping(value):
-        items = list(value.items())
-    elif is_exact_list(value):
-        items = enumerate(value)
-    changed: Any = value
-    for key, item in items:
-        changed[key] = _without(item, same, (*path, key))
-    return value

@@ -28,6 +28,8 @@ _CARE: Final = 16
 _HERE: Final = "CROSSTRAIN_TIMEOUT"
 # What is larger than this goes over a process group: the store is one process's.
 _LARGE: Final = 1 << 20
+# What gloo says then.
+_IN_VAIN: Final = ("Timed out waiting", "Application timeout")
 T = TypeVar("T")
 
 
@@ -135,9 +137,9 @@ class Line:
             time.sleep(pause)
             pause = min(2 * pause, longest)
 
-    def dead(self, ranks: Iterable[int] | None = None) -> list[int]:
-        """Returns the ranks whose process, on this machine, is known to have ended."""
-        return [rank for rank in (self.everyone if ranks is None else ranks) if self._is_dead(rank)]
+    def dead(self, ranks: Iterable[int]) -> list[int]:
+        """Returns those of some ranks whose process, on this machine, is known to have ended."""
+        return [rank for rank in ranks if self._is_dead(rank)]
 
     def _is_dead(self, rank: int) -> bool:
         if rank == self.rank or not self.has(f"process/{rank}"):
@@ -191,7 +193,9 @@ class Line:
                 self.count(f"{base}/came", -1)
                 self.drop(f"{base}/{rank}")
                 self.drop(f"{base}/what")
-                if failed.rank is not None and self.dead([failed.rank]):
+                dead = failed.rank is not None and self.dead([failed.rank])
+                if dead or is_timeout(failed):
+                    # The other rank's message does not say what it was that it did not come to.
                     raise RankFailed(f"Rank {rank} was {what}. {failed}", failed.rank) from None
             raise
         self._check_met(base, error, what)
@@ -308,6 +312,11 @@ class Line:
             module: Any = distributed
             self._group = module.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout))
         return self._group
+
+
+def is_timeout(error: BaseException) -> bool:
+    """Tells whether a rank has waited in vain in a collective operation, by what it says."""
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in _IN_VAIN)
 
 
 def said_of(ranks: list[int]) -> str:

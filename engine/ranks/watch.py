@@ -16,7 +16,7 @@ from torch import distributed
 
 from crosstrain.engine.errors import RankFailed
 
-from .line import Line, ended
+from .line import Line, ended, is_timeout
 from .stuck import end_if_stuck, patience
 
 if TYPE_CHECKING:
@@ -35,6 +35,13 @@ _HURRY: Final = 5.0
 _END: Final = 5.0
 # What errors of collective operations have in them that another process's end has caused.
 _CUT: Final = ("onnection", "gloo", "NCCL", "peer")
+# What to do about a collective operation that not all ranks have come to.
+_ALONE: Final = (
+    "It waited in a collective operation for another rank, which did something else. What all "
+    "ranks do together (to save, to take a state, mean_over_ranks, a metric that reduces over "
+    "processes, a pass of a model that is spread over them) is called on every rank, in the same "
+    "order and as often, not under `if rank == 0`."
+)
 
 
 def describe(error: BaseException) -> str:
@@ -209,7 +216,11 @@ class Watch:
             self._hurry()
             reason = str(failure)
             if not isinstance(failure, RankFailed):
+                hint = _ALONE if is_timeout(failure) else ""
+                if hint:
+                    failure.add_note(hint)
                 reason = f"Rank {line.rank} failed at iteration {iteration}: {describe(failure)}"
+                reason = f"{reason.rstrip('. ')}. {hint}" if hint else reason
             blamed = failure.rank if isinstance(failure, RankFailed) else line.rank
             text = json.dumps([line.rank if blamed is None else blamed, reason])
             if line.first(f"{base}/failure", text) == text:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from crosstrain.engine.ranks.world import unshared
+
 from .options import StepOptions, several
 
 if TYPE_CHECKING:
@@ -52,7 +54,10 @@ class EvaluationStep:
         self.backend = backend
         self.options = options or StepOptions()
         self.output_transform = output_transform
-        self._split, self._forward = self.options.splitter(), self.options.forward(model)
+        # Not what shares its gradients: that waits for all processes in each forward pass, and an
+        # evaluation may run in one of them. A `model_fn` gets what it was written for.
+        inner = unshared(model) if self.options.applies_model else model
+        self._split, self._forward = self.options.splitter(), self.options.forward(inner)
 
     def __call__(self, engine: Engine, batch: Any) -> Any:
         """Runs an iteration: put and forward, in evaluation mode and without gradients.

@@ -91,6 +91,11 @@ class StepOptions:
         """Whether the iteration's output is the loss, and no function makes another of it."""
         return self.output_transform is _unread_loss
 
+    @property
+    def applies_model(self) -> bool:
+        """Whether the model itself is called, and no function of the user's is given it."""
+        return self.model_fn is _apply
+
     def splitter(self) -> Callable[[Any, Backend], tuple[Any, Any]]:
         """Returns the function from (batch, backend) to `(x, y)` on the backend's device."""
         return _split_pair if self.prepare_batch is None else self._split_by_user

@@ -442,6 +442,31 @@ def test_what_handlers_change_of_a_list_with_tensors_is_as_it_was() -> None:
     _resumes(lambda: _loader(Windowed()), moves)
 
 
+ODD: dict[str, Callable[[], torch.Tensor]] = {
+    "sparse": lambda: torch.eye(3).to_sparse(),
+    "csr": lambda: torch.eye(3).to_sparse_csr(),
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    "quantized": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+    "without data": lambda: torch.ones(2, device="meta"),
+    "conjugated": lambda: torch.ones(2, dtype=torch.complex64).conj(),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("odd", ODD)
+def test_data_and_handlers_may_hold_tensors_of_any_layout(odd: str) -> None:
+    def make() -> Any:
+        data = Rows()
+        data.edges = ODD[odd]()  # type: ignore[attr-defined]
+        return _loader(data)
+
+    def looks(engine: DeterministicEngine, data: Any) -> None:
+        edges = ODD[odd]()
+        engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: edges.is_sparse)
+
+    _resumes(make, looks)
+
+
 def test_a_large_array_that_is_written_into_is_told() -> None:
     def writes(engine: DeterministicEngine, data: Any) -> None:
         data.dataset.negatives = np.zeros((SIZE, 50_000))

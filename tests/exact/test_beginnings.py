@@ -168,6 +168,43 @@ def test_what_handlers_of_an_epochs_beginning_draw_and_reset_is_as_it_was(
     assert again.weights() == straight.weights()
 
 
+class Unknown:
+    """A state that is no number yet."""
+
+    def __init__(self) -> None:
+        self.state = {"best": float("nan"), "mean": torch.tensor([float("nan"), -0.0])}
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+
+def test_what_no_handler_changes_is_not_put_back(tmp_path: Path) -> None:
+    def start() -> DeterministicEngine:
+        engine, same, other = DeterministicEngine(step, seed=3), Unknown(), Unknown()
+        others.append(other)
+        engine.add_event_handler(Events.STARTED, lambda: other.state.update(best=1.0))
+        resume_or_start(engine, {"same": same, "other": other}, tmp_path, every=1, background=False)
+        engine.run(range(4), max_epochs=2)
+        return engine
+
+    def step(engine: Any, batch: int) -> None:
+        others[-1].state["best"] = float("nan")
+        if engine.state.iteration == 3 and not stopped:
+            stopped.append(batch)
+            raise Stopped
+
+    stopped: list[int] = []
+    others: list[Unknown] = []
+    with pytest.raises(Stopped):
+        start()
+    said = [one for one in start().proof.checked if "put back" in one]
+    assert len(said) == 1, said
+    assert said[0].startswith("other: put back")
+
+
 def test_a_state_without_the_epochs_beginning_says_so() -> None:
     def engine_of(states: dict[int, Any]) -> DeterministicEngine:
         engine = DeterministicEngine(lambda engine, batch: None, seed=3)

@@ -208,6 +208,27 @@ def test_what_an_optimizer_leaves_out_of_a_state_of_its_own_is_told(tmp_path: Pa
     assert "the step of optimizer, its 'self.turns'" in told
 
 
+def test_a_class_that_is_passed_on_and_counts_is_told(tmp_path: Path) -> None:
+    class Counting(type):
+        calls = 0
+
+        def __call__(cls) -> float:
+            cls.calls += 1
+            return 0.1 / cls.calls
+
+    class Rate(metaclass=Counting):
+        pass
+
+    def turn(optimizer: Any, rate: Any) -> None:
+        _set(optimizer, rate())
+
+    def attach(trainer: Any, model: Any, optimizer: Any) -> None:
+        _each(trainer, lambda engine: turn(optimizer, Rate))
+
+    (told,) = _said(tmp_path, attach)
+    assert "its 'Rate.calls'" in told
+
+
 def _data() -> list[Any]:
     return [(torch.ones(2, 3), torch.ones(2, 1))] * 3
 

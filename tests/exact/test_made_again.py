@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from crosstrain.engine import (
     Checks,
@@ -140,6 +140,34 @@ class Once(Keeps):
         return _factor(self.table_once)
 
 
+class ByFlag(Keeps):
+    """Makes two things where a flag says that they are missing."""
+
+    is_built = False
+
+    def _build(self, seen: float) -> None:
+        self.table = _made(self.kind, 1.0 if self.same else seen)
+        self.cos = _made(self.kind, 2.0)
+        self.is_built = True
+
+    def take(self, seen: float) -> float:
+        if not self.is_built:
+            self._build(seen)
+        return _factor(self.table) + _factor(self.cos)
+
+
+class BySize(Keeps):
+    """Makes it where there is none that is long enough."""
+
+    length = 0
+
+    def take(self, seen: float) -> float:
+        if self.length < 3:
+            self.table = _made(self.kind, 1.0 if self.same else seen)
+            self.length = 3
+        return _factor(self.table)
+
+
 IDIOMS = {
     each.__name__: (each, name)
     for each, name in (
@@ -151,6 +179,8 @@ IDIOMS = {
         (TriesFirst, "cache"),
         (ByMethod, "table"),
         (Once, "table_once"),
+        (ByFlag, "table"),
+        (BySize, "table"),
     )
 }
 PLACES = ("forward", "step", "handler", "collate")
@@ -235,7 +265,7 @@ def _weights(states: dict[str, Any]) -> bytes:
     return b"".join(one.numpy().tobytes() for one in states["model"].values())
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     idiom=st.sampled_from(sorted(IDIOMS)),
     kind=st.sampled_from(KINDS),
@@ -369,11 +399,150 @@ class UsesFirst(Keeps):
         return factor
 
 
-@pytest.mark.parametrize("keeps", [Counts, MakesMore, UsesFirst])
+class ResetsBeside(Keeps):
+    """Sets something back that goes on, where it makes another."""
+
+    count = 0
+
+    def take(self, seen: float) -> float:
+        if self.table is None:
+            self.table = torch.ones(3)
+            self.count = 0
+        self.count += 1
+        return _factor(self.table) / self.count
+
+
+@pytest.mark.parametrize("keeps", [ResetsBeside, Counts, MakesMore, UsesFirst])
 @pytest.mark.parametrize("place", PLACES)
 def test_what_does_more_than_to_make_it_is_told_when_it_is_saved(
     keeps: Callable[[str, bool], Keeps], place: str, tmp_path: Path
 ) -> None:
     (said,) = _run(tmp_path, lambda: _trainer(keeps("tensor", True), place), 4)[0]
     assert "begin without what has changed of" in said
+    assert "table" in said
+
+
+class Built(Net):
+    """Builds a table in its first forward, and notes that in a flag."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__(None)
+        self.factor, self.is_built = factor, False
+
+    def _build(self) -> None:
+        self.table = torch.full((3,), self.factor)
+        self.is_built = True
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        if not self.is_built:
+            self._build()
+        return self.linear(batch * self.table)
+
+
+class Lengthened(Net):
+    """Makes a table that is long enough, and notes its length."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__(None)
+        self.factor, self.length = factor, 0
+        self.table: Any = None
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        length = batch.shape[-1]
+        if self.length < length:
+            self.table = torch.full((length,), self.factor)
+            self.length = length
+        return self.linear(batch * self.table[:length])
+
+
+class Registers(Net):
+    """Registers a buffer that is not saved in its first forward."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__(None)
+        self.factor = factor
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        if not hasattr(self, "table"):
+            self.register_buffer("table", torch.full((3,), self.factor), persistent=False)
+        return self.linear(batch * self.table)
+
+
+BUILT: dict[str, Callable[[float], nn.Module]] = {
+    "by a flag": Built,
+    "by a length": Lengthened,
+    "a buffer": Registers,
+}
+
+
+@pytest.mark.parametrize("how", BUILT)
+def test_a_flag_is_not_put_back_without_what_was_made_with_it(how: str, tmp_path: Path) -> None:
+    def make() -> Parts:
+        return _hooked(BUILT[how](2.0))
+
+    _, straight, _ = _run(tmp_path / "straight", make)
+    before, _, _ = _run(tmp_path, make, 4)
+    after, resumed, _ = _run(tmp_path, make)
+    assert before == after == []
+    assert _weights(straight) == _weights(resumed)
+
+
+@pytest.mark.parametrize("how", BUILT)
+def test_what_was_made_with_it_is_told_if_it_is_other(how: str, tmp_path: Path) -> None:
+    _run(tmp_path, lambda: _hooked(BUILT[how](2.0)), 4)
+    after, _, _ = _run(tmp_path, lambda: _hooked(BUILT[how](3.0)))
+    assert "made it again with other contents" in after[0]
+    assert "table" in after[0]
+
+
+class Indexed(Dataset[Any]):
+    """Makes an index that is too large to save when the first sample is fetched."""
+
+    def __init__(self, shift: int) -> None:
+        self.index: Any = None
+        self.shift, self.samples = shift, _data()
+
+    def _load(self) -> None:
+        self.index = {place: (place + self.shift) % 12 for place in range(5000)}
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, place: int) -> Any:
+        if self.index is None:
+            self._load()
+        return self.samples[self.index[place]]
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_an_index_of_the_dataset_is_told_only_if_it_is_made_other(
+    shift: int, tmp_path: Path
+) -> None:
+    def make(shift: int) -> Parts:
+        trainer, to_save, _ = _trainer(None, "nowhere")
+        return trainer, to_save, DataLoader(Indexed(shift), batch_size=2)
+
+    before, _, _ = _run(tmp_path, lambda: make(0), 4)
+    after, _, _ = _run(tmp_path, lambda: make(shift))
+    assert before == []
+    assert ["dataset.index" in one for one in after] == [True] * shift
+
+
+class Calibrates(Net):
+    """Sets a buffer, which is saved, where it makes a table."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.register_buffer("scale", torch.ones(3))
+        self.table: Any = None
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        if self.table is None:
+            self.table = torch.ones(3)
+            self.scale = 1 + batch.abs().mean(0)
+        return self.linear(batch * self.scale * self.table)
+
+
+def test_what_writes_over_a_buffer_is_told(tmp_path: Path) -> None:
+    (said,) = _run(tmp_path, lambda: _hooked(Calibrates()), 4)[0]
     assert "table" in said

@@ -46,7 +46,8 @@ def _turns(trainer: Any, model: Any, optimizer: Any) -> None:
 def _program(folder: Path, between: Between, kill: int | None = None) -> str:
     """Trains 2 epochs of 4 iterations, then up to 3, then up to 5; returns what has come of it."""
     manual_seed(7)
-    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    last = nn.Linear(4, 1)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), last)
     named = [one for name, one in model.named_parameters() if name != "2.bias"]
     optimizer = torch.optim.SGD(named, 0.1, momentum=0.9)
     loss = nn.functional.mse_loss
@@ -59,7 +60,7 @@ def _program(folder: Path, between: Between, kill: int | None = None) -> str:
     @trainer.on(Events.ITERATION_COMPLETED)
     def end(engine: Any) -> None:
         with torch.no_grad():
-            model[2].weight.mul_(1 - 0.01 * engine.state.factor)
+            last.weight.mul_(1 - 0.01 * engine.state.factor)
         if engine.state.iteration == kill:
             raise _Killed
 

@@ -6,6 +6,7 @@ import random
 import re
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +249,24 @@ def test_a_large_buffer_with_other_contents_is_told(tmp_path: Path) -> None:
     with pytest.raises(ResumeError, match=re.escape("model.table, a buffer with persistent=False")):
         second.trainer.run(second.data)
     assert first.trainer.state.iteration == 2
+
+
+def test_a_sparse_buffer_is_compared() -> None:
+    def start_with(edges: torch.Tensor) -> Setup:
+        def wrap(net: nn.Module) -> nn.Module:
+            net.register_buffer("edges", edges.to_sparse(), persistent=False)
+            return net
+
+        return Setup(wrap, None)
+
+    first = start_with(torch.eye(3))
+    first.trainer.run(first.data, max_epochs=1)
+    for edges in (torch.eye(3), 2 * torch.eye(3)):
+        second = start_with(edges)
+        second.trainer.load_state_dict(first.trainer.state_dict())
+        second.trainer.state.max_epochs = 2
+        with nullcontext() if edges[0, 0] == 1 else pytest.raises(ResumeError, match="edges"):
+            second.trainer.run(second.data)
 
 
 def test_a_state_without_a_structure_says_so(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 
 import pytest
 from forked import run as run_forked
+from processes import marked
 from report_samples import sample_run
 
 from crosstrain.ci.matrix.report import Report
@@ -180,18 +181,6 @@ def test_a_target_that_cannot_be_imported_fails(console_script: Path, tmp_path: 
     assert list((tmp_path / "out" / "cells").glob("*/*"))
 
 
-def marked() -> list[int]:
-    """The processes that carry a cell's mark."""
-    found: list[int] = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if f"{MARK}=".encode() in (folder / "environ").read_bytes():
-                found.append(int(folder.name))
-        except OSError:
-            continue
-    return found
-
-
 def descendants(pid: int) -> set[int]:
     """The processes that a process has started, and theirs."""
     children = {
@@ -221,7 +210,7 @@ def test_an_interrupt_kills_the_cells_and_writes_the_report(
         process.send_signal(number)
         out, _ = process.communicate(timeout=60)
     assert process.returncode == code, out
-    assert not cells & set(marked())
+    assert not cells & set(marked(f"{MARK}="))
     assert "1 skipped, 1 not run" in out
     (run,) = Report.read(tmp_path / "out").runs
     assert run.interrupted

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import SUPPORT
+from processes import SUPPORT, marked
 
 from crosstrain.ci.matrix.outcome import Outcome
 from crosstrain.ci.matrix.run_one import main, play_cell
@@ -267,18 +267,6 @@ def test_ported_runs_may_differ_within_the_tolerance() -> None:
 # Processes
 
 
-def alive(mark: str) -> list[int]:
-    """The processes that have a word in their environment."""
-    found: list[int] = []
-    for place in Path("/proc").iterdir():
-        try:
-            if place.name.isdigit() and mark.encode() in (place / "environ").read_bytes():
-                found.append(int(place.name))
-        except (OSError, ValueError):
-            continue
-    return found
-
-
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="there is no /proc here")
 def test_processes_do_not_outlive_a_cell_that_is_killed(tmp_path: Path) -> None:
     mark = uuid.uuid4().hex
@@ -293,10 +281,10 @@ def test_processes_do_not_outlive_a_cell_that_is_killed(tmp_path: Path) -> None:
     ]
     with subprocess.Popen(command, env={**os.environ, "CELL_OF_A_TEST": mark}) as cell:
         deadline = time.monotonic() + 250
-        while len(alive(mark)) < 4 and cell.poll() is None:
+        while len(marked(mark)) < 4 and cell.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         cell.send_signal(signal.SIGKILL)
-    while alive(mark):
-        assert time.monotonic() < deadline, alive(mark)
+    while marked(mark):
+        assert time.monotonic() < deadline, marked(mark)
         time.sleep(0.05)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from forked import ForkedPopen
-from processes import SUPPORT
+from processes import SUPPORT, marked
 
 from crosstrain.ci import VerifyError, cli, verify
 
@@ -75,24 +75,11 @@ def test_what_a_rank_raises_is_told() -> None:
 MARK = "CROSSTRAIN_TEST_OF_VERIFY"
 
 
-def lives(mark: str) -> list[int]:
-    """Returns the processes that were started with a mark in their environment."""
-    found: list[int] = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            text = (folder / "environ").read_bytes()
-        except OSError:
-            continue
-        if f"{MARK}={mark}".encode() in text.split(b"\0"):
-            found.append(int(folder.name))
-    return found
-
-
 def none_left(mark: str) -> bool:
     deadline = time.monotonic() + 20
-    while lives(mark) and time.monotonic() < deadline:
+    while marked(f"{MARK}={mark}") and time.monotonic() < deadline:
         time.sleep(0.1)
-    return not lives(mark)
+    return not marked(f"{MARK}={mark}")
 
 
 def test_the_time_limit_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +101,7 @@ def test_its_processes_end_with_it(number: signal.Signals, size: int, tmp_path: 
     )
     deadline = time.monotonic() + 60
     # Itself, and one that waits for its order or torchrun.
-    while len(lives(str(tmp_path))) < 2 + size:
+    while len(marked(f"{MARK}={tmp_path}")) < 2 + size:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     # They begin to train.
