@@ -174,7 +174,7 @@ class Unsaved:
         if self._begun is not None:
             now = self._forgotten(objects)
             self._tell(self._made_otherwise(now), _MADE_OTHERWISE)
-            changed = self._made_again.sift(now, now.changed(self._begun), self._told)
+            changed = self._made_again.sift(now, self._begun, self._told)
             self._tell(self._new(changed), _FORGOTTEN)
             engines = now.engines
         attached = self._attached.changed(self._called(), objects, ended)

@@ -546,3 +546,38 @@ class Calibrates(Net):
 def test_what_writes_over_a_buffer_is_told(tmp_path: Path) -> None:
     (said,) = _run(tmp_path, lambda: _hooked(Calibrates()), 4)[0]
     assert "table" in said
+
+
+def _with_features(counts: bool) -> Parts:
+    """Returns a training whose step reads what a hook of the model keeps, or how many there are."""
+    _, to_save, loader = _trainer(None, "nowhere")
+    model, optimizer = to_save["model"], to_save["optimizer"]
+    features: dict[str, Any] = {}
+
+    def keep(module: nn.Module, given: Any, found: Any) -> None:
+        features["last"] = found
+
+    def step(engine: Any, batch: Any) -> float:
+        optimizer.zero_grad()
+        loss = (model(batch[0]) - batch[1]).square().mean() + features["last"].square().mean()
+        loss.backward()
+        optimizer.step()
+        return float(loss)
+
+    def counting(engine: Any, batch: Any) -> float:
+        return step(engine, batch) * len(features)
+
+    model.linear.register_forward_hook(keep)
+    return DeterministicEngine(counting if counts else step, seed=1), to_save, loader
+
+
+def test_what_a_hook_keeps_for_the_step_is_not_told(tmp_path: Path) -> None:
+    def make() -> Parts:
+        return _with_features(counts=False)
+
+    _, straight, _ = _run(tmp_path / "straight", make)
+    before, _, _ = _run(tmp_path, make, 4)
+    after, resumed, _ = _run(tmp_path, make)
+    assert before == after == []
+    assert _weights(straight) == _weights(resumed)
+    assert "features" in _run(tmp_path / "counts", lambda: _with_features(counts=True), 4)[0][0]
