@@ -490,8 +490,9 @@ def test_a_flag_is_not_put_back_without_what_was_made_with_it(how: str, tmp_path
 @pytest.mark.parametrize("how", BUILT)
 def test_what_was_made_with_it_is_told_if_it_is_other(how: str, tmp_path: Path) -> None:
     _run(tmp_path, lambda: _hooked(BUILT[how](2.0)), 4)
-    after, _, _ = _run(tmp_path, lambda: _hooked(BUILT[how](3.0)))
+    after, _, trainer = _run(tmp_path, lambda: _hooked(BUILT[how](3.0)))
     assert "made it again with other contents" in after[0]
+    assert trainer.proof.differences == after[:1]
     assert "table" in after[0]
 
 
