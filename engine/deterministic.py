@@ -45,7 +45,7 @@ from .engine import Engine
 from .errors import ResumeWarning, warn_user
 from .events import Events
 from .place import Place
-from .progress import data_length
+from .progress import data_length, is_done
 from .proof import Checks
 from .random_states import random_states, random_states_kept, restore_random_states
 from .requests import END_EPOCH, NO_BATCHES, QUIET_EPOCH, RUN_ENDS
@@ -130,6 +130,7 @@ class DeterministicEngine(Engine):
         checks: Checks | None = None,
         shards: int | None = None,
     ) -> None:
+        before = {*vars(self)}
         super().__init__(process_function, backend)
         world = world_of(backend)
         #: The number of logical shards, whatever the number of processes; None without any.
@@ -160,10 +161,13 @@ class DeterministicEngine(Engine):
         self._passed_by = False
         # What was loaded beside it, to be laid over what handlers change before the data is opened.
         self._laid_over: LaidOver | None = None
+        # The same, while runs are passed by that were done before the one it is of began.
+        self._later: LaidOver | None = None
         self._defers = False
         self._put_back: list[str] = []
         self._unsaved = Unsaved(self)
         self._conditions: dict[str, Any] | None = None
+        self.made_with = frozenset(vars(self).keys() - before)
 
     @property
     def share(self) -> BatchShare | None:
@@ -192,6 +196,8 @@ class DeterministicEngine(Engine):
         if self._snapshot is not None:
             known = KEYS | set(OPTIONAL_KEYS)
             values.update({k: v for k, v in self._snapshot.items() if k in known})
+            if self._passed_by and "structure" not in values:
+                values["structure"] = self._structure.record(self._structured())
             return values
         exact = self._cursor.between_batches
         if not exact:
@@ -284,7 +290,7 @@ class DeterministicEngine(Engine):
         self._snapshot = own_part(state_dict, self.backend) if full else dict(state_dict)
         for key in self.state_dict_user_keys:
             setattr(self.state, key, self._snapshot[key])
-        self._passed_by = False
+        self._passed_by, self._later = False, None
         self._reseeds = full and self._snapshot["rng_states"] is None
         if self._reseeds:
             self._snapshot["rng_states"] = random_states(self.backend)
@@ -304,7 +310,7 @@ class DeterministicEngine(Engine):
     def _begin_anew(self) -> None:
         self._cursor.reset()
         self._structure.begin(self._structured())
-        self._snapshot = self._laid_over = None
+        self._snapshot = self._laid_over = self._later = None
         self.state.seed = self._given_seed
 
     def _continue(self) -> State:
@@ -314,6 +320,7 @@ class DeterministicEngine(Engine):
             if isinstance(self._step, OwnStep):
                 self._step.watch()
             if (snapshot := self._full_snapshot()) is not None:
+                self._pass_by(snapshot)
                 self._take_up(snapshot)
         arithmetic = (
             nullcontext() if self.backend is None else self.backend.deterministic(self._warn_only)
@@ -327,13 +334,35 @@ class DeterministicEngine(Engine):
                 self._cursor.close()
                 self._keep_for_another_run()
 
+    def _pass_by(self, snapshot: Mapping[str, Any]) -> None:
+        """Keeps what was loaded, or lays it over what the script has changed since.
+
+        Of several runs with a limit each, the script does again what it does between them. Where
+        the state is a later run's, what was done before that has been done to what it holds.
+        """
+        state = self.state
+        own = all(snapshot.get(name) == vars(state)[name] for name in ("max_epochs", "max_iters"))
+        if is_done(state) and not own:
+            self._later = self._later or LaidOver(self.loaded_with)
+            return
+        later, self._later = self._later, None
+        if later is None:
+            return
+        for key in self.state_dict_user_keys:
+            setattr(state, key, snapshot[key])
+        if changed := later.lay():
+            self.proof.checked.append(
+                f"{', '.join(changed)}: put back after the script had changed it between its runs"
+            )
+
     def _keep_for_another_run(self) -> None:
         """Keeps what handlers have done in a run that had nothing left to do."""
         snapshot = self._full_snapshot()
-        if snapshot is None or self._place.open:
+        if snapshot is None or self._place.open or self._later is not None:
             return
+        # What it tells of the structure was put back: what the script changes now is right.
         self._snapshot = {
-            **snapshot,
+            **{key: item for key, item in snapshot.items() if key != "structure"},
             "rng_states": random_states(self.backend),
             "step": step_state(self._step),
             "backend": None if self.backend is None else self.backend.state_dict(),

@@ -26,6 +26,7 @@ import threading
 import types
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing.sharedctypes import SynchronizedBase
 from typing import Any, Final
@@ -44,7 +45,9 @@ from crosstrain.engine.nests import unwrap
 from crosstrain.engine.state import State
 from crosstrain.engine.structure import RECORDED
 
-from .reads import ALL, WRITES, Use, names_read_of_state, uses_of, uses_of_self
+from .held import Holders
+from .reads import ALL, WRITES, Use, attributes_used, names_in, uses_of, uses_of_self
+from .saved import SCALARS
 from .trained import functions_of_trained
 from .unnamed import (
     TORCHS_OWN,
@@ -63,8 +66,6 @@ _SEEN: Final = 4000
 _ENTRIES: Final = 4096
 _PLENTY: Final = 1 << 18
 _BYTES: Final = 1 << 20
-#: What has no identity of its own: equal ones may be one object, whoever holds them.
-SCALARS: Final = (bool, int, float, complex, str, bytes, type(None))
 _COLLECTIONS: Final = (
     dict,
     list,
@@ -114,7 +115,6 @@ _WHOLE: Final = (
 )
 _MAKING: Final = ("__new__", "__init__", "__post_init__")
 _CALLED: Final = Use(("__call__",), True)
-_STATE: Final = frozenset(vars(State()))
 
 
 class Forgotten:
@@ -123,24 +123,26 @@ class Forgotten:
     Args:
         functions: the step and the handlers, by what to call them.
         known: what a checkpoint takes care of, by `id`.
-        state: the run's state, whose own attributes are looked at, too.
-        keys: the names of those attributes of it that are saved.
+        holders: the engine, its state and what is trained, whose further attributes are looked at.
         recorded: the modules and optimizers whose numbers and words are, by `id`.
+        saved: collections, tensors and arrays whose contents are saved, by `id`.
     """
 
     def __init__(
         self,
         functions: Mapping[str, Any],
         known: Iterable[int],
-        state: Any,
-        keys: Iterable[str] = (),
-        recorded: Iterable[int] = (),
+        holders: Holders,
+        recorded: Iterable[int],
+        saved: Iterable[int],
     ) -> None:
-        walk = UsesWalk(known, recorded)
+        walk = UsesWalk(known, recorded, holders, saved)
         for name, function in functions.items():
             walk.function(function, name, _DEPTH)
+        walk.held()
         walk.settle()
         self.found = walk.found
+        self._goes_on = walk.goes_on
         self._owners = set(functions)
         #: Those of it that are plain, and the functions that were looked into: for one look only.
         self.values, self.functions = walk.values, walk.functions
@@ -148,12 +150,8 @@ class Forgotten:
         self.states: Callable[[], frozenset[str]] = frozenset
         #: Other engines that the run uses, such as an evaluator, by where they were found.
         self.engines = walk.engines
-        kept, read = {*_STATE, *keys}, names_read_of_state(walk.functions)
-        if "metrics" in read:
+        if walk.reads_metrics():
             self.found |= walk.metrics
-        for name in sorted(read - kept):
-            if name in vars(state):
-                self.found["trainer.state", name] = _signature(vars(state)[name])
 
     def without_values(self) -> Forgotten:
         """Lets go of the values, and keeps what they are compared by."""
@@ -174,6 +172,10 @@ class Forgotten:
         known = [(name, signature) for (_, name), signature in before.found.items()]
 
         def is_as_before(place: tuple[str, str], signature: Any) -> bool:
+            if isinstance(signature, _OneOf):
+                # Another is missed where there was one; what was nothing yet is set when it is due.
+                was = before.found.get(place)
+                return was == signature or not isinstance(was, _OneOf)
             if place in before.found:
                 return bool(before.found[place] == signature)
             return (place[1], signature) in known
@@ -181,8 +183,21 @@ class Forgotten:
         return [
             place
             for place, signature in self.found.items()
-            if signature is not None and not is_as_before(place, signature)
+            if signature is not None
+            and place not in self._goes_on
+            and not is_as_before(place, signature)
         ]
+
+
+@dataclass(frozen=True)
+class _OneOf:
+    """Stands for one of several objects that are saved: which of them is what a variable tells.
+
+    Args:
+        identity: its `id`.
+    """
+
+    identity: int
 
 
 class UsesWalk:
@@ -191,9 +206,21 @@ class UsesWalk:
     Args:
         known: what is not looked into, by `id`.
         recorded: modules and optimizers whose numbers and words are no matter, by `id`.
+        holders: objects whose further attributes are looked at, as far as functions name them.
+        saved: collections, tensors and arrays whose contents are saved, by `id`.
     """
 
-    def __init__(self, known: Iterable[int], recorded: Iterable[int] = ()) -> None:
+    def __init__(
+        self,
+        known: Iterable[int],
+        recorded: Iterable[int] = (),
+        holders: Holders | None = None,
+        saved: Iterable[int] = (),
+    ) -> None:
+        self._contents = frozenset(saved)
+        #: Of what was found, what a named object's state has now.
+        self.goes_on: set[tuple[str, str]] = set()
+        self._holders = [] if holders is None else [holders]
         self._known = frozenset(known)
         self._recorded = frozenset(recorded)
         self._seen: set[Any] = set()
@@ -250,19 +277,55 @@ class UsesWalk:
             return
         self._seen.add(id(plain))
         self.functions.append(plain)
-        variables, uses = {**_defaults_of(plain), **dict(variables_of(plain))}, uses_of(code)
+        variables, uses = _variables_of(plain), uses_of(code)
         # What `globals()` gives may be used in any way.
         unknown = ALL if uses is None or "globals" in uses else frozenset[Use]()
         for variable, value in variables.items():
             some = unknown if uses is None else uses.get(variable, unknown)
-            read = frozenset(use for use in some if use.into is None)
-            for use in some - read:
-                other = variables.get(use.into)  # type: ignore[arg-type]
-                if isinstance(other, _COLLECTIONS):
-                    self._waiting.append((name, variable, value, id(other)))
-                else:
-                    read |= {use._replace(read=True, into=None)}
-            self.value(value, name, variable, depth - 1, read)
+            self._used(value, name, variable, depth - 1, some, variables)
+
+    def _used(
+        self,
+        value: Any,
+        owner: str,
+        name: str,
+        depth: int,
+        uses: frozenset[Use],
+        variables: Mapping[str, Any],
+    ) -> None:
+        """Notes a value that a function uses; later, if it only ends in one of its collections."""
+        read = frozenset(use for use in uses if use.into is None)
+        for use in uses - read:
+            other = variables.get(use.into)  # type: ignore[arg-type]
+            if isinstance(other, _COLLECTIONS):
+                self._waiting.append((owner, name, value, id(other)))
+            else:
+                read |= {use._replace(read=True, into=None)}
+        self.value(value, owner, name, depth, read)
+
+    def held(self) -> None:
+        """Looks at what the functions that were looked into use of engines, models and the like."""
+        begun: dict[int, int] = {}
+        count = len(self.functions)
+        while left := [one for one in self._holders if begun.get(id(one), 0) < count]:
+            for holders in left:
+                for plain in self.functions[begun.get(id(holders), 0) : count]:
+                    if not holders.are_named_in(plain):
+                        continue
+                    variables = _variables_of(plain)
+                    for where, name, value, uses in holders.used_by(plain, variables):
+                        self._used(value, where, name, _DEPTH, uses, variables)
+                begun[id(holders)] = count
+            count = len(self.functions)
+
+    def reads_metrics(self) -> bool:
+        """Tells whether a function that was looked into reads `state.metrics`."""
+        return any(
+            one.of == "state" and (one.use.read or one.use.into)
+            for function in self.functions
+            if self.metrics and "metrics" in names_in(function.__code__)
+            for one in attributes_used(function.__code__).get("metrics", ())
+        )
 
     def value(self, value: Any, owner: str, name: str, depth: int, uses: frozenset[Use]) -> None:
         """Notes a value, if it is read, or looks into what it is made of."""
@@ -271,8 +334,8 @@ class UsesWalk:
             called = [*_MAKING, *(use.path[0] for use in uses if use.path)]
             inner = uses_of_self(value, called)[0] | uses_of_self(type(value), called)[0]
             values = {**_values_of(type(value)), **_values_of(value)}
-            if any(not use.path for use in inner):
-                # Such as `type(self).calls`.
+            if any(not use.path for use in (*uses, *inner)):
+                # Such as `type(self).calls`, or passed on to another function.
                 inner |= {Use((name,), True) for name in values}
             self._space(values, owner, name, depth, uses | inner)
             if id(value) in self._seen:
@@ -299,6 +362,8 @@ class UsesWalk:
                     self._attributes(value, owner, name, depth, uses)
             return
         if isinstance(value, State) or {id(value)} & (self._known | GLOBAL_GENERATORS):
+            if any(use.read for use in uses) and _has_state(value):
+                self.found[owner, name] = _OneOf(id(value))
             if is_users_object(value) and not isinstance(value, TRAINED) and depth > 0:
                 self._attributes(value, owner, name, depth, uses)
             return
@@ -330,6 +395,7 @@ class UsesWalk:
             return
         self._seen.add(id(engine))
         self.engines[where] = engine
+        self._holders.append(Holders({where: engine, f"{where}.state": engine.state}))
         # Its metrics begin with each of its runs.
         metrics, self.metrics = self.metrics, {}
         process = getattr(engine, "_process_function", None)
@@ -355,6 +421,8 @@ class UsesWalk:
             self._read.add(id(value))
             self.found[owner, name] = _signature(value)
             self.values[owner, name] = value
+            if id(value) in self._contents:
+                self.goes_on.add((owner, name))
 
     def _items(self, value: Any, owner: str, name: str, depth: int) -> None:
         if id(value) in self._seen or id(value) in self._known:
@@ -384,6 +452,7 @@ class UsesWalk:
             if id(value) not in self._saved:
                 self._saved[id(value)] = _parts_of(value)
             saved = self._saved[id(value)]
+            # Of collections, tensors and arrays the contents were compared.
             own = {name: one for name, one in own.items() if _mark(one) not in saved}
         more, functions = self._uses_of_self(
             kind, frozenset(use.path[0] for use in uses if use.path)
@@ -430,6 +499,10 @@ def _defaults_of(function: types.FunctionType) -> dict[str, Any]:
     first = code.co_argcount - len(values)
     named = zip(code.co_varnames[first : code.co_argcount], values, strict=True)
     return {**dict(named), **(function.__kwdefaults__ or {})}
+
+
+def _variables_of(function: types.FunctionType) -> dict[str, Any]:
+    return {**_defaults_of(function), **dict(variables_of(function))}
 
 
 def _spellings(path: tuple[str, ...], kind: type) -> list[str]:

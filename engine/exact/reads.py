@@ -5,12 +5,13 @@ from __future__ import annotations
 import ast
 import contextlib
 import inspect
+import itertools
 import linecache
 import textwrap
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from crosstrain.engine.guards import is_others
 
@@ -95,8 +96,23 @@ class Use(NamedTuple):
     into: str | None = None
 
 
+class AttributeUse(NamedTuple):
+    """What is done with an attribute.
+
+    Args:
+        base: the variable of which it is one; None: it is one of an expression's.
+        of: the last word of what it is one of, such as `state`.
+        use: what is done with it.
+    """
+
+    base: str | None
+    of: str
+    use: Use
+
+
+ALL_OF_IT: Final = Use((), True)
 #: Everything that a class does with its own attributes.
-ALL: Final = frozenset({Use((), True)})
+ALL: Final = frozenset({ALL_OF_IT})
 
 
 def syntax_tree(code: types.CodeType) -> ast.AST | None:
@@ -170,7 +186,77 @@ def uses_of(code: types.CodeType) -> Mapping[str, frozenset[Use]] | None:
     return {name: frozenset(uses) for name, uses in found.items()}
 
 
-def _use(node: ast.Name, above: _Above) -> Use:
+@lru_cache(maxsize=_KEPT)
+def names_in(code: types.CodeType) -> frozenset[str]:
+    """Returns the names of attributes that a function may fetch: a quick look at its code."""
+    found = {*code.co_names}
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            found |= names_in(constant)
+        elif isinstance(constant, str):
+            found.add(constant)
+    return frozenset(found)
+
+
+@lru_cache(maxsize=_KEPT)
+def attributes_used(code: types.CodeType) -> Mapping[str, frozenset[AttributeUse]]:
+    """Returns what a function does with attributes, by their names, whatever object they are of.
+
+    What is fetched by a name that stands in the source is an attribute, too: `getattr(x, "name")`,
+    `vars(x)["name"]`, `x.__dict__["name"]`.
+    """
+    tree = syntax_tree(code)
+    if tree is None:
+        return {name: frozenset({AttributeUse(None, "", ALL_OF_IT)}) for name in code.co_names}
+    found: dict[str, set[AttributeUse]] = {}
+    aliases: dict[str, str] = {}
+    for node, above in _with_parents(tree):
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Attribute):
+            one = node.targets[0]
+            if isinstance(one, ast.Name):
+                aliases[one.id] = node.value.attr
+        owner, name = _attribute(node)
+        if owner is not None and name is not None:
+            base = owner.id if isinstance(owner, ast.Name) else None
+            if base is not None and _is_self(base, above):
+                continue
+            of = owner.attr if isinstance(owner, ast.Attribute) else base or ""
+            found.setdefault(name, set()).add(AttributeUse(base, of, _use(node, above)))
+    return {
+        name: frozenset(one._replace(of=aliases.get(one.of, one.of)) for one in uses)
+        for name, uses in found.items()
+    }
+
+
+def _is_self(name: str, above: _Above) -> bool:
+    """Tells whether a variable is the object of a method of a class that is made in a function."""
+    return any(
+        isinstance(outer, ast.ClassDef)
+        and isinstance(inner, ast.FunctionDef)
+        and name in [one.arg for one in (*inner.args.posonlyargs, *inner.args.args)[:1]]
+        for outer, inner in itertools.pairwise(above)
+    )
+
+
+def _attribute(node: ast.AST) -> tuple[ast.expr | None, str | None]:
+    """Returns of which expression a node fetches an attribute, and that one's name."""
+    if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+        return node.value, node.attr
+    name: ast.expr | None = None
+    owner: ast.expr | None = None
+    if isinstance(node, ast.Call) and _called(node.func) == "getattr" and len(node.args) > 1:
+        owner, name = node.args[:2]
+    elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load):
+        held, name = node.value, node.slice
+        if isinstance(held, ast.Attribute) and held.attr == "__dict__":
+            owner = held.value
+        elif isinstance(held, ast.Call) and _called(held.func) == "vars" and held.args:
+            owner = held.args[0]
+    text = name.value if isinstance(name, ast.Constant) else None
+    return owner, text if isinstance(text, str) else None
+
+
+def _use(node: ast.AST, above: _Above) -> Use:
     path: list[str] = []
     end: ast.AST = node
     outer = list(above)
@@ -322,30 +408,3 @@ def uses_of_self(kind: type, names: Iterable[str]) -> tuple[set[Use], list[types
             found.update(own)
             left.extend(use.path[0] for use in own if use.path)
     return found, functions
-
-
-# ------------------------------------------------------------------------------- of the state
-
-
-def _names(code: types.CodeType, name: str) -> bool:
-    inner = (one for one in code.co_consts if isinstance(one, types.CodeType))
-    names = (*code.co_names, *code.co_varnames, *code.co_freevars)
-    return name in names or any(_names(one, name) for one in inner)
-
-
-def names_read_of_state(functions: Iterable[Any]) -> set[str]:
-    """Returns the attributes that functions read of anything that is called `state`."""
-    return {name for function in functions for name in _reads_of_state(function.__code__)}
-
-
-@lru_cache(maxsize=_KEPT)
-def _reads_of_state(code: types.CodeType) -> frozenset[str]:
-    tree = syntax_tree(code) if _names(code, "state") else None
-    found: set[str] = set()
-    for node, above in () if tree is None else _with_parents(tree):
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-            inner = node.value
-            of = inner.attr if isinstance(inner, ast.Attribute) else getattr(inner, "id", None)
-            if of == "state" and _is_read(node, above):
-                found.add(node.attr)
-    return frozenset(found)

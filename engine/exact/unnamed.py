@@ -13,7 +13,7 @@ import io
 import itertools
 import sys
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from functools import cached_property, partial
 from typing import Any, Final
@@ -59,16 +59,27 @@ _LAYERS: Final = 16
 _NOTHING: Final[Mapping[str, Any]] = {}
 
 
-def unnamed_sources(functions: Mapping[str, Any], known: Iterable[int]) -> list[str]:
+# What a function uses of what others hold, and what to call it.
+_Held = Callable[[types.FunctionType], Iterable[tuple[str, Any]]]
+
+
+def unnamed_sources(
+    functions: Mapping[str, Any], known: Iterable[int], held: _Held | None = None
+) -> list[str]:
     """Returns what functions draw from, by where it was found, each once.
 
     Args:
         functions: the step and the handlers, by what to call them.
         known: what a checkpoint takes care of, by `id`; it is not looked into.
+        held: what a function may fetch from an engine, a model and the like.
     """
     walk = _Walk(set(known))
     for name, function in functions.items():
         walk.function(function, name, _DEPTH)
+    # The list grows meanwhile.
+    for plain in walk.functions:
+        for name, value in () if held is None else held(plain):
+            walk.value(value, name, _DEPTH)
     return list(walk.found.values())
 
 
@@ -78,6 +89,7 @@ class _Walk:
     def __init__(self, known: set[int]) -> None:
         self._seen = known
         self.found: dict[int, str] = {}
+        self.functions: list[types.FunctionType] = []
 
     def function(self, function: Any, name: str, depth: int) -> None:
         """Looks into what a function refers to: all of it, if it is the user's."""
@@ -108,6 +120,7 @@ class _Walk:
     def _variables(self, plain: types.FunctionType, name: str, depth: int) -> None:
         if is_others(plain):
             return
+        self.functions.append(plain)
         for value in (*(plain.__defaults__ or ()), *(plain.__kwdefaults__ or {}).values()):
             self.value(value, f"{name}, a default", depth - 1)
         for variable, value in variables_of(plain):

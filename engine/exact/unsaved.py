@@ -20,9 +20,11 @@ from crosstrain.engine.structure import Structure, named
 
 from .attached import Attached
 from .fetches import Fetched, who_fetches
-from .forgotten import SCALARS, Forgotten
+from .forgotten import Forgotten
+from .held import Holders
 from .made_again import LOOKS, MadeAgain, names_of_states
-from .trained import functions_held, functions_of_trained, holders_of_state, hooks_of_all
+from .saved import Saved
+from .trained import functions_held, functions_of_trained, hooks_of_all
 from .unnamed import functions_of, unnamed_sources
 
 if TYPE_CHECKING:
@@ -168,7 +170,9 @@ class Unsaved:
         """
         if not self._looked_for_sources:
             self._looked_for_sources = True
-            found = unnamed_sources(self._functions(objects), self._named_elsewhere())
+            known = self._named_elsewhere() | self._saved().held
+            held = self._holders(objects).values_used_by
+            found = unnamed_sources(self._functions(objects), known, held)
             self._tell(found, _UNNAMED)
         engines: dict[str, Any] = {}
         if self._begun is not None:
@@ -278,20 +282,32 @@ class Unsaved:
             if isinstance(value, torch.nn.Module):
                 parts = (*value.modules(), *value.parameters(), *value.buffers())
                 known |= {id(part) for part in parts}
-            # As they are now. Numbers and words are one object wherever they stand.
-            for owner in holders_of_state(value):
-                held = getattr(owner, "__dict__", {}).values()
-                known |= {id(one) for one in held if not isinstance(one, SCALARS)}
         return known
 
+    def _saved(self) -> Saved:
+        """Divides what named objects hold into what goes on with them and what may not."""
+        engine = self._engine
+        return Saved([*engine.named_beside, *named(engine.objects, engine.saved_beside).values()])
+
+    def _holders(self, objects: Mapping[str, Any]) -> Holders:
+        """Returns what handlers get or refer to, and on which users keep things of their own."""
+        engine = self._engine
+        holders = {**objects, "trainer": engine, "trainer.state": engine.state}
+        return Holders(holders, engine.state_dict_user_keys, _recorded(objects))
+
     def _forgotten(self, objects: Mapping[str, Any]) -> Forgotten:
-        recorded = {
-            id(one)
-            for value in objects.values()
-            for one in (value.modules() if isinstance(value, torch.nn.Module) else [value])
-        }
-        engine, functions = self._engine, self._functions(objects)
-        keys = engine.state_dict_user_keys
-        found = Forgotten(functions, self._named_elsewhere(), engine.state, keys, recorded)
+        saved, functions = self._saved(), self._functions(objects)
+        known = self._named_elsewhere() | saved.held
+        holders, recorded = self._holders(objects), _recorded(objects)
+        found = Forgotten(functions, known, holders, recorded, saved.contents)
         found.states = lambda: names_of_states(objects)
         return found
+
+
+def _recorded(objects: Mapping[str, Any]) -> set[int]:
+    """Returns the modules and optimizers whose numbers and words are recorded, by `id`."""
+    return {
+        id(one)
+        for value in objects.values()
+        for one in (value.modules() if isinstance(value, torch.nn.Module) else [value])
+    }

@@ -1665,7 +1665,8 @@ PLACES: dict[str, tuple[Callable[[Any, Draw], None], tuple[str, ...]]] = {
     "an optimizer's step": (_in_an_optimizers_step, ("the step of optimizer", "of Drawing")),
     "a step set on an optimizer": (
         _in_a_step_set_on_an_optimizer,
-        ("the step of optimizer", "the step of SGD"),
+        # A named function goes by the class that holds it: SGD, AdamW, Langevin.
+        ("the step of",),
     ),
     "a lambda of a scheduler": (_in_a_lambda_of_a_scheduler, ("lr_lambdas",)),
     "a parametrization": (_in_a_parametrization, ("the forward of model.first.parametriz",)),

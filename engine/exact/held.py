@@ -1,0 +1,122 @@
+"""What users keep on objects that are not theirs: attributes of the engine, its state, a model.
+
+`trainer.tracker = Tracker()`, `optimizer.factors = [...]`: a handler that is given the trainer, or
+refers to the optimizer, finds it there, and no state has it. Of such an object the attributes are
+looked at that are not its own, as far as a function fetches one of that name from what may be it.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Final
+
+from torch.nn import Module
+
+from crosstrain.engine.dispatch import Dispatcher
+from crosstrain.engine.guards import is_others
+from crosstrain.engine.nests import unwrap
+from crosstrain.engine.state import State
+from crosstrain.engine.structure import RECORDED, modules_of
+
+from .reads import Use, attributes_used, names_in
+from .unnamed import TORCHS_OWN, TRAINED, variables_of
+
+# Attributes of every state; how often a step was applied, the step's own state tells.
+_STATE: Final = frozenset({*vars(State()), "applied_steps", "skipped_steps"})
+
+
+class Holders:
+    """Finds which attributes of some objects functions use.
+
+    Args:
+        objects: an engine, states, modules, optimizers, by what to call each.
+        keys: attributes of a state that are saved.
+        recorded: modules and optimizers whose numbers and words are no matter, by `id`.
+    """
+
+    def __init__(
+        self, objects: Mapping[str, Any], keys: Iterable[str] = (), recorded: Iterable[int] = ()
+    ) -> None:
+        kept = {*_STATE, *keys}
+        recorded = frozenset(recorded)
+        self._holders: dict[int, Any] = {}
+        self._by_name: dict[str, list[tuple[str, Any]]] = {}
+        for name, one in objects.items():
+            parts = modules_of(one) if isinstance(one, Module) else {"": one}
+            for path, part in parts.items():
+                where = f"{name}.{path}" if path else name
+                self._holders[id(part)] = part
+                for attribute in _further(part, kept, id(part) in recorded):
+                    self._by_name.setdefault(attribute, []).append((where, part))
+
+    def are_named_in(self, function: types.FunctionType) -> bool:
+        """Tells whether a function may fetch anything of them: a quick look at its code."""
+        return not names_in(function.__code__).isdisjoint(self._by_name)
+
+    def used_by(
+        self, function: types.FunctionType, variables: Mapping[str, Any]
+    ) -> Iterator[tuple[str, str, Any, frozenset[Use]]]:
+        """Yields what a function may fetch: whose, its name, itself, and what is done with it.
+
+        Args:
+            function: of the user's.
+            variables: what its names stand for, where that is known.
+        """
+        used = attributes_used(function.__code__)
+        for name in sorted(used.keys() & self._by_name.keys()):
+            for where, holder in self._by_name[name]:
+                found = frozenset(
+                    one.use
+                    for one in used[name]
+                    if self._may_be(holder, one.base, one.of, function, variables)
+                )
+                if found:
+                    yield where, name, vars(holder)[name], found
+
+    def values_used_by(self, function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+        """Yields what a function may fetch, and what to call it."""
+        if self.are_named_in(function):
+            for where, name, value, _ in self.used_by(function, dict(variables_of(function))):
+                yield f"{where}, its {name!r}", value
+
+    def _may_be(
+        self,
+        holder: Any,
+        base: str | None,
+        of: str,
+        function: types.FunctionType,
+        variables: Mapping[str, Any],
+    ) -> bool:
+        """Tells whether what a function fetches an attribute of may be a holder."""
+        if isinstance(holder, State):
+            return of == "state"
+        if base is not None and base in variables:
+            return unwrap(variables[base]) is holder
+        if base is not None and base in function.__code__.co_varnames[:1]:
+            owner = _class_of(function)
+            if owner is not None:
+                # What a module or an optimizer does with itself is looked at elsewhere.
+                names = {each.__name__ for each in type(holder).__mro__}
+                return isinstance(holder, Dispatcher) and owner in names
+        return True
+
+
+def _class_of(function: types.FunctionType) -> str | None:
+    """Returns the name of the class that a function was written in; None where it is no method."""
+    parts = function.__qualname__.split(".")
+    return parts[-2] if len(parts) > 1 and parts[-2] != "<locals>" else None
+
+
+def _further(holder: Any, kept: set[str], recorded: bool) -> Iterator[str]:
+    """Yields the names of those attributes of an object that it does not have by itself."""
+    if isinstance(holder, State):
+        # What counts events is saved.
+        yield from vars(holder).keys() - kept - {*holder.event_to_attr.values()}
+    elif isinstance(holder, Dispatcher):
+        ours = {name for each in type(holder).__mro__ if is_others(each) for name in vars(each)}
+        yield from vars(holder).keys() - holder.made_with - ours
+    elif isinstance(holder, TRAINED):
+        for name, value in vars(holder).items():
+            if name not in TORCHS_OWN and not (recorded and type(value) in RECORDED):
+                yield name

@@ -1,0 +1,98 @@
+"""A script that calls `run` several times and changes things in between resumes exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from crosstrain.engine import Events, create_supervised_trainer, manual_seed, resume_or_start
+from crosstrain.engine.digest import digest
+
+Between = Callable[[Any, Any, Any], None]
+
+
+class _Killed(BaseException):
+    """Ends a program as a kill does."""
+
+
+def _halves(trainer: Any, model: Any, optimizer: Any) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] *= 0.5
+
+
+def _draws(trainer: Any, model: Any, optimizer: Any) -> None:
+    with torch.no_grad():
+        model[0].weight.add_(0.1 * torch.randn_like(model[0].weight))
+
+
+def _freezes(trainer: Any, model: Any, optimizer: Any) -> None:
+    model[0].weight.requires_grad_(requires_grad=False)
+
+
+def _adds_a_group(trainer: Any, model: Any, optimizer: Any) -> None:
+    optimizer.add_param_group({"params": [model[2].bias], "lr": 0.01})
+
+
+def _turns(trainer: Any, model: Any, optimizer: Any) -> None:
+    trainer.state.factor *= 0.5
+
+
+def _program(folder: Path, between: Between, kill: int | None = None) -> str:
+    """Trains 2 epochs of 4 iterations, then up to 3, then up to 5; returns what has come of it."""
+    manual_seed(7)
+    last = nn.Linear(4, 1)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), last)
+    named = [one for name, one in model.named_parameters() if name != "2.bias"]
+    optimizer = torch.optim.SGD(named, 0.1, momentum=0.9)
+    loss = nn.functional.mse_loss
+    trainer = create_supervised_trainer(model, optimizer, loss, backend="cpu", deterministic=True)
+    trainer.state.factor = 1.0  # type: ignore[attr-defined]
+    trainer.state_dict_user_keys.append("factor")
+    # What handlers of a run's end draw and change, they do again as well.
+    trainer.add_event_handler(Events.COMPLETED, lambda: torch.rand(3))
+
+    @trainer.on(Events.ITERATION_COMPLETED)
+    def end(engine: Any) -> None:
+        with torch.no_grad():
+            last.weight.mul_(1 - 0.01 * engine.state.factor)
+        if engine.state.iteration == kill:
+            raise _Killed
+
+    run = resume_or_start(
+        trainer, {"model": model, "optimizer": optimizer}, folder, 1, signals=(), background=False
+    )
+    x = torch.arange(36.0).reshape(12, 3) / 36
+    data = DataLoader(TensorDataset(x, x.sum(1, keepdim=True)), batch_size=3, shuffle=True)
+    assert run is not None
+    for number, epochs in enumerate((2, 3, 5)):
+        if number:
+            between(trainer, model, optimizer)
+        trainer.run(data, max_epochs=epochs)
+    return digest([model.state_dict(), optimizer.state_dict()])
+
+
+@pytest.mark.parametrize("between", [_halves, _draws, _freezes, _adds_a_group, _turns])
+def test_what_is_done_between_runs_is_done_once(between: Between, tmp_path: Path) -> None:
+    if between is _adds_a_group:
+        groups: list[int] = []
+
+        def between_once(trainer: Any, model: Any, optimizer: Any) -> None:
+            # Only once in a whole run, so before its second part.
+            if trainer.state.max_epochs == 2:
+                _adds_a_group(trainer, model, optimizer)
+            groups.append(len(optimizer.param_groups))
+
+        between = between_once
+    straight = _program(tmp_path / "straight", between)
+    # At the end of the first part, and within the second and the third.
+    for kill in (9, 10, 14):
+        folder = tmp_path / str(kill)
+        with pytest.raises(_Killed):
+            _program(folder, between, kill)
+        assert _program(folder, between) == straight, kill
