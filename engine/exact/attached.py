@@ -21,7 +21,8 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from crosstrain.engine.structure import modules_of
 
-from .lazily import hooks_are_made_lazily, is_made_lazily
+from .lazily import is_made_lazily
+from .made_hooks import hooks_are_made_lazily
 from .trained import functions_of_trained
 from .unnamed import is_users_file
 

@@ -591,6 +591,11 @@ def _without_wrapper(value: Any) -> Any:
     return value.get_obj() if isinstance(value, SynchronizedBase) else value
 
 
+def signature_of(value: Any) -> Any:
+    """Returns what changes when a plain value does; None where it cannot be told."""
+    return _signature(value)
+
+
 def _signature(value: Any, depth: int = 16) -> Any:
     """Returns what changes when a plain value does; None where it cannot be told."""
     if isinstance(value, (ctypes._SimpleCData, ctypes.Array)):

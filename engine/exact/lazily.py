@@ -25,7 +25,6 @@ from .statements import (
     Above,
     calls_in,
     does_nothing,
-    draws,
     fresh_in,
     in_order,
     is_in_place,
@@ -37,7 +36,8 @@ from .statements import (
     root_of,
 )
 
-_MAKING: Final = frozenset({"__new__", "__init__", "__post_init__"})
+#: What makes an object, before anything is missing of it.
+MAKING: Final = frozenset({"__new__", "__init__", "__post_init__"})
 # What changes a collection and depends on what it holds, or takes something away.
 _CHANGES: Final = WRITES | {
     "difference_update",
@@ -54,7 +54,6 @@ _CHANGES: Final = WRITES | {
     "symmetric_difference_update",
 }
 _SIZES: Final = frozenset({"device", "dtype", "len", "ndim", "numel", "shape", "size"})
-_HOOK: Final = re.compile("^register_.*hook$")
 _CONTROL: Final = (ast.If, ast.For, ast.While, ast.Try, ast.ExceptHandler, ast.IfExp)
 _COPIES: Final = frozenset({"__getitem__", "get", "getattr"})
 
@@ -69,7 +68,7 @@ def is_made_lazily(
         functions: all that may use it.
         states: names of parameters and buffers, which are no such things.
     """
-    codes = [one.__code__ for one in functions if one.__name__ not in _MAKING]
+    codes = [one.__code__ for one in functions if one.__name__ not in MAKING]
     made = False
     for index, name in enumerate(re.sub(r"\[.*?\]", "", path).split(".")):
         answer = _is_made(name, index == 0, codes, states)
@@ -77,6 +76,47 @@ def is_made_lazily(
             return False
         made |= answer is True
     return made
+
+
+def is_read_by_key(path: str, functions: Iterable[types.FunctionType]) -> bool:
+    """Tells whether a mapping is only written to, and read by keys that have to be there.
+
+    Begun without it, a run either writes a key before it reads it, or fails: it never goes on
+    otherwise in silence. Such are the activations that a hook keeps for the step.
+
+    Args:
+        path: where functions find it, as of `is_made_lazily`.
+        functions: all that may use it.
+    """
+    *outer, name = re.sub(r"\[.*?\]", "", path).split(".")
+    codes = list(dict.fromkeys(one.__code__ for one in functions if one.__name__ not in MAKING))
+    if any(_is_made(one, index == 0, codes) is not None for index, one in enumerate(outer)):
+        return False
+    return all(_by_key(code, name, not outer) for code in codes)
+
+
+@lru_cache(maxsize=1 << 15)
+def _by_key(code: types.CodeType, name: str, variable: bool) -> bool:
+    if not _mentions_by_name(code, name) or (variable and name in code.co_varnames):
+        return True
+    if (tree := syntax_tree(code)) is None:
+        return False
+    places = _Places(tree, name, variable)
+    return all(_is_item(node, above) for node, above in places._nodes if places._is_mention(node))
+
+
+def _is_item(node: ast.AST, above: Above) -> bool:
+    """Tells whether a mapping is used for one item: that is set in any case, or has to be there."""
+    item = above[-1]
+    inside = any(isinstance(one, _CONTROL) for one in above)
+    if isinstance(item, ast.Attribute) and item.attr == "__setitem__":
+        return not inside
+    if not isinstance(item, ast.Subscript) or item.value is not node:
+        return False
+    if isinstance(item.ctx, ast.Store):
+        return not inside and isinstance(above[-2], ast.Assign)
+    tried = any(isinstance(one, ast.Try) for one in above)
+    return isinstance(item.ctx, ast.Load) and not tried
 
 
 def made_beside(
@@ -89,7 +129,7 @@ def made_beside(
         functions: all that may use it.
         states: as of `is_made_lazily`.
     """
-    codes = list(dict.fromkeys(one.__code__ for one in functions if one.__name__ not in _MAKING))
+    codes = list(dict.fromkeys(one.__code__ for one in functions if one.__name__ not in MAKING))
     if _is_made(name, False, codes, states) is not True:
         return set()
     through = frozenset(one.name for one in (_of(c, name, False) for c in codes) if one.spoils)
@@ -98,47 +138,6 @@ def made_beside(
         for code in codes
     ]
     return set[str]().union(*(one.beside for one in found)) - {name}
-
-
-def hooks_are_made_lazily(functions: Iterable[types.FunctionType]) -> bool:
-    """Tells whether functions that register hooks do it before all else, where there are none.
-
-    Args:
-        functions: all that may register some.
-    """
-    codes = {one.__code__ for one in functions if one.__name__ not in _MAKING}
-    return all(map(_hooks_first, codes))
-
-
-@lru_cache(maxsize=1 << 15)
-def _hooks_first(code: types.CodeType) -> bool:
-    if not any(_HOOK.search(name) for name in code.co_names):
-        return True
-    body = getattr(syntax_tree(code), "body", [None])
-    statements: list[ast.stmt] = getattr(body[0] if body else None, "body", [])
-    for one in statements:
-        if any(isinstance(node, ast.Call) and _is_hook(node) for node in ast.walk(one)):
-            made = made_in([one])
-            inside = [node for part in getattr(one, "body", []) for node in ast.walk(part)]
-            if not isinstance(one, ast.If) or one.orelse:
-                return False
-            if any(isinstance(node, (ast.Return, ast.AugAssign, ast.Delete)) for node in inside):
-                return False
-            return all(
-                not isinstance(node, ast.Call) or _is_hook(node) or not draws(node, made)
-                for node in inside
-            ) and all(
-                not isinstance(node, ast.Expr)
-                or (isinstance(node.value, ast.Call) and _is_hook(node.value))
-                for node in inside
-            )
-        if any(isinstance(node, ast.Call) for node in ast.walk(one)):
-            return False
-    return False
-
-
-def _is_hook(call: ast.Call) -> bool:
-    return _HOOK.search(name_of(call.func)) is not None
 
 
 def _is_made(

@@ -20,8 +20,8 @@ from crosstrain.engine.guards import is_others
 from crosstrain.engine.proof import Proof
 from crosstrain.engine.structure import RECORDED
 
-from .forgotten import PLAIN, Forgotten
-from .lazily import is_made_lazily, made_beside
+from .forgotten import PLAIN, Forgotten, signature_of
+from .lazily import is_made_lazily, is_read_by_key, made_beside
 from .reads import uses_of_self
 from .unnamed import layers_of, methods_in
 
@@ -64,17 +64,17 @@ class MadeAgain:
         """Returns the digests of what was made, by name, for a state."""
         return {**self._expected, **{name: dict(found) for name, found in self._kept.items()}}
 
-    def sift(self, now: Forgotten, changed: Iterable[Place], told: Container[str]) -> list[str]:
+    def sift(self, now: Forgotten, begun: Forgotten, told: Container[str]) -> list[str]:
         """Keeps the digests of what was made where it was missing; returns what is to be told.
 
         Args:
             now: what functions refer to.
-            changed: what of it is other than when the run began.
+            begun: what they did when the run began.
             told: what was told before, which is not looked at.
         """
         left: list[str] = []
-        for place in changed:
-            if (name := named(place)) in told:
+        for place in now.changed(begun):
+            if (name := named(place)) in told or _is_written_first(now, begun, place):
                 continue
             before, found = self._kept.pop(name, {}), self._digests_of(now, place)
             if found is None or not _goes_with(before, found) or not before.keys() <= found.keys():
@@ -159,6 +159,13 @@ class MadeAgain:
                 found = {"": digest(value)}
             taken = self._taken[name] = signature, found
         return taken[1]
+
+
+def _is_written_first(now: Forgotten, begun: Forgotten, place: Place) -> bool:
+    """Tells whether something was an empty mapping that is read by keys that have to be there."""
+    if type(now.values.get(place)) is not dict or begun.found.get(place) != signature_of({}):
+        return False
+    return is_read_by_key(place[1], now.functions)
 
 
 def _digests_of_data(dataset: Any, name: str) -> _Digests | None:

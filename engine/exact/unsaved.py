@@ -62,6 +62,7 @@ _NOT_MADE_BY_STEP = (
     "The first step of the run that was saved had made {}, and that of this one has not. Make it "
     "before the run. If what is trained does not depend on it"
 )
+_FOUND_BY_RESUMED = (_NOT_MADE_AGAIN, _MADE_OTHERWISE, _NOT_MADE_BY_STEP)
 _LOST = (
     "A resumed run will begin without what has changed of {}: it is too large to be a part of the "
     "trainer's state. Keep it in an object that is named in to_save, or let a handler of "
@@ -178,7 +179,7 @@ class Unsaved:
         if self._begun is not None:
             now = self._forgotten(objects)
             self._tell(self._made_otherwise(now), _MADE_OTHERWISE)
-            changed = self._made_again.sift(now, now.changed(self._begun), self._told)
+            changed = self._made_again.sift(now, self._begun, self._told)
             self._tell(self._new(changed), _FORGOTTEN)
             engines = now.engines
         attached = self._attached.changed(self._called(), objects, ended)
@@ -207,7 +208,9 @@ class Unsaved:
     def _tell(self, found: list[str], message: str) -> None:
         if found:
             told = f"{message.format('; '.join(found))}: checks=Checks(unnamed='off')."
-            Proof().differs(told, self._engine.checks.unnamed)
+            # What a resumed run has found of itself stands in its proof.
+            proof = self._engine.proof if message in _FOUND_BY_RESUMED else Proof()
+            proof.differs(told, self._engine.checks.unnamed)
 
     # ------------------------------------------------------------ when a run goes on
 

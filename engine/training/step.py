@@ -144,6 +144,17 @@ class StepCounts:
             state.defer("skipped_steps", lambda: self.skipped_steps)
 
 
+def _trained_of(model: Any) -> list[str]:
+    """Names what is trained of the models whose gradients are shared by DistributedDataParallel."""
+    return [
+        f"model_{index}.{name}" if len(several(model)) > 1 else name
+        for index, one in enumerate(several(model))
+        if (inner := unshared(one)) is not one
+        for name, parameter in inner.named_parameters()
+        if parameter.requires_grad
+    ]
+
+
 class TrainingStep:
     """Runs one iteration of supervised training on a backend; give it to an `Engine`.
 
@@ -203,6 +214,7 @@ class TrainingStep:
         # Several processes share the gradients; the data that was seen not to be the same in all.
         self._many = backend.world.size > 1
         self._own_data: Any = None
+        self._shared = _trained_of(model)
         self._engine: Callable[[], Engine | None] = _no_engine
         self._engines: weakref.WeakSet[Engine] = weakref.WeakSet()
         self._listeners: _Listeners
@@ -234,6 +246,9 @@ class TrainingStep:
             # The other handlers evaluate and save the weights.
             engine.add_in_phase(Events.STARTED, self._on_started, Phase.FIRST)
             engine.add_in_phase(Events.EPOCH_COMPLETED, self._on_epoch_completed, Phase.FIRST)
+            if self._shared:
+                # The user's handlers unfreeze there.
+                engine.add_in_phase(Events.EPOCH_STARTED, self._check_shared, Phase.LAST)
             engine.add_in_phase(Events.TERMINATE, self._on_end, Phase.FIRST)
             engine.add_in_phase(Events.COMPLETED, self._on_end, Phase.FIRST)
         self._listeners = _Listeners(*(engine.slot(event) for event in StepEvents))
@@ -253,6 +268,19 @@ class TrainingStep:
             self._begin_anew()
             self._counts.tell(engine.state)
         self._loaded = False
+
+    def _check_shared(self) -> None:
+        """Raises if something is trained whose gradients the processes do not share."""
+        left = [name for name in _trained_of(self.model) if name not in self._shared]
+        if left:
+            raise ValueError(
+                f"{', '.join(map(repr, left[:4]))}{' ...' * (len(left) > 4)} was frozen when the "
+                "model was prepared for several processes, and is trained now: "
+                "DistributedDataParallel would not share its gradient, and the copies of the model "
+                "would part. Leave it unfrozen and give its parameter group a learning rate of 0 "
+                "until then; or train with shards=, or a backend's option fsdp, where it may be "
+                "unfrozen."
+            )
 
     def _on_epoch_completed(self, engine: Engine) -> None:
         if is_done(engine.state):

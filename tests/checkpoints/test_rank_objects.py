@@ -82,6 +82,15 @@ def test_an_optimizer_whose_state_is_spread_over_processes_goes_on(told: Any) ->
         assert all(rank["spread"])
 
 
+def test_what_is_unfrozen_and_would_not_be_shared_is_told(told: Any) -> None:
+    """DistributedDataParallel shares the gradients of what was trained when it was made."""
+    for rank in told[0]:
+        refused, sharded = rank["unfrozen"]
+        assert refused.startswith(f"{ITERATIONS} ")
+        assert "'0.weight', '0.bias' was frozen when the model was prepared" in refused
+        assert sharded == "nothing"
+
+
 def test_an_engine_without_a_backend_is_told_that_there_are_others(told: Any) -> None:
     for rank in told[0]:
         refused, warned = rank["alone"]

@@ -490,8 +490,9 @@ def test_a_flag_is_not_put_back_without_what_was_made_with_it(how: str, tmp_path
 @pytest.mark.parametrize("how", BUILT)
 def test_what_was_made_with_it_is_told_if_it_is_other(how: str, tmp_path: Path) -> None:
     _run(tmp_path, lambda: _hooked(BUILT[how](2.0)), 4)
-    after, _, _ = _run(tmp_path, lambda: _hooked(BUILT[how](3.0)))
+    after, _, trainer = _run(tmp_path, lambda: _hooked(BUILT[how](3.0)))
     assert "made it again with other contents" in after[0]
+    assert trainer.proof.differences == after[:1]
     assert "table" in after[0]
 
 
@@ -546,3 +547,38 @@ class Calibrates(Net):
 def test_what_writes_over_a_buffer_is_told(tmp_path: Path) -> None:
     (said,) = _run(tmp_path, lambda: _hooked(Calibrates()), 4)[0]
     assert "table" in said
+
+
+def _with_features(counts: bool) -> Parts:
+    """Returns a training whose step reads what a hook of the model keeps, or how many there are."""
+    _, to_save, loader = _trainer(None, "nowhere")
+    model, optimizer = to_save["model"], to_save["optimizer"]
+    features: dict[str, Any] = {}
+
+    def keep(module: nn.Module, given: Any, found: Any) -> None:
+        features["last"] = found
+
+    def step(engine: Any, batch: Any) -> float:
+        optimizer.zero_grad()
+        loss = (model(batch[0]) - batch[1]).square().mean() + features["last"].square().mean()
+        loss.backward()
+        optimizer.step()
+        return float(loss)
+
+    def counting(engine: Any, batch: Any) -> float:
+        return step(engine, batch) * len(features)
+
+    model.linear.register_forward_hook(keep)
+    return DeterministicEngine(counting if counts else step, seed=1), to_save, loader
+
+
+def test_what_a_hook_keeps_for_the_step_is_not_told(tmp_path: Path) -> None:
+    def make() -> Parts:
+        return _with_features(counts=False)
+
+    _, straight, _ = _run(tmp_path / "straight", make)
+    before, _, _ = _run(tmp_path, make, 4)
+    after, resumed, _ = _run(tmp_path, make)
+    assert before == after == []
+    assert _weights(straight) == _weights(resumed)
+    assert "features" in _run(tmp_path / "counts", lambda: _with_features(counts=True), 4)[0][0]

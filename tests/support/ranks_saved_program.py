@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import time
@@ -22,6 +23,7 @@ from crosstrain.engine import (
     DiskSaver,
     Engine,
     Events,
+    RankFailed,
     ResumableSource,
     agree,
     create_supervised_evaluator,
@@ -226,6 +228,32 @@ def spread(folder: Path) -> list[bool]:
     ]
 
 
+def unfrozen() -> list[str]:
+    """A parameter that a handler unfreezes: its gradients are shared, or it is said that not."""
+    told: list[str] = []
+    for shards in (None, 2):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+        model[0].requires_grad_(False)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        trainer = create_supervised_trainer(
+            model,
+            optimizer,
+            nn.functional.cross_entropy,
+            backend="cpu",
+            deterministic=True,
+            shards=shards,
+        )
+        thaw = functools.partial(model[0].requires_grad_, True)
+        trainer.add_event_handler(Events.EPOCH_STARTED(once=2), lambda _, thaw=thaw: thaw())
+        try:
+            trainer.run(loader(), max_epochs=2)
+        except (ValueError, RankFailed) as error:
+            told.append(f"{trainer.state.iteration} {error}")
+        else:
+            told.append("nothing")
+    return told
+
+
 def alone(folder: Path) -> list[str]:
     """An engine that has not been told of the process group which the script has joined."""
     model = nn.Linear(4, 2)
@@ -277,6 +305,7 @@ def main(folder: Path) -> None:
             "evaluated": evaluated(rank),
             "parted": parted(folder, rank),
             "spread": spread(folder),
+            "unfrozen": unfrozen(),
             "alone": alone(folder),
             "apart": apart(rank, False),
             "apart from a state": apart(rank, True),
