@@ -196,7 +196,7 @@ class DeterministicEngine(Engine):
         if self._snapshot is not None:
             known = KEYS | set(OPTIONAL_KEYS)
             values.update({k: v for k, v in self._snapshot.items() if k in known})
-            if self._passed_by and "structure" not in values:
+            if "structure" not in values:
                 values["structure"] = self._structure.record(self._structured())
             return values
         exact = self._cursor.between_batches
