@@ -10,10 +10,13 @@ from typing import Any, Final, TypeGuard
 import numpy as np
 import torch
 
-#: Objects of these packages are not looked into: what they keep is theirs.
-OTHER_PACKAGES: Final = frozenset(
-    {"crosstrain", "ignite", "numpy", "rich", "tensorboard", "torch", "torchdata", "tqdm", "wandb"}
+# Those that write down what others have done.
+_LOGGERS: Final = frozenset(
+    {"aim", "clearml", "comet_ml", "loguru", "matplotlib", "mlflow", "neptune", "rich", "structlog"}
+    | {"tensorboard", "tensorboardX", "tqdm", "visdom", "wandb"}
 )
+#: Objects of these packages are not looked into: what they keep is theirs.
+OTHER_PACKAGES: Final = _LOGGERS | {"crosstrain", "ignite", "numpy", "torch", "torchdata"}
 
 
 def is_mapping(value: object) -> TypeGuard[Mapping[Any, Any]]:
@@ -29,6 +32,14 @@ def is_sequence(value: object) -> TypeGuard[Sequence[Any]]:
 def is_collection(value: object, kinds: tuple[type[Any], ...]) -> TypeGuard[Iterable[Any]]:
     """Tells whether a value is a collection of one of these types."""
     return isinstance(value, kinds)
+
+
+def is_a(value: object, *kinds: type[Any]) -> bool:
+    """Tells whether a value is of one of these classes: its type, and not what it says it is.
+
+    To ask the value, as `isinstance` does in the end, may raise anything.
+    """
+    return issubclass(type(value), kinds)
 
 
 def is_array(value: object) -> TypeGuard[np.ndarray[Any, Any]]:
@@ -64,11 +75,7 @@ def is_exact_dict(value: object) -> TypeGuard[dict[Any, Any]]:
 
 def is_users_object(value: object) -> bool:
     """Tells whether a value is an object with attributes, of a class of the user's."""
-    kind: Any = type(value)
-    root = kind.__module__.partition(".")[0]
-    if root in OTHER_PACKAGES or root in sys.stdlib_module_names:
-        return False
-    return isinstance(getattr(value, "__dict__", None), dict)
+    return not is_others(type(value)) and own_attributes(value) is not None
 
 
 def is_others(thing: Any) -> bool:
@@ -76,7 +83,24 @@ def is_others(thing: Any) -> bool:
     # A wrapper says that it is of the module of what it wraps.
     namespace = getattr(thing, "__globals__", None)
     module = namespace.get("__name__") if isinstance(namespace, dict) else None
-    # The class of functions has attributes of these names that are neither.
-    module = module or getattr(thing, "__module__", None)
-    root = module.partition(".")[0] if isinstance(module, str) else ""
+    root = (module or module_of(thing)).partition(".")[0]
     return root in OTHER_PACKAGES or root in sys.stdlib_module_names
+
+
+def module_of(thing: object) -> str:
+    """Returns the name of the module that a class or a function says it is of; "" if of none."""
+    module = getattr(thing, "__module__", None)
+    # The class of functions has an attribute of that name that is none.
+    return module if isinstance(module, str) else ""
+
+
+def own_attributes(value: object) -> dict[str, Any] | None:
+    """Returns the dictionary of an object's attributes; None if it has none, or does not give it.
+
+    What the object answers itself, as a proxy or a mock does, is not asked.
+    """
+    try:
+        found = object.__getattribute__(value, "__dict__")
+    except Exception:  # noqa: BLE001  a property of the user's of that name may raise anything
+        return None
+    return found if isinstance(found, dict) else None

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .guards import is_collection, is_mapping
+from .guards import is_a, is_collection, is_mapping
 
 Path = tuple[Any, ...]
 
@@ -23,7 +23,7 @@ def has(value: object, name: str) -> bool:
 
 def is_module(value: object) -> bool:
     """Tells whether an object is a module by its type, not by what it says of itself."""
-    return issubclass(type(value), torch.nn.Module)
+    return is_a(value, torch.nn.Module)
 
 
 def is_branch(value: Any) -> bool:

@@ -10,14 +10,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping, MutableMapping
 from types import FunctionType, MethodType, ModuleType
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import numpy
 import torch
 from torch.utils.data import Dataset
 
 from crosstrain.engine.digest import digest, same
-from crosstrain.engine.guards import is_dense, is_users_object
+from crosstrain.engine.guards import is_a, is_dense, is_users_object, module_of, own_attributes
 
 from .generators import SCALARS, TRANSFORMS, copied, packed, unpacked
 
@@ -151,18 +151,17 @@ def _owners(
     if type(thing) in (list, tuple):
         if len(thing) <= 64:
             for index, item in enumerate(thing):
-                if isinstance(item, Dataset) or name.rpartition(".")[2] in TRANSFORMS:
+                if is_a(item, Dataset) or name.rpartition(".")[2] in TRANSFORMS:
                     yield from _owners(f"{name}[{index}]", item, depth - 1, seen)
         return
-    if not hasattr(thing, "__dict__") or callable(getattr(thing, "parameters", None)):
-        return
-    attributes: dict[str, Any] = vars(thing)
-    if not isinstance(attributes, dict):
+    attributes = own_attributes(thing)
+    if attributes is None or callable(getattr(type(thing), "parameters", None)):
         return
     yield name, thing
     for attribute, value in attributes.items():
         holds = type(value) in (list, tuple) and attribute in ("datasets", *TRANSFORMS)
-        if isinstance(value, Dataset) or attribute in TRANSFORMS or holds or is_users_object(value):
+        looked_into = is_a(value, Dataset) or is_users_object(value)
+        if looked_into or attribute in TRANSFORMS or holds:
             yield from _owners(f"{name}.{attribute}", value, depth - 1, seen)
 
 
@@ -182,9 +181,9 @@ def _content(value: Any) -> Any:
     """Returns what tells whether a large value was written into: its length, or some numbers."""
     if type(value) in (list, dict):
         return "length", len(value)
-    if isinstance(value, torch.Tensor) and not value.requires_grad and not value.is_inference():
+    if is_a(value, torch.Tensor) and not value.requires_grad and not value.is_inference():
         return value._version
-    if isinstance(value, numpy.ndarray) and value.dtype.kind in "biuf" and value.size:
+    if is_a(value, numpy.ndarray) and value.dtype.kind in "biuf" and value.size:
         # A view, and not a copy of gigabytes: the first axis is walked in strides.
         some = value.reshape(-1) if value.flags.c_contiguous else value.ravel()[:_ENTRIES]
         return digest(some[:: max(1, some.size // _ENTRIES)])
@@ -203,29 +202,29 @@ def _caches(owner: Any) -> dict[str, int]:
         return found
     for name, value in vars(owner).items():
         _count(name, value, found)
-        inner = getattr(value, "__dict__", None)
-        if isinstance(inner, dict) and not isinstance(value, (Dataset, *_LARGE)):
-            for own, item in list(cast("dict[str, Any]", inner).items()):
+        inner = own_attributes(value)
+        if inner is not None and not is_a(value, Dataset, *_LARGE):
+            for own, item in list(inner.items()):
                 _count(f"{name}'s {own}", item, found, plain=True)
     for kind in type(owner).__mro__:
-        if kind.__module__.partition(".")[0] in ("builtins", "torch", "typing"):
+        if module_of(kind).partition(".")[0] in ("builtins", "torch", "typing"):
             continue
         for name, value in vars(kind).items():
             _count(name, value, found, plain=True)
             function = getattr(value, "__wrapped__", value)
-            if isinstance(function, FunctionType):
+            if is_a(function, FunctionType):
                 for other in function.__code__.co_names:
                     _count(f"the global {other}", function.__globals__.get(other), found, True)
     return found
 
 
 def _count(name: str, value: Any, found: dict[str, int], plain: bool = False) -> None:
-    if isinstance(value, _CACHED):
+    if is_a(value, _CACHED):
         found[name] = value.cache_info().currsize
     elif type(value) is dict:
         if plain:
             found[name] = len(value)
-    elif isinstance(value, MutableMapping):
+    elif is_a(value, MutableMapping):
         found[name] = len(value)
 
 
@@ -270,6 +269,5 @@ def _is_another(before: Any, value: Any) -> bool:
     """Tells whether data or a cache, too large to be saved, is another one than it was."""
     if type(value) in (list, dict):
         return before is not value or type(before) is not type(value)
-    return isinstance(value, (numpy.ndarray, torch.Tensor)) and (
-        before is not value and isinstance(before, (numpy.ndarray, torch.Tensor))
-    )
+    kinds = (numpy.ndarray, torch.Tensor)
+    return is_a(value, *kinds) and before is not value and is_a(before, *kinds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import random
 from collections.abc import Iterator, Mapping
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from crosstrain.backends.random_state import with_arrays, without_arrays
 from crosstrain.engine.digest import same
-from crosstrain.engine.guards import is_collection, is_dense, is_users_object
+from crosstrain.engine.guards import is_collection, is_dense, is_users_object, own_attributes
 
 GENERATORS: Final = (
     torch.Generator,
@@ -61,8 +62,10 @@ def _collect(
         if id(thing) not in {*GLOBAL_GENERATORS, *map(id, found.values())}:
             found[name] = thing
     elif depth > 0:
-        for part, value in _parts(thing):
-            _collect(value, f"{name}{part}", apart, depth - 1, found)
+        # An object of the user's may raise anything; what it draws then shows in its batches.
+        with contextlib.suppress(Exception):
+            for part, value in _parts(thing):
+                _collect(value, f"{name}{part}", apart, depth - 1, found)
 
 
 def _parts(thing: Any) -> Iterator[tuple[str, Any]]:
@@ -72,8 +75,7 @@ def _parts(thing: Any) -> Iterator[tuple[str, Any]]:
         if len(items) <= _MANY:
             yield from ((f"[{key!r}]", item) for key, item in items)
         return
-    attributes: dict[str, Any] = getattr(thing, "__dict__", {})
-    for name, value in attributes.items():
+    for name, value in (own_attributes(thing) or {}).items():
         if isinstance(value, _LOOKED_INTO) or name in TRANSFORMS or is_users_object(value):
             yield f".{name}", value
 

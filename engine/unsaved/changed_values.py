@@ -33,6 +33,7 @@ from typing import Any, Final
 
 import numpy
 import torch
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -40,8 +41,15 @@ from crosstrain.engine.data.generators import GLOBAL_GENERATORS
 from crosstrain.engine.data.source import ResumableSource
 from crosstrain.engine.digest import digest
 from crosstrain.engine.dispatch import Dispatcher
-from crosstrain.engine.guards import OTHER_PACKAGES, is_dense, is_others, is_users_object
-from crosstrain.engine.nests import unwrap
+from crosstrain.engine.guards import (
+    OTHER_PACKAGES,
+    is_dense,
+    is_others,
+    is_users_object,
+    module_of,
+    own_attributes,
+)
+from crosstrain.engine.nests import is_module, unwrap
 from crosstrain.engine.state import State
 from crosstrain.engine.structure import RECORDED
 
@@ -144,6 +152,8 @@ class Forgotten:
         self.found = walk.found
         self._goes_on = walk.goes_on
         self._owners = set(functions)
+        #: What could not be looked into, and the error that it raised.
+        self.closed = walk.closed
         #: Those of it that are plain, and the functions that were looked into: for one look only.
         self.values, self.functions = walk.values, walk.functions
         #: Gives the names of parameters and buffers.
@@ -218,6 +228,8 @@ class UsesWalk:
         saved: Iterable[int] = (),
     ) -> None:
         self._contents = frozenset(saved)
+        #: What raised an error when it was looked at.
+        self.closed: dict[tuple[str, str], Exception] = {}
         #: Of what was found, what a named object's state has now.
         self.goes_on: set[tuple[str, str]] = set()
         self._holders = [] if holders is None else [holders]
@@ -250,7 +262,7 @@ class UsesWalk:
         if not inspect.isfunction(plain):
             if owner is None and is_others(type(plain)) and _has_state(plain):
                 self.value(plain, name, type(plain).__name__, depth, ALL)
-            elif type(plain).__module__.startswith("crosstrain.") and owner is None:
+            elif module_of(type(plain)).startswith("crosstrain.") and owner is None:
                 # A step of ours, with the user's functions in it.
                 for own, value in functions_in(plain):
                     self.function(value, f"{name}, its {own}", depth - 1)
@@ -331,6 +343,12 @@ class UsesWalk:
 
     def value(self, value: Any, owner: str, name: str, depth: int, uses: frozenset[Use]) -> None:
         """Notes a value, if it is read, or looks into what it is made of."""
+        try:
+            self._look(value, owner, name, depth, uses)
+        except Exception as error:  # noqa: BLE001  an object of the user's may raise anything
+            self.closed.setdefault((owner, name), error)
+
+    def _look(self, value: Any, owner: str, name: str, depth: int, uses: frozenset[Use]) -> None:
         value = _without_wrapper(value)
         if isinstance(value, type):
             called = [*_MAKING, *(use.path[0] for use in uses if use.path)]
@@ -369,7 +387,7 @@ class UsesWalk:
             if is_users_object(value) and not isinstance(value, TRAINED) and depth > 0:
                 self._attributes(value, owner, name, depth, uses)
             return
-        if type(value).__module__.startswith("ignite.metrics") and hasattr(value, "state_dict"):
+        if module_of(type(value)).startswith("ignite.metrics") and hasattr(value, "state_dict"):
             if id(value) not in self._seen:
                 self._seen.add(id(value))
                 self.metrics[owner, type(value).__name__] = _state_signature(value)
@@ -386,7 +404,7 @@ class UsesWalk:
             if inspect.isfunction(value) and not is_others(value):
                 self._space(vars(value), owner, name, depth, uses)
             self.function(value, f"{owner}, its {name}", depth)
-        elif isinstance(value, torch.nn.Module) or depth <= 0:
+        elif is_module(value) or depth <= 0:
             return
         elif not is_others(type(value)) or _is_namespace(value):
             self._attributes(value, owner, name, depth, uses)
@@ -534,7 +552,7 @@ def _values_of(kind: Any) -> dict[str, Any]:
 def _has_state(value: Any) -> bool:
     """Tells whether an object is one that is named in `to_save`, by its type."""
     kind: Any = type(value)
-    module = kind.__module__
+    module = module_of(kind)
     root = module.partition(".")[0]
     if root == "ignite":
         held = ".handlers." in module and not module.endswith(("logger", "tqdm"))
@@ -543,15 +561,14 @@ def _has_state(value: Any) -> bool:
     else:
         held = root == "torch" or root not in OTHER_PACKAGES
     methods = (getattr(kind, "state_dict", None), getattr(kind, "load_state_dict", None))
-    if hasattr(value, "score_function") and value.score_function is None:
-        # Which files are the newest, their names say; which are the best, only who has chosen.
-        return False
-    return held and all(map(callable, methods))
+    # Which files are the newest, their names say; which are the best, only who has chosen.
+    chooses = (own_attributes(value) or {}).get("score_function", True) is not None
+    return held and chooses and all(map(callable, methods))
 
 
 def _state_signature(value: Any) -> Any:
     """Returns what changes when an object's state does; None where it cannot be told."""
-    if isinstance(value, torch.nn.Module):
+    if is_module(value):
         tensors = [*value.parameters(), *value.buffers()]
         return [(id(tensor), _version(tensor)) for tensor in tensors]
     if isinstance(value, Optimizer):
@@ -571,7 +588,7 @@ def _mark(value: Any) -> str:
 
 def _parts_of(value: Any) -> set[str]:
     """Returns marks of what an object's `state_dict` is made of; all of it, if it has none."""
-    left: list[Any] = [getattr(value, "__dict__", {})]
+    left: list[Any] = [own_attributes(value) or {}]
     with contextlib.suppress(Exception):  # An object of the user's may raise anything.
         left = [value.state_dict()]
     found: set[str] = set()
@@ -586,7 +603,7 @@ def _parts_of(value: Any) -> set[str]:
 
 def _without_wrapper(value: Any) -> Any:
     """Returns the model inside what compiles or spreads it, and the memory inside its lock."""
-    if isinstance(value, torch.nn.Module):
+    if is_module(value):
         return unwrap(value)
     return value.get_obj() if isinstance(value, SynchronizedBase) else value
 
@@ -615,6 +632,9 @@ def _signature(value: Any, depth: int = 16) -> Any:
         many = tuple(value) if isinstance(value, (list, collections.deque)) else value
         with contextlib.suppress(ValueError):
             return len(value), hash(marshal.dumps(many, 2))
+    if type(value) is int:
+        # Python refuses to write a very large one in tens.
+        return "int", hex(value)
     if isinstance(value, (*SCALARS, decimal.Decimal, fractions.Fraction, numpy.generic)):
         return type(value).__name__, repr(value)
     if isinstance(value, (set, frozenset)):
@@ -627,7 +647,9 @@ def _signature(value: Any, depth: int = 16) -> Any:
     if callable(value) and hasattr(value, "__qualname__"):
         code: Any = getattr(value, "__code__", None)
         name: str = getattr(value, "__qualname__", "")
-        return name, code and code.co_code, code and code.co_consts
+        if not isinstance(code, types.CodeType):
+            return name
+        return name, code.co_code, code.co_consts
     return type(value).__name__
 
 
@@ -649,4 +671,6 @@ def _inside(value: Any) -> Any:
 
 
 def _version(tensor: torch.Tensor) -> int:
+    if is_lazy(tensor):
+        return -2
     return -1 if tensor.is_inference() else tensor._version

@@ -26,7 +26,15 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from crosstrain.engine.data.generators import GENERATORS, GLOBAL_GENERATORS, generators_in
 from crosstrain.engine.data.source import ResumableSource
 from crosstrain.engine.dispatch import Dispatcher
-from crosstrain.engine.guards import OTHER_PACKAGES, is_others, is_users_object
+from crosstrain.engine.guards import (
+    OTHER_PACKAGES,
+    is_a,
+    is_others,
+    is_users_object,
+    module_of,
+    own_attributes,
+)
+from crosstrain.engine.nests import is_module
 
 from .users_functions import functions_of_trained
 
@@ -64,7 +72,10 @@ _Held = Callable[[types.FunctionType], Iterable[tuple[str, Any]]]
 
 
 def unnamed_sources(
-    functions: Mapping[str, Any], known: Iterable[int], held: _Held | None = None
+    functions: Mapping[str, Any],
+    known: Iterable[int],
+    held: _Held | None,
+    closed: dict[str, Exception],
 ) -> list[str]:
     """Returns what functions draw from, by where it was found, each once.
 
@@ -72,8 +83,9 @@ def unnamed_sources(
         functions: the step and the handlers, by what to call them.
         known: what a checkpoint takes care of, by `id`; it is not looked into.
         held: what a function may fetch from an engine, a model and the like.
+        closed: takes what raised an error when it was looked at, by where it was found.
     """
-    walk = _Walk(set(known))
+    walk = _Walk(set(known), closed)
     for name, function in functions.items():
         walk.function(function, name, _DEPTH)
     # The list grows meanwhile.
@@ -86,8 +98,8 @@ def unnamed_sources(
 class _Walk:
     """Looks into functions and objects, each once."""
 
-    def __init__(self, known: set[int]) -> None:
-        self._seen = known
+    def __init__(self, known: set[int], closed: dict[str, Exception]) -> None:
+        self._seen, self._closed = known, closed
         self.found: dict[int, str] = {}
         self.functions: list[types.FunctionType] = []
 
@@ -108,7 +120,7 @@ class _Walk:
             self.value(owner, name, depth)
         plain = getattr(function, "__func__", function)
         if not inspect.isfunction(plain):
-            if owner is None and type(plain).__module__.startswith("crosstrain."):
+            if owner is None and module_of(type(plain)).startswith("crosstrain."):
                 # A step of ours, with the user's functions in it.
                 for own, value in functions_in(plain):
                     self.function(value, f"{name}, its {own}", depth - 1)
@@ -132,6 +144,12 @@ class _Walk:
 
     def value(self, value: Any, name: str, depth: int) -> None:
         """Looks at a value, and into it where it may hold more."""
+        try:
+            self._look(value, name, depth)
+        except Exception as error:  # noqa: BLE001  an object of the user's may raise anything
+            self._closed.setdefault(name, error)
+
+    def _look(self, value: Any, name: str, depth: int) -> None:
         if id(value) in self._seen or id(value) in GLOBAL_GENERATORS or len(self._seen) > _SEEN:
             return
         if is_source(value):
@@ -150,7 +168,7 @@ class _Walk:
             for own, function in methods_in(value).items():
                 self.function(function, f"{name}.{own}", depth - 1)
             return
-        if depth > 0 and isinstance(value, torch.nn.Module):
+        if depth > 0 and is_module(value):
             self._seen.add(id(value))
             for own, function in functions_of_trained({name: value}).items():
                 self.function(function, own, depth - 1)
@@ -201,8 +219,8 @@ def functions_of(data: Any) -> dict[str, Any]:
             function = getattr(type(owner), method, None)
             if inspect.isfunction(function):
                 found[f"the {name}'s {method}"] = function
-        for own, value in vars(owner).items():
-            if inspect.isfunction(value) or isinstance(value, partial):
+        for own, value in (own_attributes(owner) or {}).items():
+            if is_a(value, types.FunctionType, partial):
                 found[f"the {name}'s .{own}"] = value
     return found
 
@@ -221,7 +239,7 @@ def functions_in(step: Any) -> Iterator[tuple[str, Any]]:
 
 def attributes_of(value: Any) -> dict[str, Any]:
     """Returns the attributes of an object, by name."""
-    found = dict(getattr(value, "__dict__", {}))
+    found = dict(own_attributes(value) or {})
     for kind in type(value).__mro__:
         names = vars(kind).get("__slots__", ())
         for name in (names,) if isinstance(names, str) else names:
@@ -232,13 +250,15 @@ def attributes_of(value: Any) -> dict[str, Any]:
 
 def is_users_file(value: Any) -> bool:
     """Tells whether a value is a module of Python's that the user wrote: a file, not installed."""
-    if not isinstance(value, types.ModuleType):
+    if not is_a(value, types.ModuleType):
         return False
     # A notebook has no file.
-    place = "" if value.__name__ == "__main__" else getattr(value, "__file__", None)
-    if place is None or "site-packages" in place:
+    own = vars(value)
+    name = own.get("__name__")
+    place = "" if name == "__main__" else own.get("__file__")
+    if not isinstance(name, str) or not isinstance(place, str) or "site-packages" in place:
         return False
-    root = value.__name__.partition(".")[0]
+    root = name.partition(".")[0]
     return root not in OTHER_PACKAGES and root not in sys.stdlib_module_names
 
 
@@ -266,7 +286,7 @@ def methods_in(kind: type) -> dict[str, Any]:
     return {
         name: layers_of(one)[0]
         for each in reversed(kind.__mro__)
-        if is_users_file(sys.modules.get(each.__module__))
+        if is_users_file(sys.modules.get(module_of(each)))
         for name, one in vars(each).items()
         if layers_of(one)
     }

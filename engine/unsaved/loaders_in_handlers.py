@@ -173,10 +173,10 @@ class _Loaders(UsesWalk):
         self._data = data
         self.fetched = Fetched()
 
-    def value(self, value: Any, owner: str, name: str, depth: int, uses: frozenset[Use]) -> None:
+    def _look(self, value: Any, owner: str, name: str, depth: int, uses: frozenset[Use]) -> None:
         """Notes such a loader, if it is iterated over or passed on, or looks into what it is."""
         if not is_loader(value):
-            super().value(value, owner, name, depth, uses)
+            super()._look(value, owner, name, depth, uses)
             return
         loader: Any = value
         # Its length may be asked, and its attributes. What `list` makes of it may not be used.

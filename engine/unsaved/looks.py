@@ -6,6 +6,7 @@ The user is told of each thing once, when a state is taken.
 
 from __future__ import annotations
 
+import traceback
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ from .contents_of_states import Saved
 from .drawn_from import functions_of, unnamed_sources
 from .handlers_and_hooks import Attached
 from .loaders_in_handlers import Fetched, who_fetches
-from .made_again import LOOKS, MadeAgain, names_of_states
+from .made_again import LOOKS, MadeAgain, name_of_place, names_of_states
 from .users_functions import functions_held, functions_of_trained, hooks_of_all
 
 if TYPE_CHECKING:
@@ -67,6 +68,11 @@ _LOST = (
     "A resumed run will begin without what has changed of {}: it is too large to be a part of the "
     "trainer's state. Keep it in an object that is named in to_save, or let a handler of "
     "EPOCH_STARTED make it anew. If what is trained on does not depend on it"
+)
+_CLOSED = (
+    "Whether a resumed run begins without what has changed of {} cannot be told: looking at it "
+    "raised an error. Keep what changes in an object that has a state_dict and is named in "
+    "to_save. If what is trained does not depend on it"
 )
 _FETCHED = (
     "A resumed run may draw other values once {}, has been iterated over: {}. Go on with that "
@@ -173,14 +179,18 @@ class Unsaved:
             self._looked_for_sources = True
             known = self._named_elsewhere() | self._saved().held
             held = self._holders(objects).values_used_by
-            found = unnamed_sources(self._functions(objects), known, held)
+            closed: dict[str, Exception] = {}
+            found = unnamed_sources(self._functions(objects), known, held, closed)
             self._tell(found, _UNNAMED)
+            self._tell(self._new(map(_closed, closed, closed.values())), _CLOSED)
         engines: dict[str, Any] = {}
         if self._begun is not None:
             now = self._forgotten(objects)
             self._tell(self._made_otherwise(now), _MADE_OTHERWISE)
             changed = self._made_again.sift(now, self._begun, self._told)
             self._tell(self._new(changed), _FORGOTTEN)
+            closed = {name_of_place(place): error for place, error in now.closed.items()}
+            self._tell(self._new(map(_closed, closed, closed.values())), _CLOSED)
             engines = now.engines
         attached = self._attached.changed(self._called(), objects, ended)
         self._tell(self._new(attached), _ATTACHED)
@@ -305,6 +315,12 @@ class Unsaved:
         found = Forgotten(functions, known, holders, recorded, saved.contents)
         found.states = lambda: names_of_states(objects)
         return found
+
+
+def _closed(name: str, error: Exception) -> str:
+    """Returns what could not be looked into, and why."""
+    why = traceback.format_exception_only(error)[-1].strip()
+    return f"{name} ({why[:200]})"
 
 
 def _recorded(objects: Mapping[str, Any]) -> set[int]:

@@ -16,7 +16,7 @@ from typing import Any, Final
 import torch
 
 from crosstrain.engine.digest import digest
-from crosstrain.engine.guards import is_others
+from crosstrain.engine.guards import is_others, own_attributes
 from crosstrain.engine.proof import Proof
 from crosstrain.engine.structure import RECORDED
 
@@ -74,7 +74,7 @@ class MadeAgain:
         """
         left: list[str] = []
         for place in now.changed(begun):
-            if (name := named(place)) in told or _is_written_first(now, begun, place):
+            if (name := name_of_place(place)) in told or _is_written_first(now, begun, place):
                 continue
             before, found = self._kept.pop(name, {}), self._digests_of(now, place)
             if found is None or not _goes_with(before, found) or not before.keys() <= found.keys():
@@ -91,7 +91,7 @@ class MadeAgain:
         """
         differ: list[str] = []
         for place in now.values:
-            if (then := self._expected.get(name := named(place))) is None:
+            if (then := self._expected.get(name := name_of_place(place))) is None:
                 continue
             value = now.values[place]
             if value is None or (isinstance(value, _KINDS[-6:]) and not value):
@@ -145,7 +145,7 @@ class MadeAgain:
 
     def _digests_of(self, now: Forgotten, place: Place) -> _Digests | None:
         """Returns the digests of what is made lazily; None for anything else."""
-        value, signature, name = now.values.get(place), now.found.get(place), named(place)
+        value, signature, name = now.values.get(place), now.found.get(place), name_of_place(place)
         if not isinstance(value, _KINDS):
             return None
         if not is_made_lazily(place[1], now.functions, now.states()):
@@ -171,8 +171,8 @@ def _is_written_first(now: Forgotten, begun: Forgotten, place: Place) -> bool:
 def _digests_of_data(dataset: Any, name: str) -> _Digests | None:
     """Returns the digest of a dataset's list or mapping that is made lazily; None if it is not."""
     head, _, own = name.rpartition(".")
-    value = getattr(dataset, "__dict__", {}).get(own) if head == "dataset" else None
-    if not value or not isinstance(value, (list, dict)):
+    value = (own_attributes(dataset) or {}).get(own) if head == "dataset" else None
+    if not isinstance(value, (list, dict)) or not value:
         return None
     functions = [one for each in methods_in(type(dataset)).values() for one in layers_of(each)]
     return {"": digest(value)} if is_made_lazily(f"self.{own}", functions) else None
@@ -204,7 +204,7 @@ def names_of_states(objects: Mapping[str, Any]) -> frozenset[str]:
     )
 
 
-def named(place: Place) -> str:
+def name_of_place(place: Place) -> str:
     """Returns what to call something that a function refers to."""
     owner, name = place
     return f"{owner}.{name}" if owner == "trainer.state" else f"{owner}, its {name!r}"

@@ -6,8 +6,8 @@ module, a parameter or an optimizer, counts, draws from or keeps elsewhere is in
 
 from __future__ import annotations
 
-import inspect
 import sys
+import types
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, Final
@@ -16,8 +16,16 @@ from torch.nn import Module
 from torch.nn.modules import module as torch_module
 from torch.optim import Optimizer
 
-from crosstrain.engine.guards import is_others
+from crosstrain.engine.guards import is_a, is_others, own_attributes
+from crosstrain.engine.nests import is_module
 
+_FUNCTIONS: Final = (
+    types.FunctionType,
+    types.MethodType,
+    types.BuiltinFunctionType,
+    types.MethodDescriptorType,
+    partial,
+)
 # By which of its methods a module says what its state is.
 _STATES: Final = ("state_dict", "get_extra_state", "_save_to_state_dict")
 # Where hooks are kept, and what to call them.
@@ -59,7 +67,7 @@ def functions_of_trained(objects: Mapping[str, Any]) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for name, value in objects.items():
-        if isinstance(value, Module):
+        if is_module(value):
             for path, module in value.named_modules():
                 where = f"{name}.{path}" if path else name
                 found.update(_hooks(module, where, _OF_MODULES))
@@ -89,10 +97,10 @@ def functions_held(value: Any) -> dict[str, Any]:
     A state has no functions, and so nothing of what they refer to.
     """
     found: dict[str, Any] = {}
-    for name, held in getattr(value, "__dict__", {}).items():
+    for name, held in (own_attributes(value) or {}).items():
         each = held if isinstance(held, (list, tuple)) else [held]
         for number, one in enumerate(each):
-            if inspect.isroutine(one) or isinstance(one, partial):
+            if is_a(one, *_FUNCTIONS):
                 found[f"the {name} of {type(value).__name__}, number {number + 1}"] = one
     return found
 
