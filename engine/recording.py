@@ -1,7 +1,7 @@
 """RecordingEngine: an engine that writes down all that the bits of its run follow from.
 
 It is the half of a `DeterministicEngine` that saves. What a state is made of has files of its own
-in `data` and `exact`; here it is put together.
+in `data`, `exact` and `unsaved`; here it is put together.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from crosstrain.engine.data.cursor import Cursor
 from crosstrain.engine.data.own_data import own_data
 from crosstrain.engine.data.shares import BatchShare, Shards, check_shards, world_of
 from crosstrain.engine.data.streams import ALL_STREAMS, StreamKey
-from crosstrain.engine.exact.made_again import is_made_beside
 from crosstrain.engine.exact.rank_states import SHARDS, gathered
 from crosstrain.engine.exact.snapshot import FORMAT, environment, settings, step_state
-from crosstrain.engine.exact.unsaved import Unsaved
 from crosstrain.engine.ranks.agreed_seed import agreed_seed
 from crosstrain.engine.training.own_step import OwnStep
+from crosstrain.engine.unsaved import Unsaved, is_made_beside
 
 from .engine import Engine
 from .errors import ResumeWarning, warn_user
