@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from crosstrain.engine.data.attributes import plain_or_none
 from crosstrain.engine.data.cursor import Cursor
 from crosstrain.engine.data.own_data import own_data
+from crosstrain.engine.data.plain_values import plain_or_none
 from crosstrain.engine.data.shares import BatchShare, Shards, check_shards, world_of
 from crosstrain.engine.data.streams import ALL_STREAMS, StreamKey
 from crosstrain.engine.exact.rank_states import SHARDS, gathered

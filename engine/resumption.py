@@ -286,7 +286,7 @@ class ExactResumption(Resumption):
             self._go_to(data, engine.checks.batch_before)
             restore_random_states(self.snapshot["rng_states"], engine.backend)
         if self._reseeds:
-            engine._cursor.seed_anew(engine._key)
+            engine._cursor.seed_anew()
 
     def _open_at_beginning(self, data: Any) -> None:
         engine, position = self._engine, self.snapshot["position"]
