@@ -103,16 +103,17 @@ class RemoteCopies:
         self.wait()
         writing, voting = self._lines
         # Opened here: the next save may remove it.
-        put: Callable[[StoreFolder], None]
+        put: Callable[[StoreFolder], None] | None = None
         if layout_of(path) is PARTS:
             writers = Writers(writing, self.location / path.name)
             put = partial(_PartsToCopy(path, writers).put, compare=compare)
-        else:
-            put = _file(path, compare) if self._is_first else _nothing
+        elif self._is_first:
+            put = _file(path, compare)
         item = Item(iteration, path.with_suffix(FILE.ending).name)
 
         def work() -> None:
-            put(self._folder)
+            if put is not None:
+                put(self._folder)
             # Only now: the new one was compared with what was put.
             self._keep_newest(item)
             if self._is_first:
@@ -175,10 +176,6 @@ def _file(path: Path, compare: bool) -> Callable[[StoreFolder], None]:
                 folder.copy(path.name, file.fileno())
 
     return put
-
-
-def _nothing(folder: StoreFolder) -> None:
-    """Copies nothing: another process copies the file."""
 
 
 class _PartsToCopy:
