@@ -220,7 +220,7 @@ class Checkpoint:
         """Waits until what was saved in the background is on the disk, and says so by the event.
 
         Raises:
-            CheckpointError: if it could not be saved.
+            CheckpointError: if it could not be saved, unless the saver has said so already.
         """
         if self._job is not None:
             self._job.finish()

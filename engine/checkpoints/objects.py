@@ -167,16 +167,7 @@ def restore(
     mapped = loaded.mapped
     engines = [value for _, value in walk_objects(to_load) if isinstance(value, Engine)]
     state = _by_name(to_load, loaded.state, loaded.manifest)
-    if not is_mapping(state):
-        raise CheckpointMismatch(
-            f"{source} holds a {type(state).__name__}, not objects by name. Nothing was loaded"
-        )
-    if kwargs.get("strict", True) and engines:
-        _check_nothing_left(to_load, state, source)
-    try:
-        pairs = with_own(list(_pairs(to_load, state)))
-    except CheckpointMismatch as error:
-        raise CheckpointMismatch(f"{source}: {error}. Nothing was loaded") from None
+    pairs = _fitting(to_load, state, source, all_of_it=bool(engines) and kwargs.get("strict", True))
     if mapped is not None:
         mapped.own([its for _, one, its in pairs if not _takes_mapped(unwrap(one), kwargs)])
     for engine in engines:
@@ -191,18 +182,39 @@ def restore(
     load.tell()
     if mapped is not None:
         mapped.check_unchanged()
+    beside = {name: unwrap(one) for name, one, _ in pairs if not isinstance(one, Engine)}
     for engine in engines:
+        engine.loaded_with = beside
         if engine.proof is not proof:
             # To load a state begins a proof of its own.
             for name in ("checked", "unchecked", "differences"):
                 getattr(engine.proof, name)[:0] = getattr(proof, name)
-    proof = engines[0].proof if engines else proof
-    beside = {name: unwrap(one) for name, one, _ in pairs if not isinstance(one, Engine)}
-    for engine in engines:
-        engine.loaded_with = beside
     for engine, what in rebuilt:
         engine.proof.checked.append(f"put back: {what}")
-    return proof
+    return engines[0].proof if engines else proof
+
+
+def _fitting(to_load: Mapping[str, Any], state: Any, source: str, *, all_of_it: bool) -> list[Pair]:
+    """Returns each object with the state that it gets here; raises if they do not fit.
+
+    With `all_of_it`, the checkpoint must not hold more than that.
+    """
+    if not is_mapping(state):
+        raise CheckpointMismatch(
+            f"{source} holds a {type(state).__name__}, not objects by name. Nothing was loaded"
+        )
+    left = [name for name in state if name not in to_load and name != OWN_NAME]
+    if left and all_of_it:
+        # A run is to go on, and a part of what was saved with it would be left out.
+        raise CheckpointMismatch(
+            f"{source} also holds {', '.join(map(repr, left))}, which to_load leaves out; with an "
+            "engine in to_load the run is to go on exactly. Nothing was loaded. Name them in "
+            "to_load, or pass strict=False to go on without them"
+        )
+    try:
+        return with_own(list(_pairs(to_load, state)))
+    except CheckpointMismatch as error:
+        raise CheckpointMismatch(f"{source}: {error}. Nothing was loaded") from None
 
 
 def to_own(
@@ -234,17 +246,6 @@ def _by_name(to_load: Mapping[str, Any], state: Any, manifest: Manifest | None) 
 
 def _takes_mapped(target: Any, kwargs: Mapping[str, Any]) -> bool:
     return _copies_its_state(target, kwargs) or _keeps_in_its_state(target)
-
-
-def _check_nothing_left(to_load: Mapping[str, Any], states: Mapping[str, Any], source: str) -> None:
-    """Raises if a run is to go on, and a part of what was saved with it would be left out."""
-    left = [name for name in states if name not in to_load and name != OWN_NAME]
-    if left:
-        raise CheckpointMismatch(
-            f"{source} also holds {', '.join(map(repr, left))}, which to_load leaves out; with an "
-            "engine in to_load the run is to go on exactly. Nothing was loaded. Name them in "
-            "to_load, or pass strict=False to go on without them"
-        )
 
 
 def _pairs(value: Any, state: Any, path: tuple[Any, ...] = ()) -> Iterator[Pair]:
