@@ -33,7 +33,7 @@ class JointJob:
     """A piece of work in a thread, which the interpreter waits for before it exits.
 
     Where processes do it together, each does its part in a thread of its own. Whoever waits for it
-    first is told what it has met; nobody is told it twice.
+    first is told what this process has met; nobody is told it twice.
 
     Args:
         work: this process's part of it.
@@ -85,7 +85,7 @@ class JointJob:
         return True
 
     def finish(self) -> None:
-        """Waits for the end of the work; the first to wait for it is raised what it has met.
+        """Waits for the end of the work; the first of several calls raises what it has met.
 
         All processes call it together. A wait that was interrupted goes on with the next call.
 
@@ -106,12 +106,13 @@ class JointJob:
         except BaseException:
             if self._done.is_set():
                 self._end(is_good=False)
+                self._finished = True
             raise
         self._end(is_good=True)
+        self._finished = True
 
     def _end(self, *, is_good: bool) -> None:
-        """Is called once, by whoever has waited, when there is nothing more to wait for."""
-        self._finished = True
+        """Is called by whoever has waited, when there is nothing more to wait for."""
 
 
 class SaveJob(JointJob):
@@ -168,7 +169,6 @@ class SaveJob(JointJob):
             return True
 
     def _end(self, *, is_good: bool) -> None:
-        super()._end(is_good=is_good)
         self._snapshot.close()
         self._take_removals()
         tell, self.when_ended = self.when_ended, None
