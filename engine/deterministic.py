@@ -22,7 +22,6 @@ from crosstrain.engine.data.sampling import ReproducibleBatchSampler, update_dat
 from crosstrain.engine.data.shares import BatchShare, Shards, check_shards, world_of
 from crosstrain.engine.data.streams import ALL_STREAMS, StreamKey
 from crosstrain.engine.exact.laid_over import LaidOver
-from crosstrain.engine.exact.made_again import is_made_beside
 from crosstrain.engine.exact.porting import port
 from crosstrain.engine.exact.rank_states import SHARDS, check_same_shards, gathered, own_part
 from crosstrain.engine.exact.snapshot import (
@@ -36,10 +35,10 @@ from crosstrain.engine.exact.snapshot import (
     settings,
     step_state,
 )
-from crosstrain.engine.exact.unsaved import Unsaved
 from crosstrain.engine.ranks.agreed_seed import agreed_seed
 from crosstrain.engine.ranks.of_each import RANKS
 from crosstrain.engine.training.own_step import OwnStep
+from crosstrain.engine.unsaved import Unsaved, is_made_beside
 
 from .engine import Engine
 from .errors import ResumeWarning, warn_user

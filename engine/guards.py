@@ -74,6 +74,9 @@ def is_users_object(value: object) -> bool:
 def is_others(thing: Any) -> bool:
     """Tells whether a function or a class is no user's: of a known package, or of Python's own."""
     # A wrapper says that it is of the module of what it wraps.
-    module = getattr(thing, "__globals__", {}).get("__name__") or thing.__module__ or ""
-    root = module.partition(".")[0]
+    namespace = getattr(thing, "__globals__", None)
+    module = namespace.get("__name__") if isinstance(namespace, dict) else None
+    # The class of functions has attributes of these names that are neither.
+    module = module or getattr(thing, "__module__", None)
+    root = module.partition(".")[0] if isinstance(module, str) else ""
     return root in OTHER_PACKAGES or root in sys.stdlib_module_names

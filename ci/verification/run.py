@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from crosstrain.ci.traces.command import as_json
 from crosstrain.ci.traces.diff import Difference, earliest, first_difference
 from crosstrain.ci.traces.file import Trace, TraceError, path_of_rank
 from crosstrain.ci.trials.order import Order
+from crosstrain.ci.trials.processes import STOPPED, Kill
 from crosstrain.ci.trials.target import Target
 
 from .causes import Status, causes
@@ -251,12 +253,15 @@ class _Verification:
         kind = None if difference.thing is None else difference.thing.kind
         return causes(status, kind, began, self._traits)
 
-    def _order(self, name: str, **more: Any) -> Order:
+    def _order(self, name: str, number: int = 0, **more: Any) -> Order:
+        """Returns an order of a run; the number tells how many workers its loader has, in turn."""
         trace = str(self._folder / f"{name}.trace")
-        more = {"folder": None, "resumed_seed": self._seed, **more}
-        return Order(self._backend, target=str(self._target), trace=trace, seed=self._seed, **more)
+        workers = self._workers[number % len(self._workers)]
+        target = str(self._target)
+        more = {"resumed_seed": self._seed, "folder": None, "workers": workers, **more}
+        return Order(self._backend, target=target, trace=trace, seed=self._seed, **more)
 
-    def _run(self, name: str, order: Order, kill: Any = None, number: int = 0) -> End:
+    def _run(self, name: str, order: Order, kill: Kill | None = None, number: int = 0) -> End:
         # At once: a process that imports torch says nothing for a while.
         self._progress(name, 0, self._total)
         end = self._processes.run(
@@ -268,46 +273,44 @@ class _Verification:
 
     def _straight(self, name: str) -> int | None:
         """Runs the training straight through; returns the length of an epoch."""
-        end = self._run(name, self._order(name, workers=self._workers[0]))
+        end = self._run(name, self._order(name))
         if end.iterations is None:
             raise VerifyError(f"The training does not run to its end: {end.error}")
         if name == "straight":
             self._total = end.iterations
         return end.epoch_length
 
-    def _workers_of(self, number: int) -> int:
-        return self._workers[number % len(self._workers)]
-
     def _stopped(self, place: int, number: int) -> RunResult:
+        """Stops a run after an iteration, before which it saves nothing, and resumes it."""
         name = f"stopped after {place}"
-        folder = str(self._folder / f"run {name}")
-        # Nothing is saved before the run is stopped.
-        first = self._order(name, workers=self._workers[0], stop_at=place, folder=folder)
-        workers, seed = self._workers_of(number), self._seed + number
-        second = self._order(name, workers=workers, resumed_seed=seed, folder=folder)
-        ends = [self._run(name, first)]
-        if not ends[0].error:
-            ends.append(self._run(name, second, number=number))
-        return self._result(name, ends, (self._workers[0], workers))
+        lives = [(0, None, {"stop_at": place}), (number, None, {})]
+        return self._interrupted(name, self._seed, lives)
 
     def _killed(self, kills: int, every: int) -> RunResult:
         name = f"killed {kills} time{'s' if kills > 1 else ''}"
-        folder = str(self._folder / f"run {name}")
+        places = moments(kills, self._total, self._seed, min(self._processes.sizes))
+        lives = [(number, kill, {"every": every}) for number, kill in enumerate((*places, None))]
+        return self._interrupted(name, self._seed + 1000, lives)
+
+    def _interrupted(
+        self, name: str, seed: int, lives: Iterable[tuple[int, Kill | None, dict[str, int]]]
+    ) -> RunResult:
+        """Runs processes one after the other, until one of them is neither stopped nor killed.
+
+        Args:
+            name: of the run.
+            seed: of those that go on from a checkpoint; their number is added to it.
+            lives: for each of them its number, when to kill it, and what it is told besides.
+        """
         ends: list[End] = []
         workers: list[int] = []
-        places = moments(kills, self._total, self._seed, min(self._processes.sizes))
-        for number, kill in enumerate((*places, None)):
-            workers.append(self._workers_of(number))
-            seed = self._seed + 1000 + number
-            order = self._order(
-                name, workers=workers[-1], folder=folder, every=every, resumed_seed=seed
-            )
+        for number, kill, more in lives:
+            folder = str(self._folder / f"run {name}")
+            order = self._order(name, number, folder=folder, resumed_seed=seed + number, **more)
+            workers.append(order.workers)
             ends.append(self._run(name, order, kill, number))
-            if not ends[-1].killed:
+            if ends[-1].code not in (STOPPED, -signal.SIGKILL):
                 break
-        return self._result(name, ends, tuple(workers))
-
-    def _result(self, name: str, ends: Sequence[End], workers: tuple[int, ...]) -> RunResult:
         problem = next((end.error for end in ends if end.error), "")
         # What was recorded before an error may tell more than the error does.
         recorded = all(path.exists() for path in self._traces(name))
@@ -316,7 +319,7 @@ class _Verification:
             difference = None
         return RunResult(
             name,
-            workers,
+            tuple(workers),
             tuple(end.resumed_from for end in ends if end.resumed_from is not None),
             sum(end.killed for end in ends),
             sum(end.seconds for end in ends),

@@ -198,9 +198,9 @@ def test_a_message_that_names_something_else_does_not_count(
 ) -> None:
     """A judge who lets any warning pass would not see that one names the wrong thing."""
     plain = Composition(**{**PLAIN.__dict__, "second": "in the step"})
-    monkeypatch.setattr("crosstrain.engine.exact.unsaved.unnamed_sources", lambda *_: [])
+    monkeypatch.setattr("crosstrain.engine.unsaved.looks.unnamed_sources", lambda *_: [])
     assert judge(plain).outcome == SILENT
-    monkeypatch.setattr("crosstrain.engine.exact.unsaved.unnamed_sources", lambda *_: ["a pump"])
+    monkeypatch.setattr("crosstrain.engine.unsaved.looks.unnamed_sources", lambda *_: ["a pump"])
     assert judge(plain).outcome == MISNAMED
 
 
@@ -209,8 +209,8 @@ def test_a_cause_does_not_hide_behind_another(monkeypatch: pytest.MonkeyPatch) -
     engine = "crosstrain.engine"
     for name in ("compare", "compare_twice"):
         monkeypatch.setattr(f"{engine}.data.cursor.{name}", lambda *_: None)
-    monkeypatch.setattr(f"{engine}.exact.forgotten.Forgotten.changed", lambda *_: [])
-    monkeypatch.setattr(f"{engine}.exact.unsaved.unnamed_sources", lambda *_: ["self.others"])
+    monkeypatch.setattr(f"{engine}.unsaved.changed_values.Forgotten.changed", lambda *_: [])
+    monkeypatch.setattr(f"{engine}.unsaved.looks.unnamed_sources", lambda *_: ["self.others"])
     changed = {"second": "in the step", "draws": ("nothing", "hidden", "nothing")}
     verdict = judge(Composition(**{**PLAIN.__dict__, **changed}))
     assert verdict.outcome == MISNAMED

@@ -1,4 +1,4 @@
-"""What the step and handlers change, and read again, that no checkpoint has.
+"""Values that the step and handlers change, and read again, and that no checkpoint has.
 
 A scheduler, an average of the weights, a counter in a closure, a best loss, an attribute of
 `trainer.state`: whatever is changed in the course of a run, and looked at later, is what a resumed
@@ -45,11 +45,9 @@ from crosstrain.engine.nests import unwrap
 from crosstrain.engine.state import State
 from crosstrain.engine.structure import RECORDED
 
-from .held import Holders
-from .reads import ALL, WRITES, Use, attributes_used, names_in, uses_of, uses_of_self
-from .saved import SCALARS
-from .trained import functions_of_trained
-from .unnamed import (
+from .added_attributes import Holders
+from .contents_of_states import SCALARS
+from .drawn_from import (
     TORCHS_OWN,
     TRAINED,
     attributes_of,
@@ -60,6 +58,8 @@ from .unnamed import (
     methods_in,
     variables_of,
 )
+from .users_functions import functions_of_trained
+from .uses_in_source import ALL, WRITES, Use, attributes_used, names_in, uses_of, uses_of_self
 
 _DEPTH: Final = 6
 _SEEN: Final = 4000

@@ -1,4 +1,4 @@
-"""What a run calls, and what its modules are: handlers, hooks, classes.
+"""Handlers, hooks and modules that were attached, removed or exchanged since the run began.
 
 A handler may attach another handler, remove one that has done its part, register a hook, or put a
 module in another's place. No state holds that: a script that is started again sets up the
@@ -21,10 +21,10 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from crosstrain.engine.structure import modules_of
 
-from .lazily import is_made_lazily
-from .made_hooks import hooks_are_made_lazily
-from .trained import functions_of_trained
-from .unnamed import is_users_file
+from .drawn_from import is_users_file
+from .hooks_where_missing import hooks_are_made_lazily
+from .made_where_missing import is_made_lazily
+from .users_functions import functions_of_trained
 
 __all__ = ["Attached"]
 

@@ -1,4 +1,4 @@
-"""What is made lazily: by its source, something that is made where it is missing, and used after.
+"""What is made only where it is missing, and used after that: told by the source of functions.
 
     if self.mask is None:
         self.mask = torch.tril(torch.ones(n, n))
@@ -20,8 +20,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Final
 
-from .reads import WRITES, syntax_tree
-from .statements import (
+from .side_effects import (
     Above,
     calls_in,
     does_nothing,
@@ -35,6 +34,7 @@ from .statements import (
     returns_nothing,
     root_of,
 )
+from .uses_in_source import WRITES, syntax_tree
 
 #: What makes an object, before anything is missing of it.
 MAKING: Final = frozenset({"__new__", "__init__", "__post_init__"})

@@ -1,4 +1,4 @@
-"""Hooks that a first step makes: whether each first step makes them, before it computes."""
+"""Hooks that a first step registers where there are none, before it computes: by its source."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from functools import lru_cache
 from typing import Final
 
-from .lazily import MAKING
-from .reads import syntax_tree
-from .statements import draws, made_in, name_of
+from .made_where_missing import MAKING
+from .side_effects import draws, made_in, name_of
+from .uses_in_source import syntax_tree
 
 _HOOK: Final = re.compile("^register_.*hook$")
 

@@ -1,4 +1,4 @@
-"""What a step or a handler draws from and nobody has named: found where their names lead.
+"""Generators, iterators and loaders that a step or a handler draws from and nobody has named.
 
 A second loader, a `torch.Generator`, an iterator: each has a position of its own. Where a function
 of the user's refers to one (by its closure, its globals, its object's attributes) and no checkpoint
@@ -28,7 +28,7 @@ from crosstrain.engine.data.source import ResumableSource
 from crosstrain.engine.dispatch import Dispatcher
 from crosstrain.engine.guards import OTHER_PACKAGES, is_others, is_users_object
 
-from .trained import functions_of_trained
+from .users_functions import functions_of_trained
 
 #: What a checkpoint has by torch's own state of it, and nothing else.
 TRAINED: Final = (torch.nn.Module, Optimizer)

@@ -1,4 +1,4 @@
-"""What users keep on objects that are not theirs: attributes of the engine, its state, a model.
+"""Attributes that users add to what is not theirs: to the engine, its state, a model, an optimizer.
 
 `trainer.tracker = Tracker()`, `optimizer.factors = [...]`: a handler that is given the trainer, or
 refers to the optimizer, finds it there, and no state has it. Of such an object the attributes are
@@ -19,8 +19,8 @@ from crosstrain.engine.nests import unwrap
 from crosstrain.engine.state import State
 from crosstrain.engine.structure import RECORDED, modules_of
 
-from .reads import Use, attributes_used, names_in
-from .unnamed import TORCHS_OWN, TRAINED, methods_in, variables_of
+from .drawn_from import TORCHS_OWN, TRAINED, methods_in, variables_of
+from .uses_in_source import Use, attributes_used, names_in
 
 # Attributes of every state; how often a step was applied, the step's own state tells.
 _STATE: Final = frozenset({*vars(State()), "applied_steps", "skipped_steps"})

@@ -1,4 +1,4 @@
-"""Statements of a function's source: what they set, call and draw, by their syntax alone."""
+"""Whether statements write to anything else, or draw: told by their syntax alone."""
 
 from __future__ import annotations
 

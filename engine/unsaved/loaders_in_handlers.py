@@ -27,8 +27,8 @@ from crosstrain.engine.data.sampling import is_iterable, is_loader
 from crosstrain.engine.digest import digest
 from crosstrain.engine.progress import data_length
 
-from .forgotten import UsesWalk
-from .reads import Use
+from .changed_values import UsesWalk
+from .uses_in_source import Use
 
 
 @dataclass

@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 
 from crosstrain.engine.guards import is_others
 
-from .unnamed import layers_of
+from .drawn_from import layers_of
 
 #: What changes a collection and does not look at it.
 WRITES: Final = frozenset(

@@ -1,4 +1,4 @@
-"""What a resumed run would begin without, or draw otherwise: looked for, and told.
+"""When a run looks for what a resumed one would begin without or draw otherwise, and what it tells.
 
 What the step and handlers refer to is compared with what it was when the run's first epoch began.
 The user is told of each thing once, when a state is taken.
@@ -18,14 +18,14 @@ from crosstrain.engine.events import Events
 from crosstrain.engine.proof import Proof
 from crosstrain.engine.structure import Structure, named
 
-from .attached import Attached
-from .fetches import Fetched, who_fetches
-from .forgotten import Forgotten
-from .held import Holders
+from .added_attributes import Holders
+from .changed_values import Forgotten
+from .contents_of_states import Saved
+from .drawn_from import functions_of, unnamed_sources
+from .handlers_and_hooks import Attached
+from .loaders_in_handlers import Fetched, who_fetches
 from .made_again import LOOKS, MadeAgain, names_of_states
-from .saved import Saved
-from .trained import functions_held, functions_of_trained, hooks_of_all
-from .unnamed import functions_of, unnamed_sources
+from .users_functions import functions_held, functions_of_trained, hooks_of_all
 
 if TYPE_CHECKING:
     from crosstrain.engine.data.cursor import Cursor

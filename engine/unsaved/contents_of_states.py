@@ -1,4 +1,4 @@
-"""Which attributes of a named object its state has: told by comparing what they hold.
+"""Which attributes of a named object its state holds: told by comparing contents.
 
 A state may have an attribute under another name and as another type: a deque as a list, a tensor as
 a number. So contents are compared, and neither names nor objects.
@@ -16,8 +16,8 @@ import torch
 
 from crosstrain.engine.guards import is_others
 
-from .trained import holders_of_state
-from .unnamed import TORCHS_OWN, TRAINED, attributes_of
+from .drawn_from import TORCHS_OWN, TRAINED, attributes_of
+from .users_functions import holders_of_state
 
 #: What has no identity of its own: equal ones may be one object, whoever holds them.
 SCALARS: Final = (bool, int, float, complex, str, bytes, type(None))

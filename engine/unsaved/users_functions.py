@@ -1,4 +1,4 @@
-"""The user's functions in what is trained: what modules compute by, and hooks.
+"""The user's functions in what is trained: forward, step, hooks.
 
 A checkpoint has the states of models and optimizers. What a `forward` of the user's, or a hook of a
 module, a parameter or an optimizer, counts, draws from or keeps elsewhere is in none of them.

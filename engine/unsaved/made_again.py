@@ -1,4 +1,4 @@
-"""What a run makes for itself where it is missing: measured that a resumed one makes it equal.
+"""What a run has made where it was missing: whether a resumed run makes it again, and equal.
 
 A mask, a table, a cache that the first `forward` makes is in no checkpoint, and a resumed run makes
 it once more. To warn of it would be in vain, to trust it would be a guess. So a state has digests
@@ -20,10 +20,10 @@ from crosstrain.engine.guards import is_others
 from crosstrain.engine.proof import Proof
 from crosstrain.engine.structure import RECORDED
 
-from .forgotten import PLAIN, Forgotten, signature_of
-from .lazily import is_made_lazily, is_read_by_key, made_beside
-from .reads import uses_of_self
-from .unnamed import layers_of, methods_in
+from .changed_values import PLAIN, Forgotten, signature_of
+from .drawn_from import layers_of, methods_in
+from .made_where_missing import is_made_lazily, is_read_by_key, made_beside
+from .uses_in_source import uses_of_self
 
 __all__ = ["MadeAgain"]
 
