@@ -1,18 +1,15 @@
-"""The lives of a training that is verified: one after the other, followed, killed; no torch."""
+"""What becomes of the processes of a verification, and when each is killed; no torch."""
 
 from __future__ import annotations
 
 import random
 import signal
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from crosstrain.ci.options import UsageError
-from crosstrain.ci.trials.order import UNUSABLE, Order
-from crosstrain.ci.trials.processes import STOPPED, Kill, Relay
+from crosstrain.ci.trials.order import UNUSABLE
+from crosstrain.ci.trials.processes import Kill
 
 
 class VerifyError(UsageError):
@@ -72,81 +69,6 @@ class End:
             self.code = UNUSABLE
         elif len(self.codes) == processes and len(codes) == 1:
             self.code = codes.pop()
-
-
-class Processes:
-    """Runs orders, each in fresh interpreters; a single one imports torch ahead of its order.
-
-    Args:
-        folder: for what the processes write to stderr.
-        time_limit: seconds after which whatever still runs is killed.
-        sizes: how many processes carry out an order together, under torchrun: one number, or
-            several, which orders name in turn.
-    """
-
-    def __init__(self, folder: Path, time_limit: float, sizes: tuple[int, ...]) -> None:
-        self._relay = Relay(folder)
-        self._limit = time_limit
-        self.sizes = sizes
-        #: How many processes carry out the present order together.
-        self.size = sizes[0]
-        self._deadline = time.monotonic() + time_limit
-        #: How many more orders are sure to come: a process is started ahead for the next of them.
-        self.expected = 1
-        self._start_ahead()
-
-    def _start_ahead(self) -> None:
-        if self.sizes == (1,) and self.expected > 0:
-            self._relay.start_ahead(1)
-
-    def run(
-        self,
-        order: Order,
-        kill: Kill | None,
-        seen: Callable[[int], None],
-        number: int,
-    ) -> End:
-        """Has processes carry out an order, and follows them to their end.
-
-        Args:
-            order: the order.
-            kill: when to kill one of them.
-            seen: called with each iteration that they have done.
-            number: which of the sizes, in turn.
-        """
-        self.size = self.sizes[number % len(self.sizes)]
-        end = End()
-        with self._relay.begin(order, self.size) as life:
-            self.expected -= 1
-            self._start_ahead()
-            started = time.monotonic()
-            life.kill_after(max(0.0, self._deadline - started))
-            life.kill_when(kill)
-            for line in life.lines():
-                end.take(line)
-                if "iteration" in line:
-                    seen(life.last)
-            end.code = life.wait()
-        if life.processes > 1:
-            end.take_codes(life.processes, life.killed)
-        ended = time.monotonic()
-        end.seconds = ended - started
-        if ended >= self._deadline:
-            raise VerifyError(
-                f"The time limit of {self._limit:g} s is over, at iteration {life.last} of one of "
-                "the runs. Raise it by --time-limit, or make the training shorter."
-            )
-        if end.code == UNUSABLE and end.error:
-            raise VerifyError(end.error)
-        if end.code not in (0, STOPPED, -signal.SIGKILL):
-            end.error = end.error or life.last_words(end.code)
-        return end
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._relay.close()
 
 
 def moments(kills: int, iterations: int, seed: int, processes: int) -> list[Kill]:
