@@ -10,8 +10,8 @@ import weakref
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from crosstrain.engine.data.attributes import plain_or_none
 from crosstrain.engine.data.own_data import own_data
+from crosstrain.engine.data.plain_values import plain_or_none
 from crosstrain.engine.events import Events
 from crosstrain.engine.proof import Proof
 from crosstrain.engine.structure import Structure
