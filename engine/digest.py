@@ -16,7 +16,7 @@ from typing import Any, Final, NamedTuple, cast
 import numpy
 import torch
 
-from .guards import is_array, is_collection, is_mapping, is_sequence
+from .guards import is_array, is_collection, is_mapping, is_sequence, own_attributes
 
 _PLAIN: Final = (bool, int, float, complex, str, bytes, type(None))
 # Of these, what is equal has the same bits.
@@ -103,7 +103,7 @@ def _inner(value: Any, path: str) -> list[tuple[str, Any]]:
         return [(f"{path}[{index}]", item) for index, item in enumerate(value)]
     if isinstance(value, (type, ModuleType)):
         return []
-    return [(f"{path}.{name}", part) for name, part in attributes_of(value).items()]
+    return [(f"{path}.{name}", part) for name, part in _contents_of(value).items()]
 
 
 class _Opaque(NamedTuple):
@@ -113,16 +113,21 @@ class _Opaque(NamedTuple):
 
 
 def attributes_of(value: Any) -> dict[str, Any]:
-    """Returns the attributes of an object that hold its contents, by name."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    found = dict(cast("dict[str, Any]", getattr(value, "__dict__", {})))
+    """Returns the attributes of an object, by name: also those that it has slots for."""
+    found = dict(own_attributes(value) or {})
     for kind in type(value).__mro__:
         slots = kind.__dict__.get("__slots__", ())
         for name in (slots,) if isinstance(slots, str) else slots:
             if hasattr(value, name) and not name.startswith("__"):
                 found[name] = getattr(value, name)
     return found
+
+
+def _contents_of(value: Any) -> dict[str, Any]:
+    """Returns the attributes of an object that hold its contents, by name."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return attributes_of(value)
 
 
 def leaf_of(path: str, value: Any) -> Leaf:

@@ -8,21 +8,26 @@ from __future__ import annotations
 
 import array
 import collections
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
 import numpy
 import torch
+from torch.nn import Module
+from torch.optim import Optimizer
 
-from crosstrain.engine.guards import is_others
+from crosstrain.engine.digest import attributes_of
+from crosstrain.engine.guards import is_others, own_attributes
 
-from .drawn_from import TORCHS_OWN, TRAINED, attributes_of
-from .users_functions import holders_of_state
+from .functions import TORCHS_OWN, TRAINED
+from .signatures import COLLECTIONS, SCALARS, signature_of
 
-#: What has no identity of its own: equal ones may be one object, whoever holds them.
-SCALARS: Final = (bool, int, float, complex, str, bytes, type(None))
+# By which of its methods a module says what its state is.
+_STATES: Final = ("state_dict", "get_extra_state", "_save_to_state_dict")
+
 _ARRAYS: Final = (torch.Tensor, numpy.ndarray, array.array, bytearray)
-_COLLECTIONS: Final = (dict, list, tuple, set, frozenset, collections.deque)
+_NESTS: Final = (dict, list, tuple, set, frozenset, collections.deque)
 _LARGEST: Final = 4096
 _DEPTH: Final = 8
 _EXACT: Final = 1 << 53
@@ -35,13 +40,16 @@ class Saved:
         objects: the named ones.
     """
 
-    def __init__(self, objects: list[Any]) -> None:
+    def __init__(self, objects: Iterable[Any] = ()) -> None:
         #: By `id`, what they hold that is not looked into: objects.
         self.held: set[int] = set()
         #: By `id`, collections, tensors and arrays that they hold and whose contents a state has.
         self.contents: set[int] = set()
+        # States, and marks of what they are made of, by the `id` of their object.
+        self._states: dict[int, Any] = {}
+        self._marks: dict[int, set[str]] = {}
         for value in objects:
-            for owner in holders_of_state(value):
+            for owner in _holders_of_state(value):
                 self._divide(owner)
 
     def _divide(self, owner: Any) -> None:
@@ -56,9 +64,8 @@ class Saved:
         self.held |= {id(one) for one in held} - {id(one) for one in plain}
         if not plain:
             return
-        try:
-            state = owner.state_dict()
-        except Exception:  # noqa: BLE001  an object of the user's may raise anything
+        state = self._state_of(owner)
+        if state is None:
             # It cannot be compared.
             self.held |= {id(one) for one in plain}
             return
@@ -72,12 +79,65 @@ class Saved:
         saved = {_content(part) for part in parts}
         self.contents |= {id(one) for one, own in zip(plain, contents, strict=True) if own in saved}
 
+    def _state_of(self, owner: Any) -> Any:
+        """Returns an object's state, asked for once; None where it has none."""
+        if id(owner) not in self._states:
+            self._states[id(owner)] = None
+            with contextlib.suppress(Exception):  # An object of the user's may raise anything.
+                self._states[id(owner)] = owner.state_dict()
+        return self._states[id(owner)]
+
+    def has(self, owner: Any, value: Any) -> bool:
+        """Tells whether an object's state has a value, under whichever name.
+
+        Of one that has no state, it has all.
+        """
+        if id(owner) not in self._marks:
+            state = self._state_of(owner)
+            whole = (own_attributes(owner) or {}) if state is None else state
+            self._marks[id(owner)] = _marks_of(whole)
+        return _mark(value) in self._marks[id(owner)]
+
+
+def _mark(value: Any) -> str:
+    return repr(signature_of(value))
+
+
+def _marks_of(state: Any) -> set[str]:
+    """Returns marks of a state and of all in it."""
+    left: list[Any] = [state]
+    found: set[str] = set()
+    while left and len(found) < _LARGEST:
+        part = left.pop()
+        found.add(_mark(part))
+        if isinstance(part, COLLECTIONS):
+            some: Any = part
+            left.extend(some.values() if isinstance(some, dict) else some)
+    return found
+
+
+def _holders_of_state(value: Any) -> list[Any]:
+    """Returns the objects whose attributes may be a part of a named object's state.
+
+    A module's state has its parameters, its buffers and its modules', and an optimizer's what torch
+    has in it, unless a class says more.
+    """
+    if isinstance(value, Optimizer):
+        return [] if type(value).state_dict is Optimizer.state_dict else [value]
+    if not isinstance(value, Module):
+        return [value]
+    return [
+        one
+        for one in value.modules()
+        if any(getattr(type(one), name) is not getattr(Module, name) for name in _STATES)
+    ]
+
 
 def _is_plain(value: Any, depth: int = _DEPTH) -> bool:
     """Tells whether a value is a collection, tensor or array that holds nothing but numbers."""
     if isinstance(value, _ARRAYS):
         return True
-    if not isinstance(value, _COLLECTIONS) or depth == 0:
+    if not isinstance(value, _NESTS) or depth == 0:
         return False
     inside = value.values() if isinstance(value, dict) else value
     return all(isinstance(one, SCALARS) or _is_plain(one, depth - 1) for one in inside)
@@ -85,7 +145,7 @@ def _is_plain(value: Any, depth: int = _DEPTH) -> bool:
 
 def _parts(state: Any, depth: int = _DEPTH) -> Iterator[Any]:
     yield state
-    if isinstance(state, _COLLECTIONS) and depth > 0:
+    if isinstance(state, _NESTS) and depth > 0:
         for one in state.values() if isinstance(state, dict) else state:
             yield from _parts(one, depth - 1)
 
@@ -114,7 +174,7 @@ def _leaves(value: Any, depth: int) -> Iterator[str]:
         value = some[: _LARGEST + 1].tolist()
     if isinstance(value, dict):
         value = [*value.keys(), *value.values()]
-    if isinstance(value, _COLLECTIONS) and depth > 0:
+    if isinstance(value, _NESTS) and depth > 0:
         for one in value:
             yield from _leaves(one, depth - 1)
     elif isinstance(value, (bool, int, float)):
