@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from types import FunctionType, MethodType, ModuleType
 from typing import Any, Final, cast
 
@@ -19,6 +20,7 @@ from torch.utils.data import Dataset
 from crosstrain.engine.digest import digest, same
 from crosstrain.engine.guards import is_dense, is_users_object
 
+from .contents import is_shared_memory, numbers_in, write_into
 from .generators import SCALARS, TRANSFORMS, copied, packed, unpacked
 
 _DEPTH: Final = 4
@@ -48,7 +50,7 @@ class Attributes:
     def take(self) -> dict[str, Any]:
         """Returns the attributes that have changed, as tensors and plain types, by name."""
         return {
-            f"{name}.{attribute}": packed(value)
+            f"{name}.{attribute}": {**packed(value), "same object": owner.has_kept(attribute)}
             for name, owner in self._owners.items()
             if not owner.is_remade()
             for attribute, value in owner.changed()
@@ -64,6 +66,20 @@ class Attributes:
         for name, own in by_owner.items():
             if not self._owners[name].is_remade():
                 self._owners[name].give(own)
+
+    def shared(self) -> list[str]:
+        """Returns the names of small memory that processes share, as of `multiprocessing.Value`."""
+        return [f"{name}.{own}" for name, one in self._owners.items() for own in one.shared()]
+
+    @contextmanager
+    def as_in(self, states: Mapping[str, Any]) -> Iterator[None]:
+        """Gives what `take` returned for a while."""
+        kept = self.take()
+        self.give(states)
+        try:
+            yield
+        finally:
+            self.give(kept)
 
     def lost(self) -> list[str]:
         """Returns the names of what has changed and is too large to save, each once."""
@@ -86,6 +102,8 @@ class _Owner:
     def __init__(self, thing: Any) -> None:
         self._thing = thing
         self._made = _plain(thing)
+        # The objects themselves: others may refer to them, too.
+        self._objects = dict(vars(thing))
         self._others = _others(thing)
         self._contents = {name: _content(value) for name, value in self._others.items()}
         self._caches = _caches(thing)
@@ -101,14 +119,31 @@ class _Owner:
         attributes: dict[str, Any] = vars(self._thing)
         for name in [name for name, _ in self.changed() if name not in states]:
             if name in self._made:
-                attributes[name] = copied(self._made[name])
+                self._set(name, copied(self._made[name]), True)
             else:
                 del attributes[name]
         for name, state in states.items():
             # A copy: fetching may write into it, and it may be given once more.
             value = copied(unpacked(state))
-            if name not in attributes or not same(attributes[name], value):
-                attributes[name] = value
+            if name not in attributes or not same(_readable(attributes[name]), value):
+                self._set(name, value, state.get("same object", False))
+
+    def has_kept(self, name: str) -> bool:
+        """Tells whether an attribute is the object that it was made with, whatever that holds."""
+        now = vars(self._thing).get(name, _ABSENT)
+        return type(now) not in SCALARS and now is self._objects.get(name)
+
+    def shared(self) -> list[str]:
+        """Returns the names of the attributes that are memory which processes share."""
+        own: dict[str, Any] = vars(self._thing)
+        return [name for name in self._made if is_shared_memory(own.get(name))]
+
+    def _set(self, name: str, value: Any, same_object: bool) -> None:
+        """Sets an attribute; where it was the object that it was made with, by writing into it."""
+        own = self._objects.get(name)
+        if same_object and write_into(own, value):
+            value = own
+        vars(self._thing)[name] = value
 
     def lost(self) -> list[str]:
         """Returns the names of attributes that have changed and cannot be saved."""
@@ -168,10 +203,15 @@ def _owners(
 
 def _plain(owner: Any, copies: bool = True) -> dict[str, Any]:
     return {
-        name: copied(value) if copies else value
+        name: copied(_readable(value)) if copies else _readable(value)
         for name, value in vars(owner).items()
         if _size(value) <= _ENTRIES
     }
+
+
+def _readable(value: Any) -> Any:
+    """Returns a value, or the numbers that it holds in memory that processes share."""
+    return numbers_in(value) if is_shared_memory(value) else value
 
 
 def _others(owner: Any) -> dict[str, Any]:
@@ -240,6 +280,8 @@ def _size(value: Any, depth: int = 3) -> int:
     if kind is numpy.ndarray:
         plain = value.dtype.kind in "biuf" and value.nbytes <= _BYTES
         return 1 if plain else _ENTRIES + 1
+    if is_shared_memory(value):
+        value, kind = numbers_in(value), list
     if depth == 0 or kind not in (list, tuple, dict) or len(value) > _ENTRIES:
         return _ENTRIES + 1
     if kind is dict and not all(type(key) in (bool, int, str) for key in value):

@@ -149,6 +149,16 @@ class Dataflow:
         """Returns the names of what has changed of the dataset and is too large to save."""
         return self._attributes.lost()
 
+    def raced(self) -> list[str]:
+        """Returns the names of memory that is shared with workers, and has changed in this pass."""
+        if not is_loader(self.data) or self.data.num_workers == 0:
+            return []
+        then = self._dataset_at_opening
+        now = self._attributes.take()
+        return [
+            name for name in self._attributes.shared() if not same(then.get(name), now.get(name))
+        ]
+
     def witness(self, state: Mapping[str, Any], number: int) -> Mapping[str, Any] | None:
         """Returns an earlier state of the data, `state`, and of its `next` batch what is known."""
         return None
@@ -207,6 +217,14 @@ class Dataflow:
         if self.owners:
             found["processes"] = self.owners
         return found
+
+    def fingerprint_in(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns what `fingerprint` does once the dataset's attributes are those of a state."""
+        changed: Mapping[str, Any] = state.get("dataset", {}).get("now", {})
+        if not changed:
+            return self.fingerprint()
+        with self._attributes.as_in(changed):
+            return self.fingerprint()
 
 
 def changed_places(state: Mapping[str, Any]) -> set[str]:

@@ -46,7 +46,7 @@ from crosstrain.engine.state import State
 from crosstrain.engine.structure import RECORDED
 
 from .added_attributes import Holders
-from .contents_of_states import SCALARS
+from .contents_of_states import SCALARS, Saved
 from .drawn_from import (
     TORCHS_OWN,
     TRAINED,
@@ -125,7 +125,7 @@ class Forgotten:
         known: what a checkpoint takes care of, by `id`.
         holders: the engine, its state and what is trained, whose further attributes are looked at.
         recorded: the modules and optimizers whose numbers and words are, by `id`.
-        saved: collections, tensors and arrays whose contents are saved, by `id`.
+        saved: what the states of named objects have of what these hold.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class Forgotten:
         known: Iterable[int],
         holders: Holders,
         recorded: Iterable[int],
-        saved: Iterable[int],
+        saved: Saved,
     ) -> None:
         walk = UsesWalk(known, recorded, holders, saved)
         for name, function in functions.items():
@@ -150,6 +150,8 @@ class Forgotten:
         self.states: Callable[[], frozenset[str]] = frozenset
         #: Other engines that the run uses, such as an evaluator, by where they were found.
         self.engines = walk.engines
+        #: Optimizers that leave something out of their states.
+        self.left_out = saved.left_out
         if walk.reads_metrics():
             self.found |= walk.metrics
 
@@ -207,7 +209,7 @@ class UsesWalk:
         known: what is not looked into, by `id`.
         recorded: modules and optimizers whose numbers and words are no matter, by `id`.
         holders: objects whose further attributes are looked at, as far as functions name them.
-        saved: collections, tensors and arrays whose contents are saved, by `id`.
+        saved: what the states of named objects have of what these hold.
     """
 
     def __init__(
@@ -215,9 +217,10 @@ class UsesWalk:
         known: Iterable[int],
         recorded: Iterable[int] = (),
         holders: Holders | None = None,
-        saved: Iterable[int] = (),
+        saved: Saved | None = None,
     ) -> None:
-        self._contents = frozenset(saved)
+        self._contents = frozenset[int]() if saved is None else saved.contents
+        self._inside: Mapping[int, Any] = {} if saved is None else saved.inside
         #: Of what was found, what a named object's state has now.
         self.goes_on: set[tuple[str, str]] = set()
         self._holders = [] if holders is None else [holders]
@@ -449,10 +452,10 @@ class UsesWalk:
             kept = RECORDED if id(value) in self._recorded else ()
             recorded = {name for name, one in own.items() if type(one) in kept}
             own = {name: own[name] for name in own.keys() - recorded - TORCHS_OWN}
-        elif id(value) in self._known:
-            # What its state has, under whichever name, goes on with it.
+        elif id(value) in self._known or id(value) in self._inside:
+            # What its state has, or that of who holds it, under whichever name, goes on with it.
             if id(value) not in self._saved:
-                self._saved[id(value)] = _parts_of(value)
+                self._saved[id(value)] = _parts_of(self._inside.get(id(value), value))
             saved = self._saved[id(value)]
             # Of collections, tensors and arrays the contents were compared.
             own = {name: one for name, one in own.items() if _mark(one) not in saved}

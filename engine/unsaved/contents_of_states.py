@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import array
 import collections
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
 import numpy
 import torch
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from crosstrain.engine.guards import is_others
+from crosstrain.engine.data.generators import GENERATORS, generator_state, is_stateful
+from crosstrain.engine.guards import is_others, is_users_object
 
-from .drawn_from import TORCHS_OWN, TRAINED, attributes_of
+from .drawn_from import TORCHS_OWN, TRAINED, attributes_of, is_source
 from .users_functions import holders_of_state
+from .uses_in_source import names_in, uses_of_self
 
 #: What has no identity of its own: equal ones may be one object, whoever holds them.
 SCALARS: Final = (bool, int, float, complex, str, bytes, type(None))
@@ -26,10 +30,19 @@ _COLLECTIONS: Final = (dict, list, tuple, set, frozenset, collections.deque)
 _LARGEST: Final = 4096
 _DEPTH: Final = 8
 _EXACT: Final = 1 << 53
+# How far into what a named object holds, and into how many of a collection.
+_INSIDE: Final = 3
+_MANY: Final = 64
+# By which of its methods an object takes a state.
+_LOADS: Final = ("load_state_dict", "set_extra_state", "_load_from_state_dict", "__setstate__")
 
 
 class Saved:
     """Divides what named objects hold into what goes on with them and what may not.
+
+    An object that a named one holds goes on with it if the named one's `load_state_dict` mentions
+    it, or if its contents are found in the state. What is in neither, such as the replay buffer of
+    an agent whose state is its networks', is looked into as if nobody had been named.
 
     Args:
         objects: the named ones.
@@ -40,6 +53,13 @@ class Saved:
         self.held: set[int] = set()
         #: By `id`, collections, tensors and arrays that they hold and whose contents a state has.
         self.contents: set[int] = set()
+        #: By `id`, objects of the user's that they hold, and whose state theirs would be a part of.
+        self.inside: dict[int, Any] = {}
+        #: By `id`, generators and iterators that they hold and no state has, and what to call each.
+        self.sources: dict[int, str] = {}
+        #: Optimizers whose own `state_dict` has not got all tensors that they keep of parameters.
+        self.left_out: list[str] = []
+        self._named = {id(one) for one in objects}
         for value in objects:
             for owner in holders_of_state(value):
                 self._divide(owner)
@@ -49,28 +69,125 @@ class Saved:
         own = {
             name: one for name, one in attributes_of(owner).items() if not isinstance(one, SCALARS)
         }
-        held, plain = [*own.values()], list[Any]()
-        if not is_others(type(owner)):
-            more = own.keys() - (TORCHS_OWN if isinstance(owner, TRAINED) else set())
-            plain = [own[name] for name in more if _is_plain(own[name])]
-        self.held |= {id(one) for one in held} - {id(one) for one in plain}
-        if not plain:
+        looked_at = own if not is_others(type(owner)) else {}
+        if isinstance(owner, TRAINED):
+            looked_at = {name: one for name, one in looked_at.items() if name not in TORCHS_OWN}
+        # By identity: one object may have several names.
+        plain = {id(one): one for one in looked_at.values() if _is_plain(one)}
+        given = _given_by_loading(type(owner)) if len(plain) < len(looked_at) else frozenset[str]()
+        objects = {
+            name: one
+            for name, one in looked_at.items()
+            if id(one) not in plain and name not in given
+        }
+        if plain or objects:
+            try:
+                saved = _Contents(owner.state_dict())
+            except Exception:  # noqa: BLE001  an object of the user's may raise anything
+                # It cannot be compared.
+                plain, objects = {}, {}
+            else:
+                self._compare(plain.values(), saved)
+                for name, one in objects.items():
+                    self._object(
+                        one, f"{type(owner).__name__}, its {name!r}", owner, saved, _INSIDE
+                    )
+        if isinstance(owner, Optimizer):
+            self._tensors_of(owner)
+        left = {id(one) for one in objects.values()}
+        self.held |= {id(one) for one in own.values()} - plain.keys() - left
+
+    def _tensors_of(self, optimizer: Optimizer) -> None:
+        """Looks for what an optimizer keeps of each parameter in a state of its own making."""
+        if is_others(type(optimizer)):
             return
+        kept = (part for part in _parts([*optimizer.state.values()]) if isinstance(part, _ARRAYS))
         try:
-            state = owner.state_dict()
+            saved = _Contents(optimizer.state_dict())
         except Exception:  # noqa: BLE001  an object of the user's may raise anything
-            # It cannot be compared.
-            self.held |= {id(one) for one in plain}
             return
-        contents = [_content(one) for one in plain]
-        sizes = {_size(one) for one in contents}
-        parts = (
-            part
-            for part in _parts(state)
-            if not isinstance(part, _ARRAYS) or _length(part) in sizes
-        )
-        saved = {_content(part) for part in parts}
-        self.contents |= {id(one) for one, own in zip(plain, contents, strict=True) if own in saved}
+        if not all(map(saved.have, kept)):
+            self.left_out.append(f"{type(optimizer).__name__}, its 'state'")
+
+    def _compare(self, plain: Iterable[Any], saved: _Contents) -> None:
+        self.contents |= {id(one) for one in plain if saved.have(one)}
+
+    def _object(self, value: Any, where: str, owner: Any, saved: _Contents, depth: int) -> None:
+        """Looks for an object's contents in the state of the named one that holds it."""
+        if depth == 0 or id(value) in self._named or id(value) in self.inside:
+            self.held |= {id(value)} - self.inside.keys()
+        elif isinstance(value, _COLLECTIONS):
+            # What it holds is looked at; itself, where nothing in it has a state of its own.
+            some = list(value.values() if isinstance(value, dict) else value)[:_MANY]
+            for one in some:
+                if not isinstance(one, SCALARS) and not _is_plain(one):
+                    self._object(one, where, owner, saved, depth - 1)
+        elif isinstance(value, GENERATORS):
+            self.held.add(id(value))
+            if not saved.have(generator_state(value)):
+                self.sources[id(value)] = f"{where} (a {type(value).__name__})"
+        elif is_stateful(value):
+            if _has_state_of(saved, value):
+                self.held.add(id(value))
+        elif is_users_object(value) and not isinstance(value, (DataLoader, Dataset, Sampler)):
+            self.inside[id(value)] = owner
+            own = [one for one in attributes_of(value).values() if not isinstance(one, SCALARS)]
+            plain = [one for one in own if _is_plain(one)]
+            self._compare(plain, saved)
+            known = {id(one) for one in plain}
+            for one in own:
+                if id(one) not in known:
+                    self._object(one, where, owner, saved, depth - 1)
+        else:
+            # Of another package, or a function, of which `functions_held` tells.
+            self.held.add(id(value))
+            # What is iterated over itself keeps iterators, and makes others as its state says.
+            if is_source(value) and not hasattr(type(owner), "__iter__"):
+                self.sources[id(value)] = f"{where} (a {type(value).__name__})"
+
+
+class _Contents:
+    """Knows what a state holds, under whichever names."""
+
+    def __init__(self, state: Any) -> None:
+        self._parts = list(_parts(state))
+        # By how much they hold: most are never compared.
+        self._by_size: dict[int, list[Any]] = {}
+        self._read: dict[int, set[tuple[str, ...] | int]] = {}
+        self._others: set[tuple[str, ...] | int] | None = None
+
+    def have(self, value: Any) -> bool:
+        """Tells whether a state has a part with the contents of a value."""
+        content = _content(value)
+        if self._others is None:
+            self._others = set()
+            for part in self._parts:
+                if isinstance(part, _ARRAYS):
+                    self._by_size.setdefault(_length(part), []).append(part)
+                else:
+                    self._others.add(_content(part))
+        if content in self._others:
+            return True
+        size = _size(content)
+        if size not in self._read:
+            self._read[size] = {_content(part) for part in self._by_size.get(size, ())}
+        return content in self._read[size]
+
+
+def _has_state_of(saved: _Contents, value: Any) -> bool:
+    try:
+        return saved.have(value.state_dict())
+    except Exception:  # noqa: BLE001  an object of the user's may raise anything
+        return True  # It cannot be compared.
+
+
+def _given_by_loading(kind: type) -> frozenset[str]:
+    """Returns the attributes that a class's `load_state_dict` mentions: it gives them their state.
+
+    Also what the methods mention that it calls of its own object.
+    """
+    functions = uses_of_self(kind, _LOADS)[1]
+    return frozenset[str]().union(*(names_in(one.__code__) for one in functions))
 
 
 def _is_plain(value: Any, depth: int = _DEPTH) -> bool:

@@ -68,6 +68,12 @@ _LOST = (
     "trainer's state. Keep it in an object that is named in to_save, or let a handler of "
     "EPOCH_STARTED make it anew. If what is trained on does not depend on it"
 )
+_RACED = (
+    "A run gives other batches each time, because {} has been changed while workers fetch: that is "
+    "memory which they share, and which batches have it as it was follows from how far ahead they "
+    "are. Change it between two passes, in a handler of EPOCH_STARTED or EPOCH_COMPLETED. If what "
+    "is fetched does not depend on it"
+)
 _FETCHED = (
     "A resumed run may draw other values once {}, has been iterated over: {}. Go on with that "
     "number of workers, or iterate there over a loader that keeps its num_workers. If nothing is "
@@ -171,22 +177,25 @@ class Unsaved:
         """
         if not self._looked_for_sources:
             self._looked_for_sources = True
-            known = self._named_elsewhere() | self._saved().held
+            named, saved = self._named_elsewhere(), self._saved()
             held = self._holders(objects).values_used_by
-            found = unnamed_sources(self._functions(objects), known, held)
+            found = unnamed_sources(self._functions(objects), named | saved.held, held)
+            found += [where for one, where in saved.sources.items() if one not in named]
             self._tell(found, _UNNAMED)
         engines: dict[str, Any] = {}
         if self._begun is not None:
             now = self._forgotten(objects)
             self._tell(self._made_otherwise(now), _MADE_OTHERWISE)
             changed = self._made_again.sift(now, self._begun, self._told)
-            self._tell(self._new(changed), _FORGOTTEN)
+            self._tell(self._new([*changed, *now.left_out]), _FORGOTTEN)
             engines = now.engines
         attached = self._attached.changed(self._called(), objects, ended)
         self._tell(self._new(attached), _ATTACHED)
         self._tell(structure.not_made_again(objects), _NOT_MADE_AGAIN)
         lost = self._made_again.sift_data(self._dataset(), cursor.lost())
         self._tell(lost, _LOST)
+        # Between two passes no worker fetches.
+        self._tell(self._new([] if ended else cursor.raced()), _RACED)
         return {name: plain_or_none(one.state.metrics) or {} for name, one in engines.items()}
 
     def made(self) -> dict[str, Any]:
@@ -302,7 +311,7 @@ class Unsaved:
         saved, functions = self._saved(), self._functions(objects)
         known = self._named_elsewhere() | saved.held
         holders, recorded = self._holders(objects), _recorded(objects)
-        found = Forgotten(functions, known, holders, recorded, saved.contents)
+        found = Forgotten(functions, known, holders, recorded, saved)
         found.states = lambda: names_of_states(objects)
         return found
 

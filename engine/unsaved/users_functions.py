@@ -7,6 +7,7 @@ module, a parameter or an optimizer, counts, draws from or keeps elsewhere is in
 from __future__ import annotations
 
 import inspect
+import itertools
 import sys
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -18,6 +19,9 @@ from torch.optim import Optimizer
 
 from crosstrain.engine.guards import is_others
 
+# How far into nests functions are looked for, and among how many of each.
+_NESTED: Final = 4
+_MANY: Final = 64
 # By which of its methods a module says what its state is.
 _STATES: Final = ("state_dict", "get_extra_state", "_save_to_state_dict")
 # Where hooks are kept, and what to call them.
@@ -88,13 +92,22 @@ def functions_held(value: Any) -> dict[str, Any]:
 
     A state has no functions, and so nothing of what they refer to.
     """
-    found: dict[str, Any] = {}
-    for name, held in getattr(value, "__dict__", {}).items():
-        each = held if isinstance(held, (list, tuple)) else [held]
-        for number, one in enumerate(each):
-            if inspect.isroutine(one) or isinstance(one, partial):
-                found[f"the {name} of {type(value).__name__}, number {number + 1}"] = one
-    return found
+    return {
+        f"the {name} of {type(value).__name__}, number {number + 1}": one
+        for name, held in getattr(value, "__dict__", {}).items()
+        for number, one in enumerate(_leaves(held, _NESTED))
+        if inspect.isroutine(one) or isinstance(one, partial)
+    }
+
+
+def _leaves(nest: Any, depth: int) -> Iterator[Any]:
+    """Yields what lists, tuples and dictionaries hold: of what is large, the beginning."""
+    if type(nest) not in (list, tuple, dict) or depth == 0:
+        yield nest
+        return
+    inside = nest.values() if isinstance(nest, dict) else nest
+    for one in itertools.islice(inside, _MANY):
+        yield from _leaves(one, depth - 1)
 
 
 def holders_of_state(value: Any) -> list[Any]:
