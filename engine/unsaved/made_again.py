@@ -172,7 +172,7 @@ def _digests_of_data(dataset: Any, name: str) -> _Digests | None:
     """Returns the digest of a dataset's list or mapping that is made lazily; None if it is not."""
     head, _, own = name.rpartition(".")
     value = getattr(dataset, "__dict__", {}).get(own) if head == "dataset" else None
-    if not value or not isinstance(value, (list, dict)):
+    if not isinstance(value, (list, dict)) or not value:
         return None
     functions = [one for each in methods_in(type(dataset)).values() for one in layers_of(each)]
     return {"": digest(value)} if is_made_lazily(f"self.{own}", functions) else None
