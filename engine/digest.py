@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, Final, NamedTuple, cast
 
@@ -129,7 +129,7 @@ def leaf_of(path: str, value: Any) -> Leaf:
     """Returns the leaf that one of `parts` is."""
     total = hashlib.sha256()
     if isinstance(value, torch.Tensor):
-        for part in _dense(value.detach()):
+        for part in dense(value.detach()):
             total.update(_tensor_bytes(part))
         shape = "nested" if value.is_nested else tuple(value.shape)
         kind = f"{str(value.dtype).removeprefix('torch.')} {shape}"
@@ -154,7 +154,7 @@ def leaf_of(path: str, value: Any) -> Leaf:
     return Leaf(path, kind, total.hexdigest()[:32])
 
 
-def _dense(tensor: torch.Tensor) -> Iterable[torch.Tensor]:
+def dense(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
     """Returns the tensors of contiguous numbers that a tensor of any layout is made of."""
     local: Any = getattr(tensor, "to_local", None)
     if callable(local):
@@ -163,7 +163,7 @@ def _dense(tensor: torch.Tensor) -> Iterable[torch.Tensor]:
     if tensor.is_meta:
         return ()
     if tensor.is_nested:
-        return [part for item in tensor.unbind() for part in _dense(item)]
+        return [part for item in tensor.unbind() for part in dense(item)]
     if tensor.is_quantized:
         return (tensor.int_repr(),)
     if tensor.layout is torch.strided:
@@ -194,7 +194,7 @@ def same(one: Any, other: Any) -> bool:
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         if (one.dtype, one.shape) != (other.dtype, other.shape):
             return False
-        pairs = zip(_dense(one.detach()), _dense(other.detach()), strict=True)
+        pairs = zip(dense(one.detach()), dense(other.detach()), strict=True)
         return all(torch.equal(_flat(a), _flat(b)) for a, b in pairs)
     if is_mapping(one):
         return (

@@ -126,7 +126,7 @@ class Engine(SeenByIgnite, Loop):
         Raises:
             TypeError: if it is not iterable.
         """
-        _check_iterable(data)
+        check_iterable(data)
         self.state.dataloader = data
         self._data_iter = self._open_data()
 
@@ -162,7 +162,7 @@ class Engine(SeenByIgnite, Loop):
                 before the run does (`DataUsedUp`).
         """
         if data is not None:
-            _check_iterable(data)
+            check_iterable(data)
         if self._is_running():
             raise RuntimeError(
                 "Engine.run() was called by a handler or a step of the same run. Use another "
@@ -193,7 +193,8 @@ class Engine(SeenByIgnite, Loop):
         return session is not None and inspect.getgeneratorstate(session) == inspect.GEN_RUNNING
 
 
-def _check_iterable(data: Any) -> None:
+def check_iterable(data: Any) -> None:
+    """Checks that data is what `run` takes."""
     if not isinstance(data, Iterable):
         raise TypeError(
             "Argument data should be iterable: a list, a DataLoader, an iterator or a generator; "

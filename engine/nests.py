@@ -42,9 +42,14 @@ def map_objects(visit: Callable[[Any, Path], Any], value: Any, path: Path = ()) 
 
 def walk_objects(objects: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yields every object of a nest with its name, such as `models[0]`."""
-    found: list[tuple[str, Any]] = []
-    map_objects(lambda value, path: found.append((name_of(path), value)), objects)
-    yield from found
+    return ((name_of(path), value) for path, value in objects_by_path(objects))
+
+
+def objects_by_path(objects: Mapping[str, Any]) -> list[tuple[Path, Any]]:
+    """Returns every object of a nest with its path."""
+    found: list[tuple[Path, Any]] = []
+    map_objects(lambda value, path: found.append((path, value)), objects)
+    return found
 
 
 def name_of(path: Path) -> str:

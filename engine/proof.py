@@ -75,12 +75,6 @@ class Proof:
         self.differences.append(message)
         warn_user(message, ResumeWarning)
 
-    def take(self, other: Proof) -> None:
-        """Adds what another proof of the same resume has found."""
-        self.checked += other.checked
-        self.unchecked += other.unchecked
-        self.differences += other.differences
-
     def __str__(self) -> str:
         parts = [
             f"{title}: {'; '.join(phrases)}"

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .guards import is_exact_list, is_exact_tuple, is_mapping
-from .nests import Path, has, map_objects, unwrap, walk_objects
+from .nests import Path, has, objects_by_path, unwrap, walk_objects
 
 
 @dataclass
@@ -109,8 +109,7 @@ def parameter_names(objects: Mapping[str, Any]) -> dict[Path, list[str]]:
     A parameter is named by the model that it is of, or, of no model, by its place.
     """
     known: dict[int, str] = {}
-    leaves: list[tuple[Path, Any]] = []
-    map_objects(lambda value, path: leaves.append((path, value)), objects)
+    leaves = objects_by_path(objects)
     for path, value in leaves:
         if isinstance(value, torch.nn.Module):
             for name, parameter in unwrap(value).named_parameters():

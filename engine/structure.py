@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from .digest import digest
 from .guards import is_dense
-from .nests import unwrap
+from .nests import unwrap, walk_objects
 from .proof import Proof, Strictness
 
 # Larger buffers are recorded by their digest: they are tables that a module computes once.
@@ -35,25 +35,16 @@ _HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_ba
 _TORCHS_OWN: Final = frozenset({*vars(Module()), "_opt_called", "_step_count"})
 
 
-def recordable(objects: Any, name: str = "") -> dict[str, Any]:
-    """Returns the modules and optimizers in a nest of objects, by name, without wrappers.
-
-    Args:
-        objects: mappings and lists of objects; anything else in it is left out.
-        name: of the nest itself.
-    """
-    if isinstance(objects, (Module, Optimizer)):
-        return {name: unwrap(objects)}
-    items: Any = ()
-    if type(objects) in (dict, list, tuple):
-        items = objects.items() if type(objects) is dict else enumerate(objects)
-    found: dict[str, Any] = {}
-    for key, value in items:
-        found.update(recordable(value, f"{name}[{key!r}]" if name else str(key)))
-    return found
+def recordable(objects: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the modules and optimizers in a nest of objects, by name, without wrappers."""
+    return {
+        name: unwrap(value)
+        for name, value in walk_objects(objects)
+        if isinstance(value, (Module, Optimizer))
+    }
 
 
-def named(objects: Any, beside: Any) -> dict[str, Any]:
+def named(objects: Mapping[str, Any], beside: Mapping[str, Any]) -> dict[str, Any]:
     """Returns what is recorded of an engine: what it trains, and what is saved beside it.
 
     Args:
@@ -127,7 +118,6 @@ class Restored:
             proof.checked.append(f"the structure of {self.compared} trained objects{changed}")
 
 
-@dataclass
 class Structure:
     """Records the structure of objects, and puts it back.
 
@@ -135,25 +125,20 @@ class Structure:
     changes is read once.
     """
 
-    _begun: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
-    _changed: dict[str, set[str]] = field(default_factory=dict[str, set[str]])
-    # How many hooks there were, and what is to be made with more of them.
-    _hooks: dict[str, dict[str, int]] = field(default_factory=dict[str, dict[str, int]])
-    _to_be_made: set[str] = field(default_factory=set[str])
-    # The buffers that there were, and what those are to hold that are to be made.
-    _buffers: dict[str, set[str]] = field(default_factory=dict[str, set[str]])
-    _awaited: dict[str, torch.Tensor | str | None] = field(
-        default_factory=dict[str, "torch.Tensor | str | None"]
-    )
-    _digests: dict[str, tuple[weakref.ref[torch.Tensor], int, str]] = field(
-        default_factory=dict[str, tuple["weakref.ref[torch.Tensor]", int, str]]
-    )
+    def __init__(self) -> None:
+        self._digests: dict[str, tuple[weakref.ref[torch.Tensor], int, str]] = {}
+        self.begin({})
 
     def begin(self, objects: Mapping[str, Any]) -> None:
         """Notes the attributes that objects begin a run with: those that change are recorded."""
-        self._changed, self._hooks, self._to_be_made = {}, {}, set()
-        self._buffers, self._awaited = {}, {}
         self._begun = {name: _plain_attributes(value) for name, value in objects.items()}
+        self._changed: dict[str, set[str]] = {}
+        # How many hooks there were, and what is to be made with more of them.
+        self._hooks: dict[str, dict[str, int]] = {}
+        self._to_be_made: set[str] = set()
+        # The buffers that there were, and what those are to hold that are to be made.
+        self._buffers: dict[str, set[str]] = {}
+        self._awaited: dict[str, torch.Tensor | str | None] = {}
 
     def batches_begin(self, objects: Mapping[str, Any]) -> None:
         """Notes the hooks that there are, before the first step that this process does."""

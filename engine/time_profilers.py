@@ -40,6 +40,9 @@ class _TimeProfiler:
         dataflow_times: of each batch, from asking for it to having it.
     """
 
+    # Whether the time of the data includes that of the handlers that are called around it.
+    _data_with_handlers = False
+
     def __init__(self) -> None:
         self.processing_times: list[float] = []
         self.dataflow_times: list[float] = []
@@ -72,9 +75,10 @@ class _TimeProfiler:
             return
         self._take_event(event, ended - began)
         if event == Events.GET_BATCH_STARTED:
-            self._asked = self._data_began(began, ended)
+            self._asked = began if self._data_with_handlers else ended
         elif event == Events.GET_BATCH_COMPLETED:
-            self.dataflow_times.append(self._data_ended(began, ended) - self._asked)
+            had = ended if self._data_with_handlers else began
+            self.dataflow_times.append(had - self._asked)
         elif event == Events.ITERATION_STARTED:
             self._started = ended
         elif event == Events.ITERATION_COMPLETED:
@@ -89,15 +93,6 @@ class _TimeProfiler:
     def _take_event(self, event: Any, seconds: float) -> None:
         """Takes the time of all handlers of an event."""
 
-    def _data_began(self, began: float, ended: float) -> float:
-        return ended
-
-    def _data_ended(self, began: float, ended: float) -> float:
-        return began
-
-    def _handlers_of(self, engine: Any, event: Any) -> list[str]:
-        return [_name_of(one) for one in engine.slot(event).bound() if not _is_ours(one)]
-
 
 class BasicTimeProfiler(_TimeProfiler):
     """Tells how long data, step and each event's handlers take.
@@ -110,6 +105,8 @@ class BasicTimeProfiler(_TimeProfiler):
         event_handlers_names: the handlers of each event at the run's start.
     """
 
+    _data_with_handlers = True
+
     def __init__(self) -> None:
         super().__init__()
         self.event_handlers_times: dict[Any, list[float]] = {event: [] for event in _BASIC}
@@ -119,14 +116,8 @@ class BasicTimeProfiler(_TimeProfiler):
 
     def _reset(self, engine: Any) -> None:
         self.event_handlers_times = {event: [] for event in _BASIC}
-        self.event_handlers_names = {event: self._handlers_of(engine, event) for event in _BASIC}
+        self.event_handlers_names = {event: _handlers_of(engine, event) for event in _BASIC}
         self._epochs, self._state = [], engine.state
-
-    def _data_began(self, began: float, ended: float) -> float:
-        return began
-
-    def _data_ended(self, began: float, ended: float) -> float:
-        return ended
 
     def _take_event(self, event: Any, seconds: float) -> None:
         if event in self.event_handlers_times:
@@ -156,28 +147,27 @@ class BasicTimeProfiler(_TimeProfiler):
         Args:
             output_path: the file.
         """
-        events = (
-            *(Events.STARTED, Events.COMPLETED, Events.EPOCH_STARTED, Events.EPOCH_COMPLETED),
+        of_run = (Events.STARTED, Events.COMPLETED)
+        of_epoch = (Events.EPOCH_STARTED, Events.EPOCH_COMPLETED)
+        of_iteration = (
             *(Events.ITERATION_STARTED, Events.ITERATION_COMPLETED),
             *(Events.GET_BATCH_STARTED, Events.GET_BATCH_COMPLETED),
         )
+        times = self.event_handlers_times
         rows: list[list[float]] = []
         for index, epoch in enumerate(self._epochs):
             row = [epoch, index + 1, self.processing_times[index], self.dataflow_times[index]]
-            for event in events:
-                if event in (Events.STARTED, Events.COMPLETED):
-                    place = 0
-                elif event in (Events.EPOCH_STARTED, Events.EPOCH_COMPLETED):
-                    place = epoch - self._epochs[0]
-                else:
-                    place = index
-                taken = self.event_handlers_times[event]
-                row.append(taken[place] if place < len(taken) else 0.0)
+            for events, place in (
+                (of_run, 0),
+                (of_epoch, epoch - self._epochs[0]),
+                (of_iteration, index),
+            ):
+                # The run's end, and the last epoch's, may not have come.
+                row += [times[e][place] if place < len(times[e]) else 0.0 for e in events]
             rows.append(row)
-        names = [f"Event_{event.name}" for event in events]
-        _write(
-            output_path, ["epoch", "iteration", "processing_stats", "dataflow_stats"], names, rows
-        )
+        heads = ["epoch", "iteration", "processing_stats", "dataflow_stats"]
+        heads += [f"Event_{event.name}" for event in (*of_run, *of_epoch, *of_iteration)]
+        _write(output_path, heads, rows)
 
     @staticmethod
     def print_results(results: dict[str, dict[str, Any]]) -> str:
@@ -211,7 +201,7 @@ class HandlersTimeProfiler(_TimeProfiler):
         self.event_handlers_names: dict[Any, list[str]] = {}
 
     def _reset(self, engine: Any) -> None:
-        names = {event: self._handlers_of(engine, event) for event in engine.registered_events()}
+        names = {event: _handlers_of(engine, event) for event in engine.registered_events()}
         self.event_handlers_names = names
         self.event_handlers_times = {e: {name: [] for name in names[e]} for e in names}
 
@@ -249,20 +239,13 @@ class HandlersTimeProfiler(_TimeProfiler):
                 columns[f"{name} ({getattr(event, 'name', str(event))})"] = times
         rows = zip_longest(*columns.values(), fillvalue=0.0)
         numbered = [[index + 1, *row] for index, row in enumerate(rows)]
-        _write(output_path, ["#"], list(columns), numbered)
+        _write(output_path, ["#", *columns], numbered)
 
     @staticmethod
     def print_results(results: list[list[Any]]) -> None:
         """Prints what `get_results` returned as a table, and leaves it as it is."""
-        heads = [
-            "Handler",
-            "Event Name",
-            "Total(s)",
-            "Min(s)/IDX",
-            "Max(s)/IDX",
-            "Mean(s)",
-            "Std(s)",
-        ]
+        heads = ["Handler", "Event Name", "Total(s)"]
+        heads += ["Min(s)/IDX", "Max(s)/IDX", "Mean(s)", "Std(s)"]
         table = [heads, *([_cell(value) for value in row] for row in results)]
         widths = [max(len(row[column]) for row in table) for column in range(len(heads))]
         for row in table:
@@ -271,6 +254,10 @@ class HandlersTimeProfiler(_TimeProfiler):
 
 def _is_ours(handler: Callable[..., Any]) -> bool:
     return isinstance(getattr(handler, "__self__", None), _TimeProfiler)
+
+
+def _handlers_of(engine: Any, event: Any) -> list[str]:
+    return [_name_of(one) for one in engine.slot(event).bound() if not _is_ours(one)]
 
 
 def _name_of(handler: Callable[..., Any]) -> str:
@@ -297,24 +284,21 @@ def _row(times: Sequence[float]) -> list[Any]:
 
 
 def _line(stats: dict[str, Any]) -> str:
-    return " | ".join(
-        f"{value[0]:.5f}/{value[1]}"
-        if isinstance(value, tuple)
-        else value
-        if isinstance(value, str)
-        else f"{value:.5f}"
-        for value in stats.values()
-    )
+    return " | ".join(map(_number, stats.values()))
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return f"{value[0]:.5f}/{value[1]}" if isinstance(value, tuple) else f"{value:.5f}"
 
 
 def _cell(value: Any) -> str:
     return f"{value[0]}/{value[1]}" if isinstance(value, tuple) else str(value)
 
 
-def _write(
-    path: str | Path, first: list[str], others: list[str], rows: Sequence[Sequence[float]]
-) -> None:
+def _write(path: str | Path, heads: list[str], rows: Sequence[Sequence[float]]) -> None:
     with Path(path).open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow([*first, *others])
+        writer.writerow(heads)
         writer.writerows(rows)

@@ -26,19 +26,8 @@ LEARNING_RATE = 1.0
 
 # Keeps gradients small enough that no first loss scale in use, up to 2**16, makes them overflow.
 _SHARE = 1 / 16
-# Flags that are the user's, whatever library is loaded.
-_SETTINGS = (
-    "deterministic_algorithms",
-    "warn_only",
-    "cudnn.enabled",
-    "cudnn.benchmark",
-    "cudnn.deterministic",
-    "cudnn.conv.fp32_precision",
-    "cudnn.rnn.fp32_precision",
-    "cuda.matmul.fp32_precision",
-    "default_dtype",
-    "grad",
-)
+# Flags that a library may set once and for all when it is loaded; the others are the user's.
+_SET_BY_LOADING = ("fill_uninitialized_memory", "threads", "python_threads", "variables")
 
 _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 
@@ -59,14 +48,18 @@ def expect_flags(before: Mapping[str, object], problem: str) -> None:
     expect(not changed, f"{problem}: {', '.join(changed)}.")
 
 
-def expect_refusal(call: Callable[[], object], about: str, problem: str) -> None:
-    """Expect a call to raise an error that says something, of whichever kind the library has."""
+def error_of(call: Callable[[], object], problem: str) -> Exception:
+    """Return the error that a call raises, of whichever kind; that it raises none is a problem."""
     try:
         call()
     except Exception as error:  # noqa: BLE001
-        expect(str(error), f"Its error about {about} says nothing.")
-    else:
-        raise NonConformance(problem)
+        return error
+    raise NonConformance(problem)
+
+
+def expect_refusal(call: Callable[[], object], about: str, problem: str) -> None:
+    """Expect a call to raise an error that says something."""
+    expect(str(error_of(call, problem)), f"Its error about {about} says nothing.")
 
 
 def expect_error_passes(context: AbstractContextManager[object], name: str) -> None:
@@ -93,7 +86,9 @@ class Case:
             made = get(target)
             self.kind, self.option = type(made), made.option
         self.tolerance = tolerance
-        self.at_start = {name: value for name, value in flags().items() if name in _SETTINGS}
+        self.at_start = {
+            name: value for name, value in flags().items() if name not in _SET_BY_LOADING
+        }
         self._load()
 
     def _load(self) -> None:

@@ -46,6 +46,7 @@ def _compare(ours: Any, theirs: Any, device: torch.device, path: str) -> None:
         same or type(ours) is type(theirs),
         f"put() made a {type(ours).__name__} of the {type(theirs).__name__} at batch{path}.",
     )
+    inside = _inside(untyped)
     if isinstance(theirs, torch.Tensor):
         expect(
             ours.device.type == device.type,
@@ -55,27 +56,27 @@ def _compare(ours: Any, theirs: Any, device: torch.device, path: str) -> None:
             torch.equal(ours.cpu(), theirs),
             f"put() changed the values of the tensor at batch{path}.",
         )
-    elif isinstance(theirs, torch.nn.utils.rnn.PackedSequence):
-        _compare(ours.data, theirs.data, device, f"{path}.data")
-        expect(
-            torch.equal(ours.batch_sizes, theirs.batch_sizes), "put() changed a packed sequence."
-        )
-    elif isinstance(theirs, (tuple, list)):
-        items: Any = untyped
-        expect(len(ours) == len(items), f"put() changed the length of batch{path}.")
-        for index, (mine, other) in enumerate(zip(ours, items, strict=True)):
-            _compare(mine, other, device, f"{path}[{index}]")
-    elif isinstance(theirs, dict):
-        mapping: Any = untyped
-        expect(list(ours) == list(mapping), f"put() changed the keys of batch{path}.")
-        for key in mapping:
-            _compare(ours[key], mapping[key], device, f"{path}[{key!r}]")
-    elif isinstance(theirs, _Sample):
-        for field in dataclasses.fields(theirs):
-            name = field.name
-            _compare(getattr(ours, name), getattr(theirs, name), device, f"{path}.{name}")
-    else:
+    elif inside is None:
         expect(ours == theirs, f"put() changed {theirs!r} at batch{path} to {ours!r}.")
+    else:
+        mine = _inside(ours)
+        expect(list(mine) == list(inside), f"put() changed the length or the keys of batch{path}.")
+        for place, other in inside.items():
+            _compare(mine[place], other, device, f"{path}{place}")
+
+
+def _inside(value: Any) -> Any:
+    """Returns what a part of a batch holds, by its place as Python writes it; None of a leaf."""
+    if isinstance(value, torch.nn.utils.rnn.PackedSequence):
+        # The sizes stay on the host.
+        return {".data": value.data, ".batch_sizes": value.batch_sizes.tolist()}
+    if isinstance(value, (tuple, list)):
+        return {f"[{index}]": item for index, item in enumerate(value)}
+    if isinstance(value, dict):
+        return {f"[{key!r}]": item for key, item in value.items()}
+    return (
+        {f".{name}": x for name, x in vars(value).items()} if isinstance(value, _Sample) else None
+    )
 
 
 def check_put(case: Case) -> None:

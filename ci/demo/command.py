@@ -17,7 +17,7 @@ from crosstrain.backends import add_backend_argument, get
 from crosstrain.ci.options import UsageError, at_least, folder, require_demo
 from crosstrain.ci.trials.course import first_difference
 from crosstrain.ci.trials.order import Order
-from crosstrain.ci.trials.processes import Life, TrainingFailed
+from crosstrain.ci.trials.processes import Kill, Life, TrainingFailed
 
 from .report import DemoRun, draw, print_table
 
@@ -137,11 +137,11 @@ def _follow(
         workers=args.workers,
         every=_EVERY,
     )
-    with Life(place / "stderr.txt") as life:
-        for line in life.train(order):
+    with Life(place / "stderr.txt", order) as life:
+        if kill_at is not None:
+            run.killed_at = kill_at
+            life.kill_when(Kill(kill_at))
+        for line in life.train():
             run.course.take(line)
             show(line)
-            if kill_at is not None and line.get("iteration", 0) >= kill_at:
-                life.kill()
-                run.killed_at, kill_at = line["iteration"], None
     run.seconds += time.perf_counter() - started

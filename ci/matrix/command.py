@@ -46,16 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_what(what: argparse._ArgumentGroup) -> None:
-    for option, word, text in (
-        (
-            "--backends",
-            "SPEC",
-            "the columns, such as cpu,cpu:bf16 (default: all that can run here)",
-        ),
-        ("--require", "SPEC", "columns that make the matrix fail where they cannot run"),
-        ("--scenarios", "NAME", "the rows (default: all)"),
-    ):
-        add_words(what, option, word, text)
+    columns = "the columns, such as cpu,cpu:bf16 (default: all that can run here)"
+    required = "columns that make the matrix fail where they cannot run"
+    add_words(what, "--backends", "SPEC", columns)
+    add_words(what, "--require", "SPEC", required)
+    add_words(what, "--scenarios", "NAME", "the rows (default: all)")
     what.add_argument(
         "--target",
         metavar="MODULE:FUNCTION",

@@ -17,8 +17,9 @@ from crosstrain.ci.options import UsageError
 #: The file that a cell writes into its folder.
 OUTCOME = "outcome.json"
 
-Status = Literal["passed", "failed", "error", "timeout", "unavailable", "skipped"]
-STATUSES: tuple[Status, ...] = get_args(Status)
+Status = Literal["passed", "failed", "error", "timeout", "unavailable", "skipped", "not run"]
+#: Those that a cell can come to; the last one stands for a cell that has come to nothing yet.
+STATUSES: tuple[Status, ...] = get_args(Status)[:-1]
 
 Figure = int | float | str
 
@@ -62,7 +63,7 @@ class Outcome:
         scenario: the scenario's name.
         status: `passed`; `failed` (it ran, and the promise was broken); `error` (it did not run to
             its end); `timeout`; `unavailable` (the backend cannot run here); `skipped` (the
-            backend has not what the scenario needs).
+            backend has not what the scenario needs); `not run` (see `Run.outcome`).
         reason: why it did not pass, for a person; empty if it passed, and only then.
         seconds: how long it took.
         losses: one loss an iteration of the run that was never stopped; may hold nan and inf.

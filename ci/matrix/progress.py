@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from typing import Self
 
 from rich.console import Console, Group
@@ -23,6 +25,7 @@ MARKS: Mapping[Status, tuple[str, str]] = {
     "timeout": ("∞", "bold red"),
     "unavailable": ("∅", "yellow"),
     "skipped": ("–", "dim"),
+    "not run": ("·", "dim"),
 }
 
 
@@ -122,7 +125,9 @@ class LiveProgress(PlainProgress):
             if outcome is not None:
                 sign, style = MARKS[outcome.status]
                 return Text(f"{sign} {duration(outcome.seconds)}", style)
-            return Text("·", "dim") if since is None else Text(f"▸ {now - since:.0f} s", "cyan")
+            return (
+                Text(*MARKS["not run"]) if since is None else Text(f"▸ {now - since:.0f} s", "cyan")
+            )
 
         table = Table(box=None, pad_edge=False)
         _fill(table, self._specs, self._scenarios, shown)
@@ -132,10 +137,10 @@ class LiveProgress(PlainProgress):
         total = len(self._specs) * len(self._scenarios)
         line = Text(f"{len(self._ended)}/{total} cells", "bold")
         line.append(f" · {duration(now - self._began)} elapsed · {len(self._running)} running", "")
-        counts = [one.status for one in self._ended.values()]
+        counts = Counter(one.status for one in self._ended.values())
         for status, (_, style) in MARKS.items():
-            if counts.count(status):
-                line.append(f" · {counts.count(status)} {status}", style)
+            if counts[status]:
+                line.append(f" · {counts[status]} {status}", style)
         return line
 
 
@@ -154,14 +159,13 @@ def print_summary(console: Console, run: Run) -> None:
     """Prints the matrix of a run and how many cells became what."""
 
     def shown(spec: str, scenario: str) -> Text:
-        outcome = run.outcome(spec, scenario)
-        sign, style = ("·", "dim") if outcome is None else MARKS[outcome.status]
-        return Text(f"{sign} {'not run' if outcome is None else outcome.status}", style)
+        status = run.outcome(spec, scenario).status
+        sign, style = MARKS[status]
+        return Text(f"{sign} {status}", style)
 
     table = Table(title=f"{run.name}, {duration(run.seconds)}", title_justify="left")
     _fill(table, run.backends, list(run.scenarios), shown)
     console.print(table)
-    counts = [one.status for one in run.outcomes]
-    words = [f"{counts.count(status)} {status}" for status in MARKS if counts.count(status)]
-    left = len(run.backends) * len(run.scenarios) - len(counts)
-    console.print(", ".join([*words, *([f"{left} not run"] if left else [])]) or "nothing ran")
+    counts = Counter(run.outcome(*cell).status for cell in product(run.backends, run.scenarios))
+    words = [f"{counts[status]} {status}" for status in MARKS if counts[status]]
+    console.print(", ".join(words) or "nothing ran")

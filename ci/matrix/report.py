@@ -52,9 +52,12 @@ class Run:
     outcomes: tuple[Outcome, ...]
     absent: Mapping[str, str] = field(default_factory=dict[str, str])
 
-    def outcome(self, spec: str, scenario: str) -> Outcome | None:
-        """Returns what became of a cell, or None if it did not run."""
-        return next((one for one in self.outcomes if one.cell == Cell(spec, scenario)), None)
+    def outcome(self, spec: str, scenario: str) -> Outcome:
+        """Returns what became of a cell; of one that was not reached, an outcome that says so."""
+        cell = Cell(spec, scenario)
+        left = "The matrix was interrupted before this cell ended."
+        missing = Outcome(spec=spec, scenario=scenario, status="not run", reason=left)
+        return next((one for one in self.outcomes if one.cell == cell), missing)
 
     def missing(self) -> list[str]:
         """Returns the required specs that could not run."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -19,9 +20,6 @@ _REFERENCE = "cpu"
 # The style sheet has this many colours, and this many kinds of line.
 _COLOURS, _DASHES = 8, 4
 
-_NOT_RUN = "not run"
-_SIGNS: Mapping[str, str] = {**{status: sign for status, (sign, _) in MARKS.items()}, _NOT_RUN: "·"}
-
 
 @dataclass(frozen=True)
 class _Column:
@@ -35,33 +33,26 @@ class _Column:
 
 @dataclass(frozen=True)
 class _CellView:
-    """What the page shows of one cell."""
+    """What the page shows of one cell; the reference is the CPU's losses, if there are any."""
 
     key: str
     column: _Column
-    scenario: str
     title: str
-    status: str
-    broken: bool
-    outcome: Outcome | None
-    deviation: Deviation | None
-    resumed: Deviation | None
-    picture: Markup
+    outcome: Outcome
+    reference: Curve | None
 
     @property
     def sign(self) -> str:
-        return _SIGNS[self.status]
+        return MARKS[self.outcome.status][0]
 
     @property
-    def reason(self) -> str:
-        if self.outcome is None:
-            return "The matrix was interrupted before this cell ended."
-        return self.outcome.reason
+    def broken(self) -> bool:
+        return self.column.run.is_broken(self.outcome)
 
     @property
     def shown(self) -> str:
         """What was proven, or why nothing was: what stands under the status."""
-        if self.status != "passed" or self.outcome is None or self.resumed is None:
+        if self.outcome.status != "passed" or self.resumed is None:
             return self.headline
         places, apart = self.outcome.figures.get("resumed_from"), self.resumed.largest
         where = f", resumed after {places}" if places else ""
@@ -70,7 +61,26 @@ class _CellView:
 
     @property
     def headline(self) -> str:
-        return next((line for line in self.reason.splitlines() if line.strip()), "")
+        return next((line for line in self.outcome.reason.splitlines() if line.strip()), "")
+
+    @property
+    def resumed(self) -> Deviation | None:
+        return deviation(self.outcome.resumed_losses, self.outcome.losses)
+
+    @property
+    def deviation(self) -> Deviation | None:
+        base = self.reference
+        return None if base is None else deviation(self.outcome.losses, base.losses)
+
+    @property
+    def picture(self) -> Markup:
+        """The losses, if those of the resumed run are others."""
+        if self.resumed is None or not self.resumed.largest:
+            return Markup("")
+        one, column = self.outcome, self.column
+        curve = Curve(column.label, column.style, one.losses, (one.resumed_losses,))
+        title = f"losses of {one.scenario} on {column.label}, never stopped and resumed"
+        return chart([curve], title, stops=_stops(one))
 
 
 def page(report: Report) -> str:
@@ -84,11 +94,12 @@ def page(report: Report) -> str:
     environment.filters["figure"] = _figure
     here = files("crosstrain.ci.matrix")
     columns = _columns(report)
-    rows = [
-        (name, title, [_cell(columns, name, title, place) for place in range(len(columns))])
+    rows = {
+        (name, title): [_cell(columns, name, title, place) for place in range(len(columns))]
         for name, title in report.scenarios().items()
-    ]
-    cells = [cell for _, _, views in rows for cell in views]
+    }
+    cells = [cell for views in rows.values() for cell in views]
+    counted = Counter(cell.outcome.status for cell in cells)
     template = environment.from_string((here / "report.html.jinja").read_text(encoding="utf-8"))
     return template.render(
         style=Markup((here / "report.css").read_text(encoding="utf-8")),
@@ -96,7 +107,7 @@ def page(report: Report) -> str:
         columns=columns,
         rows=rows,
         cells=cells,
-        broken=[cell for cell in cells if cell.broken and cell.status != "unavailable"],
+        broken=[cell for cell in cells if cell.broken and cell.outcome.status != "unavailable"],
         missing=[
             (
                 column.label,
@@ -105,16 +116,16 @@ def page(report: Report) -> str:
             for column in columns
             if column.spec in column.run.missing()
         ],
-        counts=_counts(cells),
-        signs=_SIGNS,
-        curves=list(_all_curves(report, columns)),
+        counts={status: counted[status] for status in MARKS if counted[status]},
+        marks=MARKS,
+        curves=list(_all_curves(rows.values())),
         absent=[
             (name, run.name, reason) for run in report.runs for name, reason in run.absent.items()
         ],
         facts=_facts(report.runs),
         versions=list(_versions(report.runs)),
         interrupted=any(run.interrupted for run in report.runs),
-        incomplete=any(cell.status == _NOT_RUN for cell in cells),
+        incomplete=counted["not run"] > 0,
     )
 
 
@@ -129,39 +140,21 @@ def _columns(report: Report) -> list[_Column]:
 
 def _cell(columns: Sequence[_Column], scenario: str, title: str, place: int) -> _CellView:
     column = columns[place]
-    outcome = column.run.outcome(column.spec, scenario)
-    reference = _reference(columns, column.run, scenario)
-    losses = () if outcome is None else outcome.losses
-    resumed = None if outcome is None else deviation(outcome.resumed_losses, losses)
-    picture = Markup("")
-    if outcome is not None and resumed is not None and resumed.largest:
-        picture = chart(
-            [Curve(column.label, column.style, losses, (outcome.resumed_losses,))],
-            f"losses of {scenario} on {column.label}, never stopped and resumed",
-            stops=_stops(outcome),
-        )
     return _CellView(
         key=f"cell-{scenario}-{place}",
         column=column,
-        scenario=scenario,
         title=title,
-        status=_NOT_RUN if outcome is None else outcome.status,
-        broken=outcome is not None and column.run.is_broken(outcome),
-        outcome=outcome,
-        deviation=deviation(losses, reference[1]) if reference else None,
-        resumed=resumed,
-        picture=picture,
+        outcome=column.run.outcome(column.spec, scenario),
+        reference=_reference(columns, column.run, scenario),
     )
 
 
-def _reference(
-    columns: Sequence[_Column], run: Run, scenario: str
-) -> tuple[_Column, tuple[float, ...]] | None:
-    """Returns the CPU in fp32 with its losses: of this run, else of the first that has them."""
+def _reference(columns: Sequence[_Column], run: Run, scenario: str) -> Curve | None:
+    """Returns the losses of the CPU in fp32: of this run, else of the first that has them."""
     for one in sorted(columns, key=lambda column: column.run is not run):
-        outcome = one.run.outcome(one.spec, scenario)
-        if one.spec == _REFERENCE and outcome is not None and outcome.losses:
-            return one, outcome.losses
+        losses = one.run.outcome(one.spec, scenario).losses
+        if one.spec == _REFERENCE and losses:
+            return Curve(one.label, "", losses)
     return None
 
 
@@ -171,40 +164,34 @@ def _stops(outcome: Outcome) -> list[int]:
     return [int(place) for place in places if place.strip().isdecimal()]
 
 
-# A training: of each column that ran it the place, the losses, and whether resumed ones were equal.
-_Group = tuple[tuple[int, tuple[float, ...], bool], ...]
-
-
-def _all_curves(report: Report, columns: Sequence[_Column]) -> Iterator[dict[str, Any]]:
+def _all_curves(rows: Iterable[Sequence[_CellView]]) -> Iterator[dict[str, Any]]:
     """Yields a picture for each training; scenarios that stop the same one share it."""
-    groups: dict[_Group, list[tuple[str, str]]] = {}
-    for name, title in report.scenarios().items():
-        found: _Group = tuple(
-            (place, outcome.losses, outcome.resumed_losses == outcome.losses)
-            for place, column in enumerate(columns)
-            if (outcome := column.run.outcome(column.spec, name)) is not None and outcome.losses
-        )
-        if found:
-            groups.setdefault(found, []).append((name, title))
-    for group, scenarios in groups.items():
-        yield _curves(columns, group, [name for name, _ in scenarios], scenarios[0][1])
+    # By the losses of each column that ran it, and whether those of the resumed run are equal.
+    groups: dict[Hashable, list[list[_CellView]]] = {}
+    for views in rows:
+        ran = [view for view in views if view.outcome.losses]
+        told = [(view.column.label, view.outcome) for view in ran]
+        key = tuple((name, one.losses, one.losses == one.resumed_losses) for name, one in told)
+        if ran:
+            groups.setdefault(key, []).append(ran)
+    yield from map(_curves, groups.values())
 
 
-def _curves(
-    columns: Sequence[_Column], group: _Group, names: list[str], title: str
-) -> dict[str, Any]:
+def _curves(group: list[list[_CellView]]) -> dict[str, Any]:
+    """Returns the picture of the scenarios that stop one training, each on the same columns."""
     curves: list[Curve] = []
-    stops: list[int] = []
-    for place, losses, _ in group:
-        column = columns[place]
-        outcomes = [outcome for name in names if (outcome := column.run.outcome(column.spec, name))]
-        stops += [stop for outcome in outcomes for stop in _stops(outcome)]
-        resumed = tuple(one.resumed_losses for one in outcomes if one.resumed_losses)
-        curves.append(Curve(column.label, column.style, losses, resumed))
-    base = _base(columns, group, names[0], curves)
+    for views in zip(*group, strict=True):
+        resumed = tuple(view.outcome.resumed_losses for view in views if view.resumed)
+        column = views[0].column
+        curves.append(Curve(column.label, column.style, views[0].outcome.losses, resumed))
+    first = group[0][0]
+    names = [views[0].outcome.scenario for views in group]
+    # The curve itself where it is drawn: it is not measured against itself.
+    base = next((one for one in curves if _is_of(one, first.reference)), first.reference)
+    stops = [stop for views in group for view in views for stop in _stops(view.outcome)]
     return {
         "names": names,
-        "title": title if len(names) == 1 else "one training, stopped in each of these ways",
+        "title": first.title if len(names) == 1 else "one training, stopped in each of these ways",
         "picture": chart(curves, f"losses of {', '.join(names)}", reference=base, stops=stops),
         "reference": base.label if base else "",
         "legend": [
@@ -219,18 +206,8 @@ def _curves(
     }
 
 
-def _base(
-    columns: Sequence[_Column], group: _Group, name: str, curves: list[Curve]
-) -> Curve | None:
-    """Returns the curve that the others are measured against: the CPU's in fp32."""
-    found = _reference(columns, columns[group[0][0]].run, name)
-    if found is None:
-        return None
-    column, losses = found
-    for (place, _, _), curve in zip(group, curves, strict=True):
-        if columns[place] is column:
-            return curve
-    return Curve(column.label, "", losses)
+def _is_of(curve: Curve, reference: Curve | None) -> bool:
+    return reference is not None and curve.label == reference.label
 
 
 def _distance(curve: Curve, base: Curve | None) -> str:
@@ -241,11 +218,6 @@ def _distance(curve: Curve, base: Curve | None) -> str:
     if len(curve.losses) != len(base.losses):
         words += f"; {len(curve.losses)} iterations, not {len(base.losses)}"
     return words
-
-
-def _counts(cells: Sequence[_CellView]) -> dict[str, int]:
-    found = {status: sum(cell.status == status for cell in cells) for status in _SIGNS}
-    return {status: count for status, count in found.items() if count}
 
 
 def _facts(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:

@@ -47,32 +47,27 @@ def _suite(root: ElementTree.Element, run: Run, spec: str) -> list[ElementTree.E
 
 def _case(suite: ElementTree.Element, run: Run, spec: str, scenario: str) -> ElementTree.Element:
     outcome = run.outcome(spec, scenario)
-    seconds = 0.0 if outcome is None else outcome.seconds
     case = ElementTree.SubElement(
         suite,
         "testcase",
         classname=_legal(f"matrix.{spec}"),
         name=_legal(scenario),
-        time=f"{seconds:.3f}",
+        time=f"{outcome.seconds:.3f}",
     )
-    if outcome is None:
-        error = ElementTree.SubElement(case, "error", type="not run")
-        error.set("message", "the matrix was interrupted before this cell ended")
-    elif outcome.status != "passed":
-        kind = _kind(run, outcome)
-        found = ElementTree.SubElement(case, kind, type=outcome.status)
+    if outcome.status != "passed":
+        found = ElementTree.SubElement(case, _kind(run, outcome), type=outcome.status)
         found.set("message", _legal(outcome.reason.splitlines()[0]))
         found.text = _legal(outcome.reason)
-    if outcome is not None and outcome.figures:
+    if outcome.figures:
         figures = [f"{name}: {value}" for name, value in outcome.figures.items()]
         ElementTree.SubElement(case, "system-out").text = _legal("\n".join(figures))
     return case
 
 
 def _kind(run: Run, outcome: Outcome) -> str:
-    if not run.is_broken(outcome):
-        return "skipped"
-    return "error" if outcome.status in ("error", "timeout") else "failure"
+    if outcome.status in ("error", "timeout", "not run"):
+        return "error"
+    return "failure" if run.is_broken(outcome) else "skipped"
 
 
 def _count(element: ElementTree.Element, cases: list[ElementTree.Element]) -> None:

@@ -14,12 +14,12 @@ a trace, which takes a digest of everything in each iteration.
 from __future__ import annotations
 
 import hashlib
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import numpy
 import torch
 
-from crosstrain.engine.digest import leaf_of, parts
+from crosstrain.engine.digest import dense, leaf_of, parts
 from crosstrain.engine.guards import is_array
 from crosstrain.engine.splitmix import mix_into, word
 
@@ -54,7 +54,8 @@ class Digester:
         `salt` tells the shape and the type.
         """
         with torch.no_grad():
-            total, *more = (self._dense(part) for part in _dense_parts(tensor))
+            # Values come before indices.
+            total, *more = (self._dense(part) for part in reversed(dense(tensor.detach())))
             for number, part in enumerate(more):
                 total = total + part * self._chunk_constant(number)
             return total
@@ -73,6 +74,9 @@ class Digester:
         return found
 
     def _dense(self, tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.resolve_neg()
+        if tensor.is_complex():
+            tensor = torch.view_as_real(tensor.resolve_conj())
         flat = tensor.reshape(-1)
         bits = flat.view(_BITS[flat.element_size()])
         count = bits.numel()
@@ -102,22 +106,6 @@ class Digester:
         while number >= len(known):
             known.extend(_constants((1 << 40) + len(known), len(known)))
         return known[number]
-
-
-def _dense_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
-    local = getattr(tensor, "to_local", None)
-    if callable(local):
-        tensor = cast("torch.Tensor", local())
-    tensor = tensor.detach()
-    if tensor.layout is torch.sparse_coo:
-        whole = tensor.coalesce()
-        return [whole.values(), whole.indices()]
-    if tensor.layout is not torch.strided:
-        sparse: Any = tensor
-        return _dense_parts(sparse.to_sparse_coo())
-    if tensor.is_complex():
-        return [torch.view_as_real(tensor.resolve_conj())]
-    return [tensor.resolve_neg()]
 
 
 def text_digest(text: str | bytes) -> int:

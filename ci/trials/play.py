@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from .course import Course, deviation, first_difference
 from .order import Order
-from .processes import Life
+from .processes import Kill, Relay
 
 # Of these each process has as many as it likes.
 _IN_SOFTWARE = ("cpu", "emulated")
@@ -54,10 +53,8 @@ class Play:
         self._seed = seed
         self._order = Order(spec, "", target=target)
         self._folder = folder
-        self._stack = ExitStack()
+        self._relay = Relay(folder)
         self._processes = processes
-        self._lives: list[Life] = []
-        self._used = 0
         self._takes_workers = True
         self._devices = 0
 
@@ -65,12 +62,12 @@ class Play:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._stack.close()
+        self._relay.close()
 
     def probe(self) -> dict[str, Any]:
         """Returns what the backend's probe says, in a process that will train later."""
-        self._start(1)
-        found = self._lives[0].probe(self.spec, self.target)
+        self._relay.start_ahead(1)
+        found = self._relay.waiting[0].probe(self.spec, self.target)
         self._takes_workers = found["takes_workers"]
         self._devices = len(found["devices"])
         return found
@@ -90,18 +87,12 @@ class Play:
                 f"It takes {number} devices for as many processes, and there is {self._devices}."
             )
 
-    def _start(self, number: int) -> None:
-        """Starts processes until there are so many: each imports torch while the others train."""
-        while len(self._lives) < number:
-            errors = self._folder / f"process-{len(self._lives)}.txt"
-            self._lives.append(self._stack.enter_context(Life(errors)))
-
     def begin(self, training: str = "plain", **order: Any) -> None:
         """Trains straight through, by which the lengths of the run become known.
 
         What is given differs from an `Order`'s defaults in all processes of the play.
         """
-        self._start(self._processes)
+        self._relay.start_ahead(self._processes)
         self._order = replace(self._order, training=training, **order)
         self._live(self.straight, self._ordered("straight"))
 
@@ -141,12 +132,13 @@ class Play:
             )
         after = self._chance.randint(first, last)
         ordered = self._ordered("resumed", hold_at=after + 2, **order)
-        self._live(self.resumed, ordered, after, together)
+        # Within this iteration's save or within the next two.
+        self._live(self.resumed, ordered, together, Kill(after, self._chance.uniform(0.0, 0.05)))
         self.resumed.kills += 1
 
     def finish(self, together: int = 1, **order: Any) -> None:
         """Goes on to the end, alone or in several processes under torchrun."""
-        self._live(self.resumed, self._ordered("resumed", **order), together=together)
+        self._live(self.resumed, self._ordered("resumed", **order), together)
 
     def verdict(
         self,
@@ -180,21 +172,9 @@ class Play:
         return replace(self._order, folder=str(self._folder / folder), seed=seed, **order)
 
     def _live(
-        self, course: Course, order: Order, kill_after: int | None = None, together: int = 1
+        self, course: Course, order: Order, together: int = 1, kill: Kill | None = None
     ) -> None:
-        if together > 1:
-            # They get their order when they are started.
-            errors = self._folder / f"processes-{len(course.resumed_from)}.txt"
-            life = self._stack.enter_context(Life(errors, order, together))
-            lines = life.train()
-        else:
-            self._start(self._used + 1)
-            life = self._lives[self._used]
-            self._used += 1
-            lines = life.train(order)
-        for line in lines:
-            course.take(line)
-            if kill_after is not None and line.get("iteration", 0) >= kill_after:
-                # Within this iteration's save or within the next two.
-                life.kill_after(self._chance.uniform(0.0, 0.05))
-                kill_after = None
+        with self._relay.begin(order, together) as life:
+            life.kill_when(kill)
+            for line in life.train():
+                course.take(line)

@@ -1,8 +1,8 @@
 """Child processes: how each one that ci starts is started, followed and killed; without torch.
 
 `Child` is any command, alone or under torchrun. `Life` is a child that trains: it takes an `Order`
-and says what it does (`crosstrain.ci.trials.life` is its other end). Whatever happens to their
-starter, they end with it.
+and says what it does (`crosstrain.ci.trials.life` is its other end). A `Relay` starts one after the
+other. Whatever happens to their starter, they end with it.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import signal
 import subprocess
 import sys
 import threading
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final, NamedTuple, Self
 
 from .order import Order
 
@@ -179,6 +180,20 @@ class Child:
         self.close()
 
 
+class Kill(NamedTuple):
+    """When a process that trains shall be killed, by SIGKILL.
+
+    Args:
+        at: once it has done this iteration; 0: once it has got its order.
+        delay: so many seconds later.
+        rank: which of those that torchrun has started, so that torchrun ends the others; None: all.
+    """
+
+    at: int
+    delay: float = 0.0
+    rank: int | None = None
+
+
 class Life(Child):
     """A process that trains, or those of torchrun: each a fresh interpreter.
 
@@ -188,6 +203,10 @@ class Life(Child):
 
     def __init__(self, errors: Path, order: Order | None = None, processes: int = 1) -> None:
         self.processes = processes
+        self._order = order
+        #: The last iteration that they have told.
+        self.last = 0
+        self._due: Kill | None = None
         #: The process groups of torchrun's processes, by rank, as they tell them.
         self.groups: dict[int, int] = {}
         command = ["-m", _LIFE]
@@ -202,6 +221,7 @@ class Life(Child):
 
     def give(self, order: Order) -> None:
         """Tells the process that waits for it what to do."""
+        self._order = order
         self.write(json.dumps({"train": order.as_json()}))
 
     def probe(self, spec: str, target: str | None) -> dict[str, Any]:
@@ -213,36 +233,85 @@ class Life(Child):
         return answer
 
     def lines(self) -> Iterator[dict[str, Any]]:
-        """Yields what the processes say, until they have ended."""
+        """Yields what the processes say, until they have ended; kills one when that is due."""
+        self._kill_if_due()
         for line in super().lines():
             if "born" in line:
                 self.groups[line["rank"]] = line["born"]
+            self.last = line.get("iteration") or line.get("resumed_from") or self.last
+            self._kill_if_due()
             yield line
 
-    def train(self, order: Order | None = None) -> Iterator[dict[str, Any]]:
-        """Has it train, and yields what it says, until it ends.
+    def kill_when(self, kill: Kill | None) -> None:
+        """Says when to kill one of the processes while their lines are read; None: never."""
+        self._due = kill
+
+    def _kill_if_due(self) -> None:
+        kill = self._due
+        if kill is None or self.last < kill.at:
+            return
+        rank = None if self.processes == 1 else kill.rank
+        # A process of torchrun's takes a while to be there.
+        if rank is None or rank in self.groups:
+            self._due = None
+            self._later(kill.delay, self._kill_rank, rank)
+
+    def train(self) -> Iterator[dict[str, Any]]:
+        """Yields what the processes say while they carry out their order, until they have ended.
 
         Raises:
-            TrainingFailed: if it ends before its run does and was neither stopped nor killed.
+            TrainingFailed: if they end before their run does and were neither stopped nor killed.
         """
-        if order is not None:
-            self.give(order)
         error = ""
         for line in self.lines():
             error = line.get("error", error)
             yield line
         code = self.wait()
-        wanted = -signal.SIGKILL if self.killed else STOPPED if order and order.stop_at else 0
+        stopped = self._order is not None and self._order.stop_at
+        wanted = -signal.SIGKILL if self.killed else STOPPED if stopped else 0
         if code != wanted:
             raise TrainingFailed(self.last_words(code, error))
 
-    def kill_rank_after(self, seconds: float, rank: int) -> None:
+    def _kill_rank(self, rank: int | None) -> None:
         """Kills one process, with its loader's workers, and leaves the others to torchrun."""
-        self._later(seconds, self._kill_rank, rank)
-
-    def _kill_rank(self, rank: int) -> None:
-        if self.processes == 1:
+        if rank is None:
             self.kill()
         else:
             self.killed = True
             self._kill_group(self.groups[rank])
+
+
+class Relay:
+    """Lives one after the other; those to come are started ahead, while the one before them trains.
+
+    Args:
+        folder: for what the processes write to stderr.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._started = 0
+        #: Those that wait for an order.
+        self.waiting: deque[Life] = deque()
+
+    def start_ahead(self, number: int) -> None:
+        """Starts processes until so many wait for an order."""
+        while len(self.waiting) < number:
+            self.waiting.append(Life(self._errors()))
+
+    def begin(self, order: Order, processes: int = 1) -> Life:
+        """Has a process carry out an order, or several, which torchrun starts with it."""
+        if processes > 1 or not self.waiting:
+            return Life(self._errors(), order, processes)
+        life = self.waiting.popleft()
+        life.give(order)
+        return life
+
+    def _errors(self) -> Path:
+        self._started += 1
+        return self._folder / f"process_{self._started}.txt"
+
+    def close(self) -> None:
+        """Ends those that wait."""
+        for life in self.waiting:
+            life.close()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,12 @@ from crosstrain.backends import World, get
 from crosstrain.ci.traces.command import as_json
 from crosstrain.ci.traces.diff import Difference, earliest, first_difference
 from crosstrain.ci.traces.file import Trace, TraceError, path_of_rank
-from crosstrain.ci.trials.order import Order
+from crosstrain.ci.trials.order import UNUSABLE, Order
+from crosstrain.ci.trials.processes import STOPPED, Kill, Relay
 from crosstrain.ci.trials.target import Target
 
 from .causes import Status, causes
-from .processes import End, Processes, VerifyError, moments
+from .processes import End, VerifyError, moments
 
 #: Called with what a run is called, the iteration that it has done, and how many there are (0
 #: where that is not known yet).
@@ -166,17 +169,21 @@ def verify(
         where.mkdir(parents=True, exist_ok=True)
         if folder is not None and any(where.iterdir()):
             raise VerifyError(f"The folder {folder} is not empty. Name another one.")
-        with Processes(where, time_limit, sizes) as processes:
+        show: Progress = progress or (lambda *_: None)
+        with contextlib.closing(Relay(where)) as relay:
             work = _Verification(
                 parsed,
                 backend,
+                sizes,
                 tuple(workers),
                 seed,
                 where,
-                processes,
-                progress or (lambda *_: None),
+                relay,
+                show,
+                started,
+                time_limit,
             )
-            return work.verdict(at, kills, every, started)
+            return work.verdict(at, kills, every)
 
 
 @dataclass
@@ -185,19 +192,21 @@ class _Verification:
 
     _target: Target
     _backend: str
+    _sizes: tuple[int, ...]
     _workers: tuple[int, ...]
     _seed: int
     _folder: Path
-    _processes: Processes
+    _relay: Relay
     _progress: Progress
+    _started: float
+    _time_limit: float
+    # How many more processes there will be for certain: the next of them is started ahead.
+    _expected: int = 2
     _total: int = 0
     _warnings: list[str] = field(default_factory=list[str])
     _traits: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
 
-    def verdict(
-        self, at: Sequence[int] | None, kills: int, every: int | None, started: float
-    ) -> Verdict:
-        self._processes.expected = 2 if kills or at is None or at else 1
+    def verdict(self, at: Sequence[int] | None, kills: int, every: int | None) -> Verdict:
         length = self._straight("straight")
         places = _middle_and_end(self._total, length) if at is None else sorted(set(at))
         for place in places:
@@ -206,7 +215,7 @@ class _Verification:
                     f"The training has {self._total} iterations, so it can be stopped after 1 to "
                     f"{self._total - 1}, and not after {place}."
                 )
-        self._processes.expected = 2 * len(places) + (kills + 1 if kills else 0)
+        self._expected = 2 * len(places) + (kills + 1 if kills else 0)
         runs = [self._stopped(place, number) for number, place in enumerate(places, 1)]
         if kills:
             runs.append(self._killed(kills, every or max(1, min(5, self._total // 8))))
@@ -229,7 +238,7 @@ class _Verification:
         return Verdict(
             str(self._target),
             self._backend,
-            self._processes.sizes if len(self._processes.sizes) > 1 else self._processes.size,
+            self._sizes[0] if len(self._sizes) == 1 else self._sizes,
             status,
             self._total,
             tuple(runs),
@@ -238,7 +247,7 @@ class _Verification:
             () if difference is None else self._causes(status, difference, failed, length),
             tuple(self._warnings),
             self._seed,
-            time.monotonic() - started,
+            time.monotonic() - self._started,
         )
 
     def _causes(
@@ -251,63 +260,93 @@ class _Verification:
         kind = None if difference.thing is None else difference.thing.kind
         return causes(status, kind, began, self._traits)
 
-    def _order(self, name: str, **more: Any) -> Order:
+    def _order(self, name: str, number: int = 0, **more: Any) -> Order:
+        """Returns an order of a run; the number tells how many workers its loader has, in turn."""
         trace = str(self._folder / f"{name}.trace")
-        more = {"folder": None, "resumed_seed": self._seed, **more}
-        return Order(self._backend, target=str(self._target), trace=trace, seed=self._seed, **more)
+        workers = self._workers[number % len(self._workers)]
+        target = str(self._target)
+        more = {"resumed_seed": self._seed, "folder": None, "workers": workers, **more}
+        return Order(self._backend, target=target, trace=trace, seed=self._seed, **more)
 
-    def _run(self, name: str, order: Order, kill: Any = None, number: int = 0) -> End:
+    def _run(self, name: str, order: Order, kill: Kill | None = None, number: int = 0) -> End:
+        """Has processes carry out an order, and follows them to their end.
+
+        Args:
+            name: of the run.
+            order: the order.
+            kill: when to kill one of them.
+            number: which of the sizes, in turn.
+        """
         # At once: a process that imports torch says nothing for a while.
         self._progress(name, 0, self._total)
-        end = self._processes.run(
-            order, kill, lambda iteration: self._progress(name, iteration, self._total), number
-        )
+        end = End()
+        with self._relay.begin(order, self._sizes[number % len(self._sizes)]) as life:
+            self._expected -= 1
+            self._relay.start_ahead(min(1, self._expected) if self._sizes == (1,) else 0)
+            began = time.monotonic()
+            life.kill_after(max(0.0, self._started + self._time_limit - began))
+            life.kill_when(kill)
+            for line in life.lines():
+                end.take(line)
+                if "iteration" in line:
+                    self._progress(name, life.last, self._total)
+            end.code = life.wait()
+        end.seconds = time.monotonic() - began
+        if life.processes > 1:
+            end.take_codes(life.processes, life.killed)
+        if began + end.seconds >= self._started + self._time_limit:
+            raise VerifyError(
+                f"The time limit of {self._time_limit:g} s is over, at iteration {life.last} of "
+                "one of the runs. Raise it by --time-limit, or make the training shorter."
+            )
+        if end.code == UNUSABLE and end.error:
+            raise VerifyError(end.error)
+        if end.code not in (0, STOPPED, -signal.SIGKILL):
+            end.error = end.error or life.last_words(end.code)
         self._traits = end.traits or self._traits
         self._warnings = list(dict.fromkeys([*self._warnings, *end.warnings]))
         return end
 
     def _straight(self, name: str) -> int | None:
         """Runs the training straight through; returns the length of an epoch."""
-        end = self._run(name, self._order(name, workers=self._workers[0]))
+        end = self._run(name, self._order(name))
         if end.iterations is None:
             raise VerifyError(f"The training does not run to its end: {end.error}")
         if name == "straight":
             self._total = end.iterations
         return end.epoch_length
 
-    def _workers_of(self, number: int) -> int:
-        return self._workers[number % len(self._workers)]
-
     def _stopped(self, place: int, number: int) -> RunResult:
+        """Stops a run after an iteration, before which it saves nothing, and resumes it."""
         name = f"stopped after {place}"
-        folder = str(self._folder / f"run {name}")
-        # Nothing is saved before the run is stopped.
-        first = self._order(name, workers=self._workers[0], stop_at=place, folder=folder)
-        workers, seed = self._workers_of(number), self._seed + number
-        second = self._order(name, workers=workers, resumed_seed=seed, folder=folder)
-        ends = [self._run(name, first)]
-        if not ends[0].error:
-            ends.append(self._run(name, second, number=number))
-        return self._result(name, ends, (self._workers[0], workers))
+        lives = [(0, None, {"stop_at": place}), (number, None, {})]
+        return self._interrupted(name, self._seed, lives)
 
     def _killed(self, kills: int, every: int) -> RunResult:
         name = f"killed {kills} time{'s' if kills > 1 else ''}"
-        folder = str(self._folder / f"run {name}")
+        places = moments(kills, self._total, self._seed, min(self._sizes))
+        lives = [(number, kill, {"every": every}) for number, kill in enumerate((*places, None))]
+        return self._interrupted(name, self._seed + 1000, lives)
+
+    def _interrupted(
+        self, name: str, seed: int, lives: Iterable[tuple[int, Kill | None, dict[str, int]]]
+    ) -> RunResult:
+        """Runs processes one after the other, until one of them is neither stopped nor killed.
+
+        Args:
+            name: of the run.
+            seed: of those that go on from a checkpoint; their number is added to it.
+            lives: for each of them its number, when to kill it, and what it is told besides.
+        """
         ends: list[End] = []
         workers: list[int] = []
-        places = moments(kills, self._total, self._seed, min(self._processes.sizes))
-        for number, kill in enumerate((*places, None)):
-            workers.append(self._workers_of(number))
-            seed = self._seed + 1000 + number
-            order = self._order(
-                name, workers=workers[-1], folder=folder, every=every, resumed_seed=seed
-            )
+        for number, kill, more in lives:
+            folder = str(self._folder / f"run {name}")
+            order = self._order(name, number, folder=folder, resumed_seed=seed + number, **more)
+            workers.append(order.workers)
             ends.append(self._run(name, order, kill, number))
-            if not ends[-1].killed:
+            if ends[-1].code not in (STOPPED, -signal.SIGKILL):
                 break
-        return self._result(name, ends, tuple(workers))
-
-    def _result(self, name: str, ends: Sequence[End], workers: tuple[int, ...]) -> RunResult:
         problem = next((end.error for end in ends if end.error), "")
         # What was recorded before an error may tell more than the error does.
         recorded = all(path.exists() for path in self._traces(name))
@@ -316,7 +355,7 @@ class _Verification:
             difference = None
         return RunResult(
             name,
-            workers,
+            tuple(workers),
             tuple(end.resumed_from for end in ends if end.resumed_from is not None),
             sum(end.killed for end in ends),
             sum(end.seconds for end in ends),
@@ -327,7 +366,7 @@ class _Verification:
 
     def _traces(self, name: str) -> list[Path]:
         """Returns the trace of each process of a run; rank 0's, where their number changed."""
-        trace, sizes = self._folder / f"{name}.trace", self._processes.sizes
+        trace, sizes = self._folder / f"{name}.trace", self._sizes
         return [path_of_rank(trace, rank) for rank in range(sizes[0] if len(sizes) == 1 else 1)]
 
     def _compare(self, name: str) -> Difference | None:
@@ -340,7 +379,7 @@ class _Verification:
             except TraceError as error:
                 raise VerifyError(str(error)) from error
             if difference is not None:
-                several = self._processes.sizes != (1,)
+                several = self._sizes != (1,)
                 found.append(replace(difference, rank=rank) if several else difference)
         return earliest(found)
 

@@ -7,7 +7,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, MutableMapping
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, cast
 
 from crosstrain.backends import spec_of
 from crosstrain.engine.engine import Engine
@@ -35,14 +35,6 @@ class CheckpointEvents(EventEnum):
     """What a `Checkpoint` fires on the engine that it is attached to."""
 
     SAVED_CHECKPOINT = "saved_checkpoint"
-
-
-class _Pending(NamedTuple):
-    """A file that a thread is writing: its job, whose it is, and the list of files before it."""
-
-    job: SaveJob
-    engine: Any
-    saved_before: list[Item]
 
 
 class Checkpoint:
@@ -120,7 +112,7 @@ class Checkpoint:
         self.greater_or_equal = greater_or_equal
         self.save_on_rank = save_on_rank
         self._saved: list[Item] = []
-        self._pending: _Pending | None = None
+        self._job: SaveJob | None = None
         self._warned_of: set[str] = set()
         self.save_handler: SaveHandler = _as_handler(save_handler, save_on_rank)
         self._saver = adapted(self.save_handler)
@@ -201,9 +193,17 @@ class Checkpoint:
             self._saver.remove(old)
         if job is None:
             engine.fire_event(self.SAVED_CHECKPOINT)
-        else:
-            self._pending = _Pending(job, engine, before)
-            self._watch(engine)
+            return
+
+        def ended(is_saved: bool) -> None:
+            self._job = None
+            if is_saved:
+                engine.fire_event(self.SAVED_CHECKPOINT)
+            else:
+                self._saved = before
+
+        job.when_ended, self._job = ended, job
+        self._watch(engine)
 
     def _watch(self, engine: Any) -> None:
         """Lets the engine ask after what a thread is writing, each iteration and at its end."""
@@ -213,27 +213,17 @@ class Checkpoint:
             engine.call_at_end(self.wait)
 
     def _ask(self) -> None:
-        if self._pending is not None and not self._pending.job.running:
+        if self._job is not None and not self._job.running:
             self.wait()
 
     def wait(self) -> None:
         """Waits until what was saved in the background is on the disk, and says so by the event.
 
         Raises:
-            CheckpointError: if it could not be saved.
+            CheckpointError: if it could not be saved, unless the saver has said so already.
         """
-        pending = self._pending
-        if pending is None:
-            return
-        try:
-            pending.job.finish()
-        except BaseException:
-            # A wait that was interrupted, as by Ctrl-C, goes on with the next one.
-            if not pending.job.writing:
-                self._pending, self._saved = None, pending.saved_before
-            raise
-        self._pending = None
-        pending.engine.fire_event(self.SAVED_CHECKPOINT)
+        if self._job is not None:
+            self._job.finish()
 
     def _filename(self, name: str, step: Any, score: Any) -> str:
         pattern = self.filename_pattern
@@ -263,7 +253,7 @@ class Checkpoint:
     @property
     def last_checkpoint(self) -> str | Location | None:
         """The saved file of the highest priority: where it is, or else its name, or None."""
-        pending = None if self._pending is None else self._pending.job.filename
+        pending = None if self._job is None else self._job.filename
         names = [item.filename for item in self._saved if item.filename != pending]
         if not names:
             return None

@@ -29,10 +29,6 @@ class _File:
 
     ending = ".pt"
 
-    def path_of(self, folder: Location, filename: str) -> Location:
-        """Returns where the checkpoint lies that was saved under a name."""
-        return folder / filename
-
     def is_one(self, entry: Entry) -> bool:
         """Tells whether what has such a name can be one, by its kind of file."""
         return entry.is_file
@@ -66,6 +62,7 @@ class _Parts:
     ending = ENDING
 
     def path_of(self, folder: Location, filename: str) -> Location:
+        """Returns where the checkpoint lies that was saved under a file's name."""
         return folder / (Path(filename).stem + ENDING)
 
     def is_one(self, entry: Entry) -> bool:

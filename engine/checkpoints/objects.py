@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -37,7 +37,7 @@ from crosstrain.engine.storage.manifest import Manifest
 from crosstrain.engine.structure import named, rebuild_groups, recordable
 
 from .model_part import ModelPart
-from .rank_objects import note_differences, with_own
+from .rank_objects import Pair, note_differences, with_own
 from .read_back import Difference, differences
 
 # The name under which a Checkpoint saves its own state (include_self).
@@ -78,9 +78,7 @@ def gather_states(objects: Mapping[str, Any], rank: int) -> dict[str, Any]:
     An optimizer that is spread over processes is gathered on the rank that saves.
     """
     states = map_objects(lambda value, _: _state_of(unwrap(value), rank), objects)
-    pairs: list[tuple[str, Any, Any]] = []
-    _pair(objects, states, (), pairs)
-    note_differences(pairs, rank)
+    note_differences(list(_pairs(objects, states)), rank)
     return cast("dict[str, Any]", states)
 
 
@@ -169,18 +167,7 @@ def restore(
     mapped = loaded.mapped
     engines = [value for _, value in walk_objects(to_load) if isinstance(value, Engine)]
     state = _by_name(to_load, loaded.state, loaded.manifest)
-    if not is_mapping(state):
-        raise CheckpointMismatch(
-            f"{source} holds a {type(state).__name__}, not objects by name. Nothing was loaded"
-        )
-    if kwargs.get("strict", True) and engines:
-        _check_nothing_left(to_load, state, source)
-    pairs: list[tuple[str, Any, Any]] = []
-    try:
-        _pair(to_load, state, (), pairs)
-    except CheckpointMismatch as error:
-        raise CheckpointMismatch(f"{source}: {error}. Nothing was loaded") from None
-    pairs = with_own(pairs)
+    pairs = _fitting(to_load, state, source, all_of_it=bool(engines) and kwargs.get("strict", True))
     if mapped is not None:
         mapped.own([its for _, one, its in pairs if not _takes_mapped(unwrap(one), kwargs)])
     for engine in engines:
@@ -195,18 +182,39 @@ def restore(
     load.tell()
     if mapped is not None:
         mapped.check_unchanged()
+    beside = {name: unwrap(one) for name, one, _ in pairs if not isinstance(one, Engine)}
     for engine in engines:
+        engine.loaded_with = beside
         if engine.proof is not proof:
             # To load a state begins a proof of its own.
             for name in ("checked", "unchecked", "differences"):
                 getattr(engine.proof, name)[:0] = getattr(proof, name)
-    proof = engines[0].proof if engines else proof
-    beside = {name: unwrap(one) for name, one, _ in pairs if not isinstance(one, Engine)}
-    for engine in engines:
-        engine.loaded_with = beside
     for engine, what in rebuilt:
         engine.proof.checked.append(f"put back: {what}")
-    return proof
+    return engines[0].proof if engines else proof
+
+
+def _fitting(to_load: Mapping[str, Any], state: Any, source: str, *, all_of_it: bool) -> list[Pair]:
+    """Returns each object with the state that it gets here; raises if they do not fit.
+
+    With `all_of_it`, the checkpoint must not hold more than that.
+    """
+    if not is_mapping(state):
+        raise CheckpointMismatch(
+            f"{source} holds a {type(state).__name__}, not objects by name. Nothing was loaded"
+        )
+    left = [name for name in state if name not in to_load and name != OWN_NAME]
+    if left and all_of_it:
+        # A run is to go on, and a part of what was saved with it would be left out.
+        raise CheckpointMismatch(
+            f"{source} also holds {', '.join(map(repr, left))}, which to_load leaves out; with an "
+            "engine in to_load the run is to go on exactly. Nothing was loaded. Name them in "
+            "to_load, or pass strict=False to go on without them"
+        )
+    try:
+        return with_own(list(_pairs(to_load, state)))
+    except CheckpointMismatch as error:
+        raise CheckpointMismatch(f"{source}: {error}. Nothing was loaded") from None
 
 
 def to_own(
@@ -216,17 +224,15 @@ def to_own(
 
     They are not verified yet.
     """
-    pairs: list[tuple[str, Any, Any]] = []
+    found: list[Any] = []
     with contextlib.suppress(CheckpointMismatch):  # restore tells it, when the file is verified
-        _pair(to_load, _by_name(to_load, state, manifest), (), pairs)
-    objects = [(unwrap(value), its_state) for _, value, its_state in pairs]
-    return [
-        its_state
-        for value, its_state in objects
-        if not _takes_mapped(value, kwargs)
-        # What an optimizer has is freed when it takes another state: it has to be read after that.
-        or (isinstance(value, torch.optim.Optimizer) and not value.state)
-    ]
+        for _, value, its_state in _pairs(to_load, _by_name(to_load, state, manifest)):
+            target = unwrap(value)
+            # What an optimizer has is freed when it takes another state: it is read after that.
+            fresh = isinstance(target, torch.optim.Optimizer) and not target.state
+            if fresh or not _takes_mapped(target, kwargs):
+                found.append(its_state)
+    return found
 
 
 def _by_name(to_load: Mapping[str, Any], state: Any, manifest: Manifest | None) -> Any:
@@ -242,21 +248,13 @@ def _takes_mapped(target: Any, kwargs: Mapping[str, Any]) -> bool:
     return _copies_its_state(target, kwargs) or _keeps_in_its_state(target)
 
 
-def _check_nothing_left(to_load: Mapping[str, Any], states: Mapping[str, Any], source: str) -> None:
-    """Raises if a run is to go on, and a part of what was saved with it would be left out."""
-    left = [name for name in states if name not in to_load and name != OWN_NAME]
-    if left:
-        raise CheckpointMismatch(
-            f"{source} also holds {', '.join(map(repr, left))}, which to_load leaves out; with an "
-            "engine in to_load the run is to go on exactly. Nothing was loaded. Name them in "
-            "to_load, or pass strict=False to go on without them"
-        )
+def _pairs(value: Any, state: Any, path: tuple[Any, ...] = ()) -> Iterator[Pair]:
+    """Yields each object of a nest with its name and its state, before any is loaded.
 
-
-def _pair(value: Any, state: Any, path: tuple[Any, ...], found: list[tuple[str, Any, Any]]) -> None:
-    """Finds the state of each object of a nest, before any is loaded."""
+    Raises CheckpointMismatch where the states are no nest of the same form.
+    """
     if not is_branch(value):
-        found.append((name_of(path), value, state))
+        yield name_of(path), value, state
         return
     if is_mapping(value):
         if not is_mapping(state):
@@ -269,18 +267,18 @@ def _pair(value: Any, state: Any, path: tuple[Any, ...], found: list[tuple[str, 
                 f"checkpoint, which holds {list(state)}. Leave it out of to_load, or load a "
                 "checkpoint that was saved with it"
             )
-        for key, item in value.items():
-            _pair(item, state[key], (*path, key), found)
-        return
-    if not is_sequence(state):
-        raise CheckpointMismatch(_other_form(path, "a list of objects", state))
-    if len(state) != len(value):
-        raise CheckpointMismatch(
-            f"{name_of(path)!r} is a list of {len(value)} objects and the checkpoint holds "
-            f"{len(state)}"
-        )
-    for index, item in enumerate(value):
-        _pair(item, state[index], (*path, index), found)
+        keys = list(value)
+    else:
+        if not is_sequence(state):
+            raise CheckpointMismatch(_other_form(path, "a list of objects", state))
+        if len(state) != len(value):
+            raise CheckpointMismatch(
+                f"{name_of(path)!r} is a list of {len(value)} objects and the checkpoint holds "
+                f"{len(state)}"
+            )
+        keys = list(range(len(value)))
+    for key in keys:
+        yield from _pairs(value[key], state[key], (*path, key))
 
 
 def _other_form(path: tuple[Any, ...], expected: str, state: Any) -> str:

@@ -5,26 +5,18 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import IO
 
 from crosstrain.engine.errors import warn_user
 from crosstrain.engine.formats.safe_load import verify_file
-from crosstrain.engine.parts.read import Parts, writer_of
+from crosstrain.engine.parts.copy import PartsToCopy
 from crosstrain.engine.parts.writers import Writers
 from crosstrain.engine.ranks.line import Line
 from crosstrain.engine.ranks.world import this_rank
 from crosstrain.engine.shown import shown
-from crosstrain.engine.storage.errors import (
-    CheckpointError,
-    CheckpointWarning,
-    refused,
-)
+from crosstrain.engine.storage.errors import CheckpointWarning, refused
 from crosstrain.engine.storage.locations import StorePath
-from crosstrain.engine.storage.manifest import INDEX
-from crosstrain.engine.storage.parts_files import check_hash, told_of
 from crosstrain.engine.stores.folders import open_place
 from crosstrain.engine.stores.store_folder import StoreFolder
 
@@ -103,16 +95,17 @@ class RemoteCopies:
         self.wait()
         writing, voting = self._lines
         # Opened here: the next save may remove it.
-        put: Callable[[StoreFolder], None]
+        put: Callable[[StoreFolder], None] | None = None
         if layout_of(path) is PARTS:
             writers = Writers(writing, self.location / path.name)
-            put = partial(_PartsToCopy(path, writers).put, compare=compare)
-        else:
-            put = _file(path, compare) if self._is_first else _nothing
+            put = partial(PartsToCopy(path, writers).put, compare=compare)
+        elif self._is_first:
+            put = _file(path, compare)
         item = Item(iteration, path.with_suffix(FILE.ending).name)
 
         def work() -> None:
-            put(self._folder)
+            if put is not None:
+                put(self._folder)
             # Only now: the new one was compared with what was put.
             self._keep_newest(item)
             if self._is_first:
@@ -149,13 +142,9 @@ class RemoteCopies:
 
     def wait(self) -> None:
         """Waits until the last copy is in the store, and raises what it has met."""
-        job = self._job
-        if job is None:
-            return
-        error = job.finish()
-        self._job = None
-        if error is not None:
-            raise error
+        if self._job is not None:
+            self._job.finish()
+            self._job = None
 
     def close(self) -> None:
         """Waits, and gives the folder up."""
@@ -179,68 +168,3 @@ def _file(path: Path, compare: bool) -> Callable[[StoreFolder], None]:
                 folder.copy(path.name, file.fileno())
 
     return put
-
-
-def _nothing(folder: StoreFolder) -> None:
-    """Copies nothing: another process copies the file."""
-
-
-class _PartsToCopy:
-    """The files of a checkpoint that this process copies, held open, whatever becomes of them.
-
-    Each is compared with what the manifest tells before any is put: a copy replaces no good one by
-    a damaged one. What it meets when it opens them is told when all processes copy, to all of them.
-    """
-
-    def __init__(self, path: Path, writers: Writers) -> None:
-        self._writers = writers
-        self._held = contextlib.ExitStack()
-        self._files: dict[str, IO[bytes]] = {}
-        self._error: Exception | None = None
-        try:
-            self._found = Parts.open(path)
-            for name in self._found.manifest.files:
-                # What is of no process in particular is the first's.
-                if writer_of(name) % writers.size == writers.rank:
-                    self._files[name] = self._held.enter_context(self._found.open_file(name))
-        except (OSError, CheckpointError) as error:
-            self._error = error
-
-    def _verify(self) -> None:
-        if self._error is not None:
-            raise self._error
-        for name, file in self._files.items():
-            check_hash(file, self._found.manifest.files[name], self._found.place_of(name))
-            file.seek(0)
-
-    def _is_told_by(self, folder: StoreFolder) -> bool:
-        """Tells whether the store's manifest is that of these files; asked by the first process."""
-        # The index has another hash there if these are of an older version.
-        index = self._files[INDEX]
-        told = told_of(index)
-        index.seek(0)
-        manifest = self._found.manifest
-        return folder.has_manifest(replace(manifest, files={**manifest.files, INDEX: told}))
-
-    def put(self, folder: StoreFolder, *, compare: bool = False) -> None:
-        """Puts them; all processes call it together, and return when the checkpoint is whole there.
-
-        If one fails, all raise a CheckpointError, and nothing is there, or what was.
-
-        Args:
-            folder: where to.
-            compare: of a copy that is there already, puts only what has other bytes.
-        """
-        writers = self._writers
-        with self._held:
-            writers.together(self._verify)
-            manifest = self._found.manifest
-            if compare and writers.first(lambda: self._is_told_by(folder)):
-                writers.together(lambda: folder.mend_parts(manifest, self._files))
-                return
-            index = self._files.pop(INDEX).read() if writers.rank == 0 else b""
-            aside = folder.aside(manifest)
-            with writers.filling(aside, 0):
-                aside.take(self._files)
-                writers.together(aside.deliver)
-                writers.first(lambda: aside.commit(index, manifest))

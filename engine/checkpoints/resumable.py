@@ -6,7 +6,7 @@ import logging
 import signal
 import sys
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,7 @@ from typing import Any
 from crosstrain.engine.dispatch import Phase
 from crosstrain.engine.engine import Engine
 from crosstrain.engine.errors import RankFailed
-from crosstrain.engine.events import Events, is_event, is_events_list
-from crosstrain.engine.nests import walk_objects
+from crosstrain.engine.events import Events
 from crosstrain.engine.progress import is_done
 from crosstrain.engine.proof import Proof
 from crosstrain.engine.ranks.agreement import agreement_of
@@ -27,7 +26,6 @@ from crosstrain.engine.storage.locations import Location
 from .claim import Claim
 from .handler import Checkpoint, CheckpointEvents, warn_of_repeated_data
 from .loading import Latest, PassedOver
-from .objects import check_objects, unsaved_objects
 from .remote import RemoteCopies
 from .stop_signals import StopSignals
 
@@ -318,56 +316,3 @@ def _say(message: str) -> None:
         _logger.info(message)
     else:
         print(message, file=sys.stderr, flush=True)
-
-
-def event_of(every: Any) -> Any:
-    """Returns the event of `every`: a number of iterations, or an event; else a TypeError."""
-    if isinstance(every, int) and not isinstance(every, bool):
-        return Events.ITERATION_COMPLETED(every=every)
-    if is_event(every) or is_events_list(every):
-        return every
-    raise TypeError(
-        f"every should be a number of iterations or an event, such as 1000 or "
-        f"Events.EPOCH_COMPLETED, got {every!r}"
-    )
-
-
-class Objects(Mapping[str, Any]):
-    """The objects of a run by name, of which the trainer itself is not kept: it keeps this."""
-
-    def __init__(self, objects: Mapping[str, Any], trainer: Engine) -> None:
-        self._engine = weakref.ref(trainer)
-        self._objects = {
-            name: None if value is trainer else value for name, value in objects.items()
-        }
-        self._own = frozenset(name for name, value in objects.items() if value is trainer)
-
-    def __getitem__(self, name: str) -> Any:
-        return self._engine() if name in self._own else self._objects[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._objects)
-
-    def __len__(self) -> int:
-        return len(self._objects)
-
-
-def with_trainer(trainer: Engine, to_save: Mapping[str, Any]) -> Objects:
-    """Returns the objects with the trainer among them; raises if what it trains is left out."""
-    for method in ("state_dict", "load_state_dict"):
-        check_objects(to_save, method, "to_save")
-    objects = dict(to_save)
-    if not any(value is trainer for _, value in walk_objects(objects)):
-        if "trainer" in objects:
-            raise ValueError(
-                f"to_save has a 'trainer' of type {type(objects['trainer']).__name__} that is not "
-                "the trainer whose run is to be saved. Give it another name"
-            )
-        objects["trainer"] = trainer
-    missing = unsaved_objects(trainer, objects)
-    if missing:
-        raise ValueError(
-            f"to_save leaves out {', '.join(map(repr, missing))}, which the trainer trains: the "
-            "run could not go on exactly. Name it in to_save"
-        )
-    return Objects(objects, trainer)

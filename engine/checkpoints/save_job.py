@@ -32,7 +32,8 @@ def own_lines(of: str) -> tuple[Line | None, Line | None]:
 class JointJob:
     """A piece of work in a thread, which the interpreter waits for before it exits.
 
-    Where processes do it together, each does its part in a thread of its own.
+    Where processes do it together, each does its part in a thread of its own. Whoever waits for it
+    first is told what this process has met; nobody is told it twice.
 
     Args:
         work: this process's part of it.
@@ -47,13 +48,14 @@ class JointJob:
         self._line = line
         self._vote: Callable[[], bool] | None = None
         self._all_ended = False
+        self._finished = False
         self._error: BaseException | None = None
         self._done = threading.Event()
         threading.Thread(target=self._run, name=name, daemon=False).start()
 
     def _run(self) -> None:
         try:
-            self._work()
+            self._do()
         except BaseException as error:  # noqa: BLE001 - raised again in the thread that asks
             # Logged as well: nobody may ask before the program ends.
             _logger.error("%s failed: %s", shown(self._name), shown(error))
@@ -61,10 +63,9 @@ class JointJob:
         finally:
             self._done.set()
 
-    @property
-    def working(self) -> bool:
-        """Whether this process is still working."""
-        return not self._done.is_set()
+    def _do(self) -> None:
+        """Does the work, in its thread."""
+        self._work()
 
     @property
     def running(self) -> bool:
@@ -74,31 +75,48 @@ class JointJob:
         waits for it.
         """
         if self._line is None:
-            return self.working
+            return not self._done.is_set()
         if self._all_ended:
             return False
         if self._vote is not None and self._vote():
             self._all_ended = True
             return False
-        self._vote = self._line.begin_vote(not self.working)
+        self._vote = self._line.begin_vote(self._done.is_set())
         return True
 
-    def finish(self) -> BaseException | None:
-        """Waits for the end of the work; returns what this process has met. All call it together.
+    def finish(self) -> None:
+        """Waits for the end of the work; the first of several calls raises what it has met.
 
-        Not by the thread's own `join`: where a signal's handler raises in that, as Ctrl-C does, and
-        torch where a loader's worker has died, Python takes the thread for ended. It then neither
-        waits for it at exit nor survives its end.
+        All processes call it together. A wait that was interrupted goes on with the next call.
+
+        It does not wait by the thread's own `join`: where a signal's handler raises in that, as
+        Ctrl-C does, and torch where a loader's worker has died, Python takes the thread for ended.
+        It then neither waits for it at exit nor survives its end.
         """
-        if self._vote is not None and not self._all_ended:
-            self._vote()
-        self._vote, self._all_ended = None, True
-        self._done.wait()
-        return self._error
+        if self._finished:
+            return
+        try:
+            if self._vote is not None and not self._all_ended:
+                self._vote()
+            # Whatever interrupts the wait: the others do not vote on it again.
+            self._vote, self._all_ended = None, True
+            self._done.wait()
+            if self._error is not None:
+                raise self._error
+        except BaseException:
+            if self._done.is_set():
+                self._end(is_good=False)
+                self._finished = True
+            raise
+        self._end(is_good=True)
+        self._finished = True
+
+    def _end(self, *, is_good: bool) -> None:
+        """Is called by whoever has waited, when there is nothing more to wait for."""
 
 
-class SaveJob:
-    """A checkpoint on its way to the disk, and what is to be removed when it is there.
+class SaveJob(JointJob):
+    """A checkpoint on its way to the disk; nobody else knows how far it is, or what waits for it.
 
     Args:
         filename: the name that it was given.
@@ -119,47 +137,40 @@ class SaveJob:
         line: Line | None = None,
     ) -> None:
         self.filename = filename
-        self.failure_told = False
+        #: Called with whether the checkpoint is there, by whoever has waited for it.
+        self.when_ended: Callable[[bool], None] | None = None
         self._snapshot = snapshot
-        self._write = write
         self._remove = remove
         self._to_remove: list[str] | None = []
         self._guard = threading.Lock()
-        self._job = JointJob(self._run, f"saving {path}", line)
+        # Last of all: the thread begins here.
+        super().__init__(write, f"saving {path}", line)
 
-    def _run(self) -> None:
+    def _do(self) -> None:
         self._snapshot.finish()
-        self._write()
-        with self._guard:
-            removable, self._to_remove = self._to_remove or [], None
-        for filename in removable:
+        self._work()
+        for filename in self._take_removals():
             self._remove(filename)
 
+    def _take_removals(self) -> list[str]:
+        with self._guard:
+            removals, self._to_remove = self._to_remove, None
+        return removals or []
+
     def remove_afterwards(self, filename: str) -> bool:
-        """Removes a checkpoint when the new one is good; false if it is good already."""
+        """Removes a checkpoint when the new one is good; false if nothing is to be waited for.
+
+        Where the new one fails, the old one stays.
+        """
         with self._guard:
             if self._to_remove is None:
                 return False
             self._to_remove.append(filename)
             return True
 
-    @property
-    def writing(self) -> bool:
-        """Whether this process is still writing."""
-        return self._job.working
-
-    @property
-    def running(self) -> bool:
-        """Whether a process is still writing; see `JointJob`."""
-        return self._job.running
-
-    def finish(self) -> None:
-        """Waits until the checkpoint is on the disk, and raises what this process has met.
-
-        All processes that write call it together.
-        """
-        error = self._job.finish()
+    def _end(self, *, is_good: bool) -> None:
         self._snapshot.close()
-        if error is not None:
-            self.failure_told = True
-            raise error
+        self._take_removals()
+        tell, self.when_ended = self.when_ended, None
+        if tell is not None:
+            tell(is_good)

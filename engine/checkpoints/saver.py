@@ -385,14 +385,9 @@ class DiskSaver(BaseSaveHandler):
         Raises:
             CheckpointError: what the thread raised, once.
         """
-        job = self._job
-        try:
-            if job is not None and not job.failure_told:
-                job.finish()
-        finally:
-            # A wait that was interrupted, as by Ctrl-C, goes on with the next one.
-            if job is None or not job.writing:
-                self._job = None
+        if self._job is not None:
+            self._job.finish()
+            self._job = None
 
     def close(self) -> None:
         """Waits, and gives the folder up, and whatever was opened."""

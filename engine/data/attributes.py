@@ -18,15 +18,13 @@ import torch
 from torch.utils.data import Dataset
 
 from crosstrain.engine.digest import digest, same
-from crosstrain.engine.guards import is_dense, is_users_object
+from crosstrain.engine.guards import is_users_object
 
 from .contents import is_shared_memory, numbers_in, write_into
-from .generators import SCALARS, TRANSFORMS, copied, packed, unpacked
+from .generators import TRANSFORMS
+from .plain_values import MOST_ENTRIES, SCALARS, copied, is_small, packed, unpacked
 
 _DEPTH: Final = 4
-# What is larger is the data itself, and not a state of it.
-_ENTRIES: Final = 4096
-_BYTES: Final = 1 << 20
 _ABSENT: Final = object()
 # What `functools.lru_cache` makes of a function.
 _CACHED: Final = type(functools.lru_cache(lambda: None))
@@ -205,17 +203,23 @@ def _plain(owner: Any, copies: bool = True) -> dict[str, Any]:
     return {
         name: copied(_readable(value)) if copies else _readable(value)
         for name, value in vars(owner).items()
-        if _size(value) <= _ENTRIES
+        if is_small(_readable(value))
     }
 
 
 def _readable(value: Any) -> Any:
     """Returns a value, or the numbers that it holds in memory that processes share."""
-    return numbers_in(value) if is_shared_memory(value) else value
+    if not is_shared_memory(value) or _length(value) > MOST_ENTRIES:
+        return value
+    return numbers_in(value)
+
+
+def _length(memory: Any) -> int:
+    return len(memory) if hasattr(memory, "__len__") else 1
 
 
 def _others(owner: Any) -> dict[str, Any]:
-    return {name: value for name, value in vars(owner).items() if _size(value) > _ENTRIES}
+    return {name: value for name, value in vars(owner).items() if not is_small(_readable(value))}
 
 
 def _content(value: Any) -> Any:
@@ -226,8 +230,8 @@ def _content(value: Any) -> Any:
         return value._version
     if isinstance(value, numpy.ndarray) and value.dtype.kind in "biuf" and value.size:
         # A view, and not a copy of gigabytes: the first axis is walked in strides.
-        some = value.reshape(-1) if value.flags.c_contiguous else value.ravel()[:_ENTRIES]
-        return digest(some[:: max(1, some.size // _ENTRIES)])
+        some = value.reshape(-1) if value.flags.c_contiguous else value.ravel()[:MOST_ENTRIES]
+        return digest(some[:: max(1, some.size // MOST_ENTRIES)])
     return None
 
 
@@ -267,45 +271,6 @@ def _count(name: str, value: Any, found: dict[str, int], plain: bool = False) ->
             found[name] = len(value)
     elif isinstance(value, MutableMapping):
         found[name] = len(value)
-
-
-def _size(value: Any, depth: int = 3) -> int:
-    """Returns how many entries a plain value has; more than are allowed if it is none."""
-    kind: Any = type(value)
-    if kind in SCALARS:
-        return 1
-    if kind is torch.Tensor:
-        plain = is_dense(value) and value.nbytes <= _BYTES and not value.requires_grad
-        return 1 if plain else _ENTRIES + 1
-    if kind is numpy.ndarray:
-        plain = value.dtype.kind in "biuf" and value.nbytes <= _BYTES
-        return 1 if plain else _ENTRIES + 1
-    if is_shared_memory(value):
-        value, kind = numbers_in(value), list
-    if depth == 0 or kind not in (list, tuple, dict) or len(value) > _ENTRIES:
-        return _ENTRIES + 1
-    if kind is dict and not all(type(key) in (bool, int, str) for key in value):
-        return _ENTRIES + 1
-    found = 1
-    for item in value.values() if kind is dict else value:
-        found += _size(item, depth - 1)
-        if found > _ENTRIES:
-            break
-    return found
-
-
-def plain_or_none(value: Any) -> Any:
-    """Returns a copy of a plain value that is small enough to be a state; None for any other."""
-    if isinstance(value, torch.Tensor):
-        value = value.detach()
-    return copied(value) if _size(value) <= _ENTRIES and not _has_arrays(value) else None
-
-
-def _has_arrays(value: Any) -> bool:
-    if isinstance(value, (list, tuple, dict)):
-        many: Any = value
-        return any(map(_has_arrays, many.values() if isinstance(many, dict) else many))
-    return isinstance(value, numpy.ndarray)
 
 
 def _is_another(before: Any, value: Any) -> bool:

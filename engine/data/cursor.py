@@ -21,12 +21,13 @@ from crosstrain.engine.proof import Proof, Strictness
 from crosstrain.engine.random_states import random_states_kept
 
 from .batch_before import Held, compare, compare_twice, differs, hold, is_comparable, record
-from .flows import Dataflow, Iterate, NoData, ReplayedFlow, SequenceFlow, StatefulFlow
-from .generators import is_stateful
+from .flows import Dataflow, Iterate, NoData, ReplayedFlow, SequenceFlow
 from .mapflow import MapFlow
 from .own_data import is_map_style, is_own, not_dealt_out, own_data
+from .own_states import is_stateful
 from .sampling import is_loader
 from .shares import ALONE, BatchShare, ShardedBatch, Shards, counted, world_of
+from .stateful import StatefulFlow
 from .streams import StreamKey, plain_indices, rank_seed, seed_host, step_seed
 
 if TYPE_CHECKING:
@@ -57,9 +58,8 @@ class _Opened:
 
 
 class _Check(NamedTuple):
-    """What the data of a resume is opened with (no state: a new pass), and how it is compared."""
+    """The state that data is opened at (None: a new pass), and how it is compared there."""
 
-    key: StreamKey
     state: Any
     proof: Proof
     strictness: Strictness
@@ -78,6 +78,8 @@ class Cursor:
         self._logical = shards
         # Not a method of this object: a cycle around a loader would keep its workers.
         self._iterate: Iterate = iter if backend is None else backend.batches
+        # What keys the random streams of the run's data: that of each call is the next one's.
+        self._key = StreamKey(0, 0)
         self._iterator: Iterator[Any] = iter(())
         self._flow: Dataflow | None = None
         self.reset()
@@ -250,6 +252,7 @@ class Cursor:
         of it; `other` says why it may be another one now. A process that has no random states to
         restore then calls `seed_anew`.
         """
+        self._key = key
         flow, self._prepared = self._prepared_for(data), None
         before_handlers, self._opened_before = self._opened_before, None
         _check_data(position, flow)
@@ -264,9 +267,9 @@ class Cursor:
             self._last, self._last_indices = before_handlers.last, before_handlers.indices
             return
         before: Any = position.get("before")
-        check = _Check(key, position["flow"], proof, strictness)
+        check = _Check(position["flow"], proof, strictness)
         if strictness == "off":
-            self._open_flow(key, check.state)
+            self._open_flow(check.state)
         elif (reason := other or is_comparable(before, world_of(self._backend))) is None:
             self._open_after(before, check)
         else:
@@ -277,29 +280,29 @@ class Cursor:
             if (doubt := flow.doubt(check.state, self._pass)) is not None:
                 proof.differs(f"The data may not go on as it was: {doubt}.", "warn")
             self._rehearse(check)
-            self._open_flow(key, check.state)
+            self._open_flow(check.state)
 
     def _open_after(self, before: Mapping[str, Any], check: _Check) -> None:
         """Opens data after the batch before, which is fetched once more and compared."""
-        flow, key, state = self._open_at(before, check), check.key, check.state
+        flow, state = self._open_at(before, check), check.state
         if flow.keeps_anew(state):
             flow.probe(state, True)
-            self._fetch_again(key, state)
+            self._fetch_again(state)
             self._tell_kept(check.proof)
-            self._open_flow(key, state)
+            self._open_flow(state)
         # Fetching may have changed it.
         flow.give_dataset(state, "now")
         if state.get("dataset", {}).get("now"):
             # It may have come from what the dataset keeps: the next one need not.
             self._rehearse(check, 0)
-            self._open_flow(key, state)
+            self._open_flow(state)
             flow.give_dataset(state, "now")
 
     def _open_at(self, before: Mapping[str, Any], check: _Check, note: str = "") -> Dataflow:
         """Opens data at the batch before, and compares it; returns the dataflow."""
         flow = self._known
         flow.probe(check.state)
-        self._fetch_before(before, check.key, check.state)
+        self._fetch_before(before, check.state)
         self._tell_kept(check.proof)
         place = f"batch {self.consumed} of pass {self._pass + 1}"
         last, indices = (None, None) if self._ended else self._given(self._last)
@@ -315,29 +318,29 @@ class Cursor:
 
     def rehearse(self, data: Any, key: StreamKey, proof: Proof, strictness: Strictness) -> None:
         """Fetches the first batch of data that is opened next twice, and compares."""
-        before = self._flow
+        self._key, before = key, self._flow
         self._flow = self._prepared = flow = self._prepared_for(data)
         begun = flow.begun()
-        self._rehearse(_Check(key, begun, proof, strictness))
+        self._rehearse(_Check(begun, proof, strictness))
         if begun is not None:
             flow.prepare(begun)
         self._flow, self.opened = before, False
 
     def _rehearse(self, check: _Check, again: int | None = None) -> None:
         """Fetches a batch twice from the same states: what draws from elsewhere is found."""
-        flow, (key, state, proof, strictness) = self._known, check
+        flow, (state, proof, strictness) = self._known, check
         repeatable = flow.rehearsal(self.consumed, state)
         again = repeatable if again is None or repeatable is None else again
         if again is None or strictness == "off":
             return
-        first, second = (self._look_at(key, state, again, bool(self.consumed)) for _ in range(2))
+        first, second = (self._look_at(state, again, bool(self.consumed)) for _ in range(2))
         if first is not None and second is not None:
             place = f"batch {self.consumed + 1 - again} of pass {self._pass + 1}"
             told = record(*first, world_of(self._backend))
             compare_twice(told, *second, place, flow.suspects(), proof, strictness)
 
     def _look_at(
-        self, key: StreamKey, state: Mapping[str, Any] | None, again: int, beyond: bool
+        self, state: Mapping[str, Any] | None, again: int, beyond: bool
     ) -> tuple[Held, Any] | None:
         """Returns the batch that a state leads to, with its indices, and leaves the data as it was.
 
@@ -345,11 +348,11 @@ class Cursor:
         `beyond`.
         """
         kept = self._known.kept()
-        self._open_flow(key, state, again)
+        self._open_flow(state, again)
         self._last = self._last_indices = None
         item = next(self, _NONE)
         if item is _NONE and beyond:
-            item = self._first_of_next(key)
+            item = self._first_of_next()
         found = None
         if item is not _NONE:
             found = self._given(hold(item) if self._last is None else self._last)
@@ -361,19 +364,19 @@ class Cursor:
 
     def _hear_witness(self, check: _Check) -> None:
         """Opens data at an earlier state whose next batch is known, and compares."""
-        flow, (key, state, proof, strictness) = self._known, check
+        flow, (state, proof, strictness) = self._known, check
         witness = flow.witness(state, self._pass)
         if witness is None:
             return
-        last, _ = self._look_at(key, witness["state"], 0, False) or (None, None)
+        last, _ = self._look_at(witness["state"], 0, False) or (None, None)
         what = "the batch after an earlier state of the data"
         compare(witness["next"], last, None, what, flow.suspects(), proof, strictness, _NO_PLACE)
 
-    def _first_of_next(self, key: StreamKey) -> Any:
+    def _first_of_next(self) -> Any:
         """Returns the first batch of the next pass, where the one that is opened has ended."""
         here = self._pass, self.consumed
         self._pass, self.consumed = self._pass + 1, 0
-        self._open_flow(key, None)
+        self._open_flow(None)
         item = next(self, _NONE)
         self._pass, self.consumed = here
         return item
@@ -394,9 +397,10 @@ class Cursor:
             return False
         kept = flow.kept()
         flow.workers_then = position.get("workers")
+        self._key = key
         self._flow, self._prepared = flow, flow
         self._pass, self.consumed = position["pass"], position["batch"]
-        check = _Check(key, position["flow"], proof, "warn")
+        check = _Check(position["flow"], proof, "warn")
         self._open_at(before, check, _HANDLERS_CHANGE)
         if flow.stays_open and not position["flow"].get("dataset", {}).get("now"):
             # Opening it once more would move twice what it draws from unseen.
@@ -440,11 +444,9 @@ class Cursor:
         self.consumed, self.opened = position["batch"], True
         self.open(data, key)
 
-    def _fetch_before(
-        self, before: Mapping[str, Any], key: StreamKey, state: Mapping[str, Any]
-    ) -> None:
+    def _fetch_before(self, before: Mapping[str, Any], state: Mapping[str, Any]) -> None:
         """Opens data at the batch before, and fetches that."""
-        self._fetch_again(key, state)
+        self._fetch_again(state)
         dataset: Mapping[str, Any] = state.get("dataset", {})
         if self._ended or same(dataset.get("now"), dataset.get("opening")):
             return
@@ -457,26 +459,27 @@ class Cursor:
         prepared = flow.kept()
         # Twice: a generator that no state has may have come to that batch by the attempt before.
         for _ in range(2):
-            self._fetch_again(key, opening)
+            self._fetch_again(opening)
             if self._last is None or differs(before, *self._given(self._last)):
                 self._last, self._last_indices = first
                 flow.put_back(prepared)
                 break
 
-    def _fetch_again(self, key: StreamKey, state: Mapping[str, Any]) -> None:
-        self._open_flow(key, state, 1)
+    def _fetch_again(self, state: Mapping[str, Any]) -> None:
+        self._open_flow(state, 1)
         found = next(self, _NONE) is not _NONE
         # However many there are, the run is after this batch.
         self.fetched, self._ended, self.share = self.consumed, not found, None
 
     def go_to_pass(self, number: int, batch: int, data: Any, key: StreamKey) -> None:
         """Opens data at a batch of a pass, as if this run had not had it before."""
-        self._flow = self._flow_of(data)
+        self._key, self._flow = key, self._flow_of(data)
         self._pass, self.consumed = number, batch
-        self._open(key, None, True)
+        self._open(None, True)
 
     def open(self, data: Any, key: StreamKey) -> None:
         """Opens data where the run is in it: at its beginning, or where it has paused."""
+        self._key = key
         before, state = self._flow, None
         if before is None or before.data is not own_data(data):
             if before is not None:
@@ -491,7 +494,7 @@ class Cursor:
             if state is not None and before is not flow:
                 # This dataset is as it was given.
                 state = {name: value for name, value in state.items() if name != "dataset"}
-        self._open(key, state, not self.opened)
+        self._open(state, not self.opened)
 
     def open_next_pass(self, data: Any, key: StreamKey) -> None:
         """Opens data anew, from its beginning."""
@@ -522,7 +525,7 @@ class Cursor:
             self._flow.end(self.consumed, self._ended)
             self._iterator = iter(())
 
-    def _open(self, key: StreamKey, state: Mapping[str, Any] | None, seeds: bool) -> None:
+    def _open(self, state: Mapping[str, Any] | None, seeds: bool) -> None:
         """Opens the data at the position.
 
         The pass's seeding of the global generators stays in force where it begins (`seeds`); where
@@ -530,11 +533,11 @@ class Cursor:
         """
         if not seeds:
             with random_states_kept(self._backend):
-                self._open_flow(key, state)
+                self._open_flow(state)
             return
-        seed = (key.seed + self._pass) % 2**63
+        seed = (self._key.seed + self._pass) % 2**63
         self._seed(seed)
-        self._open_flow(key, state)
+        self._open_flow(state)
         rank = world_of(self._backend).rank
         if self._known.apart:
             # The data goes on drawing from that seed.
@@ -543,12 +546,12 @@ class Cursor:
             # The order was drawn alike everywhere; what the training draws is to differ.
             self._seed(rank_seed(seed, rank))
 
-    def seed_anew(self, key: StreamKey) -> None:
+    def seed_anew(self) -> None:
         """Seeds host and device for going on at this position without the states of before.
 
         They follow from the seed, the pass, the batch and the rank.
         """
-        place = StreamKey(key.seed, self._pass, rank=world_of(self._backend).rank)
+        place = StreamKey(self._key.seed, self._pass, rank=world_of(self._backend).rank)
         self._seed(place.seed_at(self.consumed))
 
     def _seed(self, seed: int) -> None:
@@ -557,10 +560,10 @@ class Cursor:
         if self._backend is not None:
             self._backend.seed(seed)
 
-    def _open_flow(self, key: StreamKey, state: Mapping[str, Any] | None, again: int = 0) -> None:
+    def _open_flow(self, state: Mapping[str, Any] | None, again: int = 0) -> None:
         flow = self._known
         rank = world_of(self._backend).rank if flow.owners else 0
-        key = key._replace(epoch=self._pass, rank=rank)
+        key = self._key._replace(epoch=self._pass, rank=rank)
         seed_host(key.host_seed)
         self._note_opened(flow, flow.open(key, self.consumed, state, again))
         if not self.consumed or again:

@@ -19,9 +19,10 @@ from crosstrain.engine.progress import data_length
 from .apart import Secluded
 from .batch_before import Noted
 from .flows import Iterate, KeptFlow, changed_places
-from .generators import OwnStates, Raw, differing, generators_in
+from .generators import generators_in
 from .keeping import Probe
 from .order import draws_at_once
+from .own_states import OwnStates, Raw, differing
 from .sampling import KeyedSampler, rebuilt
 from .shares import ALONE, check_divisible
 from .streams import KeyedBatchDataset, KeyedDataset, StreamKey, rank_seed, sample_key

@@ -14,8 +14,8 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from crosstrain.backends import World, random_state
 
-from .generators import OwnStates, Raw
 from .order import Batch, batches_from, computes_its_order, is_seekable, samples_from
+from .own_states import OwnStates, Raw
 from .shares import BatchShare, Dealt, deal, deal_spans
 from .streams import KeyedIndex, KeyedIndices, StreamKey
 

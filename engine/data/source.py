@@ -12,7 +12,8 @@ from crosstrain.engine.proof import Checks, Proof
 from crosstrain.engine.random_states import random_states_kept
 
 from .cursor import Cursor
-from .generators import GENERATORS, generator_state, is_stateful, set_generator_state
+from .generators import GENERATORS, generator_state, set_generator_state
+from .own_states import is_stateful
 from .streams import ALL_STREAMS, StreamKey
 
 if TYPE_CHECKING:

@@ -8,8 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import weakref
-from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -18,7 +16,6 @@ from crosstrain.engine.formats.safe_load import load_file
 from crosstrain.engine.guards import is_mapping
 from crosstrain.engine.ranks.line import Line
 from crosstrain.engine.spread import at_path
-from crosstrain.engine.storage.atomic import open_regular
 from crosstrain.engine.storage.errors import (
     CheckpointCorrupt,
     CheckpointError,
@@ -27,16 +24,8 @@ from crosstrain.engine.storage.errors import (
 )
 from crosstrain.engine.storage.locations import Location, StorePath, location_of
 from crosstrain.engine.storage.manifest import INDEX, MANIFEST, Manifest, rank_file
-from crosstrain.engine.storage.parts_files import (
-    ENDING,
-    MAX_MANIFEST,
-    check_hash,
-    check_size,
-    folder_of_parts,
-)
-from crosstrain.engine.stores.by_url import store_of
-from crosstrain.engine.stores.store_parts import read_manifest
-from crosstrain.engine.stores.temporary import temporary_file
+from crosstrain.engine.storage.parts_files import ENDING
+from crosstrain.engine.stores.folders import PartsFiles, folder_at
 
 from .index import Entry, decode_index
 
@@ -55,47 +44,6 @@ def is_in_parts(path: str | os.PathLike[str]) -> bool:
     return os.path.isdir(folder) and (folder.name.endswith(ENDING) or (folder / MANIFEST).is_file())
 
 
-class _Fetched:
-    """The files of one in a store, as far as they were needed: each fetched once, and verified.
-
-    They are kept in files without names, which go with this object.
-    """
-
-    def __init__(self, place: StorePath, files: Mapping[str, tuple[int, str]]) -> None:
-        self.place = place
-        self._files = files
-        self._store = store_of(place)
-        self._kept: dict[str, int] = {}
-        weakref.finalize(self, _close, self._kept)
-
-    @contextlib.contextmanager
-    def open(self, name: str) -> Generator[IO[bytes]]:
-        """Opens a file; the first time, it is fetched and verified."""
-        if name not in self._kept:
-            self._fetch(name)
-        os.lseek(self._kept[name], 0, os.SEEK_SET)
-        with open(self._kept[name], "rb", closefd=False) as file:
-            yield file
-
-    def _fetch(self, name: str) -> None:
-        told = self._files[name]
-        where = self.place / name
-        try:
-            check_size(self._store.head(name).size, told, where)
-            with temporary_file(told[0]) as file:
-                self._store.fetch(name, told[0], file.fileno())
-                file.seek(0)
-                check_hash(file, told, where)
-                self._kept[name] = os.dup(file.fileno())
-        except FileNotFoundError:
-            raise CheckpointCorrupt(f"{where} is missing") from None
-
-
-def _close(descriptors: dict[str, int]) -> None:
-    while descriptors:
-        os.close(descriptors.popitem()[1])
-
-
 @dataclass(frozen=True)
 class Parts:
     """A checkpoint in parts, as far as its manifest tells."""
@@ -103,8 +51,7 @@ class Parts:
     #: Its folder; in a store, its manifest, which stands for it.
     path: Location
     manifest: Manifest
-    #: Its files, where they are in a store.
-    fetched: _Fetched | None = field(default=None, compare=False, repr=False)
+    files: PartsFiles = field(compare=False, repr=False)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Parts:
@@ -116,13 +63,10 @@ class Parts:
         """
         place = location_of(path)
         try:
-            manifest = _manifest_at(place)
+            manifest, files = folder_at(place.parent).parts(place.name)
             if not manifest.in_parts:
                 raise CheckpointCorrupt("its manifest is that of a checkpoint in one file")
-            if isinstance(place, Path):
-                return cls(place, manifest)
-            files = place.parent / folder_of_parts(place.name, manifest.saved_at_ns)
-            return cls(place, manifest, _Fetched(files, manifest.files))
+            return cls(place, manifest, files)
         except (FileNotFoundError, NotADirectoryError):
             raise _no_manifest(place) from None
         except OSError as error:
@@ -162,14 +106,11 @@ class Parts:
 
     def place_of(self, name: str) -> Location:
         """Returns where a file is."""
-        return (self.path if self.fetched is None else self.fetched.place) / name
+        return self.files.place / name
 
     def open_file(self, name: str) -> contextlib.AbstractContextManager[IO[bytes]]:
         """Opens a file; of a store, it is fetched and verified the first time."""
-        if self.fetched is not None:
-            return self.fetched.open(name)
-        assert isinstance(self.path, Path)
-        return open_regular(self.path / name, linked=False)
+        return self.files.open(name)
 
     def verify(self, share: tuple[int, int] = (0, 1)) -> None:
         """Checks that each file is there and as it was written.
@@ -185,11 +126,7 @@ class Parts:
                 continue
             path = self.place_of(name)
             try:
-                if isinstance(path, Path):
-                    _verify_file(path, self.manifest.files[name])
-                else:
-                    with self.open_file(name):
-                        pass
+                self.files.verify(name, self.manifest.files[name])
             except FileNotFoundError:
                 raise CheckpointCorrupt(f"{path} is missing") from None
             except OSError as error:
@@ -203,9 +140,7 @@ class Parts:
         Files are found by the folder's name, which a save under the same name gives to another. Not
         in a store: there they have a folder of their own, and each was held against its hash.
         """
-        if self.fetched is not None:
-            return
-        if Parts.open(self.path).manifest != self.manifest:
+        if self.files.can_be_replaced and Parts.open(self.path).manifest != self.manifest:
             raise CheckpointCorrupt(
                 f"{self.path} was replaced by another checkpoint while it was being read: what was "
                 "read may be of both. Load it again, into new objects"
@@ -225,16 +160,6 @@ class Parts:
             raise CheckpointCorrupt(f"{self.path} is not a good checkpoint: {error}") from None
 
 
-def _manifest_at(place: Location) -> Manifest:
-    if not isinstance(place, Path):
-        return read_manifest(store_of(place.parent), place.name)
-    with open_regular(place / MANIFEST, linked=False) as file:
-        encoded = file.read(MAX_MANIFEST + 1)
-    if len(encoded) > MAX_MANIFEST:
-        raise CheckpointCorrupt(f"its manifest has more than {MAX_MANIFEST:,} bytes")
-    return Manifest.decode(encoded)
-
-
 def _no_manifest(place: Location) -> CheckpointNotFound:
     if not isinstance(place, Path):
         return CheckpointNotFound(
@@ -244,15 +169,6 @@ def _no_manifest(place: Location) -> CheckpointNotFound:
         f"{place} is no checkpoint in parts: there is no {MANIFEST} in it. A folder "
         "without one was not written by DiskSaver, or not to its end"
     )
-
-
-def _verify_file(path: Path, told: tuple[int, str]) -> None:
-    found = path.lstat().st_size
-    if path.is_symlink() or not path.is_file():
-        raise CheckpointCorrupt(f"{path} is no file, but a link or a folder")
-    check_size(found, told, path)
-    with open_regular(path, linked=False) as file:
-        check_hash(file, told, path)
 
 
 def writer_of(name: str) -> int:
@@ -291,7 +207,7 @@ def own_states(
 
 def _rank_states(found: Parts, rank: int) -> Any:
     path = found.place_of(rank_file(rank))
-    if found.fetched is None:
+    if isinstance(path, Path):
         return load_file(path).state
     with found.open_file(rank_file(rank)) as file:
         return load_file(path, opened=file).state

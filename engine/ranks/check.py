@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -114,7 +114,7 @@ class RankCheck:
         theirs = _of(line, keys, rank, iteration)
         if theirs != mine:
             found = {r: _of(line, keys, r, iteration) for r in range(line.size)}
-            raise RankFailed(*_difference(found, list(tensors), iteration))
+            raise _difference(found, list(tensors), iteration)
         # Whoever has come here has read what was set for the time before the last.
         if len(self._told) == 3:
             line.drop(self._told.popleft())
@@ -131,33 +131,32 @@ def _of(line: Line, keys: str, rank: int, iteration: int) -> list[int]:
     return list(json.loads(line.get(key)))
 
 
-def _difference(
-    found: Mapping[int, list[int]], names: list[str], iteration: int
-) -> tuple[str, int | None]:
-    """Says which ranks differ from most, and where first."""
+def _difference(found: Mapping[int, list[int]], names: Sequence[str], iteration: int) -> RankFailed:
+    """Returns the error that says which ranks differ from most, and where first."""
+    if any(len(values) != len(names) for values in found.values()):
+        counts = ", ".join(f"{len(values)} on rank {rank}" for rank, values in found.items())
+        return RankFailed(
+            f"At iteration {iteration} the ranks have other numbers of parameters: {counts}."
+        )
     votes = Counter(tuple(values) for values in found.values())
     most, count = votes.most_common(1)[0]
     odd = [rank for rank, values in found.items() if tuple(values) != most]
-    if len(most) != len(names) or any(len(found[rank]) != len(most) for rank in odd):
-        counts = ", ".join(f"{len(values)} on rank {rank}" for rank, values in found.items())
-        return (
-            f"At iteration {iteration} the ranks have other numbers of parameters: {counts}.",
-            None,
-        )
-    first = next(i for i in range(len(most)) if any(found[rank][i] != most[i] for rank in odd))
-    unclear = count * 2 <= len(found)
-    who = (
-        f"ranks {', '.join(map(str, found))} do not have the same parameters"
-        if unclear
-        else f"rank{'s' * (len(odd) > 1)} {', '.join(map(str, odd))} "
-        f"{'have' if len(odd) > 1 else 'has'} other parameters than the other ranks"
+    blamed = None
+    if count * 2 <= len(found):
+        who = f"ranks {', '.join(map(str, found))} do not have the same parameters"
+    elif len(odd) > 1:
+        who = f"ranks {', '.join(map(str, odd))} have other parameters than the other ranks"
+    else:
+        blamed = odd[0]
+        who = f"rank {blamed} has other parameters than the other ranks"
+    differing = [
+        name for i, name in enumerate(names) if any(found[rank][i] != most[i] for rank in odd)
+    ]
+    return RankFailed(
+        f"At iteration {iteration} {who}: {len(differing)} of {len(names)} differ, the first is "
+        f"'{differing[0]}'. Go on from a checkpoint of before, in all ranks.",
+        blamed,
     )
-    differing = sum(any(found[rank][i] != most[i] for rank in odd) for i in range(len(most)))
-    message = (
-        f"At iteration {iteration} {who}: {differing} of {len(names)} differ, the first is "
-        f"'{names[first]}'. Go on from a checkpoint of before, in all ranks."
-    )
-    return message, odd[0] if len(odd) == 1 and not unclear else None
 
 
 def digests(tensors: Iterable[torch.Tensor]) -> list[int]:

@@ -17,7 +17,7 @@ from .atomic import Contents, make_folder, open_regular, write_file
 from .errors import lack_of
 from .folder import Entry, check_name
 from .leftovers import PARTS, new_name, remove_leftovers
-from .local_parts import LocalAside
+from .local_parts import LocalAside, LocalParts
 from .lock import FolderLock
 from .manifest import Manifest
 
@@ -90,6 +90,11 @@ class LocalFolder:
     def aside(self, manifest: Manifest) -> LocalAside:
         """Returns where the files of a new checkpoint in parts go first."""
         return LocalAside(self.place, manifest.file)
+
+    def parts(self, name: str) -> tuple[Manifest, LocalParts]:
+        """Opens a checkpoint in parts: reads what it says of itself, and nothing else."""
+        found = LocalParts(self.place / name)
+        return found.manifest(), found
 
     def open(self, name: str) -> contextlib.AbstractContextManager[IO[bytes]]:
         """Opens a file with a descriptor; raises as `open_regular` does."""

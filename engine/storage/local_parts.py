@@ -1,4 +1,7 @@
-"""A checkpoint in parts on a disk: its files go into a folder aside, which then gets its name."""
+"""A checkpoint in parts on a disk: its files go into a folder aside, which then gets its name.
+
+`LocalAside` is that folder while it is written, `LocalParts` when it is read.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,42 @@ from typing import IO
 
 from crosstrain.engine.errors import warn_user
 
-from .atomic import Contents, check_free_space, flush_folder, write_file
-from .errors import CheckpointWarning, CheckpointWriteError
+from .atomic import Contents, check_free_space, flush_folder, open_regular, write_file
+from .errors import CheckpointCorrupt, CheckpointWarning, CheckpointWriteError
 from .leftovers import ASIDE, PARTS, new_name
 from .manifest import INDEX, MANIFEST, Manifest
-from .parts_files import told_at
+from .parts_files import MAX_MANIFEST, check_hash, check_manifest_size, check_size, told_at
+
+
+class LocalParts:
+    """The files of one that is there; see `PartsFiles`."""
+
+    # By a save under the same name, which gives that to another folder.
+    can_be_replaced = True
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+
+    def manifest(self) -> Manifest:
+        """Reads what it says of itself; FileNotFoundError if nothing."""
+        with self.open(MANIFEST) as file:
+            encoded = file.read(MAX_MANIFEST + 1)
+        check_manifest_size(len(encoded))
+        return Manifest.decode(encoded)
+
+    def open(self, name: str) -> contextlib.AbstractContextManager[IO[bytes]]:
+        """Opens a file, which is not verified; raises as `open_regular` does."""
+        return open_regular(self.place / name, linked=False)
+
+    def verify(self, name: str, told: tuple[int, str]) -> None:
+        """Raises CheckpointCorrupt if a file is not what the manifest tells of it."""
+        path = self.place / name
+        found = path.lstat().st_size
+        if path.is_symlink() or not path.is_file():
+            raise CheckpointCorrupt(f"{path} is no file, but a link or a folder")
+        check_size(found, told, path)
+        with self.open(name) as file:
+            check_hash(file, told, path)
 
 
 class LocalAside:

@@ -79,6 +79,12 @@ def check_size(found: int, told: tuple[int, str], path: Location) -> None:
         )
 
 
+def check_manifest_size(size: int) -> None:
+    """Raises CheckpointCorrupt if a manifest has more bytes than any that is written."""
+    if size > MAX_MANIFEST:
+        raise CheckpointCorrupt(f"its manifest has more than {MAX_MANIFEST:,} bytes")
+
+
 def check_hash(file: IO[bytes], told: tuple[int, str], path: Location) -> None:
     """Raises CheckpointCorrupt if an open file, from its position on, has another hash."""
     if not has_hash(file, told[1]):

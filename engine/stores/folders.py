@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import IO
 
 from crosstrain.engine.storage.local_folder import LocalFolder
-from crosstrain.engine.storage.local_parts import LocalAside
+from crosstrain.engine.storage.local_parts import LocalAside, LocalParts
 from crosstrain.engine.storage.locations import Location
 
 from .store_folder import StoreFolder
-from .store_parts import StoreAside
+from .store_parts import StoreAside, StoreParts
 
 Folder = LocalFolder | StoreFolder
 #: Where the files of a checkpoint in parts are until it has its name. Every process has one: the
 #: first begins, all join, each writes its files and delivers them, and the first commits.
 Aside = LocalAside | StoreAside
+#: The files of a checkpoint in parts that is there: each is opened, and verified, by its name.
+PartsFiles = LocalParts | StoreParts
 
 
 def folder_at(place: Location) -> Folder:

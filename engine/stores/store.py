@@ -1,6 +1,6 @@
 """A folder of a store as bytes that are put, fetched and listed, through fsspec.
 
-Any file system of fsspec will do; S3 and the local disk have more to offer, see `s3` and `kinds`.
+Any file system of fsspec will do; S3 and the local disk have more to offer, see `s3` and `by_url`.
 What is put appears whole or not at all. What is said about an error is free of credentials, and so
 is what is behind it: the errors of the packages themselves are not passed on.
 """

@@ -18,12 +18,19 @@ from crosstrain.engine.storage.errors import CheckpointError, CheckpointWriteErr
 from crosstrain.engine.storage.folder import Entry, check_name
 from crosstrain.engine.storage.locations import StorePath
 from crosstrain.engine.storage.manifest import Manifest
-from crosstrain.engine.storage.parts_files import ENDING
+from crosstrain.engine.storage.parts_files import ENDING, folder_of_parts
 
 from .by_url import store_of
 from .lease import Lease
 from .store import Store, Stored
-from .store_parts import StoreAside, mend_parts, read_manifest, remove_orphans, remove_parts
+from .store_parts import (
+    StoreAside,
+    StoreParts,
+    mend_parts,
+    read_manifest,
+    remove_orphans,
+    remove_parts,
+)
 from .temporary import temporary_file
 
 #: Names the checkpoints that were put: a list of a store may lag behind what is in it.
@@ -146,6 +153,12 @@ class StoreFolder:
     def aside(self, manifest: Manifest) -> StoreAside:
         """Returns where the files of a new checkpoint in parts go first."""
         return StoreAside(self._store, manifest, self._keep, self.copy)
+
+    def parts(self, name: str) -> tuple[Manifest, StoreParts]:
+        """Opens a checkpoint in parts: reads what it says of itself, and nothing else."""
+        manifest = read_manifest(self._store, name)
+        files = self.place / folder_of_parts(name, manifest.saved_at_ns)
+        return manifest, StoreParts(files, manifest.files)
 
     @contextlib.contextmanager
     def open(self, name: str) -> Generator[IO[bytes]]:

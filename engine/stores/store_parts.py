@@ -4,6 +4,8 @@
 the checkpoint. Its files are in the folder `checkpoint_5.NS.parts`, NS being when the manifest says
 that it was saved. So a second checkpoint of the same name takes the place of the first at once, and
 shares no file with it; and files whose manifest is not there are leftovers.
+
+`StoreAside` is what becomes one, `StoreParts` one that is read.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Final
@@ -21,7 +24,9 @@ from crosstrain.engine.storage.errors import CheckpointCorrupt, CheckpointError
 from crosstrain.engine.storage.locations import StorePath
 from crosstrain.engine.storage.manifest import INDEX, Manifest
 from crosstrain.engine.storage.parts_files import (
-    MAX_MANIFEST,
+    check_hash,
+    check_manifest_size,
+    check_size,
     folder_of_parts,
     told_of,
     whose_parts,
@@ -33,6 +38,55 @@ from .temporary import temporary_file
 
 # So many seconds a save that has failed tries to leave nothing; the next start does it, too.
 _SHORT: Final = 2.0
+
+
+class StoreParts:
+    """The files of one that is there, each fetched and verified once; see `PartsFiles`.
+
+    What was fetched is kept in files without names, which go with this object.
+
+    Args:
+        place: the folder that they are in.
+        files: what the manifest tells of each.
+    """
+
+    # Each save has a folder of files of its own.
+    can_be_replaced = False
+
+    def __init__(self, place: StorePath, files: Mapping[str, tuple[int, str]]) -> None:
+        self.place = place
+        self._files = files
+        self._store = store_of(place)
+        self._kept: dict[str, int] = {}
+        weakref.finalize(self, _close, self._kept)
+
+    @contextlib.contextmanager
+    def open(self, name: str) -> Generator[IO[bytes]]:
+        """Opens a file, which is verified."""
+        self.verify(name, self._files[name])
+        os.lseek(self._kept[name], 0, os.SEEK_SET)
+        with open(self._kept[name], "rb", closefd=False) as file:
+            yield file
+
+    def verify(self, name: str, told: tuple[int, str]) -> None:
+        """Raises CheckpointCorrupt if a file is not what the manifest tells of it."""
+        if name in self._kept:
+            return
+        where = self.place / name
+        try:
+            check_size(self._store.head(name).size, told, where)
+            with temporary_file(told[0]) as file:
+                self._store.fetch(name, told[0], file.fileno())
+                file.seek(0)
+                check_hash(file, told, where)
+                self._kept[name] = os.dup(file.fileno())
+        except FileNotFoundError:
+            raise CheckpointCorrupt(f"{where} is missing") from None
+
+
+def _close(descriptors: dict[str, int]) -> None:
+    while descriptors:
+        os.close(descriptors.popitem()[1])
 
 
 class StoreAside:
@@ -179,9 +233,7 @@ def mend_parts(store: Store, manifest: Manifest, files: Mapping[str, IO[bytes]])
 
 def read_manifest(store: Store, name: str) -> Manifest:
     """Reads the manifest of a checkpoint in parts; FileNotFoundError if there is none."""
-    size = store.head(name).size
-    if size > MAX_MANIFEST:
-        raise CheckpointCorrupt(f"its manifest has more than {MAX_MANIFEST:,} bytes")
+    check_manifest_size(store.head(name).size)
     return Manifest.decode(store.get(name))
 
 

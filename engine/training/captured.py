@@ -30,6 +30,7 @@ from crosstrain.engine.spread import parameters_of
 
 from .kept import Kept
 from .options import several
+from .rates import Rates
 from .step_hooks import StepHooks
 
 if TYPE_CHECKING:
@@ -43,8 +44,6 @@ _MOST = 16
 # How often in succession a graph may be given up without a second replay.
 _PATIENCE = 4
 _PLAIN = (str, bytes, int, float, bool, type(None))
-# What schedulers keep in a group; no optimizer computes with it.
-_NOT_COMPUTED_WITH = frozenset({"params", "lr", "initial_lr", "max_lr", "min_lr", "swa_lr"})
 
 
 class Captured:
@@ -79,10 +78,15 @@ class Captured:
         self.models: list[torch.nn.Module] = [unshared(one) for one in several(model)]
         self.optimizers: list[torch.optim.Optimizer] = several(optimizer)
         self._graphs = _graphs_of(backend, self.optimizers)
-        self._rates = _Rates(self.optimizers, backend.device)
+        self._rates = Rates(self.optimizers, backend.device)
         self._hooks = StepHooks(self.optimizers)
         self._known: dict[Hashable, _Recorded] = {}
+        # How often in succession a rehearsal made states of optimizers, how often the graphs of now
+        # were replayed, and how often in succession they were given up after one replay at most.
         self._made_state = self._replays = self._short = 0
+        # What the graphs hold, as it was looked at last: the parts of the models, and the rest.
+        self._parts: tuple[list[int], ...] = ()
+        self._held: dict[str, Any] = {}
         self.look_again()
         own = weakref.ref(self)
 
@@ -105,7 +109,7 @@ class Captured:
             found |= {id(p): p for p in parameters_of(optimizer)}
         buffers = [buffer for model in self.models for buffer in model.buffers()]
         parts = (list(map(id, modules)), list(found), list(map(id, buffers)))
-        if parts != getattr(self, "_parts", parts):
+        if parts != self._parts:
             self.forget("the model has other parts")
         self._parts = parts
         self._modules, self._buffers = modules, buffers
@@ -181,8 +185,7 @@ class Captured:
             "which modules are in training mode": [module.training for module in self._modules],
             **self._rates.constants(),
         }
-        before: dict[str, Any] = getattr(self, "_looks", now)
-        self._looks = now
+        before, self._held = self._held, now
         if now == before:
             return
         changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
@@ -287,7 +290,7 @@ class _Recorded:
     left: Sequence[tuple[Tensor, Any]]
     #: What the step returns.
     told: Any
-    rates: _Rates
+    rates: Rates
     hooks: StepHooks
 
     def run(self, tensors: Sequence[Tensor]) -> Any:
@@ -307,64 +310,6 @@ class _Recorded:
         increment_version([gradient for _, gradient in self.left if gradient is not None])
         self.hooks.after()
         return _copied(self.told)
-
-
-class _Rates:
-    """The learning rates of optimizers as tensors on the device, which a graph reads.
-
-    In the groups they stay the numbers that they are: schedulers and checkpoints see these.
-    """
-
-    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], device: torch.device) -> None:
-        self._optimizers, self._device = optimizers, device
-        self._tensors: dict[tuple[int, int], tuple[Tensor, float]] = {}
-
-    def _groups(self) -> Generator[tuple[tuple[int, int], dict[str, Any]], None, None]:
-        for which, optimizer in enumerate(self._optimizers):
-            for place, group in enumerate(optimizer.param_groups):
-                if "lr" in group and not self._is_there(group["lr"]):
-                    yield (which, place), group
-
-    def _is_there(self, rate: Any) -> bool:
-        """Tells whether a rate is a tensor of the device: who put it there changes it there."""
-        return isinstance(rate, Tensor) and rate.device.type == self._device.type
-
-    def fill(self) -> None:
-        """Copies rates that have changed to the device, without waiting for it."""
-        for key, group in self._groups():
-            rate = float(group["lr"])
-            tensor, there = self._tensors.get(key, (None, None))
-            if tensor is None:
-                # fp32, as torch makes a rate of a Python number.
-                tensor = torch.full((), rate, dtype=torch.float32, device=self._device)
-            elif there != rate:
-                tensor.fill_(rate)
-            self._tensors[key] = (tensor, rate)
-
-    @contextmanager
-    def as_tensors(self) -> Generator[None, None, None]:
-        """Has the groups hold the tensors inside."""
-        self.fill()
-        numbers = [(key, group, group["lr"]) for key, group in self._groups()]
-        for key, group, _ in numbers:
-            group["lr"] = self._tensors[key][0]
-        try:
-            yield
-        finally:
-            for _, group, rate in numbers:
-                group["lr"] = rate
-
-    def constants(self) -> dict[str, Any]:
-        """Returns the other numbers of the groups, which a graph holds as they are."""
-        found: dict[str, Any] = {}
-        for which, optimizer in enumerate(self._optimizers):
-            for place, group in enumerate(optimizer.param_groups):
-                for name, value in group.items():
-                    if name not in _NOT_COMPUTED_WITH:
-                        found[f"{name} of optimizer {which}, group {place}"] = value
-                if self._is_there(group.get("lr")):
-                    found[f"the tensor lr of optimizer {which}"] = group["lr"].data_ptr()
-        return found
 
 
 def _graphs_of(backend: Backend, optimizers: Sequence[torch.optim.Optimizer]) -> Any:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from crosstrain.engine.data.attributes import plain_or_none
 from crosstrain.engine.data.own_data import own_data
+from crosstrain.engine.data.plain_values import plain_or_none
 from crosstrain.engine.events import Events
 from crosstrain.engine.proof import Proof
 from crosstrain.engine.structure import Structure, named

@@ -28,6 +28,7 @@ from crosstrain.engine import (
     resume_or_start,
 )
 from crosstrain.engine.parts.read import Parts
+from crosstrain.engine.storage.local_parts import LocalParts
 from crosstrain.engine.storage.parts_files import has_hash
 
 FORGERIES = 60
@@ -160,7 +161,7 @@ def test_each_process_verifies_what_it_has_written(
     files = {name: (len(name), told) for told, name in name_of.items()}
     for name in names:
         (tmp_path / name).write_text(name)
-    many = Parts(tmp_path, replace(found.manifest, files=files))
+    many = Parts(tmp_path, replace(found.manifest, files=files), LocalParts(tmp_path))
     looked: list[str] = []
 
     def watched(file: Any, told: str) -> bool:

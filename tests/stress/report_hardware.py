@@ -137,7 +137,7 @@ def _matrix(folder: Path) -> Iterator[str]:
         cells: list[str] = []
         for spec in run.backends:
             outcome = run.outcome(spec, scenario)
-            cells.append(f"{MARKS[outcome.status][0]} {outcome.status}" if outcome else "not run")
+            cells.append(f"{MARKS[outcome.status][0]} {outcome.status}")
         yield f"| {scenario} | {' | '.join(cells)} |"
     yield ""
     for outcome in run.outcomes:

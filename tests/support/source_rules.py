@@ -116,7 +116,9 @@ LEVELS = {
         "base",
     ),
     "loop": "engine",
+    "recording": "deterministic",
     "requests": "engine",
+    "resumption": "deterministic",
     "seen_by_ignite": "engine",
 }
 

@@ -1,0 +1,305 @@
+"""StatefulFlow: iterable data that offers a state, and a measure of whether that tells enough.
+
+Some states tell where their pass began and not how far it is, and some leave out what comes next.
+So the data's state is looked at while a pass's first batches are taken, and a batch is kept that is
+known to follow one of them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from crosstrain.backends import random_state
+from crosstrain.engine.digest import digest, same
+from crosstrain.engine.guards import is_mapping
+from crosstrain.engine.loader_workers import workers_left_alone
+
+from .apart import Apart
+from .batch_before import Noted, hold, record
+from .flows import KeptFlow, skipped_to
+from .own_states import OwnStates
+from .sampling import is_loader, rebuilt
+from .shares import ALONE
+from .streams import StreamKey
+
+# With how many batches of a pass the data's state is looked at.
+_FIRST: Final = 3
+_BEHIND: Final = "data with a state of its own goes on behind it"
+
+
+@dataclass
+class _Pass:
+    """A pass that was opened, and how far it is.
+
+    Args:
+        number: which pass of the run it is.
+        looks: whether the data's state is looked at with its first batches.
+        witness: an earlier state of the data, and the batch that came after it.
+    """
+
+    number: int
+    looks: bool
+    witness: Mapping[str, Any] | None
+    iterator: Any = field(default_factory=lambda: iter(()))
+    #: The random streams that it draws from, where they are its own.
+    apart: Apart | None = None
+    #: The data's state and those of what it draws from, as it was opened; None: it told none.
+    opening: dict[str, Any] | None = None
+    #: How many batches were taken of it, and whether there are no more.
+    taken: int = 0
+    ended: bool = False
+    #: The digest of the data's state as it was looked at last; empty where it tells none.
+    last_told: str = ""
+    #: The state whose next batch is awaited, to be a witness.
+    awaited: dict[str, Any] | None = None
+
+
+class StatefulFlow(KeptFlow):
+    """Iterable data with `state_dict` and `load_state_dict`: asked for its state, and given it.
+
+    It is not fetched ahead: its state would be that of a batch that has not been used yet. Where a
+    state is the same as when the pass was opened, although batches were taken, it does not tell a
+    position (some keep where their pass began): the data is then entered there, and the batches
+    taken since are fetched and thrown away. The state's owner is the data, or the dataset of a
+    loader without workers.
+    """
+
+    kind = "iterable data with a state"
+
+    def __init__(self, data: Any, owner: Any) -> None:
+        super().__init__(data)
+        self.unrepeatable = _BEHIND
+        self._source, self._owner = data, owner
+        if data is owner and is_loader(data):
+            # A twin, whose workers can be stopped without touching the user's loader.
+            self._source = self._owner = rebuilt(data)
+        # With workers of its own it draws in them.
+        self.apart = not getattr(data, "num_workers", 0)
+        # Generators that the data holds, whether its state has them or not.
+        self._generating = OwnStates(data=owner)
+        # torchdata's pipelines: loaded at a pass's end, they begin the next one at once.
+        self._restarts = hasattr(self._source, "restart_on_stop_iteration")
+        # Whether opening such a pipeline, or fetching, draws from the global generators.
+        self._draws = False
+        # Whether the state was found to stay the same although a batch was taken.
+        self._stays = False
+        self._pass = _Pass(0, looks=True, witness=None)
+        self._closed_state: dict[str, Any] | None = None
+
+    def open(
+        self, key: StreamKey, batch: int, state: Mapping[str, Any] | None, again: int = 0
+    ) -> Iterator[Any]:
+        """Returns an iterator over a pass from a batch on, by the data's own state."""
+        replays = state is not None and "replay" in state
+        quietly = state is not None and "quietly" in state
+        witness = None if state is None else state.get("witness")
+        # The batches of before were looked at by the run that was saved.
+        looks = state is None or replays
+        opened = self._pass = _Pass(key.epoch, looks, witness)
+        self._closed_state, self.held = None, deque()
+        if state is not None:
+            self._stays |= replays and not quietly
+            self._open_dataset(state, "opening" if replays else "now")
+            self._load(state)
+        self._dataset_at_opening = self._attributes.take()
+        if state is not None and state["ended"]:
+            # What is left of the pass is nothing, and the data's state is that before the next one.
+            if is_loader(self._owner):
+                # torchdata's loader takes its state when it is first iterated over, which draws
+                # random numbers: here, and not when the next pass is opened.
+                with workers_left_alone(self._source):
+                    iter(self._source)
+            opened.ended = True
+            return iter(())
+        self._begin(opened, None if state is None else state.get("random"))
+        batches = self._watched(opened)
+        if state is not None and replays:
+            told = None if quietly else "has a state_dict that tells no position"
+            batches = skipped_to(batches, state["replay"], again, self.data, told)
+        return Noted(batches, self.held.append)
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        if "own" in state:
+            self._generating.give(state["own"])
+        self._owner.load_state_dict(state["data"])
+
+    def _begin(self, opened: _Pass, random: Mapping[str, Any] | None) -> None:
+        """Iterates over the data, under random streams of its own if it draws here."""
+        drawn = digest(random_state.capture()) if self._restarts else ""
+        with workers_left_alone(self._source):
+            opened.iterator = iter(self._source)
+        self._draws |= self._restarts and digest(random_state.capture()) != drawn
+        if self.apart:
+            opened.apart = Apart(opened.iterator, random)
+        with random_state.preserved():
+            try:
+                data = copy.deepcopy(self._owner.state_dict())
+                opened.last_told = digest(data)
+            except Exception:  # noqa: BLE001  before its first batch, data may refuse in any way
+                return
+        opened.opening = {"data": data, **self._beside()}
+
+    def _beside(self) -> dict[str, Any]:
+        """Returns the random states that the data draws from, beside its own state."""
+        apart = self._pass.apart
+        found: dict[str, Any] = {"random": None if apart is None else apart.states()}
+        if self._generating.generators:
+            found["own"] = self._generating.take()
+        return found
+
+    def _watched(self, opened: _Pass) -> Iterator[Any]:
+        batches = opened.iterator if opened.apart is None else opened.apart
+        while True:
+            awaited, opened.awaited = opened.awaited, None
+            # A handler may have changed the dataset since.
+            told = awaited is not None and same(awaited["dataset"]["now"], self._attributes.take())
+            try:
+                item = next(batches)
+            except StopIteration:
+                break
+            opened.taken += 1
+            if self._restarts and opened.taken == 1 and opened.opening is not None:
+                before = {k: v for k, v in opened.opening.items() if k != "data"}
+                self._draws |= digest(self._beside()) != digest(before)
+            if told:
+                batch = record(hold(item), None, ALONE)
+                opened.witness = {"state": awaited, "next": batch, "pass": opened.number}
+            self._look(opened)
+            yield item
+        opened.ended = True
+
+    def _look(self, opened: _Pass) -> None:
+        """Looks whether the state moves with the first batches of a pass."""
+        if opened.taken > _FIRST or not opened.last_told or not opened.looks:
+            return
+        now = self._now()
+        told = digest(now["data"])
+        self._stays |= told == opened.last_told
+        opened.last_told = told
+        if opened.taken == 1:
+            opened.awaited = now
+
+    def _now(self) -> dict[str, Any]:
+        """Returns the data's state, as long as its pass has not ended."""
+        return self._with_dataset(copy.deepcopy(self._owner.state_dict()), False)
+
+    def _with_dataset(self, data: Any, ended: bool) -> dict[str, Any]:
+        return {"data": data, "ended": ended, "dataset": self.dataset_state(), **self._beside()}
+
+    def witness(self, state: Mapping[str, Any], number: int) -> Mapping[str, Any] | None:
+        """Returns an earlier state of the pass, and what is known of its next batch."""
+        found: Mapping[str, Any] | None = state.get("witness")
+        # Handlers of another epoch's beginning may have made it other data.
+        here = found is not None and found["pass"] == number and not state["ended"]
+        return found if here else None
+
+    def state(self) -> dict[str, Any]:
+        """Returns the data's own state, and whether it is that of a pass that has ended."""
+        if self._closed_state is not None:
+            return self._closed_state
+        # Asked first: some fetch ahead to learn it, and their state is that after it.
+        ended = self._has_ended()
+        state = self._with_dataset(self._owner.state_dict(), ended)
+        if self._restarts:
+            state["draws"] = self._draws
+        if self._pass.witness is not None:
+            state["witness"] = self._pass.witness
+        replay = None if state["ended"] or not self._pass.taken else self._replay(state)
+        self.unrepeatable = _BEHIND if replay is None else None
+        return state if replay is None else {**state, **replay}
+
+    def _has_ended(self) -> bool:
+        """Tells whether the pass has no further batch, as far as the data knows itself."""
+        opened = self._pass
+        if opened.ended:
+            return True
+        if self._restarts:
+            has_next: Any = getattr(opened.iterator, "has_next", lambda: True)
+            return not (has_next() if opened.apart is None else opened.apart.call(has_next))
+        # torch's loader has found the end of its dataset already when a last batch is not full.
+        fetcher = getattr(opened.iterator, "_dataset_fetcher", None)
+        return self._owner is not self._source and getattr(fetcher, "ended", False)
+
+    def _replay(self, state: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Returns what enters the data where its pass began, if its state tells no position."""
+        opened = self._pass
+        if opened.opening is None:
+            return None
+        self._stays |= digest(state["data"]) == digest(opened.opening["data"])
+        self._stays |= _only_counts(state["data"])
+        if self._stays:
+            return {**opened.opening, "replay": opened.taken}
+        unseen = opened.taken == 1 and opened.witness is None
+        if unseen and not (is_loader(self._owner) or self._restarts):
+            # There is no witness yet that it tells what comes next.
+            return {**opened.opening, "replay": 1, "quietly": True}
+        return None
+
+    def doubt(self, state: Mapping[str, Any], number: int) -> str | None:
+        """Returns that a pipeline that draws goes on from where nothing has shown its state."""
+        if not state.get("draws") or self.witness(state, number) is not None:
+            return None
+        return (
+            "the data's pipeline draws from the global generators when it is begun or fetched "
+            "from, as an unseeded RandomSampler does, and no batch could be compared where the "
+            "state was written. Give what it draws from a generator with a fixed seed"
+        )
+
+    def lost(self) -> list[str]:
+        """Returns nothing: what it has changed is in its own state."""
+        return []
+
+    def prepare(self, state: Mapping[str, Any]) -> None:
+        """Gives data its state before handlers run: one may set this data anew, or look at it."""
+        super().prepare(state)
+        # Theirs is taken when they are iterated over, and once only.
+        if not (is_loader(self._owner) or hasattr(self._owner, "restart_on_stop_iteration")):
+            self._load(state)
+
+    def rehearsal(self, batch: int, state: Mapping[str, Any] | None) -> int | None:
+        """Returns that the next batch is fetched twice, if there is a state to go back to."""
+        return None if state is None else 0
+
+    def begun(self) -> dict[str, Any] | None:
+        """Returns the data's own state, where it can be given back before the data is opened."""
+        if is_loader(self._owner) or self._restarts:
+            return None
+        try:
+            return self._now()
+        except Exception:  # noqa: BLE001  before its first batch, data may refuse in any way
+            return None
+
+    def close(self) -> None:
+        """Keeps the data's state: asked without an iterator, some loaders would make a new one."""
+        self._closed_state = self.state()
+        self._pass.iterator = iter(())
+        if self._source is not self.data:
+            vars(self._source)["_iterator"] = None
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Returns the numbers of batches and workers: each worker has its own part of the data."""
+        workers = getattr(self._source, "num_workers", None)
+        found = super().fingerprint()
+        return found if workers is None else {**found, "workers": workers}
+
+
+def _only_counts(state: Any) -> bool:
+    """Tells whether a state of torchdata's loader holds nothing of its iterable dataset.
+
+    It goes on by throwing batches away then, as many as its workers have given. After a second
+    resume it counts some of these twice, and the run would go on with other batches.
+    """
+    if not is_mapping(state):
+        return False
+    snapshot = state.get("_snapshot")
+    workers: Any = snapshot.get("_worker_snapshots") if is_mapping(snapshot) else {0: state}
+    fetchers = [
+        one.get("fetcher_state") for one in workers.values() if one.get("dataset_state") is None
+    ]
+    return len(fetchers) == len(workers) and all(
+        is_mapping(one) and one.get("dataset_iter_state", 0) is None for one in fetchers
+    )
