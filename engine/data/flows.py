@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 from torch.utils.data import BatchSampler, DataLoader
 
+from crosstrain.engine.digest import same
 from crosstrain.engine.errors import ResumeWarning, warn_user
 from crosstrain.engine.loader_workers import workers_left_alone
 from crosstrain.engine.progress import data_length
@@ -145,11 +146,9 @@ class Dataflow:
         """Returns the names of memory that is shared with workers, and has changed in this pass."""
         if not is_loader(self.data) or self.data.num_workers == 0:
             return []
-        then = self._dataset_at_opening
-        now = self._attributes.take()
-        return [
-            name for name in self._attributes.shared() if not same(then.get(name), now.get(name))
-        ]
+        then, now = self._dataset_at_opening, self._attributes.take()
+        shared = self._attributes.shared()
+        return [name for name in shared if not same(then.get(name), now.get(name))]
 
     def witness(self, state: Mapping[str, Any], number: int) -> Mapping[str, Any] | None:
         """Returns an earlier state of the data, `state`, and of its `next` batch what is known."""

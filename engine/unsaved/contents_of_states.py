@@ -16,7 +16,8 @@ import torch
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from crosstrain.engine.data.generators import GENERATORS, generator_state, is_stateful
+from crosstrain.engine.data.generators import GENERATORS, generator_state
+from crosstrain.engine.data.own_states import is_stateful
 from crosstrain.engine.guards import is_others, is_users_object
 
 from .drawn_from import TORCHS_OWN, TRAINED, attributes_of, is_source
