@@ -103,7 +103,7 @@ def _inner(value: Any, path: str) -> list[tuple[str, Any]]:
         return [(f"{path}[{index}]", item) for index, item in enumerate(value)]
     if isinstance(value, (type, ModuleType)):
         return []
-    return [(f"{path}.{name}", part) for name, part in attributes_of(value).items()]
+    return [(f"{path}.{name}", part) for name, part in _contents_of(value).items()]
 
 
 class _Opaque(NamedTuple):
@@ -113,9 +113,7 @@ class _Opaque(NamedTuple):
 
 
 def attributes_of(value: Any) -> dict[str, Any]:
-    """Returns the attributes of an object that hold its contents, by name."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    """Returns the attributes of an object, by name: also those that it has slots for."""
     found = dict(cast("dict[str, Any]", getattr(value, "__dict__", {})))
     for kind in type(value).__mro__:
         slots = kind.__dict__.get("__slots__", ())
@@ -123,6 +121,13 @@ def attributes_of(value: Any) -> dict[str, Any]:
             if hasattr(value, name) and not name.startswith("__"):
                 found[name] = getattr(value, name)
     return found
+
+
+def _contents_of(value: Any) -> dict[str, Any]:
+    """Returns the attributes of an object that hold its contents, by name."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return attributes_of(value)
 
 
 def leaf_of(path: str, value: Any) -> Leaf:

@@ -19,8 +19,9 @@ from crosstrain.engine.nests import unwrap
 from crosstrain.engine.state import State
 from crosstrain.engine.structure import RECORDED, modules_of
 
-from .drawn_from import TORCHS_OWN, TRAINED, methods_in, variables_of
-from .uses_in_source import Use, attributes_used, names_in
+from .functions import TORCHS_OWN, TRAINED, methods_in
+from .source import words_in
+from .uses_in_source import Use, attributes_used
 
 # Attributes of every state; how often a step was applied, the step's own state tells.
 _STATE: Final = frozenset({*vars(State()), "applied_steps", "skipped_steps"})
@@ -64,7 +65,7 @@ class Holders:
 
     def are_named_in(self, function: types.FunctionType) -> bool:
         """Tells whether a function may fetch anything of them: a quick look at its code."""
-        names = names_in(function.__code__)
+        names = words_in(function.__code__)
         return not (names.isdisjoint(self._by_name) and names.isdisjoint(self._methods))
 
     def used_by(
@@ -99,14 +100,6 @@ class Holders:
                     for one in used[name]
                 ):
                     yield f"{where}.{name}", bound
-
-    def values_used_by(self, function: types.FunctionType) -> Iterator[tuple[str, Any]]:
-        """Yields what a function may fetch, and what to call it."""
-        if self.are_named_in(function):
-            variables = dict(variables_of(function))
-            for where, name, value, _ in self.used_by(function, variables):
-                yield f"{where}, its {name!r}", value
-            yield from self.methods_used_by(function, variables)
 
     def _may_be(
         self,

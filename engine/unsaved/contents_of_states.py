@@ -8,61 +8,48 @@ from __future__ import annotations
 
 import array
 import collections
+import contextlib
 from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
 import numpy
 import torch
+from torch.nn import Module
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, Dataset, Sampler
 
-from crosstrain.engine.data.generators import GENERATORS, generator_state
-from crosstrain.engine.data.own_states import is_stateful
-from crosstrain.engine.guards import is_others, is_users_object
+from crosstrain.engine.digest import attributes_of
+from crosstrain.engine.guards import is_others
 
-from .drawn_from import TORCHS_OWN, TRAINED, attributes_of, is_source
-from .users_functions import holders_of_state
-from .uses_in_source import names_in, uses_of_self
+from .functions import TORCHS_OWN, TRAINED
+from .signatures import COLLECTIONS, SCALARS, signature_of
 
-#: What has no identity of its own: equal ones may be one object, whoever holds them.
-SCALARS: Final = (bool, int, float, complex, str, bytes, type(None))
+# By which of its methods a module says what its state is.
+_STATES: Final = ("state_dict", "get_extra_state", "_save_to_state_dict")
+
 _ARRAYS: Final = (torch.Tensor, numpy.ndarray, array.array, bytearray)
-_COLLECTIONS: Final = (dict, list, tuple, set, frozenset, collections.deque)
+_NESTS: Final = (dict, list, tuple, set, frozenset, collections.deque)
 _LARGEST: Final = 4096
 _DEPTH: Final = 8
 _EXACT: Final = 1 << 53
-# How far into what a named object holds, and into how many of a collection.
-_INSIDE: Final = 3
-_MANY: Final = 64
-# By which of its methods an object takes a state.
-_LOADS: Final = ("load_state_dict", "set_extra_state", "_load_from_state_dict", "__setstate__")
 
 
 class Saved:
     """Divides what named objects hold into what goes on with them and what may not.
 
-    An object that a named one holds goes on with it if the named one's `load_state_dict` mentions
-    it, or if its contents are found in the state. What is in neither, such as the replay buffer of
-    an agent whose state is its networks', is looked into as if nobody had been named.
-
     Args:
         objects: the named ones.
     """
 
-    def __init__(self, objects: list[Any]) -> None:
+    def __init__(self, objects: Iterable[Any] = ()) -> None:
         #: By `id`, what they hold that is not looked into: objects.
         self.held: set[int] = set()
         #: By `id`, collections, tensors and arrays that they hold and whose contents a state has.
         self.contents: set[int] = set()
-        #: By `id`, objects of the user's that they hold, and whose state theirs would be a part of.
-        self.inside: dict[int, Any] = {}
-        #: By `id`, generators and iterators that they hold and no state has, and what to call each.
-        self.sources: dict[int, str] = {}
-        #: Optimizers whose own `state_dict` has not got all tensors that they keep of parameters.
-        self.left_out: list[str] = []
-        self._named = {id(one) for one in objects}
+        # States, and marks of what they are made of, by the `id` of their object.
+        self._states: dict[int, Any] = {}
+        self._marks: dict[int, set[str]] = {}
         for value in objects:
-            for owner in holders_of_state(value):
+            for owner in _holders_of_state(value):
                 self._divide(owner)
 
     def _divide(self, owner: Any) -> None:
@@ -70,132 +57,87 @@ class Saved:
         own = {
             name: one for name, one in attributes_of(owner).items() if not isinstance(one, SCALARS)
         }
-        looked_at = own if not is_others(type(owner)) else {}
-        if isinstance(owner, TRAINED):
-            looked_at = {name: one for name, one in looked_at.items() if name not in TORCHS_OWN}
-        # By identity: one object may have several names.
-        plain = {id(one): one for one in looked_at.values() if _is_plain(one)}
-        given = _given_by_loading(type(owner)) if len(plain) < len(looked_at) else frozenset[str]()
-        objects = {
-            name: one
-            for name, one in looked_at.items()
-            if id(one) not in plain and name not in given
-        }
-        if plain or objects:
-            try:
-                saved = _Contents(owner.state_dict())
-            except Exception:  # noqa: BLE001  an object of the user's may raise anything
-                # It cannot be compared.
-                plain, objects = {}, {}
-            else:
-                self._compare(plain.values(), saved)
-                for name, one in objects.items():
-                    self._object(
-                        one, f"{type(owner).__name__}, its {name!r}", owner, saved, _INSIDE
-                    )
-        if isinstance(owner, Optimizer):
-            self._tensors_of(owner)
-        left = {id(one) for one in objects.values()}
-        self.held |= {id(one) for one in own.values()} - plain.keys() - left
-
-    def _tensors_of(self, optimizer: Optimizer) -> None:
-        """Looks for what an optimizer keeps of each parameter in a state of its own making."""
-        if is_others(type(optimizer)):
+        held, plain = [*own.values()], list[Any]()
+        if not is_others(type(owner)):
+            more = own.keys() - (TORCHS_OWN if isinstance(owner, TRAINED) else set())
+            plain = [own[name] for name in more if _is_plain(own[name])]
+        self.held |= {id(one) for one in held} - {id(one) for one in plain}
+        if not plain:
             return
-        kept = (part for part in _parts([*optimizer.state.values()]) if isinstance(part, _ARRAYS))
-        try:
-            saved = _Contents(optimizer.state_dict())
-        except Exception:  # noqa: BLE001  an object of the user's may raise anything
+        state = self._state_of(owner)
+        if state is None:
+            # It cannot be compared.
+            self.held |= {id(one) for one in plain}
             return
-        if not all(map(saved.have, kept)):
-            self.left_out.append(f"{type(optimizer).__name__}, its 'state'")
+        contents = [_content(one) for one in plain]
+        sizes = {_size(one) for one in contents}
+        parts = (
+            part
+            for part in _parts(state)
+            if not isinstance(part, _ARRAYS) or _length(part) in sizes
+        )
+        saved = {_content(part) for part in parts}
+        self.contents |= {id(one) for one, own in zip(plain, contents, strict=True) if own in saved}
 
-    def _compare(self, plain: Iterable[Any], saved: _Contents) -> None:
-        self.contents |= {id(one) for one in plain if saved.have(one)}
+    def _state_of(self, owner: Any) -> Any:
+        """Returns an object's state, asked for once; None where it has none."""
+        if id(owner) not in self._states:
+            self._states[id(owner)] = None
+            with contextlib.suppress(Exception):  # An object of the user's may raise anything.
+                self._states[id(owner)] = owner.state_dict()
+        return self._states[id(owner)]
 
-    def _object(self, value: Any, where: str, owner: Any, saved: _Contents, depth: int) -> None:
-        """Looks for an object's contents in the state of the named one that holds it."""
-        if depth == 0 or id(value) in self._named or id(value) in self.inside:
-            self.held |= {id(value)} - self.inside.keys()
-        elif isinstance(value, _COLLECTIONS):
-            # What it holds is looked at; itself, where nothing in it has a state of its own.
-            some = list(value.values() if isinstance(value, dict) else value)[:_MANY]
-            for one in some:
-                if not isinstance(one, SCALARS) and not _is_plain(one):
-                    self._object(one, where, owner, saved, depth - 1)
-        elif isinstance(value, GENERATORS):
-            self.held.add(id(value))
-            if not saved.have(generator_state(value)):
-                self.sources[id(value)] = f"{where} (a {type(value).__name__})"
-        elif is_stateful(value):
-            if _has_state_of(saved, value):
-                self.held.add(id(value))
-        elif is_users_object(value) and not isinstance(value, (DataLoader, Dataset, Sampler)):
-            self.inside[id(value)] = owner
-            own = [one for one in attributes_of(value).values() if not isinstance(one, SCALARS)]
-            plain = [one for one in own if _is_plain(one)]
-            self._compare(plain, saved)
-            known = {id(one) for one in plain}
-            for one in own:
-                if id(one) not in known:
-                    self._object(one, where, owner, saved, depth - 1)
-        else:
-            # Of another package, or a function, of which `functions_held` tells.
-            self.held.add(id(value))
-            # What is iterated over itself keeps iterators, and makes others as its state says.
-            if is_source(value) and not hasattr(type(owner), "__iter__"):
-                self.sources[id(value)] = f"{where} (a {type(value).__name__})"
+    def has(self, owner: Any, value: Any) -> bool:
+        """Tells whether an object's state has a value, under whichever name.
+
+        Of one that has no state, it has all.
+        """
+        if id(owner) not in self._marks:
+            state = self._state_of(owner)
+            whole = getattr(owner, "__dict__", {}) if state is None else state
+            self._marks[id(owner)] = _marks_of(whole)
+        return _mark(value) in self._marks[id(owner)]
 
 
-class _Contents:
-    """Knows what a state holds, under whichever names."""
-
-    def __init__(self, state: Any) -> None:
-        self._parts = list(_parts(state))
-        # By how much they hold: most are never compared.
-        self._by_size: dict[int, list[Any]] = {}
-        self._read: dict[int, set[tuple[str, ...] | int]] = {}
-        self._others: set[tuple[str, ...] | int] | None = None
-
-    def have(self, value: Any) -> bool:
-        """Tells whether a state has a part with the contents of a value."""
-        content = _content(value)
-        if self._others is None:
-            self._others = set()
-            for part in self._parts:
-                if isinstance(part, _ARRAYS):
-                    self._by_size.setdefault(_length(part), []).append(part)
-                else:
-                    self._others.add(_content(part))
-        if content in self._others:
-            return True
-        size = _size(content)
-        if size not in self._read:
-            self._read[size] = {_content(part) for part in self._by_size.get(size, ())}
-        return content in self._read[size]
+def _mark(value: Any) -> str:
+    return repr(signature_of(value))
 
 
-def _has_state_of(saved: _Contents, value: Any) -> bool:
-    try:
-        return saved.have(value.state_dict())
-    except Exception:  # noqa: BLE001  an object of the user's may raise anything
-        return True  # It cannot be compared.
+def _marks_of(state: Any) -> set[str]:
+    """Returns marks of a state and of all in it."""
+    left: list[Any] = [state]
+    found: set[str] = set()
+    while left and len(found) < _LARGEST:
+        part = left.pop()
+        found.add(_mark(part))
+        if isinstance(part, COLLECTIONS):
+            some: Any = part
+            left.extend(some.values() if isinstance(some, dict) else some)
+    return found
 
 
-def _given_by_loading(kind: type) -> frozenset[str]:
-    """Returns the attributes that a class's `load_state_dict` mentions: it gives them their state.
+def _holders_of_state(value: Any) -> list[Any]:
+    """Returns the objects whose attributes may be a part of a named object's state.
 
-    Also what the methods mention that it calls of its own object.
+    A module's state has its parameters, its buffers and its modules', and an optimizer's what torch
+    has in it, unless a class says more.
     """
-    functions = uses_of_self(kind, _LOADS)[1]
-    return frozenset[str]().union(*(names_in(one.__code__) for one in functions))
+    if isinstance(value, Optimizer):
+        return [] if type(value).state_dict is Optimizer.state_dict else [value]
+    if not isinstance(value, Module):
+        return [value]
+    return [
+        one
+        for one in value.modules()
+        if any(getattr(type(one), name) is not getattr(Module, name) for name in _STATES)
+    ]
 
 
 def _is_plain(value: Any, depth: int = _DEPTH) -> bool:
     """Tells whether a value is a collection, tensor or array that holds nothing but numbers."""
     if isinstance(value, _ARRAYS):
         return True
-    if not isinstance(value, _COLLECTIONS) or depth == 0:
+    if not isinstance(value, _NESTS) or depth == 0:
         return False
     inside = value.values() if isinstance(value, dict) else value
     return all(isinstance(one, SCALARS) or _is_plain(one, depth - 1) for one in inside)
@@ -203,7 +145,7 @@ def _is_plain(value: Any, depth: int = _DEPTH) -> bool:
 
 def _parts(state: Any, depth: int = _DEPTH) -> Iterator[Any]:
     yield state
-    if isinstance(state, _COLLECTIONS) and depth > 0:
+    if isinstance(state, _NESTS) and depth > 0:
         for one in state.values() if isinstance(state, dict) else state:
             yield from _parts(one, depth - 1)
 
@@ -232,7 +174,7 @@ def _leaves(value: Any, depth: int) -> Iterator[str]:
         value = some[: _LARGEST + 1].tolist()
     if isinstance(value, dict):
         value = [*value.keys(), *value.values()]
-    if isinstance(value, _COLLECTIONS) and depth > 0:
+    if isinstance(value, _NESTS) and depth > 0:
         for one in value:
             yield from _leaves(one, depth - 1)
     elif isinstance(value, (bool, int, float)):

@@ -21,15 +21,10 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from crosstrain.engine.structure import modules_of
 
-from .drawn_from import is_users_file
-from .hooks_where_missing import hooks_are_made_lazily
-from .made_where_missing import is_made_lazily
-from .users_functions import functions_of_trained
+from .functions import is_users_file
+from .made_where_missing import hooks_are_made_lazily, is_made_lazily
+from .used import Used
 
-__all__ = ["Attached"]
-
-# What to call a function, itself, and whether it is missed when it is gone.
-_Called = tuple[str, Any, bool]
 _Marks = Counter[tuple[str, int, bool]]
 
 
@@ -62,61 +57,47 @@ class Attached:
         names = {what: None for what, _, _ in self._made or ()}
         return sorted(names or dict.fromkeys(self._expected))
 
-    def has_made(self, objects: Mapping[str, Any]) -> bool:
-        """Notes what hooks and modules the first step has made; tells whether there are any.
-
-        Args:
-            objects: as of `epoch_begins`.
-        """
-        self._made = _marks((), objects) - self._batches
+    def has_made(self, used: Used) -> bool:
+        """Notes what hooks and modules the first step has made; tells whether there are any."""
+        self._made = _marks(used, called=False) - self._batches
         return bool(self._made)
 
-    def keep_made(
-        self, objects: Mapping[str, Any], functions: Sequence[types.FunctionType]
-    ) -> bool:
+    def keep_made(self, used: Used, functions: Sequence[types.FunctionType]) -> bool:
         """Keeps of it what each first step makes anew; tells whether there is any.
 
         Args:
-            objects: as of `epoch_begins`.
+            used: what the run uses now.
             functions: the user's, which may make them.
         """
-        self._made = _made_lazily(self._made or Counter(), objects, functions)
+        self._made = _made_lazily(self._made or Counter(), used, functions)
         return bool(self._made)
 
-    def not_made(self, objects: Mapping[str, Any]) -> list[str]:
+    def not_made(self, used: Used) -> list[str]:
         """Returns what the first step of the run before had made, and is not there; once."""
         expected, self._expected = self._expected, []
-        there = {what for what, _, _ in _marks((), objects)} if expected else set()
+        there = {what for what, _, _ in _marks(used, called=False)} if expected else set()
         return [what for what in expected if what not in there]
 
-    def epoch_begins(self, handlers: Iterable[_Called], objects: Mapping[str, Any]) -> None:
-        """Notes what there is before the handlers of EPOCH_STARTED are called.
-
-        Args:
-            handlers: the step and the handlers: what to call each, itself, and whether it lasts.
-            objects: modules and optimizers, by name.
-        """
-        self._epoch = self._batches = _marks(handlers, objects)
+    def epoch_begins(self, used: Used) -> None:
+        """Notes what there is before the handlers of EPOCH_STARTED are called."""
+        self._epoch = self._batches = _marks(used)
         if self._begun is None:
             self._begun = self._epoch
 
-    def batches_begin(self, handlers: Iterable[_Called], objects: Mapping[str, Any]) -> None:
+    def batches_begin(self, used: Used) -> None:
         """Notes what there is after them."""
-        self._batches = _marks(handlers, objects)
+        self._batches = _marks(used)
 
-    def changed(
-        self, handlers: Iterable[_Called], objects: Mapping[str, Any], ended: bool
-    ) -> list[str]:
+    def changed(self, used: Used, ended: bool) -> list[str]:
         """Returns what is other than when the run began, each as a phrase.
 
         Args:
-            handlers: as of `epoch_begins`.
-            objects: as of `epoch_begins`.
+            used: what the run uses now.
             ended: whether the epoch has ended.
         """
         if self._begun is None:
             return []
-        now, made = _marks(handlers, objects), self._made or Counter()
+        now, made = _marks(used), self._made or Counter()
         gone = [f"{what}, which was removed" for what, _, _ in made - now]
         if ended:
             return _differences(self._begun, now - made) + gone
@@ -132,28 +113,31 @@ def _differences(before: _Marks, now: _Marks) -> list[str]:
     ]
 
 
-def _marks(handlers: Iterable[_Called], objects: Mapping[str, Any]) -> _Marks:
-    """Returns what there is, with the code of what is called: closures are made anew."""
+def _marks(used: Used, called: bool = True) -> _Marks:
+    """Returns what there is, with the code of what is called: closures are made anew.
+
+    Args:
+        used: what the run uses now.
+        called: whether the step and the handlers count, too.
+    """
     found: _Marks = Counter()
-    held = ((name, function, True) for name, function in functions_of_trained(objects).items())
-    for name, function, lasts in (*handlers, *held):
+    held = [(name, function, True) for name, function in used.of_trained.items()]
+    for name, function, lasts in (*(used.called if called else ()), *held):
         while isinstance(function, partial):
             function = function.func
         plain = inspect.unwrap(getattr(function, "__func__", function))
         # A checkpoint's handler asks for more of the engine when it is first called.
         if not _module_of(plain).startswith("crosstrain."):
             found[name, id(getattr(plain, "__code__", type(plain))), lasts] += 1
-    found.update(_classes(objects))
+    found.update(_classes(used.objects))
     return found
 
 
-def _made_lazily(
-    made: _Marks, objects: Mapping[str, Any], functions: Sequence[types.FunctionType]
-) -> _Marks:
+def _made_lazily(made: _Marks, used: Used, functions: Sequence[types.FunctionType]) -> _Marks:
     """Returns what of that which a first step has made each first step makes again."""
     hooks = {
         name: is_users_file(sys.modules.get(_module_of(function)))
-        for name, function in functions_of_trained(objects).items()
+        for name, function in used.of_trained.items()
     }
     by_users = hooks_are_made_lazily(functions)
     found: _Marks = Counter()

@@ -27,8 +27,9 @@ from crosstrain.engine.data.sampling import is_iterable, is_loader
 from crosstrain.engine.digest import digest
 from crosstrain.engine.progress import data_length
 
-from .changed_values import UsesWalk
+from .used import Used
 from .uses_in_source import Use
+from .walk import Walk
 
 
 @dataclass
@@ -118,16 +119,15 @@ def _begun_iterator(loader: Any) -> Any:
         loader.generator = own
 
 
-def who_fetches(functions: Mapping[str, Any], data: Any, known: Iterable[int]) -> Fetched:
-    """Returns over which loaders some functions may iterate.
+def who_fetches(used: Used, data: Any) -> Fetched:
+    """Returns over which loaders the functions of a run may iterate.
 
     Args:
-        functions: the step and the handlers, by what to call them.
+        used: what the run uses now.
         data: what is trained with; a loader of its dataset with as many workers is like it.
-        known: what is not looked into, by `id`.
     """
-    walk = _Loaders(data, known)
-    for name, function in functions.items():
+    walk = _Loaders(data, {id(used.engine)})
+    for name, function in used.functions.items():
         walk.function(function, name, 4)
     return walk.fetched
 
@@ -165,7 +165,7 @@ def _what_draws(loader: Any) -> str | None:
     return f"its {kind} or what collates its samples" if drew else None
 
 
-class _Loaders(UsesWalk):
+class _Loaders(Walk):
     """Looks for a loader, and those like it."""
 
     def __init__(self, data: Any, known: Iterable[int]) -> None:

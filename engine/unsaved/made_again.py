@@ -13,27 +13,20 @@ import collections
 from collections.abc import Container, Iterable, Mapping
 from typing import Any, Final
 
-import torch
-
 from crosstrain.engine.digest import digest
-from crosstrain.engine.guards import is_others
 from crosstrain.engine.proof import Proof
-from crosstrain.engine.structure import RECORDED
 
-from .changed_values import PLAIN, Forgotten, signature_of
-from .drawn_from import layers_of, methods_in
-from .made_where_missing import is_made_lazily, is_read_by_key, made_beside
-from .uses_in_source import uses_of_self
-
-__all__ = ["MadeAgain"]
+from .changed_values import Begun, Place, Values
+from .functions import layers_of, methods_in
+from .made_where_missing import is_made_lazily, is_read_by_key
+from .signatures import PLAIN, signature_of
 
 #: After so many iterations it is known whether what was made again stays what it is.
 LOOKS: Final = 2
-_KINDS: Final = (*PLAIN, dict, list, tuple, set, frozenset, collections.deque)
+_NESTS: Final = (dict, list, tuple, set, frozenset, collections.deque)
 _KEYS: Final = 4096
 # Digests, by the keys of a mapping; of anything else there is one.
 _Digests = dict[str, str]
-Place = tuple[str, str]
 
 
 class MadeAgain:
@@ -64,7 +57,7 @@ class MadeAgain:
         """Returns the digests of what was made, by name, for a state."""
         return {**self._expected, **{name: dict(found) for name, found in self._kept.items()}}
 
-    def sift(self, now: Forgotten, begun: Forgotten, told: Container[str]) -> list[str]:
+    def sift(self, now: Values, begun: Begun, told: Container[str]) -> list[str]:
         """Keeps the digests of what was made where it was missing; returns what is to be told.
 
         Args:
@@ -83,7 +76,7 @@ class MadeAgain:
             self._kept[name] = found
         return left
 
-    def differences(self, now: Forgotten) -> list[str]:
+    def differences(self, now: Values) -> list[str]:
         """Returns the names of what was made again, and is other than it was.
 
         Args:
@@ -94,7 +87,7 @@ class MadeAgain:
             if (then := self._expected.get(name := named(place))) is None:
                 continue
             value = now.values[place]
-            if value is None or (isinstance(value, _KINDS[-6:]) and not value):
+            if value is None or (isinstance(value, _NESTS) and not value):
                 continue
             found = self._digests_of(now, place)
             if found is None or not _goes_with(then, found):
@@ -143,12 +136,12 @@ class MadeAgain:
         if left := sorted(self._expected.keys() - self._equal):
             proof.unchecked.append(f"{'; '.join(left)}: not made again yet")
 
-    def _digests_of(self, now: Forgotten, place: Place) -> _Digests | None:
+    def _digests_of(self, now: Values, place: Place) -> _Digests | None:
         """Returns the digests of what is made lazily; None for anything else."""
-        value, signature, name = now.values.get(place), now.found.get(place), named(place)
-        if not isinstance(value, _KINDS):
+        value, signature, name = now.values.get(place), now.signatures.get(place), named(place)
+        if not isinstance(value, (*PLAIN, *_NESTS)):
             return None
-        if not is_made_lazily(place[1], now.functions, now.states()):
+        if not is_made_lazily(place[1], now.functions, now.used.states):
             return None
         taken = self._taken.get(name)
         if taken is None or taken[0] != signature:
@@ -161,9 +154,9 @@ class MadeAgain:
         return taken[1]
 
 
-def _is_written_first(now: Forgotten, begun: Forgotten, place: Place) -> bool:
+def _is_written_first(now: Values, begun: Begun, place: Place) -> bool:
     """Tells whether something was an empty mapping that is read by keys that have to be there."""
-    if type(now.values.get(place)) is not dict or begun.found.get(place) != signature_of({}):
+    if type(now.values.get(place)) is not dict or begun.signatures.get(place) != signature_of({}):
         return False
     return is_read_by_key(place[1], now.functions)
 
@@ -176,32 +169,6 @@ def _digests_of_data(dataset: Any, name: str) -> _Digests | None:
         return None
     functions = [one for each in methods_in(type(dataset)).values() for one in layers_of(each)]
     return {"": digest(value)} if is_made_lazily(f"self.{own}", functions) else None
-
-
-def is_made_beside(owner: Any, name: str) -> bool:
-    """Tells whether a number or a flag of a module says that something else there was made.
-
-    Args:
-        owner: the module.
-        name: of its attribute. What is made beside it lies in no state and is not recorded.
-    """
-    kind = type(owner)
-    if not isinstance(owner, torch.nn.Module) or is_others(kind):
-        return False
-    states = frozenset((*owner._parameters, *owner._buffers, *owner._modules))
-    found = made_beside(name, uses_of_self(kind, ["forward"])[1], states)
-    return any(not isinstance(vars(owner).get(one), (*RECORDED, type(None))) for one in found)
-
-
-def names_of_states(objects: Mapping[str, Any]) -> frozenset[str]:
-    """Returns the names that modules call their parameters and buffers by."""
-    return frozenset(
-        name
-        for value in objects.values()
-        if isinstance(value, torch.nn.Module)
-        for module in value.modules()
-        for name in (*module._parameters, *module._buffers)
-    )
 
 
 def named(place: Place) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final
+
+from .source import name_of, root_of
 
 _SAYS: Final = frozenset({"debug", "info", "log", "print", "warn", "warning", "register_buffer"})
 _MAKERS: Final = frozenset({"F", "collections", "itertools", "math", "np", "numpy", "torch"})
@@ -16,40 +18,6 @@ _DRAWS: Final = re.compile(
 )
 # Made with a state of their own, they draw from nothing else.
 _OWN_DRAWS: Final = frozenset({"default_rng", "RandomState"})
-#: What is around a node, the outermost first.
-Above = tuple[ast.AST, ...]
-
-
-def in_order(node: ast.AST, above: Above) -> Iterator[tuple[ast.AST, Above]]:
-    """Yields a node and all in it, with what is around each; of a class inside, itself."""
-    yield node, above
-    if isinstance(node, ast.ClassDef):
-        # Its methods are functions of their own.
-        return
-    for child in ast.iter_child_nodes(node):
-        yield from in_order(child, (*above, node))
-
-
-def position_of(place: tuple[ast.AST, Above]) -> tuple[int, int]:
-    """Returns the line and the column of what `in_order` yields."""
-    node: Any = place[0]
-    return getattr(node, "lineno", 0), getattr(node, "col_offset", 0)
-
-
-def name_of(function: ast.AST) -> str:
-    """Returns the last name of what is called, or of an attribute or a variable."""
-    if isinstance(function, ast.Call):
-        function = function.func
-    if isinstance(function, ast.Attribute):
-        return function.attr
-    return function.id if isinstance(function, ast.Name) else ""
-
-
-def root_of(node: ast.AST) -> ast.AST:
-    """Returns what attributes and items are taken of."""
-    while isinstance(node, (ast.Attribute, ast.Subscript)):
-        node = node.value
-    return node
 
 
 def is_in_place(name: str) -> bool:

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import ast
-import contextlib
-import inspect
 import itertools
-import linecache
-import textwrap
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Final, NamedTuple
 
 from crosstrain.engine.guards import is_others
 
-from .drawn_from import layers_of
+from .functions import layers_of
+from .source import KEPT, Above, name_of, nodes_in, syntax_tree
 
 #: What changes a collection and does not look at it.
 WRITES: Final = frozenset(
-    {
+    [
         "__setitem__",
         "add",
         "append",
@@ -30,10 +27,10 @@ WRITES: Final = frozenset(
         "update",
         "write",
         "writerow",
-    }
+    ]
 )
 _SHOWS: Final = frozenset(
-    {
+    [
         "add_scalar",
         "debug",
         "dumps",
@@ -45,11 +42,11 @@ _SHOWS: Final = frozenset(
         "set_postfix",
         "warning",
         "write",
-    }
+    ]
 )
 # What does nothing but give a value: what goes in, comes out.
 _QUIET: Final = frozenset(
-    {
+    [
         "abs",
         "bool",
         "clone",
@@ -75,11 +72,8 @@ _QUIET: Final = frozenset(
         "sum",
         "tolist",
         "tuple",
-    }
+    ]
 )
-# A library's model leads to thousands of functions, which each look at a run comes to.
-_KEPT: Final = 1 << 15
-_Above = tuple[ast.AST, ...]
 
 
 class Use(NamedTuple):
@@ -115,90 +109,20 @@ ALL_OF_IT: Final = Use((), True)
 ALL: Final = frozenset({ALL_OF_IT})
 
 
-def syntax_tree(code: types.CodeType) -> ast.AST | None:
-    """Returns the syntax tree of a function; None where there is no source, as of `exec`."""
-    if code.co_name != "<lambda>":
-        with contextlib.suppress(SyntaxError):
-            # To find the end of a function by its tokens takes many times as long.
-            return ast.parse(textwrap.dedent(_lines_of(code)))
-    try:
-        source = textwrap.dedent(inspect.getsource(code))
-    except (OSError, TypeError):
-        return None
-    if code.co_name != "<lambda>":
-        try:
-            return ast.parse(source)
-        except SyntaxError:
-            return None
-    start = source.find("lambda")
-    for text in (source, *(source[start:end] for end in range(len(source), start, -1))):
-        try:
-            tree = ast.parse(f"({text})" if text is not source else text)
-        except SyntaxError:
-            # It lies in the middle of a statement.
-            continue
-        found: list[ast.stmt] = [
-            ast.Expr(one) for one in ast.walk(tree) if isinstance(one, ast.Lambda)
-        ]
-        if found:
-            return ast.Module(found, [])
-    return None
-
-
-def _lines_of(code: types.CodeType) -> str:
-    """Returns a function's source as far as its code goes.
-
-    Raises:
-        SyntaxError: if that is not known.
-    """
-    lines = linecache.getlines(code.co_filename)
-    source = "".join(lines[code.co_firstlineno - 1 : _last_line(code)])
-    if not source.lstrip().startswith(("def ", "async def ", "@")):
-        raise SyntaxError
-    return source
-
-
-def _last_line(code: types.CodeType) -> int:
-    inner = (one for one in code.co_consts if isinstance(one, types.CodeType))
-    ends = (end for _, end, _, _ in code.co_positions() if end is not None)
-    return max((code.co_firstlineno, *ends, *map(_last_line, inner)))
-
-
-def _with_parents(tree: ast.AST) -> Iterator[tuple[ast.AST, _Above]]:
-    stack: list[tuple[ast.AST, _Above]] = [(tree, ())]
-    while stack:
-        node, above = stack.pop()
-        yield node, above
-        inner = (*above, node)
-        stack.extend((child, inner) for child in ast.iter_child_nodes(node))
-
-
-@lru_cache(maxsize=_KEPT)
+@lru_cache(maxsize=KEPT)
 def uses_of(code: types.CodeType) -> Mapping[str, frozenset[Use]] | None:
     """Returns what a function does with each of its variables; None where that is not known."""
     tree = syntax_tree(code)
     if tree is None:
         return None
     found: dict[str, set[Use]] = {}
-    for node, above in _with_parents(tree):
+    for node, above in nodes_in(tree):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
             found.setdefault(node.id, set()).add(_use(node, above))
     return {name: frozenset(uses) for name, uses in found.items()}
 
 
-@lru_cache(maxsize=_KEPT)
-def names_in(code: types.CodeType) -> frozenset[str]:
-    """Returns the names of attributes that a function may fetch: a quick look at its code."""
-    found = {*code.co_names}
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            found |= names_in(constant)
-        elif isinstance(constant, str):
-            found.add(constant)
-    return frozenset(found)
-
-
-@lru_cache(maxsize=_KEPT)
+@lru_cache(maxsize=KEPT)
 def attributes_used(code: types.CodeType) -> Mapping[str, frozenset[AttributeUse]]:
     """Returns what a function does with attributes, by their names, whatever object they are of.
 
@@ -210,11 +134,11 @@ def attributes_used(code: types.CodeType) -> Mapping[str, frozenset[AttributeUse
         return {name: frozenset({AttributeUse(None, "", ALL_OF_IT)}) for name in code.co_names}
     found: dict[str, set[AttributeUse]] = {}
     aliases: dict[str, str] = {}
-    for node, above in _with_parents(tree):
+    for node, above in nodes_in(tree):
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Attribute):
             one = node.targets[0]
             if isinstance(one, ast.Name):
-                aliases[one.id] = node.value.attr
+                aliases.setdefault(one.id, node.value.attr)
         owner, name = _attribute(node)
         if owner is not None and name is not None:
             base = owner.id if isinstance(owner, ast.Name) else None
@@ -228,7 +152,7 @@ def attributes_used(code: types.CodeType) -> Mapping[str, frozenset[AttributeUse
     }
 
 
-def _is_self(name: str, above: _Above) -> bool:
+def _is_self(name: str, above: Above) -> bool:
     """Tells whether a variable is the object of a method of a class that is made in a function."""
     return any(
         isinstance(outer, ast.ClassDef)
@@ -244,19 +168,19 @@ def _attribute(node: ast.AST) -> tuple[ast.expr | None, str | None]:
         return node.value, node.attr
     name: ast.expr | None = None
     owner: ast.expr | None = None
-    if isinstance(node, ast.Call) and _called(node.func) == "getattr" and len(node.args) > 1:
+    if isinstance(node, ast.Call) and name_of(node.func) == "getattr" and len(node.args) > 1:
         owner, name = node.args[:2]
     elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load):
         held, name = node.value, node.slice
         if isinstance(held, ast.Attribute) and held.attr == "__dict__":
             owner = held.value
-        elif isinstance(held, ast.Call) and _called(held.func) == "vars" and held.args:
+        elif isinstance(held, ast.Call) and name_of(held.func) == "vars" and held.args:
             owner = held.args[0]
     text = name.value if isinstance(name, ast.Constant) else None
     return owner, text if isinstance(text, str) else None
 
 
-def _use(node: ast.AST, above: _Above) -> Use:
+def _use(node: ast.AST, above: Above) -> Use:
     path: list[str] = []
     end: ast.AST = node
     outer = list(above)
@@ -267,7 +191,7 @@ def _use(node: ast.AST, above: _Above) -> Use:
     if isinstance(parent, ast.Call):
         if parent.func is end:
             path.append("__call__")
-        elif _called(parent.func) == "len":
+        elif name_of(parent.func) == "len":
             path.append("__len__")
     if not _is_read(node, above):
         return Use(tuple(path), False)
@@ -281,12 +205,12 @@ def _use(node: ast.AST, above: _Above) -> Use:
     return Use(tuple(path), False, into)
 
 
-def _is_read(node: ast.AST, above: _Above) -> bool:
+def _is_read(node: ast.AST, above: Above) -> bool:
     """Tells whether a value that is loaded is looked at: neither only written to, nor shown."""
     for index in range(len(above) - 1, -1, -1):
         parent = above[index]
         # Not what computes, and is only called alike: `math.log`.
-        shows = isinstance(parent, ast.Call) and _called(parent.func) in _SHOWS
+        shows = isinstance(parent, ast.Call) and name_of(parent.func) in _SHOWS
         if shows and _thrown_away(above[:index]):
             return False
         if isinstance(parent, ast.stmt):
@@ -312,20 +236,20 @@ def _written(call: ast.Call) -> ast.AST | None:
     return function.value if writes else None  # type: ignore[attr-defined]
 
 
-def _thrown_away(above: _Above) -> bool:
+def _thrown_away(above: Above) -> bool:
     """Tells whether what a call returns is thrown away: by a statement, or by a handler."""
     outer = next((one for one in reversed(above) if not isinstance(one, ast.IfExp)), None)
     return isinstance(outer, (ast.Expr, ast.Lambda, ast.Tuple))
 
 
-def _ends_in(node: ast.AST, above: _Above) -> str | None:
+def _ends_in(node: ast.AST, above: Above) -> str | None:
     """Returns the collection, or the variable, that a value ends in, if it is used for no more."""
     for index in range(len(above) - 1, -1, -1):
         parent = above[index]
         if isinstance(parent, ast.Call):
             if (target := _written(parent)) is not None:
                 return ast.unparse(target) if _thrown_away(above[:index]) else None
-            if _called(parent.func) not in _QUIET:
+            if name_of(parent.func) not in _QUIET:
                 return None
         elif isinstance(parent, (ast.If, ast.IfExp)):
             if parent.test is not node:
@@ -352,7 +276,7 @@ def _targets(part: ast.AST) -> list[str]:
         return _targets(part.value)
     calls = [one for one in ast.walk(part) if isinstance(one, ast.Call)]
     written = _written(part) if isinstance(part, ast.Call) else None
-    if any(_called(one.func) not in _QUIET for one in calls if one is not part):
+    if any(name_of(one.func) not in _QUIET for one in calls if one is not part):
         return [""]
     if written is not None:
         return [ast.unparse(written)]
@@ -365,12 +289,6 @@ def _targets(part: ast.AST) -> list[str]:
         else ""
         for one in targets
     ]
-
-
-def _called(function: ast.expr) -> str | None:
-    if isinstance(function, ast.Attribute):
-        return function.attr
-    return function.id if isinstance(function, ast.Name) else None
 
 
 # ---------------------------------------------------------------------------------- of classes

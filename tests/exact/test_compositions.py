@@ -209,7 +209,7 @@ def test_a_cause_does_not_hide_behind_another(monkeypatch: pytest.MonkeyPatch) -
     engine = "crosstrain.engine"
     for name in ("compare", "compare_twice"):
         monkeypatch.setattr(f"{engine}.data.cursor.{name}", lambda *_: None)
-    monkeypatch.setattr(f"{engine}.unsaved.changed_values.Forgotten.changed", lambda *_: [])
+    monkeypatch.setattr(f"{engine}.unsaved.changed_values.Values.changed", lambda *_: [])
     monkeypatch.setattr(f"{engine}.unsaved.looks.unnamed_sources", lambda *_: ["self.others"])
     changed = {"second": "in the step", "draws": ("nothing", "hidden", "nothing")}
     verdict = judge(Composition(**{**PLAIN.__dict__, **changed}))

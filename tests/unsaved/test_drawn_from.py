@@ -34,6 +34,9 @@ def _endless() -> Iterator[int]:
         yield 1
 
 
+ENDLESS = _endless()
+
+
 class Holder:
     """A user's object with a method as the step or a handler."""
 
@@ -113,6 +116,23 @@ def test_a_global_and_a_handler_are_told_by_name() -> None:
     assert "the step, its 'GENERATOR' (a Generator)" in said
     assert "a handler of ITERATION_COMPLETED" in said
     assert "'source' (a Random)" in said
+
+
+class Helper:
+    """An object of the user's whose method draws from a generator that it does not hold."""
+
+    def draw(self) -> Any:
+        return torch.rand((), generator=GENERATOR)
+
+    def unused(self) -> Any:
+        return next(ENDLESS)
+
+
+def test_what_a_method_draws_from_is_told_where_it_is_called() -> None:
+    helper = Helper()
+    (said,) = _take(DeterministicEngine(lambda engine, batch: helper.draw(), seed=1))
+    assert "the step, its 'GENERATOR' (a Generator)" in said
+    assert "ENDLESS" not in said
 
 
 def test_the_options_of_a_step_are_looked_into() -> None:

@@ -1,0 +1,147 @@
+"""Signatures: what changes when a value does, as far as that can be told at little cost."""
+
+from __future__ import annotations
+
+import array
+import collections
+import contextlib
+import contextvars
+import ctypes
+import decimal
+import fractions
+import marshal
+import queue
+import threading
+import weakref
+from typing import Any, Final
+
+import numpy
+import torch
+from torch.optim import Optimizer
+
+from crosstrain.engine.digest import digest
+from crosstrain.engine.guards import is_dense
+
+#: What has no identity of its own: equal ones may be one object, whoever holds them.
+SCALARS: Final = (bool, int, float, complex, str, bytes, type(None))
+#: What is compared as a whole.
+PLAIN: Final = (
+    *SCALARS,
+    decimal.Decimal,
+    fractions.Fraction,
+    numpy.generic,
+    torch.Tensor,
+    numpy.ndarray,
+    numpy.random.SeedSequence,
+    array.array,
+    bytearray,
+    memoryview,
+    # Shared with the workers, as a rule.
+    ctypes._SimpleCData,
+    ctypes.Array,
+)
+_WHOLE: Final = (
+    dict,
+    list,
+    tuple,
+    collections.deque,
+    set,
+    frozenset,
+    array.array,
+    bytearray,
+    memoryview,
+)
+#: What holds other things.
+COLLECTIONS: Final = (
+    dict,
+    list,
+    tuple,
+    set,
+    frozenset,
+    collections.deque,
+    collections.UserDict,
+    collections.UserList,
+    collections.ChainMap,
+    contextvars.ContextVar,
+    queue.Queue,
+    threading.local,
+    weakref.ReferenceType,
+    weakref.WeakKeyDictionary,
+    weakref.WeakValueDictionary,
+    weakref.WeakSet,
+)
+_ENTRIES: Final = 4096
+_PLENTY: Final = 1 << 18
+_BYTES: Final = 1 << 20
+
+
+def signature_of(value: Any, depth: int = 16) -> Any:
+    """Returns what changes when a plain value does; None where it cannot be told."""
+    if isinstance(value, (ctypes._SimpleCData, ctypes.Array)):
+        return type(value).__name__, bytes(value)
+    if isinstance(value, torch.Tensor):
+        if not is_dense(value) or value.nbytes <= _BYTES:
+            return digest(value)
+        some = value.detach().reshape(-1)[:: value.numel() >> 12]
+        return id(value), tuple(value.shape), _version(value), digest(some)
+    if isinstance(value, numpy.ndarray):
+        many: Any = value if value.nbytes <= 16 * _BYTES else value.reshape(-1)[:: value.size >> 12]
+        return value.shape, digest(many)
+    if isinstance(value, numpy.random.SeedSequence):
+        value = value.state
+    if isinstance(value, _WHOLE) and len(value) <= _PLENTY:
+        # Of plain values all at once; of what else there may be, one by one.
+        many = tuple(value) if isinstance(value, (list, collections.deque)) else value
+        with contextlib.suppress(ValueError):
+            return len(value), hash(marshal.dumps(many, 2))
+    if isinstance(value, (*SCALARS, decimal.Decimal, fractions.Fraction, numpy.generic)):
+        return type(value).__name__, repr(value)
+    if isinstance(value, (set, frozenset)):
+        return len(value), sorted(map(repr, list(value)[:_ENTRIES]))
+    if isinstance(value, COLLECTIONS) and depth > 0:
+        inside = inside_of(value)
+        items = list(inside.items() if isinstance(inside, dict) else inside)
+        step = max(1, len(items) // 64)
+        return len(items), [signature_of(item, depth - 1) for item in items[::step]]
+    if callable(value) and hasattr(value, "__qualname__"):
+        code: Any = getattr(value, "__code__", None)
+        name: str = getattr(value, "__qualname__", "")
+        return name, code and code.co_code, code and code.co_consts
+    return type(value).__name__
+
+
+def state_signature_of(value: Any) -> Any:
+    """Returns what changes when an object's state does; None where it cannot be told."""
+    if isinstance(value, torch.nn.Module):
+        tensors = [*value.parameters(), *value.buffers()]
+        return [(id(tensor), _version(tensor)) for tensor in tensors]
+    if isinstance(value, Optimizer):
+        tensors = [p for group in value.param_groups for p in group["params"]]
+        return len(value.state), [
+            tensor._version for tensor in tensors if not tensor.is_inference()
+        ]
+    try:
+        return signature_of(value.state_dict(), 8)
+    except Exception:  # noqa: BLE001  an object of the user's may raise anything
+        return None
+
+
+def inside_of(value: Any) -> Any:
+    """Returns what a collection holds: as a dictionary, or as something to iterate over."""
+    if isinstance(value, (collections.UserDict, collections.UserList)):
+        return value.data
+    if isinstance(value, (weakref.WeakKeyDictionary, weakref.WeakValueDictionary)):
+        return dict(value.items())
+    if isinstance(value, contextvars.ContextVar):
+        return [value.get(None)]
+    if isinstance(value, weakref.ReferenceType):
+        return [value()]
+    if isinstance(value, collections.ChainMap):
+        return value.maps
+    if isinstance(value, queue.Queue):
+        return list(value.queue)
+    return vars(value) if isinstance(value, threading.local) else value
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version

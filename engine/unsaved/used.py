@@ -1,0 +1,117 @@
+"""What a run uses at one moment: what it calls of the user's, and what of it a checkpoint has.
+
+Each look begins with one of these, and all that is looked for is looked for in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from torch.nn import Module
+
+from crosstrain.engine.structure import named
+
+from .added_attributes import Holders
+from .contents_of_states import Saved
+from .functions import functions_held, functions_of_data, functions_of_trained, hooks_of_all
+
+if TYPE_CHECKING:
+    from crosstrain.engine.engine import Engine
+
+
+class Used:
+    """What a run uses now; kept no longer than a look takes.
+
+    Args:
+        engine: of the run.
+        objects: modules and optimizers that are trained or saved, by name.
+    """
+
+    def __init__(self, engine: Engine, objects: Mapping[str, Any]) -> None:
+        self.engine, self.objects = engine, objects
+
+    # ------------------------------------------------------------ what it calls
+
+    @cached_property
+    def called(self) -> list[tuple[str, Any, bool]]:
+        """The step and the handlers: what to call each, itself, and whether it lasts."""
+        step = ("the step", self.engine._process_function, True)
+        return [step, *self.engine._handlers.all_handlers()]
+
+    @cached_property
+    def of_trained(self) -> dict[str, Any]:
+        """What modules and optimizers compute by, and their hooks, by what to call them."""
+        return functions_of_trained(self.objects)
+
+    @cached_property
+    def functions(self) -> dict[str, Any]:
+        """All that the run calls of the user's, by what to call it.
+
+        The step, handlers, what fetches the data, and what named objects and models hold.
+        """
+        engine = self.engine
+        found: dict[str, Any] = {"the step": engine._process_function}
+        for called, function in engine._handlers.all_functions():
+            # Lambdas of one function are called alike.
+            count = 1 + sum(one.startswith(called) for one in found)
+            found[called if count == 1 else f"{called}, number {count}"] = function
+        found.update(functions_of_data(engine.state.dataloader))
+        for value in engine.named_beside:
+            found.update(functions_held(value))
+        return {**found, **self.of_trained, **hooks_of_all()}
+
+    # ------------------------------------------------------------ what a checkpoint has of it
+
+    @cached_property
+    def _named(self) -> list[Any]:
+        engine = self.engine
+        return [*engine.named_beside, *named(engine.objects, engine.saved_beside).values()]
+
+    @cached_property
+    def saved(self) -> Saved:
+        """What of that which named objects hold goes on with them, and what may not."""
+        return Saved(self._named)
+
+    @cached_property
+    def known(self) -> frozenset[int]:
+        """What a checkpoint takes care of, by `id`."""
+        found = {id(self.engine.state.dataloader), id(self.engine)}
+        for value in self._named:
+            if id(value) in found:
+                continue
+            found.add(id(value))
+            if isinstance(value, Module):
+                parts = (*value.modules(), *value.parameters(), *value.buffers())
+                found |= {id(part) for part in parts}
+        return frozenset(found | self.saved.held)
+
+    @cached_property
+    def recorded(self) -> frozenset[int]:
+        """The modules and optimizers whose numbers and words are recorded, by `id`."""
+        return frozenset(
+            id(one)
+            for value in self.objects.values()
+            for one in (value.modules() if isinstance(value, Module) else [value])
+        )
+
+    @cached_property
+    def holders(self) -> Holders:
+        """What handlers get or refer to, and on which users keep things of their own."""
+        engine = self.engine
+        holders = {**self.objects, "trainer": engine, "trainer.state": engine.state}
+        return Holders(holders, engine.state_dict_user_keys, self.recorded)
+
+    @cached_property
+    def states(self) -> frozenset[str]:
+        """The names that modules call their parameters and buffers by."""
+        modules = (
+            module
+            for value in self.objects.values()
+            if isinstance(value, Module)
+            for module in value.modules()
+        )
+        return frozenset(
+            name for module in modules for name in (*module._parameters, *module._buffers)
+        )

@@ -1,0 +1,407 @@
+"""The walk that all looks are: from the user's functions into what they use, by how they use it.
+
+A function leads to its variables, and each of these to those of its attributes that are used, and
+to the methods that are called of it; what is passed on may be used in any way. What is looked for
+on the way is for those to say that derive from the walk: values that change (`changed_values.py`),
+generators (`drawn_from.py`), loaders (`loaders_in_handlers.py`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import io
+import types
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from multiprocessing.sharedctypes import SynchronizedBase
+from typing import Any, Final
+
+import numpy
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from crosstrain.engine.data.generators import GENERATORS, GLOBAL_GENERATORS
+from crosstrain.engine.data.source import ResumableSource
+from crosstrain.engine.digest import attributes_of
+from crosstrain.engine.dispatch import Dispatcher
+from crosstrain.engine.guards import OTHER_PACKAGES, is_others, is_users_object
+from crosstrain.engine.nests import unwrap
+from crosstrain.engine.state import State
+from crosstrain.engine.structure import RECORDED
+
+from .added_attributes import Holders
+from .contents_of_states import Saved
+from .functions import (
+    MAKING,
+    TORCHS_OWN,
+    TRAINED,
+    functions_of_step,
+    functions_of_trained,
+    is_users_file,
+    layers_of,
+    methods_in,
+    variables_of,
+)
+from .signatures import COLLECTIONS, PLAIN, inside_of
+from .source import names_in
+from .uses_in_source import ALL, WRITES, Use, uses_of, uses_of_self
+
+#: How far a walk goes from a function that the run calls.
+DEPTH: Final = 6
+_SEEN: Final = 4000
+# They are the data's and the loop's own matter.
+_CLOSED: Final = (DataLoader, Dataset, Sampler, types.ModuleType, type)
+# Iterators are sources, too: see `is_source`.
+_SOURCES: Final = (
+    *GENERATORS,
+    numpy.random.BitGenerator,
+    torch.quasirandom.SobolEngine,
+    ResumableSource,
+)
+_CALLED: Final = Use(("__call__",), True)
+
+
+class Walk:
+    """Looks into functions and what they use, by what they do with it; notes nothing itself.
+
+    Args:
+        known: what is not looked into, by `id`.
+        recorded: modules and optimizers whose numbers and words are no matter, by `id`.
+        holders: objects whose further attributes are looked at, as far as functions name them.
+        saved: what of the named objects is in their states.
+    """
+
+    def __init__(
+        self,
+        known: Iterable[int],
+        recorded: Iterable[int] = (),
+        holders: Iterable[Holders] = (),
+        saved: Saved | None = None,
+    ) -> None:
+        self._known = frozenset(known)
+        self._recorded = frozenset(recorded)
+        self._holders = list(holders)
+        self._saved = Saved() if saved is None else saved
+        self._seen: set[Any] = set()
+        self._of_classes: dict[Any, tuple[set[Use], list[types.FunctionType]]] = {}
+        # What is looked at only to be written into a collection: a state, if that is read.
+        self._waiting: list[tuple[str, str, Any, int]] = []
+        #: The user's functions that were looked into.
+        self.functions: list[types.FunctionType] = []
+
+    def from_functions(self, functions: Mapping[str, Any], depth: int = DEPTH) -> None:
+        """Looks into functions, by what to call them, and into what they use of holders."""
+        for name, function in functions.items():
+            self.function(function, name, depth)
+        self._held()
+
+    # ------------------------------------------------------------ what is noted on the way
+
+    def note(self, value: Any, owner: str, name: str) -> None:
+        """Is given a plain value, a collection or a function that is read."""
+
+    def note_one_of(self, value: Any, owner: str, name: str) -> None:
+        """Is given an object that is known and has a state, and that a variable may exchange."""
+
+    def note_state(self, value: Any, owner: str, name: str, depth: int) -> None:
+        """Is given an object with a state that nobody has named; once."""
+
+    def note_metric(self, value: Any, owner: str, name: str) -> None:
+        """Is given a metric of pytorch-ignite's; once."""
+
+    # ------------------------------------------------------------ functions
+
+    def function(self, function: Any, name: str, depth: int) -> None:
+        """Looks into what a function uses: its variables, its object's attributes."""
+        if isinstance(function, partial):
+            made: partial[Any] = function
+            for index, value in enumerate((*made.args, *made.keywords.values())):
+                self.value(value, name, f"argument {index}", depth - 1, ALL)
+            function = made.func
+        owner = getattr(function, "__self__", None)
+        plain = getattr(function, "__func__", function)
+        if not inspect.isfunction(plain):
+            if owner is None and is_others(type(plain)) and has_state(plain):
+                self.value(plain, name, type(plain).__name__, depth, ALL)
+            elif type(plain).__module__.startswith("crosstrain.") and owner is None:
+                # A step of ours, with the user's functions in it.
+                for own, value in functions_of_step(plain):
+                    self.function(value, f"{name}, its {own}", depth - 1)
+            elif owner is None and not inspect.isroutine(plain):
+                self.value(plain, name, "object", depth + 1, frozenset({_CALLED}))
+            elif is_source(owner) or (
+                isinstance(owner, COLLECTIONS) and plain.__name__ not in WRITES
+            ):
+                # Such as the `random` of a generator, the `pop` of a list.
+                self.value(owner, name, "object", depth, ALL)
+        layers = layers_of(function)
+        for layer in layers:
+            self._variables(layer, name, depth)
+        if not layers:
+            return
+        called = frozenset(Use((layer.__name__,), True) for layer in layers)
+        if isinstance(owner, (*TRAINED, DataLoader)):
+            # It may be known: what it holds beside its state is not.
+            self.attributes(owner, name, "self", depth + 1, called)
+        if owner is not None and not isinstance(owner, types.ModuleType):
+            self.value(owner, name, "object", depth + 1, called)
+
+    def _variables(self, plain: types.FunctionType, name: str, depth: int) -> None:
+        code: Any = plain.__code__
+        if is_others(plain) or id(plain) in self._seen or depth <= 0:
+            return
+        self._seen.add(id(plain))
+        self.functions.append(plain)
+        variables, uses = variables_of(plain), uses_of(code)
+        # What `globals()` gives may be used in any way, and so may what is used without a source.
+        unknown = ALL if uses is None or "globals" in uses else frozenset[Use]()
+        if uses is None:
+            unknown |= {Use((one,), True) for one in names_in(code)}
+        for variable, value in variables.items():
+            some = unknown if uses is None else uses.get(variable, unknown)
+            self._used(value, name, variable, depth - 1, some, variables)
+
+    def _used(
+        self,
+        value: Any,
+        owner: str,
+        name: str,
+        depth: int,
+        uses: frozenset[Use],
+        variables: Mapping[str, Any],
+    ) -> None:
+        """Notes a value that a function uses; later, if it only ends in one of its collections."""
+        read = frozenset(use for use in uses if use.into is None)
+        for use in uses - read:
+            other = variables.get(use.into)  # type: ignore[arg-type]
+            if isinstance(other, COLLECTIONS):
+                self._waiting.append((owner, name, value, id(other)))
+            else:
+                read |= {use._replace(read=True, into=None)}
+        self.value(value, owner, name, depth, read)
+
+    def _held(self) -> None:
+        """Looks at what the functions that were looked into use of engines, models and the like."""
+        begun: dict[int, int] = {}
+        count = len(self.functions)
+        while left := [one for one in self._holders if begun.get(id(one), 0) < count]:
+            for holders in left:
+                for plain in self.functions[begun.get(id(holders), 0) : count]:
+                    if not holders.are_named_in(plain):
+                        continue
+                    variables = variables_of(plain)
+                    for where, name, value, uses in holders.used_by(plain, variables):
+                        self._used(value, where, name, DEPTH, uses, variables)
+                    for called, method in holders.methods_used_by(plain, variables):
+                        self.function(method, called, DEPTH)
+                begun[id(holders)] = count
+            count = len(self.functions)
+
+    def engine(self, engine: Any, where: str) -> None:
+        """Looks into what another engine calls: it runs in a handler of the first."""
+        self._holders.append(Holders({where: engine, f"{where}.state": engine.state}))
+        process = getattr(engine, "_process_function", None)
+        if process is not None:
+            self.function(process, f"the step of {where}", DEPTH)
+        for called, function in engine._handlers.all_functions():
+            self.function(function, called, DEPTH)
+
+    # ------------------------------------------------------------ values
+
+    def value(self, value: Any, owner: str, name: str, depth: int, uses: frozenset[Use]) -> None:
+        """Notes a value, if it is read, or looks into what it is made of."""
+        value, read = _without_wrapper(value), any(use.read for use in uses)
+        if isinstance(value, type):
+            self._class(value, owner, name, depth, uses)
+        elif is_users_file(value):
+            self._space(vars(value), owner, name, depth, uses)
+        elif isinstance(value, Dispatcher):
+            if id(value) not in self._known and self._is_new(value):
+                self.engine(value, f"{owner}, its {name!r}")
+        elif len(self._seen) > _SEEN or isinstance(value, _CLOSED) or is_source(value):
+            return
+        elif isinstance(value, (*PLAIN, *COLLECTIONS)):
+            if read:
+                self.note(value, owner, name)
+            if isinstance(value, COLLECTIONS) and depth > 0:
+                self._items(value, owner, name, depth)
+                if is_users_object(value):
+                    self.attributes(value, owner, name, depth, uses)
+        elif isinstance(value, State) or {id(value)} & (self._known | GLOBAL_GENERATORS):
+            if read and has_state(value):
+                self.note_one_of(value, owner, name)
+            if is_users_object(value) and not isinstance(value, TRAINED) and depth > 0:
+                self.attributes(value, owner, name, depth, uses)
+        elif type(value).__module__.startswith("ignite.metrics") and hasattr(value, "state_dict"):
+            if self._is_new(value):
+                self.note_metric(value, owner, type(value).__name__)
+        elif has_state(value):
+            if self._is_new(value):
+                self.note_state(value, owner, name, depth)
+                trained = functions_of_trained({f"{owner}, its {name}": value})
+                for label, function in trained.items():
+                    self.function(function, label, depth - 1)
+        elif callable(value) and (inspect.isroutine(value) or isinstance(value, partial)):
+            if read:
+                self.note(value, owner, name)
+            if inspect.isfunction(value) and not is_others(value):
+                self._space(vars(value), owner, name, depth, uses)
+            self.function(value, f"{owner}, its {name}", depth)
+        elif isinstance(value, torch.nn.Module) or depth <= 0:
+            return
+        elif not is_others(type(value)) or _is_namespace(value):
+            self.attributes(value, owner, name, depth, uses)
+
+    def _is_new(self, value: Any) -> bool:
+        """Tells whether a value is come to for the first time."""
+        new = id(value) not in self._seen
+        self._seen.add(id(value))
+        return new
+
+    def _class(self, kind: type, owner: str, name: str, depth: int, uses: frozenset[Use]) -> None:
+        """Looks at what a class holds itself, and into its methods."""
+        called = [*MAKING, *(use.path[0] for use in uses if use.path)]
+        inner = uses_of_self(kind, called)[0] | uses_of_self(type(kind), called)[0]
+        values = {**_values_of(type(kind)), **_values_of(kind)}
+        if any(not use.path for use in (*uses, *inner)):
+            # Such as `type(self).calls`, or passed on to another function.
+            inner |= {Use((name,), True) for name in values}
+        self._space(values, owner, name, depth, uses | inner)
+        if self._is_new(kind):
+            for own, function in methods_in(kind).items():
+                for layer in layers_of(function):
+                    self._variables(layer, f"{owner}, its {name}.{own}", depth)
+
+    def _space(
+        self, own: Mapping[str, Any], owner: str, name: str, depth: int, uses: frozenset[Use]
+    ) -> None:
+        """Looks at those values of a class, or of a function, that are used by their names."""
+        for use in uses:
+            if use.path and use.path[0] in own:
+                rest = Use(use.path[1:], use.read or use.into is not None)
+                inner = f"{name}.{use.path[0]}"
+                self.value(own[use.path[0]], owner, inner, depth, frozenset({rest}))
+
+    def _items(self, value: Any, owner: str, name: str, depth: int) -> None:
+        if id(value) in self._seen or id(value) in self._known:
+            return
+        self._seen.add(id(value))
+        inside = inside_of(value)
+        items = inside.items() if isinstance(inside, dict) else enumerate(inside)
+        for key, item in list(items)[:64]:
+            if not isinstance(item, PLAIN):
+                # The collection's own signature has those that it holds.
+                uses = frozenset[Use]() if isinstance(item, COLLECTIONS) else ALL
+                self.value(item, owner, f"{name}[{key!r}]", depth - 1, uses)
+
+    def attributes(
+        self, value: Any, owner: str, name: str, depth: int, uses: frozenset[Use]
+    ) -> None:
+        """Looks into those attributes of an object that are used, and what its methods use."""
+        kind: Any = type(value)
+        own = {**_values_of(kind), **attributes_of(value)}
+        if isinstance(value, TRAINED):
+            # Numbers and words of what is trained are recorded, and put back.
+            kept = RECORDED if id(value) in self._recorded else ()
+            recorded = {name for name, one in own.items() if type(one) in kept}
+            own = {name: own[name] for name in own.keys() - recorded - TORCHS_OWN}
+        elif id(value) in self._known:
+            # What its state has, under whichever name, goes on with it.
+            own = {name: one for name, one in own.items() if not self._saved.has(value, one)}
+        more, functions = self._uses_of_self(
+            kind, frozenset(use.path[0] for use in uses if use.path)
+        )
+        # What is passed on, or passes itself on, may be used in any way.
+        whole = any(use.path[:1] in ((), ("__dict__",)) for use in (*uses, *more))
+        if whole:
+            more, functions = self._uses_of_self(kind, frozenset(dir(kind)) - MAKING)
+        for function in functions:
+            self._variables(function, owner, depth - 1)
+        by_name: dict[str, set[Use]] = {attribute: set() for attribute in own if whole}
+        for use in (*uses, *more):
+            if use.path[:1] == ("__class__",):
+                use = use._replace(path=use.path[1:])
+            for attribute in own.keys() & set(_spellings(use.path[:1], kind)):
+                rest = Use(use.path[1:], use.read or use.into is not None)
+                by_name.setdefault(attribute, set()).add(rest)
+        for attribute, found in by_name.items():
+            # What no method uses is there for those that the object is passed on to.
+            item, some = own[attribute], frozenset(found) or ALL
+            if (id(value), attribute, some) not in self._seen:
+                self._seen.add((id(value), attribute, some))
+                self.value(item, owner, f"{name}.{attribute}", depth - 1, some)
+
+    def _uses_of_self(
+        self, kind: type, names: frozenset[str]
+    ) -> tuple[set[Use], list[types.FunctionType]]:
+        # Many objects of a library's are of one class.
+        if (kind, names) not in self._of_classes:
+            self._of_classes[kind, names] = uses_of_self(kind, names)
+        return self._of_classes[kind, names]
+
+
+def _spellings(path: tuple[str, ...], kind: type) -> list[str]:
+    """Returns what an attribute may be called: Python puts its class before a private one."""
+    if not path or not path[0].startswith("__") or path[0].endswith("__"):
+        return list(path)
+    return [f"_{each.__name__.lstrip('_')}{path[0]}" for each in kind.__mro__]
+
+
+def _is_namespace(value: Any) -> bool:
+    """Tells whether a value is an object of Python's own that is nothing but its attributes."""
+    return isinstance(value, (types.SimpleNamespace, argparse.Namespace))
+
+
+def _values_of(kind: Any) -> dict[str, Any]:
+    """Returns what classes of the user's hold themselves, such as a counter of all instances."""
+    return {
+        name: value
+        for each in reversed(kind.__mro__)
+        if each is not object and not is_others(each)
+        for name, value in vars(each).items()
+        if not name.startswith("__")
+        and (isinstance(value, (*PLAIN, *COLLECTIONS)) or is_users_object(value))
+    }
+
+
+def has_state(value: Any) -> bool:
+    """Tells whether an object is one that is named in `to_save`, by its type."""
+    kind: Any = type(value)
+    module = kind.__module__
+    root = module.partition(".")[0]
+    if root == "ignite":
+        held = ".handlers." in module and not module.endswith(("logger", "tqdm"))
+    elif root == "crosstrain":
+        held = module.endswith(("early_stopping", "model_part", ".handler", "model_checkpoint"))
+    else:
+        held = root == "torch" or root not in OTHER_PACKAGES
+    methods = (getattr(kind, "state_dict", None), getattr(kind, "load_state_dict", None))
+    if hasattr(value, "score_function") and value.score_function is None:
+        # Which files are the newest, their names say; which are the best, only who has chosen.
+        return False
+    return held and all(map(callable, methods))
+
+
+def _without_wrapper(value: Any) -> Any:
+    """Returns the model inside what compiles or spreads it, and the memory inside its lock."""
+    if isinstance(value, torch.nn.Module):
+        return unwrap(value)
+    return value.get_obj() if isinstance(value, SynchronizedBase) else value
+
+
+def is_source(value: Any) -> bool:
+    """Tells whether a value has a position or random states of its own.
+
+    A generator of random numbers is one, and an iterator that cannot be looked into: of a known
+    package, or not written in Python. A file is an iterator by its type only.
+    """
+    if isinstance(value, _SOURCES):
+        return True
+    kind: Any = type(value)
+    if not isinstance(value, Iterator) or isinstance(value, io.IOBase):
+        return False
+    # What has a state is told where that changes.
+    return not (inspect.isfunction(kind.__next__) and not is_others(kind)) and not hasattr(
+        kind, "state_dict"
+    )
