@@ -33,15 +33,16 @@ class PartsToCopy:
             for name in self._found.manifest.files:
                 # What is of no process in particular is the first's.
                 if writer_of(name) % writers.size == writers.rank:
-                    self._files[name] = self._held.enter_context(self._found.open_file(name))
+                    self._files[name] = self._held.enter_context(self._found.files.open(name))
         except (OSError, CheckpointError) as error:
             self._error = error
 
     def _verify(self) -> None:
         if self._error is not None:
             raise self._error
+        found = self._found
         for name, file in self._files.items():
-            check_hash(file, self._found.manifest.files[name], self._found.place_of(name))
+            check_hash(file, found.manifest.files[name], found.files.place / name)
             file.seek(0)
 
     def _is_told_by(self, folder: StoreFolder) -> bool:

@@ -5,12 +5,11 @@ Verified first, and no code is run: what is not plain is refused, as in a file.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from crosstrain.engine.formats.safe_load import load_file
 from crosstrain.engine.guards import is_mapping
@@ -51,6 +50,7 @@ class Parts:
     #: Its folder; in a store, its manifest, which stands for it.
     path: Location
     manifest: Manifest
+    #: Opened by their names; those of a store are fetched and verified the first time.
     files: PartsFiles = field(compare=False, repr=False)
 
     @classmethod
@@ -104,14 +104,6 @@ class Parts:
         cause = OSError(lack, os.strerror(lack)) if lack else None
         raise CheckpointCorrupt(f"{text} (found by rank {rank})") from cause
 
-    def place_of(self, name: str) -> Location:
-        """Returns where a file is."""
-        return self.files.place / name
-
-    def open_file(self, name: str) -> contextlib.AbstractContextManager[IO[bytes]]:
-        """Opens a file; of a store, it is fetched and verified the first time."""
-        return self.files.open(name)
-
     def verify(self, share: tuple[int, int] = (0, 1)) -> None:
         """Checks that each file is there and as it was written.
 
@@ -124,7 +116,7 @@ class Parts:
         for name in sorted(self.manifest.files):
             if writer_of(name) % size != rank:
                 continue
-            path = self.place_of(name)
+            path = self.files.place / name
             try:
                 self.files.verify(name, self.manifest.files[name])
             except FileNotFoundError:
@@ -149,12 +141,12 @@ class Parts:
     def index(self) -> dict[str, Entry]:
         """Returns the index of the spread tensors, held against the files."""
         try:
-            with self.open_file(INDEX) as file:
+            with self.files.open(INDEX) as file:
                 encoded = file.read(self.manifest.files[INDEX][0])
             return decode_index(encoded, self.manifest.files)
         except OSError as error:
             raise CheckpointCorrupt(
-                f"{self.place_of(INDEX)} cannot be read: {error.strerror or error}"
+                f"{self.files.place / INDEX} cannot be read: {error.strerror or error}"
             ) from error
         except CheckpointCorrupt as error:
             raise CheckpointCorrupt(f"{self.path} is not a good checkpoint: {error}") from None
@@ -199,15 +191,15 @@ def own_states(
             container[key] = None
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointCorrupt(
-            f"{found.place_of(rank_file(rank))} is not what DiskSaver writes "
+            f"{found.files.place / rank_file(rank)} is not what DiskSaver writes "
             f"({type(error).__name__}: {error})"
         ) from None
     return dict(states), places, names
 
 
 def _rank_states(found: Parts, rank: int) -> Any:
-    path = found.place_of(rank_file(rank))
+    path = found.files.place / rank_file(rank)
     if isinstance(path, Path):
         return load_file(path).state
-    with found.open_file(rank_file(rank)) as file:
+    with found.files.open(path.name) as file:
         return load_file(path, opened=file).state

@@ -213,8 +213,8 @@ def _read(found: Parts, index: Mapping[str, Entry], plan: Any, planner: Any) -> 
 
 
 def _load(found: Parts, chunk: Chunk) -> torch.Tensor:
-    with found.open_file(chunk.file) as file:
-        tensor: Any = load_part(file, chunk.at, chunk.length, found.place_of(chunk.file))
+    with found.files.open(chunk.file) as file:
+        tensor: Any = load_part(file, chunk.at, chunk.length, found.files.place / chunk.file)
     if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != chunk.sizes:
         raise CheckpointCorrupt(f"{chunk.file} holds another part at {chunk.at}")
     return tensor

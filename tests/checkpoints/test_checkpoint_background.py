@@ -184,6 +184,45 @@ def test_a_failure_is_raised_at_the_next_iteration(tmp_path: Path, gate: Gate) -
     assert names(tmp_path) == ["checkpoint_9.pt"]
 
 
+def test_of_two_handlers_with_one_saver_each_learns_how_its_own_save_ended(
+    tmp_path: Path, gate: Gate
+) -> None:
+    gate.open.set()
+    objects = made()
+    engine = objects["trainer"]
+    engine.register_events(*type(Checkpoint.SAVED_CHECKPOINT))
+    told: list[Any] = []
+    saver = DiskSaver(tmp_path, background=True)
+    first = Checkpoint(objects, saver, filename_prefix="first")
+    second = Checkpoint(objects, saver, filename_prefix="second")
+    engine.add_event_handler(
+        Checkpoint.SAVED_CHECKPOINT,
+        lambda: told.append((first.last_checkpoint, second.last_checkpoint)),
+    )
+    first(engine)
+    one = tmp_path / "first_checkpoint_0.pt"
+    second(engine)
+    # The saver has waited for the first one, and so it is there.
+    assert told == [(one, None)]
+    saver.wait()
+    assert told[1:] == [(one, tmp_path / "second_checkpoint_0.pt")]
+    engine.state.iteration = 1
+    gate.open.clear()
+    first(engine)
+    gate.error = OSError(errno.EIO, "Input/output error")
+    gate.open.set()
+    with pytest.raises(CheckpointWriteError, match=r"first_checkpoint_1\.pt.*EIO"):
+        second(engine)
+    gate.error = None
+    # It was told, once; the older one is there, and is what the handler goes on from.
+    first.wait()
+    assert first.last_checkpoint == one
+    assert names(tmp_path) == ["first_checkpoint_0.pt", "second_checkpoint_0.pt"]
+    second(engine)
+    second.wait()
+    assert names(tmp_path) == ["first_checkpoint_0.pt", "second_checkpoint_1.pt"]
+
+
 @pytest.mark.parametrize("how", ["completed", "terminated", "interrupted", "failed"])
 def test_the_end_of_a_run_waits_for_the_file(tmp_path: Path, gate: Gate, how: str) -> None:
     gate.open.set()
