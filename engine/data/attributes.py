@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from types import FunctionType, MethodType, ModuleType
 from typing import Any, Final
 
@@ -19,6 +20,7 @@ from torch.utils.data import Dataset
 from crosstrain.engine.digest import digest, same
 from crosstrain.engine.guards import is_a, is_users_object, module_of, own_attributes
 
+from .contents import is_shared_memory, numbers_in, write_into
 from .generators import TRANSFORMS
 from .plain_values import MOST_ENTRIES, SCALARS, copied, is_small, packed, unpacked
 
@@ -46,7 +48,7 @@ class Attributes:
     def take(self) -> dict[str, Any]:
         """Returns the attributes that have changed, as tensors and plain types, by name."""
         return {
-            f"{name}.{attribute}": packed(value)
+            f"{name}.{attribute}": {**packed(value), "same object": owner.has_kept(attribute)}
             for name, owner in self._owners.items()
             if not owner.is_remade()
             for attribute, value in owner.changed()
@@ -62,6 +64,20 @@ class Attributes:
         for name, own in by_owner.items():
             if not self._owners[name].is_remade():
                 self._owners[name].give(own)
+
+    def shared(self) -> list[str]:
+        """Returns the names of small memory that processes share, as of `multiprocessing.Value`."""
+        return [f"{name}.{own}" for name, one in self._owners.items() for own in one.shared()]
+
+    @contextmanager
+    def as_in(self, states: Mapping[str, Any]) -> Iterator[None]:
+        """Gives what `take` returned for a while."""
+        kept = self.take()
+        self.give(states)
+        try:
+            yield
+        finally:
+            self.give(kept)
 
     def lost(self) -> list[str]:
         """Returns the names of what has changed and is too large to save, each once."""
@@ -84,6 +100,8 @@ class _Owner:
     def __init__(self, thing: Any) -> None:
         self._thing = thing
         self._made = _plain(thing)
+        # The objects themselves: others may refer to them, too.
+        self._objects = dict(vars(thing))
         self._others = _others(thing)
         self._contents = {name: _content(value) for name, value in self._others.items()}
         self._caches = _caches(thing)
@@ -99,14 +117,31 @@ class _Owner:
         attributes: dict[str, Any] = vars(self._thing)
         for name in [name for name, _ in self.changed() if name not in states]:
             if name in self._made:
-                attributes[name] = copied(self._made[name])
+                self._set(name, copied(self._made[name]), True)
             else:
                 del attributes[name]
         for name, state in states.items():
             # A copy: fetching may write into it, and it may be given once more.
             value = copied(unpacked(state))
-            if name not in attributes or not same(attributes[name], value):
-                attributes[name] = value
+            if name not in attributes or not same(_readable(attributes[name]), value):
+                self._set(name, value, state.get("same object", False))
+
+    def has_kept(self, name: str) -> bool:
+        """Tells whether an attribute is the object that it was made with, whatever that holds."""
+        now = vars(self._thing).get(name, _ABSENT)
+        return type(now) not in SCALARS and now is self._objects.get(name)
+
+    def shared(self) -> list[str]:
+        """Returns the names of the attributes that are memory which processes share."""
+        own: dict[str, Any] = vars(self._thing)
+        return [name for name in self._made if is_shared_memory(own.get(name))]
+
+    def _set(self, name: str, value: Any, same_object: bool) -> None:
+        """Sets an attribute; where it was the object that it was made with, by writing into it."""
+        own = self._objects.get(name)
+        if same_object and write_into(own, value):
+            value = own
+        vars(self._thing)[name] = value
 
     def lost(self) -> list[str]:
         """Returns the names of attributes that have changed and cannot be saved."""
@@ -165,14 +200,25 @@ def _owners(
 
 def _plain(owner: Any, copies: bool = True) -> dict[str, Any]:
     return {
-        name: copied(value) if copies else value
+        name: copied(_readable(value)) if copies else _readable(value)
         for name, value in vars(owner).items()
-        if is_small(value)
+        if is_small(_readable(value))
     }
 
 
+def _readable(value: Any) -> Any:
+    """Returns a value, or the numbers that it holds in memory that processes share."""
+    if not is_shared_memory(value) or _length(value) > MOST_ENTRIES:
+        return value
+    return numbers_in(value)
+
+
+def _length(memory: Any) -> int:
+    return len(memory) if hasattr(memory, "__len__") else 1
+
+
 def _others(owner: Any) -> dict[str, Any]:
-    return {name: value for name, value in vars(owner).items() if not is_small(value)}
+    return {name: value for name, value in vars(owner).items() if not is_small(_readable(value))}
 
 
 def _content(value: Any) -> Any:

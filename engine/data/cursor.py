@@ -233,7 +233,7 @@ class Cursor:
     def prepare(self, position: Mapping[str, Any], data: Any) -> None:
         """Sets what handlers see of data to what it was when a position in it was written."""
         flow = self._prepared_for(data)
-        if _is_data(position, flow.fingerprint()):
+        if _is_data(position, flow):
             flow.prepare(position["flow"])
             self._prepared = flow
 
@@ -255,7 +255,7 @@ class Cursor:
         self._key = key
         flow, self._prepared = self._prepared_for(data), None
         before_handlers, self._opened_before = self._opened_before, None
-        _check_data(position, flow.fingerprint())
+        _check_data(position, flow)
         flow.workers_then = position.get("workers")
         self._flow = flow
         self._pass, self._exchanges = position["pass"], position["exchanges"]
@@ -391,7 +391,7 @@ class Cursor:
         """
         flow = self._prepared_for(data)
         before: Any = position.get("before")
-        if not _is_data(position, flow.fingerprint()):
+        if not _is_data(position, flow):
             return False
         if is_comparable(before, world_of(self._backend)) is not None:
             return False
@@ -428,6 +428,10 @@ class Cursor:
     def lost(self) -> list[str]:
         """Returns the names of what has changed of the dataset and is too large to save."""
         return [] if self._flow is None else self._flow.lost()
+
+    def raced(self) -> list[str]:
+        """Returns the names of memory that is shared with workers, and has changed in this pass."""
+        return [] if self._flow is None else self._flow.raced()
 
     def fits(self, position: Mapping[str, Any], data: Any) -> bool:
         """Tells whether data is of the kind and the lengths of that which a position is in."""
@@ -616,17 +620,26 @@ def _owners(data: Mapping[str, Any]) -> str:
     return "dealt out, or one process's" if count is None else f"own to each of {count}"
 
 
-def _is_data(position: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+def _is_data(position: Mapping[str, Any], flow: Dataflow) -> bool:
+    """Tells whether a position is one in the data of a dataflow, as it is or as it was then."""
+    # A dataset's length may follow from what handlers have changed of it.
+    return _goes_with(position, flow.fingerprint()) or _goes_with(
+        position, flow.fingerprint_in(position["flow"])
+    )
+
+
+def _goes_with(position: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     then: Mapping[str, Any] = position["data"]
     told = {name: value for name, value in then.items() if name != "batches" or name in now}
     # States of older versions have a length even where that is a hint.
     return told == {name: value for name, value in now.items() if name != "batches" or name in then}
 
 
-def _check_data(position: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    then: Mapping[str, Any] = position["data"]
-    if _is_data(position, now):
+def _check_data(position: Mapping[str, Any], flow: Dataflow) -> None:
+    if _is_data(position, flow):
         return
+    then: Mapping[str, Any] = position["data"]
+    now = flow.fingerprint()
     count = position["exchanges"]
     exchanged = f" after set_data() had exchanged the data {count} times" if count else ""
     if then.get("processes") != now.get("processes"):

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 from torch.utils.data import BatchSampler, DataLoader
 
+from crosstrain.engine.digest import same
 from crosstrain.engine.errors import ResumeWarning, warn_user
 from crosstrain.engine.loader_workers import workers_left_alone
 from crosstrain.engine.progress import data_length
@@ -141,6 +142,14 @@ class Dataflow:
         """Returns the names of what has changed of the dataset and is too large to save."""
         return self._attributes.lost()
 
+    def raced(self) -> list[str]:
+        """Returns the names of memory that is shared with workers, and has changed in this pass."""
+        if not is_loader(self.data) or self.data.num_workers == 0:
+            return []
+        then, now = self._dataset_at_opening, self._attributes.take()
+        shared = self._attributes.shared()
+        return [name for name in shared if not same(then.get(name), now.get(name))]
+
     def witness(self, state: Mapping[str, Any], number: int) -> Mapping[str, Any] | None:
         """Returns an earlier state of the data, `state`, and of its `next` batch what is known."""
         return None
@@ -199,6 +208,14 @@ class Dataflow:
         if self.owners:
             found["processes"] = self.owners
         return found
+
+    def fingerprint_in(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns what `fingerprint` does once the dataset's attributes are those of a state."""
+        changed: Mapping[str, Any] = state.get("dataset", {}).get("now", {})
+        if not changed:
+            return self.fingerprint()
+        with self._attributes.as_in(changed):
+            return self.fingerprint()
 
 
 def changed_places(state: Mapping[str, Any]) -> set[str]:

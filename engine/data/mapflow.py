@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch.utils.data import default_collate
 
 from crosstrain.backends import World, random_state
+from crosstrain.engine.digest import same
 from crosstrain.engine.errors import ResumeWarning, warn_user
 from crosstrain.engine.loader_workers import workers_left_alone
 from crosstrain.engine.progress import data_length
@@ -91,14 +93,18 @@ class MapFlow(KeptFlow):
         prepared = self._dataset_prepared
         # Workers have the dataset as it is when they start, and do not see what changes later.
         self._open_dataset(state, "opening" if workers else "now")
-        self._dataset_at_opening = self._attributes.take()
+        changed = self._attributes.take()
+        opening = changed if state is None else state.get("dataset", {}).get("opening", changed)
+        self._dataset_at_opening = opening
         seen = self._own.raw()
         if state is not None:
             self._own.give(state)
         loaders = self._own.loaders()
         self._at_opening, self._opening, self._left = self._own.take(), self._own.raw(), None
         self._draw_base_seed()
-        self._sampler.begin(key, batch - again)
+        # How many samples there are may follow from what has changed of the dataset since.
+        with nullcontext() if same(opening, changed) else self._attributes.as_in(opening):
+            self._sampler.begin(key, batch - again)
         self.shares, self.indices = self._sampler.shares, self._sampler.given
         if state is not None and not prepared and "now" in state:
             self._own.give(state["now"], False)

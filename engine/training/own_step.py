@@ -7,10 +7,12 @@ engine knows: those in `engine.objects`, and those that the function refers to.
 
 from __future__ import annotations
 
+import dis
 import inspect
+import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
@@ -22,6 +24,9 @@ from .captured import Captured
 
 if TYPE_CHECKING:
     from crosstrain.engine.engine import Engine
+
+
+_FETCHES: Final = ("LOAD_ATTR", "LOAD_METHOD")
 
 
 class OwnStep:
@@ -43,6 +48,9 @@ class OwnStep:
     def state_dict(self) -> dict[str, Any] | None:
         """Returns the gradients that the next step may use; None where there are none."""
         spent = {id(gradient) for use in self._uses.values() for gradient in use.spent()}
+        if _reads_gradients_first(self._function):
+            # It clears them, and looks at them before it does.
+            spent = set()
         named = self._named().items()
         found = gradients.capture_named({n: p for n, p in named if id(p.grad) not in spent})
         return {"gradients": found} if found else None
@@ -108,6 +116,41 @@ class _Use:
             for reference, version in self._noted
             if (gradient := reference()) is not None and gradient._version == version
         ]
+
+
+def _reads_gradients_first(function: Any, called: bool = False) -> bool:
+    """Tells whether a function may look at the gradients of the iteration before.
+
+    Args:
+        function: the process function, or one that it calls before it clears them.
+        called: whether it is such a one.
+    """
+    plain = getattr(function, "__func__", function)
+    if not inspect.isfunction(plain):
+        plain = vars(type(function)).get("__call__")
+    if not inspect.isfunction(plain):
+        return False
+    known = {} if called else _referred_to(plain)
+    for does, name in _fetched(plain.__code__):
+        if name == "zero_grad" or (name == "grad" and does == "STORE_ATTR"):
+            return False
+        if name == "grad" and does in _FETCHES:
+            return True
+        if inspect.isfunction(other := known.get(name)) and _reads_gradients_first(other, True):
+            return True
+        if name == "backward" and does in _FETCHES:
+            # What is read from here on is this iteration's.
+            return False
+    return False
+
+
+def _fetched(code: types.CodeType) -> Iterator[tuple[str, Any]]:
+    """Yields what a function's code does with names, in its order, also in functions inside."""
+    for one in dis.get_instructions(code):
+        if isinstance(one.argval, types.CodeType):
+            yield from _fetched(one.argval)
+        else:
+            yield one.opname, one.argval
 
 
 def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

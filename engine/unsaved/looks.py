@@ -32,6 +32,7 @@ from .messages import (
     MADE_OTHERWISE,
     NOT_MADE_AGAIN,
     NOT_MADE_BY_STEP,
+    RACED,
     UNNAMED,
 )
 from .used import Used
@@ -160,6 +161,8 @@ class Unsaved:
         self._tell(self._new(self._attached.changed(used, ended)), ATTACHED)
         self._tell(structure.not_made_again(objects), NOT_MADE_AGAIN)
         self._tell(self._made_again.sift_data(self._dataset(), cursor.lost()), LOST)
+        # Between two passes no worker fetches.
+        self._tell(self._new([] if ended else cursor.raced()), RACED)
         return {name: plain_or_none(one.state.metrics) or {} for name, one in engines.items()}
 
     def made(self) -> dict[str, Any]:

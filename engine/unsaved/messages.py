@@ -43,6 +43,12 @@ CLOSED = (
     "raised an error. Keep what changes in an object that has a state_dict and is named in "
     "to_save. If what is trained does not depend on it"
 )
+RACED = (
+    "A run gives other batches each time, because {} has been changed while workers fetch: that is "
+    "memory which they share, and which batches have it as it was follows from how far ahead they "
+    "are. Change it between two passes, in a handler of EPOCH_STARTED or EPOCH_COMPLETED. If what "
+    "is fetched does not depend on it"
+)
 FETCHED = (
     "A resumed run may draw other values once {}, has been iterated over: {}. Go on with that "
     "number of workers, or iterate there over a loader that keeps its num_workers. If nothing is "

@@ -1577,7 +1577,12 @@ def _in_a_hook_of_all_modules(made: Any, draw: Draw) -> None:
 
 
 def _in_a_hook_of_all_optimizers(made: Any, draw: Draw) -> None:
-    hook = register_optimizer_step_pre_hook(lambda *_: _rate(made, draw))
+    def pace(optimizer: Any, *_: Any) -> None:
+        # What draws may have an optimizer of its own.
+        if optimizer is made.optimizer:
+            _rate(made, draw)
+
+    hook = register_optimizer_step_pre_hook(pace)
     made.undo.append(hook.remove)
 
 

@@ -144,3 +144,58 @@ def test_gradients_of_an_own_window_are_part_of_the_state(spec: str, how: str) -
     # Gradients that a step has used are left out where the function is seen to clear them.
     spent = {"before": {7, 11}, "closure": {7, 11}, "after": {3, 7}, "objects": {3, 7}}
     assert {place for place, window in enumerate(kept) if not window} == spent.get(how, set())
+
+
+def _norm(model: nn.Module) -> float:
+    return sum(float(one.grad.norm()) for one in model.parameters() if one.grad is not None)
+
+
+@pytest.mark.parametrize("how", ["itself", "by a function", "after clearing"])
+def test_gradients_of_the_iteration_before_are_kept_where_they_are_read(how: str) -> None:
+    data = batches(7)
+
+    def made() -> tuple[DeterministicEngine, nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(3)
+        model = nn.Linear(64, 10)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+        def go_on(batch: Any, norm: float) -> None:
+            optimizer.param_groups[0]["lr"] = 0.1 / (1 + norm)
+            nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
+            optimizer.step()
+
+        def itself(engine: Any, batch: Any) -> None:
+            norm = sum(float(p.grad.abs().sum()) for p in model.parameters() if p.grad is not None)
+            optimizer.zero_grad()
+            go_on(batch, norm)
+
+        def by_a_function(engine: Any, batch: Any) -> None:
+            norm = _norm(model)
+            optimizer.zero_grad()
+            go_on(batch, norm)
+
+        def after_clearing(engine: Any, batch: Any) -> None:
+            optimizer.zero_grad()
+            go_on(batch, _norm(model))
+
+        steps = {"itself": itself, "by a function": by_a_function, "after clearing": after_clearing}
+        return DeterministicEngine(steps[how], backends.get("cpu").open(), seed=1), model, optimizer
+
+    whole, *trained = made()
+    saved: list[Any] = []
+
+    @whole.on(Events.ITERATION_COMPLETED)
+    def save() -> None:
+        file = io.BytesIO()
+        torch.save([whole.state_dict(), *(thing.state_dict() for thing in trained)], file)
+        saved.append(file.getvalue())
+
+    whole.run(data)
+    for place, state in enumerate(saved[2:-1], 2):
+        resumed, *objects = made()
+        states = torch.load(io.BytesIO(state), weights_only=True)
+        assert (states[0]["step"] is None) == (how == "after clearing"), place
+        for thing, its in zip([resumed, *objects], states, strict=True):
+            thing.load_state_dict(its)
+        resumed.run(data)
+        assert_same(state_of(*objects), state_of(*trained))

@@ -29,7 +29,6 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from crosstrain.engine import (
     Checks,
-    Engine,
     Events,
     ResumeWarning,
     create_supervised_evaluator,
@@ -221,9 +220,9 @@ class Data(Dataset[Any]):
 class Net(nn.Linear):
     thing: Any = None
 
-    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002  the name torch gives it
         use(self.thing)
-        return super().forward(batch)
+        return super().forward(input)
 
 
 class Keeper:
@@ -269,7 +268,7 @@ def train(thing: Any, place: str, states: list[Any]) -> None:
     if place == "dataset":
         data.thing = thing
     if place == "optimizer":
-        optimizer.thing = thing  # type: ignore[attr-defined]
+        vars(optimizer)["thing"] = thing
 
     def collate(samples: list[Any]) -> Any:
         if place == "collation":
@@ -284,9 +283,9 @@ def train(thing: Any, place: str, states: list[Any]) -> None:
     trainer = create_supervised_trainer(
         model, optimizer, loss, deterministic=True, checks=Checks(structure="warn")
     )
-    evaluator = create_supervised_evaluator(model)
+    evaluator: Any = create_supervised_evaluator(model)
 
-    def handle(engine: Engine, passed: Any = None) -> None:
+    def handle(engine: Any, passed: Any = None) -> None:
         use(passed)
         if place == "handler":
             use(thing)
