@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import sys
 import types
 from collections.abc import Iterator, Mapping
@@ -27,6 +28,9 @@ from crosstrain.engine.guards import OTHER_PACKAGES, is_others, is_users_object
 from .source import names_in
 
 #: What a checkpoint has by torch's own state of it, and nothing else.
+# How far into nests functions are looked for, and among how many of each.
+_NESTED: Final = 4
+_MANY: Final = 64
 TRAINED: Final = (Module, Optimizer)
 #: The attributes that torch gives each of them.
 TORCHS_OWN: Final = frozenset({*vars(Module()), "defaults", "param_groups", "state"})
@@ -105,13 +109,22 @@ def functions_held(value: Any) -> dict[str, Any]:
 
     A state has no functions, and so nothing of what they refer to.
     """
-    found: dict[str, Any] = {}
-    for name, held in getattr(value, "__dict__", {}).items():
-        each = held if isinstance(held, (list, tuple)) else [held]
-        for number, one in enumerate(each):
-            if inspect.isroutine(one) or isinstance(one, partial):
-                found[f"the {name} of {type(value).__name__}, number {number + 1}"] = one
-    return found
+    return {
+        f"the {name} of {type(value).__name__}, number {number + 1}": one
+        for name, held in getattr(value, "__dict__", {}).items()
+        for number, one in enumerate(_leaves(held, _NESTED))
+        if inspect.isroutine(one) or isinstance(one, partial)
+    }
+
+
+def _leaves(nest: Any, depth: int) -> Iterator[Any]:
+    """Yields what lists, tuples and dictionaries hold: of what is large, the beginning."""
+    if type(nest) not in (list, tuple, dict) or depth == 0:
+        yield nest
+        return
+    inside = nest.values() if isinstance(nest, dict) else nest
+    for one in itertools.islice(inside, _MANY):
+        yield from _leaves(one, depth - 1)
 
 
 def _hooks(owner: Any, where: str, kinds: Mapping[str, str]) -> Iterator[tuple[str, Any]]:

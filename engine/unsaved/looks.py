@@ -152,7 +152,7 @@ class Unsaved:
             now = Values(used)
             self._tell(self._made_otherwise(now), MADE_OTHERWISE)
             changed = self._made_again.sift(now, self._begun, self._told)
-            self._tell(self._new(changed), FORGOTTEN)
+            self._tell(self._new([*changed, *used.saved.left_out]), FORGOTTEN)
             engines = now.engines
         self._tell(self._new(self._attached.changed(used, ended)), ATTACHED)
         self._tell(structure.not_made_again(objects), NOT_MADE_AGAIN)

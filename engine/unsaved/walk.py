@@ -306,7 +306,7 @@ class Walk:
             kept = RECORDED if id(value) in self._recorded else ()
             recorded = {name for name, one in own.items() if type(one) in kept}
             own = {name: own[name] for name in own.keys() - recorded - TORCHS_OWN}
-        elif id(value) in self._known:
+        elif id(value) in self._known or id(value) in self._saved.inside:
             # What its state has, under whichever name, goes on with it.
             own = {name: one for name, one in own.items() if not self._saved.has(value, one)}
         more, functions = self._uses_of_self(
