@@ -14,13 +14,14 @@ import numpy
 import torch
 
 from crosstrain.engine.digest import same
+from crosstrain.engine.guards import is_a
 
 __all__ = ["is_shared_memory", "numbers_in", "write_into"]
 
 
 def is_shared_memory(value: object) -> bool:
     """Tells whether a value is memory as of `multiprocessing.Value` and `Array`."""
-    return isinstance(_memory(value), (ctypes._SimpleCData, ctypes.Array))
+    return is_a(_memory(value), ctypes._SimpleCData, ctypes.Array)
 
 
 def numbers_in(value: Any) -> list[Any]:
@@ -30,7 +31,7 @@ def numbers_in(value: Any) -> list[Any]:
 
 
 def _memory(value: Any) -> Any:
-    return value.get_obj() if isinstance(value, SynchronizedBase) else value
+    return value.get_obj() if is_a(value, SynchronizedBase) else value
 
 
 def write_into(target: Any, value: Any) -> bool:

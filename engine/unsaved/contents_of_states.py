@@ -9,6 +9,7 @@ from __future__ import annotations
 import array
 import collections
 import contextlib
+import io
 from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
@@ -16,12 +17,17 @@ import numpy
 import torch
 from torch.nn import Module
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Dataset, Sampler
 
+from crosstrain.engine.data.generators import GENERATORS, generator_state
+from crosstrain.engine.data.own_states import is_stateful
 from crosstrain.engine.digest import attributes_of
-from crosstrain.engine.guards import is_others, own_attributes
+from crosstrain.engine.guards import is_others, is_users_object, own_attributes
 
 from .functions import TORCHS_OWN, TRAINED
 from .signatures import COLLECTIONS, SCALARS, signature_of
+from .source import names_in
+from .uses_in_source import uses_of_self
 
 # By which of its methods a module says what its state is.
 _STATES: Final = ("state_dict", "get_extra_state", "_save_to_state_dict")
@@ -31,10 +37,19 @@ _NESTS: Final = (dict, list, tuple, set, frozenset, collections.deque)
 _LARGEST: Final = 4096
 _DEPTH: Final = 8
 _EXACT: Final = 1 << 53
+# How far into what a named object holds, and into how many of a collection.
+_INSIDE: Final = 3
+_MANY: Final = 64
+# By which of its methods an object takes a state.
+_LOADS: Final = ("load_state_dict", "set_extra_state", "_load_from_state_dict", "__setstate__")
 
 
 class Saved:
     """Divides what named objects hold into what goes on with them and what may not.
+
+    An object that a named one holds goes on with it if the named one's `load_state_dict` mentions
+    it, or if its contents are found in the state. What is in neither, such as the replay buffer of
+    an agent whose state is its networks', is looked into as if nobody had been named.
 
     Args:
         objects: the named ones.
@@ -45,10 +60,18 @@ class Saved:
         self.held: set[int] = set()
         #: By `id`, collections, tensors and arrays that they hold and whose contents a state has.
         self.contents: set[int] = set()
+        #: By `id`, objects of the user's that they hold, and whose state theirs would be a part of.
+        self.inside: dict[int, Any] = {}
+        #: By `id`, generators and iterators that they hold and no state has, and what to call each.
+        self.sources: dict[int, str] = {}
+        #: Optimizers whose own `state_dict` has not got all tensors that they keep of parameters.
+        self.left_out: list[str] = []
         # States, and marks of what they are made of, by the `id` of their object.
         self._states: dict[int, Any] = {}
         self._marks: dict[int, set[str]] = {}
-        for value in objects:
+        named = list(objects)
+        self._named = {id(one) for one in named}
+        for value in named:
             for owner in _holders_of_state(value):
                 self._divide(owner)
 
@@ -57,27 +80,79 @@ class Saved:
         own = {
             name: one for name, one in attributes_of(owner).items() if not isinstance(one, SCALARS)
         }
-        held, plain = [*own.values()], list[Any]()
-        if not is_others(type(owner)):
-            more = own.keys() - (TORCHS_OWN if isinstance(owner, TRAINED) else set())
-            plain = [own[name] for name in more if _is_plain(own[name])]
-        self.held |= {id(one) for one in held} - {id(one) for one in plain}
-        if not plain:
+        looked_at = own if not is_others(type(owner)) else {}
+        if isinstance(owner, TRAINED):
+            looked_at = {name: one for name, one in looked_at.items() if name not in TORCHS_OWN}
+        # By identity: one object may have several names.
+        plain = {id(one): one for one in looked_at.values() if _is_plain(one)}
+        given = _given_by_loading(type(owner)) if len(plain) < len(looked_at) else frozenset[str]()
+        objects = {
+            id(one): one
+            for name, one in looked_at.items()
+            if id(one) not in plain and name not in given
+        }
+        if plain or objects:
+            if (state := self._state_of(owner)) is None:
+                # It cannot be compared.
+                plain, objects = {}, {}
+            else:
+                saved = _Contents(state)
+                self._compare(plain.values(), saved)
+                for one in objects.values():
+                    self._object(one, owner, saved, _INSIDE)
+        if isinstance(owner, Optimizer) and not is_others(type(owner)):
+            self._tensors_of(owner)
+        self.held |= {id(one) for one in own.values()} - plain.keys() - objects.keys()
+
+    def _tensors_of(self, optimizer: Optimizer) -> None:
+        """Looks for what an optimizer keeps of each parameter in a state of its own making."""
+        if (state := self._state_of(optimizer)) is None:
             return
-        state = self._state_of(owner)
-        if state is None:
-            # It cannot be compared.
-            self.held |= {id(one) for one in plain}
-            return
-        contents = [_content(one) for one in plain]
-        sizes = {_size(one) for one in contents}
-        parts = (
-            part
-            for part in _parts(state)
-            if not isinstance(part, _ARRAYS) or _length(part) in sizes
-        )
-        saved = {_content(part) for part in parts}
-        self.contents |= {id(one) for one, own in zip(plain, contents, strict=True) if own in saved}
+        saved = _Contents(state)
+        kept = (part for part in _parts([*optimizer.state.values()]) if isinstance(part, _ARRAYS))
+        if not all(map(saved.have, kept)):
+            self.left_out.append(f"{type(optimizer).__name__}, its 'state'")
+
+    def _compare(self, plain: Iterable[Any], saved: _Contents) -> None:
+        self.contents |= {id(one) for one in plain if saved.have(one)}
+
+    def _object(self, value: Any, owner: Any, saved: _Contents, depth: int) -> None:
+        """Looks for an object's contents in the state of the named one that holds it."""
+        if depth == 0 or id(value) in self._named or id(value) in self.inside:
+            self.held |= {id(value)} - self.inside.keys()
+        elif isinstance(value, _NESTS):
+            # What it holds is looked at; itself, where nothing in it has a state of its own.
+            some = list(value.values() if isinstance(value, dict) else value)[:_MANY]
+            for one in some:
+                if not isinstance(one, SCALARS) and not _is_plain(one):
+                    self._object(one, owner, saved, depth - 1)
+        elif isinstance(value, GENERATORS):
+            self.held.add(id(value))
+            if not saved.have(generator_state(value)):
+                self._source(value, owner)
+        elif is_stateful(value):
+            state = self._state_of(value)
+            if state is None or saved.have(state):
+                self.held.add(id(value))
+        elif is_users_object(value) and not isinstance(value, (DataLoader, Dataset, Sampler)):
+            self.inside[id(value)] = owner
+            own = [one for one in attributes_of(value).values() if not isinstance(one, SCALARS)]
+            plain = {id(one): one for one in own if _is_plain(one)}
+            self._compare(plain.values(), saved)
+            for one in own:
+                if id(one) not in plain:
+                    self._object(one, owner, saved, depth - 1)
+        else:
+            # Of another package, or a function, of which `functions_held` tells.
+            self.held.add(id(value))
+            # What is iterated over itself keeps iterators, and makes others as its state says.
+            iterates = isinstance(value, Iterator) and not isinstance(value, io.IOBase)
+            if iterates and not hasattr(type(owner), "__iter__"):
+                self._source(value, owner)
+
+    def _source(self, value: Any, owner: Any) -> None:
+        where = f"what the state of {type(owner).__name__} leaves out"
+        self.sources[id(value)] = f"{where} (a {type(value).__name__})"
 
     def _state_of(self, owner: Any) -> Any:
         """Returns an object's state, asked for once; None where it has none."""
@@ -88,15 +163,53 @@ class Saved:
         return self._states[id(owner)]
 
     def has(self, owner: Any, value: Any) -> bool:
-        """Tells whether an object's state has a value, under whichever name.
+        """Tells whether an object's state, or that of who holds it, has a value by any name.
 
         Of one that has no state, it has all.
         """
+        owner = self.inside.get(id(owner), owner)
         if id(owner) not in self._marks:
             state = self._state_of(owner)
             whole = (own_attributes(owner) or {}) if state is None else state
             self._marks[id(owner)] = _marks_of(whole)
         return _mark(value) in self._marks[id(owner)]
+
+
+class _Contents:
+    """Knows what a state holds, under whichever names."""
+
+    def __init__(self, state: Any) -> None:
+        self._parts = list(_parts(state))
+        # By how much they hold: most are never compared.
+        self._by_size: dict[int, list[Any]] = {}
+        self._read: dict[int, set[tuple[str, ...] | int]] = {}
+        self._others: set[tuple[str, ...] | int] | None = None
+
+    def have(self, value: Any) -> bool:
+        """Tells whether a state has a part with the contents of a value."""
+        content = _content(value)
+        if self._others is None:
+            self._others = set()
+            for part in self._parts:
+                if isinstance(part, _ARRAYS):
+                    self._by_size.setdefault(_length(part), []).append(part)
+                else:
+                    self._others.add(_content(part))
+        if content in self._others:
+            return True
+        size = _size(content)
+        if size not in self._read:
+            self._read[size] = {_content(part) for part in self._by_size.get(size, ())}
+        return content in self._read[size]
+
+
+def _given_by_loading(kind: type) -> frozenset[str]:
+    """Returns the attributes that a class's `load_state_dict` mentions: it gives them their state.
+
+    Also what the methods mention that it calls of its own object.
+    """
+    functions = uses_of_self(kind, _LOADS)[1]
+    return frozenset[str]().union(*(names_in(one.__code__) for one in functions))
 
 
 def _mark(value: Any) -> str:

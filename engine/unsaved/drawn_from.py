@@ -28,7 +28,9 @@ def unnamed_sources(used: Used) -> list[str]:
     """Returns what functions draw from, by where it was found, each once."""
     walk = _Sources(used)
     walk.from_functions(used.functions)
-    return list(walk.found.values())
+    named = {id(value) for value in used.named}
+    left_out = used.saved.sources.items()
+    return [*walk.found.values(), *(where for one, where in left_out if one not in named)]
 
 
 class _Sources(Walk):

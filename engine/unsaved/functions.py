@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import sys
 import types
 from collections.abc import Iterator, Mapping
@@ -35,6 +36,9 @@ from crosstrain.engine.nests import is_module
 from .source import names_in
 
 #: What a checkpoint has by torch's own state of it, and nothing else.
+# How far into nests functions are looked for, and among how many of each.
+_NESTED: Final = 4
+_MANY: Final = 64
 TRAINED: Final = (Module, Optimizer)
 #: The attributes that torch gives each of them.
 TORCHS_OWN: Final = frozenset({*vars(Module()), "defaults", "param_groups", "state"})
@@ -120,13 +124,22 @@ def functions_held(value: Any) -> dict[str, Any]:
 
     A state has no functions, and so nothing of what they refer to.
     """
-    found: dict[str, Any] = {}
-    for name, held in (own_attributes(value) or {}).items():
-        each = held if isinstance(held, (list, tuple)) else [held]
-        for number, one in enumerate(each):
-            if is_a(one, *_FUNCTIONS):
-                found[f"the {name} of {type(value).__name__}, number {number + 1}"] = one
-    return found
+    return {
+        f"the {name} of {type(value).__name__}, number {number + 1}": one
+        for name, held in (own_attributes(value) or {}).items()
+        for number, one in enumerate(_leaves(held, _NESTED))
+        if is_a(one, *_FUNCTIONS)
+    }
+
+
+def _leaves(nest: Any, depth: int) -> Iterator[Any]:
+    """Yields what lists, tuples and dictionaries hold: of what is large, the beginning."""
+    if type(nest) not in (list, tuple, dict) or depth == 0:
+        yield nest
+        return
+    inside = nest.values() if type(nest) is dict else nest
+    for one in itertools.islice(inside, _MANY):
+        yield from _leaves(one, depth - 1)
 
 
 def _hooks(owner: Any, where: str, kinds: Mapping[str, str]) -> Iterator[tuple[str, Any]]:

@@ -154,7 +154,7 @@ class Unsaved:
             now = Values(used)
             self._tell(self._made_otherwise(now), MADE_OTHERWISE)
             changed = self._made_again.sift(now, self._begun, self._told)
-            self._tell(self._new(changed), FORGOTTEN)
+            self._tell(self._new([*changed, *used.saved.left_out]), FORGOTTEN)
             engines = now.engines
         closed = (_closed(named(at), error) for at, error in used.closed.items())
         self._tell(self._new(closed), CLOSED)

@@ -67,20 +67,21 @@ class Used:
     # ------------------------------------------------------------ what a checkpoint has of it
 
     @cached_property
-    def _named(self) -> list[Any]:
+    def named(self) -> list[Any]:
+        """What is named, and what the engine trains."""
         engine = self.engine
         return [*engine.named_beside, *named(engine.objects, engine.saved_beside).values()]
 
     @cached_property
     def saved(self) -> Saved:
         """What of that which named objects hold goes on with them, and what may not."""
-        return Saved(self._named)
+        return Saved(self.named)
 
     @cached_property
     def known(self) -> frozenset[int]:
         """What a checkpoint takes care of, by `id`."""
         found = {id(self.engine.state.dataloader), id(self.engine)}
-        for value in self._named:
+        for value in self.named:
             if id(value) in found:
                 continue
             found.add(id(value))

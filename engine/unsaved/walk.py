@@ -27,6 +27,7 @@ from crosstrain.engine.digest import attributes_of
 from crosstrain.engine.dispatch import Dispatcher
 from crosstrain.engine.guards import (
     OTHER_PACKAGES,
+    is_a,
     is_others,
     is_users_object,
     module_of,
@@ -326,7 +327,7 @@ class Walk:
             kept = RECORDED if id(value) in self._recorded else ()
             recorded = {name for name, one in own.items() if type(one) in kept}
             own = {name: own[name] for name in own.keys() - recorded - TORCHS_OWN}
-        elif id(value) in self._known:
+        elif id(value) in self._known or id(value) in self._saved.inside:
             # What its state has, under whichever name, goes on with it.
             own = {name: one for name, one in own.items() if not self._saved.has(value, one)}
         more, functions = self._uses_of_self(
@@ -406,7 +407,7 @@ def _without_wrapper(value: Any) -> Any:
     """Returns the model inside what compiles or spreads it, and the memory inside its lock."""
     if is_module(value):
         return unwrap(value)
-    return value.get_obj() if isinstance(value, SynchronizedBase) else value
+    return value.get_obj() if is_a(value, SynchronizedBase) else value
 
 
 def is_source(value: Any) -> bool:
