@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from .dispatch import check_signature
+from .errors import ResumeWarning, warn_user
 from .events import Events
 from .loop import Loop
 from .progress import begin, check_limits, is_done, load_progress, resume
@@ -59,8 +60,8 @@ class Engine(SeenByIgnite, Loop):
             )
         super().__init__(process_function, backend)
         self._user_keys: list[str] = []
-        #: Whether the user was told of what `resumes_data` means where it is false.
-        self.warned_of_data = False
+        # Whether the user was told of what `resumes_data` means where it is false.
+        self._told_of_data = False
         #: What this engine trains, by name: a checkpoint without one of them is not complete.
         self.objects: dict[str, Any] = {}
         #: What was loaded together with this engine's state, by name, until its run goes on.
@@ -186,7 +187,29 @@ class Engine(SeenByIgnite, Loop):
             )
         if self._data_iter is None:
             self.state.dataloader = data
+        if self._place.loaded and not (is_done(self.state) or self.should_terminate):
+            self.tell_of_repeated_data("goes on")
         return self._continue()
+
+    def tell_of_repeated_data(self, doing: str) -> None:
+        """Warns, once, if this is inside an epoch and the engine does not keep its place there.
+
+        Args:
+            doing: what the run does there, in words.
+        """
+        state = self.state
+        done = state.iteration % (state.epoch_length or state.iteration or 1)
+        if self.resumes_data or self._told_of_data or not done or state.dataloader is None:
+            return
+        self._told_of_data = True
+        warn_user(
+            f"The run {doing} inside an epoch, after {done} of {state.epoch_length} iterations, "
+            "and a plain Engine that goes on there begins the data anew: it repeats some samples "
+            "and skips others. Use DeterministicEngine, or create_supervised_trainer(..., "
+            "deterministic=True), which goes on with the next batch; or save at the end of epochs "
+            "only",
+            ResumeWarning,
+        )
 
     def _is_running(self) -> bool:
         session = self._session

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, cast
 
 from crosstrain.backends import spec_of
 from crosstrain.engine.engine import Engine
-from crosstrain.engine.errors import ResumeWarning, warn_user
+from crosstrain.engine.errors import warn_user
 from crosstrain.engine.events import EventEnum, Events
 from crosstrain.engine.guards import is_path
 from crosstrain.engine.nests import walk_objects
@@ -486,7 +486,7 @@ def _warn_of_unsaved(to_save: Mapping[str, Any], warned_of: set[str]) -> None:
     for name, value in walk_objects(to_save):
         if not isinstance(value, Engine):
             continue
-        warn_of_repeated_data(value, "is saved")
+        value.tell_of_repeated_data("is saved")
         missing = sorted(set(unsaved_objects(value, to_save)) - warned_of)
         if missing:
             warned_of.update(missing)
@@ -495,22 +495,3 @@ def _warn_of_unsaved(to_save: Mapping[str, Any], warned_of: set[str]) -> None:
                 "trains: a run cannot go on exactly from this checkpoint. Name it in to_save",
                 CheckpointWarning,
             )
-
-
-def warn_of_repeated_data(trainer: Engine, doing: str) -> None:
-    """Warns, once for each engine, that it is inside an epoch and does not keep its place there.
-
-    What the run does is told in words.
-    """
-    state = trainer.state
-    done = state.iteration % (state.epoch_length or state.iteration or 1)
-    if trainer.resumes_data or trainer.warned_of_data or not done or state.dataloader is None:
-        return
-    trainer.warned_of_data = True
-    warn_user(
-        f"The run {doing} inside an epoch, after {done} of {state.epoch_length} iterations, and a "
-        "plain Engine that goes on there begins the data anew: it repeats some samples and skips "
-        "others. Use DeterministicEngine, or create_supervised_trainer(..., deterministic=True), "
-        "which goes on with the next batch; or save at the end of epochs only",
-        ResumeWarning,
-    )

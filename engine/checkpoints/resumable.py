@@ -24,7 +24,7 @@ from crosstrain.engine.storage.errors import CheckpointError
 from crosstrain.engine.storage.locations import Location
 
 from .claim import Claim
-from .handler import Checkpoint, CheckpointEvents, warn_of_repeated_data
+from .handler import Checkpoint, CheckpointEvents
 from .loading import Latest, PassedOver
 from .remote import RemoteCopies
 from .stop_signals import StopSignals
@@ -182,8 +182,6 @@ class ResumableRun:
                 "nothing is trained. To train on, set trainer.should_terminate = False before "
                 "run(); to train anew, use another folder."
             )
-        elif self._latest and trainer.state.iteration == self._boundary:
-            warn_of_repeated_data(trainer, "goes on")
         self._finished = None
 
     def _end(self) -> None:

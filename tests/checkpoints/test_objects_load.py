@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import ignite.handlers
 import numpy as np
 import pytest
 import torch
@@ -288,6 +289,25 @@ def test_a_plain_engine_says_that_it_repeats_data(tmp_path: Path, plain: bool) -
         told = train(end)
         assert len(told) == plain
         assert all(words in text and "DeterministicEngine" in text for text in told)
+
+
+@pytest.mark.parametrize("loads", ["load_state_dict", "ours", "ignite's"])
+@pytest.mark.parametrize(("iteration", "inside"), [(2, True), (len(BATCHES), False)])
+def test_a_plain_engine_says_so_however_its_state_was_loaded(
+    loads: str, iteration: int, inside: bool
+) -> None:
+    state = {"iteration": iteration, "max_epochs": 2, "epoch_length": len(BATCHES)}
+    trainer = Engine(lambda engine, batch: None)
+    if loads == "load_state_dict":
+        trainer.load_state_dict(state)
+    else:
+        loader = Checkpoint if loads == "ours" else ignite.handlers.Checkpoint
+        loader.load_objects({"trainer": trainer}, {"trainer": state})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ResumeWarning)
+        trainer.run(BATCHES)
+    told = [str(each.message) for each in caught if each.category is ResumeWarning]
+    assert ["goes on inside an epoch, after 2 of" in one for one in told] == [True] * inside
 
 
 @pytest.mark.parametrize("kind", ["plain", "deterministic", "factory"])
