@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import numpy
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from crosstrain.engine.digest import digest, same
 from crosstrain.engine.guards import is_a, is_users_object, module_of, own_attributes
@@ -128,6 +128,9 @@ class _Owner:
 
     def has_kept(self, name: str) -> bool:
         """Tells whether an attribute is the object that it was made with, whatever that holds."""
+        if get_worker_info() is not None:
+            # It may have been set back already, and is then another one.
+            return False
         now = vars(self._thing).get(name, _ABSENT)
         return type(now) not in SCALARS and now is self._objects.get(name)
 
@@ -137,9 +140,14 @@ class _Owner:
         return [name for name in self._made if is_shared_memory(own.get(name))]
 
     def _set(self, name: str, value: Any, same_object: bool) -> None:
-        """Sets an attribute; where it was the object that it was made with, by writing into it."""
-        own = self._objects.get(name)
-        if same_object and write_into(own, value):
+        """Sets an attribute; where it was the object that it was made with, by writing into it.
+
+        A worker writes into nothing: others may share it, and fetch from it now.
+        """
+        own, in_worker = self._objects.get(name), get_worker_info() is not None
+        if in_worker and is_shared_memory(own):
+            return
+        if same_object and not in_worker and write_into(own, value):
             value = own
         vars(self._thing)[name] = value
 

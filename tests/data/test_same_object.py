@@ -32,6 +32,7 @@ KINDS: dict[str, Callable[[], Any]] = {
     "a dictionary": lambda: dict.fromkeys(range(SAMPLES), 1.0),
     "tensors in a tuple": lambda: (torch.ones(SAMPLES), 3),
     "shared memory": lambda: multiprocessing.Array("d", [1.0] * SAMPLES),
+    "a shared tensor": lambda: torch.ones(SAMPLES).share_memory_(),
 }
 EVENTS = (Events.EPOCH_STARTED, Events.EPOCH_COMPLETED, Events.EPOCH_COMPLETED(every=2))
 
@@ -124,14 +125,14 @@ def _compare(once: Callable[[str, int | None], Ran], stop: int) -> None:
 def _draws(count: int) -> list[tuple[str, int, int, int]]:
     choose = random.Random(3)
     found = [
-        (kind, choose.randrange(len(EVENTS)), choose.choice((0, 0, 1)), choose.randrange(1, 15))
+        (kind, choose.randrange(len(EVENTS)), choose.choice((0, 0, 2)), choose.randrange(1, 15))
         for kind in KINDS
         for _ in range(3)
     ]
     return found[:count]
 
 
-@pytest.mark.parametrize(("kind", "event", "workers", "stop"), _draws(18))
+@pytest.mark.parametrize(("kind", "event", "workers", "stop"), _draws(21))
 def test_what_somebody_else_writes_reaches_the_dataset_of_a_resumed_run(
     kind: str, event: int, workers: int, stop: int, tmp_path: Path
 ) -> None:
@@ -151,6 +152,15 @@ def test_what_somebody_else_writes_reaches_the_dataset_of_a_resumed_run(
         return _run(tmp_path / folder, loader, attach, 5, limit)
 
     _compare(once, stop)
+
+
+@pytest.mark.parametrize("kind", ["shared memory", "a shared tensor"])
+def test_workers_leave_alone_what_they_share(kind: str, tmp_path: Path) -> None:
+    """Each asks what the dataset keeps, while others fetch."""
+    for stop in (5, 9, 13):
+        test_what_somebody_else_writes_reaches_the_dataset_of_a_resumed_run(
+            kind, 1, 2, stop, tmp_path / str(stop)
+        )
 
 
 @pytest.mark.parametrize("stop", [2, 5, 6, 9, 13, 17])
