@@ -30,3 +30,9 @@ def test_each_room_has_a_line(repo_root: Path) -> None:
 
 def test_a_file_that_is_gone_would_be_found() -> None:
     assert named("`data/order.py`, `Checkpoint` and `ranks/`") == ["data/order.py", "ranks/"]
+
+
+def test_no_two_files_of_tests_have_one_name(repo_root: Path) -> None:
+    """Else pytest takes one for the other where both are collected, and refuses it."""
+    names = [file.name for file in (repo_root / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
