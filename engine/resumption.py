@@ -69,7 +69,8 @@ class Resumption:
         """Returns what a state that is taken before the resume is done has of the one loaded."""
         known = KEYS | set(OPTIONAL_KEYS)
         values = {key: item for key, item in self.snapshot.items() if key in known}
-        if "structure" not in values:
+        if "format" in values and "structure" not in values:
+            # A run that had nothing left to do has let go of it.
             engine = self._engine
             values["structure"] = engine._structure.record(engine._recorded_objects())
         return values
