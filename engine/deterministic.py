@@ -101,14 +101,12 @@ class DeterministicEngine(RecordingEngine):
         checks: Checks | None = None,
         shards: int | None = None,
     ) -> None:
-        before = {*vars(self)}
         super().__init__(
             process_function, backend, seed=seed, streams=streams, checks=checks, shards=shards
         )
         self._warn_only = warn_only
         # From `load_state_dict` on, until the data is opened or a new run begins.
         self._resumption: Resumption | None = None
-        self.made_with = frozenset(vars(self).keys() - before)
 
     def _own_state(self) -> dict[str, Any]:
         if self._resumption is None:

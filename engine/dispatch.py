@@ -341,8 +341,6 @@ class Dispatcher:
 
     def __init__(self) -> None:
         self.logger = logging.getLogger(f"{__package__}.{type(self).__name__}")
-        #: The names of the attributes that it was made with: what else it has, you have set.
-        self.made_with: frozenset[str] = frozenset()
         #: What is known of the run: iteration, epoch, output, metrics, and what you set.
         self.state = State()
         self.last_event_name: Any = None

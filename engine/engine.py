@@ -51,7 +51,6 @@ class Engine(SeenByIgnite, Loop):
                 "Engine must be given a processing function in order to run: a callable of "
                 "(engine, batch), got None"
             )
-        before = {*vars(self)}
         check_signature(process_function, "process_function", self, None)
         if isinstance(backend, (str, type)):
             raise TypeError(
@@ -74,7 +73,6 @@ class Engine(SeenByIgnite, Loop):
         self.checks = Checks()
         #: What the last resume of this engine was found to be; empty where a run began anew.
         self.proof = Proof()
-        self.made_with = frozenset(vars(self).keys() - before)
 
     @property
     def state_dict_user_keys(self) -> list[str]:

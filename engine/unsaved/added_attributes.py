@@ -7,8 +7,10 @@ looked at that are not its own, as far as a function fetches one of that name fr
 
 from __future__ import annotations
 
+import dis
 import types
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any, Final
 
 from torch.nn import Module
@@ -129,14 +131,31 @@ def _class_of(function: types.FunctionType) -> str | None:
     return parts[-2] if len(parts) > 1 and parts[-2] != "<locals>" else None
 
 
+@lru_cache
+def names_of_ours(kind: type) -> frozenset[str]:
+    """Returns what classes that are no user's have, and what their constructors make.
+
+    By their code: an engine whose dictionary was asked for when it was made is slower in its loop,
+    since Python then looks each attribute up.
+    """
+    found: set[str] = set()
+    for each in kind.__mro__:
+        if is_others(each):
+            found |= vars(each).keys()
+            if isinstance(made := vars(each).get("__init__"), types.FunctionType):
+                stored = dis.get_instructions(made)
+                found |= {str(one.argval) for one in stored if one.opname == "STORE_ATTR"}
+    return frozenset(found)
+
+
 def _further(holder: Any, kept: set[str], recorded: bool) -> Iterator[str]:
     """Yields the names of those attributes of an object that it does not have by itself."""
     if isinstance(holder, State):
         # What counts events is saved.
         yield from vars(holder).keys() - kept - {*holder.event_to_attr.values()}
     elif isinstance(holder, Dispatcher):
-        ours = {name for each in type(holder).__mro__ if is_others(each) for name in vars(each)}
-        yield from vars(holder).keys() - holder.made_with - ours
+        kind: Any = type(holder)
+        yield from vars(holder).keys() - names_of_ours(kind)
     elif isinstance(holder, TRAINED):
         for name, value in vars(holder).items():
             if name not in TORCHS_OWN and not (recorded and type(value) in RECORDED):

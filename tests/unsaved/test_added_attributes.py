@@ -23,6 +23,7 @@ from crosstrain.engine import (
     create_supervised_trainer,
     resume_or_start,
 )
+from crosstrain.engine.unsaved.added_attributes import names_of_ours
 
 Attach = Callable[[Any, Any, Any], None]
 CASES: dict[str, tuple[str, Attach]] = {}
@@ -348,8 +349,8 @@ def test_an_engine_has_nothing_of_its_own_that_counts_as_the_users(tmp_path: Pat
     resume_or_start(trainer, {"model": model, "optimizer": optimizer}, tmp_path, 1, signals=())
     trainer.run(_data(), max_epochs=1)
     for engine in (trainer, DeterministicEngine(lambda engine, batch: None)):
-        ours = {name for kind in type(engine).__mro__ for name in vars(kind)}
-        assert vars(engine).keys() <= engine.made_with | ours
+        kind: Any = type(engine)
+        assert vars(engine).keys() <= names_of_ours(kind)
 
 
 def _switched_variable(trainer: Any, one: Any, other: Any) -> None:
