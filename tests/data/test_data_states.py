@@ -1,4 +1,7 @@
-"""Data keeps more than its position: what handlers change, odd states, hidden draws."""
+"""Data keeps more than its position: what handlers change, odd states, hidden draws.
+
+One file, although it is long: all of it is resumed, and compared, in one way.
+"""
 
 from __future__ import annotations
 

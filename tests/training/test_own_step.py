@@ -118,11 +118,8 @@ def accumulating(spec: str, how: str) -> tuple[DeterministicEngine, nn.Module, A
     return DeterministicEngine(holder.step, backend, seed=1), model, optimizer
 
 
-@pytest.mark.parametrize("how", ["before", "after", "never", "steps first", "closure", "objects"])
-@pytest.mark.parametrize("spec", ["cpu", "cpu:fp16"])
-def test_gradients_of_an_own_window_are_part_of_the_state(spec: str, how: str) -> None:
-    data = batches(13)
-    whole, *trained = accumulating(spec, how)
+def saved_at_each_iteration(whole: Engine, trained: list[Any], data: Any) -> list[bytes]:
+    """Runs an engine; returns its state and those of what it trains after each iteration."""
     saved: list[bytes] = []
 
     @whole.on(Events.ITERATION_COMPLETED)
@@ -132,6 +129,15 @@ def test_gradients_of_an_own_window_are_part_of_the_state(spec: str, how: str) -
         saved.append(file.getvalue())
 
     whole.run(data)
+    return saved
+
+
+@pytest.mark.parametrize("how", ["before", "after", "never", "steps first", "closure", "objects"])
+@pytest.mark.parametrize("spec", ["cpu", "cpu:fp16"])
+def test_gradients_of_an_own_window_are_part_of_the_state(spec: str, how: str) -> None:
+    data = batches(13)
+    whole, *trained = accumulating(spec, how)
+    saved = saved_at_each_iteration(whole, trained, data)
     kept = []
     for state in saved[:-1]:
         resumed, *objects = accumulating(spec, how)
@@ -182,15 +188,7 @@ def test_gradients_of_the_iteration_before_are_kept_where_they_are_read(how: str
         return DeterministicEngine(steps[how], backends.get("cpu").open(), seed=1), model, optimizer
 
     whole, *trained = made()
-    saved: list[Any] = []
-
-    @whole.on(Events.ITERATION_COMPLETED)
-    def save() -> None:
-        file = io.BytesIO()
-        torch.save([whole.state_dict(), *(thing.state_dict() for thing in trained)], file)
-        saved.append(file.getvalue())
-
-    whole.run(data)
+    saved = saved_at_each_iteration(whole, trained, data)
     for place, state in enumerate(saved[2:-1], 2):
         resumed, *objects = made()
         states = torch.load(io.BytesIO(state), weights_only=True)
