@@ -245,6 +245,46 @@ def _lay_out(wrapped: DistributedDataParallel, model: torch.nn.Module) -> None:
     wrapped.module = model
 
 
+def lay_out_made(wrapped: DistributedDataParallel) -> bool:
+    """Does for a model that the script has wrapped itself what `replicate` does for others.
+
+    It does nothing where it need not: once it has had a backward pass, and for two processes, whose
+    sums have the same bits in any order. All processes call it together.
+
+    Returns:
+        False where it cannot be done: what the two passes would call does more than add up.
+    """
+    model: Any = wrapped.module
+    its: Any = wrapped
+    fixed = its.find_unused_parameters and not its.static_graph
+    if its._has_rebuilt_buckets or its.process_group.size() < 3 or fixed:
+        return True
+    if _has_sparse_gradients(model):
+        return True
+    shared = {id(parameter) for parameter in its._module_parameters}
+    parameters = list(model.parameters())
+    hooked = any(p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters)
+    if its.static_graph or its.mixed_precision or its._comm_hooks or hooked:
+        return False
+    before = [(p, p.grad, p.requires_grad) for p in parameters]
+    shares_buffers = its.require_forward_param_sync
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+            # Some may be frozen by now.
+            parameter.requires_grad_(id(parameter) in shared)
+        for _ in range(2):
+            # The buffers stay each process's own.
+            its.require_forward_param_sync = False
+            its.module = _Layout(model)
+            its.forward(0.0).backward()
+    finally:
+        its.module, its.require_forward_param_sync = model, shares_buffers
+        for parameter, gradient, wanted in before:
+            parameter.requires_grad_(wanted).grad = gradient
+    return True
+
+
 def _has_sparse_gradients(model: torch.nn.Module) -> bool:
     return any(getattr(module, "sparse", False) for module in model.modules())
 

@@ -193,6 +193,7 @@ class RecordingEngine(Engine):
     def _begins(self) -> None:
         self._unsaved.begin()
         self.state.seed = agreed_seed(self.state.seed, self.backend)
+        OwnStep(self._process_function, self).lay_out()
         self._cursor.watch(self.state.dataloader)
 
     def _epoch_begins(self) -> None:

@@ -36,6 +36,23 @@ def is_spread(value: Any) -> bool:
     return module is not None and isinstance(value, module.DTensor)
 
 
+def keeps_gradients(model: torch.nn.Module) -> bool:
+    """Tells whether FSDP keeps gradients of a model to itself, which it has not shared yet."""
+    sharding: Any = sys.modules.get("torch.distributed.fsdp")
+    kinds = () if sharding is None else (sharding.FSDPModule,)
+    modules: list[Any] = [one for one in model.modules() if isinstance(one, kinds)]
+    for one in modules:
+        group = one._get_fsdp_state()._fsdp_param_group
+        for its in () if group is None else group.fsdp_params:
+            whole = getattr(its, "_unsharded_param", None)
+            if (
+                its.unsharded_accumulated_grad is not None
+                or getattr(whole, "grad", None) is not None
+            ):
+                return True
+    return False
+
+
 def has_spread(states: Any) -> bool:
     """Tells whether there is a spread tensor in a nest of states."""
     if "torch.distributed.tensor" not in sys.modules:

@@ -1,9 +1,10 @@
 """What named objects hold on one rank and not on another: saved for each, and given back to each.
 
 A meter of this rank's losses, a source that this rank draws from, a metric before it is reduced: of
-these the rank that saves has only its own. What is trained is the same on all ranks, and is not
-compared; but the numbers by which an optimizer steps are, since its model parts where they differ.
-Of other modules, such as an average of the model, the buffers are compared.
+these the rank that saves has only its own. So it has of the statistics of batch norm, and of models
+that part between two averages of their weights, with the state of their optimizers. Of a module,
+only the parameters and buffers that differ are saved again. An average of models that are alike may
+be kept on one rank only: its parameters are compared where what is trained differs.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 
@@ -19,20 +20,21 @@ from crosstrain.backends import World
 from crosstrain.engine.digest import digest
 from crosstrain.engine.engine import Engine
 from crosstrain.engine.errors import ResumeWarning, warn_user
-from crosstrain.engine.formats.plain import to_plain
-from crosstrain.engine.guards import is_mapping, is_sequence
-from crosstrain.engine.nests import is_module, unwrap, walk_objects
+from crosstrain.engine.formats.plain import OnTensor, to_plain
+from crosstrain.engine.guards import is_dense, is_mapping, is_sequence
+from crosstrain.engine.nests import has, is_module, unwrap, walk_objects
 from crosstrain.engine.ranks.agreement import agreement_of
+from crosstrain.engine.ranks.check import digests
 from crosstrain.engine.ranks.line import Line, has_ranks
 from crosstrain.engine.ranks.of_each import RANKS, warn_of_own
 from crosstrain.engine.spread import has_spread, is_sharded
 from crosstrain.engine.storage.errors import CheckpointContentError
 
-from .model_part import ModelPart
-
 # Beside what differs of the engine itself, under RANKS in its state.
 _OBJECTS: Final = "objects"
 _WHAT: Final = "comparing the named objects of all ranks"
+# The one part of an object that is no module.
+_WHOLE: Final = ""
 
 # The name, the object and its state.
 Pair = tuple[str, Any, Any]
@@ -71,29 +73,47 @@ def note_differences(pairs: Sequence[Pair], rank: int) -> None:
     ranks = [its[RANKS] for _, _, its in pairs if is_mapping(its) and RANKS in its]
     if not ranks or not has_ranks():
         return
-    trained = _trained(pairs)
-    own = {name: _plain(_own_of(one, state, trained)) for name, one, state in pairs}
+    parts = {name: _parts(one, state) for name, one, state in pairs}
+    averages = _taken_out(pairs, parts)
+    marks = {name: _marks(part) for name, part in parts.items()}
     with _line({name: value for name, value, _ in pairs}) as line:
-        mine = {name: digest(state) for name, state in own.items()}
+        mine = {name: _summary(one, marks[name]) for name, one, _ in pairs}
         told = line.meet(_WHAT, mine, of=line.everyone)
         known = told[rank]
         for other, theirs in enumerate(told):
             _check_names(known, rank, theirs, other)
-        differ = [name for name in known if any(one[name] != known[name] for one in told)]
-        differ = _without_parted(differ, pairs)
-        if not differ:
+        differ = {
+            name: _Summary(*(any(t[name][i] != its[i] for t in told) for i in range(len(its))))
+            for name, its in known.items()
+        }
+        _warn_of_parted([name for name, found in differ.items() if found.rates])
+        if any(found.trained for found in differ.values()):
+            for name, part in averages.items():
+                parts[name].update(part)
+                marks[name].update(_marks(part))
+        else:
+            averages = {}
+        names = [name for name in known if any(differ[name]) or name in averages]
+        if not names:
             return
-        states = {name: own[name] for name in differ}
-        found = line.gather("gathering what named objects hold", states, rank)
+        saved = line.meet("comparing what differs", {n: marks[n] for n in names}, of=(rank,))[0]
+        own = {
+            name: {
+                key: _plain(parts[name][key], _on_host)
+                for key, mark in marks[name].items()
+                if mark != saved[name].get(key)
+            }
+            for name in names
+        }
+        found = line.gather("gathering what named objects hold", own, rank)
     if found is not None:
         ranks[0][_OBJECTS] = [
-            {name: state for name, state in theirs.items() if digests[name] != known[name]}
-            for theirs, digests in zip(found, told, strict=True)
+            {name: its.get(_WHOLE, its) for name, its in one.items() if its} for one in found
         ]
 
 
 def _check_names(
-    known: Mapping[str, str], rank: int, theirs: Mapping[str, str], other: int
+    known: Mapping[str, Any], rank: int, theirs: Mapping[str, Any], other: int
 ) -> None:
     for one, here, two, there in ((known, rank, theirs, other), (theirs, other, known, rank)):
         missing = [name for name in one if name not in two]
@@ -118,6 +138,7 @@ def with_own(pairs: Sequence[Pair]) -> list[Pair]:
             continue
         world = World() if engine.backend is None else engine.backend.world
         if len(others) != world.size:
+            others = [_without_statistics(theirs, pairs) for theirs in others]
             warn_of_own({name for theirs in others for name in theirs}, len(others), world.size)
         own = others[world.rank] if world.rank < len(others) else {}
         return [(name, one, _laid_over(one, its, own.get(name))) for name, one, its in pairs]
@@ -138,6 +159,45 @@ def _line(objects: Mapping[str, Any]) -> Generator[Line]:
         yield line
 
 
+def _parts(value: Any, state: Any) -> dict[str, Any]:
+    """Returns what of an object's state may be another on each rank: a module's by their names."""
+    # Of what is spread each process writes its part, or one gathers it.
+    if isinstance(value, Engine) or has(value, "consolidate_state_dict") or has_spread(state):
+        return {}
+    return dict(state) if _is_in_parts(value, state) else {_WHOLE: state}
+
+
+def _is_in_parts(value: Any, state: Any) -> bool:
+    return is_module(unwrap(value)) and is_mapping(state)
+
+
+def _taken_out(pairs: Sequence[Pair], parts: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Takes what is an average of the trained out of the parts: what no optimizer steps."""
+    trained = _trained(pairs)
+    if not trained:
+        return {}
+    found: dict[str, dict[str, Any]] = {}
+    for name, value, _ in pairs:
+        parameters = _parameters(value)
+        if trained.isdisjoint(map(id, parameters.values())):
+            here = parts[name]
+            found[name] = {key: here.pop(key) for key in parameters if key in here}
+    return {name: part for name, part in found.items() if part}
+
+
+def _without_statistics(own: Mapping[str, Any], pairs: Sequence[Pair]) -> dict[str, Any]:
+    """Returns what a rank had of its own, less the buffers of models whose weights are alike."""
+    trained = _trained(pairs)
+    alike = {
+        name
+        for name, one, _ in pairs
+        if (parameters := _parameters(one))
+        and not trained.isdisjoint(map(id, parameters.values()))
+        and parameters.keys().isdisjoint(own.get(name, ()))
+    }
+    return {name: its for name, its in own.items() if name not in alike}
+
+
 def _trained(pairs: Sequence[Pair]) -> set[int]:
     """Returns the identities of the parameters that the optimizers among objects step."""
     optimizers = [one for _, one, _ in pairs if isinstance(one, torch.optim.Optimizer)]
@@ -145,52 +205,79 @@ def _trained(pairs: Sequence[Pair]) -> set[int]:
     return {id(parameter) for group in groups for parameter in group["params"]}
 
 
-def _own_of(value: Any, state: Any, trained: set[int]) -> Any:
-    """Returns what of an object's state may be another on each rank; None if nothing is."""
+def _parameters(value: Any) -> dict[str, Any]:
     value = unwrap(value)
+    return dict(value.named_parameters(remove_duplicate=False)) if is_module(value) else {}
+
+
+class _Summary(NamedTuple):
+    """What tells an object's copies apart, each as a digest; or which of it differs."""
+
+    own: Any
+    #: Parameters, and what an optimizer keeps of them.
+    trained: Any
+    #: The numbers by which an optimizer steps.
+    rates: Any
+
+
+def _summary(value: Any, marks: Mapping[str, str]) -> _Summary:
     if isinstance(value, torch.optim.Optimizer):
-        return [{k: v for k, v in g.items() if k != "params"} for g in value.param_groups]
-    if isinstance(value, (Engine, ModelPart)):
-        return None
-    if not is_module(value) or not is_mapping(state):
-        return state
-    parameters = dict(value.named_parameters(remove_duplicate=False))
-    if any(id(parameter) in trained for parameter in parameters.values()):
-        # Its buffers are rank 0's, or alike, in each forward pass.
-        return None
-    return {name: part for name, part in state.items() if name not in parameters}
+        rates = [{k: v for k, v in g.items() if k != "params"} for g in value.param_groups]
+        return _Summary("", digest(marks), digest(rates))
+    trained = marks.keys() & _parameters(value).keys()
+    own = {key: mark for key, mark in marks.items() if key not in trained}
+    return _Summary(digest(own), digest({key: marks[key] for key in trained}), "")
 
 
-def _without_parted(differ: list[str], pairs: Sequence[Pair]) -> list[str]:
-    """Warns of optimizers among what differs between the ranks, and returns the rest."""
-    objects = {name: one for name, one, _ in pairs}
-    parted = [name for name in differ if isinstance(objects[name], torch.optim.Optimizer)]
-    if parted:
+def _marks(parts: Mapping[str, Any]) -> dict[str, str]:
+    """Returns a digest of each part; what lies on a device is digested there."""
+    there: list[torch.Tensor] = []
+
+    def on_host(tensor: torch.Tensor, _: bool) -> torch.Tensor:
+        if tensor.device.type == "cpu" or not is_dense(tensor):
+            return tensor.cpu()
+        there.append(tensor)
+        return torch.empty(0, dtype=tensor.dtype)
+
+    found: dict[str, tuple[str, int]] = {}
+    for key, part in parts.items():
+        found[key] = digest(_plain(part, on_host)), len(there)
+    on_device = digests(there)
+    marks: dict[str, str] = {}
+    begin = 0
+    for key, (rest, end) in found.items():
+        marks[key] = f"{rest} {on_device[begin:end]}"
+        begin = end
+    return marks
+
+
+def _warn_of_parted(names: Sequence[str]) -> None:
+    if names:
         warn_user(
-            f"The optimizer {', '.join(map(repr, parted))} does not step by the same numbers on "
+            f"The optimizer {', '.join(map(repr, names))} does not step by the same numbers on "
             "all ranks, such as its learning rate, so the copies of its model part; a run that "
-            "goes on gives all of them those of the rank that saves. Where a scheduler is stepped "
-            "by a loss or a metric, step it by the mean of all ranks (mean_over_ranks).",
+            "goes on in as many processes gives each its own. Where a scheduler is stepped by a "
+            "loss or a metric, step it by the mean of all ranks (mean_over_ranks).",
             ResumeWarning,
         )
-    return [name for name in differ if name not in parted]
 
 
 def _laid_over(value: Any, state: Any, own: Any) -> Any:
     """Returns an object's state with what this rank has of its own."""
-    if own is None or not (is_module(unwrap(value)) and is_mapping(own) and is_mapping(state)):
+    if own is None or not (_is_in_parts(value, state) and is_mapping(own)):
         return state if own is None else own
     whole: Any = copy.copy(state)
     whole.update(own)
     return whole
 
 
-def _plain(state: Any) -> Any:
-    if state is None or has_spread(state):
-        # Each process writes its part.
-        return None
+def _on_host(tensor: torch.Tensor, _: bool) -> torch.Tensor:
+    return tensor.cpu()
+
+
+def _plain(state: Any, on_tensor: OnTensor) -> Any:
     try:
-        return to_plain(state, lambda tensor, _: tensor.cpu())
+        return to_plain(state, on_tensor)
     except CheckpointContentError:
         # The save says it, with the object's name.
         return None

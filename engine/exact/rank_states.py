@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
 from crosstrain.backends import World
-from crosstrain.engine.digest import same
+from crosstrain.engine.digest import digest, same
 from crosstrain.engine.errors import ResumeWarning, warn_user
 from crosstrain.engine.guards import is_mapping
 from crosstrain.engine.ranks.agreement import agreement_of
@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 #: What the number of logical shards is called among the conditions of a run.
 SHARDS: Final = "logical shards"
 _logger = logging.getLogger(__name__)
-_PARTS: Final = ("rng_states", "epoch_rng_states", "position", "backend", "step", "made")
+_PARTS: Final = (
+    *("rng_states", "epoch_rng_states", "position", "backend", "step", "made"),
+    *("structure", "shown"),
+)
+# What may be large, and is alike on all ranks as a rule: sent where it is not.
+_LARGE: Final = "structure"
 
 
 def gathered(values: Mapping[str, Any], engine: Engine, destination: int) -> dict[str, Any]:
@@ -54,6 +59,9 @@ def gathered(values: Mapping[str, Any], engine: Engine, destination: int) -> dic
     own = {name: values[name] for name in names if name in values}
     agreement = agreement_of(engine)
     with Line() if agreement is None else nullcontext(agreement.line) as line:
+        mark = digest(own.get(_LARGE))
+        if line.meet(what, mark, of=(destination,)) == [mark]:
+            own.pop(_LARGE, None)
         found, rank = line.gather(what, own, destination), line.rank
     others = None
     if found is not None:

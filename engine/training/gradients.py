@@ -231,6 +231,30 @@ def average(models: Iterable[Any], optimizers: Iterable[torch.optim.Optimizer]) 
         parameter.grad /= size
 
 
+def in_windows(models: Iterable[Any]) -> list[bool]:
+    """Tells of each model that shares its buffers whether its next forward pass leaves them be.
+
+    DistributedDataParallel sends rank 0's buffers to all, but for passes after one without sharing.
+    """
+    return [not one.require_forward_param_sync for one in _sharing_buffers(models)]
+
+
+def put_in_windows(models: Iterable[Any], windows: Sequence[bool]) -> None:
+    """Does to models what `in_windows` has told of others."""
+    for one, within in zip(_sharing_buffers(models), windows, strict=False):
+        one.require_forward_param_sync = not within
+
+
+def _sharing_buffers(models: Iterable[Any]) -> list[Any]:
+    return [
+        one
+        for one in models
+        if isinstance(one, DistributedDataParallel)
+        and one.broadcast_buffers
+        and any(True for _ in one.module.buffers())
+    ]
+
+
 def combined(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Returns a training step's state for any number of processes, from those of all of a world.
 

@@ -15,9 +15,12 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
+from crosstrain.backends.process_group import lay_out_made
+from crosstrain.engine.errors import ResumeWarning, warn_user
 from crosstrain.engine.ranks.world import unshared
-from crosstrain.engine.spread import parameters_of
+from crosstrain.engine.spread import keeps_gradients, parameters_of
 
 from . import gradients
 from .captured import Captured
@@ -40,30 +43,58 @@ class OwnStep:
     def watch(self) -> None:
         """Notes from here on which gradients the optimizers have stepped with."""
         for optimizer in self._optimizers().values():
-            if optimizer not in self._uses:
+            # One that wraps another may be an optimizer by its type only.
+            if optimizer not in self._uses and "_optimizer_step_post_hooks" in vars(optimizer):
                 use = self._uses[optimizer] = _Use()
                 # No method of this object: it refers to the function, and that to the optimizer.
                 optimizer.register_step_post_hook(use.note)
 
+    def lay_out(self) -> None:
+        """Has models that the script shares itself add up in one order in each process's life."""
+        for name, thing in self._found():
+            if isinstance(thing, DistributedDataParallel) and not lay_out_made(thing):
+                warn_user(
+                    f"A resumed run will differ in its last bits: {name!r} is a "
+                    "DistributedDataParallel that adds its gradients up in another order in a "
+                    "process's first backward pass. Let the backend wrap the model "
+                    "(backend.prepare(model, optimizer)), and register communication hooks, and "
+                    "hooks of parameters, on what that returns.",
+                    ResumeWarning,
+                )
+
     def state_dict(self) -> dict[str, Any] | None:
         """Returns the gradients that the next step may use; None where there are none."""
+        models = [thing for _, thing in self._found() if isinstance(thing, torch.nn.Module)]
+        if any(map(keeps_gradients, models)):
+            warn_user(
+                "The run will not resume bit for bit from here: FSDP keeps the gradients of this "
+                "accumulation window to itself (set_requires_gradient_sync(False)), and no "
+                "checkpoint holds them. Save at the end of a window, or share the gradients of "
+                "each iteration.",
+                ResumeWarning,
+            )
         spent = {id(gradient) for use in self._uses.values() for gradient in use.spent()}
         if _reads_gradients_first(self._function):
             # It clears them, and looks at them before it does.
             spent = set()
         named = self._named().items()
         found = gradients.capture_named({n: p for n, p in named if id(p.grad) not in spent})
-        return {"gradients": found} if found else None
+        window = gradients.in_windows(models)
+        if not found and True not in window:
+            return None
+        return {"gradients": found, **({"windows": window} if True in window else {})}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what `state_dict` returned."""
-        if set(state) != {"gradients"}:
+        if set(state) - {"windows"} != {"gradients"}:
             raise ValueError(
                 f"The state holds a state of the process function ({sorted(state)}), and "
                 f"{self._function} has no load_state_dict. Use the factory that made the trainer "
                 "which wrote it."
             )
         gradients.restore(state["gradients"], self._named())
+        models = [thing for _, thing in self._found() if isinstance(thing, torch.nn.Module)]
+        gradients.put_in_windows(models, state.get("windows", []))
 
     def _named(self) -> dict[str, torch.Tensor]:
         found = self._found()

@@ -472,6 +472,7 @@ class TrainingStep:
             state["gradients"], gradients.named_by_place(self.models, self.optimizers)
         )
         self._filled, self._planned = state["filled"], state["planned"]
+        gradients.put_in_windows(several(self.model), [self._filled > 0] * len(self.models))
         self._counts = StepCounts(state["optim_steps"], state["applied_steps"])
         self._loaded = True
         engine = self._engine()

@@ -19,6 +19,7 @@ from typing import Any, Final
 
 import numpy
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from crosstrain.engine.data.generators import GENERATORS, GLOBAL_GENERATORS
@@ -232,6 +233,8 @@ class Walk:
 
     def look(self, value: Any, owner: str, name: str, depth: int, uses: frozenset[Use]) -> None:
         """Does what `value` does, and raises what the value raises."""
+        if isinstance(value, DistributedDataParallel):
+            self._communication(value, owner, name, depth)
         value, read = _without_wrapper(value), any(use.read for use in uses)
         if isinstance(value, type):
             self._class(value, owner, name, depth, uses)
@@ -273,6 +276,16 @@ class Walk:
             return
         elif not is_others(type(value)) or _is_namespace(value):
             self.attributes(value, owner, name, depth, uses)
+        elif module_of(type(value)).startswith("torch.distributed.algorithms."):
+            # Such as what counts when models are averaged; it has no state of its own.
+            self.attributes(value, owner, name, depth, ALL)
+
+    def _communication(self, shared: Any, owner: str, name: str, depth: int) -> None:
+        """Looks into how a model shares its gradients, and what that keeps from step to step."""
+        for hook, state in shared._comm_hooks:
+            where = f"{owner}, its {name}"
+            self.function(hook, f"the communication hook of {where}", depth)
+            self.value(state, where, "state of the communication hook", depth, ALL)
 
     def _is_new(self, value: Any) -> bool:
         """Tells whether a value is come to for the first time."""
