@@ -21,6 +21,7 @@ from crosstrain.engine.spread import parameters_of
 
 from . import gradients
 from .captured import Captured
+from .step_hooks import has_hooks
 
 if TYPE_CHECKING:
     from crosstrain.engine.engine import Engine
@@ -40,7 +41,8 @@ class OwnStep:
     def watch(self) -> None:
         """Notes from here on which gradients the optimizers have stepped with."""
         for optimizer in self._optimizers().values():
-            if optimizer not in self._uses:
+            # One that only wraps another may have no hooks: all of its gradients are saved.
+            if optimizer not in self._uses and has_hooks(optimizer):
                 use = self._uses[optimizer] = _Use()
                 # No method of this object: it refers to the function, and that to the optimizer.
                 optimizer.register_step_post_hook(use.note)
