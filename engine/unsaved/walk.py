@@ -314,7 +314,7 @@ class Walk:
             if not isinstance(item, PLAIN):
                 # The collection's own signature has those that it holds.
                 uses = frozenset[Use]() if isinstance(item, COLLECTIONS) else ALL
-                self.value(item, owner, f"{name}[{key!r}]", depth - 1, uses)
+                self.value(item, owner, f"{name}[{key!r}]", depth, uses)
 
     def attributes(
         self, value: Any, owner: str, name: str, depth: int, uses: frozenset[Use]
@@ -330,9 +330,11 @@ class Walk:
         elif id(value) in self._known or id(value) in self._saved.inside:
             # What its state has, under whichever name, goes on with it.
             own = {name: one for name, one in own.items() if not self._saved.has(value, one)}
-        more, functions = self._uses_of_self(
-            kind, frozenset(use.path[0] for use in uses if use.path)
-        )
+        used = frozenset(use.path[0] for use in uses if use.path)
+        if any(name not in own and not hasattr(kind, name) for name in used):
+            # The object answers itself, from what it keeps under other names.
+            used |= {"__getattr__", "__getattribute__"}
+        more, functions = self._uses_of_self(kind, used)
         # What is passed on, or passes itself on, may be used in any way.
         whole = any(use.path[:1] in ((), ("__dict__",)) for use in (*uses, *more))
         if whole:
