@@ -16,7 +16,7 @@ from typing import Any, Final
 from crosstrain.backends import random_state
 from crosstrain.engine.digest import digest, same
 from crosstrain.engine.guards import is_mapping
-from crosstrain.engine.loader_workers import workers_left_alone
+from crosstrain.engine.loader_workers import iterator_over
 
 from .apart import Apart
 from .batch_before import Noted, hold, record
@@ -115,8 +115,7 @@ class StatefulFlow(KeptFlow):
             if is_loader(self._owner):
                 # torchdata's loader takes its state when it is first iterated over, which draws
                 # random numbers: here, and not when the next pass is opened.
-                with workers_left_alone(self._source):
-                    iter(self._source)
+                iterator_over(self._source)
             opened.ended = True
             return iter(())
         self._begin(opened, None if state is None else state.get("random"))
@@ -138,8 +137,7 @@ class StatefulFlow(KeptFlow):
     def _begin(self, opened: _Pass, random: Mapping[str, Any] | None) -> None:
         """Iterates over the data, under random streams of its own if it draws here."""
         drawn = digest(random_state.capture()) if self._restarts else ""
-        with workers_left_alone(self._source):
-            opened.iterator = iter(self._source)
+        opened.iterator = iterator_over(self._source)
         self._draws |= self._restarts and digest(random_state.capture()) != drawn
         if self.apart:
             opened.apart = Apart(opened.iterator, random)

@@ -14,6 +14,7 @@ import io
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
+from itertools import islice
 from multiprocessing.sharedctypes import SynchronizedBase
 from typing import Any, Final
 
@@ -33,7 +34,7 @@ from crosstrain.engine.guards import (
     module_of,
     own_attributes,
 )
-from crosstrain.engine.nests import is_module, unwrap
+from crosstrain.engine.nests import is_module, is_plain_row, unwrap
 from crosstrain.engine.state import State
 from crosstrain.engine.structure import RECORDED
 
@@ -66,6 +67,9 @@ _SOURCES: Final = (
     torch.quasirandom.SobolEngine,
     ResumableSource,
 )
+_VALUES: Final = (*PLAIN, *COLLECTIONS)
+# How many things of a collection are looked at.
+_ITEMS: Final = 64
 _CALLED: Final = Use(("__call__",), True)
 
 
@@ -242,7 +246,7 @@ class Walk:
                 self.engine(value, f"{owner}, its {name!r}")
         elif len(self._seen) > _SEEN or isinstance(value, _CLOSED) or is_source(value):
             return
-        elif isinstance(value, (*PLAIN, *COLLECTIONS)):
+        elif isinstance(value, _VALUES):
             if read:
                 self.note(value, owner, name)
             if isinstance(value, COLLECTIONS) and depth > 0:
@@ -310,8 +314,9 @@ class Walk:
         self._seen.add(id(value))
         inside = inside_of(value)
         items = inside.items() if isinstance(inside, dict) else enumerate(inside)
-        for key, item in list(items)[:64]:
-            if not isinstance(item, PLAIN):
+        for key, item in list(islice(items, _ITEMS)):
+            # The rows of a history are many, and are looked at at each save.
+            if not isinstance(item, PLAIN) and not is_plain_row(item, _ITEMS):
                 # The collection's own signature has those that it holds.
                 uses = frozenset[Use]() if isinstance(item, COLLECTIONS) else ALL
                 self.value(item, owner, f"{name}[{key!r}]", depth, uses)

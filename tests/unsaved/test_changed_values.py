@@ -247,6 +247,16 @@ def _length_decides(trainer: Any, model: nn.Module, optimizer: Any) -> None:
             _set_rate(optimizer, 0.01)
 
 
+@_case("its 'seen'")
+def _large_set(trainer: Any, model: nn.Module, optimizer: Any) -> None:
+    seen = set(range(10_000))
+
+    @trainer.on(Events.ITERATION_COMPLETED)
+    def add() -> None:
+        seen.add(-trainer.state.iteration)
+        _set_rate(optimizer, 1 / len(seen))
+
+
 @_case("its 'count'")
 def _ends_in_what_is_read(trainer: Any, model: nn.Module, optimizer: Any) -> None:
     count: list[float] = []
