@@ -1,4 +1,4 @@
-"""A DataLoader's workers leave the signals that end a run to the process that trains.
+"""A DataLoader's workers end with the iterator that they work for: not before it, and not after.
 
 Schedulers and terminals send SIGTERM, SIGINT or SIGHUP to the whole process group. The process that
 trains saves and ends in order; its loader's workers would die at once, and the batch that it waits
@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import signal
 import weakref
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing import resource_tracker
@@ -28,18 +28,32 @@ _SIGNALS: Final = tuple(
 )
 
 
-@contextmanager
-def workers_left_alone(data: Any) -> Generator[None, None, None]:
-    """Has the workers that a DataLoader starts inside leave the ending signals to this process.
+def iterator_over(data: Any) -> Iterator[Any]:
+    """Returns an iterator over data, whose workers leave the ending signals to this process.
 
     Only the signals that this process listens to; the others end a worker as they end the process.
     It works for workers that are forked, spawned, or started by a fork server, and runs the user's
-    `worker_init_fn` in them. Other data than a DataLoader with workers is left as it is.
+    `worker_init_fn` in them. Other data than a DataLoader with workers is iterated over as it is.
     """
     # A subclass that only wraps another loader has no workers of its own.
     if not isinstance(data, DataLoader) or getattr(data, "num_workers", 0) == 0:
-        yield
-        return
+        return iter(data)
+    with _signals_left_alone(data):
+        iterator: Iterator[Any] = iter(data)
+    if (queues := getattr(iterator, "_index_queues", None)) is not None:
+        # The collector of cycles would close them first; the iterator then tells its workers in
+        # vain to end, and waits 5 s for each. So they are kept until the iterator is gone.
+        weakref.finalize(iterator, _let_go, queues).atexit = False
+    return iterator
+
+
+def _let_go(queues: Any) -> None:
+    """Holds queues as the argument of a call that is made when their owner is gone."""
+
+
+@contextmanager
+def _signals_left_alone(data: Any) -> Generator[None, None, None]:
+    """Has the workers that a DataLoader starts inside leave the ending signals to this process."""
     listened = {number for number in _SIGNALS if callable(signal.getsignal(number))}
     if not listened or not hasattr(signal, "pthread_sigmask"):
         yield

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import DataUsedUp, EmptyData, RankFailed
 from .events import Events
-from .loader_workers import workers_left_alone
+from .loader_workers import iterator_over
 from .place import Place
 from .progress import is_done
 from .requests import (
@@ -354,8 +354,7 @@ class Loop(Requests):
         data = self.state.dataloader
         if data is None:
             return repeat(None)
-        with workers_left_alone(data):
-            return iter(data)
+        return iterator_over(data)
 
     def _reopen_data(self) -> Iterator[Any]:
         """Returns an iterator over the data from its beginning, for another pass of this run."""

@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from itertools import islice
+from typing import Any, Final
 
 import torch
 
 from .guards import is_a, is_collection, is_mapping
 
 Path = tuple[Any, ...]
+
+#: What has no identity of its own: equal ones may be one object, whoever holds them.
+SCALARS: Final = (bool, int, float, complex, str, bytes, type(None))
+_SCALAR_TYPES: Final = frozenset(SCALARS)
 
 
 def has(value: object, name: str) -> bool:
@@ -29,6 +34,22 @@ def is_module(value: object) -> bool:
 def is_branch(value: Any) -> bool:
     """Tells whether a value is a part of a nest, and no object with a state of its own."""
     return is_collection(value, (Mapping, list, tuple)) and not has(value, "state_dict")
+
+
+def is_plain_row(value: Any, first: int | None = None) -> bool:
+    """Tells whether a list, tuple or dictionary holds numbers and words, and nothing else.
+
+    The rows of a history or a table are many: what looks for objects passes over them fast.
+
+    Args:
+        value: what may be a row.
+        first: how many of its items are looked at; None: all.
+    """
+    if type(value) is dict:
+        value = value.values()
+    elif type(value) is not list and type(value) is not tuple:
+        return False
+    return _SCALAR_TYPES.issuperset(map(type, islice(value, first)))
 
 
 def map_objects(visit: Callable[[Any, Path], Any], value: Any, path: Path = ()) -> Any:

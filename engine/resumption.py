@@ -262,11 +262,14 @@ class ExactResumption(Resumption):
         engine = self._engine
         self._compared = False
         handled = engine.has_users_handler(Events.EPOCH_STARTED) and not self._another_run
-        if engine.checks.batch_before == "off" or not handled:
+        if not handled:
             return
-        data = engine.state.dataloader
+        data, strictness = engine.state.dataloader, engine.checks.batch_before
+        strictness = "warn" if strictness == "error" else strictness
         with random_states_kept(engine.backend):
-            self._compared = engine._cursor.check_before(position, data, engine._key, engine.proof)
+            self._compared = engine._cursor.check_before(
+                position, data, engine._key, engine.proof, strictness
+            )
 
     # ------------------------------------------------------------ 4. before the first batch
 
@@ -285,6 +288,8 @@ class ExactResumption(Resumption):
         else:
             # EPOCH_STARTED fired once more, and what its handlers drew does not count.
             self._go_to(data, engine.checks.batch_before)
+            # For handlers of EPOCH_COMPLETED, if that is what comes next.
+            engine.state.batch = engine._cursor.batch_before()
             restore_random_states(self.snapshot["rng_states"], engine.backend)
         if self._reseeds:
             engine._cursor.seed_anew()

@@ -57,6 +57,12 @@ def pytest_timeout_set_timer() -> Generator[None, object, object]:
     return made
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begins with the files that have slow tests: the last to end is then not one of these."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def pytest_sessionstart() -> None:
     """Starts XLA's CPU device, where the tests run with it, before the first backward pass.
 

@@ -39,6 +39,10 @@ _HANDLERS_CHANGE: Final = (
     " It is of the epoch before, and there are handlers of EPOCH_STARTED: if they change the data "
     "for their epoch, and all of it, the run goes on as it was all the same."
 )
+_EXCHANGED: Final = (
+    " The run that was saved had exchanged its data, {} time(s): give run() the data that was set "
+    "last, or set it in a handler of STARTED that asks trainer.state.iteration."
+)
 _NO_PLACE: Final = (
     " So its state_dict does not tell what comes next: a shuffle buffer or what was read ahead is "
     "lost, an order is drawn anew, or load_state_dict does not take all of it. Have the state hold "
@@ -100,6 +104,8 @@ class Cursor:
         # The batch that was given last, with its indices, as far as they are known.
         self._last: Held | None = None
         self._last_indices: Any = None
+        # The batch before a position, as it was fetched once more.
+        self._again: Any = None
         self._held: deque[Held] = deque()
         self._prepared: Dataflow | None = None
         self._opened_before: _Opened | None = None
@@ -233,7 +239,9 @@ class Cursor:
     def prepare(self, position: Mapping[str, Any], data: Any) -> None:
         """Sets what handlers see of data to what it was when a position in it was written."""
         flow = self._prepared_for(data)
-        if _is_data(position, flow):
+        opened = self._opened_before
+        # What was opened already has its state.
+        if _is_data(position, flow) and (opened is None or opened.flow is not flow):
             flow.prepare(position["flow"])
             self._prepared = flow
 
@@ -280,7 +288,19 @@ class Cursor:
             if (doubt := flow.doubt(check.state, self._pass)) is not None:
                 proof.differs(f"The data may not go on as it was: {doubt}.", "warn")
             self._rehearse(check)
-            self._open_flow(check.state)
+            self._open_flow(self._with_its_end(check.state))
+
+    def _with_its_end(self, state: Any) -> Any:
+        """Returns a state that says that its pass has ended, where the data itself takes it so.
+
+        Whether a further batch comes was not known when it was written. Data that has given all of
+        its length and gives another batch at once begins another pass by that.
+        """
+        if state is None or state.get("ended") is not False or "replay" in state:
+            return state
+        if self._known.fingerprint().get("batches") != self.consumed:
+            return state
+        return state if self._look_at(state, 0, False) is None else {**state, "ended": True}
 
     def _open_after(self, before: Mapping[str, Any], check: _Check) -> None:
         """Opens data after the batch before, which is fetched once more and compared."""
@@ -305,6 +325,8 @@ class Cursor:
         self._fetch_before(before, check.state)
         self._tell_kept(check.proof)
         place = f"batch {self.consumed} of pass {self._pass + 1}"
+        if self._exchanges:
+            note += _EXCHANGED.format(self._exchanges)
         last, indices = (None, None) if self._ended else self._given(self._last)
         try:
             compare(
@@ -382,7 +404,12 @@ class Cursor:
         return item
 
     def check_before(
-        self, position: Mapping[str, Any], data: Any, key: StreamKey, proof: Proof
+        self,
+        position: Mapping[str, Any],
+        data: Any,
+        key: StreamKey,
+        proof: Proof,
+        strictness: Strictness,
     ) -> bool:
         """Compares the batch before a position at an epoch's beginning, before handlers run.
 
@@ -393,14 +420,18 @@ class Cursor:
         before: Any = position.get("before")
         if not _is_data(position, flow):
             return False
-        if is_comparable(before, world_of(self._backend)) is not None:
+        reason = is_comparable(before, world_of(self._backend))
+        if reason is not None and position["flow"].get("ended") is False:
+            proof.unchecked.append(f"the batch before: {reason}")
+            self._open_before(position, flow, key, _Check(position["flow"], proof, strictness))
+        if reason is not None or strictness == "off":
             return False
         kept = flow.kept()
         flow.workers_then = position.get("workers")
         self._key = key
         self._flow, self._prepared = flow, flow
         self._pass, self.consumed = position["pass"], position["batch"]
-        check = _Check(position["flow"], proof, "warn")
+        check = _Check(position["flow"], proof, strictness)
         self._open_at(before, check, _HANDLERS_CHANGE)
         if flow.stays_open and not position["flow"].get("dataset", {}).get("now"):
             # Opening it once more would move twice what it draws from unseen.
@@ -409,12 +440,38 @@ class Cursor:
             )
         else:
             flow.put_back(kept)
+        self._leave()
+        return True
+
+    def _open_before(
+        self, position: Mapping[str, Any], flow: Dataflow, key: StreamKey, check: _Check
+    ) -> None:
+        """Opens data with a state of its own, whose pass goes on, before handlers change it.
+
+        Where the run that was saved has gone on, its iterator was there before they were called.
+        """
+        self._key, self._flow, self._prepared = key, flow, flow
+        self._pass, self.consumed = position["pass"], position["batch"]
+        flow.workers_then = position.get("workers")
+        if check.strictness != "off":
+            self._hear_witness(check)
+            self._rehearse(check)
+        state, kept = self._with_its_end(check.state), flow.kept()
+        self._open_flow(state)
+        # Only by its end is it known to have begun: an iterator may do nothing until it is asked.
+        if next(self, _NONE) is not _NONE:
+            flow.put_back(kept)
+            self._open_flow(state)
+        self._opened_before = _Opened(flow, self._iterator, self._ended, None, None)
+        self._leave()
+
+    def _leave(self) -> None:
+        """Goes back to where no data is opened, after a look at some."""
         self._iterator = iter(())
         self._flow = None
         self.fetched = self.consumed = self._pass = 0
         self.opened = False
         self._last = self._last_indices = None
-        return True
 
     def _tell_kept(self, proof: Proof) -> None:
         """Tells what the dataset keeps that a run cannot go on with."""
@@ -467,9 +524,15 @@ class Cursor:
 
     def _fetch_again(self, state: Mapping[str, Any]) -> None:
         self._open_flow(state, 1)
-        found = next(self, _NONE) is not _NONE
+        item = next(self, _NONE)
         # However many there are, the run is after this batch.
-        self.fetched, self._ended, self.share = self.consumed, not found, None
+        self.fetched, self._ended, self.share = self.consumed, item is _NONE, None
+        self._again = None if self._ended else item
+
+    def batch_before(self) -> Any:
+        """Returns the batch before the position that was gone to, once; None where it has none."""
+        item, self._again = self._again, None
+        return item
 
     def go_to_pass(self, number: int, batch: int, data: Any, key: StreamKey) -> None:
         """Opens data at a batch of a pass, as if this run had not had it before."""

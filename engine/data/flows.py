@@ -17,7 +17,7 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from crosstrain.engine.digest import same
 from crosstrain.engine.errors import ResumeWarning, warn_user
-from crosstrain.engine.loader_workers import workers_left_alone
+from crosstrain.engine.loader_workers import iterator_over
 from crosstrain.engine.progress import data_length
 
 from .apart import Apart
@@ -324,8 +324,7 @@ class ReplayedFlow(KeptFlow):
             self._own.give(state)
         self._at_opening = self._own.take()
         source = self.data if self._loader is None else self._loader
-        with workers_left_alone(source):
-            iterator: Iterator[Any] = iter(source)
+        iterator = iterator_over(source)
         if self.apart:
             iterator = Apart(iterator)
         continues = iterator is self.data and self._opened

@@ -13,7 +13,7 @@ from torch.utils.data import default_collate
 from crosstrain.backends import World, random_state
 from crosstrain.engine.digest import same
 from crosstrain.engine.errors import ResumeWarning, warn_user
-from crosstrain.engine.loader_workers import workers_left_alone
+from crosstrain.engine.loader_workers import iterator_over
 from crosstrain.engine.progress import data_length
 
 from .apart import Secluded
@@ -294,8 +294,7 @@ def _iterator_of(loader: Any, sampler: KeyedSampler, entered: Callable[[], None]
     torch's loaders ask when they are iterated over, those of others with their first
     batch; `entered` is called then.
     """
-    with workers_left_alone(loader):
-        iterator: Iterator[Any] = iter(loader)
+    iterator = iterator_over(loader)
     if sampler.asked:
         entered()
         return iterator

@@ -16,7 +16,7 @@ from typing import Any, Final
 from crosstrain.backends import random_state
 from crosstrain.engine.digest import digest, same
 from crosstrain.engine.guards import is_mapping
-from crosstrain.engine.loader_workers import workers_left_alone
+from crosstrain.engine.loader_workers import iterator_over
 
 from .apart import Apart
 from .batch_before import Noted, hold, record
@@ -49,6 +49,8 @@ class _Pass:
     apart: Apart | None = None
     #: The data's state and those of what it draws from, as it was opened; None: it told none.
     opening: dict[str, Any] | None = None
+    #: These random states, where the data has refused to tell a state as it was opened.
+    refused: dict[str, Any] | None = None
     #: How many batches were taken of it, and whether there are no more.
     taken: int = 0
     ended: bool = False
@@ -87,6 +89,8 @@ class StatefulFlow(KeptFlow):
         self._draws = False
         # Whether the state was found to stay the same although a batch was taken.
         self._stays = False
+        # Whether its state_dict is found to raise: one that wraps another may have none to give.
+        self._raises = False
         self._pass = _Pass(0, looks=True, witness=None)
         self._closed_state: dict[str, Any] | None = None
 
@@ -111,35 +115,38 @@ class StatefulFlow(KeptFlow):
             if is_loader(self._owner):
                 # torchdata's loader takes its state when it is first iterated over, which draws
                 # random numbers: here, and not when the next pass is opened.
-                with workers_left_alone(self._source):
-                    iter(self._source)
+                iterator_over(self._source)
             opened.ended = True
             return iter(())
         self._begin(opened, None if state is None else state.get("random"))
         batches = self._watched(opened)
         if state is not None and replays:
-            told = None if quietly else "has a state_dict that tells no position"
+            raises = "has a state_dict that raises an error"
+            why = raises if self._raises else "has a state_dict that tells no position"
+            told = None if quietly else why
             batches = skipped_to(batches, state["replay"], again, self.data, told)
         return Noted(batches, self.held.append)
 
     def _load(self, state: Mapping[str, Any]) -> None:
         if "own" in state:
             self._generating.give(state["own"])
-        self._owner.load_state_dict(state["data"])
+        self._raises |= state["data"] is None
+        if not self._raises:
+            self._owner.load_state_dict(state["data"])
 
     def _begin(self, opened: _Pass, random: Mapping[str, Any] | None) -> None:
         """Iterates over the data, under random streams of its own if it draws here."""
         drawn = digest(random_state.capture()) if self._restarts else ""
-        with workers_left_alone(self._source):
-            opened.iterator = iter(self._source)
+        opened.iterator = iterator_over(self._source)
         self._draws |= self._restarts and digest(random_state.capture()) != drawn
         if self.apart:
             opened.apart = Apart(opened.iterator, random)
         with random_state.preserved():
             try:
-                data = copy.deepcopy(self._owner.state_dict())
+                data = copy.deepcopy(self._told())
                 opened.last_told = digest(data)
             except Exception:  # noqa: BLE001  before its first batch, data may refuse in any way
+                opened.refused = self._beside()
                 return
         opened.opening = {"data": data, **self._beside()}
 
@@ -172,8 +179,18 @@ class StatefulFlow(KeptFlow):
             yield item
         opened.ended = True
 
+    def _told(self) -> Any:
+        """Returns the data's own state; None if it was found to raise an error instead."""
+        return None if self._raises else self._owner.state_dict()
+
     def _look(self, opened: _Pass) -> None:
         """Looks whether the state moves with the first batches of a pass."""
+        if opened.taken == 1 and opened.refused is not None:
+            try:
+                self._owner.state_dict()
+            except Exception:  # noqa: BLE001  an object of the user's may raise anything
+                self._raises = self._stays = True
+                opened.opening = {"data": None, **opened.refused}
         if opened.taken > _FIRST or not opened.last_told or not opened.looks:
             return
         now = self._now()
@@ -185,7 +202,7 @@ class StatefulFlow(KeptFlow):
 
     def _now(self) -> dict[str, Any]:
         """Returns the data's state, as long as its pass has not ended."""
-        return self._with_dataset(copy.deepcopy(self._owner.state_dict()), False)
+        return self._with_dataset(copy.deepcopy(self._told()), False)
 
     def _with_dataset(self, data: Any, ended: bool) -> dict[str, Any]:
         return {"data": data, "ended": ended, "dataset": self.dataset_state(), **self._beside()}
@@ -203,7 +220,7 @@ class StatefulFlow(KeptFlow):
             return self._closed_state
         # Asked first: some fetch ahead to learn it, and their state is that after it.
         ended = self._has_ended()
-        state = self._with_dataset(self._owner.state_dict(), ended)
+        state = self._with_dataset(self._told(), ended)
         if self._restarts:
             state["draws"] = self._draws
         if self._pass.witness is not None:

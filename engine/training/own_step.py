@@ -19,17 +19,22 @@ from torch.nn.parallel import DistributedDataParallel
 
 from crosstrain.backends.process_group import lay_out_made
 from crosstrain.engine.errors import ResumeWarning, warn_user
+from crosstrain.engine.guards import is_a
+from crosstrain.engine.nests import Path, is_plain_row
 from crosstrain.engine.ranks.world import unshared
 from crosstrain.engine.spread import keeps_gradients, parameters_of
 
 from . import gradients
 from .captured import Captured
+from .step_hooks import has_hooks
 
 if TYPE_CHECKING:
     from crosstrain.engine.engine import Engine
 
 
 _FETCHES: Final = ("LOAD_ATTR", "LOAD_METHOD")
+# A collection of more things than this is data: it is not looked through for models at each save.
+_MOST: Final = 1024
 
 
 class OwnStep:
@@ -42,9 +47,9 @@ class OwnStep:
 
     def watch(self) -> None:
         """Notes from here on which gradients the optimizers have stepped with."""
-        for optimizer in self._optimizers().values():
-            # One that wraps another may be an optimizer by its type only.
-            if optimizer not in self._uses and "_optimizer_step_post_hooks" in vars(optimizer):
+        for _, optimizer in _optimizers(self._found()):
+            # One that only wraps another may have no hooks: all of its gradients are saved.
+            if optimizer not in self._uses and has_hooks(optimizer):
                 use = self._uses[optimizer] = _Use()
                 # No method of this object: it refers to the function, and that to the optimizer.
                 optimizer.register_step_post_hook(use.note)
@@ -99,12 +104,7 @@ class OwnStep:
     def _named(self) -> dict[str, torch.Tensor]:
         found = self._found()
         models = [(n, unshared(thing)) for n, thing in found if isinstance(thing, torch.nn.Module)]
-        return gradients.named(models, list(self._optimizers().items()))
-
-    def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        return {
-            name: thing for name, thing in self._found() if isinstance(thing, torch.optim.Optimizer)
-        }
+        return gradients.named(models, _optimizers(found))
 
     def _found(self) -> list[tuple[str, Any]]:
         """Returns the models and optimizers that are known, by name, each once."""
@@ -117,6 +117,10 @@ class OwnStep:
                 seen.add(id(thing))
                 found.append((name, thing))
         return found
+
+
+def _optimizers(found: list[tuple[str, Any]]) -> list[tuple[str, torch.optim.Optimizer]]:
+    return [(name, thing) for name, thing in found if isinstance(thing, torch.optim.Optimizer)]
 
 
 class _Use:
@@ -167,7 +171,9 @@ def _reads_gradients_first(function: Any, called: bool = False) -> bool:
             return False
         if name == "grad" and does in _FETCHES:
             return True
-        if inspect.isfunction(other := known.get(name)) and _reads_gradients_first(other, True):
+        if is_a(other := known.get(name), types.FunctionType) and _reads_gradients_first(
+            other, True
+        ):
             return True
         if name == "backward" and does in _FETCHES:
             # What is read from here on is this iteration's.
@@ -186,17 +192,20 @@ def _fetched(code: types.CodeType) -> Iterator[tuple[str, Any]]:
 
 def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yields models and optimizers, those in lists, tuples and dicts as well."""
-    for name, value in values.items():
-        if isinstance(value, (torch.nn.Module, torch.optim.Optimizer)):
-            yield name, value
-        elif isinstance(value, Captured):
-            yield from _flat({f"{name}.models": value.models, f"{name}.steps": value.optimizers})
-        elif type(value) is dict:
-            nested: dict[Any, Any] = value
-            yield from _flat({f"{name}.{key}": item for key, item in nested.items()})
-        elif type(value) in (list, tuple):
-            items: Any = value
-            yield from _flat({f"{name}.{place}": item for place, item in enumerate(items)})
+    seen: set[int] = set()
+    left: list[tuple[Path, Any]] = [((name,), value) for name, value in values.items()][::-1]
+    while left:
+        path, value = left.pop()
+        if is_a(value, torch.nn.Module, torch.optim.Optimizer):
+            yield ".".join(map(str, path)), value
+            continue
+        if is_a(value, Captured):
+            value = {"models": value.models, "steps": value.optimizers}
+        many = type(value) in (dict, list, tuple) and len(value) <= _MOST
+        if many and id(value) not in seen and not is_plain_row(value):
+            seen.add(id(value))
+            items = list(value.items() if type(value) is dict else enumerate(value))
+            left += [((*path, key), item) for key, item in reversed(items)]
 
 
 def _referred_to(function: Any) -> dict[str, Any]:

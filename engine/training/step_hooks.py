@@ -21,6 +21,11 @@ _BEFORE, _AFTER = "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"
 _MARK = "crosstrain"
 
 
+def has_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """Tells whether an optimizer calls hooks: one of a class that only wraps another does not."""
+    return all(hasattr(optimizer, place) for place in (_BEFORE, _AFTER))
+
+
 class StepHooks:
     """The hooks of some optimizers."""
 

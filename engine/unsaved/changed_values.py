@@ -74,7 +74,7 @@ class Values(Walk):
         """Returns what a later look is compared with."""
         return Begun(self.signatures, {*self.used.functions})
 
-    def changed(self, before: Begun) -> list[tuple[str, str]]:
+    def changed(self, before: Begun) -> list[Place]:
         """Returns what is other than it was before: its owner, and what that calls it."""
         # What is reached by another way than then, such as another handler, need not have changed.
         known = [(name, signature) for (_, name), signature in before.signatures.items()]
@@ -88,13 +88,23 @@ class Values(Walk):
                 return bool(before.signatures[place] == signature)
             return (place[1], signature) in known
 
-        return [
-            place
+        found = [
+            self._object_of(place, before)
             for place, signature in self.signatures.items()
             if signature is not None
             and place not in self._goes_on
             and not is_as_before(place, signature)
         ]
+        return list(dict.fromkeys(found))
+
+    def _object_of(self, place: Place, before: Begun) -> Place:
+        """Returns where an object is that has come instead of a plain value, for what it holds."""
+        owner, name = place
+        for index, letter in enumerate(name):
+            outer = owner, name[:index]
+            if letter == "." and outer in before.signatures and outer not in self.signatures:
+                return outer
+        return place
 
     # ------------------------------------------------------------ what is noted on the way
 

@@ -23,9 +23,10 @@ from crosstrain.engine.data.generators import GENERATORS, generator_state
 from crosstrain.engine.data.own_states import is_stateful
 from crosstrain.engine.digest import attributes_of
 from crosstrain.engine.guards import is_others, is_users_object, own_attributes
+from crosstrain.engine.nests import SCALARS
 
 from .functions import TORCHS_OWN, TRAINED
-from .signatures import COLLECTIONS, SCALARS, signature_of
+from .signatures import COLLECTIONS, signature_of
 from .source import names_in
 from .uses_in_source import uses_of_self
 

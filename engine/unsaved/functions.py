@@ -52,6 +52,8 @@ _FUNCTIONS: Final = (
     partial,
 )
 _LAYERS: Final = 16
+# Of which folders packages are installed into, their paths have one.
+_INSTALLED: Final = ("site-packages", "dist-packages")
 _NOTHING: Final[Mapping[str, Any]] = {}
 # Where hooks are kept, and what to call them.
 _OF_MODULES: Final = {
@@ -192,6 +194,12 @@ def functions_of_step(step: Any) -> Iterator[tuple[str, Any]]:
 # ------------------------------------------------------------------------------------ of a function
 
 
+def _is_installed(space: Mapping[str, Any]) -> bool:
+    """Tells whether the variables of a module are those of an installed package."""
+    place = space.get("__file__")
+    return isinstance(place, str) and any(folder in place for folder in _INSTALLED)
+
+
 def is_users_file(value: Any) -> bool:
     """Tells whether a value is a module of Python's that the user wrote: a file, not installed."""
     if not is_a(value, types.ModuleType):
@@ -200,7 +208,7 @@ def is_users_file(value: Any) -> bool:
     name = own.get("__name__")
     # A notebook has no file.
     place = "" if name == "__main__" else own.get("__file__")
-    if not isinstance(name, str) or not isinstance(place, str) or "site-packages" in place:
+    if not isinstance(name, str) or not isinstance(place, str) or _is_installed(own):
         return False
     root = name.partition(".")[0]
     return root not in OTHER_PACKAGES and root not in sys.stdlib_module_names
@@ -237,7 +245,10 @@ def methods_in(kind: type) -> dict[str, Any]:
 
 
 def variables_of(function: types.FunctionType) -> dict[str, Any]:
-    """Returns what a function's code names: defaults, the closure's variables and globals."""
+    """Returns what a function's code names: defaults, the closure's variables and globals.
+
+    Globals of an installed package are its registries and caches, and no matter of a run.
+    """
     code, values = function.__code__, function.__defaults__ or ()
     # A default is one object for all calls.
     first = code.co_argcount - len(values)
@@ -249,6 +260,8 @@ def variables_of(function: types.FunctionType) -> dict[str, Any]:
             with contextlib.suppress(ValueError):
                 found[name] = cell.cell_contents
     names = {*names_in(code)}
+    if _is_installed(function.__globals__):
+        return found
     if "globals" in names:
         names |= {one for one in code.co_consts if isinstance(one, str)}
     return found | {

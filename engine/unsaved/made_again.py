@@ -140,7 +140,7 @@ class MadeAgain:
     def _digests_of(self, now: Values, place: Place) -> _Digests | None:
         """Returns the digests of what is made lazily; None for anything else."""
         value, signature, name = now.values.get(place), now.signatures.get(place), named(place)
-        if not isinstance(value, (*PLAIN, *_NESTS)):
+        if place not in now.values or not isinstance(value, (*PLAIN, *_NESTS)):
             return None
         if not is_made_lazily(place[1], now.functions, now.used.states):
             return None

@@ -23,10 +23,8 @@ from torch.optim import Optimizer
 
 from crosstrain.engine.digest import digest
 from crosstrain.engine.guards import is_dense
-from crosstrain.engine.nests import is_module
+from crosstrain.engine.nests import SCALARS, is_module
 
-#: What has no identity of its own: equal ones may be one object, whoever holds them.
-SCALARS: Final = (bool, int, float, complex, str, bytes, type(None))
 #: What is compared as a whole.
 PLAIN: Final = (
     *SCALARS,
@@ -92,6 +90,9 @@ def signature_of(value: Any, depth: int = 16) -> Any:
         return value.shape, digest(many)
     if isinstance(value, numpy.random.SeedSequence):
         value = value.state
+    if isinstance(value, (set, frozenset)) and len(value) > _ENTRIES:
+        # Sorting them would be felt; their hashes are kept with them.
+        return len(value), hash(frozenset(value))
     if isinstance(value, _WHOLE) and len(value) <= _PLENTY:
         # Of plain values all at once; of what else there may be, one by one.
         many = tuple(value) if isinstance(value, (list, collections.deque)) else value
@@ -103,7 +104,7 @@ def signature_of(value: Any, depth: int = 16) -> Any:
     if isinstance(value, (*SCALARS, decimal.Decimal, fractions.Fraction, numpy.generic)):
         return type(value).__name__, repr(value)
     if isinstance(value, (set, frozenset)):
-        return len(value), sorted(map(repr, list(value)[:_ENTRIES]))
+        return len(value), sorted(map(repr, list(value)))
     if isinstance(value, COLLECTIONS) and depth > 0:
         inside = inside_of(value)
         items = list(inside.items() if isinstance(inside, dict) else inside)

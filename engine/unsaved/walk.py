@@ -14,6 +14,7 @@ import io
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
+from itertools import islice
 from multiprocessing.sharedctypes import SynchronizedBase
 from typing import Any, Final
 
@@ -34,7 +35,7 @@ from crosstrain.engine.guards import (
     module_of,
     own_attributes,
 )
-from crosstrain.engine.nests import is_module, unwrap
+from crosstrain.engine.nests import is_module, is_plain_row, unwrap
 from crosstrain.engine.state import State
 from crosstrain.engine.structure import RECORDED
 
@@ -67,6 +68,9 @@ _SOURCES: Final = (
     torch.quasirandom.SobolEngine,
     ResumableSource,
 )
+_VALUES: Final = (*PLAIN, *COLLECTIONS)
+# How many things of a collection are looked at.
+_ITEMS: Final = 64
 _CALLED: Final = Use(("__call__",), True)
 
 
@@ -245,7 +249,7 @@ class Walk:
                 self.engine(value, f"{owner}, its {name!r}")
         elif len(self._seen) > _SEEN or isinstance(value, _CLOSED) or is_source(value):
             return
-        elif isinstance(value, (*PLAIN, *COLLECTIONS)):
+        elif isinstance(value, _VALUES):
             if read:
                 self.note(value, owner, name)
             if isinstance(value, COLLECTIONS) and depth > 0:
@@ -323,11 +327,12 @@ class Walk:
         self._seen.add(id(value))
         inside = inside_of(value)
         items = inside.items() if isinstance(inside, dict) else enumerate(inside)
-        for key, item in list(items)[:64]:
-            if not isinstance(item, PLAIN):
+        for key, item in list(islice(items, _ITEMS)):
+            # The rows of a history are many, and are looked at at each save.
+            if not isinstance(item, PLAIN) and not is_plain_row(item, _ITEMS):
                 # The collection's own signature has those that it holds.
                 uses = frozenset[Use]() if isinstance(item, COLLECTIONS) else ALL
-                self.value(item, owner, f"{name}[{key!r}]", depth - 1, uses)
+                self.value(item, owner, f"{name}[{key!r}]", depth, uses)
 
     def attributes(
         self, value: Any, owner: str, name: str, depth: int, uses: frozenset[Use]
@@ -343,9 +348,11 @@ class Walk:
         elif id(value) in self._known or id(value) in self._saved.inside:
             # What its state has, under whichever name, goes on with it.
             own = {name: one for name, one in own.items() if not self._saved.has(value, one)}
-        more, functions = self._uses_of_self(
-            kind, frozenset(use.path[0] for use in uses if use.path)
-        )
+        used = frozenset(use.path[0] for use in uses if use.path)
+        if any(name not in own and not hasattr(kind, name) for name in used):
+            # The object answers itself, from what it keeps under other names.
+            used |= {"__getattr__", "__getattribute__"}
+        more, functions = self._uses_of_self(kind, used)
         # What is passed on, or passes itself on, may be used in any way.
         whole = any(use.path[:1] in ((), ("__dict__",)) for use in (*uses, *more))
         if whole:

@@ -37,6 +37,7 @@ def tell(tmp_path_factory: pytest.TempPathFactory) -> Tell:
     return run
 
 
+@pytest.mark.slow
 def test_it_keeps_every_promise_of_the_protocol() -> None:
     """The suite's own test of a backend, by the plugin's option."""
     file = Path(__file__).parents[1] / "conformance" / "test_conformance.py"

@@ -275,6 +275,96 @@ def test_a_state_that_takes_arguments_is_none_of_ours() -> None:
         _play(_loader(Counted()), state=states[2])
 
 
+class Wrapping:
+    """Wraps a loader, and has methods for a state that it has not got, as its loader has none."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.loader)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def state_dict(self) -> Any:
+        return self.loader.state_dict()
+
+    def load_state_dict(self, state: Any) -> None:
+        self.loader.load_state_dict(state)
+
+
+@pytest.mark.filterwarnings("ignore:.*fetched and thrown away")
+def test_a_state_that_cannot_be_asked_for_is_none() -> None:
+    def make() -> Any:
+        return Wrapping(DataLoader(Rows(), BATCH, shuffle=True))
+
+    _resumes(make)
+    _, states, _ = _play(make())
+    with pytest.warns(ResumeWarning, match="a state_dict that raises an error, so its first 2 "):
+        _play(make(), state=states[2])
+
+
+class Following(IterableDataset[Any]):
+    """Loaded where a pass has given all, it goes on with the next pass at once."""
+
+    def __init__(self) -> None:
+        self.number = self.place = 0
+
+    def __len__(self) -> int:
+        return SIZE
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.place == SIZE:
+            self._end()
+        while self.place < SIZE:
+            self.place += 1
+            yield torch.tensor([self.place, self.number, 0.0, torch.rand(())])
+        self._end()
+
+    def _end(self) -> None:
+        self.number, self.place = self.number + 1, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"number": self.number, "place": self.place}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.number, self.place = state["number"], state["place"]
+
+
+class Numbered(Following):
+    """Is told which epoch it is, and goes on where it was loaded in that epoch only."""
+
+    loaded: dict[str, Any] | None = None
+    began = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        then, self.began = self.loaded, self.number
+        self.place = then["place"] if then is not None and then["number"] == self.number else 0
+        while self.place < SIZE:
+            self.place += 1
+            yield torch.tensor([self.place, self.number, 0.0, torch.rand(())])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"number": self.began, "place": self.place}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.loaded = dict(state)
+
+
+def _tells_the_epoch(engine: DeterministicEngine, data: Any) -> None:
+    def tell() -> None:
+        data.dataset.number = engine.state.epoch
+
+    engine.add_event_handler(Events.EPOCH_STARTED, tell)
+
+
+def test_a_pass_whose_end_nobody_had_asked_for_ends_all_the_same() -> None:
+    _resumes(lambda: _loader(Following()))
+    _resumes(lambda: _loader(Numbered()), _tells_the_epoch)
+    _resumes(lambda: _loader(Stream()), _tells_the_epoch)
+
+
 class Coarse(Stream):
     """Has a state that moves with every eighth sample only."""
 
@@ -310,6 +400,58 @@ def test_a_state_that_loses_a_shuffle_buffer_is_told() -> None:
 
 
 # --------------------------------------------------------------------- what is set, and kept
+
+
+def test_data_that_a_run_had_exchanged_is_named_where_another_is_given() -> None:
+    def make() -> Any:
+        return [torch.full((2,), float(number)) for number in range(SIZE)]
+
+    def sets(engine: DeterministicEngine, data: Any) -> None:
+        engine.add_event_handler(
+            Events.ITERATION_COMPLETED(once=5), lambda: engine.set_data([-one for one in data])
+        )
+
+    straight, states, _ = _play(make(), sets)
+    with pytest.raises(ResumeError, match=r"had exchanged its data, 1 time\(s\): give run\(\)"):
+        _play(make(), sets, states[7])
+    rest, _, _ = _play([-one for one in make()], sets, states[7])
+    assert rest == {at: row for at, row in straight.items() if at > 7}
+
+    def sets_again(engine: DeterministicEngine, data: Any) -> None:
+        def again() -> None:
+            if engine.state.iteration >= 5:
+                engine.set_data([-one for one in data])
+
+        engine.add_event_handler(Events.STARTED, again)
+
+    rest, _, _ = _play(make(), sets_again, states[7])
+    assert rest == {at: row for at, row in straight.items() if at > 7}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epochs_end_that_is_still_to_fire_has_its_last_batch(workers: int) -> None:
+    def shows(engine: DeterministicEngine, data: Any) -> None:
+        engine.add_event_handler(
+            Events.EPOCH_COMPLETED, lambda: shown.append(engine.state.batch.tolist())
+        )
+
+    def make() -> Any:
+        return DataLoader(Rows(), BATCH, shuffle=True, num_workers=workers)
+
+    def saves(engine: DeterministicEngine, data: Any) -> None:
+        shows(engine, data)
+        engine.add_event_handler(
+            Events.ITERATION_COMPLETED, lambda: states.append(engine.state_dict())
+        )
+
+    shown: list[Any] = []
+    states: list[Any] = []
+    _play(make(), saves)
+    straight, shown[:] = [*shown], []
+    for epoch, iteration in enumerate((3, 6, 9)):
+        _play(make(), shows, states[iteration - 1])
+        assert shown == straight[epoch:]
+        shown.clear()
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -28,6 +28,7 @@ def joined(parts: list[Any]) -> list[Any]:
     return [[item for part in parts if part for item in part[place]] for place in (0, 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("part", ["course", "chain"])
 def test_same_batches_and_losses(worlds: dict[int, list[Told]], size: int, part: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import multiprocessing
 import sys
 import weakref
 from collections.abc import Iterator
@@ -14,8 +15,11 @@ from typing import Any
 import pytest
 import torch
 from differential import Expected, nothing
+from torch.utils.data import DataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from crosstrain.engine import (
+    DeterministicEngine,
     Engine,
     Events,
     RemovableEventHandle,
@@ -159,6 +163,29 @@ def test_a_paused_engine_is_collected() -> None:
     assert gone() is None
     assert closed == ["closed"]
     assert raised == []
+
+
+@pytest.mark.parametrize("kind", [Engine, DeterministicEngine])
+@pytest.mark.parametrize("loader", [DataLoader, StatefulDataLoader])
+def test_the_workers_of_a_collected_engine_are_told_to_end(
+    kind: Any, loader: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others wait for each 5 s and kill it: its queue is closed before it is told."""
+    killed: list[Any] = []
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "terminate", killed.append)
+
+    def pause() -> None:
+        engine = kind(nothing)
+        # A cycle of the user's, as any handler that refers to the trainer makes one.
+        engine.add_event_handler(Events.ITERATION_COMPLETED(once=1), lambda: engine.interrupt())
+        engine.run(loader(torch.arange(8.0), num_workers=2))
+        assert set(multiprocessing.active_children()) > before
+
+    before = set(multiprocessing.active_children())
+    pause()
+    gc.collect()
+    assert killed == []
+    assert set(multiprocessing.active_children()) == before
 
 
 def test_bound_methods_as_handlers() -> None:

@@ -147,6 +147,7 @@ SEEDS = (1, 9, 12, 30, 40, 502, 575, 648, 1444, 1500, 3098, 5215, 20005, 20084, 
 SEEDS += (20876, 20959, 20995, 21170, 21686, 22117, 50143)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(COMPOSITIONS)
 @example(PLAIN)

@@ -275,7 +275,7 @@ class Made:
             self.others = _cycle(
                 parts.DataLoader(parts.Mapped("nothing", choose), batch_size=2, shuffle=True)
             )
-        self.undo: list[Callable[[], None]] = []
+        self.undo: list[Callable[[], None]] = [self._end_workers]
         draws = [(place, kept.KINDS[kind][0]()) for place, kind in composition.kept]
         self.trainer = self._trainer(backend, dict(draws))
         self.evaluator = create_supervised_evaluator(self.model, backend=backend)
@@ -338,6 +338,12 @@ class Made:
         x, y = batch
         more, _ = next(self.others)
         return x + 0.01 * more.mean(), y
+
+    def _end_workers(self) -> None:
+        """Tells workers that stay to end: the collector of cycles would wait 5 s for each."""
+        for data in (self.data, self.held_out):
+            if isinstance(data, parts.DataLoader):
+                vars(data).update(_iterator=None)
 
     def _attach(self, name: str, event: str, when: str) -> None:
         function = HANDLERS[name]

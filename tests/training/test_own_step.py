@@ -197,3 +197,62 @@ def test_gradients_of_the_iteration_before_are_kept_where_they_are_read(how: str
             thing.load_state_dict(its)
         resumed.run(data)
         assert_same(state_of(*objects), state_of(*trained))
+
+
+class Wrapper(torch.optim.Optimizer):
+    """Only wraps another, as those of other libraries do: what torch's constructor makes it lacks.
+
+    Steps every second iteration, and clears only then.
+    """
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:  # pyright: ignore[reportMissingSuperCall]
+        self.inner, self.calls = inner, 0
+
+    @property
+    def param_groups(self) -> Any:  # type: ignore[override]
+        return self.inner.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        return self.inner.state
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.calls += 1
+        if self.calls % 2 == 0:
+            self.inner.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        if self.calls % 2 == 0:
+            self.inner.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"inner": self.inner.state_dict(), "calls": self.calls}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.inner.load_state_dict(state_dict["inner"])
+        self.calls = state_dict["calls"]
+
+
+def test_an_optimizer_that_only_wraps_another_goes_on_with_its_gradients() -> None:
+    data = batches(7)
+
+    def made() -> tuple[DeterministicEngine, nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(3)
+        model = nn.Linear(64, 10)
+        optimizer = Wrapper(torch.optim.Adam(model.parameters(), 0.1))
+
+        def step(engine: Engine, batch: Any) -> None:
+            nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return DeterministicEngine(step, seed=1), model, optimizer
+
+    whole, *trained = made()
+    for state in saved_at_each_iteration(whole, trained, data):
+        resumed, *objects = made()
+        states = torch.load(io.BytesIO(state), weights_only=True)
+        for thing, its in zip([resumed, *objects], states, strict=True):
+            thing.load_state_dict(its)
+        resumed.run(data)
+        assert_same(state_of(*objects), state_of(*trained))

@@ -151,6 +151,7 @@ SMALL: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(training=TRAININGS)
 @example(training={**SMALL, "layers": ["again"]})

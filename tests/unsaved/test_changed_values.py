@@ -57,6 +57,41 @@ def _scheduler(trainer: Any, model: nn.Module, optimizer: Any) -> None:
     trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: scheduler.step())
 
 
+class _Answering:
+    """Answers for what it keeps under other names, as those do that hold a program's settings."""
+
+    def __init__(self, content: dict[str, Any]) -> None:
+        self.__dict__["_kept"] = {
+            name: _Answering(value) if isinstance(value, dict) else _Setting(value)
+            for name, value in content.items()
+        }
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            found = self.__dict__["_kept"][name]
+        except KeyError:
+            raise AttributeError(name) from None
+        return found.value if isinstance(found, _Setting) else found
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._kept[name] = _Setting(value)
+
+
+class _Setting:
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+@_case("its \"settings._kept\\['train'\\]._kept\\['rate'\\].value\"")
+def _answered_by_the_object_itself(trainer: Any, model: nn.Module, optimizer: Any) -> None:
+    settings = _Answering({"train": {"rate": 0.1, "size": 3}, "name": "a"})
+
+    @trainer.on(Events.ITERATION_COMPLETED)
+    def decay() -> None:
+        settings.train.rate *= 0.9
+        _set_rate(optimizer, settings.train.rate)
+
+
 @_case("its 'average'")
 def _average(trainer: Any, model: nn.Module, optimizer: Any) -> None:
     average = torch.optim.swa_utils.AveragedModel(model)
@@ -210,6 +245,16 @@ def _length_decides(trainer: Any, model: nn.Module, optimizer: Any) -> None:
         seen.append(1.0)
         if len(seen) > 2:
             _set_rate(optimizer, 0.01)
+
+
+@_case("its 'seen'")
+def _large_set(trainer: Any, model: nn.Module, optimizer: Any) -> None:
+    seen = set(range(10_000))
+
+    @trainer.on(Events.ITERATION_COMPLETED)
+    def add() -> None:
+        seen.add(-trainer.state.iteration)
+        _set_rate(optimizer, 1 / len(seen))
 
 
 @_case("its 'count'")
@@ -393,6 +438,67 @@ def test_a_constant_is_not_told_because_a_named_object_had_its_value(tmp_path: P
             _set_rate(optimizer, 0.1 / SIZE)
 
     assert not _said(tmp_path, attach, {"numbers": numbers})
+
+
+def test_caches_of_an_installed_package_are_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A registry that its functions fill as they are called is made again by a resumed run."""
+    folder = tmp_path / "site-packages"
+    folder.mkdir()
+    (folder / "parses_and_keeps.py").write_text(
+        "_known = {}\n\n\nclass Parser:\n    count = 0\n\n"
+        "    def parse(self, text):\n        _known[text, len(_known)] = text\n"
+        "        return len(_known) and self.count\n"
+    )
+    monkeypatch.syspath_prepend(str(folder))
+    parser = __import__("parses_and_keeps").Parser()
+
+    def attach(trainer: Any, model: nn.Module, optimizer: Any) -> None:
+        trainer.add_event_handler(
+            Events.ITERATION_COMPLETED, lambda: _set_rate(optimizer, 0.1 + parser.parse("x"))
+        )
+
+    assert not _said(tmp_path / "quiet", attach)
+
+    def counts(trainer: Any, model: nn.Module, optimizer: Any) -> None:
+        attach(trainer, model, optimizer)
+
+        @trainer.on(Events.ITERATION_COMPLETED)
+        def count() -> None:
+            parser.count += 1
+
+    (said,) = _said(tmp_path / "told", counts)
+    assert "its 'parser.count'" in said
+    assert "_known" not in said
+
+
+def test_an_object_that_comes_later_is_told_once_and_not_by_all_that_it_holds(
+    tmp_path: Path,
+) -> None:
+    class Plan:
+        def __init__(self) -> None:
+            self.first, self.second, self.third = 1.0, 2.0, [3.0]
+
+        def factor(self) -> float:
+            return self.first * self.second * self.third[0]
+
+    def attach(trainer: Any, model: nn.Module, optimizer: Any) -> None:
+        class Holder:
+            plan: Any = None
+
+        holder = Holder()
+        holder.plan = None
+
+        @trainer.on(Events.ITERATION_COMPLETED)
+        def use(engine: Any) -> None:
+            if engine.state.iteration == 2:
+                holder.plan = Plan()
+            _set_rate(optimizer, 0.1 if holder.plan is None else holder.plan.factor() / 60)
+
+    (said,) = _said(tmp_path, attach)
+    assert "its 'holder.plan'" in said
+    assert "holder.plan." not in said
 
 
 def test_each_of_two_handlers_of_one_name_is_looked_at(tmp_path: Path) -> None:

@@ -184,6 +184,8 @@ def _evaluated(loader: Any, states: list[Any], state: Any = None) -> tuple[list[
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         engine.run([1.0] * 7, max_epochs=1)
+    # A collector would wait 5 s for each of its workers.
+    loader._iterator = None
     return rows, [str(item.message) for item in caught if "_workers" in str(item.message)]
 
 

@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from crosstrain.engine import (
     Checks,
+    DeterministicEngine,
     Events,
     ResumeWarning,
     create_supervised_evaluator,
@@ -280,9 +281,15 @@ def train(thing: Any, place: str, states: list[Any]) -> None:
             use(thing)
         return nn.functional.cross_entropy(prediction, target)
 
-    trainer = create_supervised_trainer(
-        model, optimizer, loss, deterministic=True, checks=Checks(structure="warn")
-    )
+    def step(engine: Any, batch: Any) -> None:
+        use(thing)
+
+    checks = Checks(structure="warn")
+    trainer: Any = DeterministicEngine(step, checks=checks)
+    if place != "step":
+        trainer = create_supervised_trainer(
+            model, optimizer, loss, deterministic=True, checks=checks
+        )
     evaluator: Any = create_supervised_evaluator(model)
 
     def handle(engine: Any, passed: Any = None) -> None:
@@ -328,7 +335,7 @@ def train(thing: Any, place: str, states: list[Any]) -> None:
 @pytest.mark.filterwarnings("ignore:The .* prototype:UserWarning")
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_look_at_an_object_ends_a_run(kind: str) -> None:
-    for place in random.Random(kind).sample(PLACES, 4):
+    for place in ("step", *random.Random(kind).sample(PLACES, 4)):
         states: list[Any] = []
         train(KINDS[kind](), place, states)
         states = states[:1]
