@@ -135,7 +135,7 @@ def leaf_of(path: str, value: Any) -> Leaf:
     total = hashlib.sha256()
     if isinstance(value, torch.Tensor):
         for part in dense(value.detach()):
-            total.update(_tensor_bytes(part))
+            total.update(bytes_of(part))
         shape = "nested" if value.is_nested else tuple(value.shape)
         kind = f"{str(value.dtype).removeprefix('torch.')} {shape}"
     elif is_array(value):
@@ -178,7 +178,8 @@ def dense(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
     return (whole.indices(), whole.values())
 
 
-def _tensor_bytes(tensor: torch.Tensor) -> Any:
+def bytes_of(tensor: torch.Tensor) -> Any:
+    """Returns the bytes of a dense tensor, wherever it lies: as an array, or none."""
     return _flat(tensor).numpy() if tensor.numel() else b""
 
 

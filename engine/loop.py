@@ -60,6 +60,7 @@ class Loop(Requests):
         # What is to propagate out of `run`.
         self._failure: BaseException | None = None
         self._at_end: list[Callable[[], None]] = []
+        self._after_pause: list[Callable[[], None]] = []
         #: Whether the run has come to its end, for what is called there: no pause, no exception.
         self.ended_in_order = False
         #: Asked about an error before EXCEPTION_RAISED fires: whether it is dealt with already.
@@ -72,6 +73,13 @@ class Loop(Requests):
         by one. What it raises itself becomes a note of the run's exception, if there is one.
         """
         self._at_end.append(function)
+
+    def call_after_pause(self, function: Callable[[], None]) -> None:
+        """Has a function called, without arguments, when a run that has paused is about to go on.
+
+        What it raises, `run` does, and the run stays paused.
+        """
+        self._after_pause.append(function)
 
     def _drop_session(self) -> None:
         """Forgets a paused run and its data, what was asked of a run and where it was."""
@@ -96,6 +104,9 @@ class Loop(Requests):
             place.loaded = place.loaded and self.restartable
             self.asked = 0
             self._session = self._run()
+        else:
+            for function in self._after_pause:
+                function()
         self._observe()
         session = self._session
         try:

@@ -13,7 +13,7 @@ from typing import Any
 
 from crosstrain.engine.dispatch import Phase
 from crosstrain.engine.engine import Engine
-from crosstrain.engine.errors import RankFailed
+from crosstrain.engine.errors import RankFailed, ResumeWarning, warn_user
 from crosstrain.engine.events import Events
 from crosstrain.engine.progress import is_done
 from crosstrain.engine.proof import Proof
@@ -147,6 +147,7 @@ class ResumableRun:
         ):
             trainer.add_in_phase(saved, handler, Phase.SAVE)
         trainer.call_at_end(self._end)
+        trainer.call_after_pause(self._go_on)
         trainer.deals_with = self._deals_with
 
     def _mark(self) -> None:
@@ -164,10 +165,24 @@ class ResumableRun:
         iteration, self._to_copy = self._to_copy, None
         self._remote.copy(path, iteration)
 
-    def _begin(self) -> None:
-        trainer = self._trainer
+    def _listen(self) -> None:
         self._claim.take()
         self._signals.install()
+
+    def _go_on(self) -> None:
+        """Takes back what a pause has given back, and says what is lost if the run is stopped."""
+        self._listen()
+        warn_user(
+            "The run goes on after interrupt(). If it is stopped and started again from here on, "
+            "it does not pause there once more: its first run() goes on to the end, and the next "
+            "run() begins a new run, from trained weights. To do something between two parts of a "
+            "run, use a handler, or run() with limits that grow (max_epochs=1, then max_epochs=2).",
+            ResumeWarning,
+        )
+
+    def _begin(self) -> None:
+        trainer = self._trainer
+        self._listen()
         if self._finished is not None and trainer.state.iteration == 0:
             # run() takes a state at its limit for a reason to train anew, from trained weights.
             trainer.state.iteration, trainer.state.epoch = self._finished

@@ -24,6 +24,7 @@ def found(tmp_path_factory: pytest.TempPathFactory, forked_programs: None) -> li
     return results(folder, PROCESSES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [one.__name__ for one in EXACT])
 def test_each_process_goes_on_as_it_was(found: Any, name: str) -> None:
     """Models that part, statistics of each, buffers within a window, sums, what is not sent yet."""

@@ -27,6 +27,7 @@ from crosstrain.engine import (
     DiskSaver,
     Engine,
     Events,
+    ResumeWarning,
     create_supervised_trainer,
     resume_or_start,
 )
@@ -140,6 +141,23 @@ def test_the_second_interrupt_ends_at_once(server: ForkServer, program: Program)
     assert time.monotonic() - began < 20, "it waited for the iteration, which takes 30 s"
     assert not program.result.exists()
     assert names(program.folder) == ["checkpoint_4.pt"]
+
+
+def test_a_signal_after_a_pause_saves_and_ends_in_order(tmp_path: Path) -> None:
+    objects = made()
+    trainer = objects["trainer"]
+    run = resume_or_start(trainer, objects, tmp_path, Events.EPOCH_COMPLETED)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=2), lambda: trainer.interrupt())
+    trainer.add_event_handler(
+        Events.ITERATION_COMPLETED(once=3), lambda: os.kill(os.getpid(), signal.SIGTERM)
+    )
+    trainer.run(BATCHES, max_epochs=3)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.warns(ResumeWarning, match="does not pause there once more"):
+        trainer.run()
+    assert (run.exit_code, trainer.state.iteration) == (143, 3)
+    assert any("_3" in name for name in names(tmp_path))
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_second_sigterm_changes_nothing(program: Program) -> None:
