@@ -15,7 +15,6 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, Final, NamedTuple
 
 import torch
-from blake3 import blake3
 
 from crosstrain.backends import World
 from crosstrain.engine.digest import bytes_of, digest
@@ -30,6 +29,7 @@ from crosstrain.engine.ranks.line import Line, has_ranks
 from crosstrain.engine.ranks.of_each import RANKS, warn_of_own
 from crosstrain.engine.spread import has_spread, is_sharded
 from crosstrain.engine.storage.errors import CheckpointContentError
+from crosstrain.engine.storage.tree_hash import digest_of
 
 # Beside what differs of the engine itself, under RANKS in its state.
 _OBJECTS: Final = "objects"
@@ -256,9 +256,8 @@ def _marks(parts: Mapping[str, Any]) -> dict[str, str]:
 
 def _mark_of(tensor: torch.Tensor) -> torch.Tensor:
     """Returns a digest to take a tensor's place: by BLAKE3, since a save waits for it."""
-    made = blake3(bytes_of(tensor), max_threads=blake3.AUTO)
-    made.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    return torch.tensor(list(made.digest()), dtype=torch.uint8)
+    kind = f" {tensor.dtype} {tuple(tensor.shape)}".encode()
+    return torch.tensor(list(digest_of(bytes_of(tensor)) + kind), dtype=torch.uint8)
 
 
 def _warn_of_parted(names: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from blake3 import blake3
 
@@ -52,6 +52,11 @@ class Tree:
     def root(self) -> str:
         """The hash of all, in hexadecimal."""
         return hashlib.sha256(b"".join(map(bytes.fromhex, self.blocks))).hexdigest()
+
+
+def digest_of(data: Any) -> bytes:
+    """Returns the BLAKE3 of a buffer (bytes, a numpy array), made by as many threads as are worth it."""
+    return blake3(data, max_threads=blake3.AUTO).digest()
 
 
 class TreeHash:
