@@ -55,7 +55,7 @@ class Tree:
 
 
 def digest_of(data: Any) -> bytes:
-    """Returns the BLAKE3 of a buffer (bytes, a numpy array), made by as many threads as are worth it."""
+    """Returns the BLAKE3 of a buffer (bytes, a numpy array), by as many threads as pay."""
     return blake3(data, max_threads=blake3.AUTO).digest()
 
 
