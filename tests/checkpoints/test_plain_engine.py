@@ -70,4 +70,3 @@ def test_it_ends_with_the_same_bits(tmp_path: Path, workers: int) -> None:
 def test_workers_that_stay_are_told(tmp_path: Path) -> None:
     with pytest.warns(ResumeWarning, match="persistent_workers, and a plain Engine"):
         trained(tmp_path, 1, 5, 1, True)
-
