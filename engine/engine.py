@@ -212,22 +212,24 @@ class Engine(SeenByIgnite, Loop):
             return
         done = state.iteration % (state.epoch_length or state.iteration or 1)
         if done:
-            where = f"inside an epoch, after {done} of {state.epoch_length} iterations"
-            what = "begins the data anew: it repeats some samples and skips others"
-            otherwise = "or save at the end of epochs only"
+            message = (
+                f"The run {doing} inside an epoch, after {done} of {state.epoch_length} "
+                "iterations, and a plain Engine that goes on there begins the data anew: it "
+                "repeats some samples and skips others. Use DeterministicEngine, or "
+                "create_supervised_trainer(..., deterministic=True), which goes on with the next "
+                "batch; or save at the end of epochs only"
+            )
         elif getattr(state.dataloader, "persistent_workers", False):
-            where = "with persistent_workers"
-            what = "begins new workers: their random numbers, and the order, are others"
-            otherwise = "or persistent_workers=False"
+            message = (
+                f"The run {doing} with persistent_workers, and a plain Engine that goes on there "
+                "begins new workers: the order, and what they draw, are others. Use "
+                "DeterministicEngine, or create_supervised_trainer(..., deterministic=True); or "
+                "leave persistent_workers out"
+            )
         else:
             return
         self._told_of_data = True
-        warn_user(
-            f"The run {doing} {where}, and a plain Engine that goes on there {what}. Use "
-            "DeterministicEngine, or create_supervised_trainer(..., deterministic=True), which "
-            f"goes on with the next batch; {otherwise}",
-            ResumeWarning,
-        )
+        warn_user(message, ResumeWarning)
 
     def _begin_anew(self) -> None:
         self._loaded_rng_states = None
