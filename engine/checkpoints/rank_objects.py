@@ -3,8 +3,8 @@
 A meter of this rank's losses, a source that this rank draws from, a metric before it is reduced: of
 these the rank that saves has only its own. So it has of the statistics of batch norm, and of models
 that part between two averages of their weights, with the state of their optimizers. Of a module,
-only the parameters and buffers that differ are saved again. An average of models that are alike may
-be kept on one rank only: its parameters are compared where what is trained differs.
+only the parameters and buffers that differ are saved again; and what several ranks have alike, as
+where an average of the model is kept on one rank only, is saved once for all of them.
 """
 
 from __future__ import annotations
@@ -75,7 +75,6 @@ def note_differences(pairs: Sequence[Pair], rank: int) -> None:
     if not ranks or not has_ranks():
         return
     parts = {name: _parts(one, state) for name, one, state in pairs}
-    averages = _taken_out(pairs, parts)
     marks = {name: _marks(part) for name, part in parts.items()}
     with _line({name: value for name, value, _ in pairs}) as line:
         mine = {name: _summary(one, marks[name]) for name, one, _ in pairs}
@@ -88,16 +87,11 @@ def note_differences(pairs: Sequence[Pair], rank: int) -> None:
             for name, its in known.items()
         }
         _warn_of_parted([name for name, found in differ.items() if found.rates])
-        if any(found.trained for found in differ.values()):
-            for name, part in averages.items():
-                parts[name].update(part)
-                marks[name].update(_marks(part))
-        else:
-            averages = {}
-        names = [name for name in known if any(differ[name]) or name in averages]
+        names = [name for name in known if any(differ[name])]
         if not names:
             return
         saved = line.meet("comparing what differs", {n: marks[n] for n in names}, of=(rank,))[0]
+        sent_by = {name: [t[name] for t in told].index(mine[name]) for name in names}
         own = {
             name: {
                 key: _plain(parts[name][key], _on_host)
@@ -105,11 +99,17 @@ def note_differences(pairs: Sequence[Pair], rank: int) -> None:
                 if mark != saved[name].get(key)
             }
             for name in names
+            if sent_by[name] == line.rank
         }
-        found = line.gather("gathering what named objects hold", own, rank)
+        found = line.gather("gathering what named objects hold", (own, sent_by), rank)
     if found is not None:
         ranks[0][_OBJECTS] = [
-            {name: its.get(_WHOLE, its) for name, its in one.items() if its} for one in found
+            {
+                name: its.get(_WHOLE, its)
+                for name, first in sent_by.items()
+                if (its := found[first][0][name])
+            }
+            for _, sent_by in found
         ]
 
 
@@ -172,20 +172,6 @@ def _is_in_parts(value: Any, state: Any) -> bool:
     return is_module(unwrap(value)) and is_mapping(state)
 
 
-def _taken_out(pairs: Sequence[Pair], parts: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Takes what is an average of the trained out of the parts: what no optimizer steps."""
-    trained = _trained(pairs)
-    if not trained:
-        return {}
-    found: dict[str, dict[str, Any]] = {}
-    for name, value, _ in pairs:
-        parameters = _parameters(value)
-        if trained.isdisjoint(map(id, parameters.values())):
-            here = parts[name]
-            found[name] = {key: here.pop(key) for key in parameters if key in here}
-    return {name: part for name, part in found.items() if part}
-
-
 def _without_statistics(own: Mapping[str, Any], pairs: Sequence[Pair]) -> dict[str, Any]:
     """Returns what a rank had of its own, less the buffers of models whose weights are alike."""
     trained = _trained(pairs)
@@ -214,20 +200,15 @@ def _parameters(value: Any) -> dict[str, Any]:
 class _Summary(NamedTuple):
     """What tells an object's copies apart, each as a digest; or which of it differs."""
 
-    own: Any
-    #: Parameters, and what an optimizer keeps of them.
-    trained: Any
+    all: Any
     #: The numbers by which an optimizer steps.
     rates: Any
 
 
 def _summary(value: Any, marks: Mapping[str, str]) -> _Summary:
-    if isinstance(value, torch.optim.Optimizer):
-        rates = [{k: v for k, v in g.items() if k != "params"} for g in value.param_groups]
-        return _Summary("", digest(marks), digest(rates))
-    trained = marks.keys() & _parameters(value).keys()
-    own = {key: mark for key, mark in marks.items() if key not in trained}
-    return _Summary(digest(own), digest({key: marks[key] for key in trained}), "")
+    groups = value.param_groups if isinstance(value, torch.optim.Optimizer) else []
+    rates = [{key: each for key, each in one.items() if key != "params"} for one in groups]
+    return _Summary(digest(marks), digest(rates))
 
 
 def _marks(parts: Mapping[str, Any]) -> dict[str, str]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Iterable
 from datetime import timedelta
 from typing import Any, Final, Self, TypeVar
 
+import torch
 from torch import distributed
 
 from crosstrain.backends.process_group import group_store, timeout
@@ -295,14 +296,21 @@ class Line:
         Large ones go over the process group if that works on CPU tensors, else over a group that
         is made for it. `what` is as of `meet`, and a value a nest of CPU tensors and plain types.
         """
-        packed = pickle.dumps(value)
+        packed = bytearray(pickle.dumps(value))
         large = len(packed) > _LARGE
-        told = self.meet(what, None if large else packed, of=self.everyone)
-        if None not in told:
-            return [pickle.loads(one) for one in told] if self.rank == destination else None
-        values: list[Any] | None = [None] * self.size if self.rank == destination else None
-        distributed.gather_object(value, values, destination, self._on_host())
-        return values
+        told = self.meet(what, len(packed) if large else packed, of=self.everyone)
+        group = self._on_host() if any(isinstance(one, int) for one in told) else None
+        if self.rank != destination:
+            if large:
+                distributed.send(torch.frombuffer(packed, dtype=torch.uint8), destination, group)
+            return None
+        told[destination] = packed
+        for rank, one in enumerate(told):
+            if isinstance(one, int):
+                # Not by gather, which takes the memory of the largest for each.
+                told[rank] = bytearray(one)
+                distributed.recv(torch.frombuffer(told[rank], dtype=torch.uint8), rank, group)
+        return [pickle.loads(one) for one in told]
 
     def _on_host(self) -> Any:
         transport = str(distributed.get_backend())

@@ -215,6 +215,30 @@ def recorded(backend: Any) -> Made:
     return trainer, {"model": model, "optimizer": optimizer}
 
 
+def untrained(backend: Any) -> Made:
+    """A random target of each process's own, which stays, and an average that one of them keeps."""
+    model, rank = Network(), backend.world.rank
+    ema = copy.deepcopy(model)
+    torch.manual_seed(rank)
+    target = Network().requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    shared, _ = backend.prepare(model, optimizer)
+
+    def step(engine: Engine, batch: Any) -> float:
+        optimizer.zero_grad()
+        loss = (shared(batch[0]) - target(batch[0])).square().mean()
+        loss.backward()
+        optimizer.step()
+        if rank == 0:
+            with torch.no_grad():
+                for one, other in zip(ema.parameters(), model.parameters(), strict=True):
+                    one.lerp_(other, 0.2)
+        return loss.item()
+
+    named = {"model": model, "optimizer": optimizer, "ema": ema, "target": target}
+    return DeterministicEngine(step, backend), named
+
+
 def static(backend: Any) -> Made:
     """One that cannot be laid out beforehand."""
     model = Network()
@@ -283,7 +307,7 @@ def kept_back(backend: Any) -> Made:
     return DeterministicEngine(step, backend), {"model": model, "optimizer": optimizer}
 
 
-EXACT = (local_sgd, own_statistics, evaluated, windows, wrapped, compressed, recorded)
+EXACT = (local_sgd, own_statistics, evaluated, windows, wrapped, compressed, recorded, untrained)
 TOLD = (static, compressed_unnamed, averaged, post_local, kept_back)
 
 
