@@ -17,12 +17,24 @@ from crosstrain.engine.events import Events
 from crosstrain.engine.proof import Proof
 from crosstrain.engine.structure import Structure
 
-from . import messages
 from .changed_values import Begun, Values
 from .drawn_from import unnamed_sources
 from .handlers_and_hooks import Attached
 from .loaders_in_handlers import Fetched, who_fetches
 from .made_again import LOOKS, MadeAgain, named
+from .messages import (
+    ATTACHED,
+    CLOSED,
+    FETCHED,
+    FORGOTTEN,
+    FOUND_BY_RESUMED,
+    LOST,
+    MADE_OTHERWISE,
+    NOT_MADE_AGAIN,
+    NOT_MADE_BY_STEP,
+    RACED,
+    UNNAMED,
+)
 from .used import Used
 
 if TYPE_CHECKING:
@@ -107,11 +119,11 @@ class Unsaved:
                 # What a new hook refers to is there from then on.
                 if self._attached.keep_made(used, now.functions) and self._begun is not None:
                     self._begun.begin_new(now)
-            self._tell(self._attached.not_made(used), messages.NOT_MADE_BY_STEP)
-            self._tell(structure.buffers_unlike(objects), messages.MADE_OTHERWISE)
+            self._tell(self._attached.not_made(used), NOT_MADE_BY_STEP)
+            self._tell(structure.buffers_unlike(objects), MADE_OTHERWISE)
         if self._looks_again:
             self._looks -= 1
-            self._tell(self._made_otherwise(now or Values(used)), messages.MADE_OTHERWISE)
+            self._tell(self._made_otherwise(now or Values(used)), MADE_OTHERWISE)
             if self._looks == 0:
                 self._made_again.settle(self._engine.proof)
                 proof = self._engine.proof
@@ -140,22 +152,22 @@ class Unsaved:
         used = self._used(objects)
         if not self._looked_for_sources:
             self._looked_for_sources = True
-            self._tell(unnamed_sources(used), messages.UNNAMED)
+            self._tell(unnamed_sources(used), UNNAMED)
         engines: dict[str, Any] = {}
         if self._begun is not None:
             now = Values(used)
-            self._tell(self._made_otherwise(now), messages.MADE_OTHERWISE)
+            self._tell(self._made_otherwise(now), MADE_OTHERWISE)
             changed = self._made_again.sift(now, self._begun, self._told)
-            self._tell(self._new([*changed, *used.saved.left_out]), messages.FORGOTTEN)
+            self._tell(self._new([*changed, *used.saved.left_out]), FORGOTTEN)
             engines = now.engines
         closed = (_closed(named(at), error) for at, error in used.closed.items())
-        self._tell(self._new(closed), messages.CLOSED)
-        self._tell(self._new(self._attached.changed(used, ended)), messages.ATTACHED)
-        self._tell(structure.not_made_again(objects), messages.NOT_MADE_AGAIN)
+        self._tell(self._new(closed), CLOSED)
+        self._tell(self._new(self._attached.changed(used, ended)), ATTACHED)
+        self._tell(structure.not_made_again(objects), NOT_MADE_AGAIN)
         if flow is not None:
-            self._tell(self._made_again.sift_data(self._dataset(), flow.lost()), messages.LOST)
+            self._tell(self._made_again.sift_data(self._dataset(), flow.lost()), LOST)
             # Between two passes no worker fetches.
-            self._tell(self._new([] if ended else flow.raced()), messages.RACED)
+            self._tell(self._new([] if ended else flow.raced()), RACED)
         return {name: plain_or_none(one.state.metrics) or {} for name, one in engines.items()}
 
     def made(self) -> dict[str, Any]:
@@ -198,7 +210,7 @@ class Unsaved:
             why = f"it is a loader of the dataset that is trained on, and {why}"
             found.insert(0, (fetched.training, why))
         for where, why in found:
-            self._engine.proof.differs(messages.FETCHED.format(where, why), "warn")
+            self._engine.proof.differs(FETCHED.format(where, why), "warn")
 
     # ------------------------------------------------------------ telling
 
@@ -217,7 +229,7 @@ class Unsaved:
     def _tell(self, found: list[str], message: str) -> None:
         if found:
             told = f"{message.format('; '.join(found))}: checks=Checks(unnamed='off')."
-            proof = self._engine.proof if message in messages.FOUND_BY_RESUMED else Proof()
+            proof = self._engine.proof if message in FOUND_BY_RESUMED else Proof()
             proof.differs(told, self._engine.checks.unnamed)
 
 
