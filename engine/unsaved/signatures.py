@@ -96,6 +96,9 @@ def signature_of(value: Any, depth: int = 16) -> Any:
     if isinstance(value, COLLECTIONS) and depth > 0:
         inside = inside_of(value)
         items = list(inside.items() if isinstance(inside, dict) else inside)
+        if isinstance(inside, dict) and any(isinstance(key, torch.Tensor) for key in inside):
+            # What is kept for each parameter: it is a key by what it is, not by its numbers.
+            items = [(id(key), one) for key, one in items]
         step = max(1, len(items) // 64)
         return len(items), [signature_of(item, depth - 1) for item in items[::step]]
     if callable(value) and hasattr(value, "__qualname__"):

@@ -24,7 +24,7 @@ _SHOWS: Final = frozenset(
 # What does nothing but give a value: what goes in, comes out.
 _QUIET: Final = (
     frozenset({"abs", "bool", "clone", "copy", "cpu", "deepcopy", "detach", "dict", "float", "int"})
-    | {"item", "len", "list", "max", "mean", "min", "numpy", "round", "set", "sorted"}
+    | {"get", "item", "len", "list", "max", "mean", "min", "numpy", "round", "set", "sorted"}
     | {"state_dict", "str", "sum", "tolist", "tuple"}
 )
 
@@ -35,7 +35,8 @@ class Use(NamedTuple):
     Args:
         path: the attributes of it that lead to what is used; a call and its length are methods.
         read: whether that is looked at, and not only written to or shown.
-        into: the variable of a collection that it ends in, if it is looked at for nothing else.
+        into: the variable of a collection, or another attribute of the same object, as
+            `self.average`, that it ends in, if it is looked at for nothing else.
     """
 
     path: tuple[str, ...]
@@ -152,7 +153,9 @@ def _use(node: ast.AST, above: Above) -> Use:
     into = _ends_in(end, tuple(outer))
     if into is not None and (text == into or text.startswith(f"{into}.")):
         return Use(tuple(path), False)
-    if into is None or not into.isidentifier():
+    base, _, own = (into or "").rpartition(".")
+    of_itself = path and isinstance(node, ast.Name) and base == node.id and own.isidentifier()
+    if into is None or not (into.isidentifier() or of_itself):
         return Use(tuple(path), True)
     return Use(tuple(path), False, into)
 
@@ -203,6 +206,10 @@ def _ends_in(node: ast.AST, above: Above) -> str | None:
                 return ast.unparse(target) if _thrown_away(above[:index]) else None
             if name_of(parent.func) not in _QUIET:
                 return None
+        elif isinstance(parent, ast.IfExp) and not _thrown_away(above[: index + 1]):
+            calls = [one for one in ast.walk(parent) if isinstance(one, ast.Call)]
+            if any(name_of(one.func) not in _QUIET for one in calls):
+                return None
         elif isinstance(parent, (ast.If, ast.IfExp)):
             if parent.test is not node:
                 return None
@@ -212,7 +219,7 @@ def _ends_in(node: ast.AST, above: Above) -> str | None:
             targets = {target for part in parts for target in _targets(part)}
             return targets.pop() if len(targets) == 1 else None
         elif isinstance(parent, (ast.Assign, ast.AugAssign)):
-            targets = set(_targets(parent))
+            targets = set(_assigned(parent))
             return targets.pop() if len(targets) == 1 else None
         elif isinstance(parent, (ast.stmt, ast.comprehension, ast.Lambda, ast.NamedExpr)):
             return None
@@ -232,8 +239,11 @@ def _targets(part: ast.AST) -> list[str]:
         return [""]
     if written is not None:
         return [ast.unparse(written)]
-    if not isinstance(part, (ast.Assign, ast.AugAssign)):
-        return [""]
+    return _assigned(part) if isinstance(part, (ast.Assign, ast.AugAssign)) else [""]
+
+
+def _assigned(part: ast.Assign | ast.AugAssign) -> list[str]:
+    """Returns what a statement assigns to; "" for what has no name."""
     targets = part.targets if isinstance(part, ast.Assign) else [part.target]
     return [
         ast.unparse(one.value if isinstance(one, ast.Subscript) else one)

@@ -35,7 +35,7 @@ from crosstrain.engine.guards import (
     module_of,
     own_attributes,
 )
-from crosstrain.engine.nests import is_module, is_plain_row, unwrap
+from crosstrain.engine.nests import SCALARS, is_module, is_plain_row, unwrap
 from crosstrain.engine.state import State
 from crosstrain.engine.structure import RECORDED
 
@@ -331,13 +331,15 @@ class Walk:
         self._seen.add(id(value))
         inside = inside_of(value)
         items = inside.items() if isinstance(inside, dict) else enumerate(inside)
-        for key, item in list(islice(items, _ITEMS)):
+        for index, (key, item) in enumerate(list(islice(items, _ITEMS))):
             # The rows of a history are many, and are looked at at each save.
             plain = isinstance(item, PLAIN) or is_plain_row(item, _ITEMS) or holds_data(item)
             if not plain:
                 # The collection's own signature has those that it holds.
                 uses = frozenset[Use]() if isinstance(item, COLLECTIONS) else ALL
-                self.value(item, owner, f"{name}[{key!r}]", depth, uses)
+                # A parameter's numbers are no name for what is kept for it.
+                label = repr(key) if isinstance(key, SCALARS) else f"{type(key).__name__} {index}"
+                self.value(item, owner, f"{name}[{label}]", depth, uses)
 
     def attributes(
         self, value: Any, owner: str, name: str, depth: int, uses: frozenset[Use]
@@ -365,7 +367,7 @@ class Walk:
         for function in functions:
             self._variables(function, owner, depth - 1)
         by_name: dict[str, set[Use]] = {attribute: set() for attribute in own if whole}
-        for use in (*uses, *more):
+        for use in _settled({*uses, *more}, whole):
             if use.path[:1] == ("__class__",):
                 use = use._replace(path=use.path[1:])
             for attribute in own.keys() & set(_spellings(use.path[:1], kind)):
@@ -385,6 +387,20 @@ class Walk:
         if (kind, names) not in self._of_classes:
             self._of_classes[kind, names] = uses_of_self(kind, names)
         return self._of_classes[kind, names]
+
+
+def _settled(uses: set[Use], whole: bool) -> set[Use]:
+    """Returns uses of an object: what ends in an attribute of it is read if that is."""
+    left = {use for use in uses if use.into is not None and "." in use.into}
+    found = uses - left
+    while left:
+        read = {use.path[0] for use in found if use.path and (use.read or use.into is not None)}
+        more = {use for use in left if whole or str(use.into).rpartition(".")[2] in read}
+        if not more:
+            break
+        left -= more
+        found |= {use._replace(read=True, into=None) for use in more}
+    return found | {use._replace(into=None) for use in left}
 
 
 def _spellings(path: tuple[str, ...], kind: type) -> list[str]:

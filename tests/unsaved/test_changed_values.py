@@ -11,6 +11,7 @@ import copy
 import datetime
 import io
 import json
+import math
 import shutil
 import warnings
 from collections.abc import Callable
@@ -629,6 +630,68 @@ def test_logs_and_what_stays_the_same_are_not_told(tmp_path: Path) -> None:
 
     assert not _said(tmp_path, attach)
     assert count == len(losses) == len(seen) == 8
+
+
+class _Meter:
+    """As most scripts have it: an average of what was added up."""
+
+    def __init__(self) -> None:
+        self.value = self.sum = self.average = 0.0
+        self.count = 0
+
+    def update(self, value: float) -> None:
+        self.value = value
+        self.sum += value
+        self.count += 1
+        self.average = self.sum / self.count if self.count else 0.0
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_an_average_that_is_only_shown_is_a_log(used: bool, tmp_path: Path) -> None:
+    """A running mean, alone or by name, and a meter; where something uses them, they are told."""
+    running: float | None = None
+    by_name: dict[str, float] = {}
+    meter = _Meter()
+
+    def attach(trainer: Any, model: nn.Module, optimizer: Any) -> None:
+        @trainer.on(Events.ITERATION_COMPLETED)
+        def log(engine: Any) -> None:
+            nonlocal running
+            loss = engine.state.output
+            running = loss if running is None else 0.9 * running + 0.1 * loss
+            by_name["loss"] = 0.9 * by_name.get("loss", 0.0) + 0.1 * math.sqrt(loss)
+            meter.update(loss)
+            print(running, by_name, meter.average)
+
+        def use() -> None:
+            _set_rate(optimizer, 0.1 / (2 + (running or 0) + meter.average + len(by_name)))
+
+        if used:
+            trainer.add_event_handler(Events.ITERATION_COMPLETED, use)
+
+    said = " ".join(_said(tmp_path, attach))
+    assert all((name in said) is used for name in ("running", "by_name", "meter.average"))
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_what_is_kept_for_each_parameter_is_told_by_its_place(named: bool, tmp_path: Path) -> None:
+    """An optimizer for each, which steps as its gradient comes; numbers are no names."""
+    optimizers: dict[Any, Any] = {}
+
+    def step(parameter: Any) -> None:
+        optimizers[parameter].step()
+
+    def attach(trainer: Any, model: nn.Module, optimizer: Any) -> None:
+        for parameter in model.parameters():
+            optimizers[parameter] = torch.optim.SGD([parameter], 0.01, momentum=0.5)
+            parameter.register_post_accumulate_grad_hook(step)
+        if named:
+            more["each"] = list(optimizers.values())
+
+    more: dict[str, Any] = {}
+    said = _said(tmp_path, attach, more)
+    assert len(said) == (0 if named else 1)
+    assert all("its 'optimizers[Parameter 0]'" in one and "tensor(" not in one for one in said)
 
 
 def _states_taken(trainer: Any) -> None:
