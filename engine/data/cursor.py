@@ -302,9 +302,10 @@ class Cursor:
             return state
         return state if self._look_at(state, 0, False) is None else {**state, "ended": True}
 
-    def _open_after(self, before: Mapping[str, Any], check: _Check) -> None:
+    def _open_after(self, before: Mapping[str, Any], check: _Check, note: str = "") -> None:
         """Opens data after the batch before, which is fetched once more and compared."""
-        flow, state = self._open_at(before, check), check.state
+        flow, state = self._open_at(before, check, note), check.state
+        last = self._last, self._last_indices
         if flow.keeps_anew(state):
             flow.probe(state, True)
             self._fetch_again(state)
@@ -317,6 +318,7 @@ class Cursor:
             self._rehearse(check, 0)
             self._open_flow(state)
             flow.give_dataset(state, "now")
+            self._last, self._last_indices = last
 
     def _open_at(self, before: Mapping[str, Any], check: _Check, note: str = "") -> Dataflow:
         """Opens data at the batch before, and compares it; returns the dataflow."""
@@ -432,13 +434,14 @@ class Cursor:
         self._flow, self._prepared = flow, flow
         self._pass, self.consumed = position["pass"], position["batch"]
         check = _Check(position["flow"], proof, strictness)
-        self._open_at(before, check, _HANDLERS_CHANGE)
-        if flow.stays_open and not position["flow"].get("dataset", {}).get("now"):
-            # Opening it once more would move twice what it draws from unseen.
+        if flow.stays_open:
+            # What handlers change of the dataset next, a pass that goes on need not come to see.
+            self._open_after(before, check, _HANDLERS_CHANGE)
             self._opened_before = _Opened(
                 flow, self._iterator, self._ended, self._last, self._last_indices
             )
         else:
+            self._open_at(before, check, _HANDLERS_CHANGE)
             flow.put_back(kept)
         self._leave()
         return True

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
+from itertools import islice
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch.utils.data import default_collate
 from crosstrain.backends import World, random_state
 from crosstrain.engine.digest import same
 from crosstrain.engine.errors import ResumeWarning, warn_user
+from crosstrain.engine.guards import is_users_object
 from crosstrain.engine.loader_workers import iterator_over
 from crosstrain.engine.progress import data_length
 
@@ -297,21 +300,46 @@ def _iterator_of(loader: Any, sampler: KeyedSampler, entered: Callable[[], None]
     iterator = iterator_over(loader)
     if sampler.asked:
         entered()
-        return iterator
-    return _checked(iterator, sampler, type(loader).__name__, entered)
+    else:
+        iterator = _checked(iterator, sampler, loader, entered)
+    return _in_one_thread(iterator, sampler, loader) if is_users_object(loader) else iterator
 
 
 def _checked(
-    iterator: Iterator[Any], sampler: KeyedSampler, name: str, entered: Callable[[], None]
+    iterator: Iterator[Any], sampler: KeyedSampler, loader: Any, entered: Callable[[], None]
 ) -> Iterator[Any]:
-    for batch in iterator:
-        if not sampler.asked:
-            raise RuntimeError(
-                f"{name} does not take its batches from its batch_sampler when it is iterated "
-                "over, so its order can be neither known nor entered in the middle. Give "
-                "DeterministicEngine.run() a torch.utils.data.DataLoader."
-            )
+    name = type(loader).__name__
+    try:
+        first = list(islice(iterator, 1))
+    except Exception as error:
+        error.add_note(
+            f"{name} iterates in a way of its own, and the engine has put a batch sampler of its "
+            "own into it. If that is the cause, give run() a torch.utils.data.DataLoader."
+        )
+        raise
+    if first and not sampler.asked:
+        raise RuntimeError(
+            f"{name} does not take its batches from its batch_sampler when it is iterated "
+            "over, so its order can be neither known nor entered in the middle. Give "
+            "DeterministicEngine.run() a torch.utils.data.DataLoader."
+        )
+    if first:
         entered()
-        yield batch
-        break
+    yield from first
     yield from iterator
+
+
+def _in_one_thread(iterator: Iterator[Any], sampler: KeyedSampler, loader: Any) -> Iterator[Any]:
+    """Iterates over a user's loader, and tells if it fetches in a thread of its own."""
+    told = loader.num_workers > 0 and sampler.is_seekable
+    for batch in iterator:
+        if not told and sampler.threads - {threading.get_ident()}:
+            told = True
+            warn_user(
+                f"{type(loader).__name__} fetches in a thread of its own, which draws random "
+                "numbers while the step does, from the same generators: no run repeats another "
+                "one, resumed or not. Use workers (num_workers=1) and torch's samplers, or give "
+                "run() the DataLoader itself.",
+                ResumeWarning,
+            )
+        yield batch

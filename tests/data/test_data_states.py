@@ -80,7 +80,11 @@ class Counted(Stream):
 
 
 def _play(
-    data: Any, attach: Attach = lambda engine, data: None, state: Any = None, **options: Any
+    data: Any,
+    attach: Attach = lambda engine, data: None,
+    state: Any = None,
+    epoch_length: int | None = None,
+    **options: Any,
 ) -> tuple[dict[int, Any], dict[int, Any], DeterministicEngine]:
     seen: dict[int, Any] = {}
     states: dict[int, Any] = {}
@@ -96,7 +100,7 @@ def _play(
         )
     if state is not None:
         engine.load_state_dict(state)
-    engine.run(data, max_epochs=EPOCHS)
+    engine.run(data, max_epochs=EPOCHS, epoch_length=epoch_length)
     return seen, states, engine
 
 
@@ -207,6 +211,35 @@ def test_workers_have_what_a_handler_of_the_epochs_beginning_has_changed(persist
     assert rows == plain
     rest, _, _ = _play(_loader(Rows(), **many), _draws, states[4])
     assert rest == {at: row for at, row in plain.items() if at > 4}
+
+
+class Shuffled(IterableDataset[Any]):
+    """Its order follows from what a handler sets."""
+
+    shift = 0.0
+
+    def __iter__(self) -> Iterator[Any]:
+        order = np.random.default_rng(int(self.shift)).permutation(SIZE)
+        return iter(torch.tensor([at, self.shift, torch.rand(())]) for at in order)
+
+
+@pytest.mark.filterwarnings("ignore:.*fetched and thrown away")
+@pytest.mark.parametrize(("make", "workers"), [(Rows, 0), (Rows, 2), (Shuffled, 0), (Shuffled, 2)])
+def test_a_pass_longer_than_an_epoch_goes_on_as_it_was_opened(make: Any, workers: int) -> None:
+    """What a handler of the next epoch's beginning sets is for the pass after it."""
+
+    def attach(engine: DeterministicEngine, data: Any) -> None:
+        @engine.on(Events.EPOCH_STARTED)
+        def shift() -> None:
+            data.dataset.shift = float(engine.state.epoch)
+
+    def play(state: Any = None) -> Any:
+        data = _loader(make(), num_workers=workers)
+        return _play(data, attach, state, epoch_length=2)
+
+    straight, states, _ = play()
+    for iteration in (1, 2, 4):
+        assert play(states[iteration])[0] == {k: v for k, v in straight.items() if k > iteration}
 
 
 # ------------------------------------------------------------- states that tell something else
