@@ -13,6 +13,7 @@ from .events import Events
 from .loop import Loop
 from .progress import begin, check_limits, is_done, load_progress, resume
 from .proof import Checks, Proof
+from .random_states import random_states, restore_random_states
 from .requests import END_RUN, ON_PURPOSE, QUIET_RUN
 from .seen_by_ignite import SeenByIgnite
 from .state import State
@@ -61,6 +62,8 @@ class Engine(SeenByIgnite, Loop):
         self._user_keys: list[str] = []
         # Whether the user was told of what `resumes_data` means where it is false.
         self._told_of_data = False
+        # The random states to go on with, of a state that was loaded.
+        self._loaded_rng_states: Any = None
         #: What this engine trains, by name: a checkpoint without one of them is not complete.
         self.objects: dict[str, Any] = {}
         #: What was loaded together with this engine's state, by name, until its run goes on.
@@ -83,7 +86,8 @@ class Engine(SeenByIgnite, Loop):
         """Returns epoch length, iteration, limit, and the attributes that you named.
 
         Of a run that was ended on purpose it says so, too: `terminated` is True, or
-        "skip_completed".
+        "skip_completed". After `resume_or_start`, in one process, it has the random states too, so
+        that a run that goes on at the end of an epoch draws what it would have drawn.
         """
         limit = "max_epochs" if self.state.max_iters is None else "max_iters"
         keys = ("epoch_length", "iteration", limit, *self._user_keys)
@@ -93,6 +97,8 @@ class Engine(SeenByIgnite, Loop):
         asked = self.asked | self._place.owed
         if asked & ON_PURPOSE:
             values["terminated"] = "skip_completed" if asked & QUIET_RUN else True
+        if self.restartable and self._keeps_rng_states():
+            values["rng_states"] = random_states(self.backend)
         return values
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -110,6 +116,8 @@ class Engine(SeenByIgnite, Loop):
         load_progress(self.state, state_dict, self._user_keys)
         self.proof = Proof()
         if not self._is_running():
+            if self._keeps_rng_states():
+                self._loaded_rng_states = state_dict.get("rng_states")
             self._drop_session()
             self._place.loaded = True
             if how := state_dict.get("terminated"):
@@ -189,25 +197,47 @@ class Engine(SeenByIgnite, Loop):
             self.tell_of_repeated_data("goes on")
         return self._continue()
 
+    def _keeps_rng_states(self) -> bool:
+        """Whether this engine's own state has random states: of several ranks each has others."""
+        return not self.resumes_data and (self.backend is None or self.backend.world.size == 1)
+
     def tell_of_repeated_data(self, doing: str) -> None:
-        """Warns, once, if this is inside an epoch and the engine does not keep its place there.
+        """Warns, once, if the engine does not keep its place in the data where it is.
 
         Args:
             doing: what the run does there, in words.
         """
         state = self.state
+        if self.resumes_data or self._told_of_data or state.dataloader is None:
+            return
         done = state.iteration % (state.epoch_length or state.iteration or 1)
-        if self.resumes_data or self._told_of_data or not done or state.dataloader is None:
+        if done:
+            message = (
+                f"The run {doing} inside an epoch, after {done} of {state.epoch_length} "
+                "iterations, and a plain Engine that goes on there begins the data anew: it "
+                "repeats some samples and skips others. Use DeterministicEngine, or "
+                "create_supervised_trainer(..., deterministic=True), which goes on with the next "
+                "batch; or save at the end of epochs only"
+            )
+        elif getattr(state.dataloader, "persistent_workers", False):
+            message = (
+                f"The run {doing} with persistent_workers, and a plain Engine that goes on there "
+                "begins new workers: the order, and what they draw, are others. Use "
+                "DeterministicEngine, or create_supervised_trainer(..., deterministic=True); or "
+                "leave persistent_workers out"
+            )
+        else:
             return
         self._told_of_data = True
-        warn_user(
-            f"The run {doing} inside an epoch, after {done} of {state.epoch_length} iterations, "
-            "and a plain Engine that goes on there begins the data anew: it repeats some samples "
-            "and skips others. Use DeterministicEngine, or create_supervised_trainer(..., "
-            "deterministic=True), which goes on with the next batch; or save at the end of epochs "
-            "only",
-            ResumeWarning,
-        )
+        warn_user(message, ResumeWarning)
+
+    def _begin_anew(self) -> None:
+        self._loaded_rng_states = None
+
+    def _epoch_begins(self) -> None:
+        if self._loaded_rng_states is not None:
+            restore_random_states(self._loaded_rng_states, self.backend)
+            self._loaded_rng_states = None
 
     def _is_running(self) -> bool:
         session = self._session

@@ -7,8 +7,9 @@ source says that they do with it (`source.py`, `uses_in_source.py`), as it is no
 
 - generators, iterators, second loaders (`drawn_from.py`): with what checkpoints hold;
 - values that change and are read again (`changed_values.py`), also what users add to the trainer or
-  a model (`added_attributes.py`): by signatures (`signatures.py`) with the run's beginning, less
-  what the states of named objects hold (`contents_of_states.py`);
+  a model (`added_attributes.py`): by signatures (`signatures.py`; of other packages' objects by
+  `data_of_others.py`) with the run's beginning, less what the states of named objects hold
+  (`contents_of_states.py`);
 - handlers, hooks and modules that came or went (`handlers_and_hooks.py`): with the beginning's;
 - what is made only where it is missing (`made_where_missing.py`, and by its source
   `makers_in_source.py`, `side_effects.py`): by digests with what a resumed run makes

@@ -25,6 +25,8 @@ from crosstrain.engine.digest import digest
 from crosstrain.engine.guards import is_dense
 from crosstrain.engine.nests import SCALARS, is_module
 
+from .data_of_others import data_of, holds_data
+
 #: What is compared as a whole.
 PLAIN: Final = (
     *SCALARS,
@@ -41,25 +43,10 @@ PLAIN: Final = (
     ctypes._SimpleCData,
     ctypes.Array,
 )
-_WHOLE: Final = (
-    dict,
-    list,
-    tuple,
-    collections.deque,
-    set,
-    frozenset,
-    array.array,
-    bytearray,
-    memoryview,
-)
-#: What holds other things.
+#: What holds other things: plain ones, and all of them.
+NESTS: Final = (dict, list, tuple, set, frozenset, collections.deque)
 COLLECTIONS: Final = (
-    dict,
-    list,
-    tuple,
-    set,
-    frozenset,
-    collections.deque,
+    *NESTS,
     collections.UserDict,
     collections.UserList,
     collections.ChainMap,
@@ -71,6 +58,7 @@ COLLECTIONS: Final = (
     weakref.WeakValueDictionary,
     weakref.WeakSet,
 )
+_WHOLE: Final = (*NESTS, array.array, bytearray, memoryview)
 _ENTRIES: Final = 4096
 _PLENTY: Final = 1 << 18
 _BYTES: Final = 1 << 20
@@ -116,7 +104,16 @@ def signature_of(value: Any, depth: int = 16) -> Any:
         if not isinstance(code, types.CodeType):
             return name
         return name, code.co_code, code.co_consts
+    if depth > 0 and holds_data(value):
+        return type(value).__name__, _signature_of_data(value, depth - 1)
     return type(value).__name__
+
+
+def _signature_of_data(value: Any, depth: int) -> Any:
+    try:
+        return signature_of(data_of(value), depth)
+    except Exception:  # noqa: BLE001  what is of another package may raise anything
+        return None
 
 
 def state_signature_of(value: Any) -> Any:

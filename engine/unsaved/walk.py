@@ -41,6 +41,7 @@ from crosstrain.engine.structure import RECORDED
 
 from .added_attributes import Holders
 from .contents_of_states import Saved
+from .data_of_others import holds_data
 from .functions import (
     MAKING,
     TORCHS_OWN,
@@ -278,6 +279,9 @@ class Walk:
             self.function(value, f"{owner}, its {name}", depth)
         elif is_module(value) or depth <= 0:
             return
+        elif holds_data(value):
+            if read:
+                self.note(value, owner, name)
         elif not is_others(type(value)) or _is_namespace(value):
             self.attributes(value, owner, name, depth, uses)
         elif module_of(type(value)).startswith("torch.distributed.algorithms."):
@@ -329,7 +333,8 @@ class Walk:
         items = inside.items() if isinstance(inside, dict) else enumerate(inside)
         for key, item in list(islice(items, _ITEMS)):
             # The rows of a history are many, and are looked at at each save.
-            if not isinstance(item, PLAIN) and not is_plain_row(item, _ITEMS):
+            plain = isinstance(item, PLAIN) or is_plain_row(item, _ITEMS) or holds_data(item)
+            if not plain:
                 # The collection's own signature has those that it holds.
                 uses = frozenset[Use]() if isinstance(item, COLLECTIONS) else ALL
                 self.value(item, owner, f"{name}[{key!r}]", depth, uses)

@@ -10,16 +10,21 @@ from __future__ import annotations
 import argparse
 import array
 import collections
+import configparser
 import contextvars
 import copy
+import datetime
 import enum
 import functools
 import heapq
+import io
 import itertools
 import math
+import mmap
 import operator
 import queue
 import random
+import tempfile
 import threading
 import types
 import weakref
@@ -76,6 +81,62 @@ def _number_in_a_dict() -> Draw:
     def draw() -> float:
         kept["calls"] = kept.get("calls", 0) + 1
         return _by(kept["calls"])
+
+    return draw
+
+
+@_kind("'kept'")
+def _date_in_a_list() -> Draw:
+    kept = [datetime.date(2026, 1, 1)]
+
+    def draw() -> float:
+        kept[0] += datetime.timedelta(days=1)
+        return _by(kept[0].day)
+
+    return draw
+
+
+@_kind("'kept'")
+def _file_in_memory() -> Draw:
+    kept = io.BytesIO(bytes(range(250)))
+
+    def draw() -> float:
+        return _by(kept.read(1)[0])
+
+    return draw
+
+
+@_kind("'kept'")
+def _file_that_is_read() -> Draw:
+    with tempfile.NamedTemporaryFile(delete=False) as made:
+        made.write(bytes(range(250)))
+    kept = open(made.name, "rb")  # noqa: SIM115  it stays open while the run goes on
+
+    def draw() -> float:
+        return _by(kept.read(1)[0])
+
+    return draw
+
+
+@_kind("'kept'")
+def _mapped_memory() -> Draw:
+    kept = mmap.mmap(-1, 8)
+
+    def draw() -> float:
+        kept[0] += 1
+        return _by(kept[0])
+
+    return draw
+
+
+@_kind("'kept'")
+def _settings() -> Draw:
+    kept = configparser.ConfigParser()
+    kept["run"] = {"calls": "0"}
+
+    def draw() -> float:
+        kept["run"]["calls"] = str(int(kept["run"]["calls"]) + 1)
+        return _by(int(kept["run"]["calls"]))
 
     return draw
 

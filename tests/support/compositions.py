@@ -17,7 +17,8 @@ import random
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -516,9 +517,8 @@ def judge(composition: Composition) -> Verdict:
 
 def judge_once(composition: Composition) -> Verdict:
     """Plays a composition straight, killed and resumed, and compares."""
-    logging.disable(logging.CRITICAL)
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, _unlogged():
         root = Path(name)
         straight = play(composition, root / "straight")
         causes = causes_of(composition, parts.HIDDEN)
@@ -549,6 +549,15 @@ def judge_once(composition: Composition) -> Verdict:
         if resumed.rows == rest and resumed.final == straight.final:
             return Verdict(IDENTICAL, alarms=told)
         return _named(told, causes, _difference(rest, resumed, straight, kill))
+
+
+@contextmanager
+def _unlogged() -> Generator[None]:
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _named(said: list[str], causes: list[Cause], difference: str) -> Verdict:

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import argparse
 import copy
+import datetime
+import io
+import json
 import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from ignite.metrics import Average, RunningAverage
@@ -90,6 +94,54 @@ def _answered_by_the_object_itself(trainer: Any, model: nn.Module, optimizer: An
     def decay() -> None:
         settings.train.rate *= 0.9
         _set_rate(optimizer, settings.train.rate)
+
+
+class _Table:
+    """Gives its numbers as an array, as tables of other packages do."""
+
+    def __init__(self) -> None:
+        self._numbers: list[float] = []
+
+    def append(self, number: float) -> None:
+        self._numbers.append(number)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        return numpy.array(self._numbers, dtype)
+
+    def __getitem__(self, places: slice) -> Any:
+        return numpy.array(self._numbers[places])
+
+
+@_case("its 'table'")
+def _table(trainer: Any, model: nn.Module, optimizer: Any) -> None:
+    table = _Table()
+
+    @trainer.on(Events.ITERATION_COMPLETED)
+    def decay() -> None:
+        table.append(1.0)
+        _set_rate(optimizer, 0.1 / len(table))
+
+
+@_case("its 'days'")
+def _dates(trainer: Any, model: nn.Module, optimizer: Any) -> None:
+    days = {"now": datetime.date(2026, 1, 1)}
+
+    @trainer.on(Events.ITERATION_COMPLETED)
+    def decay() -> None:
+        days["now"] += datetime.timedelta(days=1)
+        _set_rate(optimizer, 0.1 / days["now"].day)
+
+
+@_case("its 'lines'")
+def _file_that_is_read(trainer: Any, model: nn.Module, optimizer: Any) -> None:
+    lines = Path(__file__).open()  # noqa: SIM115  it stays open while the run goes on
+
+    @trainer.on(Events.ITERATION_COMPLETED)
+    def decay() -> None:
+        _set_rate(optimizer, 0.1 / (1 + len(lines.readline())))
 
 
 @_case("its 'average'")
@@ -561,9 +613,12 @@ def test_logs_and_what_stays_the_same_are_not_told(tmp_path: Path) -> None:
         teacher = nn.Linear(3, 1)
         evaluator = DeterministicEngine(lambda engine, batch: float(model(batch[0]).sum()))
         history: list[Any] = []
+        text, file = io.StringIO(), (tmp_path / "log").open("w")
 
         @trainer.on(Events.ITERATION_COMPLETED)
         def log(engine: Any) -> None:
+            json.dump(engine.state.output, file)
+            print(engine.state.output, file=text)
             nonlocal count
             losses.append(engine.state.output)
             seen[engine.state.iteration] = engine.state.output
