@@ -123,7 +123,7 @@ class RecordingEngine(Engine):
         values["shown"] = self._shown()
         if self.checks.unnamed != "off":
             values["shown"]["engines"] = self._unsaved.tell(
-                objects, progress["ended"], self._structure, self._cursor
+                objects, progress["ended"], self._structure, self._cursor.flow
             )
         values["made"] = self._unsaved.made()
         values["structure"] = self._structure.record(objects, is_made_beside)

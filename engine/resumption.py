@@ -287,9 +287,8 @@ class ExactResumption(Resumption):
             self._open_at_beginning(data)
         else:
             # EPOCH_STARTED fired once more, and what its handlers drew does not count.
-            self._go_to(data, engine.checks.batch_before)
-            # For handlers of EPOCH_COMPLETED, if that is what comes next.
-            engine.state.batch = engine._cursor.batch_before()
+            # The batch is for handlers of EPOCH_COMPLETED, if that is what comes next.
+            engine.state.batch = self._go_to(data, engine.checks.batch_before)
             restore_random_states(self.snapshot["rng_states"], engine.backend)
         if self._reseeds:
             engine._cursor.seed_anew()
@@ -312,10 +311,12 @@ class ExactResumption(Resumption):
             return "it is of the epoch before, and handlers of EPOCH_STARTED may change the data"
         return None
 
-    def _go_to(self, data: Any, strictness: Strictness, other: str | None = None) -> None:
+    def _go_to(self, data: Any, strictness: Strictness, other: str | None = None) -> Any:
         engine, position = self._engine, self.snapshot["position"]
-        engine._cursor.go_to(position, data, engine._key, engine.proof, strictness, other)
-        engine._unsaved.tell_of_workers(engine._recorded_objects(), position, engine._cursor)
+        cursor, key, proof = engine._cursor, engine._key, engine.proof
+        batch = cursor.go_to(position, data, key, proof, strictness, other)
+        engine._unsaved.tell_of_workers(engine._recorded_objects(), position, cursor.flow)
+        return batch
 
     # ------------------------------------------------------------ or nothing was left to do
 

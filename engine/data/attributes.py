@@ -216,13 +216,9 @@ def _plain(owner: Any, copies: bool = True) -> dict[str, Any]:
 
 def _readable(value: Any) -> Any:
     """Returns a value, or the numbers that it holds in memory that processes share."""
-    if not is_shared_memory(value) or _length(value) > MOST_ENTRIES:
+    if not is_shared_memory(value) or (hasattr(value, "__len__") and len(value) > MOST_ENTRIES):
         return value
     return numbers_in(value)
-
-
-def _length(memory: Any) -> int:
-    return len(memory) if hasattr(memory, "__len__") else 1
 
 
 def _others(owner: Any) -> dict[str, Any]:
@@ -236,9 +232,8 @@ def _content(value: Any) -> Any:
     if is_a(value, torch.Tensor) and not value.requires_grad and not value.is_inference():
         return value._version
     if is_a(value, numpy.ndarray) and value.dtype.kind in "biuf" and value.size:
-        # A view, and not a copy of gigabytes: the first axis is walked in strides.
-        some = value.reshape(-1) if value.flags.c_contiguous else value.ravel()[:MOST_ENTRIES]
-        return digest(some[:: max(1, some.size // MOST_ENTRIES)])
+        # Not by a copy of gigabytes, whatever its strides.
+        return digest(value.flat[:: max(1, value.size // MOST_ENTRIES)])
     return None
 
 

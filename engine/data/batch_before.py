@@ -21,7 +21,6 @@ import torch
 
 from crosstrain.backends import World
 from crosstrain.engine.digest import Attributes, Leaf, differences, digest, leaf_of, parts
-from crosstrain.engine.proof import Proof, Strictness
 
 # A batch as it was fetched: its containers copied, and each tensor with its version.
 Held = tuple[Any, list[tuple[torch.Tensor, int]]]
@@ -182,97 +181,24 @@ def is_comparable(before: Any, world: World) -> str | None:
     return None
 
 
-def compare(
-    before: Mapping[str, Any],
-    held: Held | None,
-    indices: Any,
-    place: str,
-    suspects: Suspects,
-    proof: Proof,
-    strictness: Strictness,
-    note: str = "",
-) -> None:
-    """Compares the batch before, fetched once more, with what the state keeps of it.
-
-    Args:
-        before: what `record` returned.
-        held: the batch; None where the data has no such batch any more.
-        indices: what its sampler gave.
-        place: which batch it is, for messages.
-        suspects: what it was fetched with.
-        proof: takes down what was found.
-        strictness: how strict the check is.
-        note: what else is to be said of a difference.
-
-    Raises:
-        ResumeError: if it differs, and the check is strict.
-    """
-    difference, cause = _difference(before, held, indices, suspects)
-    if difference is not None:
-        proof.differs(
-            f"The data does not go on as it was: {place} was fetched once more, and "
-            f"{difference}.{note} {cause} Go on with the data of the run that was saved. To go on "
-            "regardless, with other data than that run would have had: "
-            "checks=Checks(batch_before='warn').",
-            strictness,
-        )
-        return
-    changed: list[str] = before["changed"]
-    if changed:
-        shown = ", ".join(name or "all of it" for name in changed[:3])
-        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-        proof.unchecked.append(f"{shown}{more} of {place}, which the step had changed in place")
-    what = [f"{len(before['parts'])} parts"] if before["parts"] else []
-    if before["indices"] is not None:
-        what.append(f"{before['indices']['count']} indices")
-    if what:
-        proof.checked.append(f"{place} fetched once more: its {' and '.join(what)}")
-
-
 def differs(before: Mapping[str, Any], held: Held, indices: Any) -> bool:
     """Tells whether a batch is another than the one that a state keeps."""
-    return _difference(before, held, indices, Suspects())[0] is not None
+    return difference(before, held, indices, Suspects())[0] is not None
 
 
-def compare_twice(
-    first: Mapping[str, Any],
-    held: Held,
-    indices: Any,
-    place: str,
-    suspects: Suspects,
-    proof: Proof,
-    strictness: Strictness,
-) -> None:
-    """Compares a batch that was fetched twice from the same states, where it has no record.
-
-    What draws from something that no state tells gives another batch the second time.
-
-    Raises:
-        ResumeError: if it differs, and the check is strict.
-    """
-    difference, cause = _difference(first, held, indices, suspects)
-    if difference is not None:
-        proof.differs(
-            f"The data will not go on as it was: {place} was fetched twice from the same states, "
-            f"and {difference}. {cause} Its state_dict, its samplers' attributes or the global "
-            "generators have to tell what it gives. To go on regardless, with other data than that "
-            "run would have had: checks=Checks(batch_before='warn').",
-            strictness,
-        )
-        return
-    proof.checked.append(f"{place} fetched twice from the same states: they tell what it is")
-
-
-def _difference(
+def difference(
     before: Mapping[str, Any], held: Held | None, indices: Any, suspects: Suspects
 ) -> tuple[str | None, str]:
-    """Returns what differs, and its usual causes."""
+    """Returns what of a batch is other than in its record, None if nothing, and its usual causes.
+
+    It is None where the data has no such batch any more.
+    """
     if held is None:
         return "the data has no such batch any more", suspects.order + _ORDER
     then, now = before["indices"], None if indices is None else _record_indices(indices)
     if then is not None and now is not None and then != now:
-        difference = f"its indices began with {then['first']} and begin with {now['first']}"
-        return difference, suspects.order + _ORDER
+        told = f"its indices began with {then['first']} and begin with {now['first']}"
+        return told, suspects.order + _ORDER
     changed = set(before["changed"])
     fresh = [leaf for leaf in _leaves(held)[0] if leaf.path not in changed]
     wanted = [Leaf(*leaf) for leaf in before["parts"]]

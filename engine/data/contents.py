@@ -35,11 +35,9 @@ def _memory(value: Any) -> Any:
 
 
 def write_into(target: Any, value: Any) -> bool:
-    """Makes an object hold what another one does; False if it cannot, and has not been changed.
+    """Makes an object hold what a plain value does; False if it cannot, and has not been changed.
 
-    Args:
-        target: a tensor, an array, a list, a tuple of such, a dictionary, or shared memory.
-        value: a plain value; of shared memory, what `numbers_in` returned.
+    The value for shared memory is what `numbers_in` returned.
     """
     if is_shared_memory(target):
         memory = _memory(target)
@@ -48,19 +46,12 @@ def write_into(target: Any, value: Any) -> bool:
         else:
             memory.value = value[0]
         return True
+    if isinstance(target, (torch.Tensor, numpy.ndarray)):
+        if fits := _fits(target, value):
+            target[...] = value
+        return fits
     if type(target) is not type(value):
         return False
-    if isinstance(target, torch.Tensor):
-        fits = target.shape == value.shape and target.dtype == value.dtype
-        if not fits or target.requires_grad or target.is_inference():
-            return False
-        target.copy_(value)
-        return True
-    if isinstance(target, numpy.ndarray):
-        if target.shape != value.shape or target.dtype != value.dtype or not target.flags.writeable:
-            return False
-        target[...] = value
-        return True
     return _write_into_collection(target, value)
 
 
@@ -91,7 +82,15 @@ def _write_into_collection(target: Any, value: Any) -> bool:
 
 def _can_hold(target: Any, value: Any) -> bool:
     """Tells whether something in a tuple can be made to hold a value, or does."""
-    if isinstance(target, (torch.Tensor, numpy.ndarray)) and type(target) is type(value):
-        fits = target.shape == value.shape and target.dtype == value.dtype
-        return fits and not getattr(target, "requires_grad", False)
-    return type(target) in (list, dict) or same(target, value)
+    return _fits(target, value) or type(target) in (list, dict) or same(target, value)
+
+
+def _fits(target: Any, value: Any) -> bool:
+    """Tells whether a value can be written into a tensor or an array."""
+    if type(target) is not type(value):
+        return False
+    if isinstance(target, torch.Tensor):
+        written = not target.requires_grad and not target.is_inference()
+    else:
+        written = isinstance(target, numpy.ndarray) and target.flags.writeable
+    return written and bool(target.shape == value.shape and target.dtype == value.dtype)

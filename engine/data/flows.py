@@ -54,6 +54,8 @@ class Dataflow:
             if is_loader(data)
             else Attributes(data)
         )
+        # What it carries from pass to pass beside these.
+        self._own = OwnStates()
         self._dataset_at_opening: dict[str, Any] = {}
         # The names of those that had changed when a state was written that was gone on from.
         self._changed: set[str] = set()
@@ -185,11 +187,14 @@ class Dataflow:
         return None
 
     def kept(self) -> Any:
-        """Returns what opening a pass moves, to be put back after a rehearsal."""
-        return None
+        """Returns what opening a pass moves, to be put back after it was looked at."""
+        return self._own.take(), self._attributes.take(), self._dataset_prepared
 
     def put_back(self, kept: Any) -> None:
         """Puts back what `kept` returned."""
+        states, attributes, self._dataset_prepared = kept
+        self._own.give(states)
+        self._attributes.give(attributes)
 
     def end(self, batches: int, ended: bool) -> None:
         """Leaves the pass, after which another is opened."""
@@ -216,6 +221,52 @@ class Dataflow:
             return self.fingerprint()
         with self._attributes.as_in(changed):
             return self.fingerprint()
+
+    def goes_with(self, position: Mapping[str, Any]) -> bool:
+        """Tells whether a position is one in this data, as it is or as it was then."""
+        # A dataset's length may follow from what handlers have changed of it.
+        return _go_together(position["data"], self.fingerprint()) or _go_together(
+            position["data"], self.fingerprint_in(position["flow"])
+        )
+
+    def check(self, position: Mapping[str, Any]) -> None:
+        """Refuses a position in other data.
+
+        Raises:
+            ValueError: with what is other than it was.
+        """
+        if self.goes_with(position):
+            return
+        then, now = position["data"], self.fingerprint()
+        count = position["exchanges"]
+        exchanged = f" after set_data() had exchanged the data {count} times" if count else ""
+        if then.get("processes") != now.get("processes"):
+            raise ValueError(
+                "A position in data that is each process's own, as with a DistributedSampler or "
+                "PerRank, holds for as many processes only. The state's data was "
+                f"{_owners(then)}; that given to run() is {_owners(now)}. Go on with the "
+                "data, and in as many processes, as it was written with. Batches of a DataLoader "
+                "without a DistributedSampler, which a DeterministicEngine deals out, go with any "
+                "number."
+            )
+        names = sorted(name for name in {*then, *now} if then.get(name) != now.get(name))
+        changes = [f"{name}: {then.get(name)!r} then, {now.get(name)!r} now" for name in names]
+        raise ValueError(
+            f"The state was written{exchanged} with other data than run() was given: a position in "
+            f"one is none in the other ({'; '.join(changes)}). Give run() the data, batch size, "
+            "sampler and dataset that the run had when the state was written."
+        )
+
+
+def _owners(fingerprint: Mapping[str, Any]) -> str:
+    count = fingerprint.get("processes")
+    return "dealt out, or one process's" if count is None else f"own to each of {count}"
+
+
+def _go_together(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    told = {name: value for name, value in then.items() if name != "batches" or name in now}
+    # States of older versions have a length even where that is a hint.
+    return told == {name: value for name, value in now.items() if name != "batches" or name in then}
 
 
 def changed_places(state: Mapping[str, Any]) -> set[str]:
@@ -269,26 +320,7 @@ class SequenceFlow(Dataflow):
         return min(batch, 1)
 
 
-class KeptFlow(Dataflow):
-    """Data of which a pass can be opened to look at it, and left as it was."""
-
-    def __init__(self, data: Any) -> None:
-        super().__init__(data)
-        # What it carries from pass to pass, beside the attributes of its dataset.
-        self._own = OwnStates()
-
-    def kept(self) -> Any:
-        """Returns what opening a pass moves, to be put back after it was looked at."""
-        return self._own.take(), self._attributes.take(), self._dataset_prepared
-
-    def put_back(self, kept: Any) -> None:
-        """Puts back what `kept` returned."""
-        states, attributes, self._dataset_prepared = kept
-        self._own.give(states)
-        self._attributes.give(attributes)
-
-
-class ReplayedFlow(KeptFlow):
+class ReplayedFlow(Dataflow):
     """Iterable data without a state: batches before the wanted one are fetched and thrown away.
 
     It is not fetched ahead. What it draws from the global generators are random streams of its own,

@@ -25,17 +25,13 @@ _LOOKED_INTO: Final = (Dataset, Sampler, list, tuple, dict, *GENERATORS)
 # How far is looked: further than this, generators belong to something else.
 _DEPTH: Final = 4
 _MANY: Final = 64
-#: Their identities. They are nobody's own, and part of every state.
-GLOBAL_GENERATORS: Final = frozenset(
-    map(
-        id,
-        (
-            torch.default_generator,
-            getattr(random.seed, "__self__", None),
-            getattr(numpy.random.mtrand, "_rand", None),
-        ),
-    )
+_GLOBAL: Final = (
+    torch.default_generator,
+    getattr(random.seed, "__self__", None),
+    getattr(numpy.random.mtrand, "_rand", None),
 )
+#: The identities of those that all share: they are nobody's own, and part of every state.
+GLOBAL_GENERATORS: Final = frozenset(map(id, _GLOBAL))
 TRANSFORMS: Final = ("transform", "transforms", "target_transform", "collate_fn")
 
 

@@ -42,19 +42,14 @@ class Probe:
         self._answers: Any = answers.share_memory_()
 
     @property
-    def keeps_draws(self) -> bool:
-        """Whether the dataset keeps what it has drawn from the random streams."""
-        return bool(self._answers[1])
+    def answers(self) -> tuple[bool, bool, bool | None]:
+        """Whether the dataset keeps what it has drawn from the random streams, and more.
 
-    @property
-    def draws_unseen(self) -> bool:
-        """Whether it gives another sample under the same random streams."""
-        return bool(self._answers[2])
-
-    @property
-    def draws(self) -> bool | None:
-        """Whether fetching draws from the random streams; None if nothing was fetched."""
-        return bool(self._answers[3]) if self._answers[0] else None
+        Whether it gives another sample under the same streams, and whether fetching draws from
+        them; the last is None if nothing was fetched.
+        """
+        asked, keeps, unseen, draws = map(bool, self._answers)
+        return keeps, unseen, draws if asked else None
 
     def on(self, dataset: Any) -> Any:
         """Returns a dataset that asks when its first sample is fetched."""

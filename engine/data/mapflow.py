@@ -18,7 +18,7 @@ from crosstrain.engine.progress import data_length
 
 from .apart import Secluded
 from .batch_before import Noted
-from .flows import Iterate, KeptFlow, changed_places
+from .flows import Dataflow, Iterate, changed_places
 from .generators import generators_in
 from .keeping import Probe
 from .order import draws_at_once
@@ -28,7 +28,7 @@ from .shares import ALONE, check_divisible
 from .streams import KeyedBatchDataset, KeyedDataset, StreamKey, rank_seed, sample_key
 
 
-class MapFlow(KeptFlow):
+class MapFlow(Dataflow):
     """A DataLoader over a map-style dataset: opened at any batch without fetching, streams keyed.
 
     The order of pass p is the one that torch gives under `manual_seed(seed + p)`, whatever the
@@ -193,8 +193,8 @@ class MapFlow(KeptFlow):
         workers = self._loader.num_workers
         if probe is None:
             return None
-        self._draws = probe.draws
-        if probe.draws_unseen:
+        keeps, unseen, self._draws = probe.answers
+        if unseen:
             return (
                 "a sample was fetched twice under the same random streams, as if the dataset had "
                 "kept nothing of what it fetched, and was another one the second time. Generators "
@@ -202,7 +202,7 @@ class MapFlow(KeptFlow):
                 f"{self.suspects().content}Samples that it has not kept yet will differ. Draw from "
                 "current_sample() or the global generators"
             )
-        if not probe.keeps_draws or not (workers or self._anew):
+        if not keeps or not (workers or self._anew):
             return None
         then = "the run that was saved had kept nothing in its process" if self._anew else ""
         return (

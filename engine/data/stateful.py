@@ -20,7 +20,7 @@ from crosstrain.engine.loader_workers import iterator_over
 
 from .apart import Apart
 from .batch_before import Noted, hold, record
-from .flows import KeptFlow, skipped_to
+from .flows import Dataflow, skipped_to
 from .own_states import OwnStates
 from .sampling import is_loader, rebuilt
 from .shares import ALONE
@@ -60,7 +60,7 @@ class _Pass:
     awaited: dict[str, Any] | None = None
 
 
-class StatefulFlow(KeptFlow):
+class StatefulFlow(Dataflow):
     """Iterable data with `state_dict` and `load_state_dict`: asked for its state, and given it.
 
     It is not fetched ahead: its state would be that of a batch that has not been used yet. Where a

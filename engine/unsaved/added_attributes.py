@@ -75,9 +75,7 @@ class Holders:
     ) -> Iterator[tuple[str, str, Any, frozenset[Use]]]:
         """Yields what a function may fetch: whose, its name, itself, and what is done with it.
 
-        Args:
-            function: of the user's.
-            variables: what its names stand for, where that is known.
+        What its `variables` stand for is given where it is known.
         """
         used = attributes_used(function.__code__)
         for name in sorted(used.keys() & self._by_name.keys()):

@@ -46,11 +46,7 @@ class Begun:
 
 
 class Values(Walk):
-    """Finds the values that functions read, and tells which of them have changed.
-
-    Args:
-        used: what the run uses now. What is found is for one look only.
-    """
+    """Finds the values that functions read, and tells which have changed; for one look only."""
 
     def __init__(self, used: Used) -> None:
         super().__init__(used.known, used.recorded, [used.holders], used.saved, used.closed)
@@ -157,10 +153,7 @@ class Values(Walk):
 
 @dataclass(frozen=True)
 class _OneOf:
-    """Stands for one of several objects that are saved: which of them is what a variable tells.
+    """Stands for one of several objects that are saved: which of them is what a variable tells."""
 
-    Args:
-        identity: its `id`.
-    """
-
+    #: Its `id`.
     identity: int

@@ -7,10 +7,10 @@ a number. So contents are compared, and neither names nor objects.
 from __future__ import annotations
 
 import array
-import collections
 import contextlib
 import io
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from typing import Any, Final
 
 import numpy
@@ -26,7 +26,7 @@ from crosstrain.engine.guards import is_others, is_users_object, own_attributes
 from crosstrain.engine.nests import SCALARS
 
 from .functions import TORCHS_OWN, TRAINED
-from .signatures import COLLECTIONS, signature_of
+from .signatures import NESTS, signature_of
 from .source import names_in
 from .uses_in_source import uses_of_self
 
@@ -34,7 +34,8 @@ from .uses_in_source import uses_of_self
 _STATES: Final = ("state_dict", "get_extra_state", "_save_to_state_dict")
 
 _ARRAYS: Final = (torch.Tensor, numpy.ndarray, array.array, bytearray)
-_NESTS: Final = (dict, list, tuple, set, frozenset, collections.deque)
+# What a value holds: its numbers and words in order, or how many they are.
+_Content = tuple[str, ...] | int
 _LARGEST: Final = 4096
 _DEPTH: Final = 8
 _EXACT: Final = 1 << 53
@@ -51,9 +52,6 @@ class Saved:
     An object that a named one holds goes on with it if the named one's `load_state_dict` mentions
     it, or if its contents are found in the state. What is in neither, such as the replay buffer of
     an agent whose state is its networks', is looked into as if nobody had been named.
-
-    Args:
-        objects: the named ones.
     """
 
     def __init__(self, objects: Iterable[Any] = ()) -> None:
@@ -67,9 +65,8 @@ class Saved:
         self.sources: dict[int, str] = {}
         #: Optimizers whose own `state_dict` has not got all tensors that they keep of parameters.
         self.left_out: list[str] = []
-        # States, and marks of what they are made of, by the `id` of their object.
-        self._states: dict[int, Any] = {}
-        self._marks: dict[int, set[str]] = {}
+        # States, by the `id` of their object; None of one that has none, or does not give it.
+        self._states: dict[int, _Contents | None] = {}
         named = list(objects)
         self._named = {id(one) for one in named}
         for value in named:
@@ -93,11 +90,10 @@ class Saved:
             if id(one) not in plain and name not in given
         }
         if plain or objects:
-            if (state := self._state_of(owner)) is None:
+            if (saved := self._state_of(owner)) is None:
                 # It cannot be compared.
                 plain, objects = {}, {}
             else:
-                saved = _Contents(state)
                 self._compare(plain.values(), saved)
                 for one in objects.values():
                     self._object(one, owner, saved, _INSIDE)
@@ -107,9 +103,8 @@ class Saved:
 
     def _tensors_of(self, optimizer: Optimizer) -> None:
         """Looks for what an optimizer keeps of each parameter in a state of its own making."""
-        if (state := self._state_of(optimizer)) is None:
+        if (saved := self._state_of(optimizer)) is None:
             return
-        saved = _Contents(state)
         kept = (part for part in _parts([*optimizer.state.values()]) if isinstance(part, _ARRAYS))
         if not all(map(saved.have, kept)):
             self.left_out.append(f"{type(optimizer).__name__}, its 'state'")
@@ -121,7 +116,7 @@ class Saved:
         """Looks for an object's contents in the state of the named one that holds it."""
         if depth == 0 or id(value) in self._named or id(value) in self.inside:
             self.held |= {id(value)} - self.inside.keys()
-        elif isinstance(value, _NESTS):
+        elif isinstance(value, NESTS):
             # What it holds is looked at; itself, where nothing in it has a state of its own.
             some = list(value.values() if isinstance(value, dict) else value)[:_MANY]
             for one in some:
@@ -133,7 +128,7 @@ class Saved:
                 self._source(value, owner)
         elif is_stateful(value):
             state = self._state_of(value)
-            if state is None or saved.have(state):
+            if state is None or saved.have(state.whole):
                 self.held.add(id(value))
         elif is_users_object(value) and not isinstance(value, (DataLoader, Dataset, Sampler)):
             self.inside[id(value)] = owner
@@ -155,12 +150,13 @@ class Saved:
         where = f"what the state of {type(owner).__name__} leaves out"
         self.sources[id(value)] = f"{where} (a {type(value).__name__})"
 
-    def _state_of(self, owner: Any) -> Any:
-        """Returns an object's state, asked for once; None where it has none."""
+    def _state_of(self, owner: Any) -> _Contents | None:
+        """Returns what an object's state holds, asked for once; None where it has none."""
         if id(owner) not in self._states:
             self._states[id(owner)] = None
             with contextlib.suppress(Exception):  # An object of the user's may raise anything.
-                self._states[id(owner)] = owner.state_dict()
+                if (state := owner.state_dict()) is not None:
+                    self._states[id(owner)] = _Contents(state)
         return self._states[id(owner)]
 
     def has(self, owner: Any, value: Any) -> bool:
@@ -169,36 +165,54 @@ class Saved:
         Of one that has no state, it has all.
         """
         owner = self.inside.get(id(owner), owner)
-        if id(owner) not in self._marks:
-            state = self._state_of(owner)
-            whole = (own_attributes(owner) or {}) if state is None else state
-            self._marks[id(owner)] = _marks_of(whole)
-        return _mark(value) in self._marks[id(owner)]
+        if (saved := self._state_of(owner)) is None:
+            return any(value is one for one in (own_attributes(owner) or {}).values())
+        return saved.have(value)
 
 
 class _Contents:
     """Knows what a state holds, under whichever names."""
 
     def __init__(self, state: Any) -> None:
-        self._parts = list(_parts(state))
-        # By how much they hold: most are never compared.
-        self._by_size: dict[int, list[Any]] = {}
-        self._read: dict[int, set[tuple[str, ...] | int]] = {}
-        self._others: set[tuple[str, ...] | int] | None = None
+        self.whole = state
+        # Arrays by how much they hold: most are never compared.
+        self._read: dict[int, set[_Content]] = {}
+
+    @cached_property
+    def _parts(self) -> list[Any]:
+        return list(_parts(self.whole))
+
+    @cached_property
+    def _scalars(self) -> set[Any]:
+        return {_key(part) for part in self._parts if isinstance(part, SCALARS)}
+
+    @cached_property
+    def _others(self) -> set[_Content]:
+        return {
+            (_leaf(part),) if isinstance(part, SCALARS) else _content(part)
+            for part in self._parts
+            if not isinstance(part, _ARRAYS)
+        }
+
+    @cached_property
+    def _by_size(self) -> dict[int, list[Any]]:
+        found: dict[int, list[Any]] = {}
+        for part in self._parts:
+            if isinstance(part, _ARRAYS):
+                found.setdefault(_length(part), []).append(part)
+        return found
 
     def have(self, value: Any) -> bool:
-        """Tells whether a state has a part with the contents of a value."""
+        """Tells whether a state has a part with the contents of a value.
+
+        A number by itself is there as what it is; in a collection, it may be of another type.
+        """
+        if isinstance(value, SCALARS):
+            return _key(value) in self._scalars
         content = _content(value)
-        if self._others is None:
-            self._others = set()
-            for part in self._parts:
-                if isinstance(part, _ARRAYS):
-                    self._by_size.setdefault(_length(part), []).append(part)
-                else:
-                    self._others.add(_content(part))
         if content in self._others:
             return True
-        size = _size(content)
+        size = content if isinstance(content, int) else len(content)
         if size not in self._read:
             self._read[size] = {_content(part) for part in self._by_size.get(size, ())}
         return content in self._read[size]
@@ -211,23 +225,6 @@ def _given_by_loading(kind: type) -> frozenset[str]:
     """
     functions = uses_of_self(kind, _LOADS)[1]
     return frozenset[str]().union(*(names_in(one.__code__) for one in functions))
-
-
-def _mark(value: Any) -> str:
-    return repr(signature_of(value))
-
-
-def _marks_of(state: Any) -> set[str]:
-    """Returns marks of a state and of all in it."""
-    left: list[Any] = [state]
-    found: set[str] = set()
-    while left and len(found) < _LARGEST:
-        part = left.pop()
-        found.add(_mark(part))
-        if isinstance(part, COLLECTIONS):
-            some: Any = part
-            left.extend(some.values() if isinstance(some, dict) else some)
-    return found
 
 
 def _holders_of_state(value: Any) -> list[Any]:
@@ -251,7 +248,7 @@ def _is_plain(value: Any, depth: int = _DEPTH) -> bool:
     """Tells whether a value is a collection, tensor or array that holds nothing but numbers."""
     if isinstance(value, _ARRAYS):
         return True
-    if not isinstance(value, _NESTS) or depth == 0:
+    if not isinstance(value, NESTS) or depth == 0:
         return False
     inside = value.values() if isinstance(value, dict) else value
     return all(isinstance(one, SCALARS) or _is_plain(one, depth - 1) for one in inside)
@@ -259,12 +256,12 @@ def _is_plain(value: Any, depth: int = _DEPTH) -> bool:
 
 def _parts(state: Any, depth: int = _DEPTH) -> Iterator[Any]:
     yield state
-    if isinstance(state, _NESTS) and depth > 0:
+    if isinstance(state, NESTS) and depth > 0:
         for one in state.values() if isinstance(state, dict) else state:
             yield from _parts(one, depth - 1)
 
 
-def _content(value: Any) -> tuple[str, ...] | int:
+def _content(value: Any) -> _Content:
     """Returns what a value holds, in no order; of what is large, only how much."""
     found: list[str] = []
     for leaf in _leaves(value, _DEPTH):
@@ -272,10 +269,6 @@ def _content(value: Any) -> tuple[str, ...] | int:
         if len(found) > _LARGEST:
             return _length(value)
     return tuple(sorted(found))
-
-
-def _size(content: tuple[str, ...] | int) -> int:
-    return content if isinstance(content, int) else len(content)
 
 
 def _length(value: Any) -> int:
@@ -288,13 +281,20 @@ def _leaves(value: Any, depth: int) -> Iterator[str]:
         value = some[: _LARGEST + 1].tolist()
     if isinstance(value, dict):
         value = [*value.keys(), *value.values()]
-    if isinstance(value, _NESTS) and depth > 0:
+    if isinstance(value, NESTS) and depth > 0:
         for one in value:
             yield from _leaves(one, depth - 1)
-    elif isinstance(value, (bool, int, float)):
-        # A number may have become one of another type.
-        yield repr(float(value)) if abs(value) < _EXACT else repr(value)
-    elif isinstance(value, numpy.generic):
-        yield from _leaves(value.item(), depth)
     else:
-        yield repr(value) if isinstance(value, SCALARS) else type(value).__name__
+        yield _leaf(value.item() if isinstance(value, numpy.generic) else value)
+
+
+def _leaf(value: Any) -> str:
+    if isinstance(value, (bool, int, float)) and abs(value) < _EXACT:
+        # A number may have become one of another type.
+        return repr(float(value))
+    return repr(value if isinstance(value, (str, bytes)) else signature_of(value))
+
+
+def _key(scalar: Any) -> tuple[type, Any]:
+    # NaN is not equal to itself.
+    return type(scalar), scalar if scalar == scalar else "nan"

@@ -35,10 +35,10 @@ from crosstrain.engine.nests import is_module
 
 from .source import names_in
 
-#: What a checkpoint has by torch's own state of it, and nothing else.
 # How far into nests functions are looked for, and among how many of each.
 _NESTED: Final = 4
 _MANY: Final = 64
+#: What a checkpoint has by torch's own state of it, and nothing else.
 TRAINED: Final = (Module, Optimizer)
 #: The attributes that torch gives each of them.
 TORCHS_OWN: Final = frozenset({*vars(Module()), "defaults", "param_groups", "state"})
@@ -90,11 +90,7 @@ _OF_ALL: Final = {
 
 
 def functions_of_trained(objects: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the functions of the user's in some objects, by what to call them.
-
-    Args:
-        objects: modules and optimizers, by name.
-    """
+    """Returns the functions of the user's in modules and optimizers, by what to call them."""
     found: dict[str, Any] = {}
     for name, value in objects.items():
         if is_module(value):

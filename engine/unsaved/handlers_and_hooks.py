@@ -19,6 +19,7 @@ from typing import Any
 from torch.nn import Module
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from crosstrain.engine.guards import module_of
 from crosstrain.engine.structure import modules_of
 
 from .functions import is_users_file
@@ -63,12 +64,7 @@ class Attached:
         return bool(self._made)
 
     def keep_made(self, used: Used, functions: Sequence[types.FunctionType]) -> bool:
-        """Keeps of it what each first step makes anew; tells whether there is any.
-
-        Args:
-            used: what the run uses now.
-            functions: the user's, which may make them.
-        """
+        """Keeps of it what functions make anew in each first step; tells whether there is any."""
         self._made = _made_lazily(self._made or Counter(), used, functions)
         return bool(self._made)
 
@@ -89,12 +85,7 @@ class Attached:
         self._batches = _marks(used)
 
     def changed(self, used: Used, ended: bool) -> list[str]:
-        """Returns what is other than when the run began, each as a phrase.
-
-        Args:
-            used: what the run uses now.
-            ended: whether the epoch has ended.
-        """
+        """Returns what is other than when the run began, each as a phrase."""
         if self._begun is None:
             return []
         now, made = _marks(used), self._made or Counter()
@@ -116,9 +107,7 @@ def _differences(before: _Marks, now: _Marks) -> list[str]:
 def _marks(used: Used, called: bool = True) -> _Marks:
     """Returns what there is, with the code of what is called: closures are made anew.
 
-    Args:
-        used: what the run uses now.
-        called: whether the step and the handlers count, too.
+    The step and the handlers count, too, if they are to (`called`).
     """
     found: _Marks = Counter()
     held = [(name, function, True) for name, function in used.of_trained.items()]
@@ -127,7 +116,7 @@ def _marks(used: Used, called: bool = True) -> _Marks:
             function = function.func
         plain = inspect.unwrap(getattr(function, "__func__", function))
         # A checkpoint's handler asks for more of the engine when it is first called.
-        if not _module_of(plain).startswith("crosstrain."):
+        if not module_of(plain).startswith("crosstrain."):
             found[name, id(getattr(plain, "__code__", type(plain))), lasts] += 1
     found.update(_classes(used.objects))
     return found
@@ -136,7 +125,7 @@ def _marks(used: Used, called: bool = True) -> _Marks:
 def _made_lazily(made: _Marks, used: Used, functions: Sequence[types.FunctionType]) -> _Marks:
     """Returns what of that which a first step has made each first step makes again."""
     hooks = {
-        name: is_users_file(sys.modules.get(_module_of(function)))
+        name: is_users_file(sys.modules.get(module_of(function)))
         for name, function in used.of_trained.items()
     }
     by_users = hooks_are_made_lazily(functions)
@@ -159,7 +148,3 @@ def _classes(objects: Mapping[str, Any]) -> Iterator[tuple[str, int, bool]]:
             if isinstance(module, LazyModuleMixin):
                 kind = module.cls_to_become or kind
             yield f"{name}{'.' if path else ''}{path} (a {kind.__name__})", 0, True
-
-
-def _module_of(function: Any) -> str:
-    return getattr(function, "__module__", None) or ""

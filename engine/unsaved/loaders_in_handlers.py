@@ -56,22 +56,14 @@ class Fetched:
         }
 
     def go_on(self, then: Mapping[str, Mapping[str, Any]]) -> None:
-        """Has persistent workers that had begun draw no seed when they begin anew.
-
-        Args:
-            then: what `record` returned.
-        """
+        """Has persistent workers that had begun, as `record` told, begin anew without a seed."""
         for name, loader in self.loaders.items():
             had_begun = then.get(name, {}).get("begun", False)
             if had_begun and _stays(loader) and getattr(loader, "_iterator", None) is None:
                 vars(loader)["_get_iterator"] = partial(_begun_iterator, loader)
 
     def differences(self, then: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
-        """Returns which loaders draw otherwise than they did, and why.
-
-        Args:
-            then: what `record` returned.
-        """
+        """Returns which loaders draw otherwise than they did, as `record` told then, and why."""
         found: list[tuple[str, str]] = []
         for name, loader in self.loaders.items():
             if (before := then.get(name)) is None:
@@ -120,11 +112,9 @@ def _begun_iterator(loader: Any) -> Any:
 
 
 def who_fetches(used: Used, data: Any) -> Fetched:
-    """Returns over which loaders the functions of a run may iterate.
+    """Returns over which loaders the functions of a run may iterate, that it trains with `data`.
 
-    Args:
-        used: what the run uses now.
-        data: what is trained with; a loader of its dataset with as many workers is like it.
+    A loader of the same dataset with as many workers is like that.
     """
     walk = _Loaders(data, {id(used.engine)})
     for name, function in used.functions.items():
@@ -135,8 +125,7 @@ def who_fetches(used: Used, data: Any) -> Fetched:
 def _what_draws(loader: Any) -> str | None:
     """Returns what of a loader draws by its number of workers; None: fetching draws nothing.
 
-    Args:
-        loader: over any dataset; what fetching changes of it, and of random states, is put back.
+    What that changes of its dataset, and of random states, is put back.
     """
     dataset = loader.dataset
     kind = type(dataset).__name__

@@ -38,7 +38,7 @@ from .messages import (
 from .used import Used
 
 if TYPE_CHECKING:
-    from crosstrain.engine.data.cursor import Cursor
+    from crosstrain.engine.data.flows import Dataflow
     from crosstrain.engine.engine import Engine
 
 
@@ -132,7 +132,11 @@ class Unsaved:
     # ------------------------------------------------------------ when a state is taken
 
     def tell(
-        self, objects: Mapping[str, Any], ended: bool, structure: Structure, cursor: Cursor
+        self,
+        objects: Mapping[str, Any],
+        ended: bool,
+        structure: Structure,
+        flow: Dataflow | None,
     ) -> dict[str, Any]:
         """Tells what a state that is taken now does not hold, unless it was told before.
 
@@ -140,7 +144,7 @@ class Unsaved:
             objects: modules and optimizers, by name.
             ended: whether the epoch has ended.
             structure: knows which hooks have not been made again.
-            cursor: knows what of the dataset is too large to save.
+            flow: knows what of the dataset is too large to save, if the data was opened.
 
         Returns:
             What the other engines that the run uses, such as an evaluator, have found last.
@@ -160,9 +164,10 @@ class Unsaved:
         self._tell(self._new(closed), CLOSED)
         self._tell(self._new(self._attached.changed(used, ended)), ATTACHED)
         self._tell(structure.not_made_again(objects), NOT_MADE_AGAIN)
-        self._tell(self._made_again.sift_data(self._dataset(), cursor.lost()), LOST)
-        # Between two passes no worker fetches.
-        self._tell(self._new([] if ended else cursor.raced()), RACED)
+        if flow is not None:
+            self._tell(self._made_again.sift_data(self._dataset(), flow.lost()), LOST)
+            # Between two passes no worker fetches.
+            self._tell(self._new([] if ended else flow.raced()), RACED)
         return {name: plain_or_none(one.state.metrics) or {} for name, one in engines.items()}
 
     def made(self) -> dict[str, Any]:
@@ -195,12 +200,13 @@ class Unsaved:
         return self._fetches[1]
 
     def tell_of_workers(
-        self, objects: Mapping[str, Any], position: Mapping[str, Any], cursor: Cursor
+        self, objects: Mapping[str, Any], position: Mapping[str, Any], flow: Dataflow | None
     ) -> None:
         """Says that a handler fetches, and draws otherwise with other workers than then."""
         fetched = self.fetched(objects)
         found = fetched.differences(position.get("loaders", {}))
-        if (why := cursor.draws_by_workers()) is not None and fetched.training is not None:
+        why = None if flow is None else flow.draws_by_workers()
+        if why is not None and fetched.training is not None:
             why = f"it is a loader of the dataset that is trained on, and {why}"
             found.insert(0, (fetched.training, why))
         for where, why in found:

@@ -9,7 +9,6 @@ told. What changes from one look to the next is not of this kind, and is told wh
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Container, Iterable, Mapping
 from typing import Any, Final
 
@@ -20,11 +19,10 @@ from crosstrain.engine.proof import Proof
 from .changed_values import Begun, Place, Values
 from .functions import layers_of, methods_in
 from .made_where_missing import is_made_lazily, is_read_by_key
-from .signatures import PLAIN, signature_of
+from .signatures import NESTS, PLAIN, signature_of
 
 #: After so many iterations it is known whether what was made again stays what it is.
 LOOKS: Final = 2
-_NESTS: Final = (dict, list, tuple, set, frozenset, collections.deque)
 _KEYS: Final = 4096
 # Digests, by the keys of a mapping; of anything else there is one.
 _Digests = dict[str, str]
@@ -61,10 +59,7 @@ class MadeAgain:
     def sift(self, now: Values, begun: Begun, told: Container[str]) -> list[str]:
         """Keeps the digests of what was made where it was missing; returns what is to be told.
 
-        Args:
-            now: what functions refer to.
-            begun: what they did when the run began.
-            told: what was told before, which is not looked at.
+        What was told before is not looked at.
         """
         left: list[str] = []
         for place in now.changed(begun):
@@ -78,17 +73,13 @@ class MadeAgain:
         return left
 
     def differences(self, now: Values) -> list[str]:
-        """Returns the names of what was made again, and is other than it was.
-
-        Args:
-            now: what functions refer to.
-        """
+        """Returns the names of what was made again, and is other than it was."""
         differ: list[str] = []
         for place in now.values:
             if (then := self._expected.get(name := named(place))) is None:
                 continue
             value = now.values[place]
-            if value is None or (isinstance(value, _NESTS) and not value):
+            if value is None or (isinstance(value, NESTS) and not value):
                 continue
             found = self._digests_of(now, place)
             if found is None or not _goes_with(then, found):
@@ -102,9 +93,7 @@ class MadeAgain:
     def sift_data(self, dataset: Any, lost: Iterable[str]) -> list[str]:
         """Does what `sift` does for what has changed of a dataset and is too large to save.
 
-        Args:
-            dataset: the dataset.
-            lost: the names of it, such as `dataset.index`; each is given once.
+        Each of these names, such as `dataset.index`, is given once.
         """
         left: list[str] = []
         for name in lost:
@@ -140,7 +129,7 @@ class MadeAgain:
     def _digests_of(self, now: Values, place: Place) -> _Digests | None:
         """Returns the digests of what is made lazily; None for anything else."""
         value, signature, name = now.values.get(place), now.signatures.get(place), named(place)
-        if place not in now.values or not isinstance(value, (*PLAIN, *_NESTS)):
+        if place not in now.values or not isinstance(value, (*PLAIN, *NESTS)):
             return None
         if not is_made_lazily(place[1], now.functions, now.used.states):
             return None

@@ -57,11 +57,8 @@ def is_read_by_key(path: str, functions: Iterable[types.FunctionType]) -> bool:
     """Tells whether a mapping is only written to, and read by keys that have to be there.
 
     Begun without it, a run either writes a key before it reads it, or fails: it never goes on
-    otherwise in silence. Such are the activations that a hook keeps for the step.
-
-    Args:
-        path: where functions find it, as of `is_made_lazily`.
-        functions: all that may use it.
+    otherwise in silence. Such are the activations that a hook keeps for the step. The arguments are
+    those of `is_made_lazily`.
     """
     *outer, name = _names_in(path)
     codes = _codes_of(functions)
@@ -70,40 +67,24 @@ def is_read_by_key(path: str, functions: Iterable[types.FunctionType]) -> bool:
     return all(is_read_by_key_in(code, name, not outer) for code in codes)
 
 
-def _made_beside(
-    name: str, functions: Iterable[types.FunctionType], states: frozenset[str]
-) -> set[str]:
-    """Returns the attributes that are made together with one, if that is made where it is missing.
-
-    Args:
-        name: of an attribute, such as a flag that says that the others are made.
-        functions: all that may use it.
-        states: as of `is_made_lazily`.
-    """
-    codes = _codes_of(functions)
-    if _is_made(name, False, codes, states) is not True:
-        return set()
-    through = frozenset(one.name for one in (found_in(c, name, False) for c in codes) if one.spoils)
-    found = [
-        found_in(code, name, False, frozenset() if code.co_name in through else through)
-        for code in codes
-    ]
-    return set[str]().union(*(one.beside for one in found)) - {name}
-
-
 def is_made_beside(owner: Any, name: str) -> bool:
     """Tells whether a number or a flag of a module says that something else there was made.
 
-    Args:
-        owner: the module.
-        name: of its attribute. What is made beside it lies in no state and is not recorded.
+    What is made beside it lies in no state and is not recorded.
     """
     kind = type(owner)
     if not isinstance(owner, torch.nn.Module) or is_others(kind):
         return False
     states = frozenset((*owner._parameters, *owner._buffers, *owner._modules))
-    found = _made_beside(name, uses_of_self(kind, ["forward"])[1], states)
-    return any(not isinstance(vars(owner).get(one), (*RECORDED, type(None))) for one in found)
+    codes = _codes_of(uses_of_self(kind, ["forward"])[1])
+    if _is_made(name, False, codes, states) is not True:
+        return False
+    through = frozenset(one.name for one in (found_in(c, name, False) for c in codes) if one.spoils)
+    beside = set[str]()
+    for code in codes:
+        makers = frozenset[str]() if code.co_name in through else through
+        beside |= found_in(code, name, False, makers).beside - {name}
+    return any(not isinstance(vars(owner).get(one), (*RECORDED, type(None))) for one in beside)
 
 
 def _names_in(path: str) -> list[str]:
@@ -161,11 +142,7 @@ def _is_made(
 
 
 def hooks_are_made_lazily(functions: Iterable[types.FunctionType]) -> bool:
-    """Tells whether functions that register hooks do it before all else, where there are none.
-
-    Args:
-        functions: all that may register some.
-    """
+    """Tells whether functions that register hooks do it before all else, where there are none."""
     return all(map(_hooks_first, _codes_of(functions)))
 
 
@@ -175,24 +152,26 @@ def _hooks_first(code: types.CodeType) -> bool:
         return True
     own = definition_of(code)
     for one in [] if own is None else own.body:
-        if any(isinstance(node, ast.Call) and _is_hook(node) for node in ast.walk(one)):
-            made = made_in([one])
-            inside = [node for part in getattr(one, "body", []) for node in ast.walk(part)]
-            if not isinstance(one, ast.If) or one.orelse:
-                return False
-            if any(isinstance(node, (ast.Return, ast.AugAssign, ast.Delete)) for node in inside):
-                return False
-            return all(
-                not isinstance(node, ast.Call) or _is_hook(node) or not draws(node, made)
-                for node in inside
-            ) and all(
-                not isinstance(node, ast.Expr)
-                or (isinstance(node.value, ast.Call) and _is_hook(node.value))
-                for node in inside
-            )
-        if any(isinstance(node, ast.Call) for node in ast.walk(one)):
+        calls = [node for node in ast.walk(one) if isinstance(node, ast.Call)]
+        if any(map(_is_hook, calls)):
+            return isinstance(one, ast.If) and not one.orelse and _only_registers(one)
+        if calls:
             return False
     return False
+
+
+def _only_registers(test: ast.If) -> bool:
+    """Tells whether what is done if a test holds does nothing else than register hooks."""
+    made = made_in([test])
+    for node in (node for one in test.body for node in ast.walk(one)):
+        if isinstance(node, (ast.Return, ast.AugAssign, ast.Delete)):
+            return False
+        if isinstance(node, ast.Call) and not _is_hook(node) and draws(node, made):
+            return False
+        alone = node.value if isinstance(node, ast.Expr) else None
+        if alone is not None and not (isinstance(alone, ast.Call) and _is_hook(alone)):
+            return False
+    return True
 
 
 def _is_hook(call: ast.Call) -> bool:

@@ -26,21 +26,10 @@ from .source import KEPT, Above, definition_of, name_of, nodes_in, root_of, synt
 from .uses_in_source import WRITES
 
 # What changes a collection and depends on what it holds, or takes something away.
-_CHANGES: Final = WRITES | frozenset(
-    [
-        "difference_update",
-        "discard",
-        "intersection_update",
-        "pop",
-        "popitem",
-        "popleft",
-        "remove",
-        "resize",
-        "reverse",
-        "rotate",
-        "sort",
-        "symmetric_difference_update",
-    ]
+_CHANGES: Final = (
+    WRITES
+    | {"difference_update", "discard", "intersection_update", "pop", "popitem", "popleft"}
+    | {"remove", "resize", "reverse", "rotate", "sort", "symmetric_difference_update"}
 )
 _SIZES: Final = frozenset({"device", "dtype", "len", "ndim", "numel", "shape", "size"})
 _CONTROL: Final = (ast.If, ast.For, ast.While, ast.Try, ast.ExceptHandler, ast.IfExp)

@@ -43,25 +43,10 @@ PLAIN: Final = (
     ctypes._SimpleCData,
     ctypes.Array,
 )
-_WHOLE: Final = (
-    dict,
-    list,
-    tuple,
-    collections.deque,
-    set,
-    frozenset,
-    array.array,
-    bytearray,
-    memoryview,
-)
-#: What holds other things.
+#: What holds other things: plain ones, and all of them.
+NESTS: Final = (dict, list, tuple, set, frozenset, collections.deque)
 COLLECTIONS: Final = (
-    dict,
-    list,
-    tuple,
-    set,
-    frozenset,
-    collections.deque,
+    *NESTS,
     collections.UserDict,
     collections.UserList,
     collections.ChainMap,
@@ -73,6 +58,7 @@ COLLECTIONS: Final = (
     weakref.WeakValueDictionary,
     weakref.WeakSet,
 )
+_WHOLE: Final = (*NESTS, array.array, bytearray, memoryview)
 _ENTRIES: Final = 4096
 _PLENTY: Final = 1 << 18
 _BYTES: Final = 1 << 20

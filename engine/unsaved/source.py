@@ -21,7 +21,8 @@ Above = tuple[ast.AST, ...]
 @lru_cache(maxsize=256)
 def syntax_tree(code: types.CodeType) -> ast.AST | None:
     """Returns the syntax tree of a function; None where there is no source, as of `exec`."""
-    if code.co_name != "<lambda>":
+    is_lambda = code.co_name == "<lambda>"
+    if not is_lambda:
         with contextlib.suppress(SyntaxError):
             # To find the end of a function by its tokens takes many times as long.
             return ast.parse(textwrap.dedent(_lines_of(code)))
@@ -29,23 +30,16 @@ def syntax_tree(code: types.CodeType) -> ast.AST | None:
         source = textwrap.dedent(inspect.getsource(code))
     except (OSError, TypeError):
         return None
-    if code.co_name != "<lambda>":
-        try:
-            return ast.parse(source)
-        except SyntaxError:
-            return None
-    start = source.find("lambda")
-    for text in (source, *(source[start:end] for end in range(len(source), start, -1))):
-        try:
-            tree = ast.parse(f"({text})" if text is not source else text)
-        except SyntaxError:
-            # It lies in the middle of a statement.
-            continue
-        found: list[ast.stmt] = [
-            ast.Expr(one) for one in ast.walk(tree) if isinstance(one, ast.Lambda)
-        ]
-        if found:
-            return ast.Module(found, [])
+    # A lambda lies in the middle of a statement, whose lines may be no statement by themselves.
+    start = source.find("lambda") if is_lambda else len(source)
+    for text in (source, *(f"({source[start:end]})" for end in range(len(source), start, -1))):
+        with contextlib.suppress(SyntaxError):
+            tree = ast.parse(text)
+            if not is_lambda:
+                return tree
+            inside = [one for one in ast.walk(tree) if isinstance(one, ast.Lambda)]
+            if inside:
+                return ast.Module([ast.Expr(one) for one in inside], [])
     return None
 
 
@@ -77,9 +71,7 @@ def definition_of(code: types.CodeType) -> ast.FunctionDef | None:
 def nodes_in(tree: ast.AST, into_classes: bool = True) -> Iterator[tuple[ast.AST, Above]]:
     """Yields a node and all in it, in their order, with what is around each.
 
-    Args:
-        tree: the node.
-        into_classes: whether of a class all is yielded that is in it; otherwise itself alone.
+    Of a class this is all that is in it, or, if not `into_classes`, itself alone.
     """
     stack: list[tuple[ast.AST, Above]] = [(tree, ())]
     while stack:

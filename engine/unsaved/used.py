@@ -22,12 +22,7 @@ if TYPE_CHECKING:
 
 
 class Used:
-    """What a run uses now; kept no longer than a look takes.
-
-    Args:
-        engine: of the run.
-        objects: modules and optimizers that are trained or saved, by name.
-    """
+    """What an engine's run uses now; kept no longer than a look takes."""
 
     def __init__(self, engine: Engine, objects: Mapping[str, Any]) -> None:
         self.engine, self.objects = engine, objects

@@ -16,63 +16,16 @@ from .source import KEPT, Above, name_of, nodes_in, syntax_tree
 
 #: What changes a collection and does not look at it.
 WRITES: Final = frozenset(
-    [
-        "__setitem__",
-        "add",
-        "append",
-        "appendleft",
-        "clear",
-        "extend",
-        "insert",
-        "update",
-        "write",
-        "writerow",
-    ]
-)
+    {"__setitem__", "add", "append", "appendleft", "clear", "extend", "insert", "update"}
+) | {"write", "writerow"}
 _SHOWS: Final = frozenset(
-    [
-        "add_scalar",
-        "debug",
-        "dumps",
-        "error",
-        "info",
-        "log",
-        "print",
-        "set_description",
-        "set_postfix",
-        "warning",
-        "write",
-    ]
-)
+    {"add_scalar", "debug", "dumps", "error", "info", "log", "print", "set_description"}
+) | {"set_postfix", "warning", "write"}
 # What does nothing but give a value: what goes in, comes out.
-_QUIET: Final = frozenset(
-    [
-        "abs",
-        "bool",
-        "clone",
-        "copy",
-        "cpu",
-        "deepcopy",
-        "detach",
-        "dict",
-        "float",
-        "int",
-        "item",
-        "len",
-        "list",
-        "max",
-        "mean",
-        "min",
-        "numpy",
-        "round",
-        "set",
-        "sorted",
-        "state_dict",
-        "str",
-        "sum",
-        "tolist",
-        "tuple",
-    ]
+_QUIET: Final = (
+    frozenset({"abs", "bool", "clone", "copy", "cpu", "deepcopy", "detach", "dict", "float", "int"})
+    | {"item", "len", "list", "max", "mean", "min", "numpy", "round", "set", "sorted"}
+    | {"state_dict", "str", "sum", "tolist", "tuple"}
 )
 
 
@@ -197,11 +150,10 @@ def _use(node: ast.AST, above: Above) -> Use:
         return Use(tuple(path), False)
     text = ast.unparse(end)
     into = _ends_in(end, tuple(outer))
-    if into is None or not into.isidentifier():
-        itself = into is not None and (text == into or text.startswith(f"{into}."))
-        return Use(tuple(path), not itself)
-    if text == into or text.startswith(f"{into}."):
+    if into is not None and (text == into or text.startswith(f"{into}.")):
         return Use(tuple(path), False)
+    if into is None or not into.isidentifier():
+        return Use(tuple(path), True)
     return Use(tuple(path), False, into)
 
 
@@ -307,9 +259,7 @@ def _methods_of(kind: type, name: str) -> list[types.FunctionType]:
 def uses_of_self(kind: type, names: Iterable[str]) -> tuple[set[Use], list[types.FunctionType]]:
     """Returns what methods do with their own object, and they and those of it that they call.
 
-    Args:
-        kind: its class.
-        names: the methods; other names are passed over.
+    Names that are no methods of its class are passed over.
     """
     found: set[Use] = set()
     functions: list[types.FunctionType] = []

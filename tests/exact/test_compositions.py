@@ -208,8 +208,8 @@ def test_a_message_that_names_something_else_does_not_count(
 def test_a_cause_does_not_hide_behind_another(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the second loader is named; the dataset's hidden generator is left."""
     engine = "crosstrain.engine"
-    for name in ("compare", "compare_twice"):
-        monkeypatch.setattr(f"{engine}.data.cursor.{name}", lambda *_: None)
+    for name in ("_compare", "_compare_twice"):
+        monkeypatch.setattr(f"{engine}.data.verification.Verification.{name}", lambda *_: None)
     monkeypatch.setattr(f"{engine}.unsaved.changed_values.Values.changed", lambda *_: [])
     monkeypatch.setattr(f"{engine}.unsaved.looks.unnamed_sources", lambda *_: ["self.others"])
     changed = {"second": "in the step", "draws": ("nothing", "hidden", "nothing")}

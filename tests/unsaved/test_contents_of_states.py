@@ -217,3 +217,29 @@ def test_tensors_that_an_optimizer_leaves_out_are_told(saves: bool, tmp_path: Pa
     told = _said(tmp_path, {}, lambda: 1.0, lambda parameters: _Slow(parameters, saves))
     assert bool(told) != saves, told
     assert saves or "_Slow, its 'state'" in told[0]
+
+
+class _Ledger:
+    """Has many numbers in its state, and a count before or behind them, or none."""
+
+    def __init__(self, keys: list[str]) -> None:
+        self.numbers, self.turns, self.keys = [0.25 * one for one in range(6000)], 0, keys
+
+    def next(self) -> float:
+        self.turns += 1
+        return self.numbers[self.turns] + self.turns
+
+    def state_dict(self) -> dict[str, Any]:
+        return {key: getattr(self, key) for key in self.keys}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+
+@pytest.mark.parametrize(
+    "keys", [["turns", "numbers"], ["numbers", "turns"], ["numbers"]], ids=" ".join
+)
+def test_a_count_is_found_among_many_numbers(keys: list[str], tmp_path: Path) -> None:
+    ledger = _Ledger(keys)
+    told = _said(tmp_path, {"ledger": ledger}, ledger.next, _sgd)
+    assert bool(told) == ("turns" not in keys), told
