@@ -169,7 +169,10 @@ class Cursor:
             return False
         before: Any = position.get("before")
         state, reason = position["flow"], is_comparable(before, world_of(self._backend))
-        if strictness == "off" if reason is None else state.get("ended") is not False:
+        if reason is None and strictness == "off":
+            return False
+        if reason is not None and state.get("ended") is not False:
+            # Nothing says that its iterator was there before handlers were called.
             return False
         self._prepared = flow
         flow.workers_then = position.get("workers")

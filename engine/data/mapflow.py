@@ -17,7 +17,6 @@ from crosstrain.engine.loader_workers import iterator_over
 from crosstrain.engine.progress import data_length
 
 from .apart import Secluded
-from .batch_before import Noted
 from .flows import Dataflow, Iterate, changed_places
 from .generators import generators_in
 from .keeping import Probe
@@ -67,9 +66,8 @@ class MapFlow(Dataflow):
             "generator": self._base,
             # Workers that outlive a pass would not have what handlers change of the dataset.
             "persistent_workers": False,
+            "in_order": True,
         }
-        if "in_order" in vars(data):
-            changes["in_order"] = True
         vars(self._loader).update(changes)
         self._at_opening = self._own.take()
         self._opening: Raw = {}
@@ -115,8 +113,6 @@ class MapFlow(Dataflow):
             # No workers need to be started to learn that.
             return iter(())
         self._base.manual_seed(rank_seed(key.host_seed, self._world.rank))
-        self.held = deque()
-        # What is held is what lies on the host: before the backend has moved it.
         probe = self._probe
         keyed = self._dataset if probe is None else probe.on(self._dataset)
         vars(self._loader)["dataset"] = keyed
@@ -128,9 +124,11 @@ class MapFlow(Dataflow):
         batches = _iterator_of(self._loader, self._sampler, self._enter)
         if not prepared:
             self.give_dataset(state, "now")
+        # What is held is what lies on the host: before the backend has moved it.
         if self._loader.num_workers == 0:
+            self.held = deque()
             return self._iterate(Secluded(batches, self.held.append, key.streams))
-        return self._iterate(Noted(batches, self.held.append))
+        return self._iterate(self._noted(batches))
 
     def _enter(self) -> None:
         """Gives the loader what it had in the run that was saved, once its pass has begun."""
