@@ -517,6 +517,30 @@ def test_data_that_is_set_as_an_epoch_ends(other: bool, workers: int) -> None:
             assert rest == {at: row for at, row in straight.items() if at > iteration}
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_data_of_each_epoch_that_is_set_as_it_begins(workers: int) -> None:
+    """Such as larger pictures from epoch to epoch: exact, and no word; told if it is not set."""
+
+    def of_epoch(number: int) -> Any:
+        rows = Rows()
+        rows.shift = 10.0 * number
+        return _loader(rows, num_workers=workers)
+
+    def sets(engine: DeterministicEngine, data: Any) -> None:
+        engine.add_event_handler(
+            Events.EPOCH_STARTED, lambda: engine.set_data(of_epoch(engine.state.epoch))
+        )
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ResumeWarning)
+        straight, states, _ = _play(of_epoch(0), sets)
+        for iteration in (2, 3, 6):
+            rest, _, _ = _play(of_epoch(0), sets, states[iteration])
+            assert rest == {at: row for at, row in straight.items() if at > iteration}
+    with pytest.warns(ResumeWarning, match="had exchanged its data, 2 time"):
+        _play(of_epoch(0), _listens, states[6])
+
+
 class Remembering(Rows):
     """Keeps what it has drawn where no attribute shows it."""
 
