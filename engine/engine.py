@@ -86,8 +86,7 @@ class Engine(SeenByIgnite, Loop):
         """Returns epoch length, iteration, limit, and the attributes that you named.
 
         Of a run that was ended on purpose it says so, too: `terminated` is True, or
-        "skip_completed". After `resume_or_start`, in one process, it has the random states too, so
-        that a run that goes on at the end of an epoch draws what it would have drawn.
+        "skip_completed".
         """
         limit = "max_epochs" if self.state.max_iters is None else "max_iters"
         keys = ("epoch_length", "iteration", limit, *self._user_keys)
@@ -97,7 +96,15 @@ class Engine(SeenByIgnite, Loop):
         asked = self.asked | self._place.owed
         if asked & ON_PURPOSE:
             values["terminated"] = "skip_completed" if asked & QUIET_RUN else True
-        if self.restartable and self._keeps_rng_states():
+        return values
+
+    def state_to_save(self) -> dict[str, Any]:
+        """Returns the state with the random states, which a checkpoint holds, in one process.
+
+        A run that goes on from it at the end of an epoch draws what it would have drawn.
+        """
+        values: dict[str, Any] = {**self.state_dict()}
+        if self._keeps_rng_states():
             values["rng_states"] = random_states(self.backend)
         return values
 

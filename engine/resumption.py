@@ -262,7 +262,8 @@ class ExactResumption(Resumption):
         engine = self._engine
         self._compared = False
         handled = engine.has_users_handler(Events.EPOCH_STARTED) and not self._another_run
-        if not handled:
+        # Data that was exchanged once may be, by them, once more: compared where it is not.
+        if not handled or position["exchanges"]:
             return
         data, strictness = engine.state.dataloader, engine.checks.batch_before
         strictness = "warn" if strictness == "error" else strictness
@@ -300,8 +301,12 @@ class ExactResumption(Resumption):
             if self._another_run and not engine._cursor.fits(position, data):
                 engine._cursor.go_on_with(position, data, engine._key)
                 return
-            strictness = "off" if self._compared else engine.checks.batch_before
-            self._go_to(data, strictness, self._why_other_batch())
+            strictness, why = engine.checks.batch_before, self._why_other_batch()
+            if self._compared:
+                strictness = "off"
+            elif why is not None and position["exchanges"] and not self._another_run:
+                strictness, why = "warn" if strictness == "error" else strictness, None
+            self._go_to(data, strictness, why)
 
     def _why_other_batch(self) -> str | None:
         """Returns why the last batch of an epoch that has ended may differ now, if it may."""

@@ -123,7 +123,9 @@ def _state_of(value: Any, rank: int) -> Any:
         if this_rank() != rank:
             return {}
     # An engine whose state is gathered from all ranks: on that which saves.
-    return value.state_on(rank) if has(value, "state_on") else value.state_dict()
+    if has(value, "state_on"):
+        return value.state_on(rank)
+    return value.state_to_save() if isinstance(value, Engine) else value.state_dict()
 
 
 def unsaved_objects(trainer: Any, objects: Mapping[str, Any]) -> list[str]:

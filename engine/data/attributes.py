@@ -7,6 +7,7 @@ tensors) that have changed since the data was first opened are therefore part of
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
@@ -272,7 +273,9 @@ def _count(name: str, value: Any, found: dict[str, int], plain: bool = False) ->
         if plain:
             found[name] = len(value)
     elif is_a(value, MutableMapping):
-        found[name] = len(value)
+        # Of another package, such as a file that may be closed by now.
+        with contextlib.suppress(Exception):
+            found[name] = len(value)
 
 
 def _is_another(before: Any, value: Any) -> bool:

@@ -169,7 +169,10 @@ class Cursor:
             return False
         before: Any = position.get("before")
         state, reason = position["flow"], is_comparable(before, world_of(self._backend))
-        if strictness == "off" if reason is None else state.get("ended") is not False:
+        if reason is None and strictness == "off":
+            return False
+        if reason is not None and state.get("ended") is not False:
+            # Nothing says that its iterator was there before handlers were called.
             return False
         self._prepared = flow
         flow.workers_then = position.get("workers")
@@ -278,13 +281,12 @@ class Cursor:
         """Says that other data is opened next, as another pass of the run."""
         if position is not None:
             self._pass, self._exchanges = position["pass"], position["exchanges"]
-        elif not self._begun:
-            return
-        else:
+        elif self._begun:
             self._end_pass()
-        self._pass += 1
         self._exchanges += 1
-        self._consumed, self._begun = 0, False
+        if position is not None or self._begun:
+            self._pass += 1
+            self._consumed, self._begun = 0, False
 
     def close(self) -> None:
         """Lets go of iterators and workers; the position stays."""

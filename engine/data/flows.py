@@ -82,6 +82,11 @@ class Dataflow:
         """
         raise NotImplementedError
 
+    def _noted(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Returns an iterator over the batches of the pass, which are held until they are given."""
+        self.held = deque()
+        return Noted(batches, self.held.append)
+
     def state(self) -> dict[str, Any]:
         """Returns what is needed to open this pass again, besides the key and the batch."""
         return {}
@@ -311,9 +316,8 @@ class SequenceFlow(Dataflow):
     ) -> Iterator[Any]:
         """Returns an iterator over a pass from a batch on."""
         data = self.data
-        self.held = deque()
         batches = (data[index] for index in range(batch - again, len(data)))
-        return self._iterate(Noted(batches, self.held.append))
+        return self._iterate(self._noted(batches))
 
     def rehearsal(self, batch: int, state: Mapping[str, Any] | None) -> int | None:
         """Returns which batch is fetched twice: the one before, or the first."""
@@ -361,11 +365,10 @@ class ReplayedFlow(Dataflow):
             iterator = Apart(iterator)
         continues = iterator is self.data and self._opened
         self._opened = True
-        self.held = deque()
-        if batch == 0 or continues:
-            return Noted(iterator, self.held.append)
-        why = "offers no state_dict/load_state_dict that take no further arguments"
-        return Noted(skipped_to(iterator, batch, again, self.data, why), self.held.append)
+        if batch and not continues:
+            why = "offers no state_dict/load_state_dict that take no further arguments"
+            iterator = skipped_to(iterator, batch, again, self.data, why)
+        return self._noted(iterator)
 
     def state(self) -> dict[str, Any]:
         """Returns the states that the data's own generators had when this pass was opened."""

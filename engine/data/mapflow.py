@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
+from itertools import islice
 from typing import Any
 
 import torch
@@ -13,11 +15,11 @@ from torch.utils.data import default_collate
 from crosstrain.backends import World, random_state
 from crosstrain.engine.digest import same
 from crosstrain.engine.errors import ResumeWarning, warn_user
+from crosstrain.engine.guards import is_users_object
 from crosstrain.engine.loader_workers import iterator_over
 from crosstrain.engine.progress import data_length
 
 from .apart import Secluded
-from .batch_before import Noted
 from .flows import Dataflow, Iterate, changed_places
 from .generators import generators_in
 from .keeping import Probe
@@ -67,9 +69,8 @@ class MapFlow(Dataflow):
             "generator": self._base,
             # Workers that outlive a pass would not have what handlers change of the dataset.
             "persistent_workers": False,
+            "in_order": True,
         }
-        if "in_order" in vars(data):
-            changes["in_order"] = True
         vars(self._loader).update(changes)
         self._at_opening = self._own.take()
         self._opening: Raw = {}
@@ -115,8 +116,6 @@ class MapFlow(Dataflow):
             # No workers need to be started to learn that.
             return iter(())
         self._base.manual_seed(rank_seed(key.host_seed, self._world.rank))
-        self.held = deque()
-        # What is held is what lies on the host: before the backend has moved it.
         probe = self._probe
         keyed = self._dataset if probe is None else probe.on(self._dataset)
         vars(self._loader)["dataset"] = keyed
@@ -128,9 +127,11 @@ class MapFlow(Dataflow):
         batches = _iterator_of(self._loader, self._sampler, self._enter)
         if not prepared:
             self.give_dataset(state, "now")
+        # What is held is what lies on the host: before the backend has moved it.
         if self._loader.num_workers == 0:
+            self.held = deque()
             return self._iterate(Secluded(batches, self.held.append, key.streams))
-        return self._iterate(Noted(batches, self.held.append))
+        return self._iterate(self._noted(batches))
 
     def _enter(self) -> None:
         """Gives the loader what it had in the run that was saved, once its pass has begun."""
@@ -297,21 +298,46 @@ def _iterator_of(loader: Any, sampler: KeyedSampler, entered: Callable[[], None]
     iterator = iterator_over(loader)
     if sampler.asked:
         entered()
-        return iterator
-    return _checked(iterator, sampler, type(loader).__name__, entered)
+    else:
+        iterator = _checked(iterator, sampler, loader, entered)
+    return _in_one_thread(iterator, sampler, loader) if is_users_object(loader) else iterator
 
 
 def _checked(
-    iterator: Iterator[Any], sampler: KeyedSampler, name: str, entered: Callable[[], None]
+    iterator: Iterator[Any], sampler: KeyedSampler, loader: Any, entered: Callable[[], None]
 ) -> Iterator[Any]:
-    for batch in iterator:
-        if not sampler.asked:
-            raise RuntimeError(
-                f"{name} does not take its batches from its batch_sampler when it is iterated "
-                "over, so its order can be neither known nor entered in the middle. Give "
-                "DeterministicEngine.run() a torch.utils.data.DataLoader."
-            )
+    name = type(loader).__name__
+    try:
+        first = list(islice(iterator, 1))
+    except Exception as error:
+        error.add_note(
+            f"{name} iterates in a way of its own, and the engine has put a batch sampler of its "
+            "own into it. If that is the cause, give run() a torch.utils.data.DataLoader."
+        )
+        raise
+    if first and not sampler.asked:
+        raise RuntimeError(
+            f"{name} does not take its batches from its batch_sampler when it is iterated "
+            "over, so its order can be neither known nor entered in the middle. Give "
+            "DeterministicEngine.run() a torch.utils.data.DataLoader."
+        )
+    if first:
         entered()
-        yield batch
-        break
+    yield from first
     yield from iterator
+
+
+def _in_one_thread(iterator: Iterator[Any], sampler: KeyedSampler, loader: Any) -> Iterator[Any]:
+    """Iterates over a user's loader, and tells if it fetches in a thread of its own."""
+    told = loader.num_workers > 0 and sampler.is_seekable
+    for batch in iterator:
+        if not told and sampler.threads - {threading.get_ident()}:
+            told = True
+            warn_user(
+                f"{type(loader).__name__} fetches in a thread of its own, which draws random "
+                "numbers while the step does, from the same generators: no run repeats another "
+                "one, resumed or not. Use workers (num_workers=1) and torch's samplers, or give "
+                "run() the DataLoader itself.",
+                ResumeWarning,
+            )
+        yield batch

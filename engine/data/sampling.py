@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
@@ -86,6 +87,8 @@ class KeyedSampler:
         self.inner: Any = getattr(sampler, "sampler", None) if batched else sampler
         #: Whether a loader has asked for the order of this pass.
         self.asked = False
+        #: The threads that batches of it were asked for in.
+        self.threads: set[int] = set()
         #: The indices of the batches that were asked for and not given yet.
         self.given: deque[Any] = deque()
         self._batched = batched
@@ -117,6 +120,8 @@ class KeyedSampler:
             self._items = _batches(self._opened(start), self.given, keys)
         else:
             self._items = _items(self._opened(start), self.given, keys)
+        self.threads = set()
+        self._items = _noting_threads(self._items, self.threads)
         self.asked = False
 
     def _opened(self, start: int) -> Iterator[Batch]:
@@ -185,6 +190,12 @@ class KeyedSampler:
 
 
 _Keys = tuple[int, tuple[str, ...], bool]
+
+
+def _noting_threads(items: Iterator[Any], threads: set[int]) -> Iterator[Any]:
+    for item in items:
+        threads.add(threading.get_ident())
+        yield item
 
 
 def _batches(order: Iterator[Batch], given: deque[Any], keys: _Keys) -> Iterator[Any]:

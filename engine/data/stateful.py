@@ -8,7 +8,6 @@ known to follow one of them.
 from __future__ import annotations
 
 import copy
-from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -19,7 +18,7 @@ from crosstrain.engine.guards import is_mapping
 from crosstrain.engine.loader_workers import iterator_over
 
 from .apart import Apart
-from .batch_before import Noted, hold, record
+from .batch_before import hold, record
 from .flows import Dataflow, skipped_to
 from .own_states import OwnStates
 from .sampling import is_loader, rebuilt
@@ -104,7 +103,7 @@ class StatefulFlow(Dataflow):
         # The batches of before were looked at by the run that was saved.
         looks = state is None or replays
         opened = self._pass = _Pass(key.epoch, looks, witness)
-        self._closed_state, self.held = None, deque()
+        self._closed_state = None
         if state is not None:
             self._stays |= replays and not quietly
             self._open_dataset(state, "opening" if replays else "now")
@@ -125,7 +124,7 @@ class StatefulFlow(Dataflow):
             why = raises if self._raises else "has a state_dict that tells no position"
             told = None if quietly else why
             batches = skipped_to(batches, state["replay"], again, self.data, told)
-        return Noted(batches, self.held.append)
+        return self._noted(batches)
 
     def _load(self, state: Mapping[str, Any]) -> None:
         if "own" in state:

@@ -82,8 +82,17 @@ class OwnStep:
         if _reads_gradients_first(self._function):
             # It clears them, and looks at them before it does.
             spent = set()
-        named = self._named().items()
-        found = gradients.capture_named({n: p for n, p in named if id(p.grad) not in spent})
+        named = self._named()
+        found = gradients.capture_named({n: p for n, p in named.items() if id(p.grad) not in spent})
+        if found and any(map(_divides_in_place, models)) and _zeroes(self._function):
+            warn_user(
+                "The run will not resume bit for bit from here: gradients lie in the buckets of a "
+                "DistributedDataParallel (gradient_as_bucket_view=True) and are not cleared "
+                "between iterations. There they are divided by the number of processes, and in "
+                "a process's first backward pass multiplied by one over it. Clear them by "
+                "zero_grad(set_to_none=True), or leave gradient_as_bucket_view out.",
+                ResumeWarning,
+            )
         window = gradients.in_windows(models)
         if not found and True not in window:
             return None
@@ -117,6 +126,21 @@ class OwnStep:
                 seen.add(id(thing))
                 found.append((name, thing))
         return found
+
+
+def _divides_in_place(model: Any) -> bool:
+    """Tells whether a model's gradients are divided in its buckets, and by no power of two."""
+    if not isinstance(model, DistributedDataParallel) or not model.gradient_as_bucket_view:
+        return False
+    processes: int = model.process_group.size()
+    return processes & (processes - 1) != 0
+
+
+def _zeroes(function: Any) -> bool:
+    """Tells whether a function fills gradients with zeros, by `set_to_none=False` as it seems."""
+    code = getattr(getattr(function, "__func__", function), "__code__", None)
+    constants = getattr(code, "co_consts", ())
+    return ("set_to_none",) in constants and False in constants
 
 
 def _optimizers(found: list[tuple[str, Any]]) -> list[tuple[str, torch.optim.Optimizer]]:

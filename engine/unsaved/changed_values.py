@@ -14,6 +14,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from crosstrain.engine.nests import is_module
+
+from .contents_of_states import tensors_in
 from .signatures import signature_of, state_signature_of
 from .source import words_in
 from .used import Used
@@ -54,6 +57,7 @@ class Values(Walk):
         #: By where they are found: what they are compared by, and those that are plain themselves.
         self.signatures: dict[Place, Any] = {}
         self.values: dict[Place, Any] = {}
+        self._objects: dict[Place, Any] = {}
         #: Other engines that the run uses, such as an evaluator, by where they were found.
         self.engines: dict[str, Any] = {}
         # Of what was found, what a named object's state has now.
@@ -91,7 +95,16 @@ class Values(Walk):
             and place not in self._goes_on
             and not is_as_before(place, signature)
         ]
-        return list(dict.fromkeys(found))
+        return [one for one in dict.fromkeys(found) if not self._is_in_states(one, before)]
+
+    def _is_in_states(self, place: Place, before: Begun) -> bool:
+        """Tells whether what has changed there lies in what a named object's state holds."""
+        value: Any = self.values.get(place, self._objects.get(place))
+        if is_module(value):
+            then = before.signatures.get(place) or ()
+            now = zip([*value.parameters(), *value.buffers()], self.signatures[place], strict=True)
+            return self._saved.hold([one for one, mark in now if mark not in then])
+        return self._saved.hold(tensors_in(value))
 
     def _object_of(self, place: Place, before: Begun) -> Place:
         """Returns where an object is that has come instead of a plain value, for what it holds."""
@@ -121,6 +134,7 @@ class Values(Walk):
     def note_state(self, value: Any, owner: str, name: str, depth: int) -> None:
         """Notes what the state of an object is now."""
         self.signatures[owner, name] = state_signature_of(value)
+        self._objects[owner, name] = value
 
     def note_metric(self, value: Any, owner: str, name: str) -> None:
         """Notes what a metric has come to."""

@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from crosstrain.engine.data.generators import GENERATORS, generator_state
 from crosstrain.engine.data.own_states import is_stateful
 from crosstrain.engine.digest import attributes_of
-from crosstrain.engine.guards import is_others, is_users_object, own_attributes
-from crosstrain.engine.nests import SCALARS
+from crosstrain.engine.guards import is_dense, is_others, is_users_object, own_attributes
+from crosstrain.engine.nests import SCALARS, is_module
 
 from .functions import TORCHS_OWN, TRAINED
 from .signatures import NESTS, signature_of
@@ -67,7 +67,10 @@ class Saved:
         self.left_out: list[str] = []
         # States, by the `id` of their object; None of one that has none, or does not give it.
         self._states: dict[int, _Contents | None] = {}
+        # Where in memory their tensors are, when that is first asked for.
+        self._memory: set[Any] | None = None
         named = list(objects)
+        self._users = [one for one in named if not is_others(type(one)) and not is_module(one)]
         self._named = {id(one) for one in named}
         for value in named:
             for owner in _holders_of_state(value):
@@ -159,6 +162,13 @@ class Saved:
                     self._states[id(owner)] = _Contents(state)
         return self._states[id(owner)]
 
+    def hold(self, tensors: list[Any]) -> bool:
+        """Tells whether states of the user's objects have some tensors and arrays themselves."""
+        if self._memory is None:
+            states = [saved.whole for one in self._users if (saved := self._state_of(one))]
+            self._memory = {_place_of(part) for part in _parts(states)}
+        return bool(tensors) and all(_place_of(one) in self._memory for one in tensors)
+
     def has(self, owner: Any, value: Any) -> bool:
         """Tells whether an object's state, or that of who holds it, has a value by any name.
 
@@ -216,6 +226,19 @@ class _Contents:
         if size not in self._read:
             self._read[size] = {_content(part) for part in self._by_size.get(size, ())}
         return content in self._read[size]
+
+
+def tensors_in(value: Any) -> list[Any]:
+    """Returns the tensors and arrays that a nest is made of; none if it holds anything else."""
+    parts = [one for one in _parts(value) if not isinstance(one, NESTS)]
+    return parts if all(isinstance(one, (torch.Tensor, numpy.ndarray)) for one in parts) else []
+
+
+def _place_of(value: Any) -> Any:
+    """Returns where in memory a tensor or an array lies, and its shape."""
+    if isinstance(value, torch.Tensor) and is_dense(value):
+        return value.data_ptr(), tuple(value.shape)
+    return (value.ctypes.data, value.shape) if isinstance(value, numpy.ndarray) else id(value)
 
 
 def _given_by_loading(kind: type) -> frozenset[str]:

@@ -132,11 +132,7 @@ class Unsaved:
     # ------------------------------------------------------------ when a state is taken
 
     def tell(
-        self,
-        objects: Mapping[str, Any],
-        ended: bool,
-        structure: Structure,
-        flow: Dataflow | None,
+        self, objects: Mapping[str, Any], ended: bool, structure: Structure, flow: Dataflow | None
     ) -> dict[str, Any]:
         """Tells what a state that is taken now does not hold, unless it was told before.
 

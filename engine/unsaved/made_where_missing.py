@@ -92,7 +92,18 @@ def _names_in(path: str) -> list[str]:
 
 
 def _codes_of(functions: Iterable[types.FunctionType]) -> list[types.CodeType]:
-    return list(dict.fromkeys(one.__code__ for one in functions if one.__name__ not in MAKING))
+    return list(
+        dict.fromkeys(
+            one.__code__
+            for one in functions
+            if one.__name__ not in MAKING and not _is_generated(one)
+        )
+    )
+
+
+def _is_generated(function: types.FunctionType) -> bool:
+    """Tells whether Python wrote a function for a data class, to compare or to show it."""
+    return function.__code__.co_filename == "<string>" and function.__name__ in dir(object)
 
 
 def _is_made(

@@ -218,7 +218,11 @@ class _Places:
                 return own in _CHANGES or own == "setdefault" or is_in_place(own)
             if name_of(function) in self._through:
                 return True
-            return name_of(function) in ("setattr", "delattr") and self._mentions(node)
+            if name_of(function) not in ("setattr", "delattr"):
+                return False
+            named = node.args[1:2]
+            known = bool(named) and isinstance(named[0], ast.Constant)
+            return self._mentions(named[0] if known else node)
         if not self._is_mention(node) or isinstance(node, ast.Constant):
             return False
         inner = node

@@ -109,10 +109,7 @@ def does_nothing(
 
 
 def _is_quiet(
-    value: ast.AST,
-    made: set[str],
-    is_itself: Callable[[ast.AST], bool],
-    through: frozenset[str],
+    value: ast.AST, made: set[str], is_itself: Callable[[ast.AST], bool], through: frozenset[str]
 ) -> bool:
     """Tells whether an expression that stands alone writes to nothing but what is made."""
     if isinstance(value, ast.Constant):

@@ -70,6 +70,8 @@ _SOURCES: Final = (
     ResumableSource,
 )
 _VALUES: Final = (*PLAIN, *COLLECTIONS)
+# Objects of Python's own that are nothing but their attributes.
+_NAMESPACES: Final = (types.SimpleNamespace, argparse.Namespace)
 # How many things of a collection are looked at.
 _ITEMS: Final = 64
 _CALLED: Final = Use(("__call__",), True)
@@ -282,7 +284,7 @@ class Walk:
         elif holds_data(value):
             if read:
                 self.note(value, owner, name)
-        elif not is_others(type(value)) or _is_namespace(value):
+        elif not is_others(type(value)) or isinstance(value, _NAMESPACES):
             self.attributes(value, owner, name, depth, uses)
         elif module_of(type(value)).startswith("torch.distributed.algorithms."):
             # Such as what counts when models are averaged; it has no state of its own.
@@ -408,11 +410,6 @@ def _spellings(path: tuple[str, ...], kind: type) -> list[str]:
     if not path or not path[0].startswith("__") or path[0].endswith("__"):
         return list(path)
     return [f"_{each.__name__.lstrip('_')}{path[0]}" for each in kind.__mro__]
-
-
-def _is_namespace(value: Any) -> bool:
-    """Tells whether a value is an object of Python's own that is nothing but its attributes."""
-    return isinstance(value, (types.SimpleNamespace, argparse.Namespace))
 
 
 def _values_of(kind: Any) -> dict[str, Any]:

@@ -13,7 +13,15 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from crosstrain.engine import Engine, Events, ResumeWarning, manual_seed, resume_or_start
+from crosstrain.engine import (
+    Checkpoint,
+    DiskSaver,
+    Engine,
+    Events,
+    ResumeWarning,
+    manual_seed,
+    resume_or_start,
+)
 
 
 class Noisy(Dataset[torch.Tensor]):
@@ -27,7 +35,28 @@ class Noisy(Dataset[torch.Tensor]):
         return noise + index
 
 
-def trained(folder: Path, epochs: int, seed: int, workers: int = 0, keep: bool = False) -> Any:
+def _by_hand(trainer: Engine, objects: dict[str, Any], folder: Path) -> None:
+    """Saves and loads as scripts for pytorch-ignite do."""
+    objects = {**objects, "trainer": trainer}
+    saved = sorted(folder.glob("*.pt"))
+    if saved:
+        Checkpoint.load_objects(objects, saved[-1])
+    handler = Checkpoint(objects, DiskSaver(folder, require_empty=False), n_saved=None)
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, handler)
+
+
+def _by_one_call(trainer: Engine, objects: dict[str, Any], folder: Path) -> None:
+    resume_or_start(trainer, objects, folder, every=Events.EPOCH_COMPLETED, n_saved=None)
+
+
+def trained(
+    folder: Path,
+    epochs: int,
+    seed: int,
+    workers: int = 0,
+    keep: bool = False,
+    attach: Any = _by_one_call,
+) -> Any:
     """Goes on in a folder; returns the weights, and how many iterations were done."""
     manual_seed(1)
     model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 1))
@@ -47,22 +76,22 @@ def trained(folder: Path, epochs: int, seed: int, workers: int = 0, keep: bool =
     data = DataLoader(
         Noisy(), batch_size=4, shuffle=True, num_workers=workers, persistent_workers=keep
     )
-    objects = {"model": model, "optimizer": optimizer}
-    resume_or_start(trainer, objects, folder, every=Events.EPOCH_COMPLETED, n_saved=None)
+    attach(trainer, {"model": model, "optimizer": optimizer}, folder)
     # What is drawn between the start and the run is nothing to the run that goes on.
     manual_seed(seed)
     trainer.run(data, max_epochs=epochs)
     return [one.detach().clone() for one in model.parameters()], done
 
 
+@pytest.mark.parametrize("attach", [_by_hand, _by_one_call])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_it_ends_with_the_same_bits(tmp_path: Path, workers: int) -> None:
+def test_it_ends_with_the_same_bits(tmp_path: Path, workers: int, attach: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", ResumeWarning)
-        whole, _ = trained(tmp_path / "whole", 3, 5, workers)
-        trained(tmp_path / "parts", 1, 5, workers)
-        trained(tmp_path / "parts", 2, 6, workers)
-        parts, done = trained(tmp_path / "parts", 3, 7, workers)
+        whole, _ = trained(tmp_path / "whole", 3, 5, workers, attach=attach)
+        trained(tmp_path / "parts", 1, 5, workers, attach=attach)
+        trained(tmp_path / "parts", 2, 6, workers, attach=attach)
+        parts, done = trained(tmp_path / "parts", 3, 7, workers, attach=attach)
     assert done == [7, 8, 9]
     assert all(map(torch.equal, whole, parts))
 

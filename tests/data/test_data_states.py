@@ -80,7 +80,11 @@ class Counted(Stream):
 
 
 def _play(
-    data: Any, attach: Attach = lambda engine, data: None, state: Any = None, **options: Any
+    data: Any,
+    attach: Attach = lambda engine, data: None,
+    state: Any = None,
+    epoch_length: int | None = None,
+    **options: Any,
 ) -> tuple[dict[int, Any], dict[int, Any], DeterministicEngine]:
     seen: dict[int, Any] = {}
     states: dict[int, Any] = {}
@@ -96,7 +100,7 @@ def _play(
         )
     if state is not None:
         engine.load_state_dict(state)
-    engine.run(data, max_epochs=EPOCHS)
+    engine.run(data, max_epochs=EPOCHS, epoch_length=epoch_length)
     return seen, states, engine
 
 
@@ -207,6 +211,35 @@ def test_workers_have_what_a_handler_of_the_epochs_beginning_has_changed(persist
     assert rows == plain
     rest, _, _ = _play(_loader(Rows(), **many), _draws, states[4])
     assert rest == {at: row for at, row in plain.items() if at > 4}
+
+
+class Shuffled(IterableDataset[Any]):
+    """Its order follows from what a handler sets."""
+
+    shift = 0.0
+
+    def __iter__(self) -> Iterator[Any]:
+        order = np.random.default_rng(int(self.shift)).permutation(SIZE)
+        return iter(torch.tensor([at, self.shift, torch.rand(())]) for at in order)
+
+
+@pytest.mark.filterwarnings("ignore:.*fetched and thrown away")
+@pytest.mark.parametrize(("make", "workers"), [(Rows, 0), (Rows, 2), (Shuffled, 0), (Shuffled, 2)])
+def test_a_pass_longer_than_an_epoch_goes_on_as_it_was_opened(make: Any, workers: int) -> None:
+    """What a handler of the next epoch's beginning sets is for the pass after it."""
+
+    def attach(engine: DeterministicEngine, data: Any) -> None:
+        @engine.on(Events.EPOCH_STARTED)
+        def shift() -> None:
+            data.dataset.shift = float(engine.state.epoch)
+
+    def play(state: Any = None) -> Any:
+        data = _loader(make(), num_workers=workers)
+        return _play(data, attach, state, epoch_length=2)
+
+    straight, states, _ = play()
+    for iteration in (1, 2, 4):
+        assert play(states[iteration])[0] == {k: v for k, v in straight.items() if k > iteration}
 
 
 # ------------------------------------------------------------- states that tell something else
@@ -482,6 +515,30 @@ def test_data_that_is_set_as_an_epoch_ends(other: bool, workers: int) -> None:
         for iteration in (2, 3, 4, 6):
             rest, _, _ = _play(make(), sets, states[iteration])
             assert rest == {at: row for at, row in straight.items() if at > iteration}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_data_of_each_epoch_that_is_set_as_it_begins(workers: int) -> None:
+    """Such as larger pictures from epoch to epoch: exact, and no word; told if it is not set."""
+
+    def of_epoch(number: int) -> Any:
+        rows = Rows()
+        rows.shift = 10.0 * number
+        return _loader(rows, num_workers=workers)
+
+    def sets(engine: DeterministicEngine, data: Any) -> None:
+        engine.add_event_handler(
+            Events.EPOCH_STARTED, lambda: engine.set_data(of_epoch(engine.state.epoch))
+        )
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ResumeWarning)
+        straight, states, _ = _play(of_epoch(0), sets)
+        for iteration in (2, 3, 6):
+            rest, _, _ = _play(of_epoch(0), sets, states[iteration])
+            assert rest == {at: row for at, row in straight.items() if at > iteration}
+    with pytest.warns(ResumeWarning, match="had exchanged its data, 2 time"):
+        _play(of_epoch(0), _listens, states[6])
 
 
 class Remembering(Rows):

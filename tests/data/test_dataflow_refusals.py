@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+import queue
+import threading
+import warnings
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import numpy as np
@@ -94,6 +98,70 @@ def test_a_loader_that_does_not_ask_its_batch_sampler_is_refused() -> None:
     engine = DeterministicEngine(lambda _, batch: None)
     with pytest.raises(RuntimeError, match="OwnOrder does not take its batches from its batch_sam"):
         engine.run(OwnOrder(IMAGES, BATCH))
+
+
+class LooksForItsSampler(DataLoader[Any]):
+    """As timm's for several epochs: it asks a batch sampler of its own class how long it is."""
+
+    def __iter__(self) -> Any:
+        sampler: Any = self.batch_sampler
+        yield from itertools.islice(super().__iter__(), len(sampler.own))
+
+
+def test_a_loader_that_stumbles_over_what_was_put_into_it_is_told_why() -> None:
+    engine = DeterministicEngine(lambda _, batch: None)
+    with pytest.raises(AttributeError) as caught:
+        engine.run(LooksForItsSampler(IMAGES, BATCH))
+    assert "LooksForItsSampler iterates in a way of its own" in caught.value.__notes__[0]
+
+
+class InAThread(DataLoader[Any]):
+    """Fetches ahead in a thread of this process."""
+
+    def __iter__(self) -> Any:
+        fetched: queue.Queue[Any] = queue.Queue(1)
+        batches = super().__iter__()
+
+        def fetch() -> None:
+            for batch in batches:
+                fetched.put(batch)
+            fetched.put(None)
+
+        threading.Thread(target=fetch, daemon=True).start()
+        return iter(fetched.get, None)
+
+
+def test_a_loader_that_fetches_in_a_thread_is_told() -> None:
+    """It draws from what the step draws from; with workers it does not."""
+    engine = DeterministicEngine(lambda _, batch: None)
+    with pytest.warns(ResumeWarning, match="InAThread fetches in a thread of its own") as caught:
+        engine.run(InAThread(IMAGES, BATCH), max_epochs=1)
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ResumeWarning)
+        DeterministicEngine(lambda _, batch: None).run(InAThread(IMAGES, BATCH, num_workers=1))
+
+
+class Closed(MutableMapping[str, Any]):
+    """A file of another package's that is a mapping as long as it is open."""
+
+    def __len__(self) -> int:
+        raise ValueError("it is closed")
+
+    __getitem__ = __setitem__ = __delitem__ = __iter__ = __len__  # type: ignore[assignment]
+
+
+closed = Closed()
+
+
+class Reads(Images):
+    def __getitem__(self, index: int) -> Any:
+        assert closed is not None
+        return super().__getitem__(index)
+
+
+def test_a_mapping_that_cannot_be_measured_is_passed_over() -> None:
+    DeterministicEngine(lambda _, batch: None).run(loader(Reads()))
 
 
 class OwnNoise(Images):

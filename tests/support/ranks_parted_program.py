@@ -248,6 +248,22 @@ def static(backend: Any) -> Made:
     return trainer, {"model": model, "optimizer": optimizer}
 
 
+def in_buckets(backend: Any) -> Made:
+    """One whose gradients lie in its buckets, and stay there."""
+    model = Network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    shared = DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+    def step(engine: Engine, batch: Any) -> float:
+        optimizer.zero_grad(set_to_none=False)
+        loss = loss_of(shared, batch)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return DeterministicEngine(step, backend), {"model": model, "optimizer": optimizer}
+
+
 def compressed(backend: Any, named: bool = True) -> Made:
     """A hook that keeps what it has not sent yet."""
     model = Network()
@@ -308,7 +324,7 @@ def kept_back(backend: Any) -> Made:
 
 
 EXACT = (local_sgd, own_statistics, evaluated, windows, wrapped, compressed, recorded, untrained)
-TOLD = (static, compressed_unnamed, averaged, post_local, kept_back)
+TOLD = (static, in_buckets, compressed_unnamed, averaged, post_local, kept_back)
 
 
 def loader() -> DataLoader[Any]:

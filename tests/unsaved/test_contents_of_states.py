@@ -167,6 +167,38 @@ def test_what_loading_gives_its_state_is_not_told(tmp_path: Path) -> None:
     assert _said(tmp_path, {"agent": agent}, agent.next, _sgd) == []
 
 
+class _Adapter:
+    """Has the state of a part of a model that nobody has named, as of adapters of a large one."""
+
+    def __init__(self, given: Callable[[], dict[str, torch.Tensor]]) -> None:
+        self.state_dict = given
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        for name, tensor in self.state_dict().items():
+            tensor.copy_(state[name])
+
+
+@pytest.mark.parametrize("all_of_it", [True, False])
+def test_tensors_that_the_state_of_another_object_has_are_not_told(
+    all_of_it: bool, tmp_path: Path
+) -> None:
+    model = nn.Linear(2, 2)
+    memory = {"mean": torch.zeros(2)}
+
+    def next_number() -> float:
+        with torch.no_grad():
+            model.bias += 0.5
+            memory["mean"] = memory["mean"] + 0.5
+            if not all_of_it:
+                model.weight += 0.5
+            return float(model(memory["mean"]).detach().sum())
+
+    adapter = _Adapter(lambda: {"bias": model.bias.detach(), **memory})
+    said = _said(tmp_path, {"adapter": adapter}, next_number, _sgd)
+    assert bool(said) is not all_of_it
+    assert not any("memory" in one for one in said)
+
+
 class _Callbacks:
     """Has a state, and nests of functions that no state has."""
 

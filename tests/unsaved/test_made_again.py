@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable
@@ -168,6 +169,40 @@ class BySize(Keeps):
         return _factor(self.table)
 
 
+def _are_there(*both: Any) -> bool:
+    """Is given them as a whole: any of their methods may be called."""
+    return None not in both
+
+
+@dataclasses.dataclass
+class Settings:
+    """A data class: Python has written what compares it."""
+
+    table: Any = None
+    old: Any = None
+
+
+class InSettings(Keeps):
+    """Makes it in an object beside, of which other methods take attributes away."""
+
+    def __init__(self, kind: str, same: bool) -> None:
+        super().__init__(kind, same)
+        self.settings = Settings()
+
+    def forget(self) -> None:
+        if hasattr(self.settings, "old"):
+            delattr(self.settings, "old")
+
+    def take(self, seen: float) -> float:
+        if self.settings.table is None:
+            if seen > 100:
+                self.settings.table = _made(self.kind, 3.0)
+            else:
+                self.settings.table = _made(self.kind, 1.0 if self.same else seen)
+        assert _are_there(self, self.settings)
+        return _factor(self.settings.table)
+
+
 IDIOMS = {
     each.__name__: (each, name)
     for each, name in (
@@ -181,6 +216,7 @@ IDIOMS = {
         (Once, "table_once"),
         (ByFlag, "table"),
         (BySize, "table"),
+        (InSettings, "settings.table"),
     )
 }
 PLACES = ("forward", "step", "handler", "collate")
