@@ -132,7 +132,8 @@ def _divides_in_place(model: Any) -> bool:
     """Tells whether a model's gradients are divided in its buckets, and by no power of two."""
     if not isinstance(model, DistributedDataParallel) or not model.gradient_as_bucket_view:
         return False
-    processes: int = model.process_group.size()
+    group: Any = model.process_group
+    processes: int = group.size()
     return processes & (processes - 1) != 0
 
 
