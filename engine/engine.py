@@ -114,7 +114,8 @@ class Engine(SeenByIgnite, Loop):
         Args:
             state_dict: `epoch_length`, one of `iteration` and `epoch` (how many are completed), one
                 of `max_epochs` and `max_iters`, and each of `state_dict_user_keys`. If it has
-                `terminated`, the run was ended on purpose; see `terminate`.
+                `terminated`, the run was ended on purpose; see `terminate`. If it has `rng_states`,
+                as that of a checkpoint, the next epoch begins with them (in one process).
 
         Raises:
             TypeError: if it is not a mapping.

@@ -1,4 +1,8 @@
-"""What a run makes where it is missing is told only where a resumed one makes another."""
+"""What a run makes where it is missing is told only where a resumed one makes another.
+
+One file, although it is long: each way of making something has its neighbour that looks like it and
+has to be told, and both are resumed in one way.
+"""
 
 from __future__ import annotations
 
