@@ -5,8 +5,10 @@ checkpoint on, with other workers and another global seed. What comes of it is o
 The promise is that it is none of `FAILED`: a resumed run gives the batches, losses and weights of
 the straight one, or an error or a warning says that it does not, and names what makes the
 difference. Where it does, what it names is taken out, and the rest is played: so each cause has to
-be named, and none hides behind another. What is drawn, how it is played and how it is judged are one
-file: a block that is new in the first is to be seen in the others.
+be named, and none hides behind another.
+
+What is drawn, how it is played and how it is judged are one file: what is new in the first is to be
+seen in the others.
 """
 
 from __future__ import annotations
