@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 
 from crosstrain.engine.digest import digest, same
-from crosstrain.engine.guards import is_a, is_users_object, module_of, own_attributes
+from crosstrain.engine.guards import is_a, is_dense, is_users_object, module_of, own_attributes
 
 from .contents import is_shared_memory, numbers_in, write_into
 from .generators import TRANSFORMS
@@ -29,6 +29,8 @@ _DEPTH: Final = 4
 _ABSENT: Final = object()
 # What `functools.lru_cache` makes of a function.
 _CACHED: Final = type(functools.lru_cache(lambda: None))
+# So many numbers of a large tensor are compared. It may lie in a file, whose pages are read then.
+_LOOKED_AT: Final = 512
 # What is not looked into for caches.
 _LARGE: Final = (torch.Tensor, torch.nn.Module, ModuleType, FunctionType, MethodType, type)
 
@@ -231,11 +233,21 @@ def _content(value: Any) -> Any:
     if type(value) in (list, dict):
         return "length", len(value)
     if is_a(value, torch.Tensor) and not value.requires_grad and not value.is_inference():
-        return value._version
+        return value._version, _some_of(value)
     if is_a(value, numpy.ndarray) and value.dtype.kind in "biuf" and value.size:
         # Not by a copy of gigabytes, whatever its strides.
         return digest(value.flat[:: max(1, value.size // MOST_ENTRIES)])
+    if is_shared_memory(value):
+        return digest(numbers_in(value, max(1, len(value) // MOST_ENTRIES)))
     return None
+
+
+def _some_of(tensor: torch.Tensor) -> str | None:
+    """Returns a digest of some of a tensor's numbers: workers may write into memory they share."""
+    if tensor.device.type != "cpu" or not is_dense(tensor):
+        return None
+    numbers = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
+    return digest(numbers[:: max(1, len(numbers) // _LOOKED_AT)])
 
 
 def _caches(owner: Any) -> dict[str, int]:

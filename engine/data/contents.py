@@ -24,10 +24,10 @@ def is_shared_memory(value: object) -> bool:
     return is_a(_memory(value), ctypes._SimpleCData, ctypes.Array)
 
 
-def numbers_in(value: Any) -> list[Any]:
-    """Returns what such memory holds."""
+def numbers_in(value: Any, every: int = 1) -> list[Any]:
+    """Returns what such memory holds, of an array each of so many numbers."""
     memory = _memory(value)
-    return list(memory) if isinstance(memory, ctypes.Array) else [memory.value]
+    return list(memory[::every]) if isinstance(memory, ctypes.Array) else [memory.value]
 
 
 def _memory(value: Any) -> Any:

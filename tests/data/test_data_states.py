@@ -6,11 +6,13 @@ One file, although it is long: all of it is resumed, and compared, in one way.
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import random
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -691,6 +693,46 @@ def test_a_large_array_that_is_written_into_is_told() -> None:
 
     with pytest.warns(ResumeWarning, match=r"without what has changed of dataset\.negatives"):
         _play(_loader(Large()), writes)
+
+
+SHARED: dict[str, Callable[[Any], Any]] = {
+    "tensor": lambda path: torch.zeros(SIZE, 50_000).share_memory_(),
+    "its rows": lambda path: torch.zeros(SIZE, 100_000).share_memory_()[:, ::2],
+    "array": lambda path: torch.zeros(SIZE, 50_000).share_memory_().numpy(),
+    "in a file": lambda path: np.memmap(path / "kept", "float32", "w+", shape=(SIZE, 50_000)),
+    "tensor in a file": lambda path: torch.from_file(str(path / "kept"), True, SIZE * 50_000).view(
+        SIZE, 50_000
+    ),
+    "numbers": lambda path: multiprocessing.Array("f", SIZE * 50_000),
+}
+
+
+class Writing(Rows):
+    """Workers write what they have drawn into large memory that they share."""
+
+    def __init__(self, kept: Any, writes: bool) -> None:
+        super().__init__()
+        self.kept, self.writes = kept, writes
+
+    def __getitem__(self, index: int) -> Any:
+        drawn = torch.rand(1).item() if self.writes else 0.0
+        if hasattr(self.kept, "get_obj"):
+            self.kept[index * 50_000 : (index + 1) * 50_000] = [drawn] * 50_000
+        elif self.writes:
+            self.kept[index] = drawn
+        return torch.tensor([index, drawn])
+
+
+@pytest.mark.parametrize("writes", [True, False])
+@pytest.mark.parametrize("kind", SHARED)
+def test_large_shared_memory_that_workers_write_into_is_told(
+    tmp_path: Path, kind: str, writes: bool
+) -> None:
+    told = pytest.warns(ResumeWarning, match=r"without what has changed of dataset\.kept")
+    with told if writes else warnings.catch_warnings():
+        if not writes:
+            warnings.simplefilter("error", ResumeWarning)
+        _play(_loader(Writing(SHARED[kind](tmp_path), writes), num_workers=2))
 
 
 # -------------------------------------------------------------------------------- hidden draws
