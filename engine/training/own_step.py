@@ -11,7 +11,8 @@ import dis
 import inspect
 import types
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 
 _FETCHES: Final = ("LOAD_ATTR", "LOAD_METHOD")
+# Between the name of a function and what it is called with.
+_SAY_NOTHING: Final = ("CACHE", "NOP", "PRECALL", "PUSH_NULL")
 # A collection of more things than this is data: it is not looked through for models at each save.
 _MOST: Final = 1024
 
@@ -84,7 +87,7 @@ class OwnStep:
             spent = set()
         named = self._named()
         found = gradients.capture_named({n: p for n, p in named.items() if id(p.grad) not in spent})
-        if found and any(map(_divides_in_place, models)) and _zeroes(self._function):
+        if any(map(_divides_in_place, models)) and self._keeps_buckets(named[n] for n in found):
             warn_user(
                 "The run will not resume bit for bit from here: gradients lie in the buckets of a "
                 "DistributedDataParallel (gradient_as_bucket_view=True) and are not cleared "
@@ -97,6 +100,19 @@ class OwnStep:
         if not found and True not in window:
             return None
         return {"gradients": found, **({"windows": window} if True in window else {})}
+
+    def _keeps_buckets(self, parameters: Iterable[torch.Tensor]) -> bool:
+        """Tells whether the next backward pass adds to gradients that lie in buckets.
+
+        Those that were stepped with are cleared first, or filled with zeros: the source says which.
+        """
+        stepped = {id(one) for use in self._uses.values() for one in use.as_stepped_with()}
+        kept = [p.grad for p in parameters if p.grad is not None]
+        in_buckets = [
+            one for one in kept if one.untyped_storage().nbytes() > one.nbytes or len(kept) == 1
+        ]
+        added_to = any(id(one) not in stepped for one in in_buckets)
+        return added_to or (bool(in_buckets) and _zeroes(self._function))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what `state_dict` returned."""
@@ -137,13 +153,6 @@ def _divides_in_place(model: Any) -> bool:
     return processes & (processes - 1) != 0
 
 
-def _zeroes(function: Any) -> bool:
-    """Tells whether a function fills gradients with zeros, by `set_to_none=False` as it seems."""
-    code = getattr(getattr(function, "__func__", function), "__code__", None)
-    constants = getattr(code, "co_consts", ())
-    return ("set_to_none",) in constants and False in constants
-
-
 def _optimizers(found: list[tuple[str, Any]]) -> list[tuple[str, torch.optim.Optimizer]]:
     return [(name, thing) for name, thing in found if isinstance(thing, torch.optim.Optimizer)]
 
@@ -169,8 +178,10 @@ class _Use:
 
     def spent(self) -> list[torch.Tensor]:
         """Returns the gradients that will be cleared before anything is added to them."""
-        if not self._cleared:
-            return []
+        return self.as_stepped_with() if self._cleared else []
+
+    def as_stepped_with(self) -> list[torch.Tensor]:
+        """Returns the gradients that nobody has changed since the optimizer's last step."""
         return [
             gradient
             for reference, version in self._noted
@@ -185,10 +196,8 @@ def _reads_gradients_first(function: Any, called: bool = False) -> bool:
         function: the process function, or one that it calls before it clears them.
         called: whether it is such a one.
     """
-    plain = getattr(function, "__func__", function)
-    if not inspect.isfunction(plain):
-        plain = vars(type(function)).get("__call__")
-    if not inspect.isfunction(plain):
+    plain = _plain_function(function)
+    if plain is None:
         return False
     known = {} if called else _referred_to(plain)
     for does, name in _fetched(plain.__code__):
@@ -204,6 +213,31 @@ def _reads_gradients_first(function: Any, called: bool = False) -> bool:
             # What is read from here on is this iteration's.
             return False
     return False
+
+
+def _zeroes(function: Any, called: bool = False) -> bool:
+    """Tells whether a function, or one that it calls, may fill gradients with zeros.
+
+    It calls `zero_grad` with an argument that is not plainly True.
+    """
+    plain = _plain_function(function)
+    if plain is None:
+        return False
+    does = [one for one in dis.get_instructions(plain.__code__) if one.opname not in _SAY_NOTHING]
+    for one, then in pairwise(does):
+        fetches = one.argval == "zero_grad" and one.opname in _FETCHES
+        if fetches and not (then.opname == "CALL" or then.argval is True):
+            return True
+    known = () if called else _referred_to(plain).values()
+    return any(_zeroes(one, True) for one in known if is_a(one, types.FunctionType))
+
+
+def _plain_function(function: Any) -> types.FunctionType | None:
+    """Returns the function of Python's that a method, or an object that can be called, runs."""
+    plain = getattr(function, "__func__", function)
+    if not inspect.isfunction(plain):
+        plain = vars(type(function)).get("__call__")
+    return plain if inspect.isfunction(plain) else None
 
 
 def _fetched(code: types.CodeType) -> Iterator[tuple[str, Any]]:

@@ -41,6 +41,7 @@ def test_what_goes_on_exactly_is_not_told(found: Any) -> None:
     [
         ("static", "'model' is a DistributedDataParallel that adds its gradients up in another"),
         ("in_buckets", "gradients lie in the buckets of a DistributedDataParallel"),
+        ("window_in_buckets", "gradients lie in the buckets of a DistributedDataParallel"),
         ("compressed_unnamed", "state of the communication hook.iter"),
         ("averaged", "its 'averager.step'"),
         ("post_local", "state of the communication hook.iter"),

@@ -11,6 +11,7 @@ import json
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -248,20 +249,33 @@ def static(backend: Any) -> Made:
     return trainer, {"model": model, "optimizer": optimizer}
 
 
-def in_buckets(backend: Any) -> Made:
-    """One whose gradients lie in its buckets, and stay there."""
+def in_buckets(backend: Any, every: int = 1, local: bool = False) -> Made:
+    """One whose gradients lie in its buckets, and stay there: for good, or within a window."""
     model = Network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     shared = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     def step(engine: Engine, batch: Any) -> float:
-        optimizer.zero_grad(set_to_none=False)
-        loss = loss_of(shared, batch)
-        loss.backward()
-        optimizer.step()
+        last = engine.state.iteration % every == 0
+        with shared.no_sync() if local and not last else nullcontext():
+            loss = loss_of(shared, batch)
+            loss.backward()
+        if last:
+            optimizer.step()
+            # By position, as some write it.
+            optimizer.zero_grad(every > 1)
         return loss.item()
 
     return DeterministicEngine(step, backend), {"model": model, "optimizer": optimizer}
+
+
+def window_in_buckets(backend: Any) -> Made:
+    return in_buckets(backend, 3)
+
+
+def window_of_its_own(backend: Any) -> Made:
+    """Each process adds up a window by itself: what it has is not in the buckets yet."""
+    return in_buckets(backend, 3, local=True)
 
 
 def compressed(backend: Any, named: bool = True) -> Made:
@@ -323,8 +337,18 @@ def kept_back(backend: Any) -> Made:
     return DeterministicEngine(step, backend), {"model": model, "optimizer": optimizer}
 
 
-EXACT = (local_sgd, own_statistics, evaluated, windows, wrapped, compressed, recorded, untrained)
-TOLD = (static, in_buckets, compressed_unnamed, averaged, post_local, kept_back)
+EXACT = (
+    local_sgd,
+    own_statistics,
+    evaluated,
+    windows,
+    window_of_its_own,
+    wrapped,
+    compressed,
+    recorded,
+    untrained,
+)
+TOLD = (static, in_buckets, window_in_buckets, compressed_unnamed, averaged, post_local, kept_back)
 
 
 def loader() -> DataLoader[Any]:
