@@ -7,13 +7,16 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from torch import distributed
+
+from .digest import same
 from .dispatch import check_signature
 from .errors import ResumeWarning, warn_user
 from .events import Events
 from .loop import Loop
-from .progress import begin, check_limits, is_done, load_progress, resume
+from .progress import begin, check_limits, data_length, is_done, load_progress, resume
 from .proof import Checks, Proof
-from .random_states import random_states, restore_random_states
+from .random_states import is_just_seeded, random_states, restore_random_states
 from .requests import END_RUN, ON_PURPOSE, QUIET_RUN
 from .seen_by_ignite import SeenByIgnite
 from .state import State
@@ -64,6 +67,7 @@ class Engine(SeenByIgnite, Loop):
         self._told_of_data = False
         # The random states to go on with, of a state that was loaded.
         self._loaded_rng_states: Any = None
+        self._pass = _Pass()
         #: What this engine trains, by name: a checkpoint without one of them is not complete.
         self.objects: dict[str, Any] = {}
         #: What was loaded together with this engine's state, by name, until its run goes on.
@@ -99,14 +103,11 @@ class Engine(SeenByIgnite, Loop):
         return values
 
     def state_to_save(self) -> dict[str, Any]:
-        """Returns the state with the random states, which a checkpoint holds, in one process.
+        """Returns the state with this process's random states, which a checkpoint holds.
 
         A run that goes on from it at the end of an epoch draws what it would have drawn.
         """
-        values: dict[str, Any] = {**self.state_dict()}
-        if self._keeps_rng_states():
-            values["rng_states"] = random_states(self.backend)
-        return values
+        return {**self.state_dict(), "rng_states": random_states(self.backend)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Sets the engine to go on from a state; the next `run` does.
@@ -115,7 +116,7 @@ class Engine(SeenByIgnite, Loop):
             state_dict: `epoch_length`, one of `iteration` and `epoch` (how many are completed), one
                 of `max_epochs` and `max_iters`, and each of `state_dict_user_keys`. If it has
                 `terminated`, the run was ended on purpose; see `terminate`. If it has `rng_states`,
-                as that of a checkpoint, the next epoch begins with them (in one process).
+                as that of a checkpoint, the next epoch begins with them.
 
         Raises:
             TypeError: if it is not a mapping.
@@ -124,8 +125,7 @@ class Engine(SeenByIgnite, Loop):
         load_progress(self.state, state_dict, self._user_keys)
         self.proof = Proof()
         if not self._is_running():
-            if self._keeps_rng_states():
-                self._loaded_rng_states = state_dict.get("rng_states")
+            self._loaded_rng_states = None if self.resumes_data else state_dict.get("rng_states")
             self._drop_session()
             self._place.loaded = True
             if how := state_dict.get("terminated"):
@@ -185,6 +185,7 @@ class Engine(SeenByIgnite, Loop):
             )
         if self._session is None:
             self._recover()
+        self._pass.length_is_given = epoch_length is not None
         passed_by = self.restartable and self._place.loaded
         check_limits(self.state, max_epochs, max_iters, passed_by)
         unlimited = self.state.max_epochs is None and self.state.max_iters is None
@@ -205,15 +206,12 @@ class Engine(SeenByIgnite, Loop):
             self.tell_of_repeated_data("goes on")
         return self._continue()
 
-    def _keeps_rng_states(self) -> bool:
-        """Whether this engine's own state has random states: of several ranks each has others."""
-        return not self.resumes_data and (self.backend is None or self.backend.world.size == 1)
-
-    def tell_of_repeated_data(self, doing: str) -> None:
-        """Warns, once, if the engine does not keep its place in the data where it is.
+    def tell_of_repeated_data(self, doing: str, all_ranks_save: bool = True) -> None:
+        """Warns, once, if a resumed run does not go on with the data, or the draws, of this one.
 
         Args:
             doing: what the run does there, in words.
+            all_ranks_save: whether a checkpoint has the random states of each rank.
         """
         state = self.state
         if self.resumes_data or self._told_of_data or state.dataloader is None:
@@ -234,10 +232,54 @@ class Engine(SeenByIgnite, Loop):
                 "DeterministicEngine, or create_supervised_trainer(..., deterministic=True); or "
                 "leave persistent_workers out"
             )
+        elif taken := self._taken_of_pass():
+            message = (
+                f"The run {doing} inside a pass over the data, after {taken} batches of it, and a "
+                "plain Engine that goes on there begins the data anew: it repeats some samples "
+                "and skips others. Use DeterministicEngine, or create_supervised_trainer(..., "
+                "deterministic=True), which goes on with the next batch; or leave epoch_length out"
+            )
+        elif not all_ranks_save and self._has_drawn():
+            message = (
+                f"The run {doing} in one of several processes, and the checkpoint of a plain "
+                "Engine has not the random states of each: the next epoch's dropout, augmentation "
+                "and order are others after a resume. Use resume_or_start, which has all ranks "
+                "save together, with an engine that has a backend; or DeterministicEngine; or "
+                "seed each epoch in a handler of EPOCH_STARTED"
+            )
         else:
             return
         self._told_of_data = True
         warn_user(message, ResumeWarning)
+
+    def _taken_of_pass(self) -> int:
+        """Returns how many batches were taken of a pass that is not known to have ended."""
+        if self._data_iter is None:
+            return 0
+        taken = self.state.iteration - self._pass.opened_at
+        length = data_length(self.state.dataloader)
+        if length is None and not self._pass.length_is_given:
+            length = self.state.epoch_length
+        return 0 if taken == length else taken
+
+    def _has_drawn(self) -> bool:
+        """Whether random numbers were drawn in this pass that follow from no seed of the epoch's.
+
+        Those that the making of a loader's iterator draws count only for its workers.
+        """
+        if self._pass.is_seeded:
+            return False
+        workers = getattr(self.state.dataloader, "num_workers", 0)
+        return bool(workers) or not same(self._pass.states, random_states(self.backend))
+
+    def _open_data(self) -> Any:
+        self._pass.opened_at = self.state.iteration
+        if _is_alone():
+            return super()._open_data()
+        self._pass.is_seeded = is_just_seeded()
+        opened = super()._open_data()
+        self._pass.states = random_states(self.backend)
+        return opened
 
     def _begin_anew(self) -> None:
         self._loaded_rng_states = None
@@ -250,6 +292,27 @@ class Engine(SeenByIgnite, Loop):
     def _is_running(self) -> bool:
         session = self._session
         return session is not None and inspect.getgeneratorstate(session) == inspect.GEN_RUNNING
+
+
+class _Pass:
+    """What an engine notes of its pass over the data."""
+
+    def __init__(self) -> None:
+        #: The iteration that it was begun after.
+        self.opened_at = 0
+        #: Whether it was told how many batches make an epoch: these may not be a whole pass.
+        self.length_is_given = False
+        #: In several processes: the random states that it was begun with, and whether it was just
+        #: seeded then.
+        self.states: Any = None
+        self.is_seeded = False
+
+
+def _is_alone() -> bool:
+    """Tells whether this process is the only one of its run, as far as torch knows."""
+    group: Any = distributed
+    joined = group.is_available() and group.is_initialized()
+    return not joined or group.get_world_size() == 1
 
 
 def check_iterable(data: Any) -> None:

@@ -38,6 +38,12 @@ def restore_random_states(state: Any, backend: Backend | None) -> None:
         numpy.random.set_state(rest[0])
 
 
+def is_just_seeded() -> bool:
+    """Tells whether torch's generator of the host has drawn nothing since it was seeded."""
+    fresh = torch.Generator().manual_seed(torch.initial_seed())
+    return torch.equal(fresh.get_state(), torch.get_rng_state())
+
+
 @contextmanager
 def random_states_kept(backend: Backend | None) -> Generator[None, None, None]:
     """Leaves the random states of host and device after the block as they were before it."""

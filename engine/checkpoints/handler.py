@@ -21,7 +21,7 @@ from crosstrain.engine.storage.locations import Location, StorePath, location_of
 
 from .loading import Latest, find_latest, load_objects
 from .objects import OWN_NAME, check_objects, gather_states, introduce, unsaved_objects
-from .rank_objects import score_of_all
+from .rank_objects import saves_with_all, score_of_all
 from .retention import Item, Retention, format_score
 from .save_handler import RunFacts, SaveHandler, adapted
 from .save_job import SaveJob
@@ -486,7 +486,7 @@ def _warn_of_unsaved(to_save: Mapping[str, Any], warned_of: set[str]) -> None:
     for name, value in walk_objects(to_save):
         if not isinstance(value, Engine):
             continue
-        value.tell_of_repeated_data("is saved")
+        value.tell_of_repeated_data("is saved", saves_with_all(value))
         missing = sorted(set(unsaved_objects(value, to_save)) - warned_of)
         if missing:
             warned_of.update(missing)

@@ -37,7 +37,7 @@ from crosstrain.engine.storage.manifest import Manifest
 from crosstrain.engine.structure import named, rebuild_groups, recordable
 
 from .model_part import ModelPart
-from .rank_objects import Pair, note_differences, with_own
+from .rank_objects import Pair, note_differences, own_state, with_own
 from .read_back import Difference, differences
 
 # The name under which a Checkpoint saves its own state (include_self).
@@ -125,7 +125,7 @@ def _state_of(value: Any, rank: int) -> Any:
     # An engine whose state is gathered from all ranks: on that which saves.
     if has(value, "state_on"):
         return value.state_on(rank)
-    return value.state_to_save() if isinstance(value, Engine) else value.state_dict()
+    return own_state(value, rank) if isinstance(value, Engine) else value.state_dict()
 
 
 def unsaved_objects(trainer: Any, objects: Mapping[str, Any]) -> list[str]:

@@ -27,6 +27,7 @@ from crosstrain.engine.ranks.agreement import agreement_of
 from crosstrain.engine.ranks.check import digests
 from crosstrain.engine.ranks.line import Line, has_ranks
 from crosstrain.engine.ranks.of_each import RANKS, warn_of_own
+from crosstrain.engine.ranks.world import joined
 from crosstrain.engine.spread import has_spread, is_sharded
 from crosstrain.engine.storage.errors import CheckpointContentError
 from crosstrain.engine.storage.tree_hash import digest_of
@@ -126,18 +127,51 @@ def _check_names(
             )
 
 
+def saves_with_all(engine: Engine) -> bool:
+    """Tells whether an engine's state is taken by all ranks together, or there is only one.
+
+    That of a plain Engine is where `resume_or_start` saves it: elsewhere, as with pytorch-ignite,
+    one rank alone may call the handler.
+    """
+    agreed = engine.restartable and agreement_of(engine) is not None
+    return engine.resumes_data or agreed or _world_of(engine).size == 1
+
+
+def own_state(engine: Engine, rank: int) -> dict[str, Any]:
+    """Returns the state of a plain Engine with the random states of each rank, for one to save.
+
+    It is a collective operation where `saves_with_all`. Elsewhere in several processes it has no
+    random states: another rank is not to draw what this one draws.
+    """
+    state, agreement = engine.state_to_save(), agreement_of(engine)
+    if not saves_with_all(engine):
+        state.pop("rng_states", None)
+    elif agreement is not None and engine.restartable:
+        names = ("rng_states", *engine.state_dict_user_keys)
+        mine = {name: state[name] for name in names}
+        line = agreement.line
+        others = line.gather("gathering the random states", mine, rank)
+        state[RANKS] = {"size": line.size, "rank": line.rank, "others": others}
+    return state
+
+
+def _world_of(engine: Engine) -> World:
+    return (joined() or World()) if engine.backend is None else engine.backend.world
+
+
 def with_own(pairs: Sequence[Pair]) -> list[Pair]:
     """Returns what is about to be loaded, with this rank's states in place of the saving rank's.
 
     With another number of ranks each of those that there were before gets its own, and a further
     one the saving rank's; a `ResumeWarning` names the objects.
     """
+    pairs = [(name, one, _of_this_rank(one, its)) for name, one, its in pairs]
     for _, engine, state in pairs:
         ranks = state.get(RANKS) if isinstance(engine, Engine) and is_mapping(state) else None
         others = ranks.get(_OBJECTS) if is_mapping(ranks) else None
         if not is_sequence(others) or not all(map(is_mapping, others)):
             continue
-        world = World() if engine.backend is None else engine.backend.world
+        world = _world_of(engine)
         if len(others) != world.size:
             others = [_without_statistics(theirs, pairs) for theirs in others]
             warn_of_own({name for theirs in others for name in theirs}, len(others), world.size)
@@ -146,10 +180,29 @@ def with_own(pairs: Sequence[Pair]) -> list[Pair]:
     return list(pairs)
 
 
+def _of_this_rank(value: Any, state: Any) -> Any:
+    """Returns a state with this rank's random states, if it is a plain Engine's of several."""
+    if not (isinstance(value, Engine) and is_mapping(state) and "format" not in state):
+        return state
+    world = _world_of(value)
+    ranks = state.get(RANKS)
+    if not is_mapping(ranks):
+        kept = world.size == 1 or value.resumes_data
+        return state if kept else {key: its for key, its in state.items() if key != "rng_states"}
+    others = ranks["others"]
+    if len(others) != world.size:
+        warn_of_own(["the random states"], len(others), world.size)
+    return {**state, **(others[world.rank] if world.rank < len(others) else {})}
+
+
 def _engines(objects: Mapping[str, Any]) -> list[Engine]:
     """Returns the engines whose states all ranks take together."""
-    values = [value for _, value in walk_objects(objects)]
-    return [one for one in values if isinstance(one, Engine) and hasattr(one, "state_on")]
+    engines = [value for _, value in walk_objects(objects) if isinstance(value, Engine)]
+    return [
+        one
+        for one in engines
+        if one.resumes_data or (agreement_of(one) is not None and saves_with_all(one))
+    ]
 
 
 @contextmanager
