@@ -128,6 +128,24 @@ class Meta(type):
         return fails() if name == "__mro__" else super().__getattribute__(name)
 
 
+class Wrapper(torch.Tensor):
+    """A tensor of no memory, which carries out no operation."""
+
+    @staticmethod
+    def __new__(cls) -> Wrapper:
+        return torch.Tensor._make_wrapper_subclass(cls, (3,), dtype=torch.float32)
+
+    @classmethod
+    def __torch_dispatch__(cls, *_: Any, **__: Any) -> NoReturn:
+        raise RuntimeError("do not ask")
+
+
+def emptied() -> torch.Tensor:
+    tensor = torch.zeros(3)
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
 def fake() -> torch.Tensor:
     with FakeTensorMode():
         return torch.zeros(3)
@@ -186,6 +204,8 @@ KINDS: dict[str, Thing] = {
     "sparse": lambda: torch.eye(3).to_sparse(),
     "of no data": lambda: torch.zeros(3, device="meta"),
     "fake": fake,
+    "a wrapper": Wrapper,
+    "emptied": emptied,
     "refuses all functions": lambda: torch.zeros(3).as_subclass(Refuses),
     "of a graph": lambda: nn.Linear(2, 2)(torch.zeros(1, 2)),
     "expanded": lambda: torch.zeros(1).expand(10),
