@@ -168,34 +168,6 @@ class Slot:
         return len(tuple(self.bound())) < before
 
 
-class _TimedSlot:
-    """What fires in place of a slot while somebody times its handlers."""
-
-    def __init__(self, slot: Slot, timers: list[HandlerTimer]) -> None:
-        self.event, self.counter = slot.event, slot.counter
-        self._slot, self._timers = slot, timers
-
-    @property
-    def handlers(self) -> Iterator[Binding]:
-        """The slot's handlers, each in a function that times it."""
-        for handler, takes_engine, extra in self._slot.each_to_run():
-            yield self._timed(handler), takes_engine, extra
-
-    def _timed(self, handler: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> None:
-            began = time.perf_counter()
-            handler(*args, **kwargs)
-            self.tell(handler, began)
-
-        return run
-
-    def tell(self, handler: Callable[..., Any] | None, began: float) -> None:
-        """Tells who times that a handler, or with None all of them, has run."""
-        ended = time.perf_counter()
-        for timer in tuple(self._timers):
-            timer(self.event, handler, began, ended)
-
-
 def _name_of(function: Any) -> str:
     name: str = getattr(function, "__qualname__", type(function).__qualname__)
     return name
@@ -521,35 +493,12 @@ class Dispatcher:
 
     def _fire_event(self, event_name: Any, *event_args: Any, **event_kwargs: Any) -> None:
         """Fires an event; a subclass may override it to see each go by, as in pytorch-ignite."""
-        slot = self._handlers.require(event_name)
-        if event_args or event_kwargs:
-            self._run_with(slot, event_args, event_kwargs)
-        else:
-            self._run_observed(slot)
+        self._run_observed(self._handlers.require(event_name), event_args, event_kwargs)
 
     def _fire_observed(self, slot: Slot) -> None:
-        if self._overridden:
-            self._fire_event(slot.event)
-        else:
-            self._run_observed(slot)
+        self._fire_with(slot.event)
 
-    def _run_observed(self, slot: Slot) -> None:
-        self._log(slot)
-        if not self._timers:
-            self._fire(slot)
-            return
-        timed = _TimedSlot(slot, self._timers)
-        began = time.perf_counter()
-        self._fire(timed)
-        timed.tell(None, began)
-
-    def _log(self, slot: Slot) -> None:
-        state = self.state
-        self.logger.debug(
-            "%s | %s, Firing handlers for event %s", state.epoch, state.iteration, slot.event
-        )
-
-    def _fire(self, slot: Slot | _TimedSlot) -> None:
+    def _fire(self, slot: Slot) -> None:
         """Runs an event's handlers: the hot path, so what a filter asks is compared right here."""
         self.last_event_name = slot.event
         for handler, takes_engine, extra in slot.handlers:
@@ -585,28 +534,41 @@ class Dispatcher:
         """Fires an event that passes something to its handlers; tells whether one of them ran."""
         slot = self._handlers.require(event)
         if not self._overridden:
-            return self._run_with(slot, event_args, event_kwargs)
+            return self._run_observed(slot, event_args, event_kwargs)
         # What the override does not tell: whether a handler runs.
         runs = bool(slot.handlers)
         self._fire_event(slot.event, *event_args, **event_kwargs)
         return runs
 
-    def _run_with(self, slot: Slot, passed: tuple[Any, ...], named: dict[str, Any]) -> bool:
-        if self._observed:
-            self._log(slot)
+    def _run_observed(self, slot: Slot, passed: tuple[Any, ...], named: dict[str, Any]) -> bool:
+        """Does what `_fire` does, of any event, logged and timed; tells whether a handler ran."""
+        state = self.state
+        self.logger.debug(
+            "%s | %s, Firing handlers for event %s", state.epoch, state.iteration, slot.event
+        )
         self.last_event_name = slot.event
-        ran = False
-        timed = _TimedSlot(slot, self._timers) if self._timers else slot
-        for handler, takes_engine, extra in timed.handlers:
+        timed, ran, began = bool(self._timers), False, time.perf_counter()
+        for handler, takes_engine, extra in slot.each_to_run() if timed else slot.handlers:
             every, offset, window, args, kwargs = extra or (0, 0, OPEN, (), {})
             if every:
                 count = getattr(self.state, slot.counter)  # type: ignore[arg-type]
                 if not Gate(every, offset, *(window or OPEN)).passes(self, count):
                     continue
             first = (self,) if takes_engine else ()
+            called = time.perf_counter()
             handler(*first, *passed, *args, **{**kwargs, **named})
             ran = True
+            if timed:
+                self._tell_time(slot.event, handler, called)
+        if timed:
+            self._tell_time(slot.event, None, began)
         return ran
+
+    def _tell_time(self, event: Any, handler: Callable[..., Any] | None, began: float) -> None:
+        """Tells who times that a handler, or with None all of them, has run."""
+        ended = time.perf_counter()
+        for timer in tuple(self._timers):
+            timer(event, handler, began, ended)
 
 
 def check_signature(fn: Callable[..., Any], description: str, *args: Any, **kwargs: Any) -> None:
