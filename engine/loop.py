@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import DataUsedUp, EmptyData, RankFailed
 from .events import Events
 from .loader_workers import iterator_over
-from .place import Place
-from .progress import is_done
+from .progress import Place, is_done
 from .requests import (
     END_RUN,
     EPOCH_ENDS,

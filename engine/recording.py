@@ -19,13 +19,13 @@ from crosstrain.engine.data.shares import BatchShare, Shards, check_shards, worl
 from crosstrain.engine.data.streams import ALL_STREAMS, StreamKey
 from crosstrain.engine.exact.rank_states import SHARDS, gathered
 from crosstrain.engine.exact.snapshot import FORMAT, environment, settings, step_state
-from crosstrain.engine.ranks.agreed_seed import agreed_seed
+from crosstrain.engine.ranks.line import Line, has_ranks
 from crosstrain.engine.training.own_step import OwnStep
 from crosstrain.engine.unsaved import Unsaved, is_made_beside
 
 from .engine import Engine
 from .errors import ResumeWarning, warn_user
-from .place import Place
+from .progress import Place
 from .proof import Checks
 from .random_states import random_states
 from .requests import END_EPOCH, QUIET_EPOCH
@@ -192,7 +192,7 @@ class RecordingEngine(Engine):
 
     def _begins(self) -> None:
         self._unsaved.begin()
-        self.state.seed = agreed_seed(self.state.seed, self.backend)
+        self.state.seed = _agreed_seed(self.state.seed, self.backend)
         OwnStep(self._process_function, self).lay_out()
         self._cursor.watch(self.state.dataloader)
 
@@ -228,3 +228,25 @@ def warn_inexact(what: str) -> None:
         "not known. Save at ITERATION_COMPLETED or EPOCH_COMPLETED.",
         ResumeWarning,
     )
+
+
+def _agreed_seed(given: int | None, backend: Backend | None) -> int:
+    """Returns the seed of a run: the one given, or one drawn from torch's global generator.
+
+    In several processes it is rank 0's that counts where it is drawn. It is a collective operation
+    there: all of them have to start the run, and to have been given the same.
+    """
+    seed = int(torch.randint(0, int(1e9), (1,)).item()) if given is None else given
+    if backend is None or backend.world.size == 1 or not has_ranks():
+        return seed
+    with Line() as line:
+        found = line.meet("agreeing on the run's seed", (given, seed), of=line.everyone)
+    for rank, (other, _) in enumerate(found):
+        if other != found[0][0]:
+            raise ValueError(
+                f"The processes of a run have to have one seed: rank 0 was given {found[0][0]}, "
+                f"rank {rank} {other}. Give all of them the same, or none: then rank 0's is drawn "
+                "and taken by all."
+            )
+    agreed: int = found[0][1]
+    return agreed

@@ -8,7 +8,7 @@ from typing import Final, Protocol
 
 from .dispatch import Dispatcher
 from .events import Events
-from .place import Place
+from .progress import Place
 
 # What has been asked of a run and is not done yet: bits of `Engine.asked`.
 PAUSE: Final = 1

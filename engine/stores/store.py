@@ -13,11 +13,14 @@ import copy
 import errno
 import hashlib
 import os
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from pathlib import Path
+from typing import IO, Any, Final, TypeVar
 
+from crosstrain.engine.storage.atomic import free_space
 from crosstrain.engine.storage.errors import CheckpointError
 from crosstrain.engine.storage.leftovers import FILES, is_leftover, new_name
 from crosstrain.engine.storage.locations import StorePath
@@ -316,3 +319,16 @@ def _write_all(descriptor: int, data: bytes, at: int) -> None:
     while view:
         done = os.pwrite(descriptor, view, at)
         view, at = view[done:], at + done
+
+
+def temporary_file(needed: int) -> IO[bytes]:
+    """Opens a file without a name among the temporary ones (`TMPDIR`), if it has room."""
+    folder = Path(tempfile.gettempdir())
+    free = free_space(folder)
+    if free is not None and free < needed:
+        raise OSError(
+            errno.ENOSPC,
+            f"ENOSPC: it takes {needed:,} bytes on its way and {free:,} are free in {folder}; free "
+            "some there, or set TMPDIR to another folder",
+        )
+    return tempfile.TemporaryFile(dir=folder)

@@ -22,7 +22,7 @@ from crosstrain.engine.storage.parts_files import ENDING, folder_of_parts
 
 from .by_url import store_of
 from .lease import Lease
-from .store import Store, Stored
+from .store import Store, Stored, temporary_file
 from .store_parts import (
     StoreAside,
     StoreParts,
@@ -31,7 +31,6 @@ from .store_parts import (
     remove_orphans,
     remove_parts,
 )
-from .temporary import temporary_file
 
 #: Names the checkpoints that were put: a list of a store may lag behind what is in it.
 SAVED: Final = ".crosstrain.saved"

@@ -33,8 +33,7 @@ from crosstrain.engine.storage.parts_files import (
 )
 
 from .by_url import store_of
-from .store import Store
-from .temporary import temporary_file
+from .store import Store, temporary_file
 
 # So many seconds a save that has failed tries to leave nothing; the next start does it, too.
 _SHORT: Final = 2.0
