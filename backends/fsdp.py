@@ -172,7 +172,7 @@ def _check_alike(model: torch.nn.Module) -> None:
     tensors = [*model.named_parameters(), *model.named_buffers()]
     mine = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in tensors]
     theirs: list[Any] = [None] * distributed.get_world_size()
-    gather: Any = distributed.all_gather_object  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    gather: Any = distributed.all_gather_object
     gather(theirs, mine)
     differing = [rank for rank, one in enumerate(theirs) if one != theirs[0]]
     if differing:

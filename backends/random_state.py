@@ -24,7 +24,7 @@ def seed(value: int) -> None:
         raise ValueError(f"A seed is an integer from 0 to 2**63 - 1, got {value}.")
     random.seed(value)
     numpy.random.seed(value % 2**32)
-    torch.manual_seed(value)  # pyright: ignore[reportUnknownMemberType]
+    torch.manual_seed(value)
 
 
 def capture() -> dict[str, Any]:
@@ -84,7 +84,7 @@ def without_arrays(values: Mapping[str, Any]) -> dict[str, Any]:
             # As signed 64-bit integers: torch lacks most operations on unsigned ones. The cast
             # wraps around, so 64-bit words keep their bits.
             words = cast("Any", value).astype(numpy.int64)
-            plain[key] = torch.from_numpy(words)  # pyright: ignore[reportUnknownMemberType]
+            plain[key] = torch.from_numpy(words)
         else:
             plain[key] = value
     return plain

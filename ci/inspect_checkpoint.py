@@ -21,7 +21,6 @@ from crosstrain.engine.checkpoints import (
     list_checkpoints,
     location_of,
 )
-from crosstrain.engine.guards import is_collection, is_mapping
 from crosstrain.engine.shown import shown
 
 
@@ -68,7 +67,7 @@ def examine(path: Location) -> Finding:
 def _parts(state: Any, manifest: Manifest | None) -> Iterator[Part]:
     if manifest is not None and manifest.bare and len(manifest.objects) == 1:
         state = {manifest.objects[0]: state}
-    if not is_mapping(state):
+    if not isinstance(state, Mapping):
         state = {"(the whole file)": state}
     for name, value in state.items():
         tensors = list(_tensors(value))
@@ -81,23 +80,23 @@ def _parts(state: Any, manifest: Manifest | None) -> Iterator[Part]:
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         yield value
-    value = list(value.values()) if is_mapping(value) else value
-    for item in value if is_collection(value, (list, tuple)) else ():
+    value = list(value.values()) if isinstance(value, Mapping) else value
+    for item in value if isinstance(value, (list, tuple)) else ():
         yield from _tensors(item)
 
 
 def _random_states(value: Any) -> Iterator[str]:
     """Yields the names of what is stored under a key that speaks of random states."""
-    if is_mapping(value):
+    if isinstance(value, Mapping):
         for key, item in value.items():
             if isinstance(key, str) and ("rng" in key or "random" in key):
-                yield from map(shown, _filled(item) if is_mapping(item) else [key])
+                yield from map(shown, _filled(item) if isinstance(item, Mapping) else [key])
             else:
                 yield from _random_states(item)
 
 
 def _filled(states: Mapping[Any, Any]) -> list[Any]:
-    return [name for name, state in states.items() if not (is_mapping(state) and not state)]
+    return [name for name, one in states.items() if one or not isinstance(one, Mapping)]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

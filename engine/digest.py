@@ -16,7 +16,7 @@ from typing import Any, Final, NamedTuple, cast
 import numpy
 import torch
 
-from .guards import is_array, is_collection, is_mapping, is_sequence, own_attributes
+from .guards import is_sequence, own_attributes
 
 _PLAIN: Final = (bool, int, float, complex, str, bytes, type(None))
 # Of these, what is equal has the same bits.
@@ -82,22 +82,22 @@ def _parts(value: Any, path: str, depth: int, seen: set[int]) -> Iterator[tuple[
 
 def _is_flat(value: Any) -> bool:
     """Tells whether a value is one leaf: an array, or a collection of plain values alone."""
-    if is_array(value):
+    if isinstance(value, numpy.ndarray):
         return not value.dtype.hasobject
-    if is_collection(value, (list, tuple, set, frozenset)):
+    if isinstance(value, (list, tuple, set, frozenset)):
         return all(isinstance(item, _PLAIN) for item in value)
     return hasattr(type(value), "__array_interface__")
 
 
 def _inner(value: Any, path: str) -> list[tuple[str, Any]]:
     """Returns what a value holds, with the paths."""
-    if is_mapping(value):
+    if isinstance(value, Mapping):
         dotted = isinstance(value, Attributes)
         return [
             (f"{path}.{key}" if dotted else f"{path}[{key!r}]", value[key])
             for key in sorted(value, key=str)
         ]
-    if is_array(value):
+    if isinstance(value, numpy.ndarray):
         value = value.tolist()
     if is_sequence(value):
         return [(f"{path}[{index}]", item) for index, item in enumerate(value)]
@@ -138,7 +138,7 @@ def leaf_of(path: str, value: Any) -> Leaf:
             total.update(bytes_of(part))
         shape = "nested" if value.is_nested else tuple(value.shape)
         kind = f"{str(value.dtype).removeprefix('torch.')} {shape}"
-    elif is_array(value):
+    elif isinstance(value, numpy.ndarray):
         total.update(_array_bytes(value))
         kind = f"{value.dtype} {value.shape} array"
     elif isinstance(value, _PLAIN):
@@ -146,7 +146,7 @@ def leaf_of(path: str, value: Any) -> Leaf:
         kind = type(value).__name__
     elif isinstance(value, _Opaque):
         kind = value.kind
-    elif is_collection(value, (list, tuple, set, frozenset)):
+    elif isinstance(value, (list, tuple, set, frozenset)):
         items = list(value)
         unordered = isinstance(value, (set, frozenset))
         total.update(repr(sorted(items, key=repr) if unordered else items).encode())
@@ -202,9 +202,9 @@ def same(one: Any, other: Any) -> bool:
             return False
         pairs = zip(dense(one.detach()), dense(other.detach()), strict=True)
         return all(torch.equal(_flat(a), _flat(b)) for a, b in pairs)
-    if is_mapping(one):
+    if isinstance(one, Mapping):
         return (
-            is_mapping(other)
+            isinstance(other, Mapping)
             and list(one) == list(other)
             and all(same(value, other[key]) for key, value in one.items())
         )
@@ -218,7 +218,7 @@ def same(one: Any, other: Any) -> bool:
         if kinds == {float}:
             return numpy.array(one).tobytes() == numpy.array(other).tobytes()
         return one == other if kinds <= _EXACT else all(map(same, one, other))
-    if is_array(one):
+    if isinstance(one, numpy.ndarray):
         if (one.dtype, one.shape) != (other.dtype, other.shape):
             return False
         if one.dtype.hasobject:

@@ -338,7 +338,7 @@ class Dispatcher:
             TypeError: if a name is neither.
             ValueError: if `event_to_attr` is not a mapping, or a name is taken.
         """
-        if event_to_attr is not None and not isinstance(event_to_attr, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        if event_to_attr is not None and not isinstance(event_to_attr, Mapping):
             raise ValueError(
                 "Expected event_to_attr to be dictionary of events and names of attributes. Got "
                 f"{type(event_to_attr)}."

@@ -215,7 +215,7 @@ class EarlyStopping:
             TypeError: if it is not a mapping.
             ValueError: if a key is absent or has an illegal value.
         """
-        if not isinstance(state_dict, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not isinstance(state_dict, Mapping):
             raise TypeError(
                 f"Argument state_dict should be a dictionary, but given {type(state_dict)}"
             )

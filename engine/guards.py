@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Final, TypeGuard
 
-import numpy as np
 import torch
 
 # Those that write down what others have done.
@@ -19,19 +17,9 @@ _LOGGERS: Final = frozenset(
 OTHER_PACKAGES: Final = _LOGGERS | {"crosstrain", "ignite", "numpy", "torch", "torchdata"}
 
 
-def is_mapping(value: object) -> TypeGuard[Mapping[Any, Any]]:
-    """Tells whether a value is a mapping."""
-    return isinstance(value, Mapping)
-
-
 def is_sequence(value: object) -> TypeGuard[Sequence[Any]]:
     """Tells whether a value is a sequence, and no text."""
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
-
-
-def is_collection(value: object, kinds: tuple[type[Any], ...]) -> TypeGuard[Iterable[Any]]:
-    """Tells whether a value is a collection of one of these types."""
-    return isinstance(value, kinds)
 
 
 def is_a(value: object, *kinds: type[Any]) -> bool:
@@ -42,35 +30,10 @@ def is_a(value: object, *kinds: type[Any]) -> bool:
     return issubclass(type(value), kinds)
 
 
-def is_array(value: object) -> TypeGuard[np.ndarray[Any, Any]]:
-    """Tells whether a value is a NumPy array."""
-    return isinstance(value, np.ndarray)
-
-
 def is_dense(tensor: torch.Tensor) -> bool:
     """Tells whether a tensor is numbers in memory: not sparse, nested, quantized or of no data."""
     odd = tensor.is_nested or tensor.is_quantized or tensor.is_meta
     return tensor.layout is torch.strided and not odd
-
-
-def is_path(value: object) -> TypeGuard[str | os.PathLike[str]]:
-    """Tells whether a value is a path, or text that may be one."""
-    return isinstance(value, (str, os.PathLike))
-
-
-def is_exact_tuple(value: object) -> TypeGuard[tuple[Any, ...]]:
-    """Tells whether a value is a tuple, and no instance of a subclass."""
-    return type(value) is tuple
-
-
-def is_exact_list(value: object) -> TypeGuard[list[Any]]:
-    """Tells whether a value is a list, and no instance of a subclass."""
-    return type(value) is list
-
-
-def is_exact_dict(value: object) -> TypeGuard[dict[Any, Any]]:
-    """Tells whether a value is a dictionary, and no instance of a subclass."""
-    return type(value) is dict
 
 
 def is_users_object(value: object) -> bool:

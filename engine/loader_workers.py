@@ -58,10 +58,9 @@ def _signals_left_alone(data: Any) -> Generator[None, None, None]:
     if not listened or not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    loader: Any = data
-    own = loader.worker_init_fn
-    loader.worker_init_fn = _WorkerStart(own, tuple(sorted(listened)))
-    context: Any = loader.multiprocessing_context or multiprocessing
+    own = data.worker_init_fn
+    data.worker_init_fn = _WorkerStart(own, tuple(sorted(listened)))
+    context: Any = data.multiprocessing_context or multiprocessing
     if context.get_start_method() != "fork":
         # Python unblocks signals where it starts this one.
         resource_tracker.ensure_running()
@@ -72,7 +71,7 @@ def _signals_left_alone(data: Any) -> Generator[None, None, None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        loader.worker_init_fn = own
+        data.worker_init_fn = own
 
 
 class _WorkerStart:

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import torch
 
-from .guards import is_a, is_collection, is_mapping
+from .guards import is_a
 
 Path = tuple[Any, ...]
 
@@ -33,7 +33,7 @@ def is_module(value: object) -> bool:
 
 def is_branch(value: Any) -> bool:
     """Tells whether a value is a part of a nest, and no object with a state of its own."""
-    return is_collection(value, (Mapping, list, tuple)) and not has(value, "state_dict")
+    return isinstance(value, (Mapping, list, tuple)) and not has(value, "state_dict")
 
 
 def is_plain_row(value: Any, first: int | None = None) -> bool:
@@ -56,7 +56,7 @@ def map_objects(visit: Callable[[Any, Path], Any], value: Any, path: Path = ()) 
     """Returns a nest of what a function returns for each object."""
     if not is_branch(value):
         return visit(value, path)
-    if is_mapping(value):
+    if isinstance(value, Mapping):
         return {key: map_objects(visit, item, (*path, key)) for key, item in value.items()}
     return [map_objects(visit, item, (*path, index)) for index, item in enumerate(value)]
 

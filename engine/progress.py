@@ -173,7 +173,7 @@ def load_progress(state: State, values: Mapping[str, Any], user_keys: Sequence[s
     It has `epoch_length`, one of `iteration` and `epoch` (of completed ones), one of `max_epochs`
     and `max_iters`, and `user_keys`.
     """
-    if not isinstance(values, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not isinstance(values, Mapping):
         raise TypeError(f"Argument state_dict should be a dictionary, but given {type(values)}")
     _require(values, "epoch_length", "state")
     if "epoch" not in values:

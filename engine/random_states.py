@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +11,6 @@ import numpy
 import torch
 
 from crosstrain.backends import random_state
-
-from .guards import is_mapping
 
 if TYPE_CHECKING:
     from crosstrain.backends import Backend
@@ -25,7 +23,7 @@ def random_states(backend: Backend | None) -> dict[str, Any]:
 
 def restore_random_states(state: Any, backend: Backend | None) -> None:
     """Restores what `random_states` returned, or the list that pytorch-ignite's engine saves."""
-    if is_mapping(state):
+    if isinstance(state, Mapping):
         random_state.restore(state)
         if backend is not None and state.get("device"):
             backend.set_rng_state(state["device"])

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from .guards import is_exact_list, is_exact_tuple, is_mapping
 from .nests import Path, has, objects_by_path, unwrap, walk_objects
 
 
@@ -64,7 +63,7 @@ def has_spread(states: Any) -> bool:
         value = waiting.pop()
         if is_spread(value):
             return True
-        items: Any = value.values() if is_mapping(value) else value
+        items: Any = value.values() if isinstance(value, Mapping) else value
         if (items is not value or isinstance(value, (list, tuple))) and id(value) not in seen:
             seen[id(value)] = value
             waiting.extend(items)
@@ -91,9 +90,9 @@ def split(states: Any, names: Mapping[Path, Sequence[str]]) -> Split:
             found.places.append((path, name))
             return None
         items: Any
-        if is_mapping(value):
+        if isinstance(value, Mapping):
             items = value.items()
-        elif is_exact_list(value) or is_exact_tuple(value):
+        elif type(value) is list or type(value) is tuple:
             items = enumerate(value)
         else:
             return value
@@ -101,10 +100,10 @@ def split(states: Any, names: Mapping[Path, Sequence[str]]) -> Split:
         changed = [(key, new) for key, old, new in taken if new is not old]
         if not changed:
             return value
-        made: Any = list(value) if is_exact_tuple(value) else copy.copy(value)
+        made: Any = list(value) if type(value) is tuple else copy.copy(value)
         for key, new in changed:
             made[key] = new
-        return tuple(made) if is_exact_tuple(value) else made
+        return tuple(made) if type(value) is tuple else made
 
     found.tree = take_out(states, ())
     return found
@@ -168,7 +167,7 @@ def spread(target: Any, state: Any) -> Any:
 
     Each process keeps its part of what it was given; nothing is sent.
     """
-    if "torch.distributed.tensor" not in sys.modules or not is_mapping(state):
+    if "torch.distributed.tensor" not in sys.modules or not isinstance(state, Mapping):
         return state
     if isinstance(target, torch.nn.Module):
         own: Mapping[str, Any] = target.state_dict()
@@ -179,7 +178,7 @@ def spread(target: Any, state: Any) -> Any:
             if name in state:
                 made[name] = spread_like(state[name], like)
         return made
-    if isinstance(target, torch.optim.Optimizer) and is_mapping(state.get("state")):
+    if isinstance(target, torch.optim.Optimizer) and isinstance(state.get("state"), Mapping):
         parameters = parameters_of(target)
         if not any(map(is_spread, parameters)):
             return state
@@ -192,7 +191,7 @@ def spread(target: Any, state: Any) -> Any:
 
 
 def _spread_values(values: Any, parameters: list[torch.Tensor], place: Any) -> Any:
-    known = isinstance(place, int) and 0 <= place < len(parameters) and is_mapping(values)
+    known = isinstance(place, int) and 0 <= place < len(parameters) and isinstance(values, Mapping)
     if not known:
         return values
     return {key: spread_like(value, parameters[place]) for key, value in values.items()}

@@ -240,7 +240,7 @@ def by_hand(steps: int, max_norm: float | None = None) -> tuple[list[float], tor
         loss.backward()  # type: ignore[no-untyped-call]
         limit = float("inf") if max_norm is None else max_norm
         norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit))
-        optimizer.step()  # pyright: ignore[reportUnknownMemberType]
+        optimizer.step()
         losses.append(float(loss.detach()))
     weights = torch.cat([p.detach().flatten() for p in model.parameters()])
     return losses, weights, norm

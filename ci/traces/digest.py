@@ -20,7 +20,6 @@ import numpy
 import torch
 
 from crosstrain.engine.digest import dense, leaf_of, parts
-from crosstrain.engine.guards import is_array
 from crosstrain.engine.splitmix import mix_into, word
 
 # Elements that are multiplied at once: the table of constants and the products take 8 MiB each.
@@ -127,9 +126,9 @@ def tensors_of(value: Any) -> tuple[list[torch.Tensor], int]:
         if isinstance(part, torch.Tensor):
             tensors.append(part)
             rest.append(path)
-        elif is_array(part) and part.dtype.kind in "biufc" and part.dtype.isnative:
+        elif isinstance(part, numpy.ndarray) and part.dtype.kind in "biufc" and part.dtype.isnative:
             # A copy: torch warns of arrays that cannot be written to, and refuses negative strides.
-            tensors.append(torch.from_numpy(part.copy()))  # pyright: ignore[reportUnknownMemberType]
+            tensors.append(torch.from_numpy(part.copy()))
             rest.append(f"{path} array")
         else:
             rest.append(repr(leaf_of(path, part)))

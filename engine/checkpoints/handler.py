@@ -13,7 +13,6 @@ from crosstrain.backends import spec_of
 from crosstrain.engine.engine import Engine
 from crosstrain.engine.errors import warn_user
 from crosstrain.engine.events import EventEnum, Events
-from crosstrain.engine.guards import is_path
 from crosstrain.engine.nests import walk_objects
 from crosstrain.engine.proof import Checks, Proof
 from crosstrain.engine.storage.errors import CheckpointWarning
@@ -90,12 +89,12 @@ class Checkpoint:
         check_objects(to_save, "state_dict", "to_save")
         if include_self:
             _check_room_for(OWN_NAME, to_save)
-        if global_step_transform is not None and not callable(global_step_transform):  # pyright: ignore[reportUnnecessaryComparison]
+        if global_step_transform is not None and not callable(global_step_transform):
             raise TypeError(
                 f"global_step_transform should be a function, got {type(global_step_transform)} "
                 "instead."
             )
-        if n_saved is not None and not (isinstance(n_saved, int) and n_saved >= 1):  # pyright: ignore[reportUnnecessaryIsInstance]
+        if n_saved is not None and not (isinstance(n_saved, int) and n_saved >= 1):
             raise ValueError(f"n_saved must be a positive integer or None, got {n_saved!r}")
         introduce(to_save)
         self.to_save = to_save
@@ -279,7 +278,7 @@ class Checkpoint:
             TypeError: if it is no mapping.
             ValueError: if it lacks `_saved`.
         """
-        if not isinstance(state_dict, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not isinstance(state_dict, Mapping):
             raise TypeError(
                 f"Argument state_dict should be a dictionary, but given {type(state_dict)}"
             )
@@ -440,7 +439,7 @@ def _own_state(saved: list[Item]) -> OrderedDict[str, list[tuple[int | float, st
 def _as_handler(save_handler: Any, save_on_rank: int) -> SaveHandler:
     """Returns what saves: for a folder, a `DiskSaver`."""
     # What can be called is no folder, though it may stand for a path as well.
-    if is_path(save_handler) and not callable(save_handler):
+    if isinstance(save_handler, (str, os.PathLike)) and not callable(save_handler):
         return DiskSaver(save_handler, create_dir=True, save_on_rank=save_on_rank)
     if not callable(save_handler):
         raise TypeError(

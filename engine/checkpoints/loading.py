@@ -43,7 +43,7 @@ def load_objects(
     **kwargs: Any,
 ) -> Proof:
     """Does what `Checkpoint.load_objects` documents."""
-    if not isinstance(checkpoint, (str, os.PathLike, Mapping)):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not isinstance(checkpoint, (str, os.PathLike, Mapping)):
         raise TypeError(
             "Argument checkpoint should be a string or a dictionary, or a path, but given "
             f"{type(checkpoint)}"

@@ -14,7 +14,7 @@ from crosstrain.engine.engine import Engine
 from crosstrain.engine.errors import warn_user
 from crosstrain.engine.formats.mapped import Mapped
 from crosstrain.engine.formats.safe_load import LoadedFile
-from crosstrain.engine.guards import is_mapping, is_sequence
+from crosstrain.engine.guards import is_sequence
 from crosstrain.engine.nests import (
     has,
     is_branch,
@@ -61,7 +61,7 @@ def check_objects(objects: Any, method: str, argument: str) -> None:
         method: `state_dict` or `load_state_dict`.
         argument: what the nest was passed as, for the message.
     """
-    if not is_mapping(objects):
+    if not isinstance(objects, Mapping):
         raise TypeError(f"Argument `{argument}` should be a dictionary, but given {type(objects)}")
     for name, value in walk_objects(objects):
         # Asked of the object: a proxy has it too.
@@ -103,7 +103,7 @@ def introduce(
         others = (value for _, value in walk_objects(objects))
         engine.named_beside = tuple(value for value in others if value is not engine)
         state = None if states is None else states.get(name)
-        if is_mapping(state) and engine.checks.structure != "off":
+        if isinstance(state, Mapping) and engine.checks.structure != "off":
             known = named(engine.objects, engine.saved_beside)
             added += [(engine, what) for what in rebuild_groups(state.get("structure"), known)]
     return added
@@ -201,7 +201,7 @@ def _fitting(to_load: Mapping[str, Any], state: Any, source: str, *, all_of_it: 
 
     With `all_of_it`, the checkpoint must not hold more than that.
     """
-    if not is_mapping(state):
+    if not isinstance(state, Mapping):
         raise CheckpointMismatch(
             f"{source} holds a {type(state).__name__}, not objects by name. Nothing was loaded"
         )
@@ -242,7 +242,8 @@ def _by_name(to_load: Mapping[str, Any], state: Any, manifest: Manifest | None) 
     if len(to_load) != 1:
         return state
     name = next(iter(to_load))
-    by_name = is_mapping(state) and name in state if manifest is None else not manifest.bare
+    named_so = isinstance(state, Mapping) and name in state
+    by_name = named_so if manifest is None else not manifest.bare
     return state if by_name else {name: state}
 
 
@@ -258,8 +259,8 @@ def _pairs(value: Any, state: Any, path: tuple[Any, ...] = ()) -> Iterator[Pair]
     if not is_branch(value):
         yield name_of(path), value, state
         return
-    if is_mapping(value):
-        if not is_mapping(state):
+    if isinstance(value, Mapping):
+        if not isinstance(state, Mapping):
             raise CheckpointMismatch(_other_form(path, "objects by name", state))
         missing = [key for key in value if key not in state]
         if missing:
@@ -330,7 +331,7 @@ class _Load:
                 "may be loaded in part"
             ) from error
         self.done.append(name)
-        if is_mapping(state) and not state and not is_module(target):
+        if isinstance(state, Mapping) and not state and not is_module(target):
             self.proof.unchecked.append(
                 f"{name!r} was saved with an empty state: nothing of it could be restored"
             )
@@ -360,7 +361,7 @@ class _Load:
 
     def _tell_partial(self, name: str, state: Any, own: Mapping[str, Any]) -> None:
         """Tells what a load that is not strict leaves out; raises if that is everything."""
-        if not is_mapping(state) or not own:
+        if not isinstance(state, Mapping) or not own:
             return
         missing = [key for key in own if key not in state]
         unexpected = [key for key in state if key not in own]
@@ -425,7 +426,7 @@ def _listed(names: list[Any]) -> str:
 
 def _by_own_names(module: torch.nn.Module, state: Any, own: Mapping[str, Any]) -> Any:
     """Names a state's entries as the module does, where torch.compile has changed a name."""
-    if not is_mapping(state) or not all(isinstance(key, str) for key in state):
+    if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
         return state
     if not any(_COMPILED in key for key in (*state, *own)):
         return state
@@ -448,8 +449,8 @@ def _uncompiled(key: str) -> str:
 
 def _check_groups(optimizer: torch.optim.Optimizer, state: Any) -> None:
     """Raises what is to be done where the optimizer lacks groups that training has added."""
-    groups = state.get("param_groups") if is_mapping(state) else None
-    if not is_sequence(groups) or not all(is_mapping(group) for group in groups):
+    groups = state.get("param_groups") if isinstance(state, Mapping) else None
+    if not is_sequence(groups) or not all(isinstance(group, Mapping) for group in groups):
         return
     saved = [len(group.get("params", ())) for group in groups]
     own = [len(group["params"]) for group in optimizer.param_groups]
@@ -469,16 +470,16 @@ def _check_groups(optimizer: torch.optim.Optimizer, state: Any) -> None:
 
 def _put_back(optimizer: torch.optim.Optimizer, state: Any) -> None:
     """Gives an optimizer's state the dtypes that were saved: torch casts it to the parameters'."""
-    saved = state.get("state") if is_mapping(state) else None
-    if is_mapping(saved):
+    saved = state.get("state") if isinstance(state, Mapping) else None
+    if isinstance(saved, Mapping):
         # A fresh state_dict refers to the optimizer's own values.
         _put_back_values(optimizer.state_dict()["state"], saved)
 
 
 def _put_back_values(own: Any, saved: Mapping[Any, Any]) -> None:
     for key, value in saved.items():
-        mine = own.get(key) if is_mapping(own) else None
-        if is_mapping(value):
+        mine = own.get(key) if isinstance(own, Mapping) else None
+        if isinstance(value, Mapping):
             _put_back_values(mine, value)
         elif (
             isinstance(value, torch.Tensor)

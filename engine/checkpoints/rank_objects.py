@@ -21,7 +21,7 @@ from crosstrain.engine.digest import bytes_of, digest
 from crosstrain.engine.engine import Engine
 from crosstrain.engine.errors import ResumeWarning, warn_user
 from crosstrain.engine.formats.plain import OnTensor, to_plain
-from crosstrain.engine.guards import is_dense, is_mapping, is_sequence
+from crosstrain.engine.guards import is_dense, is_sequence
 from crosstrain.engine.nests import has, is_module, unwrap, walk_objects
 from crosstrain.engine.ranks.agreement import agreement_of
 from crosstrain.engine.ranks.check import digests
@@ -72,7 +72,7 @@ def note_differences(pairs: Sequence[Pair], rank: int) -> None:
         RankFailed: if not all ranks do this, within CROSSTRAIN_TIMEOUT.
         ValueError: if the ranks give other names.
     """
-    ranks = [its[RANKS] for _, _, its in pairs if is_mapping(its) and RANKS in its]
+    ranks = [its[RANKS] for _, _, its in pairs if isinstance(its, Mapping) and RANKS in its]
     if not ranks or not has_ranks():
         return
     parts = {name: _parts(one, state) for name, one, state in pairs}
@@ -167,9 +167,10 @@ def with_own(pairs: Sequence[Pair]) -> list[Pair]:
     """
     pairs = [(name, one, _of_this_rank(one, its)) for name, one, its in pairs]
     for _, engine, state in pairs:
-        ranks = state.get(RANKS) if isinstance(engine, Engine) and is_mapping(state) else None
-        others = ranks.get(_OBJECTS) if is_mapping(ranks) else None
-        if not is_sequence(others) or not all(map(is_mapping, others)):
+        taken = isinstance(engine, Engine) and isinstance(state, Mapping)
+        ranks = state.get(RANKS) if taken else None
+        others = ranks.get(_OBJECTS) if isinstance(ranks, Mapping) else None
+        if not is_sequence(others) or not all(isinstance(one, Mapping) for one in others):
             continue
         world = _world_of(engine)
         if len(others) != world.size:
@@ -182,11 +183,11 @@ def with_own(pairs: Sequence[Pair]) -> list[Pair]:
 
 def _of_this_rank(value: Any, state: Any) -> Any:
     """Returns a state with this rank's random states, if it is a plain Engine's of several."""
-    if not (isinstance(value, Engine) and is_mapping(state) and "format" not in state):
+    if not (isinstance(value, Engine) and isinstance(state, Mapping) and "format" not in state):
         return state
     world = _world_of(value)
     ranks = state.get(RANKS)
-    if not is_mapping(ranks):
+    if not isinstance(ranks, Mapping):
         kept = world.size == 1 or value.resumes_data
         return state if kept else {key: its for key, its in state.items() if key != "rng_states"}
     others = ranks["others"]
@@ -222,7 +223,7 @@ def _parts(value: Any, state: Any) -> dict[str, Any]:
 
 
 def _is_in_parts(value: Any, state: Any) -> bool:
-    return is_module(unwrap(value)) and is_mapping(state)
+    return is_module(unwrap(value)) and isinstance(state, Mapping)
 
 
 def _without_statistics(own: Mapping[str, Any], pairs: Sequence[Pair]) -> dict[str, Any]:
@@ -307,7 +308,7 @@ def _warn_of_parted(names: Sequence[str]) -> None:
 
 def _laid_over(value: Any, state: Any, own: Any) -> Any:
     """Returns an object's state with what this rank has of its own."""
-    if own is None or not (_is_in_parts(value, state) and is_mapping(own)):
+    if own is None or not (_is_in_parts(value, state) and isinstance(own, Mapping)):
         return state if own is None else own
     whole: Any = copy.copy(state)
     whole.update(own)

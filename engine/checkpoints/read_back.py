@@ -10,7 +10,6 @@ import numpy
 import torch
 
 from crosstrain.engine.formats.plain import to_plain
-from crosstrain.engine.guards import is_mapping
 from crosstrain.engine.spread import has_spread, is_spread
 from crosstrain.engine.storage.tree_hash import in_threads
 
@@ -73,7 +72,7 @@ def _local_nest(state: Any) -> Any:
     """Returns a nest with this process's part in the place of each spread tensor."""
     if is_spread(state):
         return _local(state)
-    if is_mapping(state):
+    if isinstance(state, Mapping):
         return {key: _local_nest(value) for key, value in state.items()}
     if isinstance(state, (list, tuple)):
         return [_local_nest(value) for value in state]
@@ -84,7 +83,7 @@ def _walk(saved: Any, own: Any, where: str, extra: list[str]) -> Iterator[Differ
     if isinstance(saved, torch.Tensor):
         if (found := _tensors(saved, own, where or "the state")) is not None:
             yield found
-    elif is_mapping(saved):
+    elif isinstance(saved, Mapping):
         yield from _mappings(saved, own, where, extra)
     elif isinstance(saved, (list, tuple)):
         if not isinstance(own, (list, tuple)) or len(own) != len(saved):
@@ -100,7 +99,7 @@ def _walk(saved: Any, own: Any, where: str, extra: list[str]) -> Iterator[Differ
 def _mappings(
     saved: Mapping[Any, Any], own: Any, where: str, extra: list[str]
 ) -> Iterator[Difference | _Pair]:
-    if not is_mapping(own):
+    if not isinstance(own, Mapping):
         yield Difference(f"{where or 'the state'} is a {type(own).__name__}, no mapping", False)
         return
     for key, value in saved.items():

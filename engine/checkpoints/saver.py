@@ -15,7 +15,6 @@ import torch
 from crosstrain.engine.errors import warn_user
 from crosstrain.engine.formats.safe_write import contents_of
 from crosstrain.engine.formats.staging import HostBuffers, HostState, Snapshot, on_host
-from crosstrain.engine.guards import is_mapping
 from crosstrain.engine.nests import walk_objects
 from crosstrain.engine.parts.write import Staged, write_in_parts
 from crosstrain.engine.parts.writers import Writers
@@ -241,7 +240,7 @@ class DiskSaver(BaseSaveHandler):
     def _describe(self, checkpoint: Any, name: str, run: RunFacts) -> Manifest:
         names = run.names
         if names is None:
-            names = tuple(map(str, checkpoint)) if is_mapping(checkpoint) else ()
+            names = tuple(map(str, checkpoint)) if isinstance(checkpoint, Mapping) else ()
         return Manifest(
             file=name,
             size=0,

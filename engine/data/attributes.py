@@ -139,8 +139,7 @@ class _Owner:
 
     def shared(self) -> list[str]:
         """Returns the names of the attributes that are memory which processes share."""
-        own: dict[str, Any] = vars(self._thing)
-        return [name for name in self._made if is_shared_memory(own.get(name))]
+        return [name for name in self._made if is_shared_memory(vars(self._thing).get(name))]
 
     def _set(self, name: str, value: Any, same_object: bool) -> None:
         """Sets an attribute; where it was the object that it was made with, by writing into it.
@@ -247,7 +246,9 @@ def _some_of(tensor: torch.Tensor) -> str | None:
 
     A class that carries out torch's operations itself may have no numbers in memory.
     """
-    own_class = type(tensor).__torch_dispatch__ != torch.Tensor.__torch_dispatch__
+    kind: Any = type(tensor)
+    plain: Any = torch.Tensor
+    own_class = kind.__torch_dispatch__ != plain.__torch_dispatch__
     if tensor.device.type != "cpu" or own_class or not is_dense(tensor):
         return None
     numbers = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())

@@ -106,11 +106,9 @@ def _hold_other(item: Any, versions: list[tuple[torch.Tensor, int]], levels: int
         versions.append((item, _version(item)))
         return item
     if isinstance(item, dict):
-        found: dict[Any, Any] = item
-        return {key: _hold(value, versions, levels) for key, value in found.items()}
+        return {key: _hold(value, versions, levels) for key, value in item.items()}
     if isinstance(item, (list, tuple)):
-        many: Sequence[Any] = item
-        return [_hold(part, versions, levels) for part in many]
+        return [_hold(part, versions, levels) for part in item]
     attributes: dict[str, Any] | None = getattr(item, "__dict__", None)
     if not attributes or isinstance(item, type) or callable(item):
         return item

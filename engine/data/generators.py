@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from crosstrain.backends.random_state import with_arrays, without_arrays
-from crosstrain.engine.guards import is_collection, is_users_object, own_attributes
+from crosstrain.engine.guards import is_users_object, own_attributes
 
 GENERATORS: Final = (
     torch.Generator,
@@ -62,7 +62,7 @@ def _collect(
 
 
 def _parts(thing: Any) -> Iterator[tuple[str, Any]]:
-    if is_collection(thing, (list, tuple, dict)):
+    if isinstance(thing, (list, tuple, dict)):
         pairs = thing.items() if type(thing) is dict else enumerate(thing)
         items = list(islice(pairs, _MANY + 1))
         if len(items) <= _MANY:

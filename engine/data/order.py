@@ -163,8 +163,7 @@ def _blocks_from(sampler: Any, start: int) -> Iterator[list[Any]]:
     else:
         for chunk in _CHUNKS[kind](sampler):
             for low, high in _spans(start, len(chunk)):
-                block: Any = chunk[low:high]
-                places: list[int] = block.tolist()
+                places: list[int] = chunk[low:high].tolist()
                 yield _looked_up(sampler, places) if kind is SubsetRandomSampler else places
             start = max(0, start - len(chunk))
 
@@ -200,8 +199,7 @@ def _random(sampler: RandomSampler) -> Iterator[torch.Tensor]:
 
 
 def _subset(sampler: SubsetRandomSampler) -> Iterator[torch.Tensor]:
-    generator: torch.Generator | None = getattr(sampler, "generator", None)
-    yield torch.randperm(len(sampler.indices), generator=generator)
+    yield torch.randperm(len(sampler.indices), generator=getattr(sampler, "generator", None))
 
 
 def _weighted(sampler: WeightedRandomSampler) -> Iterator[torch.Tensor]:

@@ -78,8 +78,7 @@ def plain_or_none(value: Any) -> Any:
 
 def _has_arrays(value: Any) -> bool:
     if isinstance(value, (list, tuple, dict)):
-        many: Any = value
-        return any(map(_has_arrays, many.values() if isinstance(many, dict) else many))
+        return any(map(_has_arrays, value.values() if isinstance(value, dict) else value))
     return isinstance(value, numpy.ndarray)
 
 
@@ -88,8 +87,7 @@ def copied(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.clone()
     if isinstance(value, (list, tuple)):
-        many: Any = value
-        return type(many)(copied(one) for one in many)
+        return type(value)(copied(one) for one in value)
     if isinstance(value, dict):
         return {key: copied(one) for key, one in value.items()}
     return value.copy() if isinstance(value, numpy.ndarray) else value

@@ -266,6 +266,5 @@ def mean_over_ranks(trainer: Any, value: Any = None) -> torch.Tensor:
         mean.zero_()
     else:
         mean *= weight / world.size
-    group: Any = torch.distributed
-    group.all_reduce(mean)
+    torch.distributed.all_reduce(mean)
     return mean

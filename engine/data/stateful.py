@@ -14,7 +14,6 @@ from typing import Any, Final
 
 from crosstrain.backends import random_state
 from crosstrain.engine.digest import digest, same
-from crosstrain.engine.guards import is_mapping
 from crosstrain.engine.loader_workers import iterator_over
 
 from .apart import Apart
@@ -309,13 +308,15 @@ def _only_counts(state: Any) -> bool:
     It goes on by throwing batches away then, as many as its workers have given. After a second
     resume it counts some of these twice, and the run would go on with other batches.
     """
-    if not is_mapping(state):
+    if not isinstance(state, Mapping):
         return False
     snapshot = state.get("_snapshot")
-    workers: Any = snapshot.get("_worker_snapshots") if is_mapping(snapshot) else {0: state}
+    workers: Any = {0: state}
+    if isinstance(snapshot, Mapping):
+        workers = snapshot.get("_worker_snapshots")
     fetchers = [
         one.get("fetcher_state") for one in workers.values() if one.get("dataset_state") is None
     ]
     return len(fetchers) == len(workers) and all(
-        is_mapping(one) and one.get("dataset_iter_state", 0) is None for one in fetchers
+        isinstance(one, Mapping) and one.get("dataset_iter_state", 0) is None for one in fetchers
     )

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from crosstrain.backends import porting
 from crosstrain.engine.data.streams import SampleStreams
 from crosstrain.engine.errors import ResumeWarning, warn_user
-from crosstrain.engine.guards import is_mapping
 from crosstrain.engine.training.gradients import scaled
 
 from .snapshot import differences, load_step, step_state
@@ -61,8 +60,8 @@ def port(
 
 def _load_window(state: Any, ratio: float, step: Any, taken: porting.TakenOver) -> None:
     """Loads a step's state, its gradients at this backend's loss scale."""
-    gradients = state.get("gradients") if is_mapping(state) else None
-    if not is_mapping(gradients) or not gradients:
+    gradients = state.get("gradients") if isinstance(state, Mapping) else None
+    if not isinstance(gradients, Mapping) or not gradients:
         load_step(step, state)
         return
     ours = {name: scaled(gradient, ratio) for name, gradient in gradients.items()}

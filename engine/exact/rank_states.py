@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Final
 from crosstrain.backends import World
 from crosstrain.engine.digest import digest, same
 from crosstrain.engine.errors import ResumeWarning, warn_user
-from crosstrain.engine.guards import is_mapping
 from crosstrain.engine.ranks.agreement import agreement_of
 from crosstrain.engine.ranks.line import Line, has_ranks
 from crosstrain.engine.ranks.of_each import RANKS, warn_of_own
@@ -105,10 +104,11 @@ def own_part(state: Mapping[str, Any], backend: Backend | None) -> dict[str, Any
     """
     world = World() if backend is None else backend.world
     own = {name: value for name, value in state.items() if name != RANKS}
-    ranks = state.get(RANKS)
+    ranks: Any = state.get(RANKS)
     size = state["environment"]["world size"] if ranks is None else ranks["size"]
     shards = state["environment"].get(SHARDS)
     found: Sequence[Mapping[str, Any]] = (ranks or {}).get("others") or []
+    mine = found[world.rank] if world.rank < len(found) else {}
     if size != world.size:
         warn_of_own({name for one in found for name in one} - {*_PARTS}, size, world.size)
     if shards is not None and size != world.size:
@@ -120,27 +120,23 @@ def own_part(state: Mapping[str, Any], backend: Backend | None) -> dict[str, Any
             world.size,
             shards,
         )
-        theirs = found[world.rank] if world.rank < len(found) else {}
-        kept = {name: value for name, value in theirs.items() if name not in _PARTS}
+        kept = {name: value for name, value in mine.items() if name not in _PARTS}
         return {**own, **kept, "environment": {**own["environment"], "world size": world.size}}
-    if ranks is None and size == world.size:
+    place = world.rank, world.size
+    if ranks is not None and ranks["others"] is None and (ranks["rank"], size) != place:
+        own["rng_states"] = own["epoch_rng_states"] = None
+        warn_user(
+            f"The state is that of rank {ranks['rank']} of {size} alone, taken there while another "
+            "rank got those of all. Not carried over: the random states of rank "
+            f"{world.rank}, which begins with a seed that follows from the run's.",
+            ResumeWarning,
+        )
         return own
-    if ranks is not None and ranks["others"] is None:
-        if (ranks["rank"], size) != (world.rank, world.size):
-            own["rng_states"] = own["epoch_rng_states"] = None
-            warn_user(
-                f"The state is that of rank {ranks['rank']} of {size} alone, taken there while "
-                "another rank got those of all. Not carried over: the random states of rank "
-                f"{world.rank}, which begins with a seed that follows from the run's.",
-                ResumeWarning,
-            )
-        return own
-    others: Sequence[Mapping[str, Any]] = [{}] if ranks is None else ranks["others"]
-    if world.size == size:
-        return {**own, **others[world.rank]}
+    if size == world.size:
+        return {**own, **mine}
     # What is reported here is not to be reported once more.
     own["environment"] = {**own["environment"], "world size": world.size}
-    return _of_other_size([{**own, **other} for other in others], size, world)
+    return _of_other_size([{**own, **other} for other in found or [{}]], size, world)
 
 
 def _of_other_size(parts: Sequence[dict[str, Any]], size: int, world: World) -> dict[str, Any]:
@@ -173,4 +169,4 @@ def _of_other_size(parts: Sequence[dict[str, Any]], size: int, world: World) -> 
 
 
 def _has_window(step: Any) -> bool:
-    return is_mapping(step) and bool(step.get("gradients"))
+    return isinstance(step, Mapping) and bool(step.get("gradients"))

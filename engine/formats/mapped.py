@@ -12,12 +12,11 @@ import contextlib
 import os
 import sys
 import weakref
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any
 
 import torch
 
-from crosstrain.engine.guards import is_mapping
 from crosstrain.engine.storage.errors import CheckpointCorrupt
 from crosstrain.engine.storage.locations import Location
 from crosstrain.engine.storage.tree_hash import Place, fill, in_threads
@@ -155,11 +154,11 @@ def _tensors(nest: Any) -> Iterator[torch.Tensor]:
             if id(value) not in seen:
                 seen[id(value)] = value
                 yield value
-        elif isinstance(value, (dict, list, tuple)) or is_mapping(value):
+        elif isinstance(value, (list, tuple, Mapping)):
             if id(value) in seen:
                 continue
             seen[id(value)] = value
-            waiting.extend(value.values() if is_mapping(value) else value)
+            waiting.extend(value.values() if isinstance(value, Mapping) else value)
             # A module's state has the versions of its layouts in an attribute.
             waiting.extend(getattr(value, "__dict__", {}).values())
 

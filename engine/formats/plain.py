@@ -11,7 +11,6 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from crosstrain.engine.guards import is_array, is_collection, is_mapping
 from crosstrain.engine.storage.errors import CheckpointContentError
 
 from .stand_ins import MAX_KEY_DEPTH, MAX_KEY_ITEMS
@@ -81,18 +80,18 @@ class _Converter:
     def _convert(self, value: Any, path: tuple[Any, ...]) -> Any:
         if isinstance(value, torch.Tensor):
             return self._on_tensor(_dense(value, path), False)
-        if is_array(value):
+        if isinstance(value, np.ndarray):
             return self._on_tensor(_array(value, path), True)
         if _type_of(value) is bytearray:
             # A copy: it may be changed while a thread writes.
             return bytearray(value)
         if _is_numpy_scalar(value):
             return self._numpy_scalar(value, path)
-        if is_mapping(value):
+        if isinstance(value, Mapping):
             return self._mapping(value, path)
-        if is_collection(value, (list, tuple, deque)):
+        if isinstance(value, (list, tuple, deque)):
             return self._sequence(value, path)
-        if is_collection(value, (set, frozenset)):
+        if isinstance(value, (set, frozenset)):
             return {self._key(item, path) for item in value}
         if isinstance(value, PurePath):
             return str(value)
@@ -217,7 +216,7 @@ def _array(array: np.ndarray[Any, Any], path: tuple[Any, ...]) -> torch.Tensor:
         # A copy: the tensor must not change when the array does, nor refuse to be read-only. torch
         # takes the machine's order of bytes only.
         native = array.dtype.newbyteorder("=")
-        return torch.from_numpy(np.array(array, native, order="C"))  # pyright: ignore[reportUnknownMemberType]
+        return torch.from_numpy(np.array(array, native, order="C"))
     except TypeError:
         advice = "store it as numbers of a type that torch has, or as text"
         raise _refusal(path, array, f"torch has no type for its {array.dtype}", advice) from None

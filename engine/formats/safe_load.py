@@ -14,14 +14,13 @@ import sys
 import threading
 import warnings
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import IO, Any
 
 import torch
 
-from crosstrain.engine.guards import is_mapping
 from crosstrain.engine.storage.archive import Archive, Window, read_archive
 from crosstrain.engine.storage.errors import (
     CheckpointCorrupt,
@@ -222,7 +221,9 @@ class _Whole:
     def can_verify_in_part(self, names: Collection[str], state: Any) -> bool:
         """Tells whether some of the objects can be verified without the others."""
         manifest = self.manifest
-        if manifest is None or self._tree is None or manifest.bare or not is_mapping(state):
+        if manifest is None or self._tree is None or manifest.bare:
+            return False
+        if not isinstance(state, Mapping):
             return False
         return set(names) < set(manifest.objects) and all(name in state for name in names)
 
@@ -317,7 +318,7 @@ def _user_allowed() -> Iterator[str]:
 
 
 def _safe_globals() -> list[Any]:
-    return torch.serialization.get_safe_globals()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    return torch.serialization.get_safe_globals()
 
 
 def _refusal(refused: list[str]) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
 
 from crosstrain.engine.errors import warn_user
-from crosstrain.engine.guards import is_mapping
 from crosstrain.engine.proof import Strictness
 from crosstrain.engine.storage.atomic import Contents, HashingFile
 from crosstrain.engine.storage.errors import (
@@ -89,7 +89,7 @@ def _check_written(descriptor: int, state: Any, path: Location, strictness: Stri
 def _to_blame(state: Any) -> list[str]:
     """Returns the names of the objects whose states could not be loaded if they stood alone."""
     names: list[str] = []
-    for name, value in state.items() if is_mapping(state) else ():
+    for name, value in state.items() if isinstance(state, Mapping) else ():
         with tempfile.TemporaryFile() as file:
             # Without the data: the tensors' places are what is looked at.
             torch.save(to_plain(value, lambda tensor, _: tensor.new_empty(0)), file)

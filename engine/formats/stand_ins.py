@@ -26,7 +26,6 @@ from typing import Any, Final
 
 import torch
 
-from crosstrain.engine.guards import is_exact_list, is_exact_tuple
 from crosstrain.engine.storage.archive import Record
 from crosstrain.engine.storage.errors import CheckpointCorrupt, CheckpointError, CheckpointUnsafe
 
@@ -98,7 +97,7 @@ class PickleCheck:
         left, todo = MAX_KEY_ITEMS, [(key, 0)]
         while todo:
             item, depth = todo.pop()
-            if is_exact_tuple(item):
+            if type(item) is tuple:
                 left -= len(item)
                 if depth == MAX_KEY_DEPTH or left < 0:
                     raise CheckpointUnsafe(
@@ -275,7 +274,7 @@ class _NumpyDtype(_StandIn):
 
     def __setstate__(self, state: Any) -> None:
         kinds = (int, str, type(None), type(None), type(None), int, int, int)
-        good = is_exact_tuple(state) and tuple(map(type, state)) == kinds
+        good = type(state) is tuple and tuple(map(type, state)) == kinds
         if not good or state[0] != 3 or state[1] not in "<>|=" or state[5:] != (-1, -1, 0):
             super().__setstate__(state)
 
@@ -291,7 +290,7 @@ class _NumpyArray(_StandIn):
 
     def __setstate__(self, state: Any) -> None:
         kinds = (int, tuple, _NumpyDtype, bool, bytes)
-        good = is_exact_tuple(state) and tuple(map(type, state)) == kinds
+        good = type(state) is tuple and tuple(map(type, state)) == kinds
         if not good or state[0] != 1 or not _is_shape(state[1], 32):
             super().__setstate__(state)
         _, shape, dtype, _, data = state
@@ -366,7 +365,7 @@ _STORAGES: Final = MappingProxyType(
 
 
 def _storage(check: PickleCheck, identity: Any) -> _Storage:
-    if not is_exact_tuple(identity) or len(identity) != 5 or not _is(identity[0], str, "storage"):
+    if type(identity) is not tuple or len(identity) != 5 or not _is(identity[0], str, "storage"):
         raise CheckpointCorrupt("its pickle refers to something that is no tensor's storage")
     _, kind, key, _, numel = identity
     if type(key) is not str or not re.fullmatch(r"[0-9]{1,9}", key):
@@ -439,7 +438,7 @@ def _view(
 
 def _is_shape(value: Any, most: int) -> bool:
     return (
-        is_exact_tuple(value)
+        type(value) is tuple
         and len(value) <= most
         and all(type(item) is int and 0 <= item < _NUMBER for item in value)
     )
@@ -474,7 +473,7 @@ def _counter(check: PickleCheck, *arguments: Any) -> _Table:
 
 
 def _set(check: PickleCheck, *arguments: Any) -> _StandIn:
-    if len(arguments) > 1 or not all(map(is_exact_list, arguments)):
+    if len(arguments) > 1 or any(type(one) is not list for one in arguments):
         raise _wrong("set", arguments)
     made = _StandIn("set")
     hashes: Counter[int] = Counter()
@@ -540,7 +539,7 @@ def _numpy_dtype(_: PickleCheck, *arguments: Any) -> _StandIn:
 
 def _numpy_array(check: PickleCheck, *arguments: Any) -> _StandIn:
     cls, shape, code = arguments if len(arguments) == 3 else (None, None, None)
-    empty = is_exact_tuple(shape) and len(shape) == 1 and _is(shape[0], int, 0)
+    empty = type(shape) is tuple and len(shape) == 1 and _is(shape[0], int, 0)
     if _kind(cls) != "numpy.ndarray" or not empty or not _is(code, bytes, b"b"):
         raise _wrong("numpy's _reconstruct", arguments)
     return _NumpyArray(check)
@@ -591,7 +590,7 @@ def _length(argument: Any) -> int:
     """Returns about how many bytes a copy of an argument takes."""
     if type(argument) in (str, bytes):
         return len(argument)
-    if is_exact_list(argument) or is_exact_tuple(argument):
+    if type(argument) is list or type(argument) is tuple:
         return 8 * len(argument)
     return 32 * len(argument.held) if type(argument) is _Table else 0
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from crosstrain.engine.guards import is_exact_dict, is_exact_list
 from crosstrain.engine.storage.errors import CheckpointCorrupt
 from crosstrain.engine.storage.manifest import PART
 
@@ -64,21 +63,21 @@ def decode_index(encoded: bytes, files: Mapping[str, tuple[int, str]]) -> dict[s
         values: Any = json.loads(encoded)
     except (ValueError, RecursionError) as error:
         raise CheckpointCorrupt(f"its index is no JSON text ({error})") from None
-    if not is_exact_dict(values):
+    if type(values) is not dict:
         raise CheckpointCorrupt("its index is no JSON object")
     return {name: _entry(name, value, files) for name, value in values.items()}
 
 
 def _entry(name: str, value: Any, files: Mapping[str, tuple[int, str]]) -> Entry:
-    values = value if is_exact_dict(value) else {}
+    values = value if type(value) is dict else {}
     dtype = getattr(torch, str(values.get("dtype")), None)
     chunks = values.get("chunks")
-    if not (isinstance(dtype, torch.dtype) and is_exact_list(chunks)):
+    if not (isinstance(dtype, torch.dtype) and type(chunks) is list):
         raise CheckpointCorrupt(f"its index tells no dtype and parts of {name!r}")
     size = _shape(values.get("size"), name)
     found: list[Chunk] = []
     for chunk in chunks:
-        parts: list[Any] = chunk if is_exact_list(chunk) and len(chunk) == 5 else [None] * 5
+        parts: list[Any] = chunk if type(chunk) is list and len(chunk) == 5 else [None] * 5
         made = Chunk(_shape(parts[0], name), _shape(parts[1], name), *parts[2:])
         _check_place(name, made, size, dtype, files)
         found.append(made)
@@ -129,6 +128,6 @@ def _overlap(chunks: list[Chunk]) -> bool:
 
 
 def _shape(value: Any, name: str) -> tuple[int, ...]:
-    if not is_exact_list(value) or any(type(n) is not int or not 0 <= n < 2**63 for n in value):
+    if type(value) is not list or any(type(n) is not int or not 0 <= n < 2**63 for n in value):
         raise CheckpointCorrupt(f"its index tells no shape of {name!r}")
     return tuple(value)

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from crosstrain.engine.formats.safe_load import load_file
-from crosstrain.engine.guards import is_mapping
 from crosstrain.engine.ranks.line import Line
 from crosstrain.engine.spread import at_path
 from crosstrain.engine.storage.errors import (
@@ -177,7 +177,7 @@ def own_states(
     own: Any = first if rank == 0 else _rank_states(found, rank)
     try:
         states = own["states"]
-        if not is_mapping(states):
+        if not isinstance(states, Mapping):
             raise TypeError("its states are not by name")
         for path in own["same"]:
             # What is as in rank 0 is stored there only.

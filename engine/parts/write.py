@@ -11,7 +11,6 @@ import torch
 
 from crosstrain.engine.formats.safe_write import contents_of
 from crosstrain.engine.formats.staging import HostState
-from crosstrain.engine.guards import is_exact_list, is_mapping
 from crosstrain.engine.proof import Strictness
 from crosstrain.engine.spread import at_path
 from crosstrain.engine.storage.manifest import Manifest, rank_file
@@ -120,9 +119,9 @@ def _large_tensors(value: Any, path: tuple[Any, ...]) -> Any:
             yield path, value
         return
     items: Any = ()
-    if is_mapping(value):
+    if isinstance(value, Mapping):
         items = value.items()
-    elif is_exact_list(value):
+    elif type(value) is list:
         items = enumerate(value)
     for key, item in items:
         yield from _large_tensors(item, (*path, key))

@@ -11,7 +11,6 @@ import torch
 
 from crosstrain.engine.errors import RankFailed, warn_user
 from crosstrain.engine.events import Events
-from crosstrain.engine.guards import is_exact_list, is_exact_tuple, is_mapping
 from crosstrain.engine.progress import check_count
 from crosstrain.engine.splitmix import FACTORS, GOLDEN
 from crosstrain.engine.spread import is_spread
@@ -54,9 +53,9 @@ class RankCheck:
         check_count("every", every)
         self.every = every
         named: Mapping[str, Any] = {"": models}
-        if is_mapping(models):
+        if isinstance(models, Mapping):
             named = models
-        elif is_exact_list(models) or is_exact_tuple(models):
+        elif type(models) is list or type(models) is tuple:
             named = {f"models[{index}]": model for index, model in enumerate(models)}
         self._models = {name: unshared(model) for name, model in named.items()}
         self._buffers = buffers
@@ -169,8 +168,7 @@ def digests(tensors: Iterable[torch.Tensor]) -> list[int]:
     made = [_digest(tensor.detach()) for tensor in tensors]
     found: dict[torch.device, Any] = {}
     for device in {digest.device for digest in made}:
-        values: Any = torch.stack([d for d in made if d.device == device])
-        found[device] = values.tolist()
+        found[device] = torch.stack([d for d in made if d.device == device]).tolist()
     return [found[digest.device].pop(0) for digest in made]
 
 

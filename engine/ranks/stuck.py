@@ -89,8 +89,7 @@ def end_if_stuck(
 
 def _places(main: int) -> dict[int, tuple[int, int]]:
     """Returns where the main thread is, and those that keep the process alive."""
-    module: Any = sys
-    frames: dict[int, Any] = module._current_frames()
+    frames: dict[int, Any] = sys._current_frames()
     found: dict[int, tuple[int, int]] = {}
     for thread in threading.enumerate():
         identity = thread.ident

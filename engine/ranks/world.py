@@ -12,11 +12,10 @@ from crosstrain.backends import World
 
 def joined() -> World | None:
     """Returns this process's place in the process group; None where it has joined none."""
-    group: Any = torch.distributed
-    if not (group.is_available() and group.is_initialized()):
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return None
-    rank = group.get_rank()
-    return World(rank, rank, group.get_world_size())
+    rank = torch.distributed.get_rank()
+    return World(rank, rank, torch.distributed.get_world_size())
 
 
 def this_rank() -> int:
@@ -33,5 +32,4 @@ def unshared(value: Any) -> Any:
     """Returns the model whose gradients a `DistributedDataParallel` shares; others as they are."""
     if not isinstance(value, DistributedDataParallel):
         return value
-    wrapper: Any = value
-    return wrapper.module
+    return value.module

@@ -21,8 +21,6 @@ from typing import Any, Final
 
 import torch
 
-from crosstrain.engine.guards import is_exact_dict, is_exact_list
-
 from .errors import CheckpointContentError, CheckpointCorrupt
 from .parts_files import BLAKE3
 from .tree_hash import LEAF, MAX_BLOCKS, Tree
@@ -158,7 +156,7 @@ class Manifest:
             values: Any = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise CheckpointCorrupt(f"its manifest is no JSON text ({error})") from None
-        values = values if is_exact_dict(values) else {}
+        values = values if type(values) is dict else {}
         if values.get("format") == _PARTS_FORMAT:
             return _of_parts(values)
         return cls(**_checked(values))
@@ -197,8 +195,8 @@ def _of_parts(values: dict[str, Any]) -> Manifest:
 
 def _files(values: Any) -> dict[str, tuple[int, str]]:
     found: dict[str, tuple[int, str]] = {}
-    for name, entry in values.items() if is_exact_dict(values) else ():
-        size, digest = entry if is_exact_list(entry) and len(entry) == 2 else (None, None)
+    for name, entry in values.items() if type(values) is dict else ():
+        size, digest = entry if type(entry) is list and len(entry) == 2 else (None, None)
         if not (name in (INDEX, METADATA) or PART.fullmatch(name) or _OWN.fullmatch(name)):
             raise CheckpointCorrupt(f"its manifest lists the file {name!r}, which none has")
         if type(size) is not int or not 0 <= size < 2**63 or type(digest) is not str:

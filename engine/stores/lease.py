@@ -69,8 +69,7 @@ class _Holder:
     def decode(cls, data: bytes) -> _Holder | None:
         """Returns a holder; None if this is none, as while it is being written."""
         try:
-            values: Any = json.loads(data)
-            made = cls(**values)
+            made = cls(**json.loads(data))
         except (ValueError, TypeError):
             return None
         return made if type(made.pid) is int and type(made.machine) is str else None

@@ -116,8 +116,7 @@ class S3Store(Store):
             body = os.pread(descriptor, size, 0)
             self._call("put_object", **key, Body=body)
             return _etag([_md5(body)])
-        begun: Any = self._call("create_multipart_upload", **key)
-        upload = {**key, "UploadId": begun["UploadId"]}
+        upload = {**key, "UploadId": self._call("create_multipart_upload", **key)["UploadId"]}
         try:
             return self._upload_parts(name, upload, descriptor, size, part_size)
         except BaseException:

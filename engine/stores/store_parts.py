@@ -290,8 +290,7 @@ def _folders_of(store: Store, name: str, kept: Manifest | None = None) -> list[s
 
 def _remove_folders(store: Store, names: list[str]) -> None:
     for name in names:
-        place: StorePath = store.place / name
-        _remove_folder(store_of(place))
+        _remove_folder(store_of(store.place / name))
 
 
 def _remove_folder(folder: Store) -> None:

@@ -341,9 +341,8 @@ def _shape_of(value: Any, tensors: list[Tensor], device: torch.device) -> Hashab
         items: Any = value
         return (type(items), *(_shape_of(item, tensors, device) for item in items))
     if isinstance(value, Mapping):
-        pairs: Any = value
-        told = ((key, _shape_of(item, tensors, device)) for key, item in pairs.items())
-        return (type(pairs), *told)
+        told = ((key, _shape_of(item, tensors, device)) for key, item in value.items())
+        return (type(value), *told)
     if is_dataclass(value) and not isinstance(value, type):
         items = [getattr(value, field.name) for field in fields(value)]
         return (type(value), *(_shape_of(item, tensors, device) for item in items))
@@ -359,8 +358,7 @@ def _sizes(shape: Any) -> list[tuple[int, ...]]:
         return [tuple(shape)]
     if not isinstance(shape, tuple):
         return []
-    parts: Any = shape
-    return [size for part in parts for size in _sizes(part)]
+    return [size for part in shape for size in _sizes(part)]
 
 
 def _held(tensor: Tensor, statics: list[Tensor]) -> Tensor:

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from crosstrain.backends.placement import map_tensors
-from crosstrain.engine.guards import is_mapping
 from crosstrain.engine.spread import is_spread, parameters_of, spread_like
 
 if TYPE_CHECKING:
@@ -117,7 +116,7 @@ def _plain(gradient: Any) -> Any:
 
 def as_tensor(gradient: Any) -> Tensor:
     """Returns the tensor that a gradient of `capture` stands for, on the CPU."""
-    if not is_mapping(gradient):
+    if not isinstance(gradient, Mapping):
         tensor: Tensor = gradient
         return tensor
     return torch.sparse_coo_tensor(
@@ -131,7 +130,7 @@ def as_tensor(gradient: Any) -> Tensor:
 
 def scaled(gradient: Any, ratio: float) -> Any:
     """Returns a gradient of `capture`, multiplied by a number; None if it is not finite then."""
-    if is_mapping(gradient):
+    if isinstance(gradient, Mapping):
         values = scaled(gradient["values"], ratio)
         return None if values is None else {**gradient, "values": values}
     product = gradient * ratio
@@ -216,18 +215,17 @@ def average(models: Iterable[Any], optimizers: Iterable[torch.optim.Optimizer]) 
     parameters: list[Any] = [p for o in optimizers for p in parameters_of(o) if id(p) in shared]
     if not parameters:
         return
-    group: Any = torch.distributed
-    size = group.get_world_size()
+    size = torch.distributed.get_world_size()
     used: Any = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
     used = used.to(parameters[0].device)
     # A parameter that took no part in one process may have done so in another.
-    group.all_reduce(used)
+    torch.distributed.all_reduce(used)
     for parameter, count in zip(parameters, used.tolist(), strict=True):
         if not count:
             continue
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        group.all_reduce(parameter.grad)
+        torch.distributed.all_reduce(parameter.grad)
         parameter.grad /= size
 
 

@@ -513,7 +513,6 @@ def _take_those_of_rank_0(models: Sequence[torch.nn.Module], backend: Backend) -
     ]
     told = repr([(name, tuple(one.shape), str(one.dtype)) for name, one in named])
     number = int.from_bytes(hashlib.sha256(told.encode()).digest()[:7], "big")
-    group: Any = torch.distributed
     own = torch.tensor([number], dtype=torch.int64, device=backend.device)
     every = torch.empty(backend.world.size, dtype=torch.int64, device=backend.device)
     gather_into(every, own)
@@ -526,7 +525,7 @@ def _take_those_of_rank_0(models: Sequence[torch.nn.Module], backend: Backend) -
     with torch.no_grad():
         for _, tensor in named:
             sent = _to_bytes(tensor)
-            group.broadcast(sent, 0)
+            torch.distributed.broadcast(sent, 0)
             tensor.detach().copy_(sent.view(tensor.dtype).view(tensor.shape))
 
 

@@ -230,7 +230,7 @@ class TrainingStep:
         Raises:
             TypeError: if it is no `Engine` of this library.
         """
-        if not isinstance(engine, Engine):  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not isinstance(engine, Engine):
             raise TypeError(
                 "A training step runs in an Engine of crosstrain.engine, whose events it fires; "
                 f"got {type(engine).__module__}.{type(engine).__qualname__}."

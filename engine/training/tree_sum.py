@@ -244,7 +244,6 @@ class Exchange:
 
     def _send(self) -> None:
         """Sends the buckets that are whole, each after all before it, as all processes do."""
-        group: Any = torch.distributed
         while self._sent < len(self._buckets) and not self._buckets[self._sent].missing:
             bucket = self._buckets[self._sent]
             if len(self._asked) == 2:
@@ -257,10 +256,10 @@ class Exchange:
                 work = gather_into(whole, own, async_op=True)
             elif self._processes == 2:
                 # All of it to the other one: as much to send as by slices, in one round.
-                other = [own.numel(), 0] if group.get_rank() else [0, own.numel()]
-                work = group.all_to_all_single(whole, own, other, other, async_op=True)
+                other = [own.numel(), 0] if torch.distributed.get_rank() else [0, own.numel()]
+                work = torch.distributed.all_to_all_single(whole, own, other, other, async_op=True)
             else:
-                work = group.all_to_all_single(whole, own, async_op=True)
+                work = torch.distributed.all_to_all_single(whole, own, async_op=True)
             self._asked.append((bucket, received, work))
             self._sent += 1
 
@@ -275,10 +274,11 @@ class Exchange:
     def _add_up(self, bucket: _Bucket, received: Tensor, work: Any) -> None:
         """Adds up a bucket, or this process's slice of it and starts to gather those of all."""
         work.wait()
-        group: Any = torch.distributed
         size = self._processes
         if size == 2:
-            both = [received, bucket.flat] if group.get_rank() else [bucket.flat, received]
+            both = (
+                [received, bucket.flat] if torch.distributed.get_rank() else [bucket.flat, received]
+            )
             torch.add(*both, out=bucket.flat)
             return
         parts = received.view(size, -1)
@@ -297,7 +297,9 @@ class Exchange:
         whole = _bytes(bucket.flat)
         if own.device.type == "cpu":
             # Gloo gathers through buffers of its own, which take as much memory and two copies.
-            work = group.all_to_all_single(whole, _bytes(own).repeat(size), async_op=True)
+            work = torch.distributed.all_to_all_single(
+                whole, _bytes(own).repeat(size), async_op=True
+            )
         else:
             work = gather_into(whole, _bytes(own), async_op=True)
         self._gathering.append(work)
@@ -305,8 +307,10 @@ class Exchange:
 
 def gather_into(whole: Tensor, own: Tensor, async_op: bool = False) -> Any:
     """Fills a tensor with those of all processes, by the name that torch has for it."""
-    group: Any = torch.distributed
-    gather = getattr(group, "all_gather_single", None) or group.all_gather_into_tensor
+    gather = (
+        getattr(torch.distributed, "all_gather_single", None)
+        or torch.distributed.all_gather_into_tensor
+    )
     return gather(whole, own, async_op=async_op)
 
 

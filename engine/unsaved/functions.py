@@ -151,15 +151,14 @@ def functions_of_data(data: Any) -> dict[str, Any]:
     """Returns the functions of the user's that data is fetched with, by what to call them."""
     found: dict[str, Any] = {}
     if isinstance(data, DataLoader):
-        loader: Any = data
         for name in ("collate_fn", "worker_init_fn"):
-            if inspect.isroutine(function := getattr(loader, name, None)):
+            if inspect.isroutine(function := getattr(data, name, None)):
                 found[f"the {name}"] = function
         # One that is a DataLoader by name only, and wraps another, may have none of them.
         names = ("dataset", "collate_fn", "sampler", "batch_sampler")
-        owners = {name: getattr(loader, name, None) for name in names}
-        if is_users_object(loader):
-            found["the loader's __iter__"] = loader.__iter__
+        owners = {name: getattr(data, name, None) for name in names}
+        if is_users_object(data):
+            found["the loader's __iter__"] = data.__iter__
     else:
         owners = {"data": data}
     for name, owner in owners.items():

@@ -167,14 +167,13 @@ class _Loaders(Walk):
         if not is_loader(value):
             super().look(value, owner, name, depth, uses)
             return
-        loader: Any = value
         # Its length may be asked, and its attributes. What `list` makes of it may not be used.
         if uses and all(use.path for use in uses):
             return
         where, trained = f"{owner}, its {name!r}", self._data
-        self.fetched.loaders.setdefault(where, loader)
-        like = loader.dataset is getattr(trained, "dataset", None) and (
-            loader.num_workers == getattr(trained, "num_workers", None)
+        self.fetched.loaders.setdefault(where, value)
+        like = value.dataset is getattr(trained, "dataset", None) and (
+            value.num_workers == getattr(trained, "num_workers", None)
         )
-        if (loader is trained or like) and not is_iterable(loader.dataset):
+        if (value is trained or like) and not is_iterable(value.dataset):
             self.fetched.training = self.fetched.training or where

@@ -136,8 +136,7 @@ class MadeAgain:
         taken = self._taken.get(name)
         if taken is None or taken[0] != signature:
             if isinstance(value, dict) and 0 < len(value) <= _KEYS:
-                many: dict[Any, Any] = value
-                found = {f"[{key!r}]": digest(one) for key, one in many.items()}
+                found = {f"[{key!r}]": digest(one) for key, one in value.items()}
             else:
                 found = {"": digest(value)}
             taken = self._taken[name] = signature, found
