@@ -11,23 +11,9 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from numbers import Integral
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from .events import Events
-
-
-class Stoppable(Protocol):
-    """What is stopped: an `Engine`, ours or another library's."""
-
-    state: Any
-
-    def terminate(self) -> None:
-        """Ends the run."""
-        ...
-
-    def add_event_handler(self, event_name: Any, handler: Callable[..., Any]) -> Any:
-        """Attaches a handler."""
-        ...
 
 
 class EarlyStopping:
@@ -59,7 +45,7 @@ class EarlyStopping:
         self,
         patience: int,
         score_function: Callable[[Any], Any],
-        trainer: Stoppable,
+        trainer: Any,
         threshold: float | None = None,
         cumulative: bool | None = None,
         threshold_mode: Literal["abs", "rel"] | None = None,
@@ -174,9 +160,9 @@ class EarlyStopping:
 
     def attach(
         self,
-        engine: Stoppable,
+        engine: Any,
         event: Any = Events.COMPLETED,
-        reset_engine: Stoppable | None = None,
+        reset_engine: Any = None,
         reset_event: Any = Events.STARTED,
     ) -> None:
         """Attaches this to an evaluator, and has a new run of the trainer forget the old scores.

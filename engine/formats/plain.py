@@ -55,14 +55,14 @@ class _Converter:
         self._open: set[int] = set()
 
     def convert(self, value: Any, path: tuple[Any, ...]) -> Any:
-        kind = _type_of(value)
+        kind: Any = type(value)
         if kind in _AS_THEY_ARE:
             # Empty bytes are the one plain value for which the pickle protocol needs a class that
             # weights_only does not allow.
             return bytearray() if kind is bytes and not value else value
         if kind is int:
             return self._integer(value, path)
-        if isinstance(value, _SIMPLE) and not _is_numpy_scalar(value):
+        if isinstance(value, _SIMPLE) and not isinstance(value, np.generic):
             return self.convert(_exact(value), path)
         known = self._made.get(id(value))
         if known is not None:
@@ -82,10 +82,10 @@ class _Converter:
             return self._on_tensor(_dense(value, path), False)
         if isinstance(value, np.ndarray):
             return self._on_tensor(_array(value, path), True)
-        if _type_of(value) is bytearray:
+        if type(value) is bytearray:
             # A copy: it may be changed while a thread writes.
             return bytearray(value)
-        if _is_numpy_scalar(value):
+        if isinstance(value, np.generic):
             return self._numpy_scalar(value, path)
         if isinstance(value, Mapping):
             return self._mapping(value, path)
@@ -117,12 +117,12 @@ class _Converter:
         return tuple(items) if isinstance(value, tuple) else items
 
     def _key(self, key: Any, path: tuple[Any, ...], depth: int = 0) -> Any:
-        kind = _type_of(key)
+        kind: Any = type(key)
         if kind in (str, bool, float, type(None)) or (kind is bytes and key):
             return key
         if kind is int:
             return self._integer(key, path)
-        if _is_numpy_scalar(key):
+        if isinstance(key, np.generic):
             return self._numpy_scalar(key, path)
         if isinstance(key, _SIMPLE):
             return self._key(_exact(key), path, depth)
@@ -144,7 +144,7 @@ class _Converter:
 
     def _numpy_scalar(self, value: Any, path: tuple[Any, ...]) -> Any:
         number = value.item()
-        if _is_numpy_scalar(number) or type(number) not in {*_AS_THEY_ARE, int}:
+        if isinstance(number, np.generic) or type(number) not in {*_AS_THEY_ARE, int}:
             raise _refusal(
                 path, value, f"a {value.dtype} has no plain form", "convert it to a float"
             )
@@ -153,10 +153,6 @@ class _Converter:
 
 # What the types above, and integers, may have subclasses of.
 _SIMPLE: Final = (str, int, float, complex, bytes)
-
-
-def _type_of(value: object) -> Any:
-    return type(value)
 
 
 def _exact(value: Any) -> Any:
@@ -175,18 +171,9 @@ def _exact(value: Any) -> Any:
     return complex.__complex__(value)
 
 
-def _type_has(value: object, name: str) -> bool:
-    """Tells whether a value's type has an attribute; some objects themselves answer every name."""
-    return hasattr(type(value), name)
-
-
-def _is_numpy_scalar(value: object) -> bool:
-    return isinstance(value, np.generic)
-
-
 def _dense(tensor: torch.Tensor, path: tuple[Any, ...]) -> torch.Tensor:
     """Returns a plain, detached view of a tensor."""
-    if _type_has(tensor, "full_tensor"):
+    if hasattr(type(tensor), "full_tensor"):
         advice = (
             "give Checkpoint a DiskSaver, or gather it first: "
             "torch.distributed.checkpoint.state_dict.get_model_state_dict with "
@@ -201,7 +188,7 @@ def _dense(tensor: torch.Tensor, path: tuple[Any, ...]) -> torch.Tensor:
         raise _refusal(path, tensor, "it is sparse, quantized or nested", advice)
     detached = tensor.detach()
     if type(detached) is not torch.Tensor:
-        if _type_has(detached, "__tensor_flatten__"):
+        if hasattr(type(detached), "__tensor_flatten__"):
             advice = "store the plain tensors that it is made of"
             raise _refusal(path, tensor, "it is made of several tensors", advice)
         detached = detached.as_subclass(torch.Tensor)
@@ -223,7 +210,7 @@ def _array(array: np.ndarray[Any, Any], path: tuple[Any, ...]) -> torch.Tensor:
 
 
 def _reason(value: Any) -> tuple[str, str]:
-    if isinstance(value, torch.nn.Module) or _type_has(value, "state_dict"):
+    if isinstance(value, torch.nn.Module) or hasattr(type(value), "state_dict"):
         return "it is an object", "name it in to_save, or store what its state_dict() returns"
     if isinstance(value, torch.Generator):
         return "it is a generator", "store what its get_state() returns"
@@ -234,9 +221,9 @@ def _reason(value: Any) -> tuple[str, str]:
             "it is a member of an enum",
             "store its value or its name, and look it up in the enum",
         )
-    if _type_has(value, "isoformat"):
+    if hasattr(type(value), "isoformat"):
         return "it is a date or a time", "store isoformat()"
-    if _type_has(value, "__dataclass_fields__"):
+    if hasattr(type(value), "__dataclass_fields__"):
         return "it is an object", "store dataclasses.asdict(...)"
     return "it is no tensor, number, text, bytes, list, tuple, set or dictionary", "store those"
 
