@@ -23,6 +23,7 @@ from crosstrain.engine.ranks.agreed_seed import agreed_seed
 from crosstrain.engine.training.own_step import OwnStep
 from crosstrain.engine.unsaved import Unsaved, is_made_beside
 
+from .digest import digest, sketch
 from .engine import Engine
 from .errors import ResumeWarning, warn_user
 from .place import Place
@@ -130,6 +131,25 @@ class RecordingEngine(Engine):
         values["environment"] = self._environment()
         values["exact"] = exact
         return values
+
+    def iteration_marks(self) -> dict[str, str]:
+        """Returns digests of what an iteration has come to: its batch, random states, weights.
+
+        Call it at ITERATION_COMPLETED. The weights are copied to the host, some of each tensor.
+        """
+        modules = [
+            value
+            for value in self._recorded_objects().values()
+            if isinstance(value, torch.nn.Module)
+        ]
+        return {
+            "conditions": digest(self._environment()),
+            "batch": digest(self._cursor.last_batch()),
+            "random": digest(random_states(self.backend)),
+            "weights": sketch(
+                tensor for one in modules for tensor in (*one.parameters(), *one.buffers())
+            ),
+        }
 
     def _progress(self, iteration: int) -> dict[str, Any]:
         """Returns where in its epoch the run is, after an iteration."""
