@@ -12,7 +12,7 @@ import functools
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from types import FunctionType, MethodType, ModuleType
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import numpy
 import torch
@@ -247,7 +247,8 @@ def _some_of(tensor: torch.Tensor) -> str | None:
 
     A class that carries out torch's operations itself may have no numbers in memory.
     """
-    own_class = type(tensor).__torch_dispatch__ != torch.Tensor.__torch_dispatch__
+    kind, usual = cast("Any", type(tensor)), cast("Any", torch.Tensor)
+    own_class = kind.__torch_dispatch__ != usual.__torch_dispatch__
     if tensor.device.type != "cpu" or own_class or not is_dense(tensor):
         return None
     numbers = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
