@@ -15,9 +15,8 @@ from typing import Any, Final, NamedTuple, cast
 
 import numpy
 import torch
-from torch.nn.parameter import is_lazy
 
-from .guards import is_array, is_collection, is_mapping, is_sequence, own_attributes
+from .guards import has_memory, is_array, is_collection, is_mapping, is_sequence, own_attributes
 
 _PLAIN: Final = (bool, int, float, complex, str, bytes, type(None))
 # Of these, what is equal has the same bits.
@@ -58,19 +57,20 @@ def digest(value: Any) -> str:
 def sketch(tensors: Iterable[torch.Tensor]) -> str:
     """Returns a digest of some numbers of each tensor, evenly spread: quick, whatever their size.
 
-    The numbers of a device are put together there, and copied to the host at once.
+    The numbers of a device are put together there, and copied to the host at once. Tensors that
+    have none in memory are left out.
     """
-    found: dict[torch.device, list[torch.Tensor]] = {}
+    found: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
     for tensor in tensors:
-        if is_lazy(tensor):
-            continue
-        for part in dense(tensor.detach()):
-            flat = part.reshape(-1)
-            some = flat[:: -(-flat.numel() // _SKETCHED) or 1].contiguous()
-            found.setdefault(some.device, []).append(some.view(torch.uint8))
+        spread = callable(getattr(tensor, "to_local", None))
+        for part in dense(tensor.detach()) if spread or has_memory(tensor) else ():
+            if has_memory(part):
+                flat = part.reshape(-1)
+                some = flat[:: -(-flat.numel() // _SKETCHED) or 1]
+                found.setdefault((part.device, part.dtype), []).append(some)
     total = hashlib.sha256()
-    for parts_there in found.values():
-        total.update(bytes_of(torch.cat(parts_there)))
+    for numbers in found.values():
+        total.update(bytes_of(torch.cat(numbers)))
     return total.hexdigest()[:32]
 
 

@@ -135,20 +135,16 @@ class RecordingEngine(Engine):
     def iteration_marks(self) -> dict[str, str]:
         """Returns digests of what an iteration has come to: its batch, random states, weights.
 
-        Call it at ITERATION_COMPLETED. The weights are copied to the host, some of each tensor.
+        Call it at ITERATION_COMPLETED. Of each parameter some numbers are copied to the host;
+        buffers may be tables that a resumed run makes anew.
         """
-        modules = [
-            value
-            for value in self._recorded_objects().values()
-            if isinstance(value, torch.nn.Module)
-        ]
+        trained = self._recorded_objects().values()
+        modules = [value for value in trained if isinstance(value, torch.nn.Module)]
         return {
             "conditions": digest(self._environment()),
             "batch": digest(self._cursor.last_batch()),
             "random": digest(random_states(self.backend)),
-            "weights": sketch(
-                tensor for one in modules for tensor in (*one.parameters(), *one.buffers())
-            ),
+            "weights": sketch(one for module in modules for one in module.parameters()),
         }
 
     def _progress(self, iteration: int) -> dict[str, Any]:

@@ -29,9 +29,11 @@ _FORMAT: Final = "crosstrain iterations done"
 # What an iteration is known by, and what each is to a reader.
 _MARKS: Final = {
     "batch": "its batch",
-    "random": "the random states after it",
     "weights": "the weights after it",
+    "random": "the random states after it",
 }
+# Random states alone are no difference: who draws from a global generator may be a logger.
+_DECIDE: Final = ("batch", "weights")
 _CONDITIONS: Final = "conditions"
 #: The marks of iterations, by their numbers.
 Course = dict[int, dict[str, str]]
@@ -95,14 +97,17 @@ class DoneAgain:
         if course is None or done < 1 or done & (done - 1):
             return
         before = self._expected.pop(iteration, None)
-        if before is None:
-            # What is there was noted before a handler took the run back: it is done first again.
-            if iteration not in course:
-                course[iteration] = trainer.iteration_marks()
-                self._write()
+        if before is None and iteration in course:
+            # It was noted before a handler took the run back, and comes first in the next process.
             return
-        now = trainer.iteration_marks()
-        if now == before:
+        now = self._marks(trainer)
+        if now is None:
+            return
+        if before is None:
+            course[iteration] = now
+            self._write()
+            return
+        if all(now[name] == before[name] for name in (*_DECIDE, _CONDITIONS)):
             self._note_same(trainer.proof, iteration)
             return
         others, self._expected = [iteration, *self._expected], {}
@@ -112,6 +117,15 @@ class DoneAgain:
             course.pop(number, None)
         course[iteration] = now
         self._write()
+
+    def _marks(self, trainer: Engine) -> dict[str, str] | None:
+        """Returns what an iteration came to; None, from now on, if it cannot be looked at."""
+        try:
+            return trainer.iteration_marks()
+        except Exception as error:
+            _logger.debug("Iterations done again are not compared.", exc_info=error)
+            self._course, self._expected = None, {}
+            return None
 
     def _note_same(self, proof: Proof, iteration: int) -> None:
         self._same.append(iteration)

@@ -73,6 +73,14 @@ def test_a_run_that_depends_on_nothing_is_proven_and_nothing_told(
     assert "done again as before the resume: iteration" in told["proof"]
 
 
+def test_draws_that_decide_nothing_are_no_difference(tmp_path: Path) -> None:
+    case = draw(1, outside="a file", place="log")
+    killed(tmp_path, case)
+    told = finished(tmp_path, replace(case, kill=0))
+    assert told_of(told["warnings"]) == []
+    assert "done again as before the resume: iteration" in told["proof"]
+
+
 def test_with_off_nothing_is_kept_and_what_lies_outside_goes_unseen(tmp_path: Path) -> None:
     case = Case("a file", kill=6, strict="off")
     killed(tmp_path, case)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import signal
 import sqlite3
 import sys
@@ -41,7 +42,7 @@ class Case:
 
     Args:
         outside: what it depends on besides its state, one of `OUTSIDE`; empty: on nothing.
-        place: what depends on it: `loss`, `rate` or `weights`.
+        place: what depends on it: `loss`, `rate`, `weights` or `log`.
         every: after how many iterations it is saved.
         kill: before which iteration it is killed; 0: it is not.
         workers: of its loader.
@@ -143,6 +144,13 @@ def trainer_of(case: Case, folder: Path, backend: Any) -> tuple[Any, dict[str, A
         def pull() -> None:
             with torch.no_grad():
                 model[0].weight.mul_(1 - outside(case, folder) / 4096)
+
+    if case.place == "log":
+
+        @trainer.on(Events.ITERATION_COMPLETED)
+        def wait_a_little() -> None:
+            for _ in range(outside(case, folder)):
+                random.random()
 
     return trainer, {"model": model, "optimizer": optimizer}
 
