@@ -67,10 +67,15 @@ def _parameters(module: Module) -> dict[str, torch.nn.Parameter]:
     return {_plain_name(name): parameter for name, parameter in module.named_parameters()}
 
 
-def modules_of(module: Module) -> dict[str, Module]:
-    """Returns a module and those in it, by path, without what wrappers put into that."""
+def parts_of(value: Any) -> dict[str, Any]:
+    """Returns a module and those in it, by path, without what wrappers put into that.
+
+    Of an optimizer, which has none in it, itself.
+    """
+    if not isinstance(value, Module):
+        return {"": value}
     # The one inside a wrapper comes after it and takes its place.
-    return {_plain_name(name): one for name, one in module.named_modules()}
+    return {_plain_name(name): one for name, one in value.named_modules()}
 
 
 def _unsaved_buffers(module: Module) -> Iterator[tuple[str, Module, str]]:
@@ -144,8 +149,9 @@ class Structure:
         """Notes the hooks that there are, before the first step that this process does."""
         for name, value in objects.items():
             if name not in self._hooks:
-                self._hooks[name] = _hooks_by_path(value)
+                self._hooks[name] = {}
                 if isinstance(value, Module):
+                    self._hooks[name] = _hooks_by_path(value)
                     self._buffers[name] = {own for own, _, _ in _unsaved_buffers(value)}
 
     def not_made_again(self, objects: Mapping[str, Any]) -> list[str]:
@@ -199,11 +205,13 @@ class Structure:
                 resumed run has to make again; put back, it would keep it from that.
         """
         names = _names(objects)
+        parts = {name: parts_of(value) for name, value in objects.items()}
         attributes = {
             name: {
                 path: item
                 for path, item in self._changed_attributes(name, value).items()
-                if not is_made_beside(*_holder_of(value, path))
+                for head, _, own in [path.rpartition(".")]
+                if not is_made_beside(parts[name].get(head), own)
             }
             for name, value in objects.items()
         }
@@ -266,7 +274,7 @@ class Structure:
         return {
             "frozen": [n for n, p in _parameters(module).items() if not p.requires_grad],
             "training": mode,
-            "other mode": [n for n, one in modules_of(module).items() if one.training != mode],
+            "other mode": [n for n, one in parts_of(module).items() if one.training != mode],
             "buffers": {
                 own: self._record_buffer(f"{name}.{own}", owner._buffers[key])
                 for own, owner, key in _unsaved_buffers(module)
@@ -339,7 +347,7 @@ class Structure:
         if gone := [f"{name}.{own}" for own in frozen if own not in parameters]:
             found.different.append(f"{_few(gone)} wanted no gradients then, and is not there now")
         others = set(then["other mode"])
-        for own, one in modules_of(module).items():
+        for own, one in parts_of(module).items():
             mode = then["training"] != (own in others)
             if one.training != mode:
                 # Not train(): it changes all modules inside.
@@ -426,25 +434,12 @@ def _groups(optimizer: Optimizer, names: Mapping[int, str]) -> list[list[str]]:
     return [[names.get(id(p), "") for p in group["params"]] for group in optimizer.param_groups]
 
 
-def _holders(value: Any) -> dict[str, Any]:
-    """Returns what may have attributes of its own: an optimizer, or a module's modules, by path."""
-    if isinstance(value, Module):
-        return {f"{name}." if name else "": one for name, one in modules_of(value).items()}
-    return {"": value}
-
-
-def _holder_of(value: Any, path: str) -> tuple[Any, str]:
-    """Returns what has an attribute, and what it calls that."""
-    head, dot, own = path.rpartition(".")
-    return _holders(value).get(head + dot), own
-
-
 def _plain_attributes(value: Any) -> dict[str, Any]:
     """Returns the numbers, words and truths among an object's attributes, by path."""
     return {
-        f"{path}{name}": item
-        for path, holder in _holders(value).items()
-        for name, item in vars(holder).items()
+        f"{path}.{name}" if path else name: item
+        for path, part in parts_of(value).items()
+        for name, item in vars(part).items()
         if type(item) in RECORDED and name not in _TORCHS_OWN
     }
 
@@ -455,22 +450,20 @@ def _hooks_inside(module: Module) -> int:
     return sum(len(getattr(one, kind)) for one in inside for kind in _HOOKS)
 
 
-def _hooks_by_path(value: Any) -> dict[str, int]:
+def _hooks_by_path(module: Module) -> dict[str, int]:
     """Returns how many hooks there are inside each of a module's modules, by path."""
-    found = modules_of(value) if isinstance(value, Module) else {}
-    return {path: _hooks_inside(one) for path, one in found.items()}
+    return {path: _hooks_inside(one) for path, one in parts_of(module).items()}
 
 
 def _put_attributes(name: str, value: Any, then: Mapping[str, Any]) -> list[str]:
     """Sets attributes to what they were; returns which had another value."""
     now = _plain_attributes(value)
     changed: list[str] = []
-    holders = _holders(value)
+    parts = parts_of(value)
     for path, item in then.items():
-        head, dot, own = path.rpartition(".")
-        holder = holders.get(head + dot)
-        if holder is not None and (path not in now or now[path] != item):
-            setattr(holder, own, item)
+        head, _, own = path.rpartition(".")
+        if head in parts and (path not in now or now[path] != item):
+            setattr(parts[head], own, item)
             changed.append(f"{name}.{path}")
     return changed
 

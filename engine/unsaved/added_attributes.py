@@ -13,13 +13,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any, Final
 
-from torch.nn import Module
-
 from crosstrain.engine.dispatch import Dispatcher
 from crosstrain.engine.guards import is_others
 from crosstrain.engine.nests import unwrap
 from crosstrain.engine.state import State
-from crosstrain.engine.structure import RECORDED, modules_of
+from crosstrain.engine.structure import RECORDED, parts_of
 
 from .functions import TORCHS_OWN, TRAINED, methods_in
 from .source import words_in
@@ -51,8 +49,7 @@ class Holders:
         self._methods: dict[str, list[tuple[str, Any, types.MethodType]]] = {}
         kinds: dict[type, dict[str, Any]] = {}
         for name, one in objects.items():
-            parts = modules_of(one) if isinstance(one, Module) else {"": one}
-            for path, part in parts.items():
+            for path, part in parts_of(one).items():
                 where = f"{name}.{path}" if path else name
                 self._holders[id(part)] = part
                 for attribute in _further(part, kept, id(part) in recorded):

@@ -20,7 +20,7 @@ from torch.nn import Module
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from crosstrain.engine.guards import module_of
-from crosstrain.engine.structure import modules_of
+from crosstrain.engine.structure import parts_of
 
 from .functions import is_users_file
 from .made_where_missing import hooks_are_made_lazily, is_made_lazily
@@ -143,7 +143,7 @@ def _made_lazily(made: _Marks, used: Used, functions: Sequence[types.FunctionTyp
 
 def _classes(objects: Mapping[str, Any]) -> Iterator[tuple[str, int, bool]]:
     for name, value in objects.items():
-        for path, module in modules_of(value).items() if isinstance(value, Module) else ():
+        for path, module in parts_of(value).items() if isinstance(value, Module) else ():
             kind: Any = type(module)
             if isinstance(module, LazyModuleMixin):
                 kind = module.cls_to_become or kind
