@@ -16,16 +16,14 @@ import torch
 
 from crosstrain.backends import random_state
 
-from .batch_before import hold
 from .streams import leave
 
 
 class Secluded:
     """Fetches in the main process, and leaves that process's own random streams as they were."""
 
-    def __init__(self, iterator: Iterator[Any], append: Any, streams: tuple[str, ...]) -> None:
+    def __init__(self, iterator: Iterator[Any], streams: tuple[str, ...]) -> None:
         self._iterator = iterator
-        self._append = append
         self._python = "python" in streams
         self._torch = "torch" in streams
         self._numpy = _NumpyAside() if "numpy" in streams else None
@@ -40,7 +38,7 @@ class Secluded:
         if aside is not None:
             aside.begin()
         try:
-            item = next(self._iterator)
+            return next(self._iterator)
         finally:
             leave()
             if python is not None:
@@ -49,8 +47,6 @@ class Secluded:
                 torch.default_generator.set_state(state)
             if aside is not None:
                 aside.end()
-        self._append(hold(item))
-        return item
 
 
 class Apart:

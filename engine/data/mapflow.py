@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from itertools import islice
@@ -129,8 +128,7 @@ class MapFlow(Dataflow):
             self.give_dataset(state, "now")
         # What is held is what lies on the host: before the backend has moved it.
         if self._loader.num_workers == 0:
-            self.held = deque()
-            return self._iterate(Secluded(batches, self.held.append, key.streams))
+            batches = Secluded(batches, key.streams)
         return self._iterate(self._noted(batches))
 
     def _enter(self) -> None:
