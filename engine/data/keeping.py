@@ -20,7 +20,7 @@ from crosstrain.engine.digest import digest
 from crosstrain.engine.splitmix import mix
 
 from .attributes import Attributes
-from .streams import KeyedBatchDataset, KeyedDataset, KeyedIndex, KeyedIndices, sample_key
+from .streams import KeyedDataset, plain_indices, sample_key
 
 _OTHER: Final = 0x6B656570
 
@@ -53,7 +53,7 @@ class Probe:
 
     def on(self, dataset: Any) -> Any:
         """Returns a dataset that asks when its first sample is fetched."""
-        batched = isinstance(dataset, KeyedBatchDataset)
+        batched = getattr(dataset, "__getitems__", None)
         return (_ProbedBatches if batched else _Probed)(dataset, self)
 
     def ask(self, fetch: Callable[[], Any]) -> None:
@@ -112,11 +112,7 @@ class _Probed(KeyedDataset):
         object.__setattr__(self, "probe", probe)
 
     def __getitem__(self, index: Any) -> Any:
-        dataset, plain = self.dataset, index
-        if isinstance(index, KeyedIndex):
-            index.enter()
-            dataset, plain = self.dataset.dataset, index.index
-        self.probe.ask(lambda: dataset[plain])
+        self.probe.ask(lambda: self.dataset[index])
         return self.dataset[index]
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -128,8 +124,6 @@ class _ProbedBatches(_Probed):
 
     def __getitems__(self, indices: Any) -> Any:
         """Fetches a batch, and before that its first sample, to ask."""
-        if isinstance(indices, KeyedIndices) and len(indices):
-            indices.enter()
-            first = list(indices.values)[:1]
-            self.probe.ask(lambda: self.dataset.dataset.__getitems__(first))
+        if first := list(plain_indices(indices))[:1]:
+            self.probe.ask(lambda: self.dataset.__getitems__(first))
         return self.dataset.__getitems__(indices)

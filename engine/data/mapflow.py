@@ -58,12 +58,11 @@ class MapFlow(Dataflow):
             batch_sampler=sampler,
             loader=self._loader,
         )
-        self._dataset = _keyed(data.dataset, batched)
+        self._batched = batched
         self._sampler = KeyedSampler(sampler, batched, collates, world, self._own)
         # The loader draws its workers' base seed from this one, and disturbs no other.
         self._base = torch.Generator()
         changes = {
-            "dataset": self._dataset,
             "batch_sampler" if batched else "sampler": self._sampler,
             "generator": self._base,
             # Workers that outlive a pass would not have what handlers change of the dataset.
@@ -115,9 +114,10 @@ class MapFlow(Dataflow):
             # No workers need to be started to learn that.
             return iter(())
         self._base.manual_seed(rank_seed(key.host_seed, self._world.rank))
-        probe = self._probe
-        keyed = self._dataset if probe is None else probe.on(self._dataset)
-        vars(self._loader)["dataset"] = keyed
+        dataset = self.data.dataset
+        if self._probe is not None:
+            dataset = self._probe.on(dataset)
+        vars(self._loader)["dataset"] = _keyed(dataset, self._batched)
         # What the loader changes itself when it is iterated over, it changes again. What it has not
         # changed was of a pass that it had not begun.
         now = self._own.loaders()
