@@ -170,6 +170,7 @@ def test_a_file_that_is_not_what_was_written_is_passed_over(tmp_path: Path, dama
     assert told["resumed"]
     assert told["warnings"] == []
     assert "done again" not in told["proof"]
+    assert [*(tmp_path / "saved").glob(".crosstrain-*")] == []
 
 
 @pytest.mark.slow
