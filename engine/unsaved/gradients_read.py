@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, Final
 
-from crosstrain.engine.guards import is_others
+from crosstrain.engine.guards import is_a, is_others
 
 from .functions import layers_of, variables_of
 from .source import names_in, words_in
@@ -53,7 +53,7 @@ class _Calls(Walk):
 
 def _layers(function: Any) -> list[types.FunctionType]:
     """Returns what a handler is, one of another package's too: the walk leaves these out."""
-    while isinstance(function, partial):
+    while is_a(function, partial):
         function = function.func
     return layers_of(function) or layers_of(
         inspect.getattr_static(type(function), "__call__", None)
@@ -64,6 +64,6 @@ def _reads(function: types.FunctionType) -> bool:
     if not _READERS.isdisjoint(words_in(function.__code__)):
         return True
     return any(
-        inspect.isfunction(other) and is_others(other) and "grad" in names_in(other.__code__)
+        is_a(other, types.FunctionType) and is_others(other) and "grad" in names_in(other.__code__)
         for other in variables_of(function).values()
     )
