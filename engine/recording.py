@@ -26,6 +26,7 @@ from crosstrain.engine.training.own_step import OwnStep
 from crosstrain.engine.training.step import StepEvents, TrainingStep
 from crosstrain.engine.unsaved import Unsaved, is_made_beside
 
+from .digest import digest, sketch
 from .engine import Engine
 from .errors import ResumeWarning, warn_user
 from .events import Events
@@ -143,6 +144,21 @@ class RecordingEngine(Engine):
         """Tells whether a handler looks at gradients: between two steps, or ever."""
         within = () if ever else (Events.ITERATION_COMPLETED, *StepEvents)
         return self._unsaved.reads_gradients(objects, within)
+
+    def iteration_marks(self) -> dict[str, str]:
+        """Returns digests of what an iteration has come to: its batch, random states, weights.
+
+        Call it at ITERATION_COMPLETED. Of each parameter some numbers are copied to the host;
+        buffers may be tables that a resumed run makes anew.
+        """
+        trained = self._recorded_objects().values()
+        modules = [value for value in trained if isinstance(value, torch.nn.Module)]
+        return {
+            "conditions": digest(self._environment()),
+            "batch": digest(self._cursor.last_batch()),
+            "random": digest(random_states(self.backend)),
+            "weights": sketch(one for module in modules for one in module.parameters()),
+        }
 
     def _progress(self, iteration: int) -> dict[str, Any]:
         """Returns where in its epoch the run is, after an iteration."""

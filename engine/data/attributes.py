@@ -19,7 +19,14 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 
 from crosstrain.engine.digest import digest, same
-from crosstrain.engine.guards import is_a, is_dense, is_users_object, module_of, own_attributes
+from crosstrain.engine.guards import (
+    has_memory,
+    is_a,
+    is_dense,
+    is_users_object,
+    module_of,
+    own_attributes,
+)
 
 from .contents import is_shared_memory, numbers_in, write_into
 from .generators import TRANSFORMS
@@ -243,12 +250,8 @@ def _content(value: Any) -> Any:
 
 
 def _some_of(tensor: torch.Tensor) -> str | None:
-    """Returns a digest of some of a tensor's numbers: workers may write into memory they share.
-
-    A class that carries out torch's operations itself may have no numbers in memory.
-    """
-    own_class = type(tensor).__torch_dispatch__ != torch.Tensor.__torch_dispatch__
-    if tensor.device.type != "cpu" or own_class or not is_dense(tensor):
+    """Returns a digest of some of a tensor's numbers: workers may write into memory they share."""
+    if tensor.device.type != "cpu" or not has_memory(tensor) or not is_dense(tensor):
         return None
     numbers = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
     return digest(numbers[:: max(1, len(numbers) // _LOOKED_AT)])

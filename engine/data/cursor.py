@@ -120,10 +120,14 @@ class Cursor:
             return {**_NONE_YET, "samples": told}
         if not self.between_batches:
             return {"reason": "the state was written in the middle of an iteration"}
+        return self.last_batch() or {
+            "reason": "the state was written before the run had fetched a batch"
+        }
+
+    def last_batch(self) -> dict[str, Any] | None:
+        """Returns what is kept of the batch that was given last; None if none was."""
         last, indices = self._open_pass.given
-        if last is None:
-            return {"reason": "the state was written before the run had fetched a batch"}
-        return record(last, indices, world_of(self._backend))
+        return None if last is None else record(last, indices, world_of(self._backend))
 
     # ------------------------------------------------------------ back to a saved position
 

@@ -25,7 +25,7 @@ from .attributes import Attributes
 from .batch_before import Held, Noted, Suspects
 from .own_states import OwnStates
 from .sampling import is_loader, rebuilt
-from .shares import BatchShare
+from .shares import Waiting
 from .streams import StreamKey
 
 Iterate = Callable[[Any], Iterator[Any]]
@@ -37,6 +37,8 @@ class Dataflow:
     kind: ClassVar[str] = ""
     #: Among how many processes this is the data of one only; 0 where all have the same.
     owners = 0
+    #: Whether each batch is dealt out, to processes or to logical shards.
+    is_dealt = False
     #: Whether it draws from random streams of its own, and the step's are to be others.
     apart = False
     #: Whether a pass that was opened can stay so while handlers prepare the data for the next one.
@@ -63,9 +65,8 @@ class Dataflow:
         self._dataset_prepared = False
         #: The batches that were fetched and not given yet, held; a backend may fetch ahead.
         self.held: deque[Held] = deque()
-        #: Of each of these, what is this process's, and its indices; None: all of it, and none.
-        self.shares: deque[BatchShare] | None = None
-        self.indices: deque[Any] | None = None
+        #: Of each of these, its indices, and what is this process's; None: they are not known.
+        self.waiting: deque[Waiting] | None = None
         # The names of generators that the data holds and that no key reaches.
         self._generators: list[str] = []
 
