@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from crosstrain.engine.exact.laid_over import LaidOver
+from crosstrain.engine.exact.left_gradients import restore_left
 from crosstrain.engine.exact.porting import port
 from crosstrain.engine.exact.rank_states import own_part
 from crosstrain.engine.exact.snapshot import (
@@ -155,11 +156,12 @@ class ExactResumption(Resumption):
         if snapshot["environment"]["backend"] != now["backend"]:
             # From here on it is one of this backend, should it be asked for or taken up again.
             self.snapshot = port(snapshot, engine.backend, engine._step, now)
-            return
-        report_differences(snapshot["environment"], now)
-        load_step(engine._step, snapshot["step"])
-        if engine.backend is not None:
-            engine.backend.load_state_dict(snapshot["backend"])
+        else:
+            report_differences(snapshot["environment"], now)
+            load_step(engine._step, snapshot["step"])
+            if engine.backend is not None:
+                engine.backend.load_state_dict(snapshot["backend"])
+        restore_left(shown.get("gradients", {}), engine._recorded_objects())
 
     def _pass_by(self) -> None:
         """Keeps what was loaded, or lays it over what the script has changed since.

@@ -15,7 +15,7 @@ from crosstrain.engine.proof import Proof, Strictness
 from crosstrain.engine.random_states import random_states_kept
 
 from .batch_before import hold, is_comparable, record
-from .flows import Dataflow, Iterate
+from .flows import Dataflow, Iterate, how_exchanged
 from .kinds import dataflow_of
 from .open_pass import OpenPass, Spot
 from .own_data import own_data
@@ -30,10 +30,6 @@ _NONE_YET: Final = {"reason": "the state was written before the first batch of a
 _HANDLERS_CHANGE: Final = (
     " It is of the epoch before, and there are handlers of EPOCH_STARTED: if they change the data "
     "for their epoch, and all of it, the run goes on as it was all the same."
-)
-_EXCHANGED: Final = (
-    " The run that was saved had exchanged its data, {} time(s): give run() the data that was set "
-    "last, or set it in a handler of STARTED that asks trainer.state.iteration."
 )
 
 
@@ -218,9 +214,8 @@ class Cursor:
             # It was compared already.
             self._open_pass = opened
             return None
-        note = _EXCHANGED.format(self._exchanges) if self._exchanges else ""
         spot = self._spot(flow, key, self._pass, self._consumed)
-        check = Verification(spot, position["flow"], proof, strictness, note)
+        check = Verification(spot, position["flow"], proof, strictness, how_exchanged(position))
         self._open_pass = check.open(position.get("before"), other)
         return check.batch_before
 
