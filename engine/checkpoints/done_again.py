@@ -8,6 +8,7 @@ after each checkpoint are kept in a small file beside them, and compared.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -123,6 +124,10 @@ class DoneAgain:
         try:
             return trainer.iteration_marks()
         except Exception as error:
+            # No look at what is trained ends a run.
+            told = f"iterations done again: to look at them raised {type(error).__name__}"
+            if told not in trainer.proof.unchecked:
+                trainer.proof.unchecked.append(told)
             _logger.debug("Iterations done again are not compared.", exc_info=error)
             self._course, self._expected = None, {}
             return None
@@ -163,6 +168,8 @@ class DoneAgain:
             os.replace(aside, self._path)
         except OSError as error:
             _logger.debug("%s could not be written: %s", self._path, error)
+            with contextlib.suppress(OSError):
+                aside.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> dict[int, Course]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -160,16 +161,27 @@ DAMAGES = {
 }
 
 
+@pytest.fixture(scope="module")
+def killed_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that was killed three iterations after a checkpoint."""
+    folder = tmp_path_factory.mktemp("killed")
+    killed(folder, Case(every=4, kill=8))
+    return folder
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_file_that_is_not_what_was_written_is_passed_over(tmp_path: Path, damage: str) -> None:
-    """In one process: what was done is not repeated by chance, but by its checkpoint."""
-    done = Case(every=4)
-    killed(tmp_path, replace(done, kill=7))
-    DAMAGES[damage](tmp_path / "saved" / ".crosstrain.done")
-    told = finished(tmp_path, done)
+def test_a_file_that_is_not_what_was_written_is_passed_over(
+    tmp_path: Path, killed_run: Path, damage: str
+) -> None:
+    shutil.copytree(killed_run, tmp_path, dirs_exist_ok=True)
+    kept = tmp_path / "saved" / ".crosstrain.done"
+    assert kept.is_file()
+    DAMAGES[damage](kept)
+    told = finished(tmp_path, Case(every=4))
     assert told["resumed"]
     assert told["warnings"] == []
     assert "done again" not in told["proof"]
+    assert [*(tmp_path / "saved").glob(".crosstrain-*")] == []
 
 
 @pytest.mark.slow
