@@ -96,7 +96,7 @@ def _random_states(value: Any) -> Iterator[str]:
 
 
 def _filled(states: Mapping[Any, Any]) -> list[Any]:
-    return [name for name, one in states.items() if one or not isinstance(one, Mapping)]
+    return [name for name, one in states.items() if not isinstance(one, Mapping) or one]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -46,12 +46,12 @@ class Attributes:
     """Keeps which plain attributes of a dataset change; of datasets and transforms in it, too."""
 
     def __init__(self, dataset: Any, **more: Any) -> None:
-        owners = dict(_owners("dataset", dataset, _DEPTH))
+        owners = dict(owners_of("dataset", dataset))
         for name, one in more.items():
             # Functions and objects of torch's keep nothing.
             one = getattr(one, "__self__", one)
             if is_users_object(one) and not any(one is known for known in owners.values()):
-                owners.update(_owners(name, one, _DEPTH))
+                owners.update(owners_of(name, one))
         self._owners = {name: _Owner(owner) for name, owner in owners.items()}
         self._told: set[str] = set()
 
@@ -191,9 +191,10 @@ class _Owner:
         return any(value is not self._others.get(name) for name, value in now.items())
 
 
-def _owners(
-    name: str, thing: Any, depth: int, seen: set[int] | None = None
+def owners_of(
+    name: str, thing: Any, depth: int = _DEPTH, seen: set[int] | None = None
 ) -> Iterator[tuple[str, Any]]:
+    """Yields what data is fetched with, and the datasets and transforms in it, by their places."""
     seen = set() if seen is None else seen
     if depth == 0 or id(thing) in seen:
         return
@@ -202,7 +203,7 @@ def _owners(
         if len(thing) <= 64:
             for index, item in enumerate(thing):
                 if is_a(item, Dataset) or name.rpartition(".")[2] in TRANSFORMS:
-                    yield from _owners(f"{name}[{index}]", item, depth - 1, seen)
+                    yield from owners_of(f"{name}[{index}]", item, depth - 1, seen)
         return
     attributes = own_attributes(thing)
     if attributes is None or callable(getattr(type(thing), "parameters", None)):
@@ -212,7 +213,7 @@ def _owners(
         holds = type(value) in (list, tuple) and attribute in ("datasets", *TRANSFORMS)
         looked_into = is_a(value, Dataset) or is_users_object(value)
         if looked_into or attribute in TRANSFORMS or holds:
-            yield from _owners(f"{name}.{attribute}", value, depth - 1, seen)
+            yield from owners_of(f"{name}.{attribute}", value, depth - 1, seen)
 
 
 def _plain(owner: Any, copies: bool = True) -> dict[str, Any]:
