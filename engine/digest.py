@@ -16,12 +16,14 @@ from typing import Any, Final, NamedTuple, cast
 import numpy
 import torch
 
-from .guards import is_array, is_collection, is_mapping, is_sequence, own_attributes
+from .guards import has_memory, is_array, is_collection, is_mapping, is_sequence, own_attributes
 
 _PLAIN: Final = (bool, int, float, complex, str, bytes, type(None))
 # Of these, what is equal has the same bits.
 _EXACT: Final = frozenset({bool, int, str, bytes, type(None)})
 _DEPTH: Final = 16
+# So many numbers of a tensor are in a sketch, at most.
+_SKETCHED: Final = 4096
 
 
 class Attributes(dict[str, Any]):
@@ -50,6 +52,26 @@ def digest(value: Any) -> str:
         total.update("\0".join(leaf).encode())
         total.update(b"\n")
     return total.hexdigest()
+
+
+def sketch(tensors: Iterable[torch.Tensor]) -> str:
+    """Returns a digest of some numbers of each tensor, evenly spread: quick, whatever their size.
+
+    The numbers of a device are put together there, and copied to the host at once. Tensors that
+    have none in memory are left out.
+    """
+    found: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+    for tensor in tensors:
+        spread = callable(getattr(tensor, "to_local", None))
+        for part in dense(tensor.detach()) if spread or has_memory(tensor) else ():
+            if has_memory(part):
+                flat = part.reshape(-1)
+                some = flat[:: -(-flat.numel() // _SKETCHED) or 1]
+                found.setdefault((part.device, part.dtype), []).append(some)
+    total = hashlib.sha256()
+    for numbers in found.values():
+        total.update(bytes_of(torch.cat(numbers)))
+    return total.hexdigest()[:32]
 
 
 def leaves(value: Any) -> Iterator[Leaf]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import logging
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping
 from enum import IntEnum
 from functools import partial
 from typing import Any, TypeVar
@@ -247,13 +247,15 @@ class HandlerTable:
             )
         return slot
 
-    def all_functions(self) -> Iterator[tuple[str, Callable[..., Any]]]:
-        """Yields the handlers of all events and the filters of these, and what to call each.
+    def all_functions(
+        self, without: Container[Any] = ()
+    ) -> Iterator[tuple[str, Callable[..., Any]]]:
+        """Yields the handlers of events, all but some, and their filters, and what to call each.
 
         Handlers that are passed more than the engine have it bound to them.
         """
         for name, slot in self._slots.items():
-            for handler, _, extra in slot.bindings():
+            for handler, _, extra in () if slot.event in without else slot.bindings():
                 called = f"{_name_of(handler)} (a handler of {name})"
                 if extra is None:
                     yield called, handler

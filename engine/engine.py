@@ -109,6 +109,13 @@ class Engine(SeenByIgnite, Loop):
         """
         return {**self.state_dict(), "rng_states": random_states(self.backend)}
 
+    def iteration_marks(self) -> dict[str, str]:
+        """Returns digests by which to tell whether an iteration comes out the same once more.
+
+        None, of an engine that does not promise it.
+        """
+        return {}
+
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Sets the engine to go on from a state; the next `run` does.
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Final, TypeGuard
+from typing import Any, Final, TypeGuard, cast
 
 import numpy as np
 import torch
+from torch.nn.parameter import is_lazy
 
 # Those that write down what others have done.
 _LOGGERS: Final = frozenset(
@@ -51,6 +52,20 @@ def is_dense(tensor: torch.Tensor) -> bool:
     """Tells whether a tensor is numbers in memory: not sparse, nested, quantized or of no data."""
     odd = tensor.is_nested or tensor.is_quantized or tensor.is_meta
     return tensor.layout is torch.strided and not odd
+
+
+def has_memory(tensor: torch.Tensor) -> bool:
+    """Tells whether the numbers of a tensor lie in memory of its own, and not of others in it.
+
+    A class that carries out torch's operations itself may have none, nor has a lazy parameter, and
+    that of others may have been given back.
+    """
+    kind, usual = cast("Any", type(tensor)), cast("Any", torch.Tensor)
+    if kind.__torch_dispatch__ != usual.__torch_dispatch__ or is_lazy(tensor):
+        return False
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        return True
+    return not tensor.is_meta and (tensor.untyped_storage().nbytes() > 0 or tensor.numel() == 0)
 
 
 def is_path(value: object) -> TypeGuard[str | os.PathLike[str]]:

@@ -27,6 +27,9 @@ class Checks:
         writer: what a save writes is held to what a load accepts, while it is written.
         unnamed: what the step and handlers refer to is looked through, when a state is first taken,
             for loaders' iterators, other iterators and random generators that are not in `to_save`.
+        done_again: iterations that a killed run had done after its last checkpoint are compared
+            when they are repeated: a few of them, by their batch, the random states and the
+            weights.
 
     Raises:
         ValueError: if one of them is none of the three words.
@@ -37,6 +40,7 @@ class Checks:
     structure: Strictness = "error"
     writer: Strictness = "error"
     unnamed: Strictness = "warn"
+    done_again: Strictness = "warn"
 
     def __post_init__(self) -> None:
         legal = get_args(Strictness)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,14 +18,18 @@ from crosstrain.engine.data.own_data import own_data
 from crosstrain.engine.data.plain_values import plain_or_none
 from crosstrain.engine.data.shares import BatchShare, Shards, check_shards, world_of
 from crosstrain.engine.data.streams import ALL_STREAMS, StreamKey
+from crosstrain.engine.exact.left_gradients import left_gradients
 from crosstrain.engine.exact.rank_states import SHARDS, gathered
 from crosstrain.engine.exact.snapshot import FORMAT, environment, settings, step_state
 from crosstrain.engine.ranks.agreed_seed import agreed_seed
 from crosstrain.engine.training.own_step import OwnStep
+from crosstrain.engine.training.step import StepEvents, TrainingStep
 from crosstrain.engine.unsaved import Unsaved, is_made_beside
 
+from .digest import digest, sketch
 from .engine import Engine
 from .errors import ResumeWarning, warn_user
+from .events import Events
 from .place import Place
 from .proof import Checks
 from .random_states import random_states
@@ -125,11 +130,35 @@ class RecordingEngine(Engine):
             values["shown"]["engines"] = self._unsaved.tell(
                 objects, progress["ended"], self._structure, self._cursor.flow
             )
+        # A window's are in the state of the step.
+        if not (isinstance(self._step, TrainingStep) and values["step"]["gradients"]):
+            looks = partial(self._looks_at_gradients, objects)
+            values["shown"]["gradients"] = left_gradients(objects, looks)
         values["made"] = self._unsaved.made()
         values["structure"] = self._structure.record(objects, is_made_beside)
         values["environment"] = self._environment()
         values["exact"] = exact
         return values
+
+    def _looks_at_gradients(self, objects: dict[str, Any], ever: bool) -> bool:
+        """Tells whether a handler looks at gradients: between two steps, or ever."""
+        within = () if ever else (Events.ITERATION_COMPLETED, *StepEvents)
+        return self._unsaved.reads_gradients(objects, within)
+
+    def iteration_marks(self) -> dict[str, str]:
+        """Returns digests of what an iteration has come to: its batch, random states, weights.
+
+        Call it at ITERATION_COMPLETED. Of each parameter some numbers are copied to the host;
+        buffers may be tables that a resumed run makes anew.
+        """
+        trained = self._recorded_objects().values()
+        modules = [value for value in trained if isinstance(value, torch.nn.Module)]
+        return {
+            "conditions": digest(self._environment()),
+            "batch": digest(self._cursor.last_batch()),
+            "random": digest(random_states(self.backend)),
+            "weights": sketch(one for module in modules for one in module.parameters()),
+        }
 
     def _progress(self, iteration: int) -> dict[str, Any]:
         """Returns where in its epoch the run is, after an iteration."""

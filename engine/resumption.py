@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from crosstrain.engine.exact.laid_over import LaidOver
+from crosstrain.engine.exact.left_gradients import restore_left
 from crosstrain.engine.exact.porting import port
 from crosstrain.engine.exact.rank_states import own_part
 from crosstrain.engine.exact.snapshot import (
@@ -148,18 +149,22 @@ class ExactResumption(Resumption):
         for name, count in shown.get("counts", {}).items():
             setattr(engine.state, name, count)
         self._before_handlers = None
-        if any(map(engine.has_users_handler, (Events.STARTED, Events.EPOCH_STARTED))):
+        # In another run than the state's, what its handlers of STARTED do has not been done.
+        if not self._another_run and any(
+            map(engine.has_users_handler, (Events.STARTED, Events.EPOCH_STARTED))
+        ):
             self._before_handlers = LaidOver(engine.loaded_with)
         self._put_back = self._restore_structure().put_back
         now = engine._environment()
         if snapshot["environment"]["backend"] != now["backend"]:
             # From here on it is one of this backend, should it be asked for or taken up again.
             self.snapshot = port(snapshot, engine.backend, engine._step, now)
-            return
-        report_differences(snapshot["environment"], now)
-        load_step(engine._step, snapshot["step"])
-        if engine.backend is not None:
-            engine.backend.load_state_dict(snapshot["backend"])
+        else:
+            report_differences(snapshot["environment"], now)
+            load_step(engine._step, snapshot["step"])
+            if engine.backend is not None:
+                engine.backend.load_state_dict(snapshot["backend"])
+        restore_left(shown.get("gradients", {}), engine._recorded_objects())
 
     def _pass_by(self) -> None:
         """Keeps what was loaded, or lays it over what the script has changed since.
@@ -176,12 +181,16 @@ class ExactResumption(Resumption):
         loaded, self._before_its_run = self._before_its_run, None
         if loaded is None:
             return
-        for key in engine.state_dict_user_keys:
-            setattr(state, key, snapshot[key])
+        self._restore_user_keys()
         if changed := loaded.lay():
             engine.proof.checked.append(
                 f"{', '.join(changed)}: put back after the script had changed it between its runs"
             )
+
+    def _restore_user_keys(self) -> None:
+        """Sets the attributes of the engine's state that are saved by name."""
+        for key in self._engine.state_dict_user_keys:
+            setattr(self._engine.state, key, self.snapshot[key])
 
     def _restore_place(self) -> None:
         engine, progress = self._engine, self.snapshot["progress"]
@@ -246,7 +255,10 @@ class ExactResumption(Resumption):
     def _lay_over(self) -> None:
         """Gives named objects back what the handlers of a resumed beginning have changed."""
         loaded, self._before_handlers = self._before_handlers, None
-        if loaded is not None and (changed := loaded.lay()):
+        if loaded is None:
+            return
+        self._restore_user_keys()
+        if changed := loaded.lay():
             self._engine.proof.checked.append(
                 f"{', '.join(changed)}: put back after handlers of the beginning had changed it"
             )

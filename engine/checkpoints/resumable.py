@@ -24,6 +24,7 @@ from crosstrain.engine.storage.errors import CheckpointError
 from crosstrain.engine.storage.locations import Location
 
 from .claim import Claim
+from .done_again import DoneAgain
 from .handler import Checkpoint, CheckpointEvents
 from .loading import Latest, PassedOver
 from .remote import RemoteCopies
@@ -44,6 +45,7 @@ class ResumableRun:
         latest: the checkpoint that was restored, and those passed over.
         signals: what ends the run in order.
         remote: copies some of the checkpoints to a store; None if none are to be.
+        done_again: compares iterations that are repeated; None if none are to be.
     """
 
     def __init__(
@@ -54,10 +56,12 @@ class ResumableRun:
         latest: Latest,
         signals: Sequence[signal.Signals],
         remote: RemoteCopies | None = None,
+        done_again: DoneAgain | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self._claim = claim
         self._remote = remote
+        self._done_again = done_again
         self._remote_due = False
         self._to_copy: int | None = None
         self._engine = weakref.ref(trainer)
@@ -237,6 +241,8 @@ class ResumableRun:
         trainer = self._trainer
         state = trainer.state
         self._boundary = state.iteration
+        if self._done_again is not None:
+            self._done_again.iteration_done(trainer)
         if self._proof_is_due:
             self._tell_proof()
         ends_epoch = state.epoch_length is not None and state.iteration % state.epoch_length == 0
@@ -291,6 +297,8 @@ class ResumableRun:
             # Nothing was saved, whatever ended it: the next that is due is not left out.
             self._saved, self._to_copy = before, None
             raise
+        if self._done_again is not None:
+            self._done_again.saved(self._saved)
 
     def _deals_with(self, error: BaseException) -> bool:
         """Ends the run in order where it is to end, and the next batch cannot be fetched any more.

@@ -21,7 +21,9 @@ from crosstrain.engine.spread import is_sharded
 from crosstrain.engine.storage.locations import Location, StorePath, location_of
 
 from .claim import Claim
+from .done_again import DoneAgain
 from .handler import Checkpoint
+from .loading import Latest
 from .objects import check_objects, unsaved_objects
 from .remote import RemoteCopies
 from .resumable import ResumableRun
@@ -130,9 +132,22 @@ def resume_or_start(
         checkpoint = Checkpoint(objects, saver, filename_prefix, n_saved=n_saved)
         undo.pop_all()
     checkpoint.load_state_dict({"_saved": start.own_files(trainer.state.iteration)})
-    run = ResumableRun(trainer, checkpoint, claim, latest, signals, copies)
+    done_again = _done_again(trainer, saver, filename_prefix, latest)
+    run = ResumableRun(trainer, checkpoint, claim, latest, signals, copies, done_again)
     run.attach(event, remote_event)
     return run
+
+
+def _done_again(trainer: Engine, saver: DiskSaver, prefix: str, latest: Latest) -> DoneAgain | None:
+    """Returns what compares iterations that are repeated, where that can be done, and is asked."""
+    strictness = trainer.checks.done_again
+    on_disk = this_rank() == 0 and not isinstance(saver.dirname, StorePath)
+    if not on_disk or not trainer.resumes_data or strictness == "off":
+        return None
+    found = DoneAgain(saver, prefix, strictness)
+    if latest.manifest is not None:
+        found.resumed_from(latest.manifest.saved_at_ns, trainer.state.iteration)
+    return found
 
 
 def _event_of(every: Any) -> Any:

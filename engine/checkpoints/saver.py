@@ -191,6 +191,11 @@ class DiskSaver(BaseSaveHandler):
         """Hears what the next checkpoint is of."""
         self._run = run
 
+    @property
+    def saved_at_ns(self) -> int:
+        """When the checkpoint that was saved last was saved, as its manifest says, in ns."""
+        return self._newest_ns or 0
+
     def follow(self, newest_ns: int) -> None:
         """Makes sure that what is saved from now on is newer than a time, in ns."""
         self._newest_ns = max(self._newest_ns or 0, newest_ns)

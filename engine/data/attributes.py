@@ -19,7 +19,14 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 
 from crosstrain.engine.digest import digest, same
-from crosstrain.engine.guards import is_a, is_dense, is_users_object, module_of, own_attributes
+from crosstrain.engine.guards import (
+    has_memory,
+    is_a,
+    is_dense,
+    is_users_object,
+    module_of,
+    own_attributes,
+)
 
 from .contents import is_shared_memory, numbers_in, write_into
 from .generators import TRANSFORMS
@@ -39,12 +46,12 @@ class Attributes:
     """Keeps which plain attributes of a dataset change; of datasets and transforms in it, too."""
 
     def __init__(self, dataset: Any, **more: Any) -> None:
-        owners = dict(_owners("dataset", dataset, _DEPTH))
+        owners = dict(owners_of("dataset", dataset))
         for name, one in more.items():
             # Functions and objects of torch's keep nothing.
             one = getattr(one, "__self__", one)
             if is_users_object(one) and not any(one is known for known in owners.values()):
-                owners.update(_owners(name, one, _DEPTH))
+                owners.update(owners_of(name, one))
         apart = frozenset(map(id, owners.values()))
         self._owners = {name: _Owner(owner, apart) for name, owner in owners.items()}
         self._told: set[str] = set()
@@ -186,9 +193,10 @@ class _Owner:
         return any(value is not self._others.get(name) for name, value in now.items())
 
 
-def _owners(
-    name: str, thing: Any, depth: int, seen: set[int] | None = None
+def owners_of(
+    name: str, thing: Any, depth: int = _DEPTH, seen: set[int] | None = None
 ) -> Iterator[tuple[str, Any]]:
+    """Yields what data is fetched with, and the datasets and transforms in it, by their places."""
     seen = set() if seen is None else seen
     if depth == 0 or id(thing) in seen:
         return
@@ -197,7 +205,7 @@ def _owners(
         if len(thing) <= 64:
             for index, item in enumerate(thing):
                 if is_a(item, Dataset) or name.rpartition(".")[2] in TRANSFORMS:
-                    yield from _owners(f"{name}[{index}]", item, depth - 1, seen)
+                    yield from owners_of(f"{name}[{index}]", item, depth - 1, seen)
         return
     attributes = own_attributes(thing)
     if attributes is None or callable(getattr(type(thing), "parameters", None)):
@@ -207,7 +215,7 @@ def _owners(
         holds = type(value) in (list, tuple) and attribute in ("datasets", *TRANSFORMS)
         looked_into = is_a(value, Dataset) or is_users_object(value)
         if looked_into or attribute in TRANSFORMS or holds:
-            yield from _owners(f"{name}.{attribute}", value, depth - 1, seen)
+            yield from owners_of(f"{name}.{attribute}", value, depth - 1, seen)
 
 
 def _plain(owner: Any, copies: bool = True) -> dict[str, Any]:
@@ -244,12 +252,8 @@ def _content(value: Any) -> Any:
 
 
 def _some_of(tensor: torch.Tensor) -> str | None:
-    """Returns a digest of some of a tensor's numbers: workers may write into memory they share.
-
-    A class that carries out torch's operations itself may have no numbers in memory.
-    """
-    own_class = type(tensor).__torch_dispatch__ != torch.Tensor.__torch_dispatch__
-    if tensor.device.type != "cpu" or own_class or not is_dense(tensor):
+    """Returns a digest of some of a tensor's numbers: workers may write into memory they share."""
+    if tensor.device.type != "cpu" or not has_memory(tensor) or not is_dense(tensor):
         return None
     numbers = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
     return digest(numbers[:: max(1, len(numbers) // _LOOKED_AT)])

@@ -15,7 +15,7 @@ from crosstrain.engine.proof import Proof, Strictness
 from crosstrain.engine.random_states import random_states_kept
 
 from .batch_before import hold, is_comparable, record
-from .flows import Dataflow, Iterate
+from .flows import Dataflow, Iterate, how_exchanged
 from .kinds import dataflow_of
 from .open_pass import OpenPass, Spot
 from .own_data import own_data
@@ -30,10 +30,6 @@ _NONE_YET: Final = {"reason": "the state was written before the first batch of a
 _HANDLERS_CHANGE: Final = (
     " It is of the epoch before, and there are handlers of EPOCH_STARTED: if they change the data "
     "for their epoch, and all of it, the run goes on as it was all the same."
-)
-_EXCHANGED: Final = (
-    " The run that was saved had exchanged its data, {} time(s): give run() the data that was set "
-    "last, or set it in a handler of STARTED that asks trainer.state.iteration."
 )
 
 
@@ -124,10 +120,14 @@ class Cursor:
             return {**_NONE_YET, "samples": told}
         if not self.between_batches:
             return {"reason": "the state was written in the middle of an iteration"}
+        return self.last_batch() or {
+            "reason": "the state was written before the run had fetched a batch"
+        }
+
+    def last_batch(self) -> dict[str, Any] | None:
+        """Returns what is kept of the batch that was given last; None if none was."""
         last, indices = self._open_pass.given
-        if last is None:
-            return {"reason": "the state was written before the run had fetched a batch"}
-        return record(last, indices, world_of(self._backend))
+        return None if last is None else record(last, indices, world_of(self._backend))
 
     # ------------------------------------------------------------ back to a saved position
 
@@ -214,9 +214,8 @@ class Cursor:
             # It was compared already.
             self._open_pass = opened
             return None
-        note = _EXCHANGED.format(self._exchanges) if self._exchanges else ""
         spot = self._spot(flow, key, self._pass, self._consumed)
-        check = Verification(spot, position["flow"], proof, strictness, note)
+        check = Verification(spot, position["flow"], proof, strictness, how_exchanged(position))
         self._open_pass = check.open(position.get("before"), other)
         return check.batch_before
 

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from torch.utils.data import BatchSampler, DataLoader
 
 from crosstrain.engine.digest import same
-from crosstrain.engine.errors import ResumeWarning, warn_user
+from crosstrain.engine.errors import ResumeError, ResumeWarning, warn_user
 from crosstrain.engine.loader_workers import iterator_over
 from crosstrain.engine.progress import data_length
 
@@ -25,7 +25,7 @@ from .attributes import Attributes
 from .batch_before import Held, Noted, Suspects
 from .own_states import OwnStates
 from .sampling import is_loader, rebuilt
-from .shares import BatchShare
+from .shares import Waiting
 from .streams import StreamKey
 
 Iterate = Callable[[Any], Iterator[Any]]
@@ -37,6 +37,8 @@ class Dataflow:
     kind: ClassVar[str] = ""
     #: Among how many processes this is the data of one only; 0 where all have the same.
     owners = 0
+    #: Whether each batch is dealt out, to processes or to logical shards.
+    is_dealt = False
     #: Whether it draws from random streams of its own, and the step's are to be others.
     apart = False
     #: Whether a pass that was opened can stay so while handlers prepare the data for the next one.
@@ -63,9 +65,8 @@ class Dataflow:
         self._dataset_prepared = False
         #: The batches that were fetched and not given yet, held; a backend may fetch ahead.
         self.held: deque[Held] = deque()
-        #: Of each of these, what is this process's, and its indices; None: all of it, and none.
-        self.shares: deque[BatchShare] | None = None
-        self.indices: deque[Any] | None = None
+        #: Of each of these, its indices, and what is this process's; None: they are not known.
+        self.waiting: deque[Waiting] | None = None
         # The names of generators that the data holds and that no key reaches.
         self._generators: list[str] = []
 
@@ -238,15 +239,13 @@ class Dataflow:
         """Refuses a position in other data.
 
         Raises:
-            ValueError: with what is other than it was.
+            ResumeError: with what is other than it was.
         """
         if self.goes_with(position):
             return
         then, now = position["data"], self.fingerprint()
-        count = position["exchanges"]
-        exchanged = f" after set_data() had exchanged the data {count} times" if count else ""
         if then.get("processes") != now.get("processes"):
-            raise ValueError(
+            raise ResumeError(
                 "A position in data that is each process's own, as with a DistributedSampler or "
                 "PerRank, holds for as many processes only. The state's data was "
                 f"{_owners(then)}; that given to run() is {_owners(now)}. Go on with the "
@@ -256,11 +255,23 @@ class Dataflow:
             )
         names = sorted(name for name in {*then, *now} if then.get(name) != now.get(name))
         changes = [f"{name}: {then.get(name)!r} then, {now.get(name)!r} now" for name in names]
-        raise ValueError(
-            f"The state was written{exchanged} with other data than run() was given: a position in "
-            f"one is none in the other ({'; '.join(changes)}). Give run() the data, batch size, "
-            "sampler and dataset that the run had when the state was written."
+        raise ResumeError(
+            "The state was written with other data than run() was given: a position in one is none "
+            f"in the other ({'; '.join(changes)}). Give run() the data, batch size, sampler and "
+            f"dataset that the run had when the state was written.{how_exchanged(position)}"
         )
+
+
+def how_exchanged(position: Mapping[str, Any]) -> str:
+    """Returns how a resumed run comes to the data that was set last; nothing, if none was set."""
+    if not (count := position["exchanges"]):
+        return ""
+    return (
+        f" The run that was saved had exchanged its data, {count} time(s): a resumed run begins "
+        "without what handlers have set by set_data(). Have the one that sets it do so at STARTED, "
+        "too, by trainer.state.epoch or trainer.state.iteration: "
+        "@trainer.on(Events.STARTED | Events.EPOCH_COMPLETED); or give run() what was set last."
+    )
 
 
 def _owners(fingerprint: Mapping[str, Any]) -> str:

@@ -42,7 +42,7 @@ class MapFlow(Dataflow):
 
     def __init__(self, data: Any, iterate: Iterate, world: World = ALONE) -> None:
         super().__init__(data)
-        self._iterate, self._world = iterate, world
+        self._iterate, self._world, self.is_dealt = iterate, world, world.size > 1
         batched = data.batch_sampler is not None
         sampler = data.batch_sampler if batched else data.sampler
         if batched:
@@ -106,7 +106,7 @@ class MapFlow(Dataflow):
         # How many samples there are may follow from what has changed of the dataset since.
         with nullcontext() if same(opening, changed) else self._attributes.as_in(opening):
             self._sampler.begin(key, batch - again)
-        self.shares, self.indices = self._sampler.shares, self._sampler.given
+        self.waiting = self._sampler.waiting
         if state is not None and not prepared and "now" in state:
             self._own.give(state["now"], False)
         elif state is not None or not self._own.moves:

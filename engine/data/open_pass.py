@@ -9,7 +9,7 @@ from crosstrain.backends import World
 
 from .batch_before import Held
 from .flows import Dataflow
-from .shares import BatchShare, ShardedBatch, Shards, counted
+from .shares import BatchShare, ShardedBatch, Shards
 from .streams import StreamKey, plain_indices, seed_host
 
 
@@ -34,7 +34,7 @@ class Spot(NamedTuple):
         """Opens the data here; `state` and `again` are as of `Dataflow.open`."""
         seed_host(self.key.host_seed)
         iterator = self.flow.open(self.key, self.batch, state, again)
-        if self.shards is None or self.flow.shares is None:
+        if self.shards is None or not self.flow.is_dealt:
             return OpenPass(iterator, self.flow)
         return _ShardedPass(iterator, self.flow, self.shards, self.world)
 
@@ -52,8 +52,7 @@ class OpenPass:
         #: The data.
         self.flow = flow
         self._held = None if flow is None else flow.held
-        self._shares = None if flow is None else flow.shares
-        self._indices = None if flow is None else flow.indices
+        self._waiting = None if flow is None else flow.waiting
         #: Whether it has no further batch, as far as is known.
         self.ended = False
         #: What this process has of the last batch; None where batches are not dealt out.
@@ -70,10 +69,14 @@ class OpenPass:
             raise
         if self._held:
             self._last = self._held.popleft()
-        if self._indices:
-            self._last_indices = self._indices.popleft()
-        if self._shares is not None and self.flow is not None:
-            self.share = counted(self._shares, self.flow.data)
+        if self._waiting:
+            self._last_indices, self.share = self._waiting.popleft()
+        elif self.flow is not None and self.flow.is_dealt:
+            raise RuntimeError(
+                f"{type(self.flow.data).__name__} gives more batches than its batch sampler has "
+                "lists, so it is not known how many samples of a batch are this process's. Give "
+                "DeterministicEngine.run() a torch.utils.data.DataLoader."
+            )
         return item
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from typing import Any, Final, TypeGuard, TypeVar, cast
 
@@ -17,7 +17,7 @@ from crosstrain.backends import World, random_state
 
 from .order import Batch, batches_from, computes_its_order, is_seekable, samples_from
 from .own_states import OwnStates, Raw
-from .shares import BatchShare, Dealt, deal, deal_spans
+from .shares import Dealt, Waiting, deal, deal_spans
 from .streams import KeyedIndex, KeyedIndices, StreamKey
 
 T = TypeVar("T")
@@ -79,9 +79,6 @@ class KeyedSampler:
         self, sampler: Any, batched: bool, collates: bool, world: World, own: OwnStates
     ) -> None:
         self.sampler = sampler
-        #: Of the batches that were asked for and not given yet: what is this process's; None where
-        #: nothing is dealt out.
-        self.shares: deque[BatchShare] | None = deque() if world.size > 1 else None
         self._world = world
         #: The sampler of single samples, if there is one.
         self.inner: Any = getattr(sampler, "sampler", None) if batched else sampler
@@ -89,8 +86,9 @@ class KeyedSampler:
         self.asked = False
         #: The threads that batches of it were asked for in.
         self.threads: set[int] = set()
-        #: The indices of the batches that were asked for and not given yet.
-        self.given: deque[Any] = deque()
+        #: Of each batch that was asked for and not given yet: its indices, and what is this
+        #: process's; None where nothing is dealt out.
+        self.waiting: deque[Waiting] = deque()
         self._batched = batched
         self._collates = collates
         #: Whether the order can be entered anywhere, and ends where its length says.
@@ -111,18 +109,12 @@ class KeyedSampler:
         if computes_its_order(self.inner) and callable(getattr(self.inner, "set_epoch", None)):
             # An order that is computed from its epoch; it has no random state to tell passes apart.
             self.inner.set_epoch(key.epoch)
+        # New ones: an iterator of an earlier pass may still have the old.
+        self.waiting, self.threads, self.asked = deque(), set(), False
+        keyed = _batch if self._batched else _sample
         keys = key.base, key.streams, self._collates
-        # A new one: an iterator of an earlier pass may still have the old.
-        self.given = deque()
-        if self.shares is not None:
-            self._items = self._dealt_out(start, keys)
-        elif self._batched:
-            self._items = _batches(self._opened(start), self.given, keys)
-        else:
-            self._items = _items(self._opened(start), self.given, keys)
-        self.threads = set()
-        self._items = _noting_threads(self._items, self.threads)
-        self.asked = False
+        parts = self._parts(start)
+        self._items = _noted(parts, lambda part: keyed(part, *keys), self.waiting, self.threads)
 
     def _opened(self, start: int) -> Iterator[Batch]:
         own = self._own if self._own.moves else None
@@ -153,18 +145,16 @@ class KeyedSampler:
         self.is_over = not first
         return first, order
 
-    def _dealt_out(self, start: int, keys: _Keys) -> Iterator[Any]:
-        # A new one: an iterator of an earlier pass may still have the old.
-        self.shares = deque()
+    def _parts(self, start: int) -> Iterator[Dealt]:
+        """Returns this process's part of each batch from one on; where there is one, all of it."""
+        if self._world.size == 1:
+            return (Dealt(one.number, one.first, 0, one.indices) for one in self._opened(start))
         if not self._batched:
-            parts = deal(_lists(self._opened(start)), self._world)
-            return _noted(parts, self.shares, self.given, keys, False)
+            return deal(_lists(self._opened(start)), self._world)
         spans = deal_spans(self.sampler, start, self._world)
         if spans is None:
-            parts = deal(self._opened(start), self._world)
-        else:
-            parts = chain(*self._from(spans, 1))
-        return _noted(parts, self.shares, self.given, keys, True)
+            return deal(self._opened(start), self._world)
+        return chain(*self._from(spans, 1))
 
     def order(self, start: int) -> Iterator[Batch]:
         """Returns the order from a batch on; drawn when it is asked for, as torch draws it."""
@@ -189,44 +179,28 @@ class KeyedSampler:
         return len(self.sampler)
 
 
-_Keys = tuple[int, tuple[str, ...], bool]
-
-
-def _noting_threads(items: Iterator[Any], threads: set[int]) -> Iterator[Any]:
-    for item in items:
+def _noted(
+    parts: Iterator[Dealt],
+    keyed: Callable[[Dealt], Any],
+    waiting: deque[Waiting],
+    threads: set[int],
+) -> Iterator[Any]:
+    """Yields parts of batches with their keys, and notes what is in each, and who asks."""
+    for part in parts:
+        item = keyed(part)
+        waiting.append((item, part.share))
         threads.add(threading.get_ident())
         yield item
 
 
-def _batches(order: Iterator[Batch], given: deque[Any], keys: _Keys) -> Iterator[Any]:
-    base, streams, collates = keys
-    for number, first, indices in order:
-        keyed = KeyedIndices(indices, base, streams, number, first, collates)
-        given.append(keyed)
-        yield keyed
+def _batch(part: Dealt, base: int, streams: tuple[str, ...], collates: bool) -> KeyedIndices:
+    place = (part.number, part.first, collates, part.offset)
+    return KeyedIndices(part.indices, base, streams, *place)
 
 
-def _items(order: Iterator[Batch], given: deque[Any], keys: _Keys) -> Iterator[Any]:
-    base, streams, _ = keys
-    for _number, first, index in order:
-        given.append(index)
-        yield KeyedIndex(index, base, streams, first)
-
-
-def _noted(
-    parts: Iterator[Dealt], shares: deque[BatchShare], given: deque[Any], keys: _Keys, batched: bool
-) -> Iterator[Any]:
-    """Yields keyed parts of batches, and notes what is in each."""
-    base, streams, collates = keys
-    for part in parts:
-        shares.append(part.share)
-        given.append(part.indices)
-        if batched:
-            place = (part.number, part.first, collates, part.offset)
-            yield KeyedIndices(part.indices, base, streams, *place)
-        else:
-            # Here positions count what the sampler gives, and not what is in it.
-            yield KeyedIndex(part.indices, base, streams, part.number, part.offset)
+def _sample(part: Dealt, base: int, streams: tuple[str, ...], _: bool) -> KeyedIndex:
+    # Here positions count what the sampler gives, and not what is in it.
+    return KeyedIndex(part.indices, base, streams, part.number, part.offset)
 
 
 def _lists(order: Iterator[Batch]) -> Iterator[Batch]:

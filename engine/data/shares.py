@@ -7,7 +7,6 @@ their samples, do not depend on the number of processes.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -97,14 +96,18 @@ class Dealt(NamedTuple):
         first: the position of the part's first sample in the order.
         offset: the place of that sample in the batch.
         indices: the indices; those of a placeholder where no sample is this process's.
-        share: the counts.
+        share: the counts; None where nothing is dealt out.
     """
 
     number: int
     first: int
     offset: int
     indices: Any
-    share: BatchShare
+    share: BatchShare | None = None
+
+
+#: What a loader has asked for and not given yet: a batch's keyed indices, and the counts.
+Waiting = tuple[Any, BatchShare | None]
 
 
 def span(count: int, world: World) -> tuple[int, int]:
@@ -220,17 +223,6 @@ def share_of(engine: Any) -> BatchShare | None:
     """Returns what this process has of an engine's batch; None where nothing was dealt out."""
     share: BatchShare | None = getattr(engine, "share", None)
     return share
-
-
-def counted(counts: deque[BatchShare], data: Any) -> BatchShare:
-    """Returns the share of the batch that was given just now, and forgets it."""
-    if not counts:
-        raise RuntimeError(
-            f"{type(data).__name__} gives more batches than its batch sampler has lists, so it is "
-            "not known how many samples of a batch are this process's. Give "
-            "DeterministicEngine.run() a torch.utils.data.DataLoader."
-        )
-    return counts.popleft()
 
 
 def mean_over_ranks(trainer: Any, value: Any = None) -> torch.Tensor:

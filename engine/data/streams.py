@@ -267,7 +267,9 @@ class KeyedIndices(list[Any]):
 
 def plain_indices(indices: Any) -> Any:
     """Returns the indices of a batch as its sampler gave them; seeds nothing."""
-    return indices.values if isinstance(indices, KeyedIndices) else indices
+    if isinstance(indices, KeyedIndices):
+        return indices.values
+    return indices.index if isinstance(indices, KeyedIndex) else indices
 
 
 class KeyedIndex(NamedTuple):

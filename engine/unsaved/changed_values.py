@@ -21,11 +21,12 @@ from crosstrain.engine.nests import is_module
 from crosstrain.engine.structure import keeps_groups
 
 from .contents_of_states import tensors_in
+from .functions import FETCHES
 from .set_anew import Held
 from .signatures import signature_of, state_signature_of
 from .source import words_in
 from .used import Used
-from .uses_in_source import ALL, attributes_used
+from .uses_in_source import ALL, Use, attributes_used
 from .walk import DEPTH, Walk
 
 #: Whose something is, a function's as a rule, and what that calls it.
@@ -72,6 +73,9 @@ class Values(Walk):
         # pytorch-ignite's: a state only where something reads what they come to.
         self._metrics: dict[Place, Any] = {}
         self.from_functions(used.functions)
+        fetches = frozenset(Use((method,), True) for method in FETCHES)
+        for called, kind in used.classes_of_data.items():
+            self._class(kind, called, kind.__name__, DEPTH, fetches)
         self._settle()
         if self._reads_metrics():
             self.signatures |= self._metrics

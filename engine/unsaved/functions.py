@@ -22,6 +22,7 @@ from torch.nn.modules import module as torch_module
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from crosstrain.engine.data.attributes import owners_of
 from crosstrain.engine.digest import attributes_of
 from crosstrain.engine.guards import (
     OTHER_PACKAGES,
@@ -35,6 +36,8 @@ from crosstrain.engine.nests import is_module
 
 from .source import names_in
 
+#: The methods that data is fetched by.
+FETCHES: Final = ("__getitem__", "__getitems__", "__iter__", "__call__")
 # How far into nests functions are looked for, and among how many of each.
 _NESTED: Final = 4
 _MANY: Final = 64
@@ -155,24 +158,36 @@ def functions_of_data(data: Any) -> dict[str, Any]:
         for name in ("collate_fn", "worker_init_fn"):
             if inspect.isroutine(function := getattr(loader, name, None)):
                 found[f"the {name}"] = function
-        # One that is a DataLoader by name only, and wraps another, may have none of them.
-        names = ("dataset", "collate_fn", "sampler", "batch_sampler")
-        owners = {name: getattr(loader, name, None) for name in names}
         if is_users_object(loader):
             found["the loader's __iter__"] = loader.__iter__
-    else:
-        owners = {"data": data}
-    for name, owner in owners.items():
-        if not is_users_object(owner):
-            continue
-        for method in ("__getitem__", "__getitems__", "__iter__", "__call__"):
+    for place, owner in _fetching(data):
+        for method in FETCHES:
             function = getattr(type(owner), method, None)
             if inspect.isfunction(function):
-                found[f"the {name}'s {method}"] = function
+                found[f"the {place}'s {method}"] = function
         for own, value in (own_attributes(owner) or {}).items():
             if is_a(value, types.FunctionType, partial):
-                found[f"the {name}'s .{own}"] = value
+                found[f"the {place}'s .{own}"] = value
     return found
+
+
+def classes_of_data(data: Any) -> dict[str, type]:
+    """Returns the classes of the user's that data is fetched with, by what to call these."""
+    return {f"the {place}": type(owner) for place, owner in _fetching(data)}
+
+
+def _fetching(data: Any) -> Iterator[tuple[str, Any]]:
+    """Yields the objects of the user's that data is fetched with, and what to call them."""
+    owners = {"data": data}
+    if isinstance(data, DataLoader):
+        # One that is a DataLoader by name only, and wraps another, may have none of them.
+        names = ("dataset", "collate_fn", "sampler", "batch_sampler")
+        owners = {name: getattr(data, name, None) for name in names}
+    seen: set[int] = set()
+    for name, owner in owners.items():
+        for place, part in owners_of(name, owner, seen=seen):
+            if is_users_object(part):
+                yield place, part
 
 
 def functions_of_step(step: Any) -> Iterator[tuple[str, Any]]:

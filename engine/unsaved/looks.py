@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import traceback
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from crosstrain.engine.data.own_data import own_data
@@ -19,6 +19,8 @@ from crosstrain.engine.structure import Structure
 
 from .changed_values import Begun, Values
 from .drawn_from import unnamed_sources
+from .functions import functions_of_data
+from .gradients_read import reads_gradients
 from .handlers_and_hooks import Attached
 from .loaders_in_handlers import Fetched, who_fetches
 from .made_again import LOOKS, MadeAgain, named
@@ -175,6 +177,15 @@ class Unsaved:
             # Between two passes no worker fetches.
             self._tell(self._new([] if ended else flow.raced()), RACED)
         return {name: plain_or_none(one.state.metrics) or {} for name, one in engines.items()}
+
+    def reads_gradients(self, objects: Mapping[str, Any], within: Container[Any]) -> bool:
+        """Tells whether a handler, but those of some events, or the data looks at gradients."""
+        if self._off:
+            return False
+        engine, used = self._engine, self._used(objects)
+        handlers = (function for _, function in engine._handlers.all_functions(within))
+        others = {**functions_of_data(engine.state.dataloader), **used.held}
+        return reads_gradients(used, (*handlers, *others.values()))
 
     def made(self) -> dict[str, Any]:
         """Returns what a resumed run is to make again, for the state."""

@@ -25,10 +25,10 @@ from crosstrain.engine.guards import is_others, own_attributes
 from crosstrain.engine.nests import is_module
 
 from .functions import functions_of_data, layers_of, variables_of
+from .gradients_read import Calls
 from .source import KEPT, syntax_tree
 from .used import Used
 from .uses_in_source import Use
-from .walk import Walk
 
 #: An object's attribute: whose, and its name.
 Held = tuple[Any, str]
@@ -166,7 +166,7 @@ def read_before(used: Used, event: Events) -> frozenset[str]:
     return frozenset[str]().union(*(_loaded(one.__code__) for one in walk.functions))
 
 
-class _Reached(Walk):
+class _Reached(Calls):
     """Comes to the functions that some call, and tells whether they compute by a model."""
 
     def __init__(self, used: Used) -> None:

@@ -16,7 +16,13 @@ from crosstrain.engine.structure import keeps_groups, named
 
 from .added_attributes import Holders
 from .contents_of_states import Saved
-from .functions import functions_held, functions_of_data, functions_of_trained, hooks_of_all
+from .functions import (
+    classes_of_data,
+    functions_held,
+    functions_of_data,
+    functions_of_trained,
+    hooks_of_all,
+)
 
 if TYPE_CHECKING:
     from crosstrain.engine.engine import Engine
@@ -56,9 +62,22 @@ class Used:
             count = 1 + sum(one.startswith(called) for one in found)
             found[called if count == 1 else f"{called}, number {count}"] = function
         found.update(functions_of_data(engine.state.dataloader))
-        for value in engine.named_beside:
-            found.update(functions_held(value))
-        return {**found, **self.of_trained, **hooks_of_all()}
+        return {**found, **self.held, **self.of_trained, **hooks_of_all()}
+
+    @cached_property
+    def held(self) -> dict[str, Any]:
+        """What named objects hold, such as the functions of a `LambdaLR`."""
+        found: dict[str, Any] = {}
+        for value in self.engine.named_beside:
+            for called, function in functions_held(value).items():
+                count = 1 + sum(one.startswith(called) for one in found)
+                found[called if count == 1 else f"{called}, of object {count}"] = function
+        return found
+
+    @cached_property
+    def classes_of_data(self) -> dict[str, type]:
+        """The classes of what fetches the data, which may keep what all their objects use."""
+        return classes_of_data(self.engine.state.dataloader)
 
     # ------------------------------------------------------------ what a checkpoint has of it
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import random
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -456,7 +457,7 @@ def test_data_that_a_run_had_exchanged_is_named_where_another_is_given() -> None
         )
 
     straight, states, _ = _play(make(), sets)
-    with pytest.raises(ResumeError, match=r"had exchanged its data, 1 time\(s\): give run\(\)"):
+    with pytest.raises(ResumeError, match=r"had exchanged its data, 1 time"):
         _play(make(), sets, states[7])
     rest, _, _ = _play([-one for one in make()], sets, states[7])
     assert rest == {at: row for at, row in straight.items() if at > 7}
@@ -526,6 +527,49 @@ def test_data_that_is_set_as_an_epoch_ends(other: bool, workers: int) -> None:
         for iteration in (2, 3, 4, 6):
             rest, _, _ = _play(make(), sets, states[iteration])
             assert rest == {at: row for at, row in straight.items() if at > iteration}
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_data_that_handlers_exchange_is_told_and_goes_on_where_it_is_set_at_the_start(
+    seed: int,
+) -> None:
+    """Such as a data set that grows: other data, of other or of the same length."""
+    rng = random.Random(seed)
+    grows, loads = rng.random() < 0.7, rng.random() < 0.5
+    at_end = rng.random() < 0.5
+    event: Any = Events.EPOCH_COMPLETED if at_end else Events.ITERATION_COMPLETED(every=4)
+
+    def of(number: int) -> Any:
+        rows = [torch.full((2,), 10.0 * number + row) for row in range(6 + grows * number)]
+        return DataLoader(rows, 2, shuffle=True) if loads else rows  # type: ignore[arg-type]
+
+    def sets(at: Any) -> Any:
+        def attach(engine: DeterministicEngine, data: Any) -> None:
+            def grow() -> None:
+                state = engine.state
+                number = state.epoch if at_end else state.iteration // 4
+                if number:
+                    engine.set_data(of(number))
+
+            engine.add_event_handler(at, grow)
+
+        return attach
+
+    straight, states, _ = _play(of(0), sets(Events.STARTED | event))
+    exchanged = [at for at, state in states.items() if state["position"]["exchanges"]]
+    for at in rng.sample([*states], 3):
+        rest, _, _ = _play(of(0), sets(Events.STARTED | event), states[at])
+        assert rest == {when: row for when, row in straight.items() if when > at}
+    _, states, _ = _play(of(0), sets(event))
+    with warnings.catch_warnings(record=True) as warned:
+        error: ResumeError | None = None
+        try:
+            _play(of(0), sets(event), states[rng.choice(exchanged[:-1])])
+        except ResumeError as raised:
+            error = raised
+    # Where no batch could be compared, it is a warning.
+    told = " ".join([str(error), *(str(one.message) for one in warned)])
+    assert re.search(r"by set_data\(\).*Events\.STARTED|after set_data\(\) had exchanged", told)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -78,6 +78,10 @@ class Process:
         self.trainer = create_supervised_trainer(
             self.model, self.optimizer, loss, deterministic=True
         )
+        self.trainer.state_dict_user_keys.extend(["of_run", "of_epoch"])
+        self.reset("of_run")
+        self.reset("of_epoch")
+        self.trainer.add_event_handler(Events.STARTED, self.reset, "of_run")
         self.trainer.add_event_handler(Events.EPOCH_STARTED, self.begin)
         self.trainer.add_event_handler(Events.ITERATION_COMPLETED, self.note)
         objects = {"model": self.model, "optimizer": self.optimizer, "total": self.total}
@@ -86,8 +90,12 @@ class Process:
     def trained(self) -> Any:
         return self.model.parameters()
 
+    def reset(self, key: str) -> None:
+        setattr(self.trainer.state, key, [0, ()])
+
     def begin(self) -> None:
         self.data.draw()
+        self.reset("of_epoch")
         self.drawn[self.trainer.state.epoch] = numpy.random.rand() + float(torch.rand(()))
         self.total.reset()
         self.model.hidden.zero_()  # type: ignore[operator,union-attr]
@@ -96,6 +104,8 @@ class Process:
 
     def note(self, engine: Any) -> None:
         self.total.update(engine)
+        for key in ("of_run", "of_epoch"):
+            setattr(engine.state, key, [getattr(engine.state, key)[0] + 1, (engine.state.output,)])
         self.model.hidden += engine.state.output  # type: ignore[operator]
         for group in self.optimizer.param_groups:
             group["lr"] *= 0.9
@@ -104,6 +114,7 @@ class Process:
             engine.state.output,
             self.model.hidden.item(),  # type: ignore[operator,union-attr]
             copy.deepcopy(self.total.state),
+            copy.deepcopy([engine.state.of_run, engine.state.of_epoch]),
         )
 
     def start(self, batch_size: int = 2, epochs: int = EPOCHS) -> Process:

@@ -75,13 +75,17 @@ def torchrun(processes: int, program: str, *arguments: str, **extra: str) -> str
 
 def run_program(program: str, *arguments: str, timeout: float = 120) -> None:
     """Runs a program of the tests alone, forked."""
+    assert exit_of(program, *arguments, timeout=timeout) == 0
+
+
+def exit_of(program: str, *arguments: str, timeout: float = 120) -> int:
+    """Runs a program of the tests alone, forked; returns what it ended with."""
     command = [sys.executable, str(SUPPORT / program), *arguments]
     with ForkedPopen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
         try:
-            code = process.wait(timeout)
+            return process.wait(timeout)
         finally:
             process.kill()
-    assert code == 0
 
 
 def marked(text: str) -> list[int]:

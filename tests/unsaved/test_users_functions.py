@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import sys
 import types
 import warnings
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from composition_kept import KINDS, function_with_a_gradient
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
 from torch.utils.hooks import RemovableHandle
 
 from crosstrain.engine import (
@@ -369,6 +371,104 @@ def test_a_function_that_a_named_object_holds_is_looked_into(tmp_path: Path) -> 
     resume_or_start(trainer, to_save, tmp_path, every=1)
     with pytest.warns(ResumeWarning, match="the lr_lambdas of LambdaLR, number 1, its 'factors'"):
         trainer.run([(torch.ones(1, 2), torch.ones(1, 1))] * 3, max_epochs=1)
+
+
+def test_the_function_of_each_of_several_schedulers_is_looked_into(tmp_path: Path) -> None:
+    models = [nn.Linear(2, 2), nn.Linear(2, 1)]
+    optimizers = [torch.optim.SGD(one.parameters(), 0.1) for one in models]
+    factors = [[1.0], [1.0]]
+    schedulers = [
+        torch.optim.lr_scheduler.LambdaLR(one, lambda _, own=own: own[-1])  # type: ignore[misc]
+        for one, own in zip(optimizers, factors, strict=True)
+    ]
+    trainer = create_supervised_trainer(
+        nn.Sequential(*models), optimizers, nn.functional.mse_loss, deterministic=True
+    )
+
+    @trainer.on(Events.ITERATION_COMPLETED)
+    def decay() -> None:
+        factors[0].append(factors[0][-1] * 0.9)
+        for one in schedulers:
+            one.step()
+
+    to_save = {"model": trainer.objects["model"], "optimizers": optimizers}
+    resume_or_start(trainer, {**to_save, "schedulers": schedulers}, tmp_path, every=1)
+    with pytest.warns(ResumeWarning, match="the lr_lambdas of LambdaLR, number 1, its 'own'"):
+        trainer.run([(torch.ones(1, 2), torch.ones(1, 1))] * 3, max_epochs=1)
+
+
+SCALE = 0.0
+
+
+class Scaled:
+    """A transform whose strength handlers change where no object keeps it."""
+
+    scale = 0.0
+
+    def __init__(self, by_class: bool) -> None:
+        self.by_class = by_class
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return x + (self.scale if self.by_class else SCALE)
+
+
+class ByScale(Dataset[Any]):
+    """Samples that pass through what may be a transform, or a list of some."""
+
+    scale = 0.0
+
+    def __init__(self, how: str, by_class: bool) -> None:
+        self.by_class = by_class
+        self.transforms = [Scaled(by_class)] if how == "transforms" else []
+        self.given = Scaled(by_class) if how == "an object" else None
+        self.own = how == "itself"
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> Any:
+        x = torch.ones(2) * index
+        if self.own:
+            x = x + (self.scale if self.by_class else SCALE)
+        for one in [*self.transforms, *([self.given] if self.given else [])]:
+            x = one(x)
+        return x, torch.ones(1)
+
+
+AROUND: dict[str, Callable[[Any], Any]] = {
+    "nothing": lambda dataset: dataset,
+    "a subset": lambda dataset: Subset(dataset, range(6)),
+    "a subset of a subset": lambda dataset: Subset(Subset(dataset, range(7)), range(6)),
+    "several": lambda dataset: ConcatDataset([TensorDataset(*[torch.ones(2, 2)] * 2), dataset]),
+}
+
+
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("how", ["itself", "transforms", "an object"])
+@pytest.mark.parametrize("by_class", [False, True])
+def test_what_data_is_fetched_by_is_looked_into_wherever_it_lies(
+    around: str, how: str, by_class: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for owner, name in ((Scaled, "scale"), (ByScale, "scale"), (sys.modules[__name__], "SCALE")):
+        monkeypatch.setattr(owner, name, 0.0)
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    trainer = create_supervised_trainer(
+        model, optimizer, nn.functional.mse_loss, deterministic=True
+    )
+
+    @trainer.on(Events.EPOCH_COMPLETED)
+    def grow() -> None:
+        global SCALE
+        SCALE += 0.1
+        Scaled.scale += 0.1
+        ByScale.scale += 0.1
+        trainer.state_dict()
+
+    loader = DataLoader(AROUND[around](ByScale(how, by_class)), 2)
+    kind = "ByScale" if how == "itself" else "Scaled"
+    with pytest.warns(ResumeWarning, match=f"'{kind}.scale'" if by_class else "its 'SCALE'"):
+        trainer.run(loader, max_epochs=2)
 
 
 def test_a_loss_that_learns_is_told_unless_it_is_named() -> None:
