@@ -29,13 +29,13 @@ _READERS: Final = frozenset(
 
 def reads_gradients(used: Used, functions: Iterable[Any]) -> bool:
     """Tells whether functions that a run calls, or what they lead to, may look at gradients."""
-    walk, looked_at = Calls(used.known, used.recorded, [used.holders], used.saved), [*functions]
+    walk, looked_at = _Calls(used.known, used.recorded, [used.holders], used.saved), [*functions]
     walk.from_functions({str(number): one for number, one in enumerate(looked_at)})
     layers = (layer for function in looked_at for layer in _layers(function))
     return any(map(_reads, (*walk.functions, *layers)))
 
 
-class Calls(Walk):
+class _Calls(Walk):
     """Looks into all that functions may call, also for what only ends in a log."""
 
     def _used(

@@ -25,10 +25,10 @@ from crosstrain.engine.guards import is_others, own_attributes
 from crosstrain.engine.nests import is_module
 
 from .functions import functions_of_data, layers_of, variables_of
-from .gradients_read import Calls
 from .source import KEPT, syntax_tree
 from .used import Used
 from .uses_in_source import Use
+from .walk import Walk
 
 #: An object's attribute: whose, and its name.
 Held = tuple[Any, str]
@@ -166,7 +166,7 @@ def read_before(used: Used, event: Events) -> frozenset[str]:
     return frozenset[str]().union(*(_loaded(one.__code__) for one in walk.functions))
 
 
-class _Reached(Calls):
+class _Reached(Walk):
     """Comes to the functions that some call, and tells whether they compute by a model."""
 
     def __init__(self, used: Used) -> None:
@@ -178,6 +178,19 @@ class _Reached(Calls):
         if is_module(value):
             self.computes |= any(use.read for use in uses)
         super().look(value, owner, name, depth, uses)
+
+    def _used(
+        self,
+        value: Any,
+        owner: str,
+        name: str,
+        depth: int,
+        uses: frozenset[Use],
+        variables: Mapping[str, Any],
+    ) -> None:
+        # What ends in a log is read, too.
+        every = {one._replace(read=one.read or one.into is not None, into=None) for one in uses}
+        self.value(value, owner, name, depth, frozenset(every))
 
 
 @lru_cache(maxsize=KEPT)
