@@ -59,6 +59,15 @@ def named(objects: Mapping[str, Any], beside: Mapping[str, Any]) -> dict[str, An
     return found
 
 
+def keeps_groups(optimizer: Optimizer) -> bool:
+    """Tells whether an optimizer has the same groups when it has loaded a state.
+
+    Whoever else refers to them, such as a handler, then finds in them what was loaded. One that
+    loads in a way of its own may put others in their place, or hand on those.
+    """
+    return type(optimizer).load_state_dict is Optimizer.load_state_dict
+
+
 def _plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 

@@ -34,7 +34,7 @@ from crosstrain.engine.storage.errors import (
     CheckpointWarning,
 )
 from crosstrain.engine.storage.manifest import Manifest
-from crosstrain.engine.structure import named, rebuild_groups, recordable
+from crosstrain.engine.structure import keeps_groups, named, rebuild_groups, recordable
 
 from .model_part import ModelPart
 from .rank_objects import Pair, note_differences, own_state, with_own
@@ -351,7 +351,10 @@ class _Load:
             return state
         if isinstance(target, torch.optim.Optimizer):
             _check_groups(target, state)
+            groups = target.param_groups
             target.load_state_dict(state)
+            if keeps_groups(target):
+                _keep_groups(target, groups)
             if not _is_spread_optimizer(target):
                 _put_back(target, state)
             return state
@@ -444,6 +447,20 @@ def _by_own_names(module: torch.nn.Module, state: Any, own: Mapping[str, Any]) -
 
 def _uncompiled(key: str) -> str:
     return ".".join(part for part in key.split(".") if part != _COMPILED)
+
+
+def _keep_groups(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> None:
+    """Puts what was loaded into the groups that an optimizer had, of which torch makes new ones.
+
+    Handlers refer to them, and optimizers that share them, as that inside SAM does.
+    """
+    if optimizer.param_groups is groups:
+        return
+    for old, new in zip(groups, optimizer.param_groups, strict=True):
+        if old is not new:
+            old.clear()
+            old.update(new)
+    optimizer.param_groups = groups
 
 
 def _check_groups(optimizer: torch.optim.Optimizer, state: Any) -> None:

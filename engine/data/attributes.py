@@ -52,7 +52,8 @@ class Attributes:
             one = getattr(one, "__self__", one)
             if is_users_object(one) and not any(one is known for known in owners.values()):
                 owners.update(owners_of(name, one))
-        self._owners = {name: _Owner(owner) for name, owner in owners.items()}
+        apart = frozenset(map(id, owners.values()))
+        self._owners = {name: _Owner(owner, apart) for name, owner in owners.items()}
         self._told: set[str] = set()
 
     def take(self) -> dict[str, Any]:
@@ -105,16 +106,16 @@ class Attributes:
 
 
 class _Owner:
-    """An object whose attributes may change, and what it was made with."""
+    """An object whose attributes may change, and what it was made with; others lie `apart`."""
 
-    def __init__(self, thing: Any) -> None:
-        self._thing = thing
+    def __init__(self, thing: Any, apart: frozenset[int]) -> None:
+        self._thing, self._apart = thing, apart
         self._made = _plain(thing)
         # The objects themselves: others may refer to them, too.
         self._objects = dict(vars(thing))
         self._others = _others(thing)
         self._contents = {name: _content(value) for name, value in self._others.items()}
-        self._caches = _caches(thing)
+        self._caches = _caches(thing, apart)
 
     def changed(self) -> Iterator[tuple[str, Any]]:
         """Yields the plain attributes that have changed, by name."""
@@ -176,12 +177,12 @@ class _Owner:
 
     def grown(self) -> list[str]:
         """Returns what has another size of that which collects samples, and is no attribute."""
-        now = _caches(self._thing)
+        now = _caches(self._thing, self._apart)
         return [one for one, size in now.items() if size != self._caches.get(one, 0)]
 
     def has_grown(self) -> bool:
         """Tells whether there is such a thing, or one less."""
-        return _caches(self._thing) != self._caches
+        return _caches(self._thing, self._apart) != self._caches
 
     def is_remade(self) -> bool:
         """Tells whether it has got something that cannot be saved, such as a file that it opened.
@@ -258,12 +259,13 @@ def _some_of(tensor: torch.Tensor) -> str | None:
     return digest(numbers[:: max(1, len(numbers) // _LOOKED_AT)])
 
 
-def _caches(owner: Any) -> dict[str, int]:
+def _caches(owner: Any, apart: frozenset[int]) -> dict[str, int]:
     """Returns the sizes of what else may collect samples, by what to call it.
 
     These are mappings of other kinds than plain dictionaries among the attributes, those in objects
     among them, `functools.lru_cache`, and mappings at the top level of the module that methods of
-    the object's class refer to.
+    the object's class refer to. Not what objects hold that lie apart, by `id`: what of theirs has
+    changed, they save or tell themselves.
     """
     found: dict[str, int] = {}
     if not is_users_object(owner):
@@ -271,7 +273,9 @@ def _caches(owner: Any) -> dict[str, int]:
     for name, value in vars(owner).items():
         _count(name, value, found)
         inner = own_attributes(value)
-        if inner is not None and not is_a(value, Dataset, *_LARGE):
+        if id(value) in apart or is_a(value, Dataset, MutableMapping, *_LARGE):
+            continue
+        if inner is not None:
             for own, item in list(inner.items()):
                 _count(f"{name}'s {own}", item, found, plain=True)
     for kind in type(owner).__mro__:

@@ -73,7 +73,7 @@ class Holders:
     def used_by(
         self, function: types.FunctionType, variables: Mapping[str, Any]
     ) -> Iterator[tuple[str, str, Any, frozenset[Use]]]:
-        """Yields what a function may fetch: whose, its name, itself, and what is done with it.
+        """Yields what a function may fetch: of what, its name, whose it is, what is done with it.
 
         What its `variables` stand for is given where it is known.
         """
@@ -86,7 +86,7 @@ class Holders:
                     if self._may_be(holder, one.base, one.of, function, variables)
                 )
                 if found:
-                    yield where, name, vars(holder)[name], found
+                    yield where, name, holder, found
 
     def methods_used_by(
         self, function: types.FunctionType, variables: Mapping[str, Any]

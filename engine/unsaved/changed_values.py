@@ -11,17 +11,21 @@ which fire once more on a resume, have then done their part.
 
 from __future__ import annotations
 
+import dis
 from dataclasses import dataclass
 from typing import Any, Final
 
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
 from crosstrain.engine.digest import attributes_of
 from crosstrain.engine.guards import is_a
 from crosstrain.engine.nests import is_module
+from crosstrain.engine.structure import keeps_groups
 
 from .contents_of_states import tensors_in
 from .functions import FETCHES, parts_of_data
+from .set_anew import Held
 from .signatures import signature_of, state_signature_of
 from .source import words_in
 from .used import Used
@@ -64,6 +68,7 @@ class Values(Walk):
         self.signatures: dict[Place, Any] = {}
         self.values: dict[Place, Any] = {}
         self._objects: dict[Place, Any] = {}
+        self._holders_of: dict[Place, Held] = {}
         #: Other engines that the run uses, such as an evaluator, by where they were found.
         self.engines: dict[str, Any] = {}
         # Of what was found, what a named object's state has now.
@@ -126,6 +131,10 @@ class Values(Walk):
                 return outer
         return place
 
+    def holder_of(self, place: Place) -> Held:
+        """Returns whose attribute something is, and which; of a variable, nobody's."""
+        return self._holders_of.get(place, (None, place[1]))
+
     # ------------------------------------------------------------ what is noted on the way
 
     def look(self, value: Any, owner: str, name: str, depth: int, uses: frozenset[Use]) -> None:
@@ -141,6 +150,10 @@ class Values(Walk):
             for place, part in parts_of_data(value):
                 if id(part) not in saved:
                     self.attributes(part, owner, f"{name}.{place}", DEPTH, _FETCHES)
+
+    def note_holder(self, holder: Any, attribute: str, owner: str, name: str) -> None:
+        """Keeps whose attribute it is that is found there."""
+        self._holders_of[owner, name] = holder, attribute
 
     def note(self, value: Any, owner: str, name: str) -> None:
         """Notes what a plain value, a collection or a function is now."""
@@ -158,7 +171,15 @@ class Values(Walk):
 
     def note_state(self, value: Any, owner: str, name: str, depth: int) -> None:
         """Notes what the state of an object is now."""
-        self.signatures[owner, name] = state_signature_of(value)
+        # Groups that are shared with one that is named are one no more once that has loaded a
+        # state in a way of its own.
+        parted = isinstance(value, Optimizer) and any(
+            isinstance(one, Optimizer)
+            and not (keeps_groups(one) or _hands_groups_on(one))
+            and any(group is own for group in one.param_groups for own in value.param_groups)
+            for one in self.used.named
+        )
+        self.signatures[owner, name] = state_signature_of(value, self._known, parted)
         self._objects[owner, name] = value
 
     def note_metric(self, value: Any, owner: str, name: str) -> None:
@@ -188,6 +209,12 @@ class Values(Walk):
             self._waiting = [one for one in self._waiting if one[3] not in self._read]
             for owner, name, value, _ in left:
                 self.value(value, owner, name, DEPTH, ALL)
+
+
+def _hands_groups_on(optimizer: Optimizer) -> bool:
+    """Tells whether loading a state gives the groups to another, such as the one inside SAM."""
+    does = dis.get_instructions(type(optimizer).load_state_dict)
+    return any(one.opname == "STORE_ATTR" and one.argval == "param_groups" for one in does)
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ class Saved:
         if isinstance(owner, TRAINED):
             looked_at = {name: one for name, one in looked_at.items() if name not in TORCHS_OWN}
         # By identity: one object may have several names.
-        plain = {id(one): one for one in looked_at.values() if _is_plain(one)}
+        plain = {id(one): one for one in looked_at.values() if is_plain(one)}
         given = _given_by_loading(type(owner)) if len(plain) < len(looked_at) else frozenset[str]()
         objects = {
             id(one): one
@@ -123,7 +123,7 @@ class Saved:
             # What it holds is looked at; itself, where nothing in it has a state of its own.
             some = list(value.values() if isinstance(value, dict) else value)[:_MANY]
             for one in some:
-                if not isinstance(one, SCALARS) and not _is_plain(one):
+                if not isinstance(one, SCALARS) and not is_plain(one):
                     self._object(one, owner, saved, depth - 1)
         elif isinstance(value, GENERATORS):
             self.held.add(id(value))
@@ -136,7 +136,7 @@ class Saved:
         elif is_users_object(value) and not isinstance(value, (DataLoader, Dataset, Sampler)):
             self.inside[id(value)] = owner
             own = [one for one in attributes_of(value).values() if not isinstance(one, SCALARS)]
-            plain = {id(one): one for one in own if _is_plain(one)}
+            plain = {id(one): one for one in own if is_plain(one)}
             self._compare(plain.values(), saved)
             for one in own:
                 if id(one) not in plain:
@@ -267,14 +267,14 @@ def _holders_of_state(value: Any) -> list[Any]:
     ]
 
 
-def _is_plain(value: Any, depth: int = _DEPTH) -> bool:
+def is_plain(value: Any, depth: int = _DEPTH) -> bool:
     """Tells whether a value is a collection, tensor or array that holds nothing but numbers."""
     if isinstance(value, _ARRAYS):
         return True
     if not isinstance(value, NESTS) or depth == 0:
         return False
     inside = value.values() if isinstance(value, dict) else value
-    return all(isinstance(one, SCALARS) or _is_plain(one, depth - 1) for one in inside)
+    return all(isinstance(one, SCALARS) or is_plain(one, depth - 1) for one in inside)
 
 
 def _parts(state: Any, depth: int = _DEPTH) -> Iterator[Any]:

@@ -61,6 +61,8 @@ class Unsaved:
         self._told: set[str] = set()
         # The data, and which loaders handlers fetch from, it or others.
         self._fetches: tuple[Any, Fetched] | None = None
+        # What a resumed run is to set once more as its epoch begins.
+        self._set_by_epoch: dict[str, str] = {}
 
     @property
     def _engine(self) -> Engine:
@@ -95,8 +97,16 @@ class Unsaved:
 
     def batches_begin(self, objects: Mapping[str, Any]) -> None:
         """Notes what there is after them."""
-        if not self._off and self._engine.has_users_handler(Events.EPOCH_STARTED):
-            self._attached.batches_begin(self._used(objects))
+        expected, self._set_by_epoch = self._set_by_epoch, {}
+        if self._off:
+            return
+        used = self._used(objects)
+        if self._engine.has_users_handler(Events.EPOCH_STARTED):
+            self._attached.batches_begin(used)
+            self._made_again.batches_begin(used)
+        if expected:
+            found = self._made_again.set_otherwise(expected, Values(used))
+            self._tell(self._new(found), MADE_OTHERWISE)
 
     @property
     def looks_after_steps(self) -> bool:
@@ -154,7 +164,7 @@ class Unsaved:
         if self._begun is not None:
             now = Values(used)
             self._tell(self._made_otherwise(now), MADE_OTHERWISE)
-            changed = self._made_again.sift(now, self._begun, self._told)
+            changed = self._made_again.sift(now, self._begun, self._told, ended)
             self._tell(self._new([*changed, *used.saved.left_out]), FORGOTTEN)
             engines = now.engines
         closed = (_closed(named(at), error) for at, error in used.closed.items())
@@ -178,7 +188,11 @@ class Unsaved:
 
     def made(self) -> dict[str, Any]:
         """Returns what a resumed run is to make again, for the state."""
-        return {"again": self._made_again.record(), "by the first step": self._attached.made}
+        return {
+            "again": self._made_again.record(),
+            "by the first step": self._attached.made,
+            "as the epoch began": self._made_again.set_anew,
+        }
 
     # ------------------------------------------------------------ when a run goes on
 
@@ -187,6 +201,7 @@ class Unsaved:
         made = snapshot.get("made", {"again": {}, "by the first step": []})
         self._made_again.expect(made["again"])
         self._attached.expect(made["by the first step"])
+        self._set_by_epoch = dict(made.get("as the epoch began", {}))
         self._looks = LOOKS
         if snapshot["position"] is not None:
             # Before any handler fires that iterates over one of them.

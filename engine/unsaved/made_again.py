@@ -9,17 +9,24 @@ told. What changes from one look to the next is not of this kind, and is told wh
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Container, Iterable, Mapping
+from functools import cached_property
 from typing import Any, Final
 
 from crosstrain.engine.digest import digest
-from crosstrain.engine.guards import own_attributes
+from crosstrain.engine.events import Events
+from crosstrain.engine.guards import is_a, own_attributes
 from crosstrain.engine.proof import Proof
 
 from .changed_values import Begun, Place, Values
+from .contents_of_states import is_plain
 from .functions import layers_of, methods_in
 from .made_where_missing import is_made_lazily, is_read_by_key
+from .makers_in_source import is_written_into
+from .set_anew import is_written_where_read, read_before, set_at
 from .signatures import NESTS, PLAIN, signature_of
+from .used import Used
 
 #: After so many iterations it is known whether what was made again stays what it is.
 LOOKS: Final = 2
@@ -37,10 +44,14 @@ class MadeAgain:
         self._taken: dict[str, tuple[Any, _Digests]] = {}
         self._expected: dict[str, _Digests] = {}
         self._equal: set[str] = set()
+        # What handlers of EPOCH_STARTED have set, by whose it is and its name.
+        self._set: dict[tuple[int, str], Any] = {}
+        # Of what they have set, and a run that goes on within the epoch sets once more, digests.
+        self._anew: dict[str, str] = {}
 
     def begin(self) -> None:
         """Forgets what the run before in this process has made."""
-        self._kept, self._taken = {}, {}
+        self._kept, self._taken, self._set, self._anew = {}, {}, {}, {}
 
     def expect(self, record: Mapping[str, Mapping[str, str]]) -> None:
         """Takes what the run had made whose state is gone on from, as of `record`."""
@@ -50,20 +61,48 @@ class MadeAgain:
     @property
     def expects(self) -> bool:
         """Whether something was made that this run has not made again, or not looked at yet."""
-        return bool(self._expected)
+        return bool(self._expected or self._equal)
 
     def record(self) -> dict[str, _Digests]:
         """Returns the digests of what was made, by name, for a state."""
         return {**self._expected, **{name: dict(found) for name, found in self._kept.items()}}
 
-    def sift(self, now: Values, begun: Begun, told: Container[str]) -> list[str]:
+    def batches_begin(self, used: Used) -> None:
+        """Notes what handlers of EPOCH_STARTED have set."""
+        self._set = {
+            (id(holder), name): signature_of(own[name])
+            for holder, name in set_at(used, Events.EPOCH_STARTED)
+            if name in (own := own_attributes(holder) or {})
+        }
+
+    def set_otherwise(self, expected: Mapping[str, str], now: Values) -> list[str]:
+        """Returns the names of what they have set, and that is other than `set_anew` had it."""
+        found = {named(place): value for place, value in now.values.items()}
+        return [
+            name for name, then in expected.items() if name in found and digest(found[name]) != then
+        ]
+
+    @property
+    def set_anew(self) -> dict[str, str]:
+        """Digests of what a run that goes on within this epoch sets once more, by name."""
+        return dict(self._anew)
+
+    def sift(
+        self, now: Values, begun: Begun, told: Container[str], ended: bool = False
+    ) -> list[str]:
         """Keeps the digests of what was made where it was missing; returns what is to be told.
 
-        What was told before is not looked at.
+        What was told before is not looked at, nor what is set before it is read.
         """
         left: list[str] = []
+        self._anew = {}
+        is_set = _SetAnew(now, self._set, ended)
         for place in now.changed(begun):
             if (name := named(place)) in told or _is_written_first(now, begun, place):
+                continue
+            if is_set.anew(place):
+                if not ended and is_set.with_epoch(place):
+                    self._anew[name] = digest(now.values[place])
                 continue
             before, found = self._kept.pop(name, {}), self._digests_of(now, place)
             if found is None or not _goes_with(before, found) or not before.keys() <= found.keys():
@@ -91,7 +130,7 @@ class MadeAgain:
         return differ
 
     def sift_data(self, dataset: Any, lost: Iterable[str]) -> list[str]:
-        """Does what `sift` does for what has changed of a dataset and is too large to save.
+        """Does what `sift` does for what has changed of a dataset and is in no state.
 
         Each of these names, such as `dataset.index`, is given once.
         """
@@ -144,6 +183,51 @@ class MadeAgain:
         return taken[1]
 
 
+class _SetAnew:
+    """Tells what is set before it is read, wherever a run goes on from where it is now.
+
+    Args:
+        now: what there is.
+        by_epoch: what handlers of EPOCH_STARTED have set in this epoch, by whose it is and its
+            name: what they are compared by.
+        ended: whether the epoch has ended.
+    """
+
+    def __init__(self, now: Values, by_epoch: Mapping[tuple[int, str], Any], ended: bool) -> None:
+        self._now, self._by_epoch, self._ended = now, by_epoch, ended
+
+    @cached_property
+    def _with_iterations(self) -> set[tuple[int, str]]:
+        return self._set_at(Events.ITERATION_STARTED)
+
+    @cached_property
+    def _with_epochs(self) -> set[tuple[int, str]]:
+        return self._set_at(Events.EPOCH_STARTED)
+
+    def _set_at(self, event: Events) -> set[tuple[int, str]]:
+        found = {(id(holder), name) for holder, name in set_at(self._now.used, event)}
+        read = read_before(self._now.used, event) if found else frozenset[str]()
+        return {one for one in found if one[1] not in read}
+
+    def with_epoch(self, place: Place) -> bool:
+        """Tells whether it is what the handlers of this epoch's beginning have set."""
+        holder, name = self._now.holder_of(place)
+        key = id(holder), name
+        value = self._now.values.get(place, holder)
+        if key not in self._with_epochs or not (isinstance(value, PLAIN) or is_plain(value)):
+            return False
+        return self._ended or self._by_epoch.get(key) == self._now.signatures[place]
+
+    def anew(self, place: Place) -> bool:
+        """Tells whether it is set before it is read."""
+        holder, name = held = self._now.holder_of(place)
+        if holder is None:
+            return False
+        if is_written_where_read(held, self._now.functions):
+            return True
+        return (id(holder), name) in self._with_iterations or self.with_epoch(place)
+
+
 def _is_written_first(now: Values, begun: Begun, place: Place) -> bool:
     """Tells whether something was an empty mapping that is read by keys that have to be there."""
     if type(now.values.get(place)) is not dict or begun.signatures.get(place) != signature_of({}):
@@ -152,13 +236,26 @@ def _is_written_first(now: Values, begun: Begun, place: Place) -> bool:
 
 
 def _digests_of_data(dataset: Any, name: str) -> _Digests | None:
-    """Returns the digest of a dataset's list or mapping that is made lazily; None if it is not."""
-    head, _, own = name.rpartition(".")
+    """Returns the digest of a dataset's list or mapping that is made lazily; None if it is not.
+
+    Of another mapping than a dictionary, such as a file that is opened with the first sample, it is
+    that of the keys: the numbers are not read. One that is written into is another matter.
+    """
+    head, *path, own = name.split(".")
+    for part in path if head == "dataset" else ():
+        dataset = (own_attributes(dataset) or {}).get(part)
     value = (own_attributes(dataset) or {}).get(own) if head == "dataset" else None
-    if not isinstance(value, (list, dict)) or not value:
+    is_file = is_a(value, Mapping) and not is_a(value, dict)
+    if not is_file and not isinstance(value, (list, dict)):
         return None
     functions = [one for each in methods_in(type(dataset)).values() for one in layers_of(each)]
-    return {"": digest(value)} if is_made_lazily(f"self.{own}", functions) else None
+    if not is_made_lazily(f"self.{own}", functions):
+        return None
+    if is_file and any(is_written_into(one.__code__, own) for one in functions):
+        return None
+    with contextlib.suppress(Exception):  # What is of another package may raise anything.
+        return {"": digest(sorted(map(repr, value)) if is_file else value)} if value else None
+    return None
 
 
 def named(place: Place) -> str:

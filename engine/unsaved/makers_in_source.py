@@ -469,6 +469,26 @@ def is_read_by_key_in(code: types.CodeType, name: str, variable: bool) -> bool:
     return all(_is_item(node, above) for node, above in places._nodes if places._is_mention(node))
 
 
+@lru_cache(maxsize=KEPT)
+def is_written_into(code: types.CodeType, name: str) -> bool:
+    """Tells whether a function may set items of what an object has by a name."""
+    if not _mentions_by_name(code, name):
+        return False
+    if (tree := syntax_tree(code)) is None:
+        return True
+    places = _Places(tree, name, False)
+    aliases = {name, *places._aliases}
+    return any(
+        isinstance(above[-1], (ast.Attribute, ast.Subscript))
+        and (
+            not isinstance(above[-1].ctx, ast.Load)
+            or getattr(above[-1], "attr", "") in {*_CHANGES, "setdefault"}
+        )
+        for node, above in places._nodes
+        if name_of(node) in aliases and above
+    )
+
+
 def _is_item(node: ast.AST, above: Above) -> bool:
     """Tells whether a mapping is used for one item: that is set in any case, or has to be there."""
     item = above[-1]

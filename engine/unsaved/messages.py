@@ -34,9 +34,10 @@ NOT_MADE_BY_STEP = (
 #: What a resumed run has found of itself, which stands in its proof.
 FOUND_BY_RESUMED = (NOT_MADE_AGAIN, MADE_OTHERWISE, NOT_MADE_BY_STEP)
 LOST = (
-    "A resumed run will begin without what has changed of {}: it is too large to be a part of the "
-    "trainer's state. Keep it in an object that is named in to_save, or let a handler of "
-    "EPOCH_STARTED make it anew. If what is trained on does not depend on it"
+    "A resumed run will begin without what has changed of {}: of data, the trainer's state holds "
+    "numbers, words, and small lists, dictionaries, arrays and tensors. Keep it in an object that "
+    "is named in to_save, or let a handler of EPOCH_STARTED make it anew. If what is trained on "
+    "does not depend on it"
 )
 CLOSED = (
     "Whether a resumed run begins without what has changed of {} cannot be told: looking at it "

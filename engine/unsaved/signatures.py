@@ -14,6 +14,7 @@ import queue
 import threading
 import types
 import weakref
+from collections.abc import Container
 from typing import Any, Final
 
 import numpy
@@ -119,11 +120,20 @@ def _signature_of_data(value: Any, depth: int) -> Any:
         return None
 
 
-def state_signature_of(value: Any) -> Any:
-    """Returns what changes when an object's state does; None where it cannot be told."""
+def state_signature_of(value: Any, known: Container[int] = (), parted: bool = False) -> Any:
+    """Returns what changes when an object's state does; None where it cannot be told.
+
+    Of a module, the tensors that are `known` by `id` count as which they are, not by what they
+    hold: their state is saved with another, as of an average whose inner module is named. Of an
+    optimizer whose groups another changes that may be `parted` from it, each step counts.
+    """
     if is_module(value):
         tensors = [*value.parameters(), *value.buffers()]
-        return [(id(tensor), _version(tensor)) for tensor in tensors]
+        return [(id(one), None if id(one) in known else _version(one)) for one in tensors]
+    if isinstance(value, Optimizer) and not (value.state or parted):
+        # It keeps nothing of its steps, as without momentum: it is what it was set to.
+        groups = [{**one, "params": [*map(id, one["params"])]} for one in value.param_groups]
+        return signature_of(groups)
     if isinstance(value, Optimizer):
         tensors = [p for group in value.param_groups for p in group["params"]]
         return len(value.state), [

@@ -10,8 +10,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from torch.nn import Module
+from torch.optim import Optimizer
 
-from crosstrain.engine.structure import named
+from crosstrain.engine.structure import keeps_groups, named
 
 from .added_attributes import Holders
 from .contents_of_states import Saved
@@ -104,6 +105,8 @@ class Used:
             if id(value) in found:
                 continue
             found.add(id(value))
+            if isinstance(value, Optimizer) and keeps_groups(value):
+                found |= {id(value.param_groups), *map(id, value.param_groups)}
             if isinstance(value, Module):
                 parts = (*value.modules(), *value.parameters(), *value.buffers())
                 found |= {id(part) for part in parts}

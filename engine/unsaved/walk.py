@@ -128,6 +128,9 @@ class Walk:
     def note_metric(self, value: Any, owner: str, name: str) -> None:
         """Is given a metric of pytorch-ignite's; once."""
 
+    def note_holder(self, holder: Any, attribute: str, owner: str, name: str) -> None:
+        """Is told whose attribute it is that is looked at next."""
+
     # ------------------------------------------------------------ functions
 
     def function(self, function: Any, name: str, depth: int) -> None:
@@ -209,8 +212,9 @@ class Walk:
                     if not holders.are_named_in(plain):
                         continue
                     variables = variables_of(plain)
-                    for where, name, value, uses in holders.used_by(plain, variables):
-                        self._used(value, where, name, DEPTH, uses, variables)
+                    for where, name, holder, uses in holders.used_by(plain, variables):
+                        self.note_holder(holder, name, where, name)
+                        self._used(vars(holder)[name], where, name, DEPTH, uses, variables)
                     for called, method in holders.methods_used_by(plain, variables):
                         self.function(method, called, DEPTH)
                 begun[id(holders)] = count
@@ -380,6 +384,7 @@ class Walk:
             item, some = own[attribute], frozenset(found) or ALL
             if (id(value), attribute, some) not in self._seen:
                 self._seen.add((id(value), attribute, some))
+                self.note_holder(value, attribute, owner, f"{name}.{attribute}")
                 self.value(item, owner, f"{name}.{attribute}", depth - 1, some)
 
     def _uses_of_self(

@@ -366,3 +366,33 @@ def test_hooks_that_are_not_made_again_are_told(tmp_path: Path) -> None:
     _capture(tmp_path, 1)
     _, said = _capture(tmp_path, 2, installs=False)
     assert [text for text in said if "model.inner.installed told" in text], said
+
+
+@pytest.mark.parametrize("held", ["the list", "a group"])
+def test_groups_that_a_handler_holds_are_those_that_take_the_state(
+    held: str, tmp_path: Path
+) -> None:
+    def run(folder: Path, epochs: int) -> list[Any]:
+        manual_seed(3)
+        model = nn.Linear(2, 1)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        groups, group = optimizer.param_groups, optimizer.param_groups[0]
+        trainer = create_supervised_trainer(
+            model, optimizer, nn.functional.mse_loss, deterministic=True
+        )
+
+        @trainer.on(Events.EPOCH_COMPLETED)
+        def decay(engine: Any) -> None:
+            one = groups[0] if held == "the list" else group
+            one["lr"] = 0.1 / 2**engine.state.epoch
+
+        resume_or_start(trainer, {"model": model, "optimizer": optimizer}, folder, 3, signals=())
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            trainer.run([(torch.ones(2, 2), torch.ones(2, 1))] * 4, max_epochs=epochs)
+        assert optimizer.param_groups[0] is group
+        return model.weight.tolist()
+
+    straight = run(tmp_path / "straight", 4)
+    run(tmp_path / "resumed", 2)
+    assert run(tmp_path / "resumed", 4) == straight

@@ -1,0 +1,245 @@
+"""What is set anew before anything reads it: whenever an epoch or an iteration begins, or at once.
+
+    @trainer.on(Events.EPOCH_STARTED)
+    def draw():
+        mixup.lam = random.betavariate(0.4, 0.4)
+
+A run that goes on calls such a handler first, with the random states that the epoch began with, and
+a `forward` that keeps `self.factors` for what it calls next has written them before they are read.
+None of that needs a checkpoint. That it is so, the source has to show: the value is set by a
+statement that is done in any case, and not by what it was. In doubt the answer is no.
+"""
+
+from __future__ import annotations
+
+import ast
+import dis
+import inspect
+import types
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
+from typing import Any, Final
+
+from crosstrain.engine.events import Events
+from crosstrain.engine.guards import is_others, own_attributes
+from crosstrain.engine.nests import is_module
+
+from .functions import functions_of_data, layers_of, variables_of
+from .source import KEPT, syntax_tree
+from .used import Used
+from .uses_in_source import Use
+from .walk import Walk
+
+#: An object's attribute: whose, and its name.
+Held = tuple[Any, str]
+
+_LEAVES: Final = (ast.Return, ast.Raise, ast.Yield, ast.YieldFrom, ast.Await)
+_LOADS: Final = frozenset({"LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "DELETE_ATTR"})
+# How far calls are followed from a handler.
+_DEPTH: Final = 4
+# What comes after each of the two, before what it has set is set once more.
+_AFTER: Final = {
+    Events.EPOCH_STARTED: frozenset(
+        {"GET_BATCH_STARTED", "GET_BATCH_COMPLETED", "ITERATION_STARTED"}
+        | {"ITERATION_COMPLETED", "EPOCH_COMPLETED"}
+    ),
+    Events.ITERATION_STARTED: frozenset({"ITERATION_COMPLETED"}),
+}
+
+
+def set_at(used: Used, event: Events) -> list[Held]:
+    """Returns the attributes that handlers of an event set each time, whatever these were."""
+    slot = used.engine._handlers.require(event)
+    found: list[Held] = []
+    for handler, takes_engine, extra in slot.bindings():
+        every, offset, window, args, named = extra or (0, 0, None, (), {})
+        if every <= 1 and offset == 0 and window is None:
+            found += _set_by(handler, [*[used.engine] * takes_engine, *args], named, _DEPTH)
+    return found
+
+
+def _set_by(
+    function: Any, given: Sequence[Any], named: Mapping[str, Any], depth: int
+) -> Iterator[Held]:
+    """Yields the attributes that a call sets in any case; what is passed may be None: unknown."""
+    layers = layers_of(function)
+    if not layers or depth == 0 or not all(map(is_others, layers[:-1])) or is_others(layers[-1]):
+        return
+    plain, owner = layers[-1], getattr(function, "__self__", None)
+    names = plain.__code__.co_varnames[: plain.__code__.co_argcount]
+    values = given if owner is None else [owner, *given]
+    known = _known_in(plain, {**dict(zip(names, values, strict=False)), **named})
+    for statement in _surely_done(plain.__code__):
+        yield from _set_in(statement, known, depth)
+
+
+def _known_in(plain: types.FunctionType, passed: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what variables of a function stand for, but for those that it sets itself."""
+    known = {**variables_of(plain), **passed}
+    return {name: known[name] for name in known.keys() - _stored_in(plain.__code__)}
+
+
+def _set_in(statement: ast.stmt, known: Mapping[str, Any], depth: int) -> Iterator[Held]:
+    """Yields the attributes that a statement sets, itself or by what it calls."""
+    for target in _targets(statement):
+        if (holder := _resolved(target.value, known)) is not None:
+            yield holder, target.attr
+    call = getattr(statement, "value", None)
+    if isinstance(statement, ast.Expr) and isinstance(call, ast.Call):
+        passed = [_resolved(one, known) for one in call.args]
+        by_name = {str(one.arg): _resolved(one.value, known) for one in call.keywords}
+        if "None" not in by_name and not any(isinstance(one, ast.Starred) for one in call.args):
+            yield from _set_by(_resolved(call.func, known), passed, by_name, depth - 1)
+
+
+def _surely_done(code: types.CodeType) -> Iterator[ast.stmt]:
+    """Yields the statements of a function that are done whenever it is called."""
+    tree: Any = syntax_tree(code)
+    # Of several lambdas in one statement, nobody knows which it is.
+    (outer,) = body if len(body := getattr(tree, "body", [])) == 1 else [None]
+    inner = outer.value if isinstance(outer, ast.Expr) else outer
+    if isinstance(inner, ast.Lambda):
+        yield ast.Expr(inner.body)
+    for statement in inner.body if isinstance(inner, ast.FunctionDef) else ():
+        yield statement
+        if any(isinstance(one, _LEAVES) for one in ast.walk(statement)):
+            return
+
+
+@lru_cache(maxsize=KEPT)
+def _stored_in(code: types.CodeType) -> frozenset[str]:
+    """Returns the variables that a function sets itself."""
+    inside = ast.walk(syntax_tree(code) or ast.Pass())
+    return frozenset(
+        one.id for one in inside if isinstance(one, ast.Name) and not isinstance(one.ctx, ast.Load)
+    )
+
+
+def _targets(statement: ast.stmt) -> list[ast.Attribute]:
+    """Returns the attributes that a statement sets, if it does no more."""
+    targets: list[ast.expr] = []
+    if isinstance(statement, ast.Assign):
+        targets = statement.targets
+    elif isinstance(statement, ast.AnnAssign) and statement.value is not None:
+        targets = [statement.target]
+    inside = [part for one in targets for part in getattr(one, "elts", [one])]
+    return [one for one in inside if isinstance(one, ast.Attribute)]
+
+
+def _resolved(node: ast.AST, known: Mapping[str, Any]) -> Any:
+    """Returns what a variable, or an attribute of one, is now; None where that is not known."""
+    if isinstance(node, ast.Name):
+        return known.get(node.id)
+    if not isinstance(node, ast.Attribute) or (base := _resolved(node.value, known)) is None:
+        return None
+    own = own_attributes(base) or {}
+    if node.attr in own:
+        return own[node.attr]
+    if is_module(base) and node.attr in base._modules:
+        return base._modules[node.attr]
+    method = inspect.getattr_static(type(base), node.attr, None)
+    return types.MethodType(method, base) if inspect.isfunction(method) else None
+
+
+# ------------------------------------------------------------------------------ what reads it
+
+
+def read_before(used: Used, event: Events) -> frozenset[str]:
+    """Returns the names of attributes that may be read before handlers of an event set them.
+
+    By what fires at another event than those that follow, by these handlers themselves, and by what
+    fetches the data, which may be ahead.
+    """
+    before: dict[str, Any] = dict(functions_of_data(used.engine.state.dataloader))
+    for slot in used.engine._handlers:
+        if slot.name not in _AFTER[event]:
+            for handler, _, extra in slot.bindings():
+                if extra is not None and (extra[3] or extra[4]):
+                    handler = partial(handler, *extra[3], **extra[4])
+                before[f"{slot.name}, number {len(before)}"] = handler
+                if extra is not None and extra[2] is not None:
+                    before[f"a filter, number {len(before)}"] = extra[2][-1]
+    walk = _Reached(used)
+    walk.from_functions({name: one for name, one in before.items() if one is not None})
+    if walk.computes:
+        walk.from_functions(used.of_trained)
+    return frozenset[str]().union(*(_loaded(one.__code__) for one in walk.functions))
+
+
+class _Reached(Walk):
+    """Comes to the functions that some call, and tells whether they compute by a model."""
+
+    def __init__(self, used: Used) -> None:
+        super().__init__(used.known, used.recorded, [used.holders], used.saved)
+        self.computes = False
+
+    def look(self, value: Any, owner: str, name: str, depth: int, uses: frozenset[Use]) -> None:
+        """Notes a model that may be called: more is done with it than to set what it holds."""
+        if is_module(value):
+            self.computes |= any(use.read for use in uses)
+        super().look(value, owner, name, depth, uses)
+
+    def _used(
+        self,
+        value: Any,
+        owner: str,
+        name: str,
+        depth: int,
+        uses: frozenset[Use],
+        variables: Mapping[str, Any],
+    ) -> None:
+        # What ends in a log is read, too.
+        every = {one._replace(read=one.read or one.into is not None, into=None) for one in uses}
+        self.value(value, owner, name, depth, frozenset(every))
+
+
+@lru_cache(maxsize=KEPT)
+def _loaded(code: types.CodeType) -> frozenset[str]:
+    """Returns the attributes that a function loads, and its words, which may be names of some."""
+    found = {one.argval for one in dis.get_instructions(code) if one.opname in _LOADS}
+    found |= {one for one in code.co_consts if isinstance(one, str)}
+    inner = (one for one in code.co_consts if isinstance(one, types.CodeType))
+    return frozenset(found).union(*map(_loaded, inner))
+
+
+def is_written_where_read(held: Held, functions: Iterable[types.FunctionType]) -> bool:
+    """Tells whether each function that reads an attribute has set it before, in any case."""
+    found = [one for one in functions if held[1] in _loaded(one.__code__)]
+    return bool(found) and all(_writes_first(one, held) for one in found)
+
+
+def _writes_first(function: types.FunctionType, held: Held) -> bool:
+    code, (holder, name) = function.__code__, held
+    loads = _loads_of(code, name)
+    if loads is None:
+        return False
+    known, stored = _known_in(function, {}), _stored_in(code)
+    for statement in _surely_done(code):
+        end = statement.end_lineno or 0, statement.end_col_offset or 0
+        if any((one.lineno, one.col_offset) < end for one in loads):
+            return False
+        if any(one is holder and own == name for one, own in _set_in(statement, known, _DEPTH)):
+            return True
+        # Of whichever object: it is read of the same one, such as `self`.
+        bases = {ast.unparse(one.value) for one in _targets(statement) if one.attr == name}
+        if bases & set(code.co_varnames) - stored >= {ast.unparse(one.value) for one in loads}:
+            return bool(bases)
+    return False
+
+
+@lru_cache(maxsize=KEPT)
+def _loads_of(code: types.CodeType, name: str) -> list[ast.Attribute] | None:
+    """Returns where a function loads an attribute; None where that is not known."""
+    tree = syntax_tree(code)
+    if tree is None or name in code.co_consts:
+        return None
+    inside = [*ast.walk(tree)]
+    called = {id(one.func) for one in inside if isinstance(one, ast.Call)}
+    return [
+        one
+        for one in inside
+        if isinstance(one, ast.Attribute)
+        and one.attr == name
+        and not isinstance(one.ctx, ast.Store)
+        and id(one) not in called
+    ]
