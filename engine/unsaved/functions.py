@@ -172,8 +172,16 @@ def functions_of_data(data: Any) -> dict[str, Any]:
 
 
 def classes_of_data(data: Any) -> dict[str, type]:
-    """Returns the classes of the user's that data is fetched with, by what to call these."""
-    return {f"the {place}": type(owner) for place, owner in _fetching(data)}
+    """Returns the classes of the user's that data is fetched with, by what to call these.
+
+    What those of installed packages keep, such as h5py's of a file, is theirs, as its globals are.
+    """
+    found = {f"the {place}": type(owner) for place, owner in _fetching(data)}
+    return {
+        place: kind
+        for place, kind in found.items()
+        if is_users_file(sys.modules.get(module_of(kind)))
+    }
 
 
 def _fetching(data: Any) -> Iterator[tuple[str, Any]]:
