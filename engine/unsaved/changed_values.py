@@ -12,16 +12,20 @@ which fire once more on a resume, have then done their part.
 from __future__ import annotations
 
 import dis
+import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Dataset
 
+from crosstrain.engine.digest import attributes_of
+from crosstrain.engine.guards import is_a, module_of
 from crosstrain.engine.nests import is_module
 from crosstrain.engine.structure import keeps_groups
 
 from .contents_of_states import tensors_in
-from .functions import FETCHES
+from .functions import FETCHES, is_users_file, parts_of_data
 from .set_anew import Held
 from .signatures import signature_of, state_signature_of
 from .source import words_in
@@ -29,6 +33,7 @@ from .used import Used
 from .uses_in_source import ALL, Use, attributes_used
 from .walk import DEPTH, Walk
 
+_FETCHES: Final = frozenset(Use((method,), True) for method in FETCHES)
 #: Whose something is, a function's as a rule, and what that calls it.
 Place = tuple[str, str]
 
@@ -73,9 +78,13 @@ class Values(Walk):
         # pytorch-ignite's: a state only where something reads what they come to.
         self._metrics: dict[Place, Any] = {}
         self.from_functions(used.functions)
-        fetches = frozenset(Use((method,), True) for method in FETCHES)
-        for called, kind in used.classes_of_data.items():
-            self._class(kind, called, kind.__name__, DEPTH, fetches)
+        for place, part in used.data.items():
+            kind: Any = type(part)
+            # What those of installed packages keep, such as h5py's of a file, is theirs.
+            if is_users_file(sys.modules.get(module_of(kind))):
+                self._class(kind, f"the {place}", kind.__name__, DEPTH, _FETCHES)
+            for name, value in attributes_of(part).items():
+                self._fetched(value, f"the {place}", name)
         self._settle()
         if self._reads_metrics():
             self.signatures |= self._metrics
@@ -130,6 +139,20 @@ class Values(Walk):
         return self._holders_of.get(place, (None, place[1]))
 
     # ------------------------------------------------------------ what is noted on the way
+
+    def look(self, value: Any, owner: str, name: str, depth: int, uses: frozenset[Use]) -> None:
+        """Looks also into a loader or a dataset that the data fetches from."""
+        super().look(value, owner, name, depth, uses)
+        if owner in self.used.of_data:
+            self._fetched(value, owner, name)
+
+    def _fetched(self, value: Any, owner: str, name: str) -> None:
+        """Looks into a loader or a dataset that the data fetches from, and the position lacks."""
+        if is_a(value, DataLoader, Dataset) and id(value) not in self._known:
+            saved = {id(part) for part in self.used.data.values()}
+            for place, part in parts_of_data(value):
+                if id(part) not in saved:
+                    self.attributes(part, owner, f"{name}.{place}", DEPTH, _FETCHES)
 
     def note_holder(self, holder: Any, attribute: str, owner: str, name: str) -> None:
         """Keeps whose attribute it is that is found there."""

@@ -160,7 +160,7 @@ def functions_of_data(data: Any) -> dict[str, Any]:
                 found[f"the {name}"] = function
         if is_users_object(loader):
             found["the loader's __iter__"] = loader.__iter__
-    for place, owner in _fetching(data):
+    for place, owner in parts_of_data(data):
         for method in FETCHES:
             function = getattr(type(owner), method, None)
             if inspect.isfunction(function):
@@ -171,20 +171,7 @@ def functions_of_data(data: Any) -> dict[str, Any]:
     return found
 
 
-def classes_of_data(data: Any) -> dict[str, type]:
-    """Returns the classes of the user's that data is fetched with, by what to call these.
-
-    What those of installed packages keep, such as h5py's of a file, is theirs, as its globals are.
-    """
-    found = {f"the {place}": type(owner) for place, owner in _fetching(data)}
-    return {
-        place: kind
-        for place, kind in found.items()
-        if is_users_file(sys.modules.get(module_of(kind)))
-    }
-
-
-def _fetching(data: Any) -> Iterator[tuple[str, Any]]:
+def parts_of_data(data: Any) -> Iterator[tuple[str, Any]]:
     """Yields the objects of the user's that data is fetched with, and what to call them."""
     owners = {"data": data}
     if isinstance(data, DataLoader):

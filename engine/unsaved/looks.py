@@ -19,7 +19,6 @@ from crosstrain.engine.structure import Structure
 
 from .changed_values import Begun, Values
 from .drawn_from import unnamed_sources
-from .functions import functions_of_data
 from .gradients_read import reads_gradients
 from .handlers_and_hooks import Attached
 from .loaders_in_handlers import Fetched, who_fetches
@@ -184,7 +183,7 @@ class Unsaved:
             return False
         engine, used = self._engine, self._used(objects)
         handlers = (function for _, function in engine._handlers.all_functions(within))
-        others = {**functions_of_data(engine.state.dataloader), **used.held}
+        others = {**used.of_data, **used.held}
         return reads_gradients(used, (*handlers, *others.values()))
 
     def made(self) -> dict[str, Any]:

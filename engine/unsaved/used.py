@@ -17,11 +17,11 @@ from crosstrain.engine.structure import keeps_groups, named
 from .added_attributes import Holders
 from .contents_of_states import Saved
 from .functions import (
-    classes_of_data,
     functions_held,
     functions_of_data,
     functions_of_trained,
     hooks_of_all,
+    parts_of_data,
 )
 
 if TYPE_CHECKING:
@@ -61,8 +61,13 @@ class Used:
             # Lambdas of one function are called alike.
             count = 1 + sum(one.startswith(called) for one in found)
             found[called if count == 1 else f"{called}, number {count}"] = function
-        found.update(functions_of_data(engine.state.dataloader))
+        found.update(self.of_data)
         return {**found, **self.held, **self.of_trained, **hooks_of_all()}
+
+    @cached_property
+    def of_data(self) -> dict[str, Any]:
+        """What the data is fetched by."""
+        return functions_of_data(self.engine.state.dataloader)
 
     @cached_property
     def held(self) -> dict[str, Any]:
@@ -75,9 +80,9 @@ class Used:
         return found
 
     @cached_property
-    def classes_of_data(self) -> dict[str, type]:
-        """The classes of what fetches the data, which may keep what all their objects use."""
-        return classes_of_data(self.engine.state.dataloader)
+    def data(self) -> dict[str, Any]:
+        """What fetches the data, whose attributes are saved with the position."""
+        return dict(parts_of_data(self.engine.state.dataloader))
 
     # ------------------------------------------------------------ what a checkpoint has of it
 

@@ -471,6 +471,49 @@ def test_what_data_is_fetched_by_is_looked_into_wherever_it_lies(
         trainer.run(loader, max_epochs=2)
 
 
+class Pair:
+    """Two loaders in step, which it holds or finds among its module's variables."""
+
+    def __init__(self, held: list[Any]) -> None:
+        self.held = held
+        self.first = held[0] if held else None
+
+    def __iter__(self) -> Any:
+        pair = [self.first, self.held[1]] if self.held else LOADERS
+        return ((x + z, y) for (x, y), (z, _) in zip(*pair, strict=True))
+
+
+LOADERS: list[Any] = []
+
+
+@pytest.mark.parametrize("how", ["held", "a variable of the module"])
+@pytest.mark.parametrize("changes", [False, True])
+def test_what_is_changed_of_data_within_data_is_told(
+    how: str, changes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = ByScale("an object", True)
+    loaders = [DataLoader(TensorDataset(torch.ones(8, 2), torch.ones(8, 1)), 2)]
+    loaders.insert(0, DataLoader(Subset(dataset, range(8)), 2))
+    monkeypatch.setattr(sys.modules[__name__], "LOADERS", loaders)
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    trainer = create_supervised_trainer(
+        model, optimizer, nn.functional.mse_loss, deterministic=True
+    )
+
+    @trainer.on(Events.EPOCH_COMPLETED)
+    def grow() -> None:
+        assert dataset.given
+        dataset.given.scale += 0.1 * changes
+        trainer.state_dict()
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        trainer.run(Pair(loaders if how == "held" else []), max_epochs=2)
+    said = [str(one.message) for one in told if issubclass(one.category, ResumeWarning)]
+    assert any("dataset.given.scale'" in one for one in said) == changes, said
+
+
 def test_a_loss_that_learns_is_told_unless_it_is_named() -> None:
     said = _told(None, Counter(), loss=Learned())
     assert len(said) == 1, said
