@@ -12,6 +12,7 @@ which fire once more on a resume, have then done their part.
 from __future__ import annotations
 
 import dis
+import sys
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -19,12 +20,12 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
 from crosstrain.engine.digest import attributes_of
-from crosstrain.engine.guards import is_a
+from crosstrain.engine.guards import is_a, module_of
 from crosstrain.engine.nests import is_module
 from crosstrain.engine.structure import keeps_groups
 
 from .contents_of_states import tensors_in
-from .functions import FETCHES, parts_of_data
+from .functions import FETCHES, is_users_file, parts_of_data
 from .set_anew import Held
 from .signatures import signature_of, state_signature_of
 from .source import words_in
@@ -79,7 +80,9 @@ class Values(Walk):
         self.from_functions(used.functions)
         for place, part in used.data.items():
             kind: Any = type(part)
-            self._class(kind, f"the {place}", kind.__name__, DEPTH, _FETCHES)
+            # What those of installed packages keep, such as h5py's of a file, is theirs.
+            if is_users_file(sys.modules.get(module_of(kind))):
+                self._class(kind, f"the {place}", kind.__name__, DEPTH, _FETCHES)
             for name, value in attributes_of(part).items():
                 self._fetched(value, f"the {place}", name)
         self._settle()

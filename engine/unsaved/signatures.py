@@ -132,8 +132,12 @@ def state_signature_of(value: Any, known: Container[int] = (), parted: bool = Fa
         return [(id(one), None if id(one) in known else _version(one)) for one in tensors]
     if isinstance(value, Optimizer) and not (value.state or parted):
         # It keeps nothing of its steps, as without momentum: it is what it was set to.
-        groups = [{**one, "params": [*map(id, one["params"])]} for one in value.param_groups]
-        return signature_of(groups)
+        return signature_of(
+            [
+                id(one) if id(one) in known else {**one, "params": [*map(id, one["params"])]}
+                for one in value.param_groups
+            ]
+        )
     if isinstance(value, Optimizer):
         tensors = [p for group in value.param_groups for p in group["params"]]
         return len(value.state), [

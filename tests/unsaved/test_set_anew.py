@@ -615,8 +615,10 @@ def test_an_inner_optimizer_is_told_only_if_it_does_not_go_on_with_its_groups(
 
         return trainer, {"model": model, "optimizer": optimizer}, _loader()
 
-    # Before the rate has changed for the first time.
-    before, _, identical = _resumed(tmp_path, make, 2, 1)
+    # Before the rate has changed for the first time, and after.
+    before, _, identical = _resumed(tmp_path / "before", make, 2, 1)
+    if kind is Outer:
+        assert _resumed(tmp_path / "after", make, 6, 1) == ([], [], True)
     assert identical == (not schedules or kind is not LoadsItself)
     assert any("inner" in one for one in before) == (kind is LoadsItself)
 
