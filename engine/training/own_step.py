@@ -2,7 +2,7 @@
 
 A process function that steps its optimizer every few iterations has gradients between them that no
 `state_dict` of a model or an optimizer holds. They belong to the models and optimizers that the
-engine knows: those in `engine.objects`, and those that the function refers to.
+engine knows: those in `engine.objects`, those that the function refers to, those that are saved.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from crosstrain.backends.process_group import lay_out_made
 from crosstrain.engine.errors import ResumeWarning, warn_user
 from crosstrain.engine.guards import is_a
-from crosstrain.engine.nests import Path, is_plain_row
+from crosstrain.engine.nests import Path, is_module, is_plain_row
 from crosstrain.engine.ranks.world import unshared
 from crosstrain.engine.spread import keeps_gradients, parameters_of
 
@@ -134,14 +134,26 @@ class OwnStep:
     def _found(self) -> list[tuple[str, Any]]:
         """Returns the models and optimizers that are known, by name, each once."""
         engine = self._engine()
-        told = {} if engine is None else engine.objects
+        told, beside = ({}, {}) if engine is None else (engine.objects, engine.saved_beside)
         found: list[tuple[str, Any]] = []
         seen: set[int] = set()
         for name, thing in [*_flat(told), *_flat(_referred_to(self._function))]:
             if id(thing) not in seen:
                 seen.add(id(thing))
                 found.append((name, thing))
-        return found
+        # What the function comes to by other ways, such as an object of the user's: if it is
+        # trained, it is saved. A model may be known as the wrapper that it lies in.
+        known = {id(parameter) for _, thing in found for parameter in _parameters(thing)}
+        return found + [
+            (f"saved beside.{name}", thing)
+            for name, thing in beside.items()
+            if id(thing) not in seen
+            and not (is_module(thing) and known.issuperset(map(id, _parameters(thing))))
+        ]
+
+
+def _parameters(thing: Any) -> Iterable[torch.Tensor]:
+    return thing.parameters() if is_module(thing) else parameters_of(thing)
 
 
 def _divides_in_place(model: Any) -> bool:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +17,7 @@ from torch.amp.grad_scaler import GradScaler
 from training_runs import DTYPES, assert_same, batches, state_of
 
 from crosstrain import backends
-from crosstrain.engine import DeterministicEngine, Engine, Events
+from crosstrain.engine import DeterministicEngine, Engine, Events, resume_or_start
 
 judge = nn.functional.binary_cross_entropy_with_logits
 
@@ -150,6 +154,59 @@ def test_gradients_of_an_own_window_are_part_of_the_state(spec: str, how: str) -
     # Gradients that a step has used are left out where the function is seen to clear them.
     spent = {"before": {7, 11}, "closure": {7, 11}, "after": {3, 7}, "objects": {3, 7}}
     assert {place for place, window in enumerate(kept) if not window} == spent.get(how, set())
+
+
+class Parts:
+    """What is trained, in an object that the step comes to by some way."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(3)
+        self.model = nn.Linear(64, 10)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), 0.1, momentum=0.9)
+
+    @property
+    def both(self) -> tuple[Any, Any]:
+        return self.model, self.optimizer
+
+
+WAYS: dict[str, Callable[[Parts], Callable[[], Parts]]] = {
+    "a variable": lambda parts: lambda: parts,
+    "an object in a dict": lambda parts: partial({"parts": parts}.__getitem__, "parts"),
+    "a function in a list": lambda parts: lambda held=[lambda: parts]: held[0](),  # type: ignore[misc]
+    "a namespace": lambda parts: partial(getattr, SimpleNamespace(parts=parts), "parts"),
+    "a default": lambda parts: lambda held=parts: held,  # type: ignore[misc]
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_of_a_window_are_saved_however_the_step_comes_to_its_model(
+    tmp_path: Path, way: str
+) -> None:
+    data = batches(13)
+
+    def train(folder: Path, **options: Any) -> Parts:
+        parts = Parts()
+        get = WAYS[way](parts)
+
+        def step(engine: Engine, batch: Any) -> None:
+            (model, optimizer), (x, y) = get().both, batch
+            nn.functional.cross_entropy(model(x), y).backward()
+            if engine.state.iteration % 4 == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+
+        trainer = DeterministicEngine(step, seed=1)
+        objects = {"model": parts.model, "optimizer": parts.optimizer}
+        run = resume_or_start(trainer, objects, folder, 1, n_saved=None, **options)
+        trainer.run(data)
+        run.checkpoint.wait()
+        return parts
+
+    whole = train(tmp_path / "whole")
+    for place in (2, 7, 8, 12):
+        saved = tmp_path / "whole" / f"checkpoint_{place}.pt"
+        resumed = train(tmp_path / str(place), resume_from=saved)
+        assert_same(state_of(*resumed.both), state_of(*whole.both))
 
 
 def _norm(model: nn.Module) -> float:
