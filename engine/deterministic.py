@@ -217,7 +217,7 @@ class DeterministicEngine(RecordingEngine):
             self._cursor.exchange()
         elif self._place.open and resumption.is_of_ended_epoch:
             # A handler of this epoch's beginning: the run that was saved did the same after it.
-            self._cursor.exchange(resumption.snapshot["position"])
+            self._cursor.exchange(resumption.snapshot["position"], self._key)
             self._resumption = None
             self._prove(data)
         self.state.dataloader = data

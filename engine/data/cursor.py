@@ -276,9 +276,18 @@ class Cursor:
         self._consumed, self._begun = 0, False
         self.open(data, key)
 
-    def exchange(self, position: Mapping[str, Any] | None = None) -> None:
-        """Says that other data is opened next, as another pass of the run."""
+    def exchange(
+        self, position: Mapping[str, Any] | None = None, key: StreamKey | None = None
+    ) -> None:
+        """Says that other data is opened next, as another pass of the run.
+
+        Args:
+            position: where the run was that goes on so; None: where this is.
+            key: what keyed the random streams there.
+        """
         if position is not None:
+            assert key is not None
+            self._leave(position, key)
             self._pass, self._exchanges = position["pass"], position["exchanges"]
         elif self._begun:
             self._end_pass()
@@ -286,6 +295,22 @@ class Cursor:
         if position is not None or self._begun:
             self._pass += 1
             self._consumed, self._begun = 0, False
+
+    def _leave(self, position: Mapping[str, Any], key: StreamKey) -> None:
+        """Ends the pass of a position, as the run did that was saved when it left it.
+
+        Its samplers have then drawn the rest; what is set now may draw from their generators.
+        """
+        flow, opened = self._prepared, self._opened_before
+        self._opened_before = None
+        if flow is None or not flow.goes_with(position):
+            return
+        batch = position["batch"]
+        with random_states_kept(self._backend):
+            if opened is None or opened.flow is not flow:
+                opened = self._spot(flow, key, position["pass"], batch).open(position["flow"])
+            flow.end(batch, opened.ended)
+            opened.close()
 
     def close(self) -> None:
         """Lets go of iterators and workers; the position stays."""

@@ -19,7 +19,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    Subset,
+    WeightedRandomSampler,
+)
 from torchdata import nodes
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -821,6 +830,52 @@ def test_hidden_draws_are_found_where_data_is_set_anew_as_an_epoch_begins() -> N
     with pytest.raises(ResumeError, match="batch 1 of pass 2 was fetched twice"):
         _play(_loader(Hidden()), _sets_anew, states[3])
     _resumes(lambda: _loader(Rows()), _sets_anew)
+
+
+class Drawing(Sampler[int]):
+    """Draws its order from a generator of its own."""
+
+    def __init__(self) -> None:
+        self.generator = np.random.default_rng(3)
+
+    def __len__(self) -> int:
+        return SIZE
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.generator.permutation(SIZE).tolist())
+
+
+def _own_order(kind: str, workers: int) -> Any:
+    """Returns a loader whose order is drawn from its own generator, which passes move on."""
+    generator = torch.Generator().manual_seed(7)
+    if kind == "loader":
+        return _loader(Rows(), generator=generator, num_workers=workers)
+    samplers = {
+        "random": lambda: RandomSampler(range(SIZE), generator=generator),
+        "replacement": lambda: RandomSampler(range(SIZE), True, SIZE, generator),
+        "weighted": lambda: WeightedRandomSampler([1.0] * SIZE, SIZE, generator=generator),
+        "own": Drawing,
+    }
+    return DataLoader(Rows(), BATCH, sampler=samplers[kind](), num_workers=workers)
+
+
+@pytest.mark.parametrize("anew", [False, True])
+@pytest.mark.parametrize("kind", ["loader", "random", "replacement", "weighted", "own"])
+def test_the_order_of_data_that_is_set_anew_goes_on(kind: str, anew: bool) -> None:
+    """The same loader, or another over the same sampler: what a pass's end draws is drawn."""
+
+    def sets(engine: DeterministicEngine, data: Any) -> None:
+        def set_it() -> None:
+            options = {"num_workers": data.num_workers, "generator": data.generator}
+            again = DataLoader(data.dataset, BATCH, sampler=data.sampler, **options)
+            engine.set_data(again if anew else data)
+
+        engine.add_event_handler(Events.EPOCH_STARTED, set_it)
+
+    with warnings.catch_warnings():
+        # Of the generators that this handler comes to.
+        warnings.simplefilter("ignore", ResumeWarning)
+        _resumes(lambda: _own_order(kind, 0), sets)
 
 
 def test_hidden_draws_are_told_where_handlers_begin_an_epoch() -> None:
