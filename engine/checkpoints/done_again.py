@@ -118,6 +118,12 @@ class DoneAgain:
         course[iteration] = now
         self._write()
 
+    def run_has_ended(self) -> None:
+        """Takes the file away: the run has ended with what it has saved, and repeats nothing."""
+        self._courses, self._course, self._expected = {}, None, {}
+        with contextlib.suppress(OSError):
+            self._path.unlink()
+
     def _marks(self, trainer: Engine) -> dict[str, str] | None:
         """Returns what an iteration came to; None, from now on, if it cannot be looked at."""
         try:

@@ -214,7 +214,10 @@ class ResumableRun:
             self._wait_for_save()
         stop, iteration = self.stop_signal, trainer.state.iteration
         # After an error it is not known whether the save was to blame.
-        if stop is not None and iteration == self._saved and trainer.ended_in_order:
+        is_saved = iteration == self._saved and trainer.ended_in_order
+        if is_saved and self._done_again is not None:
+            self._done_again.run_has_ended()
+        if stop is not None and is_saved:
             _logger.warning("%s: saved at iteration %d; the run has ended.", stop.name, iteration)
 
     def _wait_for_save(self) -> None:

@@ -72,6 +72,7 @@ def test_a_run_that_depends_on_nothing_is_proven_and_nothing_told(
     assert told["weights"] == straight["weights"]
     assert told["warnings"] == straight["warnings"] == []
     assert "done again as before the resume: iteration" in told["proof"]
+    assert [path.suffix for path in (tmp_path / "saved").iterdir()] == [".pt", ".pt"]
 
 
 def test_draws_that_decide_nothing_are_no_difference(tmp_path: Path) -> None:
