@@ -1,4 +1,8 @@
-"""What is set before it is read, wherever a run goes on, is not told; what looks like it is."""
+"""What is set before it is read, wherever a run goes on, is not told; what looks like it is.
+
+One file, although it is long: each program has its neighbour that differs in one line and has to be
+told, and all are run straight, stopped and resumed in one way.
+"""
 
 from __future__ import annotations
 
