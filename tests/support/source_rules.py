@@ -102,6 +102,7 @@ LEVELS = {
             "guards",
             "loader_workers",
             "machine",
+            "made_with",
             "nests",
             "place",
             "progress",
