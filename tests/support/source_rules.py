@@ -101,6 +101,7 @@ LEVELS = {
             "guards",
             "loader_workers",
             "machine",
+            "made_with",
             "nests",
             "place",
             "progress",
