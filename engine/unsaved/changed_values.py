@@ -68,7 +68,8 @@ class Values(Walk):
         #: By where they are found: what they are compared by, and those that are plain themselves.
         self.signatures: dict[Place, Any] = {}
         self.values: dict[Place, Any] = {}
-        self._objects: dict[Place, Any] = {}
+        #: Objects whose state is looked at, by where they are found.
+        self.objects: dict[Place, Any] = {}
         self._holders_of: dict[Place, Held] = {}
         #: Other engines that the run uses, such as an evaluator, by where they were found.
         self.engines: dict[str, Any] = {}
@@ -118,7 +119,7 @@ class Values(Walk):
 
     def _is_in_states(self, place: Place, before: Begun) -> bool:
         """Tells whether what has changed there lies in what a named object's state holds."""
-        value: Any = self.values.get(place, self._objects.get(place))
+        value: Any = self.values.get(place, self.objects.get(place))
         if is_module(value):
             then = before.signatures.get(place) or ()
             now = zip([*value.parameters(), *value.buffers()], self.signatures[place], strict=True)
@@ -183,7 +184,7 @@ class Values(Walk):
             for one in self.used.named
         )
         self.signatures[owner, name] = state_signature_of(value, self._known, parted)
-        self._objects[owner, name] = value
+        self.objects[owner, name] = value
 
     def note_metric(self, value: Any, owner: str, name: str) -> None:
         """Notes what a metric has come to."""

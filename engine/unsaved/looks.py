@@ -18,6 +18,7 @@ from crosstrain.engine.proof import Proof
 from crosstrain.engine.structure import Structure
 
 from .changed_values import Begun, Values
+from .constants import Constants
 from .drawn_from import unnamed_sources
 from .gradients_read import reads_gradients
 from .handlers_and_hooks import Attached
@@ -30,6 +31,7 @@ from .messages import (
     FORGOTTEN,
     FOUND_BY_RESUMED,
     LOST,
+    MADE_ANEW,
     MADE_OTHERWISE,
     NOT_MADE_AGAIN,
     NOT_MADE_BY_STEP,
@@ -56,6 +58,7 @@ class Unsaved:
         self._begun: Begun | None = None
         self._attached = Attached()
         self._made_again = MadeAgain()
+        self._constants = Constants()
         # Whether this process's first step is to come, and after how many it looks once more.
         self._first_step, self._looks = False, 0
         self._told: set[str] = set()
@@ -92,7 +95,9 @@ class Unsaved:
             return
         used = self._used(objects)
         if self._begun is None:
-            self._begun = Values(used).begun()
+            now = Values(used)
+            self._begun = now.begun()
+            self._tell(self._new(self._constants.begin(now)), MADE_ANEW)
         self._attached.epoch_begins(used)
 
     def batches_begin(self, objects: Mapping[str, Any]) -> None:
@@ -164,6 +169,7 @@ class Unsaved:
         if self._begun is not None:
             now = Values(used)
             self._tell(self._made_otherwise(now), MADE_OTHERWISE)
+            self._constants.sift(now, self._begun)
             changed = self._made_again.sift(now, self._begun, self._told, ended)
             self._tell(self._new([*changed, *used.saved.left_out]), FORGOTTEN)
             engines = now.engines
@@ -192,6 +198,7 @@ class Unsaved:
             "again": self._made_again.record(),
             "by the first step": self._attached.made,
             "as the epoch began": self._made_again.set_anew,
+            "before the run": self._constants.unchanged,
         }
 
     # ------------------------------------------------------------ when a run goes on
@@ -200,6 +207,7 @@ class Unsaved:
         """Gives loaders and engines that handlers use what a state has of them."""
         made = snapshot.get("made", {"again": {}, "by the first step": []})
         self._made_again.expect(made["again"])
+        self._constants.expect(made.get("before the run", {}))
         self._attached.expect(made["by the first step"])
         self._set_by_epoch = dict(made.get("as the epoch began", {}))
         self._looks = LOOKS

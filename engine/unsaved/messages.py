@@ -27,12 +27,17 @@ MADE_OTHERWISE = (
     "has made it again with other contents: {}. Keep it in an object that is named in to_save, or "
     "make it before the run. If what is trained does not depend on it"
 )
+MADE_ANEW = (
+    "The script has made {} with other contents than those that the run was saved with: the run "
+    "reads it, and no checkpoint holds it. Seed what it is made by, or keep it in an object that "
+    "is named in to_save. If what is trained does not depend on it"
+)
 NOT_MADE_BY_STEP = (
     "The first step of the run that was saved had made {}, and that of this one has not. Make it "
     "before the run. If what is trained does not depend on it"
 )
 #: What a resumed run has found of itself, which stands in its proof.
-FOUND_BY_RESUMED = (NOT_MADE_AGAIN, MADE_OTHERWISE, NOT_MADE_BY_STEP)
+FOUND_BY_RESUMED = (NOT_MADE_AGAIN, MADE_OTHERWISE, MADE_ANEW, NOT_MADE_BY_STEP)
 LOST = (
     "A resumed run will begin without what has changed of {}: of data, the trainer's state holds "
     "numbers, words, and small lists, dictionaries, arrays and tensors. Keep it in an object that "
