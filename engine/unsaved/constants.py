@@ -14,6 +14,7 @@ import numpy
 import torch
 
 from crosstrain.engine.digest import digest, sketch
+from crosstrain.engine.guards import is_a
 from crosstrain.engine.nests import is_module
 
 from .changed_values import Begun, Place, Values
@@ -59,9 +60,9 @@ def _digests(now: Values) -> dict[Place, str]:
     found: dict[Place, str] = {}
     for place, value in now.values.items():
         # One number may be a setting, or the time.
-        if isinstance(value, torch.Tensor) and value.numel() > 1:
+        if is_a(value, torch.Tensor) and value.numel() > 1:
             found[place] = digest(value) if value.nbytes <= _WHOLE else sketch([value])
-        elif isinstance(value, numpy.ndarray) and value.size > 1 and value.dtype != object:
+        elif is_a(value, numpy.ndarray) and value.size > 1 and value.dtype != object:
             found[place] = digest(now.signatures[place])
     for place, value in now.objects.items():
         if is_module(value):
