@@ -85,7 +85,6 @@ FOLDERS = {
     ),
     "ci": (
         "conformance",
-        "demo",
         "emulated",
         "matrix",
         "plugin",
@@ -133,7 +132,7 @@ THIRD_PARTY = {
     "jinja2": ("ci/matrix/report*.py",),
     "markupsafe": ("ci/matrix/report*.py",),
     "pytest": ("ci/plugin/*.py",),
-    "matplotlib": ("ci/demo/*.py",),
+    "matplotlib": ("ci/demo.py",),
     "sklearn": ("ci/trials/digits.py",),
     "apex": ("backends/apex*.py",),
     "torch_xla": ("backends/xla*.py",),
