@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from crosstrain.ci.traces.recorder import TraceRecorder
     from crosstrain.ci.trials.target import Target, TargetError, Training
-    from crosstrain.ci.verification.processes import VerifyError
-    from crosstrain.ci.verification.run import Verdict, verify
+    from crosstrain.ci.verification.run import Verdict, VerifyError, verify
 
 __all__ = ["Target", "TargetError", "TraceRecorder", "Training", "Verdict", "VerifyError", "verify"]
 
@@ -29,7 +28,7 @@ _HOMES = {
     "TraceRecorder": "traces.recorder",
     "Training": "trials.target",
     "Verdict": "verification.run",
-    "VerifyError": "verification.processes",
+    "VerifyError": "verification.run",
     "verify": "verification.run",
 }
 

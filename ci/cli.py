@@ -38,7 +38,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
     {
         "demo": Command(
             "train on real data, kill the run, resume it, and compare the bits",
-            "crosstrain.ci.demo.command",
+            "crosstrain.ci.demo",
         ),
         "diff": Command(
             "find the first iteration, and the first thing in it, where two traces part",

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from crosstrain.backends.placement import map_tensors
 from crosstrain.engine import CheckpointError, Manifest
 from crosstrain.engine.checkpoints import (
     PARTS,
@@ -70,19 +71,12 @@ def _parts(state: Any, manifest: Manifest | None) -> Iterator[Part]:
     if not isinstance(state, Mapping):
         state = {"(the whole file)": state}
     for name, value in state.items():
-        tensors = list(_tensors(value))
+        tensors: list[torch.Tensor] = []
+        map_tensors(value, tensors.append)
         storages = [tensor.untyped_storage() for tensor in tensors]
         size = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
         states = tuple(dict.fromkeys(_random_states(value)))
         yield Part(shown(name), len(tensors), size, states)
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    value = list(value.values()) if isinstance(value, Mapping) else value
-    for item in value if isinstance(value, (list, tuple)) else ():
-        yield from _tensors(item)
 
 
 def _random_states(value: Any) -> Iterator[str]:

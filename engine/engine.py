@@ -14,12 +14,14 @@ from .dispatch import check_signature
 from .errors import ResumeWarning, warn_user
 from .events import Events
 from .loop import Loop
+from .nests import walk_objects
 from .progress import begin, check_limits, data_length, is_done, load_progress, resume
 from .proof import Checks, Proof
 from .random_states import is_just_seeded, random_states, restore_random_states
 from .requests import END_RUN, ON_PURPOSE, QUIET_RUN
 from .seen_by_ignite import SeenByIgnite
 from .state import State
+from .structure import recordable
 
 if TYPE_CHECKING:
     from crosstrain.backends import Backend
@@ -80,6 +82,12 @@ class Engine(SeenByIgnite, Loop):
         self.checks = Checks()
         #: What the last resume of this engine was found to be; empty where a run began anew.
         self.proof = Proof()
+
+    def introduce(self, others: Mapping[str, Any]) -> None:
+        """Takes note of what a checkpoint saves beside this engine, before anything is loaded."""
+        self.saved_beside = recordable(others)
+        named = (value for _, value in walk_objects(others))
+        self.named_beside = tuple(value for value in named if value is not self)
 
     @property
     def state_dict_user_keys(self) -> list[str]:

@@ -30,6 +30,8 @@ class Checks:
         done_again: iterations that a killed run had done after its last checkpoint are compared
             when they are repeated: a few of them, by their batch, the random states and the
             weights.
+        settings: what the script makes models, optimizers, schedulers and the step with is compared
+            with what it did when the run was saved, such as a learning rate.
 
     Raises:
         ValueError: if one of them is none of the three words.
@@ -41,6 +43,7 @@ class Checks:
     writer: Strictness = "error"
     unnamed: Strictness = "warn"
     done_again: Strictness = "warn"
+    settings: Strictness = "warn"
 
     def __post_init__(self) -> None:
         legal = get_args(Strictness)

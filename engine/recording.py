@@ -7,7 +7,7 @@ in `data`, `exact` and `unsaved`; here it is put together.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,8 @@ from .digest import digest, sketch
 from .engine import Engine
 from .errors import ResumeWarning, warn_user
 from .events import Events
+from .made_with import is_schedule, packed, settings_of
+from .nests import walk_objects
 from .progress import Place
 from .proof import Checks
 from .random_states import random_states
@@ -75,11 +77,21 @@ class RecordingEngine(Engine):
         self._cursor = Cursor(backend, None if shards is None else Shards.of(shards, world))
         self._step_done = self._cursor.step_done
         self._structure = Structure()
+        # What it trains and what is saved beside it, by name, whose settings are noted.
+        self._made: dict[str, Any] = {}
         self._unsaved = Unsaved(self)
         # The random states that the epoch that was begun last began with.
         self._epoch_states: dict[str, Any] | None = None
         # What does not change of the conditions, once they were asked for.
         self._conditions: dict[str, Any] | None = None
+
+    def introduce(self, others: Mapping[str, Any]) -> None:
+        """Takes note of what is saved beside it, and of what the script has made it all with."""
+        super().introduce(others)
+        if not self._made and self.state.iteration == 0:
+            schedules = {name: one for name, one in walk_objects(others) if is_schedule(one)}
+            self._made = {**self._recorded_objects(), **schedules}
+            self._structure.made_with = packed(settings_of(self._made, self._step))
 
     @property
     def share(self) -> BatchShare | None:

@@ -34,6 +34,7 @@ from crosstrain.engine.exact.snapshot import (
 
 from .errors import ResumeWarning, warn_user
 from .events import Events
+from .made_with import settings_of, tell_changes, unpacked
 from .progress import data_length, is_done
 from .proof import Strictness
 from .random_states import random_states, random_states_kept, restore_random_states
@@ -124,6 +125,8 @@ class ExactResumption(Resumption):
         self._before_handlers: LaidOver | None = None
         # What of the structure was put back before these.
         self._put_back: list[str] = []
+        # What there was as the state was loaded, of the settings of what is trained.
+        self._loaded = settings_of(engine._made, engine._step, live=True)
         # Whether the batch before was compared before these, since they may change the data.
         self._compared = False
 
@@ -267,7 +270,21 @@ class ExactResumption(Resumption):
         """Puts it back over what handlers that fired again have changed, and tells."""
         found = self._restore_structure(again=True)
         found.put_back = list(dict.fromkeys(self._put_back + found.put_back))
-        found.tell(self._engine.proof, self._engine.checks.structure)
+        engine = self._engine
+        found.tell(engine.proof, engine.checks.structure)
+        self._compare_settings()
+
+    def _compare_settings(self) -> None:
+        """Tells what the script sets otherwise than when the run was saved."""
+        engine = self._engine
+        record, script = self.snapshot.get("structure", {}), engine._structure.made_with
+        if engine.checks.settings == "off" or not script or not record.get("made with"):
+            return
+        now = settings_of(engine._made, engine._step, live=True)
+        then = unpacked(record["made with"])
+        tell_changes(
+            then, unpacked(script), self._loaded, now, engine.proof, engine.checks.settings
+        )
 
     def _compare_before_handlers(self, position: Mapping[str, Any]) -> None:
         """Compares the batch before now, if handlers of EPOCH_STARTED may change the data."""

@@ -141,6 +141,8 @@ class Structure:
 
     def __init__(self) -> None:
         self._digests: dict[str, tuple[weakref.ref[torch.Tensor], int, str]] = {}
+        #: What the script has made the objects with, as `made_with.packed`; empty: not known.
+        self.made_with: list[list[Any]] = []
         self.begin({})
 
     def begin(self, objects: Mapping[str, Any]) -> None:
@@ -241,6 +243,7 @@ class Structure:
                 for name, value in objects.items()
                 if isinstance(value, Optimizer)
             },
+            "made with": self.made_with,
         }
 
     def _changed_attributes(self, name: str, value: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -28,8 +29,6 @@ LEARNING_RATE = 1.0
 _SHARE = 1 / 16
 # Flags that a library may set once and for all when it is loaded; the others are the user's.
 _SET_BY_LOADING = ("fill_uninitialized_memory", "threads", "python_threads", "variables")
-
-_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 
 
 class NonConformance(AssertionError):
@@ -64,12 +63,9 @@ def expect_refusal(call: Callable[[], object], about: str, problem: str) -> None
 
 def expect_error_passes(context: AbstractContextManager[object], name: str) -> None:
     """Expect an error of a context's block to come out of it."""
-    try:
+    with contextlib.suppress(KeyError):
         with context:
             raise KeyError
-    except KeyError:
-        pass
-    else:
         raise NonConformance(f"{name}() swallows an error of its block.")
 
 
@@ -89,11 +85,8 @@ class Case:
         self.at_start = {
             name: value for name, value in flags().items() if name not in _SET_BY_LOADING
         }
-        self._load()
-
-    def _load(self) -> None:
-        """Open, use and close it once: what is loaded may set variables, once and for all."""
-        # If it does not open, the check of opening says so; if it puts nothing, that of putting.
+        # It is used once, as what is loaded may set variables, once and for all. If it does not
+        # open, the check of opening says so; if it puts nothing, that of putting.
         with contextlib.suppress(Exception), self.opened() as backend:
             backend.put(torch.zeros(1))
 
@@ -114,15 +107,10 @@ class Case:
     @contextlib.contextmanager
     def isolated(self) -> Generator[None, None, None]:
         """Run a block as one process of one, and undo what it does to variables and generators."""
-        before = dict(os.environ)
-        for name in _TORCHRUN:
-            os.environ.pop(name, None)
-        try:
-            with random_state.preserved():
-                yield
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
+        with mock.patch.dict(os.environ), random_state.preserved():
+            for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+                os.environ.pop(name, None)
+            yield
 
 
 def small_model() -> torch.nn.Module:

@@ -11,7 +11,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
@@ -185,37 +185,27 @@ def _outcomes(
         for spec, found in selection.found.items()
         if not found.ok
     ]
+    # SIGTERM, which CI sends when a job is cancelled, ends the cells in order, as Ctrl-C does.
+    stopped_by = signal.SIGINT
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal stopped_by
+        stopped_by = signal.SIGTERM
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         with (
-            _termination(),
             progress_on(console, selection.backends, scenarios, outcomes) as progress,
             contextlib.closing(run_cells(plan, progress)) as results,
         ):
             for outcome in results:
                 outcomes.append(outcome)
-    except _Terminated:
-        return outcomes, signal.SIGTERM
     except KeyboardInterrupt:
-        return outcomes, signal.SIGINT
-    return outcomes, None
-
-
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM came: what CI sends when a job is cancelled."""
-
-
-@contextlib.contextmanager
-def _termination() -> Generator[None]:
-    """Lets SIGTERM end the cells in order, as Ctrl-C does."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise _Terminated
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
+        return outcomes, stopped_by
     finally:
         signal.signal(signal.SIGTERM, before)
+    return outcomes, None
 
 
 def _cores() -> int:

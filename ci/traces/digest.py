@@ -13,6 +13,7 @@ a trace, which takes a digest of everything in each iteration.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from typing import Any, Final
 
@@ -25,7 +26,6 @@ from crosstrain.engine.splitmix import mix_into, word
 # Elements that are multiplied at once: the table of constants and the products take 8 MiB each.
 _CHUNK: Final = 1 << 20
 _SMALLEST: Final = 1 << 12
-_KEPT: Final = 10_000
 _BITS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -43,34 +43,19 @@ class Digester:
 
     def __init__(self) -> None:
         self._tables: dict[torch.device, torch.Tensor] = {}
-        self._chunk_constants = _constants(1 << 40, 64)
-        self._known: dict[str, int] = {}
 
     def digest(self, tensor: torch.Tensor) -> torch.Tensor:
         """Returns the digest of a tensor's elements, of 64 bits, unread, on the same device.
 
         A sparse tensor is taken by its indices and values, a distributed one by its local part.
-        `salt` tells the shape and the type.
+        `salt` tells the shape and the dtype.
         """
         with torch.no_grad():
             # Values come before indices.
             total, *more = (self._dense(part) for part in reversed(dense(tensor.detach())))
             for number, part in enumerate(more):
-                total = total + part * self._chunk_constant(number)
+                total = total + part * _chunk_constant(number)
             return total
-
-    def salt(self, tensor: torch.Tensor) -> int:
-        """Returns a number that tells a tensor's shape and dtype, to be added to its digest."""
-        return self.text(f"{tensor.dtype}{tuple(tensor.shape)}")
-
-    def text(self, text: str) -> int:
-        """Returns what `text_digest` does; kept, for texts that come again."""
-        found = self._known.get(text)
-        if found is None:
-            if len(self._known) >= _KEPT:
-                self._known.clear()
-            found = self._known[text] = text_digest(text)
-        return found
 
     def _dense(self, tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.resolve_neg()
@@ -87,7 +72,7 @@ class Digester:
         for number, start in enumerate(range(_CHUNK, count, _CHUNK)):
             chunk = bits[start : start + _CHUNK]
             product = (chunk * table[: chunk.numel()]).sum()
-            total = total + product * self._chunk_constant(number)
+            total = total + product * _chunk_constant(number)
         return total
 
     def _table(self, device: torch.device, count: int) -> torch.Tensor:
@@ -100,17 +85,25 @@ class Digester:
             self._tables[device] = table
         return table
 
-    def _chunk_constant(self, number: int) -> int:
-        known = self._chunk_constants
-        while number >= len(known):
-            known.extend(_constants((1 << 40) + len(known), len(known)))
-        return known[number]
+
+@functools.lru_cache(10_000)
+def _chunk_constant(number: int) -> int:
+    return _constants((1 << 40) + number, 1)[0]
+
+
+def salt(tensor: torch.Tensor) -> int:
+    """Returns a number that tells a tensor's shape and dtype, to be added to its digest."""
+    return kept_digest(f"{tensor.dtype}{tuple(tensor.shape)}")
 
 
 def text_digest(text: str | bytes) -> int:
     """Returns 64 bits of BLAKE2b of a text, or of bytes."""
     data = text.encode() if isinstance(text, str) else text
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+#: The same, of short texts that come again in each iteration.
+kept_digest = functools.lru_cache(10_000)(text_digest)
 
 
 def tensors_of(value: Any) -> tuple[list[torch.Tensor], int]:

@@ -20,7 +20,7 @@ from crosstrain.engine.exact import environment
 from crosstrain.engine.nests import unwrap, walk_objects
 from crosstrain.engine.state import Unread
 
-from .digest import Digester, tensors_of, text_digest
+from .digest import Digester, kept_digest, salt, tensors_of, text_digest
 from .file import Header, Thing, TraceWriter, path_of_rank
 
 _MASK: Final = (1 << 64) - 1
@@ -175,7 +175,7 @@ class _Iteration:
     def tensor(self, thing: Thing, tensor: torch.Tensor, norm: bool) -> None:
         digest = self._digester.digest(tensor)
         unread = self.unread.setdefault(digest.device, _Unread())
-        unread.digests.append((thing, self._digester.salt(tensor), digest))
+        unread.digests.append((thing, salt(tensor), digest))
         floats = tensor.is_floating_point() and tensor.layout is torch.strided
         if norm and floats and not hasattr(tensor, "to_local"):
             unread.values.append((thing, _norm(tensor)))
@@ -188,7 +188,7 @@ class _Iteration:
             digest = self._digester.digest(tensor)
             unread = self.unread.setdefault(digest.device, _Unread())
             # Odd and different factors: the tensors of a nest cannot change places unseen.
-            added = self._digester.salt(tensor) + number
+            added = salt(tensor) + number
             unread.digests.append((thing, added, digest * (2 * number - 1)))
         return tensors
 
@@ -196,7 +196,7 @@ class _Iteration:
         for name, setting in settings.items():
             thing, value = Thing("setting", name), setting()
             if isinstance(value, (int, float)):
-                self.digests[thing] = self._digester.text(f"{type(value).__name__}{value!r}")
+                self.digests[thing] = kept_digest(f"{type(value).__name__}{value!r}")
                 self.values[thing] = float(value)
             else:
                 self.nest(thing, value)

@@ -174,7 +174,7 @@ class Play:
     def _live(
         self, course: Course, order: Order, together: int = 1, kill: Kill | None = None
     ) -> None:
-        with self._relay.begin(order, together) as life:
-            life.kill_when(kill)
-            for line in life.train():
+        with self._relay.begin(order, together) as child:
+            child.kill_when(kill)
+            for line in child.train():
                 course.take(line)

@@ -1,7 +1,7 @@
 """Child processes: how each one that ci starts is started, followed and killed; without torch.
 
-`Child` is any command, alone or under torchrun. `Life` is a child that trains: it takes an `Order`
-and says what it does (`crosstrain.ci.trials.life` is its other end). A `Relay` starts one after the
+`Child` is any command, alone or under torchrun. `TrainingChild` trains: it takes an `Order` and
+tells what it does (`crosstrain.ci.trials.child` is the other end). A `Relay` starts one after the
 other. Whatever happens to their starter, they end with it.
 """
 
@@ -23,7 +23,7 @@ from .order import Order
 
 #: The exit code of a process that SIGTERM has stopped.
 STOPPED: Final = 128 + signal.SIGTERM
-_LIFE: Final = "crosstrain.ci.trials.life"
+_CHILD: Final = "crosstrain.ci.trials.child"
 # How much of what a process wrote to stderr is told.
 _TAIL: Final = 2000
 # What torchrun gets to end its processes, which are in sessions of their own.
@@ -194,7 +194,7 @@ class Kill(NamedTuple):
     rank: int | None = None
 
 
-class Life(Child):
+class TrainingChild(Child):
     """A process that trains, or those of torchrun: each a fresh interpreter.
 
     A single one imports torch while nothing is asked of it yet, and waits until `give` says what it
@@ -209,7 +209,7 @@ class Life(Child):
         self._due: Kill | None = None
         #: The process groups of torchrun's processes, by rank, as they tell them.
         self.groups: dict[int, int] = {}
-        command = ["-m", _LIFE]
+        command = ["-m", _CHILD]
         if processes > 1:
             assert order is not None
             # It makes folders of logs, of which there are none.
@@ -282,7 +282,7 @@ class Life(Child):
 
 
 class Relay:
-    """Lives one after the other; those to come are started ahead, while the one before them trains.
+    """Training processes, one after the other; each is started while the one before it trains.
 
     Args:
         folder: for what the processes write to stderr.
@@ -292,20 +292,20 @@ class Relay:
         self._folder = folder
         self._started = 0
         #: Those that wait for an order.
-        self.waiting: deque[Life] = deque()
+        self.waiting: deque[TrainingChild] = deque()
 
     def start_ahead(self, number: int) -> None:
         """Starts processes until so many wait for an order."""
         while len(self.waiting) < number:
-            self.waiting.append(Life(self._errors()))
+            self.waiting.append(TrainingChild(self._errors()))
 
-    def begin(self, order: Order, processes: int = 1) -> Life:
+    def begin(self, order: Order, processes: int = 1) -> TrainingChild:
         """Has a process carry out an order, or several, which torchrun starts with it."""
         if processes > 1 or not self.waiting:
-            return Life(self._errors(), order, processes)
-        life = self.waiting.popleft()
-        life.give(order)
-        return life
+            return TrainingChild(self._errors(), order, processes)
+        child = self.waiting.popleft()
+        child.give(order)
+        return child
 
     def _errors(self) -> Path:
         self._started += 1
@@ -313,5 +313,5 @@ class Relay:
 
     def close(self) -> None:
         """Ends those that wait."""
-        for life in self.waiting:
-            life.close()
+        for child in self.waiting:
+            child.close()

@@ -108,8 +108,8 @@ class Target:
         if not callable(function):
             raise TargetError(f"{self} is a {type(function).__name__}. Wanted: {_CONTRACT}.")
         try:
-            signature = inspect.signature(function)
-            signature.bind("cpu", **({"workers": 0} if _takes_workers(signature) else {}))
+            if not _takes_workers(function):
+                inspect.signature(function).bind("cpu")
         except TypeError as error:
             raise TargetError(
                 f"{self} cannot be called with a spec alone: {error}. Wanted: {_CONTRACT}."
@@ -118,7 +118,7 @@ class Target:
 
     def takes_workers(self) -> bool:
         """Tells whether the function has an argument `workers`."""
-        return _takes_workers(inspect.signature(self.load()))
+        return _takes_workers(self.load())
 
     def build(self, backend: str, workers: int = 0) -> Training:
         """Calls the function and checks what it returns.
@@ -218,11 +218,9 @@ class Target:
             )
 
 
-def _takes_workers(signature: inspect.Signature) -> bool:
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    parameters = list(signature.parameters.values())
-    return any(
-        parameter.kind is inspect.Parameter.VAR_KEYWORD
-        or (index > 0 and parameter.name == "workers" and parameter.kind in kinds)
-        for index, parameter in enumerate(parameters)
-    )
+def _takes_workers(function: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(function).bind("cpu", workers=0)
+    except TypeError:
+        return False
+    return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import signal
 import tempfile
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from crosstrain.backends import World, get
+from crosstrain.ci.options import UsageError
 from crosstrain.ci.traces.command import as_json
 from crosstrain.ci.traces.diff import Difference, earliest, first_difference
 from crosstrain.ci.traces.file import Trace, TraceError, path_of_rank
@@ -20,11 +22,14 @@ from crosstrain.ci.trials.processes import STOPPED, Kill, Relay
 from crosstrain.ci.trials.target import Target
 
 from .causes import Status, causes
-from .processes import End, VerifyError, moments
 
 #: Called with what a run is called, the iteration that it has done, and how many there are (0
 #: where that is not known yet).
 Progress = Callable[[str, int, int], None]
+
+
+class VerifyError(UsageError):
+    """A training cannot be verified; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -187,6 +192,61 @@ def verify(
 
 
 @dataclass
+class _End:
+    """What became of one process, or of those that torchrun started.
+
+    Args:
+        code: its exit code, or minus the signal that killed it, or one of them.
+        resumed_from: the iteration that it went on from; None: it began.
+        iterations: where the training ended; None if this process did not end it.
+        codes: the exit codes that processes of torchrun's told, by rank.
+    """
+
+    code: int = 0
+    resumed_from: int | None = None
+    iterations: int | None = None
+    epoch_length: int | None = None
+    error: str = ""
+    warnings: list[str] = field(default_factory=list[str])
+    traits: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
+    seconds: float = 0.0
+    codes: dict[int, int] = field(default_factory=dict[int, int])
+
+    @property
+    def killed(self) -> bool:
+        """Whether SIGKILL ended it."""
+        return self.code == -signal.SIGKILL
+
+    def take(self, line: dict[str, Any]) -> None:
+        """Takes in a line of the process."""
+        if "begun" in line:
+            self.resumed_from = line["resumed_from"]
+            self.traits = line["traits"]
+        elif "done" in line:
+            self.iterations, self.epoch_length = line["iterations"], line["length"]
+        elif "error" in line:
+            # What others raise because of it comes later.
+            self.error = self.error or line["error"]
+        elif "left" in line:
+            self.codes[line.get("rank", 0)] = line["left"]
+        elif "warning" in line and line["warning"] not in self.warnings:
+            self.warnings.append(line["warning"])
+
+    def take_codes(self, processes: int, killed: bool) -> None:
+        """Takes the exit code from what the processes told: torchrun's is 1 if one's is not 0."""
+        codes = set(self.codes.values())
+        if self.code == 0:
+            return
+        if killed:
+            # What the others raised is that it is missing.
+            self.code, self.error = -signal.SIGKILL, ""
+        elif UNUSABLE in codes:
+            self.code = UNUSABLE
+        elif len(self.codes) == processes and len(codes) == 1:
+            self.code = codes.pop()
+
+
+@dataclass
 class _Verification:
     """The runs of one verification, and what they have in common."""
 
@@ -268,7 +328,7 @@ class _Verification:
         more = {"resumed_seed": self._seed, "folder": None, "workers": workers, **more}
         return Order(self._backend, target=target, trace=trace, seed=self._seed, **more)
 
-    def _run(self, name: str, order: Order, kill: Kill | None = None, number: int = 0) -> End:
+    def _run(self, name: str, order: Order, kill: Kill | None = None, number: int = 0) -> _End:
         """Has processes carry out an order, and follows them to their end.
 
         Args:
@@ -279,30 +339,30 @@ class _Verification:
         """
         # At once: a process that imports torch says nothing for a while.
         self._progress(name, 0, self._total)
-        end = End()
-        with self._relay.begin(order, self._sizes[number % len(self._sizes)]) as life:
+        end = _End()
+        with self._relay.begin(order, self._sizes[number % len(self._sizes)]) as child:
             self._expected -= 1
             self._relay.start_ahead(min(1, self._expected) if self._sizes == (1,) else 0)
             began = time.monotonic()
-            life.kill_after(max(0.0, self._started + self._time_limit - began))
-            life.kill_when(kill)
-            for line in life.lines():
+            child.kill_after(max(0.0, self._started + self._time_limit - began))
+            child.kill_when(kill)
+            for line in child.lines():
                 end.take(line)
                 if "iteration" in line:
-                    self._progress(name, life.last, self._total)
-            end.code = life.wait()
+                    self._progress(name, child.last, self._total)
+            end.code = child.wait()
         end.seconds = time.monotonic() - began
-        if life.processes > 1:
-            end.take_codes(life.processes, life.killed)
+        if child.processes > 1:
+            end.take_codes(child.processes, child.killed)
         if began + end.seconds >= self._started + self._time_limit:
             raise VerifyError(
-                f"The time limit of {self._time_limit:g} s is over, at iteration {life.last} of "
+                f"The time limit of {self._time_limit:g} s is over, at iteration {child.last} of "
                 "one of the runs. Raise it by --time-limit, or make the training shorter."
             )
         if end.code == UNUSABLE and end.error:
             raise VerifyError(end.error)
         if end.code not in (0, STOPPED, -signal.SIGKILL):
-            end.error = end.error or life.last_words(end.code)
+            end.error = end.error or child.last_words(end.code)
         self._traits = end.traits or self._traits
         self._warnings = list(dict.fromkeys([*self._warnings, *end.warnings]))
         return end
@@ -319,28 +379,28 @@ class _Verification:
     def _stopped(self, place: int, number: int) -> RunResult:
         """Stops a run after an iteration, before which it saves nothing, and resumes it."""
         name = f"stopped after {place}"
-        lives = [(0, None, {"stop_at": place}), (number, None, {})]
-        return self._interrupted(name, self._seed, lives)
+        children = [(0, None, {"stop_at": place}), (number, None, {})]
+        return self._interrupted(name, self._seed, children)
 
     def _killed(self, kills: int, every: int) -> RunResult:
         name = f"killed {kills} time{'s' if kills > 1 else ''}"
-        places = moments(kills, self._total, self._seed, min(self._sizes))
-        lives = [(number, kill, {"every": every}) for number, kill in enumerate((*places, None))]
-        return self._interrupted(name, self._seed + 1000, lives)
+        places = _moments(kills, self._total, self._seed, min(self._sizes))
+        children = [(number, kill, {"every": every}) for number, kill in enumerate((*places, None))]
+        return self._interrupted(name, self._seed + 1000, children)
 
     def _interrupted(
-        self, name: str, seed: int, lives: Iterable[tuple[int, Kill | None, dict[str, int]]]
+        self, name: str, seed: int, children: Iterable[tuple[int, Kill | None, dict[str, int]]]
     ) -> RunResult:
         """Runs processes one after the other, until one of them is neither stopped nor killed.
 
         Args:
             name: of the run.
             seed: of those that go on from a checkpoint; their number is added to it.
-            lives: for each of them its number, when to kill it, and what it is told besides.
+            children: for each of them its number, when to kill it, and what it is told besides.
         """
-        ends: list[End] = []
+        ends: list[_End] = []
         workers: list[int] = []
-        for number, kill, more in lives:
+        for number, kill, more in children:
             folder = str(self._folder / f"run {name}")
             order = self._order(name, number, folder=folder, resumed_seed=seed + number, **more)
             workers.append(order.workers)
@@ -391,3 +451,14 @@ def _middle_and_end(total: int, length: int | None) -> list[int]:
         end = max(1, total // length // 2) * length
         found = {end, end + length // 2}
     return sorted(place for place in found if 0 < place < total)
+
+
+def _moments(kills: int, iterations: int, seed: int, processes: int) -> list[Kill]:
+    """Returns when to kill which of the processes: at random moments, some at their start."""
+    source = random.Random(seed)
+    found: list[Kill] = []
+    for place in sorted(source.randrange(iterations) for _ in range(kills)):
+        starting = place == 0 or source.random() < 0.1
+        delay = source.uniform(0, 0.5) if starting else source.uniform(0, 0.02)
+        found.append(Kill(0 if starting else place, delay, source.randrange(processes)))
+    return found

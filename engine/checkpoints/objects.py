@@ -34,7 +34,7 @@ from crosstrain.engine.storage.errors import (
     CheckpointWarning,
 )
 from crosstrain.engine.storage.manifest import Manifest
-from crosstrain.engine.structure import keeps_groups, named, rebuild_groups, recordable
+from crosstrain.engine.structure import keeps_groups, named, rebuild_groups
 
 from .model_part import ModelPart
 from .rank_objects import Pair, note_differences, own_state, with_own
@@ -99,9 +99,7 @@ def introduce(
     for name, engine in objects.items():
         if not isinstance(engine, Engine):
             continue
-        engine.saved_beside = recordable(dict(objects))
-        others = (value for _, value in walk_objects(objects))
-        engine.named_beside = tuple(value for value in others if value is not engine)
+        engine.introduce(objects)
         state = None if states is None else states.get(name)
         if isinstance(state, Mapping) and engine.checks.structure != "off":
             known = named(engine.objects, engine.saved_beside)

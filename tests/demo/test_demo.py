@@ -17,7 +17,7 @@ from forked import ForkedPopen
 from forked import run as run_forked
 from rich.console import Console
 
-from crosstrain.ci.demo.report import DemoRun, print_table
+from crosstrain.ci.demo import DemoRun, print_table
 from crosstrain.engine import Checkpoint
 
 ARGUMENTS = ["--epochs", "2", "--backend"]

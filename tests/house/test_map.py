@@ -1,10 +1,11 @@
-"""The map of the rooms in engine/README.md and in CONTRIBUTING.md names what is there."""
+"""The maps of the rooms, engine/README.md, ci/README.md and CONTRIBUTING.md, name what is there."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
+import pytest
 import source_rules
 
 
@@ -13,17 +14,19 @@ def named(text: str) -> list[str]:
     return re.findall(r"`([\w/]+(?:\.py|/))`", text)
 
 
-def test_the_files_of_the_map_exist(repo_root: Path) -> None:
-    engine = repo_root / "engine"
-    names = named((engine / "README.md").read_text())
-    missing = [name for name in names if not any((p / name).exists() for p in (engine, repo_root))]
-    assert len(names) > 40
+@pytest.mark.parametrize(("package", "least"), [("engine", 40), ("ci", 25)])
+def test_the_files_of_the_map_exist(repo_root: Path, package: str, least: int) -> None:
+    folders = (repo_root / package, repo_root)
+    names = named((repo_root / package / "README.md").read_text())
+    missing = [name for name in names if not any((p / name).exists() for p in folders)]
+    assert len(names) > least
     assert not missing, missing
 
 
-def test_each_room_has_a_line(repo_root: Path) -> None:
-    names = named((repo_root / "engine" / "README.md").read_text())
-    assert {f"{room}/" for room in source_rules.FOLDERS["engine"]} <= set(names)
+@pytest.mark.parametrize("package", ["engine", "ci"])
+def test_each_room_has_a_line(repo_root: Path, package: str) -> None:
+    names = named((repo_root / package / "README.md").read_text())
+    assert {f"{room}/" for room in source_rules.FOLDERS[package]} <= set(names)
     table = named((repo_root / "CONTRIBUTING.md").read_text())
     assert {f"ci/{room}/" for room in source_rules.FOLDERS["ci"]} <= set(table)
 

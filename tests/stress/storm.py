@@ -18,13 +18,13 @@ from pathlib import Path
 from crosstrain.backends import BackendError, add_backend_argument, get
 from crosstrain.ci.trials.course import Course, first_difference
 from crosstrain.ci.trials.order import Order
-from crosstrain.ci.trials.processes import Life, TrainingFailed
+from crosstrain.ci.trials.processes import TrainingChild, TrainingFailed
 
 __all__ = ["main", "storm"]
 
 _EVERY = 2
 # Iterations of an epoch, and how many of them a life makes between two kills on average.
-_EPOCH, _LIFE = 30, 6
+_EPOCH, _CHILD = 30, 6
 
 
 def storm(backend: str, kills: int, workers: int, folder: Path, seed: int, scheme: str = "") -> str:
@@ -44,7 +44,7 @@ def storm(backend: str, kills: int, workers: int, folder: Path, seed: int, schem
     Raises:
         TrainingFailed: if a training fails, or ends before it has been killed often enough.
     """
-    options = {"epochs": kills * _LIFE // _EPOCH + 2}
+    options = {"epochs": kills * _CHILD // _EPOCH + 2}
     for name in ("straight", "stormy"):
         (folder / name).mkdir(parents=True)
     straight, stormy = Course(), Course()
@@ -56,7 +56,7 @@ def storm(backend: str, kills: int, workers: int, folder: Path, seed: int, schem
     for kill in range(kills):
         # One in ten while it starts; the others some iterations on, anywhere within one.
         starting = moments.random() < 0.1
-        after = 0 if starting else moments.randint(1, 2 * _LIFE - 1)
+        after = 0 if starting else moments.randint(1, 2 * _CHILD - 1)
         delay = moments.uniform(0, 3) if starting else moments.uniform(0, 0.03)
         done = _live(stormy, replace(order, workers=workers * (kill % 2)), log, after, delay)
         if done:
@@ -70,7 +70,7 @@ def storm(backend: str, kills: int, workers: int, folder: Path, seed: int, schem
 
 def _live(course: Course, order: Order, log: Path, after: int | None, delay: float) -> bool:
     """Follows one process to its end, and kills it some iterations on; tells if it ended itself."""
-    with Life(log, order) as life:
+    with TrainingChild(log, order) as life:
         if after == 0:
             life.kill_after(delay)
         seen = 0
@@ -80,7 +80,7 @@ def _live(course: Course, order: Order, log: Path, after: int | None, delay: flo
             if after and seen == after:
                 life.kill_after(delay)
                 after = None
-            elif after == 0 and seen == 2 * _LIFE:
+            elif after == 0 and seen == 2 * _CHILD:
                 # It started faster than was thought, and would train to its end.
                 life.kill()
         return not life.killed

@@ -34,7 +34,7 @@ PRELOADED = (
     "torch.distributed.run",
     "torch.utils.data",
     "torch._dynamo",
-    "crosstrain.ci.trials.life",
+    "crosstrain.ci.trials.child",
     "crosstrain.engine.parts.torch_parts",
 )
 # What starts programs itself.

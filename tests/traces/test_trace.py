@@ -13,7 +13,7 @@ from trace_runs import ITERATIONS, build, traced
 
 from crosstrain.ci import TraceRecorder
 from crosstrain.ci.traces.diff import first_difference
-from crosstrain.ci.traces.digest import Digester, tensors_of
+from crosstrain.ci.traces.digest import Digester, salt, tensors_of
 from crosstrain.ci.traces.file import Thing, Trace, TraceError
 from crosstrain.engine import (
     DeterministicEngine,
@@ -27,7 +27,7 @@ SPECS = ("cpu", "cpu:bf16", "cpu:fp16")
 
 def digest(tensor: torch.Tensor) -> int:
     digester = Digester()
-    return (int(digester.digest(tensor)) + digester.salt(tensor)) % 2**64
+    return (int(digester.digest(tensor)) + salt(tensor)) % 2**64
 
 
 # ---------------------------------------------------------------- digests

@@ -305,7 +305,7 @@ def _weights(states: dict[str, Any]) -> bytes:
     return b"".join(one.numpy().tobytes() for one in states["model"].values())
 
 
-@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     idiom=st.sampled_from(sorted(IDIOMS)),
     kind=st.sampled_from(KINDS),

@@ -1,1 +1,0 @@
-"""``crosstrain demo``: a training is killed and resumed, and nothing differs."""
