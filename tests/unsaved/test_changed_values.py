@@ -768,7 +768,7 @@ def test_a_step_of_the_users_own_is_looked_into() -> None:
     engine = DeterministicEngine(step, seed=1, checks=Checks(unnamed="error"))
     engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: engine.state_dict())
     # The owner of several is named once.
-    with pytest.raises(ResumeError, match="of the step, its '(hidden|steps)', its '.*': the run"):
+    with pytest.raises(ResumeError, match=r"of the step, its '(hidden|steps)', its '.*': the run"):
         engine.run([1.0, 2.0])
     engine = DeterministicEngine(step, seed=1, checks=Checks(unnamed="off"))
     engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: engine.state_dict())
