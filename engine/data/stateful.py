@@ -2,7 +2,8 @@
 
 Some states tell where their pass began and not how far it is, and some leave out what comes next.
 So the data's state is looked at while a pass's first batches are taken, and a batch is kept that is
-known to follow one of them.
+known to follow one of them. Others tell all of that until they are loaded, and then a place that is
+none: a state that was loaded is kept as well, with the number of batches taken since.
 """
 
 from __future__ import annotations
@@ -35,18 +36,18 @@ class _Pass:
 
     Args:
         number: which pass of the run it is.
-        looks: whether the data's state is looked at with its first batches.
         witness: an earlier state of the data, and the batch that came after it.
     """
 
     number: int
-    looks: bool
     witness: Mapping[str, Any] | None
     iterator: Any = field(default_factory=lambda: iter(()))
     #: The random streams that it draws from, where they are its own.
     apart: Apart | None = None
     #: The data's state and those of what it draws from, as it was opened; None: it told none.
     opening: dict[str, Any] | None = None
+    #: Whether that state is one that was loaded: it has been shown to lead here.
+    loaded: bool = False
     #: These random states, where the data has refused to tell a state as it was opened.
     refused: dict[str, Any] | None = None
     #: How many batches were taken of it, and whether there are no more.
@@ -89,7 +90,7 @@ class StatefulFlow(Dataflow):
         self._stays = False
         # Whether its state_dict is found to raise: one that wraps another may have none to give.
         self._raises = False
-        self._pass = _Pass(0, looks=True, witness=None)
+        self._pass = _Pass(0, witness=None)
         self._closed_state: dict[str, Any] | None = None
 
     def open(
@@ -99,13 +100,12 @@ class StatefulFlow(Dataflow):
         replays = state is not None and "replay" in state
         quietly = state is not None and "quietly" in state
         witness = None if state is None else state.get("witness")
-        # The batches of before were looked at by the run that was saved.
-        looks = state is None or replays
-        opened = self._pass = _Pass(key.epoch, looks, witness)
-        self._closed_state = None
+        opened = self._pass = _Pass(key.epoch, witness)
+        self._closed_state = loaded = None
         if state is not None:
             self._stays |= replays and not quietly
             self._open_dataset(state, "opening" if replays else "now")
+            loaded = state["data"]
             self._load(state)
         self._dataset_at_opening = self._attributes.take()
         if state is not None and state["ended"]:
@@ -116,7 +116,7 @@ class StatefulFlow(Dataflow):
                 iterator_over(self._source)
             opened.ended = True
             return iter(())
-        self._begin(opened, None if state is None else state.get("random"))
+        self._begin(opened, None if state is None else state.get("random"), loaded)
         batches = self._watched(opened)
         if state is not None and replays:
             raises = "has a state_dict that raises an error"
@@ -130,9 +130,10 @@ class StatefulFlow(Dataflow):
             self._generating.give(state["own"])
         self._raises |= state["data"] is None
         if not self._raises:
-            self._owner.load_state_dict(state["data"])
+            # Data may go on with the very dictionary that it is given, and this is given again.
+            self._owner.load_state_dict(copy.deepcopy(state["data"]))
 
-    def _begin(self, opened: _Pass, random: Mapping[str, Any] | None) -> None:
+    def _begin(self, opened: _Pass, random: Mapping[str, Any] | None, loaded: Any) -> None:
         """Iterates over the data, under random streams of its own if it draws here."""
         drawn = digest(random_state.capture()) if self._restarts else ""
         opened.iterator = iterator_over(self._source)
@@ -146,7 +147,8 @@ class StatefulFlow(Dataflow):
             except Exception:  # noqa: BLE001  before its first batch, data may refuse in any way
                 opened.refused = self._beside()
                 return
-        opened.opening = {"data": data, **self._beside()}
+        opened.loaded = loaded is not None
+        opened.opening = {"data": loaded if opened.loaded else data, **self._beside()}
 
     def _beside(self) -> dict[str, Any]:
         """Returns the random states that the data draws from, beside its own state."""
@@ -172,7 +174,12 @@ class StatefulFlow(Dataflow):
                 self._draws |= digest(self._beside()) != digest(before)
             if told:
                 batch = record(hold(item), None, ALONE)
-                opened.witness = {"state": awaited, "next": batch, "pass": opened.number}
+                opened.witness = {
+                    "state": awaited,
+                    "next": batch,
+                    "pass": opened.number,
+                    "loaded": opened.loaded,
+                }
             self._look(opened)
             yield item
         opened.ended = True
@@ -189,7 +196,7 @@ class StatefulFlow(Dataflow):
             except Exception:  # noqa: BLE001  an object of the user's may raise anything
                 self._raises = self._stays = True
                 opened.opening = {"data": None, **opened.refused}
-        if opened.taken > _FIRST or not opened.last_told or not opened.looks:
+        if opened.taken > _FIRST or not opened.last_told:
             return
         now = self._now()
         told = digest(now["data"])
@@ -225,6 +232,9 @@ class StatefulFlow(Dataflow):
             state["witness"] = self._pass.witness
         replay = None if state["ended"] or not self._pass.taken else self._replay(state)
         self.unrepeatable = _BEHIND if replay is None else None
+        opened = self._pass
+        if replay is None and opened.loaded and opened.opening and opened.taken and not ended:
+            state["anchor"] = {**opened.opening, "replay": opened.taken}
         return state if replay is None else {**state, **replay}
 
     def _has_ended(self) -> bool:
@@ -248,11 +258,24 @@ class StatefulFlow(Dataflow):
         self._stays |= _only_counts(state["data"])
         if self._stays:
             return {**opened.opening, "replay": opened.taken}
-        unseen = opened.taken == 1 and opened.witness is None
-        if unseen and not (is_loader(self._owner) or self._restarts):
-            # There is no witness yet that it tells what comes next.
+        # There is no witness yet that it tells what comes next, or still does since it was loaded.
+        unseen = opened.witness is None and not (is_loader(self._owner) or self._restarts)
+        if opened.taken == 1 and (unseen or opened.loaded):
             return {**opened.opening, "replay": 1, "quietly": True}
         return None
+
+    def anchored(self, state: Mapping[str, Any], batches: int | None = None) -> Any:
+        """Returns a state that enters the data where the run that was saved had loaded it.
+
+        Args:
+            state: as of `state`.
+            batches: how many are fetched and thrown away from there; None: as many as were taken.
+        """
+        anchor, witness = state.get("anchor"), state.get("witness")
+        if anchor is None or witness is None or not witness.get("loaded"):
+            return None
+        given = {} if batches is None else {"replay": batches, "quietly": True}
+        return {**{k: v for k, v in state.items() if k != "anchor"}, **anchor, **given}
 
     def doubt(self, state: Mapping[str, Any], number: int) -> str | None:
         """Returns that a pipeline that draws goes on from where nothing has shown its state."""

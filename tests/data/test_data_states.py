@@ -959,3 +959,63 @@ def test_a_loader_that_counts_what_it_threw_away_twice_goes_on_where_it_was(
         )
         engine.run(loader())
     assert seen == [batch.tolist() for batch in loader()][: stops[-1]]
+
+
+class Stale(IterableDataset[Any]):
+    """Goes on rightly where it is loaded, but its state tells a place that is none from then on.
+
+    It stays what was loaded, or the beginning (Hugging Face's `datasets` 5.0.0), or counts anew. An
+    honest one goes on with the very dictionary that it is given.
+    """
+
+    def __init__(self, tells: str) -> None:
+        self.tells = tells
+        self.live = self.told = {"at": 0}
+
+    def __iter__(self) -> Iterator[Any]:
+        for at in range(self.live["at"], 80):
+            self.live["at"] = at + 1
+            if self.tells == "anew" and self.told is not self.live:
+                self.told["at"] += 1
+            yield torch.tensor(at)
+
+    def state_dict(self) -> dict[str, int]:
+        return dict(self.told)
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.live = state
+        self.told = state if self.tells == "honest" else {"at": 0}
+        if self.tells == "what was loaded":
+            self.told = dict(state)
+
+
+STALE: dict[str, Callable[[Any], Any]] = {
+    "itself": lambda data: data,
+    "loader": lambda data: DataLoader(data, 2),
+    "torchdata's workers": lambda data: StatefulDataLoader(data, 2, num_workers=1),
+}
+
+
+@pytest.mark.parametrize("wrap", list(STALE))
+@pytest.mark.parametrize("tells", ["the beginning", "what was loaded", "anew", "honest"])
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+def test_a_state_that_tells_no_place_once_it_was_loaded_is_entered_where_it_was(
+    tells: str, wrap: str
+) -> None:
+    """Resumed four times, also after one batch; torchtitan's runs began anew at the second."""
+    draw, state, seen = random.Random(f"{tells} {wrap}"), {}, []
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", ResumeWarning)
+        stop = 0
+        for step in [*draw.sample((1, 2, 5, 7), 4), 2]:
+            stop += step
+            engine = DeterministicEngine(lambda _, batch: seen.append(batch.tolist()))
+            if state:
+                engine.load_state_dict(state)
+            engine.add_event_handler(
+                Events.ITERATION_COMPLETED(once=stop),
+                lambda e: (state.update(e.state_dict()), e.terminate()),
+            )
+            engine.run(STALE[wrap](Stale(tells)))
+    assert seen == [batch.tolist() for batch in STALE[wrap](Stale("honest"))][:stop]
+    assert bool([one for one in told if "no position" in str(one.message)]) == (tells != "honest")

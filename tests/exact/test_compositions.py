@@ -6,7 +6,6 @@ The long form is `python tests/stress/compositions.py --count 2000`.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from typing import Any
 
 import composition_kept as kept
@@ -148,7 +147,7 @@ SEEDS += (20876, 20959, 20995, 21170, 21686, 22117, 50143)
 
 
 @pytest.mark.slow
-@settings(max_examples=32, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=16, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(COMPOSITIONS)
 @example(PLAIN)
 def test_a_resume_is_exact_or_says_that_it_is_not(composition: Composition) -> None:
@@ -186,9 +185,8 @@ def test_data_with_a_state_that_is_set_anew_is_compared(how: str, saving: str) -
     assert not verdict.alarms
 
 
-@pytest.mark.parametrize(("place", "second"), itertools.product(["in the step"], ["in a handler"]))
-def test_a_second_loader_is_told(place: str, second: str) -> None:
-    for where in (place, second):
+def test_a_second_loader_is_told() -> None:
+    for where in ("in the step", "in a handler"):
         verdict = judge(Composition(**{**PLAIN.__dict__, "second": where}))
         assert verdict.outcome == TOLD, verdict
         assert [cause.name for cause in verdict.named] == ["the second loader"]

@@ -19,7 +19,8 @@ from digits_program import ITERATIONS, run_example
 from fork_server import ForkServer
 
 SPECS = [
-    *("cpu", "cpu:bf16", "cpu:fp16"),
+    # cpu:fp16 goes on exactly from each iteration in tests/exact; a CPU takes its time over it.
+    *("cpu", "cpu:bf16"),
     pytest.param("xla", marks=on_xla.needs_xla),
     pytest.param("xla:bf16", marks=on_xla.needs_xla),
     pytest.param("xla-spmd", marks=on_xla.needs_xla),

@@ -339,7 +339,7 @@ def _resumed(folder: Path, make: Callable[[], Parts], dies: int, every: int) -> 
 
 
 _drawn = settings(
-    max_examples=20,
+    max_examples=12,
     deadline=None,
     derandomize=True,
     phases=[Phase.generate],
