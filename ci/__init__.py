@@ -1,4 +1,4 @@
-"""The hardware matrix of crosstrain and its command line.
+"""The command line of crosstrain, and the rooms that it is made of: ci/README.md is their map.
 
 Imported as ``crosstrain.ci``. It may import ``crosstrain.engine`` and ``crosstrain.backends``;
 neither of them may import it.

@@ -43,7 +43,7 @@ _Row = tuple[str, list[str], bool | None]
 
 @dataclass
 class DemoRun:
-    """What one of the two runs did, over all its processes, whose start counts in the seconds."""
+    """One of the two runs: what it did over all its processes, and the seconds that they took."""
 
     course: Course = field(default_factory=Course)
     killed_at: int | None = None

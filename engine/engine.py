@@ -94,6 +94,10 @@ class Engine(SeenByIgnite, Loop):
         """Names of the state's attributes that `state_dict` takes along; append yours."""
         return self._user_keys
 
+    @state_dict_user_keys.setter
+    def state_dict_user_keys(self, keys: list[str]) -> None:
+        self._user_keys = keys
+
     def state_dict(self) -> OrderedDict[str, Any]:
         """Returns epoch length, iteration, limit, and the attributes that you named.
 

@@ -1,4 +1,4 @@
-"""``crosstrain matrix``: every scenario on every backend, and the reports of it."""
+"""The options of ``crosstrain matrix``, and how its parts are put together."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves the fixtures of tests in several processes to these; refuses marks that do nothing."""
+    """Has the fixtures of a test in several processes made in these; refuses useless marks."""
     ours = _OUR_MARKS - _marks_of_the_project(config)
     for item in items:
         names = ours & {mark.name for mark in item.iter_markers()}

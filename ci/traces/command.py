@@ -1,4 +1,4 @@
-"""``crosstrain diff``: the first iteration, and the first thing in it, where two traces part."""
+"""The options of ``crosstrain diff``, and how what it found is printed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from crosstrain.ci.options import above_zero
 
-from .diff import Comparison, Difference, compare, span
+from .diff import Comparison, Difference, as_json, compare, span
 from .file import Trace
 
 
@@ -42,18 +42,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         print("\n".join(_lines(left, right, found)))
     return 0 if found.difference is None else 1
-
-
-def as_json(difference: Difference | None) -> dict[str, Any] | None:
-    """Returns a difference as plain values, with its sentence; None if there is none."""
-    if difference is None:
-        return None
-    thing = difference.thing
-    return {
-        **asdict(difference),
-        "thing": None if thing is None else {"kind": thing.kind, "name": thing.name},
-        "text": str(difference),
-    }
 
 
 def _report(left: Trace, right: Trace, found: Comparison) -> dict[str, Any]:

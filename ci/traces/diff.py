@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from crosstrain.ci.options import UsageError
@@ -53,6 +53,18 @@ class Difference:
         if which:
             return f"{where}: {self.thing} is missing in {which}"
         return f"{where}: {self.thing} differs"
+
+
+def as_json(difference: Difference | None) -> dict[str, Any] | None:
+    """Returns a difference as plain values, with its sentence; None if there is none."""
+    if difference is None:
+        return None
+    thing = difference.thing
+    return {
+        **asdict(difference),
+        "thing": None if thing is None else {"kind": thing.kind, "name": thing.name},
+        "text": str(difference),
+    }
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ _THINGS = (
 
 @dataclass
 class Course:
-    """What a run did.
+    """What a run did, gathered from the lines that its processes told.
 
     Args:
         rows: by iteration, what its process said of it; of the last process that did it.

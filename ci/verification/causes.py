@@ -1,4 +1,4 @@
-"""What usually makes a training part from itself, by the first thing that differs, and where."""
+"""What usually makes a resumed run differ, and what to do, by the first thing that differs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``crosstrain verify``: does a training of your own resume exactly?"""
+"""The options of ``crosstrain verify``, and how its verdict is printed."""
 
 from __future__ import annotations
 

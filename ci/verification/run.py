@@ -14,8 +14,7 @@ from typing import Any
 
 from crosstrain.backends import World, get
 from crosstrain.ci.options import UsageError
-from crosstrain.ci.traces.command import as_json
-from crosstrain.ci.traces.diff import Difference, earliest, first_difference
+from crosstrain.ci.traces.diff import Difference, as_json, earliest, first_difference
 from crosstrain.ci.traces.file import Trace, TraceError, path_of_rank
 from crosstrain.ci.trials.order import UNUSABLE, Order
 from crosstrain.ci.trials.processes import STOPPED, Kill, Relay

@@ -249,9 +249,18 @@ class Unsaved:
 
     def _tell(self, found: list[str], message: str) -> None:
         if found:
-            told = f"{message.format('; '.join(found))}: checks=Checks(unnamed='off')."
+            told = f"{message.format(_listed(found))}: checks=Checks(unnamed='off')."
             proof = self._engine.proof if message in FOUND_BY_RESUMED else Proof()
             proof.differs(told, self._engine.checks.unnamed)
+
+
+def _listed(found: Iterable[str]) -> str:
+    """Returns what is told in one text, in which each owner stands once before what it uses."""
+    of_owner: dict[str, list[str]] = {}
+    for what in found:
+        owner, its, used = what.rpartition(", its ")
+        of_owner.setdefault(owner or what, []).extend([used] if its else [])
+    return "; ".join(", its ".join([owner, *used]) for owner, used in of_owner.items())
 
 
 def _closed(name: str, error: Exception) -> str:

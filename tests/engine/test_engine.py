@@ -153,7 +153,7 @@ def test_states_that_are_refused(state: dict[str, Any], message: str) -> None:
 
 def test_a_state_without_what_it_needs() -> None:
     engine = Engine(nothing)
-    engine.state_dict_user_keys.append("alpha")
+    engine.state_dict_user_keys += ["alpha"]
     with pytest.raises(ValueError, match="state attribute 'epoch_length' is absent"):
         engine.load_state_dict({"epoch": 1, "max_epochs": 3})
     with pytest.raises(ValueError, match="user state attribute 'alpha' is absent"):

@@ -286,7 +286,11 @@ def _run(
     trainer, to_save, loader = make()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        resume_or_start(trainer, to_save, folder, every, signals=(), background=False)
+        # What a script sets otherwise is told as well, and has tests of its own.
+        checks = dataclasses.replace(trainer.checks, settings="off")
+        resume_or_start(
+            trainer, to_save, folder, every, signals=(), background=False, checks=checks
+        )
         if dies is not None:
 
             @trainer.on(Events.ITERATION_STARTED(once=dies + 1))
