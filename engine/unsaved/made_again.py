@@ -240,10 +240,12 @@ def _digests_of_data(dataset: Any, name: str) -> _Digests | None:
     Of another mapping than a dictionary, such as a file that is opened with the first sample, it is
     that of the keys: the numbers are not read. One that is written into is another matter.
     """
-    head, *path, own = name.split(".")
-    for part in path if head == "dataset" else ():
+    if not name.startswith("dataset."):
+        return None
+    _, *path, own = name.split(".")
+    for part in path:
         dataset = (own_attributes(dataset) or {}).get(part)
-    value = (own_attributes(dataset) or {}).get(own) if head == "dataset" else None
+    value = (own_attributes(dataset) or {}).get(own)
     is_file = is_a(value, Mapping) and not is_a(value, dict)
     if not is_file and not isinstance(value, (list, dict)):
         return None

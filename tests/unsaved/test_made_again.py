@@ -400,7 +400,7 @@ def test_one_that_a_resumed_first_step_does_not_make_is_told(
     before, _, _ = _run(tmp_path, lambda: _hooked(model(True)), 4)
     after, _, _ = _run(tmp_path, lambda: _hooked(model(False)))
     assert before == []
-    assert what in after[0]
+    assert any(what in one for one in after)
 
 
 def test_the_proof_says_what_was_made_again(tmp_path: Path) -> None:
@@ -535,9 +535,9 @@ def test_a_flag_is_not_put_back_without_what_was_made_with_it(how: str, tmp_path
 def test_what_was_made_with_it_is_told_if_it_is_other(how: str, tmp_path: Path) -> None:
     _run(tmp_path, lambda: _hooked(BUILT[how](2.0)), 4)
     after, _, trainer = _run(tmp_path, lambda: _hooked(BUILT[how](3.0)))
-    assert "made it again with other contents" in after[0]
-    assert trainer.proof.differences == after[:1]
-    assert "table" in after[0]
+    (said,) = (one for one in after if "made it again with other contents" in one)
+    assert said in trainer.proof.differences
+    assert "table" in said
 
 
 class Indexed(Dataset[Any]):
@@ -570,7 +570,30 @@ def test_an_index_of_the_dataset_is_told_only_if_it_is_made_other(
     before, _, _ = _run(tmp_path, lambda: make(0), 4)
     after, _, _ = _run(tmp_path, lambda: make(shift))
     assert before == []
-    assert ["dataset.index" in one for one in after] == [True] * shift
+    assert any("dataset.index" in one for one in after) == bool(shift)
+
+
+def test_what_a_plain_variable_keeps_is_made_again(tmp_path: Path) -> None:
+    def make() -> Parts:
+        _, to_save, loader = _trainer(None, "nowhere")
+        model, optimizer = to_save["model"], to_save["optimizer"]
+        cache: dict[str, Any] = {}
+
+        def step(engine: Any, batch: Any) -> None:
+            if "scale" not in cache:
+                cache["scale"] = torch.full((3,), 0.5)
+            optimizer.zero_grad()
+            (model(batch[0] * cache["scale"]) - batch[1]).square().mean().backward()
+            optimizer.step()
+
+        return DeterministicEngine(step, seed=1), to_save, loader
+
+    _, straight, _ = _run(tmp_path / "straight", make)
+    before, _, _ = _run(tmp_path, make, 4)
+    after, resumed, trainer = _run(tmp_path, make)
+    assert before == after == []
+    assert _weights(straight) == _weights(resumed)
+    assert "its 'cache'" in str(trainer.proof.checked)
 
 
 class Calibrates(Net):
