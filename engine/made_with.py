@@ -13,7 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import partial
-from types import CodeType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
 from typing import Any, Final
 
 import torch
@@ -21,7 +21,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from .guards import own_attributes
+from .guards import is_a, own_attributes
 from .proof import Proof, Strictness
 from .structure import parts_of
 
@@ -179,7 +179,7 @@ def is_schedule(value: Any) -> bool:
     if isinstance(value, (Module, Optimizer)):
         return False
     own = own_attributes(value) or {}
-    return isinstance(value, LRScheduler) or any(isinstance(v, Optimizer) for v in own.values())
+    return isinstance(value, LRScheduler) or any(is_a(v, Optimizer) for v in own.values())
 
 
 def _of_schedule(name: str, schedule: Any) -> Settings:
@@ -187,9 +187,9 @@ def _of_schedule(name: str, schedule: Any) -> Settings:
     settings = {n: v for n, v in own.items() if n not in _COUNTED and not n.startswith("_")}
     found = {name: {_CLASS: _class_of(schedule), **_numbers_of(settings)}}
     for key, value in own.items():
-        for index, part in enumerate(value if isinstance(value, list) else ()):
+        for index, part in enumerate(value if type(value) is list else ()):
             where = f"{name}.{key.strip('_')}[{index}]"
-            if isinstance(part, LRScheduler):
+            if is_a(part, LRScheduler):
                 found |= _of_schedule(where, part)
             elif callable(part):
                 found[where] = _of_function(part)
@@ -230,16 +230,19 @@ def _names_in(code: CodeType) -> Iterator[str]:
 def _of_function(function: Any) -> dict[str, Any]:
     """Returns what a function is called, and the numbers that it was made with."""
     found: dict[str, Any] = {}
-    while isinstance(function, partial):
+    while is_a(function, partial):
         found |= _numbers_of(
             {**dict(zip("0123", function.args, strict=False)), **function.keywords}
         )
         function = function.func
-    code = getattr(function, "__code__", None)
-    if not isinstance(code, CodeType):
+    if is_a(function, MethodType):
+        function = function.__func__
+    if not is_a(function, FunctionType):
         found |= _numbers_of(own_attributes(function) or {})
-        return {_CLASS: getattr(function, "__name__", type(function).__name__), **found}
-    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+        named = function if is_a(function, BuiltinFunctionType) else type(function)
+        return {_CLASS: named.__name__, **found}
+    names = function.__code__.co_freevars
+    for name, cell in zip(names, function.__closure__ or (), strict=True):
         with contextlib.suppress(ValueError):  # it has no value yet
             found |= _numbers_of({name: cell.cell_contents})
     return {_CLASS: function.__name__, **found}
@@ -268,10 +271,11 @@ _NONE: Final = object()
 def _number(value: Any) -> Any:
     if value is None or type(value) in (bool, int, float):
         return value
-    if isinstance(value, Counter):
-        value = sorted(value.elements())
-    if isinstance(value, (list, tuple)) and len(value) <= _LONGEST:
-        items = [_number(item) for item in value]
+    # Of other classes, a value may answer anything, or never end.
+    if type(value) is Counter:
+        value = [*value]
+    if type(value) in (list, tuple, torch.Size) and len(value) <= _LONGEST:
+        items = [*value]
         if all(type(item) in (bool, int, float) for item in items):
             return items
     return _NONE

@@ -14,7 +14,7 @@ import numpy
 import torch
 
 from crosstrain.engine.digest import digest, sketch
-from crosstrain.engine.guards import is_a
+from crosstrain.engine.guards import has_memory, is_a, is_dense
 from crosstrain.engine.nests import is_module
 
 from .changed_values import Begun, Place, Values
@@ -60,11 +60,16 @@ def _digests(now: Values) -> dict[Place, str]:
     found: dict[Place, str] = {}
     for place, value in now.values.items():
         # One number may be a setting, or the time.
-        if is_a(value, torch.Tensor) and value.numel() > 1:
+        if is_a(value, torch.Tensor) and _is_plain(value) and value.numel() > 1:
             found[place] = digest(value) if value.nbytes <= _WHOLE else sketch([value])
         elif is_a(value, numpy.ndarray) and value.size > 1 and value.dtype != object:
             found[place] = digest(now.signatures[place])
     for place, value in now.objects.items():
         if is_module(value):
-            found[place] = sketch([*value.parameters(), *value.buffers()])
+            tensors = [*value.parameters(), *value.buffers()]
+            found[place] = sketch([one for one in tensors if _is_plain(one)])
     return found
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return has_memory(tensor) and is_dense(tensor)
