@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from crosstrain.engine.digest import attributes_of
 from crosstrain.engine.guards import is_a, module_of
-from crosstrain.engine.nests import is_module
+from crosstrain.engine.nests import SCALARS, is_module
 from crosstrain.engine.structure import keeps_groups
 
 from .contents_of_states import tensors_in
@@ -166,8 +166,14 @@ class Values(Walk):
             self._read.add(id(value))
             self.signatures[owner, name] = signature_of(value)
             self.values[owner, name] = value
-            if id(value) in self._saved.contents:
+            holder, _ = self._holders_of.get((owner, name), (None, name))
+            if id(value) in self._saved.contents or self._has_number(holder, value):
                 self._goes_on.add((owner, name))
+
+    def _has_number(self, holder: Any, value: Any) -> bool:
+        """Tells whether a number or word is one that the state of a named object has now."""
+        named = id(holder) in self._known or id(holder) in self._saved.inside
+        return isinstance(value, SCALARS) and named and self._saved.has(holder, value)
 
     def note_one_of(self, value: Any, owner: str, name: str) -> None:
         """Notes which of the objects that are saved a variable stands for."""

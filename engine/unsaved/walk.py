@@ -359,8 +359,13 @@ class Walk:
             recorded = {name for name, one in own.items() if type(one) in kept}
             own = {name: own[name] for name in own.keys() - recorded - TORCHS_OWN}
         elif id(value) in self._known or id(value) in self._saved.inside:
-            # What its state has, under whichever name, goes on with it.
-            own = {name: one for name, one in own.items() if not self._saved.has(value, one)}
+            # What its state has, under whichever name, goes on with it. A number is looked at by
+            # whoever compares: what the state has at one look, it need not have at another.
+            own = {
+                name: one
+                for name, one in own.items()
+                if isinstance(one, SCALARS) or not self._saved.has(value, one)
+            }
         used = frozenset(use.path[0] for use in uses if use.path)
         if any(name not in own and not hasattr(kind, name) for name in used):
             # The object answers itself, from what it keeps under other names.

@@ -6,6 +6,7 @@ left out, an optimizer around another that forgets its slow weights.
 
 from __future__ import annotations
 
+import enum
 import random
 import warnings
 from collections.abc import Callable
@@ -275,3 +276,29 @@ def test_a_count_is_found_among_many_numbers(keys: list[str], tmp_path: Path) ->
     ledger = _Ledger(keys)
     told = _said(tmp_path, {"ledger": ledger}, ledger.next, _sgd)
     assert bool(told) == ("turns" not in keys), told
+
+
+class _Patience:
+    def __init__(self) -> None:
+        self.margin, self.kind = 0, _Kind.LOSS
+        self.bad, self.best = 0, float("inf")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"bad": self.bad, "best": self.best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.bad, self.best = state["bad"], state["best"]
+
+    def next(self) -> float:
+        self.bad += self.best >= self.margin
+        self.best = min(self.best, 10.0 + self.kind.value)
+        return self.bad / self.best
+
+
+class _Kind(enum.Enum):
+    LOSS = 0
+
+
+def test_a_constant_that_the_state_no_longer_equals_has_not_changed(tmp_path: Path) -> None:
+    patience = _Patience()
+    assert not _said(tmp_path, {"patience": patience}, patience.next, _sgd)
