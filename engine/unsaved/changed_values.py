@@ -20,12 +20,14 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
 from crosstrain.engine.digest import attributes_of
+from crosstrain.engine.dispatch import Dispatcher
 from crosstrain.engine.guards import is_a, module_of
 from crosstrain.engine.nests import SCALARS, is_module
+from crosstrain.engine.state import State
 from crosstrain.engine.structure import keeps_groups
 
 from .contents_of_states import tensors_in
-from .functions import FETCHES, is_users_file, parts_of_data
+from .functions import FETCHES, TRAINED, is_users_file, parts_of_data
 from .set_anew import Held
 from .signatures import signature_of, state_signature_of
 from .source import words_in
@@ -173,6 +175,8 @@ class Values(Walk):
     def _has_number(self, holder: Any, value: Any) -> bool:
         """Tells whether a number or word is one that the state of a named object has now."""
         named = id(holder) in self._known or id(holder) in self._saved.inside
+        # What users set on these is in no state, whatever else is.
+        named = named and not is_a(holder, *TRAINED, Dispatcher, State)
         return isinstance(value, SCALARS) and named and self._saved.has(holder, value)
 
     def note_one_of(self, value: Any, owner: str, name: str) -> None:
