@@ -70,6 +70,17 @@ class Cursor:
         # A pass that was opened, and compared, before the handlers of an epoch's beginning ran.
         self._opened_before: OpenPass | None = None
 
+    def rewind(self) -> None:
+        """Goes to where no run has begun, in data of which is known what it was made with."""
+        flow = self.seen
+        self.reset()
+        self._prepared = flow
+
+    @property
+    def seen(self) -> Dataflow | None:
+        """The data that the run is in, or is opened next."""
+        return self.flow or self._prepared
+
     def __iter__(self) -> Iterator[Any]:
         return self
 
@@ -150,6 +161,12 @@ class Cursor:
         if flow.goes_with(position) and (opened is None or opened.flow is not flow):
             flow.prepare(position["flow"])
             self._prepared = flow
+
+    def show(self, position: Mapping[str, Any], data: Any) -> None:
+        """Does what `prepare` does, but that the data is opened as if it had not been shown."""
+        flow = self._prepared = self._prepared_for(data)
+        if flow.goes_with(position):
+            flow.show(position["flow"])
 
     def check_before(
         self,

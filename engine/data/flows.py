@@ -23,7 +23,7 @@ from crosstrain.engine.progress import data_length
 from .apart import Apart
 from .attributes import Attributes
 from .batch_before import Held, Noted, Suspects
-from .own_states import OwnStates
+from .own_states import OwnStates, Raw, differing
 from .sampling import is_loader, rebuilt
 from .shares import Waiting
 from .streams import StreamKey
@@ -119,8 +119,35 @@ class Dataflow:
 
         They have the last word: the pass that is opened next leaves it as they do.
         """
-        self.give_dataset(state, "now")
+        self.show(state)
         self._dataset_prepared = True
+
+    def show(self, state: Mapping[str, Any]) -> None:
+        """Sets what is seen of the data to what it was when a state was written."""
+        self.give_dataset(state, "now")
+
+    def as_now(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns a state that was shown, or an empty one, with what has changed of it since."""
+        opening = state.get("dataset", {}).get("opening", {})
+        return {**state, "dataset": {"opening": opening, "now": self._attributes.take()}}
+
+    def visible(self) -> tuple[Raw, dict[str, Any]]:
+        """Returns what handlers may change: of what orders the data, and of the dataset."""
+        return self._own.raw(), self._attributes.take()
+
+    def is_as(self, then: tuple[Raw, dict[str, Any]]) -> bool:
+        """Tells whether nothing has changed since `visible` was called."""
+        own, attributes = self.visible()
+        return not differing(then[0], own) and same(then[1], attributes)
+
+    def give_changed(
+        self, then: tuple[Raw, dict[str, Any]], now: tuple[Raw, dict[str, Any]]
+    ) -> None:
+        """Sets what has changed from one time that `visible` was called to the other."""
+        changed = differing(then[0], now[0])
+        self._own.put_some({place: now[0][place] for place in changed if place in now[0]})
+        if not same(then[1], now[1]):
+            self._attributes.give(now[1])
 
     def give_dataset(self, state: Mapping[str, Any] | None, when: str) -> None:
         """Sets the dataset's attributes that had changed, if there is a state that has them.

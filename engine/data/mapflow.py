@@ -224,11 +224,18 @@ class MapFlow(Dataflow):
             return None
         return f"what {what} draw follows from num_workers, which was {then} and is {now}"
 
-    def prepare(self, state: Mapping[str, Any]) -> None:
+    def show(self, state: Mapping[str, Any]) -> None:
         """Sets the samplers, too, to what they were when a state was written."""
         if "now" in state:
             self._own.give(state["now"], False)
-        super().prepare(state)
+        super().show(state)
+
+    def as_now(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns a state with what has changed of the samplers, too, since it was shown."""
+        now = self._own.take()
+        # Those of samplers that have a state_dict are given when the data is opened.
+        states = state.get("now", now)["states"]
+        return {**super().as_now(state), "now": {**now, "states": states}}
 
     def rehearsal(self, batch: int, state: Mapping[str, Any] | None) -> int | None:
         """Returns which batch is fetched twice: the one before, or the first."""

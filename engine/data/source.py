@@ -12,6 +12,7 @@ from crosstrain.engine.proof import Checks, Proof
 from crosstrain.engine.random_states import random_states_kept
 
 from .cursor import Cursor
+from .flows import Dataflow
 from .generators import GENERATORS, generator_state, set_generator_state
 from .own_states import is_stateful
 from .streams import ALL_STREAMS, StreamKey
@@ -73,8 +74,11 @@ class ResumableSource:
         self._cursor = Cursor(backend)
         self._backend = backend
         self._open = self._used_up = False
-        # What was loaded, until the data is opened there.
+        # What was loaded, until the data is opened there, and what was seen of the data then.
         self._loaded: dict[str, Any] | None = None
+        self._shown: Any = None
+        # What handlers change of it from now on goes into its state.
+        self._cursor.watch(self._data)
 
     def __iter__(self) -> Iterator[Any]:
         return self
@@ -110,12 +114,25 @@ class ResumableSource:
             if loaded is None or loaded["position"] is None:
                 self._cursor.open(self._data, self._key)
             else:
-                self.proof = Proof()
+                flow, self.proof = self._flow, Proof()
+                now = flow.visible()
                 self._cursor.go_to(
                     loaded["position"], self._data, self._key, self.proof, self.checks.batch_before
                 )
+                flow.give_changed(self._shown, now)
                 self._used_up = loaded["used up"]
         self._open, self._loaded = True, None
+
+    @property
+    def flow(self) -> Dataflow | None:
+        """What opens the data; None of a random generator."""
+        return None if self._generates else self._flow
+
+    @property
+    def _flow(self) -> Dataflow:
+        flow = self._cursor.seen
+        assert flow is not None, "it is watched from the beginning"
+        return flow
 
     @property
     def _key(self) -> StreamKey:
@@ -125,10 +142,21 @@ class ResumableSource:
         """Returns where it is, as tensors and plain types."""
         if self._generates:
             return {"generator": generator_state(self.source)}
-        if self._loaded is not None:
+        state: dict[str, Any] = {
+            "seed": self._seed,
+            "position": None,
+            "used up": self._used_up,
+            "shown": None,
+        }
+        if self._open:
+            return {**state, "position": self._cursor.position()}
+        if self._loaded is not None and self._flow.is_as(self._shown):
             return self._loaded
-        position = self._cursor.position() if self._open else None
-        return {"seed": self._seed, "position": position, "used up": self._used_up}
+        # It is opened there with the next batch; handlers have changed the data since.
+        state.update(self._loaded or {})
+        name = "shown" if state["position"] is None else "position"
+        then = state[name] or {"data": self._flow.fingerprint(), "flow": {}}
+        return {**state, name: {**then, "flow": self._flow.as_now(then["flow"])}}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Goes on from a state: generators now, data when it is drawn from next.
@@ -149,9 +177,12 @@ class ResumableSource:
         if self._generates:
             set_generator_state(self.source, state_dict["generator"])
             return
-        self._cursor.reset()
+        self._cursor.rewind()
         self._open = self._used_up = False
         self._seed, self._loaded = state_dict["seed"], dict(state_dict)
+        if (then := state_dict["position"] or state_dict.get("shown")) is not None:
+            self._cursor.show(then, self._data)
+        self._shown = self._flow.visible()
 
     def __len__(self) -> int:
         return len(self._data)

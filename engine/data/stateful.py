@@ -291,11 +291,13 @@ class StatefulFlow(Dataflow):
         """Returns nothing: what it has changed is in its own state."""
         return []
 
-    def prepare(self, state: Mapping[str, Any]) -> None:
+    def show(self, state: Mapping[str, Any]) -> None:
         """Gives data its state before handlers run: one may set this data anew, or look at it."""
-        super().prepare(state)
+        super().show(state)
         # Theirs is taken when they are iterated over, and once only.
-        if not (is_loader(self._owner) or hasattr(self._owner, "restart_on_stop_iteration")):
+        if is_loader(self._owner) or hasattr(self._owner, "restart_on_stop_iteration"):
+            return
+        if "data" in state:
             self._load(state)
 
     def rehearsal(self, batch: int, state: Mapping[str, Any] | None) -> int | None:

@@ -27,7 +27,7 @@ from crosstrain.engine.state import State
 from crosstrain.engine.structure import keeps_groups
 
 from .contents_of_states import tensors_in
-from .functions import FETCHES, TRAINED, is_users_file, parts_of_data
+from .functions import FETCHES, TRAINED, is_users_file
 from .set_anew import Held
 from .signatures import signature_of, state_signature_of
 from .source import words_in
@@ -65,8 +65,7 @@ class Values(Walk):
     """Finds the values that functions read, and tells which have changed; for one look only."""
 
     def __init__(self, used: Used) -> None:
-        super().__init__(used.known, used.recorded, [used.holders], used.saved, used.closed)
-        self.used = used
+        super().__init__(used)
         #: By where they are found: what they are compared by, and those that are plain themselves.
         self.signatures: dict[Place, Any] = {}
         self.values: dict[Place, Any] = {}
@@ -87,7 +86,8 @@ class Values(Walk):
             if is_users_file(sys.modules.get(module_of(kind))):
                 self._class(kind, f"the {place}", kind.__name__, DEPTH, _FETCHES)
             for name, value in attributes_of(part).items():
-                self._fetched(value, f"the {place}", name)
+                if is_a(value, DataLoader, Dataset):
+                    self.value(value, f"the {place}", name, DEPTH, ALL)
         self._settle()
         if self._reads_metrics():
             self.signatures |= self._metrics
@@ -142,20 +142,6 @@ class Values(Walk):
         return self._holders_of.get(place, (None, place[1]))
 
     # ------------------------------------------------------------ what is noted on the way
-
-    def look(self, value: Any, owner: str, name: str, depth: int, uses: frozenset[Use]) -> None:
-        """Looks also into a loader or a dataset that the data fetches from."""
-        super().look(value, owner, name, depth, uses)
-        if owner in self.used.of_data:
-            self._fetched(value, owner, name)
-
-    def _fetched(self, value: Any, owner: str, name: str) -> None:
-        """Looks into a loader or a dataset that the data fetches from, and the position lacks."""
-        if is_a(value, DataLoader, Dataset) and id(value) not in self._known:
-            saved = {id(part) for part in self.used.data.values()}
-            for place, part in parts_of_data(value):
-                if id(part) not in saved:
-                    self.attributes(part, owner, f"{name}.{place}", DEPTH, _FETCHES)
 
     def note_holder(self, holder: Any, attribute: str, owner: str, name: str) -> None:
         """Keeps whose attribute it is that is found there."""

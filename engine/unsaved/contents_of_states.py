@@ -133,7 +133,7 @@ class Saved:
             state = self._state_of(value)
             if state is None or saved.have(state.whole):
                 self.held.add(id(value))
-        elif is_users_object(value) and not isinstance(value, (DataLoader, Dataset, Sampler)):
+        elif is_users_object(value):
             self.inside[id(value)] = owner
             own = [one for one in attributes_of(value).values() if not isinstance(one, SCALARS)]
             plain = {id(one): one for one in own if is_plain(one)}
@@ -141,7 +141,7 @@ class Saved:
             for one in own:
                 if id(one) not in plain:
                     self._object(one, owner, saved, depth - 1)
-        else:
+        elif not isinstance(value, (DataLoader, Dataset, Sampler)):
             # Of another package, or a function, of which `functions_held` tells.
             self.held.add(id(value))
             # What is iterated over itself keeps iterators, and makes others as its state says.

@@ -72,7 +72,8 @@ def _rows_of(table: Any) -> Any:
 
 
 def _some(memory: memoryview) -> Any:
-    step = max(1, len(memory) >> 20)
+    # Nobody writes into what is only read; it may be a large file.
+    step = max(1, len(memory) >> (0 if memory.readonly else 20))
     return len(memory), bytes(memory[::step])
 
 

@@ -20,7 +20,7 @@ from crosstrain.engine.guards import is_others
 
 from .functions import TORCHS_OWN, TRAINED
 from .used import Used
-from .uses_in_source import Use
+from .uses_in_source import ALL, Use
 from .walk import Walk, is_source
 
 
@@ -37,7 +37,7 @@ class _Sources(Walk):
     """Looks for what has a position, in all that an object holds: used or not, it may be."""
 
     def __init__(self, used: Used) -> None:
-        super().__init__(used.known, used.recorded, [used.holders], used.saved, used.closed)
+        super().__init__(used)
         self.found: dict[int, str] = {}
 
     def look(self, value: Any, owner: str, name: str, depth: int, uses: frozenset[Use]) -> None:
@@ -48,6 +48,9 @@ class _Sources(Walk):
         elif isinstance(value, DataLoader):
             for own, generator in _generators_of(value) if depth > 0 else ():
                 self._note(generator, f"{where}, {own}")
+            if depth > 0 and value.num_workers == 0:
+                # Workers begin each pass with what it holds in this process.
+                self.value(value.dataset, owner, f"{name}.dataset", depth, ALL)
         else:
             super().look(value, owner, name, depth, uses)
 

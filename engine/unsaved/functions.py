@@ -159,7 +159,11 @@ def functions_of_data(data: Any) -> dict[str, Any]:
                 found[f"the {name}"] = function
         if is_users_object(data):
             found["the loader's __iter__"] = data.__iter__
+    elif inspect.isroutine(data):
+        found["data"] = data
     for place, owner in parts_of_data(data):
+        if not is_users_object(owner):
+            continue
         for method in FETCHES:
             function = getattr(type(owner), method, None)
             if inspect.isfunction(function):
@@ -171,7 +175,7 @@ def functions_of_data(data: Any) -> dict[str, Any]:
 
 
 def parts_of_data(data: Any) -> Iterator[tuple[str, Any]]:
-    """Yields the objects of the user's that data is fetched with, and what to call them."""
+    """Yields the objects that data is fetched with, torch's own too, and what to call them."""
     owners = {"data": data}
     if isinstance(data, DataLoader):
         # One that is a DataLoader by name only, and wraps another, may have none of them.
@@ -179,9 +183,7 @@ def parts_of_data(data: Any) -> Iterator[tuple[str, Any]]:
         owners = {name: getattr(data, name, None) for name in names}
     seen: set[int] = set()
     for name, owner in owners.items():
-        for place, part in owners_of(name, owner, seen=seen):
-            if is_users_object(part):
-                yield place, part
+        yield from owners_of(name, owner, seen=seen)
 
 
 def functions_of_step(step: Any) -> Iterator[tuple[str, Any]]:
@@ -199,7 +201,7 @@ def functions_of_step(step: Any) -> Iterator[tuple[str, Any]]:
 # ------------------------------------------------------------------------------------ of a function
 
 
-def _is_installed(space: Mapping[str, Any]) -> bool:
+def is_installed(space: Mapping[str, Any]) -> bool:
     """Tells whether the variables of a module are those of an installed package."""
     place = space.get("__file__")
     return isinstance(place, str) and any(folder in place for folder in _INSTALLED)
@@ -213,7 +215,7 @@ def is_users_file(value: Any) -> bool:
     name = own.get("__name__")
     # A notebook has no file.
     place = "" if name == "__main__" else own.get("__file__")
-    if not isinstance(name, str) or not isinstance(place, str) or _is_installed(own):
+    if not isinstance(name, str) or not isinstance(place, str) or is_installed(own):
         return False
     root = name.partition(".")[0]
     return root not in OTHER_PACKAGES and root not in sys.stdlib_module_names
@@ -265,7 +267,7 @@ def variables_of(function: types.FunctionType) -> dict[str, Any]:
             with contextlib.suppress(ValueError):
                 found[name] = cell.cell_contents
     names = {*names_in(code)}
-    if _is_installed(function.__globals__):
+    if is_installed(function.__globals__):
         return found
     if "globals" in names:
         names |= {one for one in code.co_consts if isinstance(one, str)}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, Final
 
@@ -18,7 +18,6 @@ from crosstrain.engine.guards import is_a, is_others
 from .functions import layers_of, variables_of
 from .source import names_in, words_in
 from .used import Used
-from .uses_in_source import Use
 from .walk import Walk
 
 # Those of torch's by whatever name its modules are called, and what gives a parameter its group.
@@ -29,26 +28,11 @@ _READERS: Final = frozenset(
 
 def reads_gradients(used: Used, functions: Iterable[Any]) -> bool:
     """Tells whether functions that a run calls, or what they lead to, may look at gradients."""
-    walk, looked_at = _Calls(used.known, used.recorded, [used.holders], used.saved), [*functions]
+    # Also what only ends in a log may look at them.
+    walk, looked_at = Walk(used, waits=False), [*functions]
     walk.from_functions({str(number): one for number, one in enumerate(looked_at)})
     layers = (layer for function in looked_at for layer in _layers(function))
     return any(map(_reads, (*walk.functions, *layers)))
-
-
-class _Calls(Walk):
-    """Looks into all that functions may call, also for what only ends in a log."""
-
-    def _used(
-        self,
-        value: Any,
-        owner: str,
-        name: str,
-        depth: int,
-        uses: frozenset[Use],
-        variables: Mapping[str, Any],
-    ) -> None:
-        every = frozenset(use._replace(read=True, into=None) for use in uses)
-        self.value(value, owner, name, depth, every)
 
 
 def _layers(function: Any) -> list[types.FunctionType]:

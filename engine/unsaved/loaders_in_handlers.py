@@ -12,7 +12,7 @@ to see whether that draws at all.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -116,7 +116,7 @@ def who_fetches(used: Used, data: Any) -> Fetched:
 
     A loader of the same dataset with as many workers is like that.
     """
-    walk = _Loaders(data, {id(used.engine)})
+    walk = _Loaders(used, data)
     for name, function in used.functions.items():
         walk.function(function, name, 4)
     return walk.fetched
@@ -157,8 +157,8 @@ def _what_draws(loader: Any) -> str | None:
 class _Loaders(Walk):
     """Looks for a loader, and those like it."""
 
-    def __init__(self, data: Any, known: Iterable[int]) -> None:
-        super().__init__(known)
+    def __init__(self, used: Used, data: Any) -> None:
+        super().__init__(used, {id(used.engine)})
         self._data = data
         self.fetched = Fetched()
 

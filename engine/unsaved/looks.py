@@ -178,9 +178,14 @@ class Unsaved:
         self._tell(self._new(self._attached.changed(used, ended)), ATTACHED)
         self._tell(structure.not_made_again(objects), NOT_MADE_AGAIN)
         if flow is not None:
-            self._tell(self._made_again.sift_data(self._dataset(), flow.lost()), LOST)
+            flows = {"": flow, **{where: one.flow for where, one in used.sources.items()}}
+            lost = [f"{name}{at}" for at, one in flows.items() if one for name in one.lost()]
+            self._tell(self._made_again.sift_data(_datasets(used), lost), LOST)
             # Between two passes no worker fetches.
-            self._tell(self._new([] if ended else flow.raced()), RACED)
+            if ended:
+                del flows[""]
+            raced = [f"{name}{at}" for at, one in flows.items() if one for name in one.raced()]
+            self._tell(self._new(raced), RACED)
         return {name: plain_or_none(one.state.metrics) or {} for name, one in engines.items()}
 
     def reads_gradients(self, objects: Mapping[str, Any], within: Container[Any]) -> bool:
@@ -245,10 +250,7 @@ class Unsaved:
 
     def _made_otherwise(self, now: Values) -> list[str]:
         found = self._made_again.differences(now)
-        return self._new([*found, *self._made_again.differences_of_data(self._dataset())])
-
-    def _dataset(self) -> Any:
-        return getattr(own_data(self._engine.state.dataloader), "dataset", None)
+        return self._new([*found, *self._made_again.differences_of_data(_datasets(now.used))])
 
     def _new(self, found: Iterable[str]) -> list[str]:
         new = [what for what in found if what not in self._told]
@@ -260,6 +262,13 @@ class Unsaved:
             told = f"{message.format(_listed(found))}: checks=Checks(unnamed='off')."
             proof = self._engine.proof if message in FOUND_BY_RESUMED else Proof()
             proof.differs(told, self._engine.checks.unnamed)
+
+
+def _datasets(used: Used) -> dict[str, Any]:
+    """Returns those of the loaders that a position is kept of."""
+    loaders = {"": own_data(used.engine.state.dataloader)}
+    loaders |= {where: one.source for where, one in used.sources.items()}
+    return {where: getattr(one, "dataset", None) for where, one in loaders.items()}
 
 
 def _listed(found: Iterable[str]) -> str:

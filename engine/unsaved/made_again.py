@@ -10,28 +10,33 @@ told. What changes from one look to the next is not of this kind, and is told wh
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Container, Iterable, Mapping
 from functools import cached_property
 from typing import Any, Final
 
+import numpy
+from torch.utils.data import DataLoader, Dataset, Sampler
+
 from crosstrain.engine.digest import digest
 from crosstrain.engine.events import Events
-from crosstrain.engine.guards import is_a, own_attributes
+from crosstrain.engine.guards import is_a, is_others, module_of, own_attributes
 from crosstrain.engine.proof import Proof
 
 from .changed_values import Begun, Place, Values
 from .contents_of_states import is_plain
-from .functions import layers_of, methods_in
+from .functions import is_installed, is_users_file, layers_of, methods_in
 from .made_where_missing import is_made_lazily, is_read_by_key
 from .makers_in_source import is_written_into
-from .set_anew import is_written_where_read, read_before, set_at
+from .set_anew import called_before, is_written_where_read, may_read, set_at
 from .signatures import NESTS, PLAIN, signature_of
+from .source import words_in
 from .used import Used
 
 #: After so many iterations it is known whether what was made again stays what it is.
 LOOKS: Final = 2
 _KEYS: Final = 4096
-# Digests, by the keys of a mapping; of anything else there is one.
+# Digests, by the keys of a mapping or the places of a list; of anything else there is one.
 _Digests = dict[str, str]
 
 
@@ -100,6 +105,8 @@ class MadeAgain:
         for place in now.changed(begun):
             if (name := named(place)) in told or _is_written_first(now, begun, place):
                 continue
+            if _is_made_by_data(now, place):
+                continue
             if is_set.anew(place):
                 if not ended and is_set.with_epoch(place):
                     self._anew[name] = digest(now.values[place])
@@ -129,25 +136,26 @@ class MadeAgain:
                 self._equal.add(name)
         return differ
 
-    def sift_data(self, dataset: Any, lost: Iterable[str]) -> list[str]:
-        """Does what `sift` does for what has changed of a dataset and is in no state.
+    def sift_data(self, datasets: Mapping[str, Any], lost: Iterable[str]) -> list[str]:
+        """Does what `sift` does for what has changed of datasets and is in no state.
 
-        Each of these names, such as `dataset.index`, is given once.
+        Each of these names, such as `dataset.index`, is given once; what follows its comma says of
+        which dataset it is.
         """
         left: list[str] = []
         for name in lost:
-            found = _digests_of_data(dataset, name)
+            found = _digests_of_data(datasets, name)
             if found is None:
                 left.append(name)
             else:
                 self._kept[name] = found
         return left
 
-    def differences_of_data(self, dataset: Any) -> list[str]:
-        """Does what `differences` does for a dataset; what is equal is not looked at again."""
+    def differences_of_data(self, datasets: Mapping[str, Any]) -> list[str]:
+        """Does what `differences` does for datasets; what is equal is not looked at again."""
         differ: list[str] = []
         for name, then in list(self._expected.items()):
-            found = _digests_of_data(dataset, name)
+            found = _digests_of_data(datasets, name)
             if found is None:
                 continue
             del self._expected[name]
@@ -174,10 +182,15 @@ class MadeAgain:
             return None
         taken = self._taken.get(name)
         if taken is None or taken[0] != signature:
-            if isinstance(value, dict) and 0 < len(value) <= _KEYS:
-                found = {f"[{key!r}]": digest(one) for key, one in value.items()}
+            if isinstance(value, (dict, list)) and 0 < len(value) <= _KEYS:
+                items = value.items() if isinstance(value, dict) else enumerate(value)
+                # A place of a list that nothing has been put into yet is none.
+                filled = [one for one in items if isinstance(value, dict) or one[1] is not None]
+                found = {f"[{key!r}]": digest(one) for key, one in filled}
             else:
-                found = {"": digest(value)}
+                # Of a file that is mapped, some.
+                mapped = isinstance(value, numpy.memmap)
+                found = {"": digest(signature_of(value) if mapped else value)}
             taken = self._taken[name] = signature, found
         return taken[1]
 
@@ -204,9 +217,13 @@ class _SetAnew:
         return self._set_at(Events.EPOCH_STARTED)
 
     def _set_at(self, event: Events) -> set[tuple[int, str]]:
-        found = {(id(holder), name) for holder, name in set_at(self._now.used, event)}
-        read = read_before(self._now.used, event) if found else frozenset[str]()
-        return {one for one in found if one[1] not in read}
+        used = self._now.used
+        before = called_before(used, event) if (found := set_at(used, event)) else []
+        return {
+            (id(held[0]), held[1])
+            for held in found
+            if not any(may_read(one, held) for one in before)
+        }
 
     def with_epoch(self, place: Place) -> bool:
         """Tells whether it is what the handlers of this epoch's beginning have set."""
@@ -234,15 +251,34 @@ def _is_written_first(now: Values, begun: Begun, place: Place) -> bool:
     return is_read_by_key(place[1], now.functions)
 
 
-def _digests_of_data(dataset: Any, name: str) -> _Digests | None:
+def _is_made_by_data(now: Values, place: Place) -> bool:
+    """Tells whether data has made an object with a sample, such as a tokenizer or a reader.
+
+    What data of an installed package keeps, and no user's function names, is that one's matter.
+    """
+    holder, name = now.holder_of(place)
+    if not isinstance(holder, (DataLoader, Dataset, Sampler)):
+        return False
+    kind: Any = type(holder)
+    if not (is_others(kind) or is_users_file(sys.modules.get(module_of(kind)))):
+        users = (one for one in now.functions if not is_installed(one.__globals__))
+        return not any(name in words_in(one.__code__) for one in users)
+    if place in now.values:
+        return False
+    return is_made_lazily(place[1], now.functions, now.used.states)
+
+
+def _digests_of_data(datasets: Mapping[str, Any], name: str) -> _Digests | None:
     """Returns the digest of a dataset's list or mapping that is made lazily; None if it is not.
 
     Of another mapping than a dictionary, such as a file that is opened with the first sample, it is
     that of the keys: the numbers are not read. One that is written into is another matter.
     """
-    if not name.startswith("dataset."):
+    place, comma, where = name.partition(",")
+    if not place.startswith("dataset."):
         return None
-    _, *path, own = name.split(".")
+    dataset = datasets.get(comma + where)
+    _, *path, own = place.split(".")
     for part in path:
         dataset = (own_attributes(dataset) or {}).get(part)
     value = (own_attributes(dataset) or {}).get(own)

@@ -21,13 +21,14 @@ from functools import lru_cache, partial
 from typing import Any, Final
 
 from crosstrain.engine.events import Events
-from crosstrain.engine.guards import is_others, own_attributes
+from crosstrain.engine.guards import is_others, module_of, own_attributes
 from crosstrain.engine.nests import is_module
+from crosstrain.engine.state import State
 
-from .functions import functions_of_data, layers_of, variables_of
+from .functions import layers_of, variables_of
 from .source import KEPT, syntax_tree
 from .used import Used
-from .uses_in_source import Use
+from .uses_in_source import Use, attributes_used
 from .walk import Walk
 
 #: An object's attribute: whose, and its name.
@@ -63,7 +64,10 @@ def _set_by(
 ) -> Iterator[Held]:
     """Yields the attributes that a call sets in any case; what is passed may be None: unknown."""
     layers = layers_of(function)
-    if not layers or depth == 0 or not all(map(is_others, layers[:-1])) or is_others(layers[-1]):
+    if not layers or depth == 0 or not all(map(is_others, layers[:-1])):
+        return
+    # What torch's samplers are told is as plain as what users write.
+    if is_others(layers[-1]) and not module_of(layers[-1]).startswith("torch.utils.data."):
         return
     plain, owner = layers[-1], getattr(function, "__self__", None)
     names = plain.__code__.co_varnames[: plain.__code__.co_argcount]
@@ -144,13 +148,13 @@ def _resolved(node: ast.AST, known: Mapping[str, Any]) -> Any:
 # ------------------------------------------------------------------------------ what reads it
 
 
-def read_before(used: Used, event: Events) -> frozenset[str]:
-    """Returns the names of attributes that may be read before handlers of an event set them.
+def called_before(used: Used, event: Events) -> list[types.FunctionType]:
+    """Returns the functions that may be called before handlers of an event have set anything.
 
     By what fires at another event than those that follow, by these handlers themselves, and by what
     fetches the data, which may be ahead.
     """
-    before: dict[str, Any] = dict(functions_of_data(used.engine.state.dataloader))
+    before: dict[str, Any] = dict(used.of_data)
     for slot in used.engine._handlers:
         if slot.name not in _AFTER[event]:
             for handler, _, extra in slot.bindings():
@@ -163,14 +167,15 @@ def read_before(used: Used, event: Events) -> frozenset[str]:
     walk.from_functions({name: one for name, one in before.items() if one is not None})
     if walk.computes:
         walk.from_functions(used.of_trained)
-    return frozenset[str]().union(*(_loaded(one.__code__) for one in walk.functions))
+    return walk.functions
 
 
 class _Reached(Walk):
     """Comes to the functions that some call, and tells whether they compute by a model."""
 
     def __init__(self, used: Used) -> None:
-        super().__init__(used.known, used.recorded, [used.holders], used.saved)
+        # What ends in a log is read, too.
+        super().__init__(used, waits=False)
         self.computes = False
 
     def look(self, value: Any, owner: str, name: str, depth: int, uses: frozenset[Use]) -> None:
@@ -179,18 +184,16 @@ class _Reached(Walk):
             self.computes |= any(use.read for use in uses)
         super().look(value, owner, name, depth, uses)
 
-    def _used(
-        self,
-        value: Any,
-        owner: str,
-        name: str,
-        depth: int,
-        uses: frozenset[Use],
-        variables: Mapping[str, Any],
-    ) -> None:
-        # What ends in a log is read, too.
-        every = {one._replace(read=one.read or one.into is not None, into=None) for one in uses}
-        self.value(value, owner, name, depth, frozenset(every))
+
+def may_read(function: types.FunctionType, held: Held) -> bool:
+    """Tells whether a function loads an attribute of that name, and not of a state only."""
+    code, (holder, name) = function.__code__, held
+    if name not in _loaded(code):
+        return False
+    uses = attributes_used(code).get(name, ())
+    # Such as `engine.state.epoch`, which is no sampler's.
+    only = uses and name not in code.co_consts and all(one.of == "state" for one in uses)
+    return isinstance(holder, State) or not only
 
 
 @lru_cache(maxsize=KEPT)
@@ -204,7 +207,7 @@ def _loaded(code: types.CodeType) -> frozenset[str]:
 
 def is_written_where_read(held: Held, functions: Iterable[types.FunctionType]) -> bool:
     """Tells whether each function that reads an attribute has set it before, in any case."""
-    found = [one for one in functions if held[1] in _loaded(one.__code__)]
+    found = [one for one in functions if may_read(one, held)]
     return bool(found) and all(_writes_first(one, held) for one in found)
 
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from crosstrain.engine.data.source import ResumableSource
+from crosstrain.engine.guards import is_users_object
 from crosstrain.engine.structure import keeps_groups, named
 
 from .added_attributes import Holders
@@ -65,9 +67,24 @@ class Used:
         return {**found, **self.held, **self.of_trained, **hooks_of_all()}
 
     @cached_property
+    def sources(self) -> dict[str, ResumableSource]:
+        """What else is named as data, by what to add to the names of what is in each."""
+        named = (one for one in self.engine.named_beside if isinstance(one, ResumableSource))
+        return {f", of source {number}": one for number, one in enumerate(named, 1)}
+
+    @cached_property
+    def _data(self) -> dict[str, Any]:
+        others = {where: one.source for where, one in self.sources.items()}
+        return {"": self.engine.state.dataloader, **others}
+
+    @cached_property
     def of_data(self) -> dict[str, Any]:
         """What the data is fetched by."""
-        return functions_of_data(self.engine.state.dataloader)
+        return {
+            f"{called}{where}": function
+            for where, data in self._data.items()
+            for called, function in functions_of_data(data).items()
+        }
 
     @cached_property
     def held(self) -> dict[str, Any]:
@@ -81,8 +98,20 @@ class Used:
 
     @cached_property
     def data(self) -> dict[str, Any]:
-        """What fetches the data, whose attributes are saved with the position."""
-        return dict(parts_of_data(self.engine.state.dataloader))
+        """What of the user's fetches the data."""
+        return {
+            f"{place}{where}": part
+            for where, data in self._data.items()
+            for place, part in parts_of_data(data)
+            if is_users_object(part)
+        }
+
+    @cached_property
+    def positioned(self) -> frozenset[int]:
+        """The data and what fetches it, whose attributes are saved with its position, by `id`."""
+        data = self._data.values()
+        parts = {id(part) for one in data for _, part in parts_of_data(one)}
+        return frozenset(parts.union(map(id, data)))
 
     # ------------------------------------------------------------ what a checkpoint has of it
 

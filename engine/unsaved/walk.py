@@ -12,7 +12,7 @@ import argparse
 import inspect
 import io
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from functools import partial
 from itertools import islice
 from multiprocessing.sharedctypes import SynchronizedBase
@@ -39,10 +39,10 @@ from crosstrain.engine.nests import SCALARS, is_module, is_plain_row, unwrap
 from crosstrain.engine.state import State
 from crosstrain.engine.structure import RECORDED
 
-from .added_attributes import Holders
-from .contents_of_states import Saved
+from .added_attributes import Holders, names_of_ours
 from .data_of_others import holds_data
 from .functions import (
+    FETCHES,
     MAKING,
     TORCHS_OWN,
     TRAINED,
@@ -55,13 +55,17 @@ from .functions import (
 )
 from .signatures import COLLECTIONS, PLAIN, inside_of
 from .source import names_in
+from .used import Used
 from .uses_in_source import ALL, WRITES, Use, uses_of, uses_of_self
 
 #: How far a walk goes from a function that the run calls.
 DEPTH: Final = 6
 _SEEN: Final = 4000
-# They are the data's and the loop's own matter.
-_CLOSED: Final = (DataLoader, Dataset, Sampler, types.ModuleType, type)
+# What samples and batches come from. Of what a position is kept, it has what changes of these.
+_DATA: Final = (DataLoader, Dataset, Sampler)
+# What a loader asks when it is iterated over.
+_ASKED: Final = frozenset({"batch_sampler", "collate_fn", "dataset", "sampler", "worker_init_fn"})
+_FETCHING: Final = frozenset(Use((one,), True) for one in (*FETCHES, "__len__"))
 # Iterators are sources, too: see `is_source`.
 _SOURCES: Final = (
     *GENERATORS,
@@ -81,26 +85,17 @@ class Walk:
     """Looks into functions and what they use, by what they do with it; notes nothing itself.
 
     Args:
-        known: what is not looked into, by `id`.
-        recorded: modules and optimizers whose numbers and words are no matter, by `id`.
-        holders: objects whose further attributes are looked at, as far as functions name them.
-        saved: what of the named objects is in their states.
-        closed: takes the errors that values raised when they were looked at, by where these are.
+        used: what the run uses, and what a checkpoint has of it.
+        known: what is not looked into, by `id`; None: what a checkpoint takes care of.
+        waits: whether what only ends in a collection, such as a log, waits until that is read.
     """
 
-    def __init__(
-        self,
-        known: Iterable[int],
-        recorded: Iterable[int] = (),
-        holders: Iterable[Holders] = (),
-        saved: Saved | None = None,
-        closed: dict[tuple[str, str], Exception] | None = None,
-    ) -> None:
-        self._known = frozenset(known)
-        self._recorded = frozenset(recorded)
-        self._holders = list(holders)
-        self._saved = Saved() if saved is None else saved
-        self._closed = {} if closed is None else closed
+    def __init__(self, used: Used, known: Set[int] | None = None, waits: bool = True) -> None:
+        self.used, self._saved = used, used.saved
+        self._known = used.known if known is None else known
+        self._holders = [used.holders]
+        # Nobody is told of what only a log meets.
+        self._waits, self._closed = waits, used.closed if waits else {}
         self._seen: set[Any] = set()
         self._of_classes: dict[Any, tuple[set[Use], list[types.FunctionType]]] = {}
         # What is looked at only to be written into a collection: a state, if that is read.
@@ -162,7 +157,7 @@ class Walk:
         if not layers:
             return
         called = frozenset(Use((layer.__name__,), True) for layer in layers)
-        if isinstance(owner, (*TRAINED, DataLoader)):
+        if isinstance(owner, (*TRAINED, DataLoader)) and id(owner) not in self.used.positioned:
             # It may be known: what it holds beside its state is not.
             self.attributes(owner, name, "self", depth + 1, called)
         if owner is not None and not isinstance(owner, types.ModuleType):
@@ -196,7 +191,7 @@ class Walk:
         read = frozenset(use for use in uses if use.into is None)
         for use in uses - read:
             other = variables.get(use.into)  # type: ignore[arg-type]
-            if isinstance(other, COLLECTIONS):
+            if self._waits and isinstance(other, COLLECTIONS):
                 self._waiting.append((owner, name, value, id(other)))
             else:
                 read |= {use._replace(read=True, into=None)}
@@ -254,7 +249,7 @@ class Walk:
         elif isinstance(value, Dispatcher):
             if id(value) not in self._known and self._is_new(value):
                 self.engine(value, f"{owner}, its {name!r}")
-        elif len(self._seen) > _SEEN or isinstance(value, _CLOSED) or is_source(value):
+        elif len(self._seen) > _SEEN or is_source(value):
             return
         elif isinstance(value, _VALUES):
             if read:
@@ -268,6 +263,9 @@ class Walk:
                 self.note_one_of(value, owner, name)
             if is_users_object(value) and not isinstance(value, TRAINED) and depth > 0:
                 self.attributes(value, owner, name, depth, uses)
+        elif isinstance(value, _DATA):
+            if depth > 0 and id(value) not in self.used.positioned:
+                self.attributes(value, owner, name, DEPTH, _fetching(value, uses))
         elif module_of(type(value)).startswith("ignite.metrics") and hasattr(value, "state_dict"):
             if self._is_new(value):
                 self.note_metric(value, owner, type(value).__name__)
@@ -355,7 +353,7 @@ class Walk:
         own = {**_values_of(kind), **attributes_of(value)}
         if isinstance(value, TRAINED):
             # Numbers and words of what is trained are recorded, and put back.
-            kept = RECORDED if id(value) in self._recorded else ()
+            kept = RECORDED if id(value) in self.used.recorded else ()
             recorded = {name for name, one in own.items() if type(one) in kept}
             own = {name: own[name] for name in own.keys() - recorded - TORCHS_OWN}
         elif id(value) in self._known or id(value) in self._saved.inside:
@@ -384,9 +382,12 @@ class Walk:
             for attribute in own.keys() & set(_spellings(use.path[:1], kind)):
                 rest = Use(use.path[1:], use.read or use.into is not None)
                 by_name.setdefault(attribute, set()).add(rest)
-        for attribute, found in by_name.items():
+        # In an order that is the same in each process: some are found by two names.
+        for attribute, found in sorted(by_name.items()):
             # What no method uses is there for those that the object is passed on to.
             item, some = own[attribute], frozenset(found) or ALL
+            if isinstance(value, _DATA) and _is_entered(item, some):
+                continue
             if (id(value), attribute, some) not in self._seen:
                 self._seen.add((id(value), attribute, some))
                 self.note_holder(value, attribute, owner, f"{name}.{attribute}")
@@ -399,6 +400,26 @@ class Walk:
         if (kind, names) not in self._of_classes:
             self._of_classes[kind, names] = uses_of_self(kind, names)
         return self._of_classes[kind, names]
+
+
+def _fetching(data: Any, uses: frozenset[Use]) -> frozenset[Use]:
+    """Returns what is done with data: where it is fetched from, what its methods and parts do."""
+    if not any(use.path[:1] in ((), *((one,) for one in FETCHES)) for use in uses):
+        return uses
+    kind: Any = type(data)
+    names = _ASKED if isinstance(data, DataLoader) else names_of_ours(kind)
+    if isinstance(data, Sampler):
+        # Of its samples it asks how many there are.
+        names -= {"data_source", "dataset"}
+    parts = {Use((one,), True) for one in names & (own_attributes(data) or {}).keys()}
+    return frozenset(use for use in uses if use.path) | parts | _FETCHING
+
+
+def _is_entered(item: Any, uses: frozenset[Use]) -> bool:
+    """Tells whether data reads a file where the index of a sample says, and not where it was."""
+    if isinstance(item, io.IOBase):
+        return any(use.path[:1] == ("seek",) for use in uses)
+    return is_a(item, Mapping) and not isinstance(item, COLLECTIONS) and holds_data(item)
 
 
 def _settled(uses: set[Use], whole: bool) -> set[Use]:

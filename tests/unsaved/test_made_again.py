@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from killed_runs import Parts, resumed, rows, run
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -25,8 +25,6 @@ from crosstrain.engine import (
     Checks,
     DeterministicEngine,
     Events,
-    ResumeWarning,
-    resume_or_start,
 )
 
 KINDS = ("tensor", "large tensor", "array", "list", "tuple", "mapping", "number")
@@ -226,11 +224,6 @@ IDIOMS = {
 PLACES = ("forward", "step", "handler", "collate")
 
 
-def _data() -> list[tuple[torch.Tensor, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(5)
-    return [(torch.randn(3, generator=generator), torch.ones(1)) for _ in range(12)]
-
-
 class Net(nn.Module):
     def __init__(self, keeps: Any) -> None:
         super().__init__()
@@ -239,13 +232,6 @@ class Net(nn.Module):
     def forward(self, batch: torch.Tensor) -> torch.Tensor:
         scale = 1.0 if self.keeps is None else self.keeps.take(float(batch[0, 0].detach()))
         return self.linear(batch * scale)
-
-
-class Killed(Exception):
-    """Ends a run."""
-
-
-Parts = tuple[Any, dict[str, Any], Any]
 
 
 def _trainer(keeps: Any, place: str) -> Parts:
@@ -274,39 +260,8 @@ def _trainer(keeps: Any, place: str) -> Parts:
             for group in optimizer.param_groups:
                 group["lr"] = 0.01 * keeps.take(float(engine.state.batch[0][0, 0]))
 
-    loader = DataLoader(_data(), batch_size=2, collate_fn=collate)  # type: ignore[arg-type]
+    loader = DataLoader(rows(12), batch_size=2, collate_fn=collate)  # type: ignore[arg-type]
     return trainer, {"model": model, "optimizer": optimizer}, loader
-
-
-def _run(
-    folder: Path, make: Callable[[], Parts], dies: int | None = None, every: int = 1
-) -> tuple[list[str], dict[str, Any], Any]:
-    """Runs it until it dies; returns what it was warned of, its states, and the trainer."""
-    torch.manual_seed(3)
-    trainer, to_save, loader = make()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        # What a script sets otherwise is told as well, and has tests of its own.
-        checks = dataclasses.replace(trainer.checks, settings="off")
-        resume_or_start(
-            trainer, to_save, folder, every, signals=(), background=False, checks=checks
-        )
-        if dies is not None:
-
-            @trainer.on(Events.ITERATION_STARTED(once=dies + 1))
-            def die() -> None:
-                raise Killed
-
-        try:
-            trainer.run(loader, max_epochs=3)
-        except Killed:
-            assert dies is not None
-    said = [str(item.message) for item in caught if item.category is ResumeWarning]
-    return said, {name: one.state_dict() for name, one in to_save.items()}, trainer
-
-
-def _weights(states: dict[str, Any]) -> bytes:
-    return b"".join(one.numpy().tobytes() for one in states["model"].values())
 
 
 @settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -327,10 +282,7 @@ def test_what_is_made_equal_is_not_told_and_anything_else_is(
     def make() -> Parts:
         return _trainer(keeps(kind, same), place)
 
-    _, straight, _ = _run(folder / "straight", make)
-    before, _, _ = _run(folder / "killed", make, dies, every)
-    after, resumed, _ = _run(folder / "killed", make, None, every)
-    identical = _weights(straight) == _weights(resumed)
+    before, after, identical = resumed(folder, make, dies, every)
     if same:
         assert identical
         assert before == after == []
@@ -383,11 +335,7 @@ def test_a_hook_or_a_module_that_each_first_step_makes_is_not_told(
     def make() -> Parts:
         return _hooked(model(True))
 
-    _, straight, _ = _run(tmp_path / "straight", make)
-    before, _, _ = _run(tmp_path, make, 4)
-    after, resumed, _ = _run(tmp_path, make)
-    assert before == after == []
-    assert _weights(straight) == _weights(resumed)
+    assert resumed(tmp_path, make, 4) == ([], [], True)
 
 
 @pytest.mark.parametrize(
@@ -397,8 +345,8 @@ def test_a_hook_or_a_module_that_each_first_step_makes_is_not_told(
 def test_one_that_a_resumed_first_step_does_not_make_is_told(
     model: Callable[[bool], nn.Module], what: str, tmp_path: Path
 ) -> None:
-    before, _, _ = _run(tmp_path, lambda: _hooked(model(True)), 4)
-    after, _, _ = _run(tmp_path, lambda: _hooked(model(False)))
+    before, _, _ = run(tmp_path, lambda: _hooked(model(True)), 4)
+    after, _, _ = run(tmp_path, lambda: _hooked(model(False)))
     assert before == []
     assert any(what in one for one in after)
 
@@ -407,8 +355,8 @@ def test_the_proof_says_what_was_made_again(tmp_path: Path) -> None:
     def make() -> Parts:
         return _trainer(IsNone("tensor", True), "forward")
 
-    _run(tmp_path, make, 4)
-    _, _, trainer = _run(tmp_path, make)
+    run(tmp_path, make, 4)
+    _, _, trainer = run(tmp_path, make)
     (said,) = (one for one in trainer.proof.checked if "made again" in one)
     assert "table" in said
 
@@ -461,7 +409,7 @@ class ResetsBeside(Keeps):
 def test_what_does_more_than_to_make_it_is_told_when_it_is_saved(
     keeps: Callable[[str, bool], Keeps], place: str, tmp_path: Path
 ) -> None:
-    (said,) = _run(tmp_path, lambda: _trainer(keeps("tensor", True), place), 4)[0]
+    (said,) = run(tmp_path, lambda: _trainer(keeps("tensor", True), place), 4)[0]
     assert "begin without what has changed of" in said
     assert "table" in said
 
@@ -524,17 +472,13 @@ def test_a_flag_is_not_put_back_without_what_was_made_with_it(how: str, tmp_path
     def make() -> Parts:
         return _hooked(BUILT[how](2.0))
 
-    _, straight, _ = _run(tmp_path / "straight", make)
-    before, _, _ = _run(tmp_path, make, 4)
-    after, resumed, _ = _run(tmp_path, make)
-    assert before == after == []
-    assert _weights(straight) == _weights(resumed)
+    assert resumed(tmp_path, make, 4) == ([], [], True)
 
 
 @pytest.mark.parametrize("how", BUILT)
 def test_what_was_made_with_it_is_told_if_it_is_other(how: str, tmp_path: Path) -> None:
-    _run(tmp_path, lambda: _hooked(BUILT[how](2.0)), 4)
-    after, _, trainer = _run(tmp_path, lambda: _hooked(BUILT[how](3.0)))
+    run(tmp_path, lambda: _hooked(BUILT[how](2.0)), 4)
+    after, _, trainer = run(tmp_path, lambda: _hooked(BUILT[how](3.0)))
     (said,) = (one for one in after if "made it again with other contents" in one)
     assert said in trainer.proof.differences
     assert "table" in said
@@ -545,7 +489,7 @@ class Indexed(Dataset[Any]):
 
     def __init__(self, shift: int) -> None:
         self.index: Any = None
-        self.shift, self.samples = shift, _data()
+        self.shift, self.samples = shift, rows(12)
 
     def _load(self) -> None:
         self.index = {place: (place + self.shift) % 12 for place in range(5000)}
@@ -567,10 +511,42 @@ def test_an_index_of_the_dataset_is_told_only_if_it_is_made_other(
         trainer, to_save, _ = _trainer(None, "nowhere")
         return trainer, to_save, DataLoader(Indexed(shift), batch_size=2)
 
-    before, _, _ = _run(tmp_path, lambda: make(0), 4)
-    after, _, _ = _run(tmp_path, lambda: make(shift))
+    before, _, _ = run(tmp_path, lambda: make(0), 4)
+    after, _, _ = run(tmp_path, lambda: make(shift))
     assert before == []
     assert any("dataset.index" in one for one in after) == bool(shift)
+
+
+class Slots:
+    """Keeps what is made for each place of an epoch."""
+
+    def __init__(self) -> None:
+        self.rows: list[Any] = [None] * 8
+
+    def at(self, place: int, factor: float) -> torch.Tensor:
+        if self.rows[place] is None:
+            self.rows[place] = torch.full((3,), factor)
+        return self.rows[place]
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.7])
+def test_a_list_that_is_filled_place_by_place_is_made_again(factor: float, tmp_path: Path) -> None:
+    def make(factor: float = 0.5) -> Parts:
+        _, to_save, loader = _trainer(None, "nowhere")
+        model, optimizer, slots = to_save["model"], to_save["optimizer"], Slots()
+
+        def step(engine: Any, batch: Any) -> None:
+            optimizer.zero_grad()
+            scale = slots.at(engine.state.iteration % 8, factor)
+            (model(batch[0] * scale) - batch[1]).square().mean().backward()
+            optimizer.step()
+
+        return DeterministicEngine(step, seed=1), to_save, loader
+
+    before, _, _ = run(tmp_path, make, 5, every=2)
+    after, _, _ = run(tmp_path, functools.partial(make, factor), every=2)
+    assert before == []
+    assert any("other contents" in one for one in after) == (factor != 0.5), after
 
 
 def test_what_a_plain_variable_keeps_is_made_again(tmp_path: Path) -> None:
@@ -588,11 +564,11 @@ def test_what_a_plain_variable_keeps_is_made_again(tmp_path: Path) -> None:
 
         return DeterministicEngine(step, seed=1), to_save, loader
 
-    _, straight, _ = _run(tmp_path / "straight", make)
-    before, _, _ = _run(tmp_path, make, 4)
-    after, resumed, trainer = _run(tmp_path, make)
+    _, straight, _ = run(tmp_path / "straight", make)
+    before, _, _ = run(tmp_path, make, 4)
+    after, resumed, trainer = run(tmp_path, make)
     assert before == after == []
-    assert _weights(straight) == _weights(resumed)
+    assert straight == resumed
     assert "its 'cache'" in str(trainer.proof.checked)
 
 
@@ -612,7 +588,7 @@ class Calibrates(Net):
 
 
 def test_what_writes_over_a_buffer_is_told(tmp_path: Path) -> None:
-    (said,) = _run(tmp_path, lambda: _hooked(Calibrates()), 4)[0]
+    (said,) = run(tmp_path, lambda: _hooked(Calibrates()), 4)[0]
     assert "table" in said
 
 
@@ -643,9 +619,5 @@ def test_what_a_hook_keeps_for_the_step_is_not_told(tmp_path: Path) -> None:
     def make() -> Parts:
         return _with_features(counts=False)
 
-    _, straight, _ = _run(tmp_path / "straight", make)
-    before, _, _ = _run(tmp_path, make, 4)
-    after, resumed, _ = _run(tmp_path, make)
-    assert before == after == []
-    assert _weights(straight) == _weights(resumed)
-    assert "features" in _run(tmp_path / "counts", lambda: _with_features(counts=True), 4)[0][0]
+    assert resumed(tmp_path, make, 4) == ([], [], True)
+    assert "features" in run(tmp_path / "counts", lambda: _with_features(counts=True), 4)[0][0]

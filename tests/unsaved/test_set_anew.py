@@ -7,7 +7,6 @@ told, and all are run straight, stopped and resumed in one way.
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from killed_runs import Parts, resumed, rows, run
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -25,11 +25,8 @@ from crosstrain.engine import (
     DeterministicEngine,
     Engine,
     Events,
-    ResumeWarning,
-    resume_or_start,
 )
 
-Parts = tuple[Any, dict[str, Any], Any]
 KINDS: dict[str, Callable[[float], Any]] = {
     "number": float,
     "NumPy's": numpy.float32,
@@ -53,10 +50,6 @@ class Mixes:
         self.lam = KINDS[kind](0.5 + float(torch.rand(())))
 
 
-class Killed(Exception):
-    """Ends a run."""
-
-
 class Net(nn.Module):
     """Multiplies by what it holds, or by what an object holds."""
 
@@ -69,13 +62,8 @@ class Net(nn.Module):
         return self.linear(batch * scale)
 
 
-def _data() -> list[tuple[torch.Tensor, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(5)
-    return [(torch.randn(3, generator=generator), torch.ones(1)) for _ in range(8)]
-
-
 def _loader(data: Any = None, **options: Any) -> Any:
-    return DataLoader(data or _data(), batch_size=2, **options)  # type: ignore[arg-type]
+    return DataLoader(data or rows(8), batch_size=2, **options)  # type: ignore[arg-type]
 
 
 class Program:
@@ -307,37 +295,6 @@ def _of_the_weights(program: Program) -> None:
         mixes.lam = KINDS[kind](float(model.linear.weight.detach().abs().mean()))
 
 
-def _run(
-    folder: Path, make: Callable[[], Parts], dies: int | None = None, every: int = 1
-) -> tuple[list[str], bytes, Any]:
-    """Runs it until it dies; returns what it was warned of, its weights, and the trainer."""
-    torch.manual_seed(3)
-    trainer, to_save, loader = make()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        resume_or_start(trainer, to_save, folder, every, signals=(), background=False)
-        if dies is not None:
-
-            @trainer.on(Events.ITERATION_STARTED(once=dies + 1))
-            def die() -> None:
-                raise Killed
-
-        try:
-            trainer.run(loader, max_epochs=4)
-        except Killed:
-            assert dies is not None
-    said = [str(item.message) for item in caught if item.category is ResumeWarning]
-    weights = to_save["model"].state_dict().values()
-    return said, b"".join(one.numpy().tobytes() for one in weights), trainer
-
-
-def _resumed(folder: Path, make: Callable[[], Parts], dies: int, every: int) -> tuple[Any, ...]:
-    _, straight, _ = _run(folder / "straight", make)
-    before, _, _ = _run(folder / "killed", make, dies, every)
-    after, resumed, _ = _run(folder / "killed", make, None, every)
-    return before, after, straight == resumed
-
-
 _drawn = settings(
     max_examples=12,
     deadline=None,
@@ -364,7 +321,7 @@ def test_what_is_set_each_time_is_not_told(
         SURE["directly" if place == "module" and how.startswith("by") else how](program)
         return program.parts
 
-    found = _resumed(tmp_path_factory.mktemp("set"), make, dies, every)
+    found = resumed(tmp_path_factory.mktemp("set"), make, dies, every)
     assert found == ([], [], True)
 
 
@@ -384,7 +341,7 @@ def test_what_is_set_in_another_way_is_identical_or_told(
         ELSE[how](program)
         return program.parts
 
-    before, after, identical = _resumed(tmp_path_factory.mktemp("set"), make, dies, every)
+    before, after, identical = resumed(tmp_path_factory.mktemp("set"), make, dies, every)
     assert identical or any("lam" in one for one in before + after)
 
 
@@ -395,11 +352,11 @@ def test_each_other_way_is_told(how: str, tmp_path: Path) -> None:
         ELSE[how](program)
         return program.parts
 
-    _, straight, _ = _run(tmp_path / "straight", make)
+    _, straight, _ = run(tmp_path / "straight", make)
     differ = []
     for dies in (6, 8, 11):
-        before, _, _ = _run(tmp_path / str(dies), make, dies)
-        after, resumed, _ = _run(tmp_path / str(dies), make)
+        before, _, _ = run(tmp_path / str(dies), make, dies)
+        after, resumed, _ = run(tmp_path / str(dies), make)
         differ.append(straight != resumed)
         assert straight == resumed or any("lam" in one for one in before + after)
     assert any(differ)
@@ -471,7 +428,7 @@ def test_what_a_forward_keeps_before_it_reads_is_not_told(
         trainer = DeterministicEngine(step, seed=1)
         return trainer, {"model": model, "optimizer": optimizer}, _loader()
 
-    before, after, identical = _resumed(tmp_path, make, 5, 1)
+    before, after, identical = resumed(tmp_path, make, 5, 1)
     assert identical == (kind is Keeps)
     assert ["_drawn" in one for one in before + after] == [True] * 2 * (not identical)
 
@@ -516,7 +473,7 @@ def test_what_the_step_sets_before_it_reads_is_not_told(how: str, tmp_path: Path
         step = {"first": first, "sometimes": sometimes}.get(how, late)
         return DeterministicEngine(step, seed=1), *program.parts[1:]
 
-    before, after, identical = _resumed(tmp_path, make, 7, 1)
+    before, after, identical = resumed(tmp_path, make, 7, 1)
     assert identical == (how == "first")
     assert ["scale" in one for one in before + after] == [True] * (len(before) + len(after))
     assert bool(before) != identical
@@ -567,7 +524,7 @@ def test_a_wrapper_of_what_is_named_is_told_for_what_else_it_has(
         named = {} if which == "unnamed" else {"first": others[0], "second": others[1]}
         return trainer, {**to_save, **named}, loader
 
-    before, _, identical = _resumed(tmp_path, make, 6, 1)
+    before, _, identical = resumed(tmp_path, make, 6, 1)
     assert identical == (which == "named")
     assert any("average" in one for one in before) == (which != "named")
 
@@ -620,9 +577,9 @@ def test_an_inner_optimizer_is_told_only_if_it_does_not_go_on_with_its_groups(
         return trainer, {"model": model, "optimizer": optimizer}, _loader()
 
     # Before the rate has changed for the first time, and after.
-    before, _, identical = _resumed(tmp_path / "before", make, 2, 1)
+    before, _, identical = resumed(tmp_path / "before", make, 2, 1)
     if kind is Outer:
-        assert _resumed(tmp_path / "after", make, 6, 1) == ([], [], True)
+        assert resumed(tmp_path / "after", make, 6, 1) == ([], [], True)
     assert identical == (not schedules or kind is not LoadsItself)
     assert any("inner" in one for one in before) == (kind is LoadsItself)
 
@@ -646,7 +603,7 @@ def test_an_optimizer_that_keeps_nothing_is_told_for_what_it_is_set_to(
 
         return program.parts
 
-    before, _, identical = _resumed(tmp_path, make, 5, 1)
+    before, _, identical = resumed(tmp_path, make, 5, 1)
     assert identical == (which == "plain")
     assert any("'other'" in one for one in before) == (which != "plain")
 
@@ -657,7 +614,7 @@ class Table(MutableMapping[str, Any]):
     __slots__ = ("_columns",)
 
     def __init__(self, names: str) -> None:
-        self._columns = {name: [one for one, _ in _data()] for name in names}
+        self._columns = {name: [one for one, _ in rows(8)] for name in names}
 
     def __getitem__(self, name: str) -> Any:
         return self._columns[name]
@@ -701,8 +658,8 @@ def test_a_file_that_is_opened_at_first_use_is_told_only_if_it_is_another(
         data = torch.utils.data.Subset(data, range(8)) if nested else data
         return program.trainer, program.parts[1], _loader(data)
 
-    before, _, _ = _run(tmp_path, lambda: make("xy"), 5)
-    after, _, trainer = _run(tmp_path, lambda: make(then))
+    before, _, _ = run(tmp_path, lambda: make("xy"), 5)
+    after, _, trainer = run(tmp_path, lambda: make(then))
     assert before == []
     assert ["file" in one for one in after] == [True] * (then != "xy")
     assert ("file" in str(trainer.proof.checked)) == (then == "xy")
@@ -752,6 +709,6 @@ def test_what_a_collators_tokenizer_keeps_is_a_part_of_the_state(
         loader = _loader(collate_fn=Collates(kind()))
         return program.trainer, program.parts[1], loader
 
-    before, _, identical = _resumed(tmp_path, make, 5, 1)
+    before, _, identical = resumed(tmp_path, make, 5, 1)
     assert identical == (kind is Tokenizer)
     assert [("drawn" in one, "large" in one) for one in before] == [(True, False)] * (not identical)
