@@ -13,7 +13,8 @@ source says that they do with it (`source.py`, `uses_in_source.py`), as it is no
 - handlers, hooks and modules that came or went (`handlers_and_hooks.py`): with the beginning's;
 - what is made only where it is missing (`made_where_missing.py`, and by its source
   `makers_in_source.py`, `side_effects.py`): by digests with what a resumed run makes
-  (`made_again.py`);
+  (`made_again.py`); so is what is set anew before it is read (`set_anew.py`), and what a script
+  makes before the run and nothing changes (`constants.py`);
 - loaders that handlers iterate over (`loaders_in_handlers.py`): with the workers they had then.
 
 **When** (`looks.py`): as the run's first epoch begins, all is noted; whenever a state is taken, it
