@@ -11,7 +11,7 @@ import random
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -947,6 +947,12 @@ def test_a_loader_that_counts_what_it_threw_away_twice_goes_on_where_it_was(
     def loader() -> Any:
         return StatefulDataLoader(Bare(40), 2, num_workers=workers)
 
+    seen = _stopped_at(stops, loader)
+    assert seen == [batch.tolist() for batch in loader()][: stops[-1]]
+
+
+def _stopped_at(stops: Iterable[int], data: Callable[[], Any]) -> list[Any]:
+    """Returns the batches of a run that ends after these iterations, each time resumed."""
     state: dict[str, Any] = {}
     seen: list[Any] = []
     for stop in stops:
@@ -957,8 +963,8 @@ def test_a_loader_that_counts_what_it_threw_away_twice_goes_on_where_it_was(
             Events.ITERATION_COMPLETED(once=stop),
             lambda e: (state.update(e.state_dict()), e.terminate()),
         )
-        engine.run(loader())
-    assert seen == [batch.tolist() for batch in loader()][: stops[-1]]
+        engine.run(data())
+    return seen
 
 
 class Stale(IterableDataset[Any]):
@@ -1003,19 +1009,10 @@ def test_a_state_that_tells_no_place_once_it_was_loaded_is_entered_where_it_was(
     tells: str, wrap: str
 ) -> None:
     """Resumed four times, also after one batch; torchtitan's runs began anew at the second."""
-    draw, state, seen = random.Random(f"{tells} {wrap}"), {}, []
+    draw = random.Random(f"{tells} {wrap}")
+    stops = list(itertools.accumulate([*draw.sample((1, 2, 5, 7), 4), 2]))
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always", ResumeWarning)
-        stop = 0
-        for step in [*draw.sample((1, 2, 5, 7), 4), 2]:
-            stop += step
-            engine = DeterministicEngine(lambda _, batch: seen.append(batch.tolist()))
-            if state:
-                engine.load_state_dict(state)
-            engine.add_event_handler(
-                Events.ITERATION_COMPLETED(once=stop),
-                lambda e: (state.update(e.state_dict()), e.terminate()),
-            )
-            engine.run(STALE[wrap](Stale(tells)))
-    assert seen == [batch.tolist() for batch in STALE[wrap](Stale("honest"))][:stop]
+        seen = _stopped_at(stops, lambda: STALE[wrap](Stale(tells)))
+    assert seen == [batch.tolist() for batch in STALE[wrap](Stale("honest"))][: stops[-1]]
     assert bool([one for one in told if "no position" in str(one.message)]) == (tells != "honest")
