@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
+import enum
 import io
 import json
 import math
@@ -288,6 +289,31 @@ def _method_of_an_attribute(trainer: Any, model: nn.Module, optimizer: Any) -> N
             _set_rate(optimizer, self.box.rate())
 
     trainer.add_event_handler(Events.ITERATION_COMPLETED, Harness().handle)
+
+
+@_case("""its "boxes\\['rates'\\]\\[0\\].calls\"""")
+def _object_in_a_nest(trainer: Any, model: nn.Module, optimizer: Any) -> None:
+    boxes = {"rates": [_Box()]}
+
+    @trainer.on(Events.ITERATION_COMPLETED)
+    def decay() -> None:
+        for box in boxes["rates"]:
+            _set_rate(optimizer, box.rate())
+
+
+class _Phase(enum.Enum):
+    COLD, HOT = 0.1, 0.01
+
+
+@_case("its 'phase': the run reads it")
+def _member_of_an_enumeration(trainer: Any, model: nn.Module, optimizer: Any) -> None:
+    phase = _Phase.COLD
+
+    @trainer.on(Events.ITERATION_COMPLETED)
+    def heat() -> None:
+        nonlocal phase
+        phase = _Phase.HOT if phase is _Phase.COLD or trainer.state.output < 0.1 else phase
+        _set_rate(optimizer, phase.value)
 
 
 @_case("its 'seen'")
