@@ -68,9 +68,24 @@ class Average(nn.Module):
         self.register_buffer("seen", torch.zeros(()))
 
 
-def training(rank: int) -> tuple[Engine, dict[str, Any], Callable[[], list[float]]]:
+class Part(nn.Linear):
+    """A layer that knows its rank, and how many there are; what is used follows from it."""
+
+    used: torch.Tensor
+
+    def __init__(self, rank: int, size: int) -> None:
+        super().__init__(4, 2)
+        self.rank, self.size = rank, size
+        self.register_buffer("used", torch.arange(4) % size == rank, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x * (1 + self.used * self.rank / self.size))
+
+
+def training(rank: int, size: int = 2) -> tuple[Engine, dict[str, Any], Callable[[], list[float]]]:
     """Returns a trainer, its objects, of which some differ between ranks, and what they hold."""
-    model = nn.Linear(4, 2)
+    model = Part(rank, size)
+    shown = torch.arange(6)[rank::size]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     trainer = create_supervised_trainer(
         model, optimizer, nn.functional.cross_entropy, backend="cpu", deterministic=True
@@ -85,7 +100,7 @@ def training(rank: int) -> tuple[Engine, dict[str, Any], Callable[[], list[float
     @trainer.on(Events.ITERATION_COMPLETED)
     def measure() -> None:
         loss = trainer.state.output
-        meter.value += loss
+        meter.value += loss * len(shown)
         count.seen += loss
         mean.seen += loss
         state.average += loss
