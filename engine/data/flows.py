@@ -185,9 +185,9 @@ class Dataflow:
         shared = self._attributes.shared()
         return [name for name in shared if not same(then.get(name), now.get(name))]
 
-    def anchored(self, state: Mapping[str, Any], batches: int | None = None) -> Any:
-        """Returns a state that enters the data where it was last entered by one that was right."""
-        return None
+    def anchored(self, state: Mapping[str, Any], batches: int | None = None) -> list[Any]:
+        """Returns states that may enter the data where its pass was opened."""
+        return []
 
     def witness(self, state: Mapping[str, Any], number: int) -> Mapping[str, Any] | None:
         """Returns an earlier state of the data, `state`, and of its `next` batch what is known."""
@@ -426,6 +426,10 @@ class ReplayedFlow(Dataflow):
         return found if self._loader is None else {**found, "workers": self._loader.num_workers}
 
 
+class PassTooShort(RuntimeError):
+    """A pass over data has ended before the batch that a run is to go on with."""
+
+
 def skipped_to(
     iterator: Iterator[Any], batch: int, again: int, data: Any, why: str | None
 ) -> Iterator[Any]:
@@ -445,7 +449,7 @@ def skipped_to(
     first = list(islice(iterator, again))
     skipped += len(first)
     if skipped < batch:
-        raise RuntimeError(
+        raise PassTooShort(
             f"The data ({name}) gave {skipped} batches, but the run to go on with had taken "
             f"{batch} of this pass. Give run() the data that it had; an iterator must be a new "
             "one, at its beginning."

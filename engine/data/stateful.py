@@ -1,9 +1,10 @@
 """StatefulFlow: iterable data that offers a state, and a measure of whether that tells enough.
 
-Some states tell where their pass began and not how far it is, and some leave out what comes next.
-So the data's state is looked at while a pass's first batches are taken, and a batch is kept that is
-known to follow one of them. Others tell all of that until they are loaded, and then a place that is
-none: a state that was loaded is kept as well, with the number of batches taken since.
+Some states tell where their pass began and not how far it is, and some leave out what comes next,
+such as a shuffle buffer; others tell all of that until they are loaded, and then a place that is
+none. So the data's state is looked at while a pass's first batches are taken, and a batch is kept
+that is known to follow one of them. Where another follows, the pass is entered where it was opened,
+by the state that it had there or that was loaded, and the batches taken since are thrown away.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, Final
 
 from crosstrain.backends import random_state
 from crosstrain.engine.digest import digest, same
+from crosstrain.engine.errors import ResumeError
 from crosstrain.engine.loader_workers import iterator_over
 
 from .apart import Apart
@@ -27,6 +29,8 @@ from .streams import StreamKey
 
 # With how many batches of a pass the data's state is looked at.
 _FIRST: Final = 3
+_LOSES: Final = "has a state_dict that does not tell what comes next"
+_NOTHING: Final = object()
 _BEHIND: Final = "data with a state of its own goes on behind it"
 
 
@@ -50,6 +54,10 @@ class _Pass:
     loaded: bool = False
     #: These random states, where the data has refused to tell a state as it was opened.
     refused: dict[str, Any] | None = None
+    #: Whether it was entered in the middle, by a state of there.
+    entered: bool = False
+    #: Whether it was opened by no state.
+    anew: bool = False
     #: How many batches were taken of it, and whether there are no more.
     taken: int = 0
     ended: bool = False
@@ -92,6 +100,20 @@ class StatefulFlow(Dataflow):
         self._raises = False
         self._pass = _Pass(0, witness=None)
         self._closed_state: dict[str, Any] | None = None
+        # What it tells before anything was loaded, where it can be asked: a pass's beginning.
+        self._fresh = self._told_unloaded()
+        # What it told after the first batch of a pass that was entered in the middle, and which.
+        self._entered: tuple[str, Any] | None = None
+        self._was_loaded = False
+
+    def _told_unloaded(self) -> Any:
+        # A loader would begin to iterate.
+        if is_loader(self._owner) or self._restarts:
+            return None
+        try:
+            return copy.deepcopy(self._owner.state_dict())
+        except Exception:  # noqa: BLE001  before its first batch, data may refuse in any way
+            return None
 
     def open(
         self, key: StreamKey, batch: int, state: Mapping[str, Any] | None, again: int = 0
@@ -99,10 +121,14 @@ class StatefulFlow(Dataflow):
         """Returns an iterator over a pass from a batch on, by the data's own state."""
         replays = state is not None and "replay" in state
         quietly = state is not None and "quietly" in state
+        told = None if state is None else state.get("why")
         witness = None if state is None else state.get("witness")
         opened = self._pass = _Pass(key.epoch, witness)
+        opened.entered = batch > 0 and state is not None and not replays
+        opened.anew = state is None
         self._closed_state = loaded = None
         if state is not None:
+            self._entered, self._was_loaded = None, True
             self._stays |= replays and not quietly
             self._open_dataset(state, "opening" if replays else "now")
             loaded = state["data"]
@@ -121,7 +147,7 @@ class StatefulFlow(Dataflow):
         if state is not None and replays:
             raises = "has a state_dict that raises an error"
             why = raises if self._raises else "has a state_dict that tells no position"
-            told = None if quietly else why
+            told = told if quietly else why
             batches = skipped_to(batches, state["replay"], again, self.data, told)
         return self._noted(batches)
 
@@ -164,9 +190,11 @@ class StatefulFlow(Dataflow):
             awaited, opened.awaited = opened.awaited, None
             # A handler may have changed the dataset since.
             told = awaited is not None and same(awaited["dataset"]["now"], self._attributes.take())
-            try:
-                item = next(batches)
-            except StopIteration:
+            item = next(batches, _NOTHING)
+            if not opened.taken and self._begins_where_loaded(opened, item):
+                batches = self._begun_anew(opened)
+                item = next(batches, _NOTHING)
+            if item is _NOTHING:
                 break
             opened.taken += 1
             if self._restarts and opened.taken == 1 and opened.opening is not None:
@@ -174,15 +202,44 @@ class StatefulFlow(Dataflow):
                 self._draws |= digest(self._beside()) != digest(before)
             if told:
                 batch = record(hold(item), None, ALONE)
-                opened.witness = {
-                    "state": awaited,
-                    "next": batch,
-                    "pass": opened.number,
-                    "loaded": opened.loaded,
-                }
+                opened.witness = {"state": awaited, "next": batch, "pass": opened.number}
             self._look(opened)
             yield item
         opened.ended = True
+
+    def _begins_where_loaded(self, opened: _Pass, item: Any) -> bool:
+        """Tells whether a pass after one that was entered by a state begins where that one did.
+
+        Hugging Face's `datasets` do: what they were given counts until their epoch is set.
+        """
+        if item is _NOTHING:
+            # It is loaded at the end of one.
+            return opened.anew and self._was_loaded and self._fresh is not None
+        if self._stays or not (opened.entered or self._entered):
+            return False
+        with random_state.preserved():
+            found = digest(self._told()), record(hold(item), None, ALONE)
+        if opened.entered:
+            self._entered = found
+            return False
+        if self._entered is None or found[0] != self._entered[0]:
+            return False
+        # To begin anew does no harm to others; where that cannot be, the batch has to be that one.
+        return self._fresh is not None or same(found, self._entered)
+
+    def _begun_anew(self, opened: _Pass) -> Iterator[Any]:
+        """Begins a pass where a new one does, and returns it."""
+        if self._fresh is None or opened.opening is None:
+            raise ResumeError(
+                f"{type(self.data).__name__} begins each pass where it was entered once by "
+                "load_state_dict, in the middle of one, and not at its beginning. Have its "
+                "load_state_dict hold for one pass, as by set_epoch in a handler of EPOCH_STARTED"
+            )
+        with random_state.preserved():
+            self._owner.load_state_dict(copy.deepcopy(self._fresh))
+            self._begin(opened, opened.opening["random"], None)
+        self._entered, self._was_loaded = None, False
+        return opened.iterator if opened.apart is None else opened.apart
 
     def _told(self) -> Any:
         """Returns the data's own state; None if it was found to raise an error instead."""
@@ -233,7 +290,7 @@ class StatefulFlow(Dataflow):
         replay = None if state["ended"] or not self._pass.taken else self._replay(state)
         self.unrepeatable = _BEHIND if replay is None else None
         opened = self._pass
-        if replay is None and opened.loaded and opened.opening and opened.taken and not ended:
+        if replay is None and opened.opening and opened.taken and not ended:
             state["anchor"] = {**opened.opening, "replay": opened.taken}
         return state if replay is None else {**state, **replay}
 
@@ -264,18 +321,20 @@ class StatefulFlow(Dataflow):
             return {**opened.opening, "replay": 1, "quietly": True}
         return None
 
-    def anchored(self, state: Mapping[str, Any], batches: int | None = None) -> Any:
-        """Returns a state that enters the data where the run that was saved had loaded it.
+    def anchored(self, state: Mapping[str, Any], batches: int | None = None) -> list[Any]:
+        """Returns states that may enter the data where the run that was saved had opened its pass.
 
         Args:
             state: as of `state`.
             batches: how many are fetched and thrown away from there; None: as many as were taken.
         """
-        anchor, witness = state.get("anchor"), state.get("witness")
-        if anchor is None or witness is None or not witness.get("loaded"):
-            return None
-        given = {} if batches is None else {"replay": batches, "quietly": True}
-        return {**{k: v for k, v in state.items() if k != "anchor"}, **anchor, **given}
+        if (anchor := state.get("anchor")) is None:
+            return []
+        own = {key: value for key, value in state.items() if key != "anchor"} | anchor
+        own |= {"quietly": True, "why": _LOSES} if batches is None else {"quietly": True}
+        own["replay"] = anchor["replay"] if batches is None else batches
+        # As a pass is opened, some tell the end of the one before.
+        return [own] if self._fresh is None else [own, {**own, "data": self._fresh}]
 
     def doubt(self, state: Mapping[str, Any], number: int) -> str | None:
         """Returns that a pipeline that draws goes on from where nothing has shown its state."""

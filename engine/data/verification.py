@@ -16,6 +16,7 @@ from crosstrain.engine.errors import ResumeError
 from crosstrain.engine.proof import Proof, Strictness
 
 from .batch_before import Held, difference, differs, hold, is_comparable, record
+from .flows import PassTooShort
 from .open_pass import OpenPass, Spot
 
 _NONE: Final = object()
@@ -198,7 +199,11 @@ class Verification:
         `beyond`.
         """
         kept, spot = self._flow.kept(), self._spot
-        opened = spot.open(state, again)
+        try:
+            opened = spot.open(state, again)
+        except PassTooShort:
+            self._flow.put_back(kept)
+            raise
         item = next(opened, _NONE)
         if item is _NONE and beyond:
             next_pass = spot.key._replace(epoch=spot.key.epoch + 1)
@@ -232,12 +237,16 @@ class Verification:
         last, _ = self._look_at(witness["state"], 0, False) or (None, None)
         what = "the batch after an earlier state of the data"
         if last is None or differs(witness["next"], last, None):
-            anchored = self._flow.anchored(self._state)
-            first = self._flow.anchored(self._state, 1)
-            found, _ = (first and self._look_at(first, 0, False)) or (None, None)
-            if found is not None and not differs(witness["next"], found, None):
-                # Its state had told no place since it was loaded; that which was loaded does.
-                self._state, last = anchored, found
+            firsts, flow = self._flow.anchored(self._state, 1), self._flow
+            for first, anchored in zip(firsts, flow.anchored(self._state), strict=True):
+                try:
+                    found, _ = self._look_at(first, 0, False) or (None, None)
+                except PassTooShort:
+                    continue
+                if found is not None and not differs(witness["next"], found, None):
+                    # Its state tells not what comes next; that by which its pass was opened does.
+                    self._state, last = anchored, found
+                    break
         self._compare(witness["next"], last, None, what, _NO_PLACE)
 
     def _compare_samples(self, before: Any) -> None:
