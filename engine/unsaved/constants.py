@@ -16,6 +16,7 @@ import torch
 from crosstrain.engine.digest import digest, sketch
 from crosstrain.engine.guards import has_memory, is_a, is_dense
 from crosstrain.engine.nests import is_module
+from crosstrain.engine.spread import is_spread, lasting_tensors
 
 from .changed_values import Begun, Place, Values
 from .made_again import named
@@ -66,10 +67,11 @@ def _digests(now: Values) -> dict[Place, str]:
             found[place] = digest(now.signatures[place])
     for place, value in now.objects.items():
         if is_module(value):
-            tensors = [*value.parameters(), *value.buffers()]
+            tensors = lasting_tensors(value)
             found[place] = sketch([one for one in tensors if _is_plain(one)])
     return found
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    return has_memory(tensor) and is_dense(tensor)
+    # Of one that is spread over processes, each compares the part that it holds.
+    return is_spread(tensor) or (has_memory(tensor) and is_dense(tensor))
