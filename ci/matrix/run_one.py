@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from crosstrain.ci.trials.course import Course, losses_of
+from crosstrain.ci.trials.course import losses_of
 from crosstrain.ci.trials.play import NotApplicable, Play
 from crosstrain.ci.trials.processes import TrainingFailed
 from crosstrain.ci.trials.scenarios import COMPUTES_NOTHING, SCENARIOS, Scenario
@@ -43,8 +43,9 @@ def play_cell(
     """
     started = time.perf_counter()
     seed = random.SystemRandom().randrange(10**6) if seed is None else seed
+    found: dict[str, Any] = {}
 
-    def outcome(status: Status, reason: str, found: dict[str, Any], **more: Any) -> Outcome:
+    def outcome(status: Status, reason: str, **more: Any) -> Outcome:
         return Outcome(
             spec=spec,
             scenario=scenario.name,
@@ -61,38 +62,33 @@ def play_cell(
         )
 
     if target is not None and scenario.own_only:
-        return outcome("skipped", scenario.own_only, {})
-    found: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory(prefix="cell-", dir=folder) as place:
-        play = Play(spec, Path(place), target, seed, scenario.processes)
-        with play:
-            try:
-                found = play.probe()
-                if found["wrong"]:
-                    return outcome("error", found["wrong"], found)
-                if not found["ok"]:
-                    return outcome("unavailable", f"{found['reason']} {found['remedy']}", found)
-                lacks = _lacks(scenario, found["capabilities"])
-                if lacks:
-                    return outcome("skipped", lacks, found)
-                verdict = scenario.run(play)
-            except NotApplicable as reason:
-                return outcome("skipped", str(reason), found)
-            except TrainingFailed as error:
-                return outcome("error", str(error), found, **_losses(play.straight, play.resumed))
-    conditions = verdict.straight.environment
+        return outcome("skipped", scenario.own_only)
+    with (
+        tempfile.TemporaryDirectory(prefix="cell-", dir=folder) as place,
+        Play(spec, Path(place), target, seed, scenario.processes) as play,
+    ):
+        try:
+            found = play.probe()
+            if found["wrong"]:
+                return outcome("error", found["wrong"])
+            if not found["ok"]:
+                return outcome("unavailable", f"{found['reason']} {found['remedy']}")
+            lacks = _lacks(scenario, found["capabilities"])
+            if lacks:
+                return outcome("skipped", lacks)
+            problem, figures = scenario.run(play)
+        except NotApplicable as reason:
+            return outcome("skipped", str(reason))
+        except TrainingFailed as error:
+            return outcome("error", str(error), **_losses(play))
+    conditions = play.straight.environment
     found["versions"] |= {x: str(conditions[x]) for x in ("python", "numpy") if x in conditions}
-    return outcome(
-        "failed" if verdict.problem else "passed",
-        verdict.problem,
-        found,
-        **_losses(verdict.straight, verdict.resumed),
-        figures=verdict.figures,
-    )
+    status: Status = "failed" if problem else "passed"
+    return outcome(status, problem, **_losses(play), figures=figures)
 
 
-def _losses(straight: Course, resumed: Course) -> dict[str, tuple[float, ...]]:
-    return {"losses": losses_of(straight), "resumed_losses": losses_of(resumed)}
+def _losses(play: Play) -> dict[str, tuple[float, ...]]:
+    return {"losses": losses_of(play.straight), "resumed_losses": losses_of(play.resumed)}
 
 
 def _lacks(scenario: Scenario, capabilities: Sequence[str]) -> str:

@@ -24,8 +24,6 @@ class Verdict(NamedTuple):
     """How a scenario ended: the first thing that differs, as a sentence; empty if it passed."""
 
     problem: str
-    straight: Course
-    resumed: Course
     figures: dict[str, int | float | str]
 
 
@@ -162,7 +160,7 @@ class Play:
         }
         if self.resumed.kills:
             found["seed"] = self._seed
-        return Verdict(problem, self.straight, self.resumed, found)
+        return Verdict(problem, found)
 
     def _ordered(self, folder: str, **order: Any) -> Order:
         # What is resumed must not depend on the seed that its process begins with.
