@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,10 @@ def _train_both(
 ) -> tuple[Course, Course, int]:
     """Returns what the two runs did, and after which iteration the second one was killed."""
     straight, killed = Course(), Course()
+    options = {"epochs": args.epochs}
+    order = Order(
+        args.backend, None, "digits", options, seed=2026, workers=args.workers, every=_EVERY
+    )
     columns = (
         TextColumn("{task.description:<20}"),
         BarColumn(),
@@ -110,45 +115,29 @@ def _train_both(
         TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=console) as progress:
+
+        def follow(place: Path, course: Course, bar: TaskID, kill: Kill | None = None) -> None:
+            """Runs one process of a training, and takes in and shows what it says."""
+            with TrainingChild(place / "stderr.txt", replace(order, folder=str(place))) as child:
+                for line in child.train(course, kill):
+                    if "iteration" in line:
+                        loss = float.fromhex(line["loss"])
+                        progress.update(bar, completed=line["iteration"], note=f"loss {loss:.3f}")
+
         bar = progress.add_task("straight through", total=None, note="importing torch")
-        _follow(args, folders[0], straight, progress, bar)
+        follow(folders[0], straight, bar)
         total = straight.total
         progress.update(bar, total=total)
         # In the middle of an epoch, and between two checkpoints.
         kill_at = total // args.epochs * (args.epochs // 2) + total // args.epochs // 2
         kill_at += kill_at % _EVERY == 0
         bar = progress.add_task("killed and resumed", total=total, note="")
-        _follow(args, folders[1], killed, progress, bar, Kill(kill_at))
+        follow(folders[1], killed, bar, Kill(kill_at))
         progress.update(bar, note=f"SIGKILL after iteration {kill_at}; resuming")
-        _follow(args, folders[1], killed, progress, bar)
+        follow(folders[1], killed, bar)
         resumed = killed.resumed_from[-1]
         progress.update(bar, note=f"killed after {kill_at}, resumed from {resumed}")
     return straight, killed, kill_at
-
-
-def _follow(
-    args: argparse.Namespace,
-    place: Path,
-    course: Course,
-    progress: Progress,
-    bar: TaskID,
-    kill: Kill | None = None,
-) -> None:
-    """Runs one process of a training, and takes in and shows what it says."""
-    order = Order(
-        args.backend,
-        str(place),
-        "digits",
-        {"epochs": args.epochs},
-        seed=2026,
-        workers=args.workers,
-        every=_EVERY,
-    )
-    with TrainingChild(place / "stderr.txt", order) as child:
-        for line in child.train(course, kill):
-            if "iteration" in line:
-                loss = float.fromhex(line["loss"])
-                progress.update(bar, completed=line["iteration"], note=f"loss {loss:.3f}")
 
 
 def print_table(
