@@ -52,6 +52,17 @@ def ending(code: int) -> str:
         return f"signal {-code}"
 
 
+def marked(text: str) -> list[int]:
+    """Returns the processes that have a text in their environment, such as `NAME=value`."""
+    found: list[int] = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        # It may end while we look, or be another user's.
+        with contextlib.suppress(OSError):
+            if text.encode() in (folder / "environ").read_bytes():
+                found.append(int(folder.name))
+    return found
+
+
 class Child:
     """A process in a group of its own: a kill takes its workers along, as a scheduler's does.
 

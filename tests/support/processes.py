@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import socket
@@ -86,17 +85,6 @@ def exit_of(program: str, *arguments: str, timeout: float = 120) -> int:
             return process.wait(timeout)
         finally:
             process.kill()
-
-
-def marked(text: str) -> list[int]:
-    """The processes that have a text in their environment, such as `NAME=value`."""
-    found: list[int] = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        # It may end while we look, or be another user's.
-        with contextlib.suppress(OSError):
-            if text.encode() in (folder / "environ").read_bytes():
-                found.append(int(folder.name))
-    return found
 
 
 def results(folder: Path, size: int) -> list[dict[str, Any]]:

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import SUPPORT, marked
+from processes import SUPPORT
 
 from crosstrain.ci.matrix.outcome import Outcome
 from crosstrain.ci.matrix.run_one import main, play_cell
 from crosstrain.ci.trials.course import Course, deviation, first_difference, first_distance
+from crosstrain.ci.trials.processes import marked
 from crosstrain.ci.trials.scenarios import LOSS_TOLERANCE, SCENARIOS
 
 pytestmark = pytest.mark.usefixtures("forked_programs")
