@@ -139,6 +139,9 @@ class Child:
     def kill(self) -> None:
         """Kills it and its workers with SIGKILL."""
         self.killed = True
+        self._kill()
+
+    def _kill(self) -> None:
         self._kill_group(self._process.pid)
         # Those of torchrun are in sessions of their own, and end when their stdin does.
         if self._process.stdin is not None:
@@ -174,9 +177,7 @@ class Child:
     def close(self) -> None:
         """Kills what still runs of it, and takes the exit code."""
         self._cancel()
-        killed = self.killed
-        self.kill()
-        self.killed = killed
+        self._kill()
         if self._process.stdout is not None:
             self._process.stdout.close()
         self._process.wait()
