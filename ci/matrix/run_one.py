@@ -34,15 +34,27 @@ def play_cell(
     Args:
         spec: the backend.
         scenario: one of `SCENARIOS`.
-        folder: what is written goes into a new folder in this one, which is removed.
+        folder: what is written goes into a new folder in this one, which is removed; but what its
+            processes have printed stays here, unless it passed or was skipped.
         target: a user's training, as `module:function`; None: the scenario's own.
         seed: of the moments of kills; drawn if None.
 
     Returns:
         What became of it. It is not written anywhere yet.
     """
-    started = time.perf_counter()
     seed = random.SystemRandom().randrange(10**6) if seed is None else seed
+    with tempfile.TemporaryDirectory(prefix="cell-", dir=folder) as name:
+        place = Path(name)
+        outcome = _played(spec, scenario, place, target, seed)
+        if outcome.status not in ("passed", "skipped"):
+            for printed in place.glob("*.txt"):
+                printed.rename(folder / printed.name)
+    return outcome
+
+
+def _played(spec: str, scenario: Scenario, place: Path, target: str | None, seed: int) -> Outcome:
+    """Plays it in an empty folder; see `play_cell`."""
+    started = time.perf_counter()
     found: dict[str, Any] = {}
 
     def outcome(status: Status, reason: str, **more: Any) -> Outcome:
@@ -63,10 +75,7 @@ def play_cell(
 
     if target is not None and scenario.own_only:
         return outcome("skipped", scenario.own_only)
-    with (
-        tempfile.TemporaryDirectory(prefix="cell-", dir=folder) as place,
-        Play(spec, Path(place), target, seed, scenario.processes) as play,
-    ):
+    with Play(spec, place, target, seed, scenario.processes) as play:
         try:
             found = play.probe()
             if found["wrong"]:

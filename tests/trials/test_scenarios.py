@@ -204,6 +204,8 @@ def test_a_training_that_cannot_be_played_says_why(
     outcome = play("cpu", name, tmp_path, target)
     assert outcome.status == status
     assert words in outcome.reason
+    printed = "".join(path.read_text() for path in tmp_path.iterdir())
+    assert ("Traceback" in printed) == (target == "failing")
 
 
 # Comparison
