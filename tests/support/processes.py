@@ -13,6 +13,8 @@ from typing import Any
 
 from forked import ForkedPopen, run
 
+from crosstrain.ci.trials.processes import torchrun as started_by
+
 # The folder of the programs that tests start.
 SUPPORT = Path(__file__).resolve().parent
 
@@ -65,8 +67,7 @@ def run_world(processes: int, program: str, *arguments: str, **extra: str) -> st
 
 def torchrun(processes: int, program: str, *arguments: str, **extra: str) -> str:
     """Runs a program of the tests under torchrun, all forked; returns what they printed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes", "1"]
-    command += ["--nproc-per-node", str(processes), str(SUPPORT / program), *arguments]
+    command = [sys.executable, *started_by(processes), str(SUPPORT / program), *arguments]
     done = run(command, 240, env={**os.environ, **extra})
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
