@@ -79,7 +79,7 @@ _RESUMED: Final = MappingProxyType(
             _OUTSIDE,
             (
                 "The step draws from a second loader, or from an iterator, which begins anew in a "
-                "new process. Wrap it as docs/exact_resume.md says, and name it in to_save."
+                "new process. Wrap it as docs/resume_checks.md says, and name it in to_save."
             ),
             (
                 "The model draws random numbers from a generator of its own. Use the global one, "
