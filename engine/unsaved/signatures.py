@@ -8,6 +8,7 @@ import contextlib
 import contextvars
 import ctypes
 import decimal
+import enum
 import fractions
 import marshal
 import queue
@@ -88,6 +89,8 @@ def signature_of(value: Any, depth: int = 16) -> Any:
         many = tuple(value) if isinstance(value, (list, collections.deque)) else value
         with contextlib.suppress(ValueError):
             return len(value), hash(marshal.dumps(many, 2))
+    if isinstance(value, enum.Enum):
+        return type(value).__name__, repr((value._name_, value._value_))
     if type(value) is int:
         # Python refuses to write a very large one in tens.
         return "int", hex(value)
