@@ -187,11 +187,7 @@ def _build(order: Order) -> Training:
 def _ending(training: Training, order: Order) -> dict[str, Any]:
     """Returns what a run that is complete has come to."""
     trainer = training.trainer
-    found: dict[str, Any] = {
-        "done": True,
-        "iterations": trainer.state.iteration,
-        "length": trainer.state.epoch_length,
-    }
+    found: dict[str, Any] = {"done": True, "length": trainer.state.epoch_length}
     if order.trace is not None:
         return found
     end: dict[str, str] = {}

@@ -24,8 +24,6 @@ class Verdict(NamedTuple):
     """How a scenario ended: the first thing that differs, as a sentence; empty if it passed."""
 
     problem: str
-    straight: Course
-    resumed: Course
     figures: dict[str, int | float | str]
 
 
@@ -114,7 +112,6 @@ class Play:
                 "too few to interrupt it there."
             )
         self._live(self.resumed, self._ordered("resumed", stop_at=at, **order))
-        self.resumed.stops += 1
 
     def kill(self, first: int, last: int, together: int = 1, **order: Any) -> None:
         """Goes on, and is killed by SIGKILL at a random moment.
@@ -134,7 +131,6 @@ class Play:
         ordered = self._ordered("resumed", hold_at=after + 2, **order)
         # Within this iteration's save or within the next two.
         self._live(self.resumed, ordered, together, Kill(after, self._chance.uniform(0.0, 0.05)))
-        self.resumed.kills += 1
 
     def finish(self, together: int = 1, **order: Any) -> None:
         """Goes on to the end, alone or in several processes under torchrun."""
@@ -164,7 +160,7 @@ class Play:
         }
         if self.resumed.kills:
             found["seed"] = self._seed
-        return Verdict(problem, self.straight, self.resumed, found)
+        return Verdict(problem, found)
 
     def _ordered(self, folder: str, **order: Any) -> Order:
         # What is resumed must not depend on the seed that its process begins with.
@@ -175,6 +171,5 @@ class Play:
         self, course: Course, order: Order, together: int = 1, kill: Kill | None = None
     ) -> None:
         with self._relay.begin(order, together) as child:
-            child.kill_when(kill)
-            for line in child.train():
-                course.take(line)
+            for _ in child.train(course, kill):
+                pass

@@ -5,7 +5,7 @@ Each look begins with one of these, and all that is looked for is looked for in 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -59,14 +59,10 @@ class Used:
 
         The step, handlers, what fetches the data, and what named objects and models hold.
         """
-        engine = self.engine
-        found: dict[str, Any] = {"the step": engine._process_function}
-        for called, function in engine._handlers.all_functions():
-            # Lambdas of one function are called alike.
-            count = 1 + sum(one.startswith(called) for one in found)
-            found[called if count == 1 else f"{called}, number {count}"] = function
-        found.update(self.of_data)
-        return {**found, **self.held, **self.of_trained, **hooks_of_all()}
+        step = ("the step", self.engine._process_function)
+        # Lambdas of one function are called alike.
+        handlers = _told_apart([step, *self.engine._handlers.all_functions()], "number")
+        return {**handlers, **self.of_data, **self.held, **self.of_trained, **hooks_of_all()}
 
     @cached_property
     def sources(self) -> dict[str, ResumableSource]:
@@ -82,21 +78,16 @@ class Used:
     @cached_property
     def of_data(self) -> dict[str, Any]:
         """What the data is fetched by."""
+        found = ((where, functions_of_data(data)) for where, data in self._data.items())
         return {
-            f"{called}{where}": function
-            for where, data in self._data.items()
-            for called, function in functions_of_data(data).items()
+            f"{called}{at}": one for at, functions in found for called, one in functions.items()
         }
 
     @cached_property
     def held(self) -> dict[str, Any]:
         """What named objects hold, such as the functions of a `LambdaLR`."""
-        found: dict[str, Any] = {}
-        for value in self.engine.named_beside:
-            for called, function in functions_held(value).items():
-                count = 1 + sum(one.startswith(called) for one in found)
-                found[called if count == 1 else f"{called}, of object {count}"] = function
-        return found
+        held = map(functions_held, self.engine.named_beside)
+        return _told_apart((pair for found in held for pair in found.items()), "of object")
 
     @cached_property
     def data(self) -> dict[str, Any]:
@@ -183,3 +174,12 @@ class Used:
         return frozenset(
             name for module in modules for name in (*module._parameters, *module._buffers)
         )
+
+
+def _told_apart(found: Iterable[tuple[str, Any]], by: str) -> dict[str, Any]:
+    """Returns functions by what to call them, and those that are called alike by a number, too."""
+    made: dict[str, Any] = {}
+    for called, function in found:
+        count = 1 + sum(one.startswith(called) for one in made)
+        made[called if count == 1 else f"{called}, {by} {count}"] = function
+    return made

@@ -74,8 +74,7 @@ def _live(course: Course, order: Order, log: Path, after: int | None, delay: flo
         if after == 0:
             life.kill_after(delay)
         seen = 0
-        for line in life.train():
-            course.take(line)
+        for line in life.train(course):
             seen += "iteration" in line
             if after and seen == after:
                 life.kill_after(delay)

@@ -14,6 +14,7 @@ import io
 import json
 import math
 import shutil
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -697,6 +698,48 @@ def test_an_average_that_is_only_shown_is_a_log(used: bool, tmp_path: Path) -> N
 
     said = " ".join(_said(tmp_path, attach))
     assert all((name in said) is used for name in ("running", "by_name", "meter.average"))
+
+
+_BEGAN = time.perf_counter()
+
+
+class _Unequal:
+    """Raises an error where it is compared, as a progress bar does."""
+
+    def __eq__(self, other: object) -> bool:
+        raise AttributeError("_comparable")
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("used", ["readings", "sums"])
+def test_what_a_clock_has_shown_is_not_told(used: str, tmp_path: Path) -> None:
+    """Readings decide no weights; a number does that is as large as theirs, or a sum of them."""
+    end = last = first = total = _BEGAN
+    stamps: dict[str, Any] = {}
+    dates = [datetime.datetime.now(datetime.UTC), datetime.datetime(2026, 1, 1)]
+    odd = _Unequal()
+
+    def readings() -> None:
+        nonlocal end, last, first
+        kept = (end, last, first, stamps.get("end"), *dates)
+        end, last, first = time.time(), time.perf_counter(), time.time_ns()
+        stamps["end"] = time.time()
+        dates[:] = [datetime.datetime.now(datetime.UTC), datetime.datetime.now()]
+        str(kept)
+
+    def sums() -> None:
+        nonlocal end, total
+        end, total = end + 1e-4 / 3, total + end
+        str((end, total, odd))
+
+    handler = readings if used == "readings" else sums
+    said = _said(
+        tmp_path, lambda trainer, *_: trainer.add_event_handler(Events.ITERATION_COMPLETED, handler)
+    )
+    assert ["its 'end', its 'total'" in one for one in said] == (
+        [] if used == "readings" else [True]
+    )
 
 
 @pytest.mark.parametrize("named", [True, False])
