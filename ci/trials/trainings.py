@@ -68,10 +68,6 @@ def accumulating(backend: str, workers: int = 0) -> Training:
     return plain(backend, workers, gradient_accumulation_steps=3, max_norm=1.0)
 
 
-def _beyond_fp16(gradient: torch.Tensor) -> torch.Tensor:
-    return gradient * 2.0**14
-
-
 def overflowing(backend: str, workers: int = 0, at: Sequence[int] = ()) -> Training:
     """Gradients beyond the range of fp16 in some iterations, whose losses are those of others."""
     held: list[DeterministicEngine] = []
@@ -79,7 +75,7 @@ def overflowing(backend: str, workers: int = 0, at: Sequence[int] = ()) -> Train
     def loss_fn(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
         if held[0].state.iteration in at:
             hooked: Any = found
-            hooked.register_hook(_beyond_fp16)
+            hooked.register_hook(lambda gradient: gradient * 2.0**14)
         return nn.functional.cross_entropy(found, wanted)
 
     training = plain(backend, workers, loss_fn=loss_fn)
