@@ -24,6 +24,7 @@ from crosstrain.engine.digest import attributes_of
 from crosstrain.engine.dispatch import Dispatcher
 from crosstrain.engine.guards import is_a, module_of
 from crosstrain.engine.nests import SCALARS, is_module
+from crosstrain.engine.spread import lasting_tensors
 from crosstrain.engine.state import State
 from crosstrain.engine.structure import keeps_groups
 
@@ -75,6 +76,8 @@ class Values(Walk):
         self.values: dict[Place, Any] = {}
         #: Objects whose state is looked at, by where they are found.
         self.objects: dict[Place, Any] = {}
+        #: Tensors of a module that no state has, where a part of it is saved.
+        self.left_out: dict[Place, list[Any]] = {}
         self._holders_of: dict[Place, Held] = {}
         #: Other engines that the run uses, such as an evaluator, by where they were found.
         self.engines: dict[str, Any] = {}
@@ -93,6 +96,10 @@ class Values(Walk):
                 if is_a(value, DataLoader, Dataset):
                     self.value(value, f"the {place}", name, DEPTH, ALL)
         self._settle()
+        for name, tensors in used.left_out.items():
+            where: Place = name, "parameters and buffers that are not saved"
+            self.signatures[where] = [(one.data_ptr(), one._version) for one in tensors]
+            self.left_out[where] = tensors
         if self._reads_metrics():
             self.signatures |= self._metrics
 
@@ -130,7 +137,7 @@ class Values(Walk):
         value: Any = self.values.get(place, self.objects.get(place))
         if is_module(value):
             then = before.signatures.get(place) or ()
-            now = zip([*value.parameters(), *value.buffers()], self.signatures[place], strict=True)
+            now = zip(lasting_tensors(value), self.signatures[place], strict=True)
             return self._saved.hold([one for one, mark in now if mark not in then])
         return self._saved.hold(tensors_in(value))
 

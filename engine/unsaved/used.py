@@ -9,11 +9,13 @@ from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.nn import Module
 from torch.optim import Optimizer
 
 from crosstrain.engine.data.source import ResumableSource
 from crosstrain.engine.guards import is_users_object
+from crosstrain.engine.nests import unwrap
 from crosstrain.engine.structure import keeps_groups, named
 
 from .added_attributes import Holders
@@ -116,6 +118,18 @@ class Used:
     def saved(self) -> Saved:
         """What of that which named objects hold goes on with them, and what may not."""
         return Saved(self.named)
+
+    @cached_property
+    def left_out(self) -> dict[str, list[torch.Tensor]]:
+        """The tensors of what is trained that no state has, where a part of it is saved."""
+        beside = self.engine.named_beside
+        named = {id(unwrap(one)) for one in beside}
+        found = {
+            name: self.saved.left_out_of(value, beside)
+            for name, value in self.objects.items()
+            if isinstance(value, Module) and id(value) not in named
+        }
+        return {name: tensors for name, tensors in found.items() if tensors}
 
     @cached_property
     def known(self) -> frozenset[int]:
