@@ -38,8 +38,8 @@ def test_with_another_number_of_ranks_it_is_told_what_differed(told: Any) -> Non
     first, second, third = (str(one.message) for one in caught)
     assert "'meters[0]', 'meters[1]', 'meters[2]', 'noise' differed" in first
     assert "'average' differed" in second
-    assert "what differed between the ranks of the buffers model.used" in third
-    assert to_save["model"].used.all()
+    assert "what differed between the ranks of the buffers meters[2].places." in third
+    assert to_save["meters"][2].places.tolist() == [0, 1, 2, 3]
 
 
 def test_what_is_due_for_the_second_tier_is_saved_by_all_ranks(told: Any) -> None:

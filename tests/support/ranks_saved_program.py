@@ -58,28 +58,27 @@ class Count(nn.Module):
 
 
 class Average(nn.Module):
-    """As of a model with batch norm: parameters that are alike, and a buffer of this process's."""
+    """As of a model with batch norm: parameters that are alike, and buffers of this process's."""
 
     seen: torch.Tensor
+    places: torch.Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, rank: int, size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(3))
         self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("places", torch.arange(4)[rank::size], persistent=False)
 
 
 class Part(nn.Linear):
-    """A layer that knows its rank, and how many there are; what is used follows from it."""
-
-    used: torch.Tensor
+    """A layer that knows its rank, and how many there are."""
 
     def __init__(self, rank: int, size: int) -> None:
         super().__init__(4, 2)
         self.rank, self.size = rank, size
-        self.register_buffer("used", torch.arange(4) % size == rank, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x * (1 + self.used * self.rank / self.size))
+        return super().forward(x * (1 + self.rank / self.size))
 
 
 def training(rank: int, size: int = 2) -> tuple[Engine, dict[str, Any], Callable[[], list[float]]]:
@@ -93,7 +92,7 @@ def training(rank: int, size: int = 2) -> tuple[Engine, dict[str, Any], Callable
     trainer.state_dict_user_keys.append("average")
     state: Any = trainer.state
     state.average = 0.0
-    meter, count, mean = Meter(), Count(), Average()
+    meter, count, mean = Meter(), Count(), Average(rank, size)
     noise = torch.Generator().manual_seed(rank)
     drawn = [0.0]
 
