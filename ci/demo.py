@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-import time
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from rich.table import Table
 
 from crosstrain.backends import add_backend_argument, get
 from crosstrain.ci.trials.course import Course, first_difference, losses_of
-from crosstrain.ci.trials.order import Order
+from crosstrain.ci.trials.order import OURS, Order
 from crosstrain.ci.trials.processes import Kill, TrainingChild, TrainingFailed
 
 from .options import UsageError, at_least, folder, require_demo
@@ -39,15 +38,6 @@ _TITLE, _HEADS = "One training, two courses", ("straight through", "killed and r
 _SAME = {None: "", True: "[green]identical[/]", False: "[red]different[/]"}
 
 _Row = tuple[str, list[str], bool | None]
-
-
-@dataclass
-class DemoRun:
-    """One of the two runs: what it did over all its processes, and the seconds that they took."""
-
-    course: Course = field(default_factory=Course)
-    killed_at: int | None = None
-    seconds: float = 0.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,13 +71,13 @@ def run(args: argparse.Namespace) -> int:
         f"[bold]{args.backend}[/], twice: straight through, and killed and resumed."
     )
     try:
-        straight, killed = _train_both(args, folders, console)
+        straight, killed, kill_at = _train_both(args, folders, console)
     except TrainingFailed as error:
         print(f"crosstrain demo: {error}", file=sys.stderr)
         return 1
-    difference = first_difference(straight.course, killed.course)
-    print_table(console, straight, killed, difference)
-    picture = _draw(args.out / "demo.png", straight, killed)
+    difference = first_difference(straight, killed)
+    print_table(console, straight, killed, kill_at, difference)
+    picture = _draw(args.out / "demo.png", straight, killed, kill_at)
     console.print(f"Loss curves and deviation: {picture}", soft_wrap=True)
     return 1 if difference else 0
 
@@ -110,8 +100,13 @@ def _fresh_folders(out: Path) -> tuple[Path, Path]:
 
 def _train_both(
     args: argparse.Namespace, folders: tuple[Path, Path], console: Console
-) -> tuple[DemoRun, DemoRun]:
-    straight, killed = DemoRun(), DemoRun()
+) -> tuple[Course, Course, int]:
+    """Returns what the two runs did, and after which iteration the second one was killed."""
+    straight, killed = Course(), Course()
+    options = {"epochs": args.epochs}
+    order = Order(
+        args.backend, f"{OURS}:digits", None, options, 2026, workers=args.workers, every=_EVERY
+    )
     columns = (
         TextColumn("{task.description:<20}"),
         BarColumn(),
@@ -120,55 +115,36 @@ def _train_both(
         TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=console) as progress:
+
+        def follow(place: Path, course: Course, bar: TaskID, kill: Kill | None = None) -> None:
+            """Runs one process of a training, and takes in and shows what it says."""
+            with TrainingChild(place / "stderr.txt", replace(order, folder=str(place))) as child:
+                for line in child.train(course, kill):
+                    if "iteration" in line:
+                        loss = float.fromhex(line["loss"])
+                        progress.update(bar, completed=line["iteration"], note=f"loss {loss:.3f}")
+
         bar = progress.add_task("straight through", total=None, note="importing torch")
-        _follow(args, folders[0], straight, progress, bar)
-        total = straight.course.total
+        follow(folders[0], straight, bar)
+        total = straight.total
         progress.update(bar, total=total)
         # In the middle of an epoch, and between two checkpoints.
         kill_at = total // args.epochs * (args.epochs // 2) + total // args.epochs // 2
         kill_at += kill_at % _EVERY == 0
         bar = progress.add_task("killed and resumed", total=total, note="")
-        killed.killed_at = kill_at
-        _follow(args, folders[1], killed, progress, bar, Kill(kill_at))
+        follow(folders[1], killed, bar, Kill(kill_at))
         progress.update(bar, note=f"SIGKILL after iteration {kill_at}; resuming")
-        _follow(args, folders[1], killed, progress, bar)
-        resumed = killed.course.resumed_from[-1]
+        follow(folders[1], killed, bar)
+        resumed = killed.resumed_from[-1]
         progress.update(bar, note=f"killed after {kill_at}, resumed from {resumed}")
-    return straight, killed
+    return straight, killed, kill_at
 
 
-def _follow(
-    args: argparse.Namespace,
-    place: Path,
-    run: DemoRun,
-    progress: Progress,
-    bar: TaskID,
-    kill: Kill | None = None,
+def print_table(
+    console: Console, straight: Course, killed: Course, kill_at: int, difference: str
 ) -> None:
-    """Runs one process of a training, and takes in and shows what it says."""
-    started = time.perf_counter()
-    order = Order(
-        args.backend,
-        str(place),
-        "digits",
-        {"epochs": args.epochs},
-        seed=2026,
-        workers=args.workers,
-        every=_EVERY,
-    )
-    with TrainingChild(place / "stderr.txt", order) as child:
-        child.kill_when(kill)
-        for line in child.train():
-            run.course.take(line)
-            if "iteration" in line:
-                loss = float.fromhex(line["loss"])
-                progress.update(bar, completed=line["iteration"], note=f"loss {loss:.3f}")
-    run.seconds += time.perf_counter() - started
-
-
-def print_table(console: Console, straight: DemoRun, killed: DemoRun, difference: str) -> None:
     """Prints the two runs side by side, whether they are the same bits, and a first difference."""
-    rows = _rows(straight, killed)
+    rows = _rows(straight, killed, kill_at)
     if console.width < _TABLE:
         console.print(_TITLE, style="bold")
         for name, values, same in rows:
@@ -190,20 +166,19 @@ def print_table(console: Console, straight: DemoRun, killed: DemoRun, difference
         console.print("Bit-identical: batches, losses, weights, random states.", style="bold green")
 
 
-def _rows(straight: DemoRun, killed: DemoRun) -> list[_Row]:
+def _rows(straight: Course, killed: Course, kill_at: int) -> list[_Row]:
     """Returns the name of each row, the values of both runs, and whether they have to be equal."""
-    runs = (straight, killed)
-    courses = [run.course for run in runs]
+    courses = (straight, killed)
     found: list[_Row] = [
         ("test accuracy", [f"{course.metrics['accuracy']:.2%}" for course in courses], None),
         ("iterations", [str(course.total) for course in courses], None),
-        ("killed after iteration", ["-", str(killed.killed_at)], None),
-        ("resumed from iteration", ["-", str(killed.course.resumed_from[-1])], None),
-        ("seconds", [f"{run.seconds:.1f}" for run in runs], None),
+        ("killed after iteration", ["-", str(kill_at)], None),
+        ("resumed from iteration", ["-", str(killed.resumed_from[-1])], None),
+        ("seconds", [f"{course.seconds:.1f}" for course in courses], None),
     ]
     for title, name in (("batches", "batch"), ("losses", "loss")):
         columns = [[row[name] for _, row in sorted(course.rows.items())] for course in courses]
-        same = columns[0] == columns[1] and not killed.course.repeated
+        same = columns[0] == columns[1] and not killed.repeated
         found.append((title, [str(len(column)) for column in columns], same))
     for name in _ENDS:
         values = [str(course.rows[course.total][name]) for course in courses]
@@ -211,7 +186,7 @@ def _rows(straight: DemoRun, killed: DemoRun) -> list[_Row]:
     return found
 
 
-def _draw(path: Path, straight: DemoRun, killed: DemoRun) -> Path:
+def _draw(path: Path, straight: Course, killed: Course, kill_at: int) -> Path:
     """Draws both loss curves and the deviation between them as a PNG; returns the path."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -220,17 +195,17 @@ def _draw(path: Path, straight: DemoRun, killed: DemoRun) -> Path:
     FigureCanvasAgg(figure)
     axes: Any = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     upper, lower = axes
-    x, y = sorted(straight.course.rows), losses_of(straight.course)
-    u, v = sorted(killed.course.rows), losses_of(killed.course)
+    x, y = sorted(straight.rows), losses_of(straight)
+    u, v = sorted(killed.rows), losses_of(killed)
     upper.plot(x, y, color="#9ecae1", linewidth=4, label="straight through")
     upper.plot(u, v, color="#08519c", linewidth=1, label="killed and resumed")
     for axis in (upper, lower):
-        axis.axvline(killed.killed_at, color="#cb181d", linestyle="--", linewidth=1)
+        axis.axvline(kill_at, color="#cb181d", linestyle="--", linewidth=1)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     upper.annotate(
-        f"SIGKILL after {killed.killed_at},\nresumed from {killed.course.resumed_from[-1]}",
-        (killed.killed_at, max(y)),
+        f"SIGKILL after {kill_at},\nresumed from {killed.resumed_from[-1]}",
+        (kill_at, max(y)),
         xytext=(6, -24),
         textcoords="offset points",
         color="#cb181d",

@@ -71,11 +71,9 @@ from .events import (
 )
 from .proof import Checks, Proof
 from .supervised import create_supervised_evaluator, create_supervised_trainer
-from .time_profilers import BasicTimeProfiler, HandlersTimeProfiler
 
 __all__ = [
     "BaseSaveHandler",
-    "BasicTimeProfiler",
     "BatchShare",
     "CallableEventWithFilter",
     "Captured",
@@ -102,7 +100,6 @@ __all__ = [
     "EventEnum",
     "Events",
     "EventsList",
-    "HandlersTimeProfiler",
     "Latest",
     "LogicalShards",
     "Manifest",

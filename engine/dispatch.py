@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-import time
-from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from enum import IntEnum
 from functools import partial
 from typing import Any, TypeVar
@@ -37,10 +36,6 @@ Extra = tuple[int, int, Window | None, tuple[Any, ...], dict[str, Any]]
 # a plain handler. Plain tuples: unpacking named ones is slower, and the loop unpacks one for each
 # handler and event.
 Binding = tuple[Callable[..., Any], bool, Extra | None]
-# Is told of an event, a handler of it that has run (None: all of them have), and when this began
-# and ended, by time.perf_counter().
-HandlerTimer = Callable[[Any, Callable[..., Any] | None, float, float], None]
-
 
 OPEN: Window = Gate().after, Gate().before, None, None  # lets every count pass
 
@@ -139,20 +134,6 @@ class Slot:
     def put(self, index: int, binding: Binding) -> None:
         """Puts a binding in the place of another, an index of `users`; at once, too."""
         self.handlers[self._first + range(len(self.users))[index]] = binding
-
-    def each_to_run(self) -> Generator[Binding, None, None]:
-        """Yields the bindings as `handlers` has them, those of later phases one by one."""
-        late = self._late
-        for binding in self.handlers:
-            if late is None or binding[0] is not late:
-                yield binding
-                continue
-            late.running += 1
-            try:
-                for _, later in late.bindings:
-                    yield later
-            finally:
-                late.running -= 1
 
     def discard(self, handler: Callable[..., Any]) -> bool:
         """Takes a function off, as often as it is attached; tells whether it was."""
@@ -319,9 +300,7 @@ class Dispatcher:
         self.state = State()
         self.last_event_name: Any = None
         self._handlers = HandlerTable(type(self).__name__)
-        # Who times handlers.
-        self._timers: list[HandlerTimer] = []
-        # Whether each event is logged or timed; read when a run begins or goes on and when an epoch
+        # Whether each event is logged; read when a run begins or goes on and when an epoch
         # begins, not at each event.
         self._observed = self._overridden
         self.register_events(*Events)
@@ -438,30 +417,6 @@ class Dispatcher:
             for handler in self._handlers.require(event).bound()
         )
 
-    def time_handlers(self, timer: HandlerTimer) -> Callable[[], None]:
-        """Has somebody told how long each handler takes, and each event with all its handlers.
-
-        While a run goes on, its iterations are timed from the next epoch on. An event without
-        handlers counts as well. What a handler starts on a device is not waited for.
-
-        Args:
-            timer: called after each handler, and after the last of an event, with the event, the
-                handler (None after the last), and when it began and ended, as
-                `time.perf_counter()` says. A handler that raises is not told of.
-
-        Returns:
-            A function that ends this.
-        """
-        timers = self._timers
-        timers.append(timer)
-        self._observed = True
-
-        def end() -> None:
-            if timer in timers:
-                timers.remove(timer)
-
-        return end
-
     def remove_event_handler(self, handler: Callable[..., Any], event_name: Any) -> None:
         """Takes a handler off an event.
 
@@ -490,8 +445,7 @@ class Dispatcher:
         return type(self)._fire_event is not Dispatcher._fire_event
 
     def _observe(self) -> None:
-        observed = bool(self._timers) or self.logger.isEnabledFor(logging.DEBUG)
-        self._observed = observed or self._overridden
+        self._observed = self._overridden or self.logger.isEnabledFor(logging.DEBUG)
 
     def _fire_event(self, event_name: Any, *event_args: Any, **event_kwargs: Any) -> None:
         """Fires an event; a subclass may override it to see each go by, as in pytorch-ignite."""
@@ -543,34 +497,23 @@ class Dispatcher:
         return runs
 
     def _run_observed(self, slot: Slot, passed: tuple[Any, ...], named: dict[str, Any]) -> bool:
-        """Does what `_fire` does, of any event, logged and timed; tells whether a handler ran."""
+        """Does what `_fire` does, of any event, logged; tells whether a handler ran."""
         state = self.state
         self.logger.debug(
             "%s | %s, Firing handlers for event %s", state.epoch, state.iteration, slot.event
         )
         self.last_event_name = slot.event
-        timed, ran, began = bool(self._timers), False, time.perf_counter()
-        for handler, takes_engine, extra in slot.each_to_run() if timed else slot.handlers:
+        ran = False
+        for handler, takes_engine, extra in slot.handlers:
             every, offset, window, args, kwargs = extra or (0, 0, OPEN, (), {})
             if every:
                 count = getattr(self.state, slot.counter)  # type: ignore[arg-type]
                 if not Gate(every, offset, *(window or OPEN)).passes(self, count):
                     continue
             first = (self,) if takes_engine else ()
-            called = time.perf_counter()
             handler(*first, *passed, *args, **{**kwargs, **named})
             ran = True
-            if timed:
-                self._tell_time(slot.event, handler, called)
-        if timed:
-            self._tell_time(slot.event, None, began)
         return ran
-
-    def _tell_time(self, event: Any, handler: Callable[..., Any] | None, began: float) -> None:
-        """Tells who times that a handler, or with None all of them, has run."""
-        ended = time.perf_counter()
-        for timer in tuple(self._timers):
-            timer(event, handler, began, ended)
 
 
 def check_signature(fn: Callable[..., Any], description: str, *args: Any, **kwargs: Any) -> None:

@@ -6,8 +6,9 @@ run that was saved. Each check notes its result here, and the log says all of it
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from .errors import ResumeError, ResumeWarning, warn_user
 
@@ -32,9 +33,11 @@ class Checks:
             weights.
         settings: what the script makes models, optimizers, schedulers and the step with is compared
             with what it did when the run was saved, such as a learning rate.
+        ignored: names of what `unnamed` tells of and no training depends on, each as its warning
+            has it; the rest is told. One stands for all that lies in it, too.
 
     Raises:
-        ValueError: if one of them is none of the three words.
+        ValueError: if a check is none of the three words, or `ignored` no collection of names.
     """
 
     batch_before: Strictness = "error"
@@ -44,10 +47,20 @@ class Checks:
     unnamed: Strictness = "warn"
     done_again: Strictness = "warn"
     settings: Strictness = "warn"
+    ignored: Collection[str] = ()
 
     def __post_init__(self) -> None:
+        names: Any = self.ignored
+        if isinstance(names, str) or not all(isinstance(one, str) for one in names):
+            raise ValueError(
+                f"Checks(ignored={names!r}); legal is a list of names as a warning has them, such "
+                "as [\"the step, its 'end'\"]."
+            )
+        object.__setattr__(self, "ignored", tuple(names))
         legal = get_args(Strictness)
         for item in fields(self):
+            if item.name == "ignored":
+                continue
             value = getattr(self, item.name)
             if value not in legal:
                 raise ValueError(

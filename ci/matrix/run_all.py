@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from crosstrain.ci.trials.processes import Child, ending
+from crosstrain.ci.trials.processes import Child, ending, marked
 
 from .outcome import OUTCOME, Cell, InvalidReport, Outcome
 
@@ -173,15 +173,9 @@ class _Process:
 
 def _kill_marked(mark: str) -> None:
     """Kills every process that carries a mark, until there is none left."""
-    entry = f"{MARK}={mark}".encode()
-    found = True
-    while found:
-        found = False
-        for folder in Path("/proc").glob("[0-9]*"):
-            # It may end while we look, or be another user's.
-            with contextlib.suppress(OSError):
-                if entry in (folder / "environ").read_bytes().split(b"\0"):
-                    os.kill(int(folder.name), signal.SIGKILL)
-                    found = True
-        if found:
-            time.sleep(_PERIOD)
+    while found := marked(f"{MARK}={mark}"):
+        for process in found:
+            # It may have ended meanwhile.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        time.sleep(_PERIOD)

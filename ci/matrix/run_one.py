@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from crosstrain.ci.trials.course import Course, losses_of
+from crosstrain.ci.trials.course import losses_of
 from crosstrain.ci.trials.play import NotApplicable, Play
 from crosstrain.ci.trials.processes import TrainingFailed
 from crosstrain.ci.trials.scenarios import COMPUTES_NOTHING, SCENARIOS, Scenario
@@ -34,17 +34,30 @@ def play_cell(
     Args:
         spec: the backend.
         scenario: one of `SCENARIOS`.
-        folder: what is written goes into a new folder in this one, which is removed.
+        folder: what is written goes into a new folder in this one, which is removed; but what its
+            processes have printed stays here, unless it passed or was skipped.
         target: a user's training, as `module:function`; None: the scenario's own.
         seed: of the moments of kills; drawn if None.
 
     Returns:
         What became of it. It is not written anywhere yet.
     """
-    started = time.perf_counter()
     seed = random.SystemRandom().randrange(10**6) if seed is None else seed
+    with tempfile.TemporaryDirectory(prefix="cell-", dir=folder) as name:
+        place = Path(name)
+        outcome = _played(spec, scenario, place, target, seed)
+        if outcome.status not in ("passed", "skipped"):
+            for printed in place.glob("*.txt"):
+                printed.rename(folder / printed.name)
+    return outcome
 
-    def outcome(status: Status, reason: str, found: dict[str, Any], **more: Any) -> Outcome:
+
+def _played(spec: str, scenario: Scenario, place: Path, target: str | None, seed: int) -> Outcome:
+    """Plays it in an empty folder; see `play_cell`."""
+    started = time.perf_counter()
+    found: dict[str, Any] = {}
+
+    def outcome(status: Status, reason: str, **more: Any) -> Outcome:
         return Outcome(
             spec=spec,
             scenario=scenario.name,
@@ -61,38 +74,30 @@ def play_cell(
         )
 
     if target is not None and scenario.own_only:
-        return outcome("skipped", scenario.own_only, {})
-    found: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory(prefix="cell-", dir=folder) as place:
-        play = Play(spec, Path(place), target, seed, scenario.processes)
-        with play:
-            try:
-                found = play.probe()
-                if found["wrong"]:
-                    return outcome("error", found["wrong"], found)
-                if not found["ok"]:
-                    return outcome("unavailable", f"{found['reason']} {found['remedy']}", found)
-                lacks = _lacks(scenario, found["capabilities"])
-                if lacks:
-                    return outcome("skipped", lacks, found)
-                verdict = scenario.run(play)
-            except NotApplicable as reason:
-                return outcome("skipped", str(reason), found)
-            except TrainingFailed as error:
-                return outcome("error", str(error), found, **_losses(play.straight, play.resumed))
-    conditions = verdict.straight.environment
+        return outcome("skipped", scenario.own_only)
+    with Play(spec, place, target, seed, scenario.processes) as play:
+        try:
+            found = play.probe()
+            if found["wrong"]:
+                return outcome("error", found["wrong"])
+            if not found["ok"]:
+                return outcome("unavailable", f"{found['reason']} {found['remedy']}")
+            lacks = _lacks(scenario, found["capabilities"])
+            if lacks:
+                return outcome("skipped", lacks)
+            problem, figures = scenario.run(play)
+        except NotApplicable as reason:
+            return outcome("skipped", str(reason))
+        except TrainingFailed as error:
+            return outcome("error", str(error), **_losses(play))
+    conditions = play.straight.environment
     found["versions"] |= {x: str(conditions[x]) for x in ("python", "numpy") if x in conditions}
-    return outcome(
-        "failed" if verdict.problem else "passed",
-        verdict.problem,
-        found,
-        **_losses(verdict.straight, verdict.resumed),
-        figures=verdict.figures,
-    )
+    status: Status = "failed" if problem else "passed"
+    return outcome(status, problem, **_losses(play), figures=figures)
 
 
-def _losses(straight: Course, resumed: Course) -> dict[str, tuple[float, ...]]:
-    return {"losses": losses_of(straight), "resumed_losses": losses_of(resumed)}
+def _losses(play: Play) -> dict[str, tuple[float, ...]]:
+    return {"losses": losses_of(play.straight), "resumed_losses": losses_of(play.resumed)}
 
 
 def _lacks(scenario: Scenario, capabilities: Sequence[str]) -> str:

@@ -14,7 +14,7 @@ import pytest
 
 from crosstrain.backends import Backend, UnknownBackend, get
 
-from .selection import Row, Selection, from_options
+from .selection import EVERYTHING, Row, Selection, from_options
 from .world import RankReports, folder_of_rank, run_in_world, world_size
 
 _SELECTION = pytest.StashKey[Selection]()
@@ -24,9 +24,6 @@ _SELECTION = pytest.StashKey[Selection]()
 _ROW = "_crosstrain_row"
 
 _OUR_MARKS = frozenset({"backends", "needs", "world"})
-
-# What `--require-backends` stands for without a value.
-_EVERYTHING = "<all>"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -45,7 +42,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="SPEC,...",
         action="append",
         nargs="?",
-        const=_EVERYTHING,
+        const=EVERYTHING,
         default=[],
         help="these have to be available: their tests fail, and are not skipped, where they are "
         "not; without a value: all that are selected",
@@ -63,7 +60,7 @@ def pytest_configure(config: pytest.Config) -> None:
     chosen: list[str] = config.getoption("--backends") or []
     required: list[str] = config.getoption("--require-backends") or []
     try:
-        config.stash[_SELECTION] = from_options(chosen, required, _EVERYTHING, os.environ)
+        config.stash[_SELECTION] = from_options(chosen, required, os.environ)
     except UnknownBackend as error:
         hint = ""
         if any("/" in text or text.endswith(".py") for text in required):

@@ -15,6 +15,8 @@ from crosstrain.ci.options import words
 
 #: Names backends where `--backends` does not.
 VARIABLE = "CROSSTRAIN_BACKENDS"
+#: What `--require-backends` stands for without a value.
+EVERYTHING = "<all>"
 
 
 @dataclass(frozen=True)
@@ -171,18 +173,15 @@ def _parse(texts: Iterable[str], source: str) -> tuple[str, ...]:
 
 
 def from_options(
-    backends: Iterable[str],
-    required: Collection[str],
-    everything: str,
-    environment: Mapping[str, str],
+    backends: Iterable[str], required: Collection[str], environment: Mapping[str, str]
 ) -> Selection:
     """Returns the selection that a command line asks for, all of which exists."""
     given, source = [*backends], "--backends"
     if not given and environment.get(VARIABLE):
         given, source = [environment[VARIABLE]], VARIABLE
-    named = [text for text in required if text != everything]
+    named = [text for text in required if text != EVERYTHING]
     selection = Selection(
-        _parse(given, source), _parse(named, "--require-backends"), everything in required
+        _parse(given, source), _parse(named, "--require-backends"), EVERYTHING in required
     )
     for spec in (*selection.asked, *selection.required):
         selection.look(spec)

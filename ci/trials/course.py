@@ -1,4 +1,4 @@
-"""What a run of a scenario did over all its processes, and how two runs compare; without torch."""
+"""The record of a run over all its processes, and how two runs compare; without torch."""
 
 from __future__ import annotations
 
@@ -26,15 +26,22 @@ class Course:
 
     Args:
         rows: by iteration, what its process said of it; of the last process that did it.
+        ended: whether the training has come to its end.
         end: the digest of each part of the state that the run has come to, by name.
-        length: the iterations of an epoch.
+        length: the iterations of an epoch; 0: not known.
         environment: the conditions that the trainer's state names.
         metrics: the numbers in the trainer's `state.metrics` at the end.
         resumed_from: from which iteration each process went on; None: from none.
+        kills: how many of its processes SIGKILL has ended.
+        stops: how many SIGTERM has ended.
+        seconds: how long they took.
         repeated: iterations that two processes did, and differently, each as a sentence.
+        warnings: what the engine warned of.
+        traits: what the training has of its own that may hold state, by kind.
     """
 
     rows: dict[int, dict[str, Any]] = field(default_factory=dict[int, dict[str, Any]])
+    ended: bool = False
     end: dict[str, str] = field(default_factory=dict[str, str])
     length: int = 0
     environment: dict[str, Any] = field(default_factory=dict[str, Any])
@@ -42,7 +49,10 @@ class Course:
     resumed_from: list[int | None] = field(default_factory=list[int | None])
     kills: int = 0
     stops: int = 0
+    seconds: float = 0.0
     repeated: list[str] = field(default_factory=list[str])
+    warnings: list[str] = field(default_factory=list[str])
+    traits: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
 
     @property
     def total(self) -> int:
@@ -50,7 +60,7 @@ class Course:
         return max(self.rows, default=0)
 
     def take(self, line: Mapping[str, Any]) -> None:
-        """Keeps what a process said of an iteration, of its beginning or of the run's end."""
+        """Keeps what a process said of an iteration, its beginning, the run's end, or warned of."""
         if "iteration" in line:
             row = dict(line)
             iteration: int = row["iteration"]
@@ -64,9 +74,14 @@ class Course:
             self.rows[iteration] = row
         elif "begun" in line:
             self.resumed_from.append(line["resumed_from"])
-        elif "end" in line:
-            self.end, self.length = dict(line["end"]), line["length"] or 0
-            self.environment, self.metrics = dict(line["environment"]), dict(line["metrics"])
+            self.traits = line["traits"]
+        elif "done" in line:
+            self.ended, self.length = True, line["length"] or 0
+            # With a trace, what it has come to is in there.
+            self.end = line.get("end", {})
+            self.environment, self.metrics = line.get("environment", {}), line.get("metrics", {})
+        elif "warning" in line and line["warning"] not in self.warnings:
+            self.warnings.append(line["warning"])
 
 
 def _differing(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from .course import Course, deviation, first_difference
-from .order import Order
+from .order import OURS, Order
 from .processes import Kill, Relay
 
 # Of these each process has as many as it likes.
@@ -24,8 +24,6 @@ class Verdict(NamedTuple):
     """How a scenario ended: the first thing that differs, as a sentence; empty if it passed."""
 
     problem: str
-    straight: Course
-    resumed: Course
     figures: dict[str, int | float | str]
 
 
@@ -51,7 +49,7 @@ class Play:
         self.resumed = Course()
         self._chance = random.Random(seed)
         self._seed = seed
-        self._order = Order(spec, "", target=target)
+        self._order = Order(spec, target or OURS, None)
         self._folder = folder
         self._relay = Relay(folder)
         self._processes = processes
@@ -88,12 +86,13 @@ class Play:
             )
 
     def begin(self, training: str = "plain", **order: Any) -> None:
-        """Trains straight through, by which the lengths of the run become known.
+        """Trains straight through, a user's training or one of ours; the lengths become known.
 
         What is given differs from an `Order`'s defaults in all processes of the play.
         """
         self._relay.start_ahead(self._processes)
-        self._order = replace(self._order, training=training, **order)
+        target = self.target or f"{OURS}:{training}"
+        self._order = replace(self._order, target=target, **order)
         self._live(self.straight, self._ordered("straight"))
 
     @property
@@ -114,7 +113,6 @@ class Play:
                 "too few to interrupt it there."
             )
         self._live(self.resumed, self._ordered("resumed", stop_at=at, **order))
-        self.resumed.stops += 1
 
     def kill(self, first: int, last: int, together: int = 1, **order: Any) -> None:
         """Goes on, and is killed by SIGKILL at a random moment.
@@ -134,7 +132,6 @@ class Play:
         ordered = self._ordered("resumed", hold_at=after + 2, **order)
         # Within this iteration's save or within the next two.
         self._live(self.resumed, ordered, together, Kill(after, self._chance.uniform(0.0, 0.05)))
-        self.resumed.kills += 1
 
     def finish(self, together: int = 1, **order: Any) -> None:
         """Goes on to the end, alone or in several processes under torchrun."""
@@ -164,7 +161,7 @@ class Play:
         }
         if self.resumed.kills:
             found["seed"] = self._seed
-        return Verdict(problem, self.straight, self.resumed, found)
+        return Verdict(problem, found)
 
     def _ordered(self, folder: str, **order: Any) -> Order:
         # What is resumed must not depend on the seed that its process begins with.
@@ -175,6 +172,5 @@ class Play:
         self, course: Course, order: Order, together: int = 1, kill: Kill | None = None
     ) -> None:
         with self._relay.begin(order, together) as child:
-            child.kill_when(kill)
-            for line in child.train():
-                course.take(line)
+            for _ in child.train(course, kill):
+                pass

@@ -14,12 +14,14 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Self
 
-from .order import Order
+from .course import Course
+from .order import UNUSABLE, Order
 
 #: The exit code of a process that SIGTERM has stopped.
 STOPPED: Final = 128 + signal.SIGTERM
@@ -48,6 +50,17 @@ def ending(code: int) -> str:
         return f"signal {signal.Signals(-code).name}"
     except ValueError:
         return f"signal {-code}"
+
+
+def marked(text: str) -> list[int]:
+    """Returns the processes that have a text in their environment, such as `NAME=value`."""
+    found: list[int] = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        # It may end while we look, or be another user's.
+        with contextlib.suppress(OSError):
+            if text.encode() in (folder / "environ").read_bytes():
+                found.append(int(folder.name))
+    return found
 
 
 class Child:
@@ -126,6 +139,9 @@ class Child:
     def kill(self) -> None:
         """Kills it and its workers with SIGKILL."""
         self.killed = True
+        self._kill()
+
+    def _kill(self) -> None:
         self._kill_group(self._process.pid)
         # Those of torchrun are in sessions of their own, and end when their stdin does.
         if self._process.stdin is not None:
@@ -161,9 +177,7 @@ class Child:
     def close(self) -> None:
         """Kills what still runs of it, and takes the exit code."""
         self._cancel()
-        killed = self.killed
-        self.kill()
-        self.killed = killed
+        self._kill()
         if self._process.stdout is not None:
             self._process.stdout.close()
         self._process.wait()
@@ -204,11 +218,16 @@ class TrainingChild(Child):
     def __init__(self, errors: Path, order: Order | None = None, processes: int = 1) -> None:
         self.processes = processes
         self._order = order
+        #: The exit code, or minus the signal, once they have been followed to their end.
+        self.code = 0
         #: The last iteration that they have told.
         self.last = 0
+        #: The first error that they have told: what others raise because of it comes later.
+        self.error = ""
         self._due: Kill | None = None
-        #: The process groups of torchrun's processes, by rank, as they tell them.
-        self.groups: dict[int, int] = {}
+        # The process groups and the exit codes of torchrun's processes, by rank.
+        self._groups: dict[int, int] = {}
+        self._codes: dict[int, int] = {}
         command = ["-m", _CHILD]
         if processes > 1:
             assert order is not None
@@ -232,19 +251,48 @@ class TrainingChild(Child):
             raise TrainingFailed(self.last_words(self.wait()))
         return answer
 
-    def lines(self) -> Iterator[dict[str, Any]]:
-        """Yields what the processes say, until they have ended; kills one when that is due."""
-        self._kill_if_due()
-        for line in super().lines():
-            if "born" in line:
-                self.groups[line["rank"]] = line["born"]
-            self.last = line.get("iteration") or line.get("resumed_from") or self.last
-            self._kill_if_due()
-            yield line
+    def follow(self, course: Course, kill: Kill | None = None) -> Iterator[dict[str, Any]]:
+        """Yields what the processes say until they have ended, and notes it in a run's course.
 
-    def kill_when(self, kill: Kill | None) -> None:
-        """Says when to kill one of the processes while their lines are read; None: never."""
+        Args:
+            course: that of the run which their order is a part of.
+            kill: when to kill one of them; None: never.
+        """
+        began = time.monotonic()
         self._due = kill
+        self._kill_if_due()
+        for line in self.lines():
+            self._take(line)
+            course.take(line)
+            yield line
+        self.code = self.wait()
+        course.kills += self.code == -signal.SIGKILL
+        course.stops += self.code == STOPPED
+        course.seconds += time.monotonic() - began
+
+    def _take(self, line: Mapping[str, Any]) -> None:
+        if "born" in line:
+            self._groups[line["rank"]] = line["born"]
+        elif "left" in line:
+            self._codes[line.get("rank", 0)] = line["left"]
+        self.error = self.error or line.get("error", "")
+        self.last = line.get("iteration") or line.get("resumed_from") or self.last
+        self._kill_if_due()
+
+    def wait(self) -> int:
+        """Waits for their end; returns the exit code, or minus the signal, of one of them."""
+        code = super().wait()
+        codes = set(self._codes.values())
+        # Of several torchrun ends with 0, or with 1 whatever theirs are.
+        if self.processes == 1 or code == 0:
+            return code
+        if self.killed:
+            # What the others raised is that it is missing.
+            self.error = ""
+            return -signal.SIGKILL
+        if UNUSABLE in codes:
+            return UNUSABLE
+        return codes.pop() if len(self._codes) == self.processes and len(codes) == 1 else code
 
     def _kill_if_due(self) -> None:
         kill = self._due
@@ -252,25 +300,21 @@ class TrainingChild(Child):
             return
         rank = None if self.processes == 1 else kill.rank
         # A process of torchrun's takes a while to be there.
-        if rank is None or rank in self.groups:
+        if rank is None or rank in self._groups:
             self._due = None
             self._later(kill.delay, self._kill_rank, rank)
 
-    def train(self) -> Iterator[dict[str, Any]]:
-        """Yields what the processes say while they carry out their order, until they have ended.
+    def train(self, course: Course, kill: Kill | None = None) -> Iterator[dict[str, Any]]:
+        """Follows processes that are to carry out their order; see `follow`.
 
         Raises:
             TrainingFailed: if they end before their run does and were neither stopped nor killed.
         """
-        error = ""
-        for line in self.lines():
-            error = line.get("error", error)
-            yield line
-        code = self.wait()
+        yield from self.follow(course, kill)
         stopped = self._order is not None and self._order.stop_at
         wanted = -signal.SIGKILL if self.killed else STOPPED if stopped else 0
-        if code != wanted:
-            raise TrainingFailed(self.last_words(code, error))
+        if self.code != wanted:
+            raise TrainingFailed(self.last_words(self.code, self.error))
 
     def _kill_rank(self, rank: int | None) -> None:
         """Kills one process, with its loader's workers, and leaves the others to torchrun."""
@@ -278,7 +322,7 @@ class TrainingChild(Child):
             self.kill()
         else:
             self.killed = True
-            self._kill_group(self.groups[rank])
+            self._kill_group(self._groups[rank])
 
 
 class Relay:

@@ -8,25 +8,6 @@ from typing import Final, Literal
 
 Status = Literal["exact", "not exact", "not repeatable"]
 
-_RANDOM_RESUMED: Final = (
-    (
-        "A handler seeds the global generators from something that is not saved, such as a number "
-        "that was drawn, or counted, in its own process. Do not reseed: the trainer sees to the "
-        "random states."
-    ),
-    (
-        "A handler draws from them more or less often than in the straight run, because it counts "
-        "its calls or looks at the time. Wrap it in crosstrain.engine.keep_random_state."
-    ),
-)
-_RANDOM_ANEW: Final = (
-    (
-        "Something seeds the global generators from the time or the process, or draws from them "
-        "more or less often in each run: a thread, or code that looks at the time. Take that out, "
-        "or wrap the handler in crosstrain.engine.keep_random_state."
-    ),
-)
-
 _EPOCH_HANDLER: Final = (
     "A handler of EPOCH_STARTED makes what the epoch's data is drawn from, such as negatives or a "
     "subset, and does so otherwise in a process that goes on within the epoch. Make it from "
@@ -75,8 +56,18 @@ _RESUMED: Final = MappingProxyType(
             ),
             _EPOCH_HANDLER,
         ),
-        "random": _RANDOM_RESUMED,
-        "random after": _RANDOM_RESUMED,
+        "random": (
+            (
+                "A handler seeds the global generators from something that is not saved, such as a "
+                "number that was drawn, or counted, in its own process. Do not reseed: the trainer "
+                "sees to the random states."
+            ),
+            (
+                "A handler draws from them more or less often than in the straight run, because it "
+                "counts its calls or looks at the time. Wrap it in "
+                "crosstrain.engine.keep_random_state."
+            ),
+        ),
         "setting": (
             "A scheduler was not saved. Name it in to_save.",
             (
@@ -88,7 +79,7 @@ _RESUMED: Final = MappingProxyType(
             _OUTSIDE,
             (
                 "The step draws from a second loader, or from an iterator, which begins anew in a "
-                "new process. Wrap it as docs/exact_resume.md says, and name it in to_save."
+                "new process. Wrap it as docs/resume_checks.md says, and name it in to_save."
             ),
             (
                 "The model draws random numbers from a generator of its own. Use the global one, "
@@ -138,8 +129,13 @@ _ANEW: Final = MappingProxyType(
             ),
             "The order of the samples comes from a set, from os.listdir or from the time. Sort it.",
         ),
-        "random": _RANDOM_ANEW,
-        "random after": _RANDOM_ANEW,
+        "random": (
+            (
+                "Something seeds the global generators from the time or the process, or draws from "
+                "them more or less often in each run: a thread, or code that looks at the time. "
+                "Take that out, or wrap the handler in crosstrain.engine.keep_random_state."
+            ),
+        ),
         "setting": (
             "A handler sets it by the time, or by a measurement that is not the same each time.",
         ),
@@ -189,28 +185,21 @@ def causes(
         epoch_began: whether an epoch has begun between the resume and the difference.
         traits: what the training has of its own that may hold state, by kind (see `traits_of`).
     """
+    kind = kind and kind.removesuffix(" after")
     if status == "not repeatable":
         return _ANEW[kind or "missing"]
     if kind == "batch" and epoch_began:
         kind = "batch of a later epoch"
     known = _RESUMED[kind or "missing"]
-    if not kind or not kind.startswith("batch"):
-        names = traits.get("attributes", ())
-        return _naming(known, known[0], names) if kind == "loss" else known
-    handlers, samplers = traits.get("epoch handlers", ()), traits.get("samplers", ())
-    if not handlers:
-        # None is there that could.
-        known = tuple(one for one in known if one != _EPOCH_HANDLER)
+    here = {
+        _EPOCH_HANDLER: traits.get("epoch handlers", ()),
+        _SAMPLER: traits.get("samplers", ()),
+        _OUTSIDE: traits.get("attributes", ()) if kind == "loss" else (),
+    }
+    # A handler that is not there causes nothing.
+    known = tuple(one for one in known if one != _EPOCH_HANDLER or here[one])
     # What the training has comes before what it may have.
-    held = [one for one, names in ((_EPOCH_HANDLER, handlers), (_SAMPLER, samplers)) if names]
-    known = tuple(sorted(known, key=lambda one: one not in held))
-    known = _naming(known, _EPOCH_HANDLER, handlers)
-    return _naming(known, _SAMPLER, samplers)
-
-
-def _naming(known: tuple[str, ...], cause: str, names: Sequence[str]) -> tuple[str, ...]:
-    """Adds to a cause the names of what this training has of its kind."""
-    if not names or cause not in known:
-        return known
-    words = f"{cause} Here: {', '.join(names)}."
-    return tuple(words if one == cause else one for one in known)
+    known = tuple(sorted(known, key=lambda one: not here.get(one)))
+    return tuple(
+        f"{one} Here: {', '.join(names)}." if (names := here.get(one)) else one for one in known
+    )

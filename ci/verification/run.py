@@ -16,11 +16,15 @@ from crosstrain.backends import World, get
 from crosstrain.ci.options import UsageError
 from crosstrain.ci.traces.diff import Difference, as_json, earliest, first_difference
 from crosstrain.ci.traces.file import Trace, TraceError, path_of_rank
+from crosstrain.ci.trials.course import Course
 from crosstrain.ci.trials.order import UNUSABLE, Order
-from crosstrain.ci.trials.processes import STOPPED, Kill, Relay
+from crosstrain.ci.trials.processes import STOPPED, Kill, Relay, TrainingChild
 from crosstrain.ci.trials.target import Target
 
 from .causes import Status, causes
+
+# The exit codes of a process that was stopped or killed, after which another one goes on.
+_INTERRUPTED = (STOPPED, -signal.SIGKILL)
 
 #: Called with what a run is called, the iteration that it has done, and how many there are (0
 #: where that is not known yet).
@@ -191,61 +195,6 @@ def verify(
 
 
 @dataclass
-class _End:
-    """What became of one process, or of those that torchrun started.
-
-    Args:
-        code: its exit code, or minus the signal that killed it, or one of them.
-        resumed_from: the iteration that it went on from; None: it began.
-        iterations: where the training ended; None if this process did not end it.
-        codes: the exit codes that processes of torchrun's told, by rank.
-    """
-
-    code: int = 0
-    resumed_from: int | None = None
-    iterations: int | None = None
-    epoch_length: int | None = None
-    error: str = ""
-    warnings: list[str] = field(default_factory=list[str])
-    traits: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
-    seconds: float = 0.0
-    codes: dict[int, int] = field(default_factory=dict[int, int])
-
-    @property
-    def killed(self) -> bool:
-        """Whether SIGKILL ended it."""
-        return self.code == -signal.SIGKILL
-
-    def take(self, line: dict[str, Any]) -> None:
-        """Takes in a line of the process."""
-        if "begun" in line:
-            self.resumed_from = line["resumed_from"]
-            self.traits = line["traits"]
-        elif "done" in line:
-            self.iterations, self.epoch_length = line["iterations"], line["length"]
-        elif "error" in line:
-            # What others raise because of it comes later.
-            self.error = self.error or line["error"]
-        elif "left" in line:
-            self.codes[line.get("rank", 0)] = line["left"]
-        elif "warning" in line and line["warning"] not in self.warnings:
-            self.warnings.append(line["warning"])
-
-    def take_codes(self, processes: int, killed: bool) -> None:
-        """Takes the exit code from what the processes told: torchrun's is 1 if one's is not 0."""
-        codes = set(self.codes.values())
-        if self.code == 0:
-            return
-        if killed:
-            # What the others raised is that it is missing.
-            self.code, self.error = -signal.SIGKILL, ""
-        elif UNUSABLE in codes:
-            self.code = UNUSABLE
-        elif len(self.codes) == processes and len(codes) == 1:
-            self.code = codes.pop()
-
-
-@dataclass
 class _Verification:
     """The runs of one verification, and what they have in common."""
 
@@ -263,11 +212,11 @@ class _Verification:
     _expected: int = 2
     _total: int = 0
     _warnings: list[str] = field(default_factory=list[str])
-    _traits: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
 
     def verdict(self, at: Sequence[int] | None, kills: int, every: int | None) -> Verdict:
-        length = self._straight("straight")
-        places = _middle_and_end(self._total, length) if at is None else sorted(set(at))
+        straight = self._straight("straight")
+        self._total = straight.total
+        places = _middle_and_end(self._total, straight.length) if at is None else sorted(set(at))
         for place in places:
             if not 0 < place < self._total:
                 raise VerifyError(
@@ -303,77 +252,61 @@ class _Verification:
             tuple(runs),
             difference,
             problem,
-            () if difference is None else self._causes(status, difference, failed, length),
+            () if difference is None else _causes(status, difference, failed, straight),
             tuple(self._warnings),
             self._seed,
             time.monotonic() - self._started,
         )
 
-    def _causes(
-        self, status: Status, difference: Difference, run: RunResult | None, length: int | None
-    ) -> tuple[str, ...]:
-        before = [one for one in (run.resumed_from if run else ()) if one < difference.iteration]
-        began = False
-        if before and length:
-            began = (difference.iteration - 1) // length > (before[-1] - 1) // length
-        kind = None if difference.thing is None else difference.thing.kind
-        return causes(status, kind, began, self._traits)
-
     def _order(self, name: str, number: int = 0, **more: Any) -> Order:
         """Returns an order of a run; the number tells how many workers its loader has, in turn."""
         trace = str(self._folder / f"{name}.trace")
         workers = self._workers[number % len(self._workers)]
-        target = str(self._target)
-        more = {"resumed_seed": self._seed, "folder": None, "workers": workers, **more}
-        return Order(self._backend, target=target, trace=trace, seed=self._seed, **more)
+        target, seed = str(self._target), self._seed
+        more = {"resumed_seed": seed, "folder": None, "workers": workers, **more}
+        return Order(self._backend, target, trace=trace, seed=seed, **more)
 
-    def _run(self, name: str, order: Order, kill: Kill | None = None, number: int = 0) -> _End:
-        """Has processes carry out an order, and follows them to their end.
+    def _run(
+        self, name: str, course: Course, order: Order, kill: Kill | None = None, number: int = 0
+    ) -> TrainingChild:
+        """Has processes carry out an order, follows them to their end, and returns them.
 
         Args:
             name: of the run.
+            course: of the run.
             order: the order.
             kill: when to kill one of them.
             number: which of the sizes, in turn.
         """
         # At once: a process that imports torch says nothing for a while.
         self._progress(name, 0, self._total)
-        end = _End()
         with self._relay.begin(order, self._sizes[number % len(self._sizes)]) as child:
             self._expected -= 1
             self._relay.start_ahead(min(1, self._expected) if self._sizes == (1,) else 0)
-            began = time.monotonic()
-            child.kill_after(max(0.0, self._started + self._time_limit - began))
-            child.kill_when(kill)
-            for line in child.lines():
-                end.take(line)
+            limit = self._started + self._time_limit
+            child.kill_after(max(0.0, limit - time.monotonic()))
+            for line in child.follow(course, kill):
                 if "iteration" in line:
                     self._progress(name, child.last, self._total)
-            end.code = child.wait()
-        end.seconds = time.monotonic() - began
-        if child.processes > 1:
-            end.take_codes(child.processes, child.killed)
-        if began + end.seconds >= self._started + self._time_limit:
+        if time.monotonic() >= limit:
             raise VerifyError(
                 f"The time limit of {self._time_limit:g} s is over, at iteration {child.last} of "
                 "one of the runs. Raise it by --time-limit, or make the training shorter."
             )
-        if end.code == UNUSABLE and end.error:
-            raise VerifyError(end.error)
-        if end.code not in (0, STOPPED, -signal.SIGKILL):
-            end.error = end.error or child.last_words(end.code)
-        self._traits = end.traits or self._traits
-        self._warnings = list(dict.fromkeys([*self._warnings, *end.warnings]))
-        return end
+        if child.code == UNUSABLE and child.error:
+            raise VerifyError(child.error)
+        if child.code not in (0, *_INTERRUPTED):
+            child.error = child.error or child.last_words(child.code)
+        self._warnings = list(dict.fromkeys([*self._warnings, *course.warnings]))
+        return child
 
-    def _straight(self, name: str) -> int | None:
-        """Runs the training straight through; returns the length of an epoch."""
-        end = self._run(name, self._order(name))
-        if end.iterations is None:
-            raise VerifyError(f"The training does not run to its end: {end.error}")
-        if name == "straight":
-            self._total = end.iterations
-        return end.epoch_length
+    def _straight(self, name: str) -> Course:
+        """Runs the training straight through."""
+        course = Course()
+        child = self._run(name, course, self._order(name))
+        if not course.ended:
+            raise VerifyError(f"The training does not run to its end: {child.error}")
+        return course
 
     def _stopped(self, place: int, number: int) -> RunResult:
         """Stops a run after an iteration, before which it saves nothing, and resumes it."""
@@ -397,16 +330,17 @@ class _Verification:
             seed: of those that go on from a checkpoint; their number is added to it.
             children: for each of them its number, when to kill it, and what it is told besides.
         """
-        ends: list[_End] = []
+        course, problem = Course(), ""
         workers: list[int] = []
         for number, kill, more in children:
             folder = str(self._folder / f"run {name}")
             order = self._order(name, number, folder=folder, resumed_seed=seed + number, **more)
             workers.append(order.workers)
-            ends.append(self._run(name, order, kill, number))
-            if ends[-1].code not in (STOPPED, -signal.SIGKILL):
+            child = self._run(name, course, order, kill, number)
+            problem = problem or child.error
+            if child.code not in _INTERRUPTED:
                 break
-        problem = next((end.error for end in ends if end.error), "")
+        places = tuple(place for place in course.resumed_from if place is not None)
         # What was recorded before an error may tell more than the error does.
         recorded = all(path.exists() for path in self._traces(name))
         difference = self._compare(name) if recorded else None
@@ -415,10 +349,10 @@ class _Verification:
         return RunResult(
             name,
             tuple(workers),
-            tuple(end.resumed_from for end in ends if end.resumed_from is not None),
-            sum(end.killed for end in ends),
-            sum(end.seconds for end in ends),
-            any(0 < (end.resumed_from or 0) < self._total for end in ends),
+            places,
+            course.kills,
+            course.seconds,
+            any(0 < place < self._total for place in places),
             difference,
             problem,
         )
@@ -443,10 +377,21 @@ class _Verification:
         return earliest(found)
 
 
-def _middle_and_end(total: int, length: int | None) -> list[int]:
+def _causes(
+    status: Status, difference: Difference, run: RunResult | None, straight: Course
+) -> tuple[str, ...]:
+    before = [one for one in (run.resumed_from if run else ()) if one < difference.iteration]
+    began, length = False, straight.length
+    if before and length:
+        began = (difference.iteration - 1) // length > (before[-1] - 1) // length
+    kind = None if difference.thing is None else difference.thing.kind
+    return causes(status, kind, began, straight.traits)
+
+
+def _middle_and_end(total: int, length: int) -> list[int]:
     """Returns where to stop by default: in the middle of an epoch, and at the end of one."""
     found = {total // 2}
-    if length is not None and total > length:
+    if 0 < length < total:
         end = max(1, total // length // 2) * length
         found = {end, end + length // 2}
     return sorted(place for place in found if 0 < place < total)

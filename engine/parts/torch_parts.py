@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from crosstrain.engine.formats.safe_load import load_part
+from crosstrain.engine.storage.atomic import HashingFile
 from crosstrain.engine.storage.errors import CheckpointCorrupt, CheckpointError
 from crosstrain.engine.storage.parts_files import PartsHash
 from crosstrain.engine.stores.folders import Aside
@@ -47,44 +48,6 @@ class _Planner(DefaultSavePlanner):
         return self._copies[index.fqn]
 
 
-class _HashingStream:
-    """A file that is written to, and hashed on the way."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-        self._hash = PartsHash()
-        self.size = 0
-
-    def write(self, data: Any) -> int:
-        """Writes bytes; returns their number."""
-        view = memoryview(data).cast("B")
-        self._hash.update(view)
-        self._stream.write(view)
-        self.size += len(view)
-        return len(view)
-
-    def tell(self) -> int:
-        """Returns how many bytes were written."""
-        return self.size
-
-    def fileno(self) -> int:
-        """Returns the descriptor; what is buffered is written first."""
-        self._stream.flush()
-        return int(self._stream.fileno())
-
-    def flush(self) -> None:
-        """Writes what is buffered."""
-        self._stream.flush()
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._stream.close()
-
-    def digest(self) -> str:
-        """Returns the hash of what was written."""
-        return self._hash.told()
-
-
 class _HashingFiles(FileSystem):
     """Files whose size and hash are known when they are written: nothing is read back."""
 
@@ -96,10 +59,12 @@ class _HashingFiles(FileSystem):
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[Any, None, None]:
         """Opens a new file, which is hashed."""
         assert mode == "wb", mode
-        with self._aside.create(Path(path).name) as stream:
-            hashing = _HashingStream(stream)
+        name, digest = Path(path).name, PartsHash()
+        with self._aside.create(name) as file:
+            hashing = HashingFile(file.fileno(), digest)
             yield hashing
-        self.found[Path(path).name] = (hashing.size, hashing.digest())
+            hashing.finish()
+        self.found[name] = (hashing.size, digest.told())
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
         """Renames a file, whose hash goes with it."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from crosstrain.engine.digest import Leaf, leaf_of
 from crosstrain.engine.formats.safe_write import contents_of
 from crosstrain.engine.formats.staging import HostState
 from crosstrain.engine.proof import Strictness
@@ -96,8 +96,8 @@ def _without_repeated(states: Any, writers: Writers) -> tuple[Any, list[tuple[An
     """
     if writers.size == 1:
         return states, []
-    digests = {path: _digest(tensor) for path, tensor in _large_tensors(states, ())}
-    first: dict[tuple[Any, ...], str] = writers.agree(None, digests)[0]
+    digests = {path: leaf_of("", tensor) for path, tensor in _large_tensors(states, ())}
+    first: dict[tuple[Any, ...], Leaf] = writers.agree(None, digests)[0]
     if writers.rank == 0:
         return states, []
     same = [path for path, digest in digests.items() if first.get(path) == digest]
@@ -106,11 +106,6 @@ def _without_repeated(states: Any, writers: Writers) -> tuple[Any, list[tuple[An
         container, key = at_path(states, path)
         container[key] = None
     return states, same
-
-
-def _digest(tensor: torch.Tensor) -> str:
-    data: Any = tensor.contiguous().view(-1).view(torch.uint8).numpy()
-    return f"{tensor.dtype} {tuple(tensor.shape)} " + hashlib.sha256(data).hexdigest()
 
 
 def _large_tensors(value: Any, path: tuple[Any, ...]) -> Any:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Generator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Final, Self
+from typing import IO, Final, Protocol, Self
 
 from .errors import CheckpointCorrupt, CheckpointWriteError
 from .leftovers import FILES, new_name
@@ -35,6 +35,13 @@ _NO_UNNAMED: Final = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOSYS
 _NO_LINKS: Final = (errno.EPERM, errno.EACCES, errno.EXDEV, errno.ENOENT, *_NO_UNNAMED)
 
 
+class Hash(Protocol):
+    """Is given the bytes of a file, one piece after the other."""
+
+    def update(self, data: memoryview) -> None:
+        """Takes the next bytes."""
+
+
 class HashingFile:
     """A file that is only written to, and hashed on the way.
 
@@ -43,13 +50,14 @@ class HashingFile:
 
     Args:
         descriptor: an open file descriptor, at position 0; it stays the caller's to close.
-        hasher: hashes large blocks while they are being written; None hashes them before.
+        digest: hashes it.
+        hasher: does so with large blocks while they are being written; None: before.
     """
 
-    def __init__(self, descriptor: int, hasher: Executor | None = None) -> None:
+    def __init__(self, descriptor: int, digest: Hash, hasher: Executor | None = None) -> None:
         self._descriptor = descriptor
         self._hasher = hasher
-        self._hash = TreeHash()
+        self._hash = digest
         self._buffer = bytearray()
         self._error: OSError | None = None
         self.size = 0
@@ -98,13 +106,23 @@ class HashingFile:
     def flush(self) -> None:
         """Does nothing: `finish` writes what is buffered."""
 
-    def finish(self) -> Tree:
-        """Writes what is buffered; returns the hashes of everything, or raises the first error."""
+    close = flush
+
+    def tell(self) -> int:
+        """Returns how many bytes it was given."""
+        return self.size
+
+    def fileno(self) -> int:
+        """Returns the descriptor, of a file with all that it was given; raises as `finish` does."""
+        self.finish()
+        return self._descriptor
+
+    def finish(self) -> None:
+        """Writes what is buffered, or raises the first error."""
         if self._error is None:
             self._empty_buffer()
         if self._error is not None:
             raise self._error
-        return self._hash.tree()
 
 
 @dataclass(frozen=True)
@@ -160,10 +178,11 @@ def write_file(path: Path, contents: Contents) -> None:
 def fill_file(descriptor: int, contents: Contents) -> None:
     """Writes the contents of an open file, which is empty."""
     with ThreadPoolExecutor(1) if contents.parallel else contextlib.nullcontext() as hasher:
-        file = HashingFile(descriptor, hasher)
+        tree = TreeHash()
+        file = HashingFile(descriptor, tree, hasher)
         contents.produce(file)
-        tree = file.finish()
-    trailer = contents.trailer(tree)
+        file.finish()
+    trailer = contents.trailer(tree.tree())
     file.write(trailer)
     file.finish()
     os.pwrite(descriptor, len(trailer).to_bytes(2, "little"), file.size - len(trailer) - 2)

@@ -480,7 +480,7 @@ def _refuse(backend: Backend, models: Sequence[Any]) -> None:
     if "logical_shards" not in backend.capabilities:
         raise BackendError(
             f"Logical shards do not go with the backend '{backend.name}:{backend.option}': it adds "
-            "gradients up in an order of its own, or keeps them to itself. docs/distributed.md "
+            "gradients up in an order of its own, or keeps them to itself. docs/logical_shards.md "
             "says which backends can: those whose capabilities have 'logical_shards'."
         )
     for model in models:

@@ -6,7 +6,8 @@ run begins without, unless it is named. What is only appended to, added to or pr
 log, also where its length or its values decide no more than what it takes next. Of an object that a
 function reaches, what it uses is looked at, and what the methods use that it calls. Changes are
 found by comparing with what there was when the run's first epoch began: the handlers of STARTED,
-which fire once more on a resume, have then done their part.
+which fire once more on a resume, have then done their part. What a clock has shown since decides no
+weights, and is left out.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ from crosstrain.engine.digest import attributes_of
 from crosstrain.engine.dispatch import Dispatcher
 from crosstrain.engine.guards import is_a, module_of
 from crosstrain.engine.nests import SCALARS, is_module
+from crosstrain.engine.spread import lasting_tensors
 from crosstrain.engine.state import State
 from crosstrain.engine.structure import keeps_groups
 
+from .clocks import Clocks, ClocksSince
 from .contents_of_states import tensors_in
 from .functions import FETCHES, TRAINED, is_users_file
 from .set_anew import Held
@@ -47,10 +50,12 @@ class Begun:
     Args:
         signatures: of what functions read, by where they find it.
         functions: what these were called.
+        clocks: what the process's clocks showed.
     """
 
     signatures: dict[Place, Any]
     functions: set[str]
+    clocks: Clocks
 
     def begin_new(self, now: Values) -> None:
         """Counts what functions refer to that are new now as there from the beginning."""
@@ -71,6 +76,8 @@ class Values(Walk):
         self.values: dict[Place, Any] = {}
         #: Objects whose state is looked at, by where they are found.
         self.objects: dict[Place, Any] = {}
+        #: Tensors of a module that no state has, where a part of it is saved.
+        self.left_out: dict[Place, list[Any]] = {}
         self._holders_of: dict[Place, Held] = {}
         #: Other engines that the run uses, such as an evaluator, by where they were found.
         self.engines: dict[str, Any] = {}
@@ -89,17 +96,22 @@ class Values(Walk):
                 if is_a(value, DataLoader, Dataset):
                     self.value(value, f"the {place}", name, DEPTH, ALL)
         self._settle()
+        for name, tensors in used.left_out.items():
+            where: Place = name, "parameters and buffers that are not saved"
+            self.signatures[where] = [(one.data_ptr(), one._version) for one in tensors]
+            self.left_out[where] = tensors
         if self._reads_metrics():
             self.signatures |= self._metrics
 
     def begun(self) -> Begun:
         """Returns what a later look is compared with."""
-        return Begun(self.signatures, {*self.used.functions})
+        return Begun(self.signatures, {*self.used.functions}, Clocks())
 
     def changed(self, before: Begun) -> list[Place]:
         """Returns what is other than it was before: its owner, and what that calls it."""
         # What is reached by another way than then, such as another handler, need not have changed.
         known = [(name, signature) for (_, name), signature in before.signatures.items()]
+        clocks = ClocksSince(before.clocks, self.functions)
 
         def is_as_before(place: tuple[str, str], signature: Any) -> bool:
             if isinstance(signature, _OneOf):
@@ -116,6 +128,7 @@ class Values(Walk):
             if signature is not None
             and place not in self._goes_on
             and not is_as_before(place, signature)
+            and not clocks.gave(self.values.get(place))
         ]
         return [one for one in dict.fromkeys(found) if not self._is_in_states(one, before)]
 
@@ -124,7 +137,7 @@ class Values(Walk):
         value: Any = self.values.get(place, self.objects.get(place))
         if is_module(value):
             then = before.signatures.get(place) or ()
-            now = zip([*value.parameters(), *value.buffers()], self.signatures[place], strict=True)
+            now = zip(lasting_tensors(value), self.signatures[place], strict=True)
             return self._saved.hold([one for one, mark in now if mark not in then])
         return self._saved.hold(tensors_in(value))
 

@@ -84,6 +84,10 @@ class Attached:
         """Notes what there is after them."""
         self._batches = _marks(used)
 
+    def names(self, used: Used) -> set[str]:
+        """Returns what to call all that there is now, and was when the run began."""
+        return {what for what, _, _ in (*_marks(used), *(self._begun or ()))}
+
     def changed(self, used: Used, ended: bool) -> list[str]:
         """Returns what is other than when the run began, each as a phrase."""
         if self._begun is None:

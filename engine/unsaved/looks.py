@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import traceback
 import weakref
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from crosstrain.engine.data.own_data import own_data
 from crosstrain.engine.data.plain_values import plain_or_none
+from crosstrain.engine.digest import attributes_of
 from crosstrain.engine.events import Events
 from crosstrain.engine.proof import Proof
+from crosstrain.engine.ranks.world import this_rank
 from crosstrain.engine.structure import Structure
 
 from .changed_values import Begun, Values
@@ -22,6 +24,7 @@ from .constants import Constants
 from .drawn_from import unnamed_sources
 from .gradients_read import reads_gradients
 from .handlers_and_hooks import Attached
+from .ignored import check_ignored, is_ignored, to_ignore, to_ignore_all
 from .loaders_in_handlers import Fetched, who_fetches
 from .made_again import LOOKS, MadeAgain, named
 from .messages import (
@@ -62,6 +65,7 @@ class Unsaved:
         # Whether this process's first step is to come, and after how many it looks once more.
         self._first_step, self._looks = False, 0
         self._told: set[str] = set()
+        self._checked_ignored = False
         # The data, and which loaders handlers fetch from, it or others.
         self._fetches: tuple[Any, Fetched] | None = None
         # What a resumed run is to set once more as its epoch begins.
@@ -162,12 +166,13 @@ class Unsaved:
             What the other engines that the run uses, such as an evaluator, have found last.
         """
         used = self._used(objects)
+        sources: list[str] = []
         if not self._looked_for_sources:
             self._looked_for_sources = True
-            self._tell(unnamed_sources(used), UNNAMED)
+            self._tell(sources := unnamed_sources(used), UNNAMED)
         engines: dict[str, Any] = {}
-        if self._begun is not None:
-            now = Values(used)
+        now = None if self._begun is None else Values(used)
+        if now is not None and self._begun is not None:
             self._tell(self._made_otherwise(now), MADE_OTHERWISE)
             self._constants.sift(now, self._begun)
             changed = self._made_again.sift(now, self._begun, self._told, ended)
@@ -177,6 +182,7 @@ class Unsaved:
         self._tell(self._new(closed), CLOSED)
         self._tell(self._new(self._attached.changed(used, ended)), ATTACHED)
         self._tell(structure.not_made_again(objects), NOT_MADE_AGAIN)
+        lost: list[str] = []
         if flow is not None:
             flows = {"": flow, **{where: one.flow for where, one in used.sources.items()}}
             lost = [f"{name}{at}" for at, one in flows.items() if one for name in one.lost()]
@@ -186,7 +192,28 @@ class Unsaved:
                 del flows[""]
             raced = [f"{name}{at}" for at, one in flows.items() if one for name in one.raced()]
             self._tell(self._new(raced), RACED)
+        if now is not None:
+            self._check_ignored(used, now, [*sources, *lost])
         return {name: plain_or_none(one.state.metrics) or {} for name, one in engines.items()}
+
+    def _check_ignored(self, used: Used, now: Values, found: Iterable[str]) -> None:
+        """Refuses names of `Checks.ignored` that nothing has; once, and on rank 0.
+
+        Other ranks may call less, such as no handler that logs.
+        """
+        ignored = self._engine.checks.ignored
+        if ignored and not self._checked_ignored and this_rank() == 0:
+            places = [*now.signatures, *now.objects]
+            of_data = (
+                f"{of}.{own}{comma}{source}"
+                for (of, comma, source), part in _partitioned(used.data)
+                for own in attributes_of(part)
+            )
+            known = [*found, *map(named, places), *map(named, used.closed), *of_data]
+            known += [*self._attached.names(used), *self.fetched(used.objects).loaders]
+            known += [*self._made_again.record(), *self._constants.unchanged, *used.states]
+            check_ignored(ignored, [*known, *self._told])
+        self._checked_ignored = True
 
     def reads_gradients(self, objects: Mapping[str, Any], within: Container[Any]) -> bool:
         """Tells whether a handler, but those of some events, or the data looks at gradients."""
@@ -244,7 +271,9 @@ class Unsaved:
             why = f"it is a loader of the dataset that is trained on, and {why}"
             found.insert(0, (fetched.training, why))
         for where, why in found:
-            self._engine.proof.differs(FETCHED.format(where, why), "warn")
+            if not is_ignored(where, self._engine.checks.ignored):
+                told = FETCHED.format(where, why, [to_ignore(where)])
+                self._engine.proof.differs(told, "warn")
 
     # ------------------------------------------------------------ telling
 
@@ -258,10 +287,12 @@ class Unsaved:
         return new
 
     def _tell(self, found: list[str], message: str) -> None:
-        if found:
-            told = f"{message.format(_listed(found))}: checks=Checks(unnamed='off')."
+        checks = self._engine.checks
+        if found := [what for what in found if not is_ignored(what, checks.ignored)]:
+            names = to_ignore_all(found)
+            told = f"{message.format(_listed(found))}: checks=Checks(ignored={names!r})."
             proof = self._engine.proof if message in FOUND_BY_RESUMED else Proof()
-            proof.differs(told, self._engine.checks.unnamed)
+            proof.differs(told, checks.unnamed)
 
 
 def _datasets(used: Used) -> dict[str, Any]:
@@ -269,6 +300,10 @@ def _datasets(used: Used) -> dict[str, Any]:
     loaders = {"": own_data(used.engine.state.dataloader)}
     loaders |= {where: one.source for where, one in used.sources.items()}
     return {where: getattr(one, "dataset", None) for where, one in loaders.items()}
+
+
+def _partitioned(parts: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str, str], Any]]:
+    return ((name.partition(","), part) for name, part in parts.items())
 
 
 def _listed(found: Iterable[str]) -> str:

@@ -58,5 +58,5 @@ RACED = (
 FETCHED = (
     "A resumed run may draw other values once {}, has been iterated over: {}. Go on with that "
     "number of workers, or iterate there over a loader that keeps its num_workers. If nothing is "
-    "fetched there: checks=Checks(unnamed='off')."
+    "fetched there: checks=Checks(ignored={!r})."
 )

@@ -8,6 +8,7 @@ import contextlib
 import contextvars
 import ctypes
 import decimal
+import enum
 import fractions
 import marshal
 import queue
@@ -25,6 +26,7 @@ from torch.optim import Optimizer
 from crosstrain.engine.digest import digest
 from crosstrain.engine.guards import is_dense
 from crosstrain.engine.nests import SCALARS, is_module
+from crosstrain.engine.spread import lasting_tensors
 
 from .data_of_others import data_of, holds_data
 
@@ -87,6 +89,8 @@ def signature_of(value: Any, depth: int = 16) -> Any:
         many = tuple(value) if isinstance(value, (list, collections.deque)) else value
         with contextlib.suppress(ValueError):
             return len(value), hash(marshal.dumps(many, 2))
+    if isinstance(value, enum.Enum):
+        return type(value).__name__, value._name_, signature_of(value._value_, depth - 1)
     if type(value) is int:
         # Python refuses to write a very large one in tens.
         return "int", hex(value)
@@ -128,7 +132,7 @@ def state_signature_of(value: Any, known: Container[int] = (), parted: bool = Fa
     optimizer whose groups another changes that may be `parted` from it, each step counts.
     """
     if is_module(value):
-        tensors = [*value.parameters(), *value.buffers()]
+        tensors = lasting_tensors(value)
         return [(id(one), None if id(one) in known else _version(one)) for one in tensors]
     if isinstance(value, Optimizer) and not (value.state or parted):
         # It keeps nothing of its steps, as without momentum: it is what it was set to.

@@ -9,6 +9,7 @@ generators (`drawn_from.py`), loaders (`loaders_in_handlers.py`).
 from __future__ import annotations
 
 import argparse
+import enum
 import inspect
 import io
 import types
@@ -73,7 +74,7 @@ _SOURCES: Final = (
     torch.quasirandom.SobolEngine,
     ResumableSource,
 )
-_VALUES: Final = (*PLAIN, *COLLECTIONS)
+_VALUES: Final = (*PLAIN, enum.Enum, *COLLECTIONS)
 # Objects of Python's own that are nothing but their attributes.
 _NAMESPACES: Final = (types.SimpleNamespace, argparse.Namespace)
 # How many things of a collection are looked at.
@@ -108,6 +109,11 @@ class Walk:
         for name, function in functions.items():
             self.function(function, name, depth)
         self._held()
+
+    @property
+    def kinds(self) -> set[type]:
+        """The classes of the objects whose attributes were looked at."""
+        return {kind for kind, _ in self._of_classes}
 
     # ------------------------------------------------------------ what is noted on the way
 
@@ -207,11 +213,12 @@ class Walk:
                     if not holders.are_named_in(plain):
                         continue
                     variables = variables_of(plain)
-                    for where, name, holder, uses in holders.used_by(plain, variables):
+                    for where, name, holder, method, uses in holders.used_by(plain, variables):
+                        if method is not None:
+                            self.function(method, f"{where}.{name}", DEPTH)
+                            continue
                         self.note_holder(holder, name, where, name)
                         self._used(vars(holder)[name], where, name, DEPTH, uses, variables)
-                    for called, method in holders.methods_used_by(plain, variables):
-                        self.function(method, called, DEPTH)
                 begun[id(holders)] = count
             count = len(self.functions)
 
@@ -256,8 +263,9 @@ class Walk:
                 self.note(value, owner, name)
             if isinstance(value, COLLECTIONS) and depth > 0:
                 self._items(value, owner, name, depth)
-                if is_users_object(value):
-                    self.attributes(value, owner, name, depth, uses)
+            with_more = isinstance(value, (enum.Enum, *COLLECTIONS)) and is_users_object(value)
+            if with_more and depth > 0:
+                self.attributes(value, owner, name, depth, uses)
         elif isinstance(value, State) or {id(value)} & (self._known | GLOBAL_GENERATORS):
             if read and has_state(value):
                 self.note_one_of(value, owner, name)
@@ -336,11 +344,13 @@ class Walk:
         inside = inside_of(value)
         items = inside.items() if isinstance(inside, dict) else enumerate(inside)
         for index, (key, item) in enumerate(list(islice(items, _ITEMS))):
+            # Python's own collections give their contents, too, and objects may lie in these.
+            nested = isinstance(item, COLLECTIONS)
             # The rows of a history are many, and are looked at at each save.
-            plain = isinstance(item, PLAIN) or is_plain_row(item, _ITEMS) or holds_data(item)
-            if not plain:
+            plain = is_plain_row(item, _ITEMS) if nested else isinstance(item, PLAIN)
+            if not plain and (nested or not holds_data(item)):
                 # The collection's own signature has those that it holds.
-                uses = frozenset[Use]() if isinstance(item, COLLECTIONS) else ALL
+                uses = frozenset[Use]() if nested else ALL
                 # A parameter's numbers are no name for what is kept for it.
                 label = repr(key) if isinstance(key, SCALARS) else f"{type(key).__name__} {index}"
                 self.value(item, owner, f"{name}[{label}]", depth, uses)
@@ -351,7 +361,12 @@ class Walk:
         """Looks into those attributes of an object that are used, and what its methods use."""
         kind: Any = type(value)
         own = {**_values_of(kind), **attributes_of(value)}
-        if isinstance(value, TRAINED):
+        if isinstance(value, enum.Enum):
+            # Its class holds the other members, and both what Python knows of them.
+            own = {name: one for name, one in attributes_of(value).items() if name[:1] != "_"}
+            if not isinstance(value._value_, SCALARS):
+                own["value"] = value._value_
+        elif isinstance(value, TRAINED):
             # Numbers and words of what is trained are recorded, and put back.
             kept = RECORDED if id(value) in self.used.recorded else ()
             recorded = {name for name, one in own.items() if type(one) in kept}

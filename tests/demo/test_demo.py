@@ -17,7 +17,8 @@ from forked import ForkedPopen
 from forked import run as run_forked
 from rich.console import Console
 
-from crosstrain.ci.demo import DemoRun, print_table
+from crosstrain.ci.demo import print_table
+from crosstrain.ci.trials.course import Course
 from crosstrain.engine import Checkpoint
 
 ARGUMENTS = ["--epochs", "2", "--backend"]
@@ -85,16 +86,15 @@ def test_demo_runs_again_in_its_folder_but_not_in_another(
 
 @pytest.mark.parametrize("width", [30, 60, 120])
 def test_equal_digests_are_shown_whole_in_any_terminal(width: int) -> None:
-    runs = DemoRun(killed_at=2), DemoRun()
+    runs = Course(), Course()
     digest = "0123456789abcdef"
     for run in runs:
         row = {"iteration": 1, "batch": "b", "loss": (0.5).hex(), "scalar": True}
-        run.course.take({"begun": True, "resumed_from": None})
-        run.course.take({**row, "weights": digest, "optimizer": digest, "random states": digest})
-        end = {"end": {}, "length": 1, "environment": {}, "metrics": {"accuracy": 0.9}}
-        run.course.take(end)
+        run.take({"begun": True, "resumed_from": None, "traits": {}})
+        run.take({**row, "weights": digest, "optimizer": digest, "random states": digest})
+        run.take({"done": True, "length": 1, "metrics": {"accuracy": 0.9}})
     console = Console(file=io.StringIO(), width=width)
-    print_table(console, *runs, "")
+    print_table(console, *runs, 2, "")
     file: Any = console.file
     assert file.getvalue().count(digest) == 6
     assert file.getvalue().count("identical") == 6

@@ -13,11 +13,11 @@ from xml.etree import ElementTree
 
 import pytest
 from forked import run as run_forked
-from processes import marked
 from report_samples import sample_run
 
 from crosstrain.ci.matrix.report import Report
 from crosstrain.ci.matrix.run_all import MARK
+from crosstrain.ci.trials.processes import marked
 
 Result = subprocess.CompletedProcess[str]
 

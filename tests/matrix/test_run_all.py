@@ -15,6 +15,7 @@ import pytest
 
 from crosstrain.ci.matrix.outcome import Cell, Outcome
 from crosstrain.ci.matrix.run_all import MARK, CellPlan, run_cells
+from crosstrain.engine.machine import began as is_alive
 
 # Plays the part that the scenario's name says.
 STAND_IN = """
@@ -108,13 +109,6 @@ def plan(tmp_path: Path) -> Callable[..., CellPlan]:
 
 def play(plan: CellPlan) -> dict[str, Outcome]:
     return {outcome.scenario: outcome for outcome in run_cells(plan, Listener())}
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def test_outcomes_are_those_that_the_cells_wrote(plan: Callable[..., CellPlan]) -> None:

@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from crosstrain.ci.trials.processes import torchrun
+
 SUPPORT = Path(__file__).resolve().parents[1] / "support"
 # What is trained: see KINDS there. Each has 16 iterations.
 KINDS = ("images", "overflows", "words", "eight", "own")
@@ -26,10 +28,9 @@ ITERATIONS = 16
 
 
 def start(size: int, folder: Path, kind: str, *more: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(size), str(SUPPORT / "elastic_program.py")]
+    program = str(SUPPORT / "elastic_program.py")
     return subprocess.run(
-        [*command, str(folder), kind, *more],
+        [sys.executable, *torchrun(size), program, str(folder), kind, *more],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -29,7 +29,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from crosstrain.ci.trials.processes import ending, torchrun
+from crosstrain.ci.trials.processes import ending, marked, torchrun
 from crosstrain.engine import Checkpoint, CheckpointError
 
 __all__ = ["Cell", "cells", "main", "play"]
@@ -86,14 +86,16 @@ def play(cell: Cell, folder: Path, draw: random.Random) -> tuple[str, str]:
     Returns:
         In a word or two what came of it, and what is wrong; empty: nothing.
     """
-    mark = f"{os.getpid()}-{folder.name}"
+    name = f"{os.getpid()}-{folder.name}"
+    # Each process that it starts has it in its environment, however it moves.
+    mark = f"{_MARK}={name}"
     with (folder / "output").open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, *_command(cell, folder)],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CROSSTRAIN_TIMEOUT": "60", _MARK: mark},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CROSSTRAIN_TIMEOUT": "60", _MARK: name},
             cwd=folder,
             start_new_session=True,
         )
@@ -111,7 +113,7 @@ def play(cell: Cell, folder: Path, draw: random.Random) -> tuple[str, str]:
             outcome, wrong = _judge(cell, folder, process.returncode)
             wrong = wrong or _left(mark)
     finally:
-        for left in _processes(mark):
+        for left in marked(mark):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(left, signal.SIGKILL)
         process.wait()
@@ -154,10 +156,10 @@ def _send(cell: Cell, process: int, mark: str) -> None:
         elif cell.receiver == "group":
             os.killpg(process, cell.signal)
         elif cell.receiver == "rank":
-            ranks = [pid for pid in _children(process) if b"RANK=1" in _variables(pid)]
-            os.kill(ranks[0], cell.signal)
+            (rank,) = set(_children(process)) & set(marked("\0RANK=1\0"))
+            os.kill(rank, cell.signal)
         else:
-            for each in _processes(mark):
+            for each in marked(mark):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(each, cell.signal)
 
@@ -193,25 +195,10 @@ def _judge(cell: Cell, folder: Path, code: int) -> tuple[str, str]:
 
 def _left(mark: str) -> str:
     deadline = time.monotonic() + 20
-    while _processes(mark) and time.monotonic() < deadline:
+    while marked(mark) and time.monotonic() < deadline:
         time.sleep(0.1)
-    left = _processes(mark)
+    left = marked(mark)
     return f"{len(left)} processes are left" if left else ""
-
-
-def _processes(mark: str) -> list[int]:
-    """Returns the processes that a cell has started, however they have moved."""
-    wanted = f"{_MARK}={mark}".encode()
-    found = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
-    return [pid for pid in found if wanted in _variables(pid)]
-
-
-def _variables(process: int) -> list[bytes]:
-    try:
-        # A zombie has none.
-        return Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
-    except OSError:
-        return []
 
 
 def _children(process: int) -> list[int]:

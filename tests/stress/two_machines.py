@@ -34,6 +34,7 @@ from rank_storm import losses_of
 from crosstrain.ci.trials.digests import leaf_digests
 from crosstrain.ci.trials.digits import read_digits
 from crosstrain.engine import Checkpoint
+from crosstrain.engine.machine import began as is_alive
 
 __all__ = ["Machines", "cut_and_mend", "main", "missing"]
 
@@ -259,15 +260,6 @@ class _Run:
         lines = self.logs[number].read_text(errors="replace").splitlines()
         told = [line for line in lines if _CAUSE.match(line)]
         return told[-1].partition(": ")[2] if told else "without a word"
-
-
-def is_alive(process: int) -> bool:
-    """Tells whether a process has not ended; a zombie has."""
-    try:
-        state = Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2]
-    except OSError:
-        return False
-    return not state.startswith(("Z", "X"))
 
 
 def _await(done: Callable[[], bool], what: str, run: _Run) -> None:

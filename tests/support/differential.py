@@ -189,7 +189,7 @@ def trace(lib: ModuleType, scenario: Scenario, watch: Iterable[str] = EVENTS) ->
                 if lib is IGNITE:
                     # It fires EXCEPTION_RAISED when a paused engine is collected.
                     engine._event_handlers.clear()
-    # That data begins anew inside an epoch is told by ours only: difference 41 of docs/engine.md.
+    # That data begins anew inside an epoch is told by ours only: difference 39 of docs/engine.md.
     told = [one for one in caught if one.category is not crosstrain.engine.ResumeWarning]
     seen.rows.extend(("warned", warning.category.__name__) for warning in told)
     return once_each_exception(seen.rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import socket
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from forked import ForkedPopen, run
+
+from crosstrain.ci.trials.processes import torchrun as started_by
 
 # The folder of the programs that tests start.
 SUPPORT = Path(__file__).resolve().parent
@@ -66,8 +67,7 @@ def run_world(processes: int, program: str, *arguments: str, **extra: str) -> st
 
 def torchrun(processes: int, program: str, *arguments: str, **extra: str) -> str:
     """Runs a program of the tests under torchrun, all forked; returns what they printed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes", "1"]
-    command += ["--nproc-per-node", str(processes), str(SUPPORT / program), *arguments]
+    command = [sys.executable, *started_by(processes), str(SUPPORT / program), *arguments]
     done = run(command, 240, env={**os.environ, **extra})
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -86,17 +86,6 @@ def exit_of(program: str, *arguments: str, timeout: float = 120) -> int:
             return process.wait(timeout)
         finally:
             process.kill()
-
-
-def marked(text: str) -> list[int]:
-    """The processes that have a text in their environment, such as `NAME=value`."""
-    found: list[int] = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        # It may end while we look, or be another user's.
-        with contextlib.suppress(OSError):
-            if text.encode() in (folder / "environ").read_bytes():
-                found.append(int(folder.name))
-    return found
 
 
 def results(folder: Path, size: int) -> list[dict[str, Any]]:

@@ -36,7 +36,6 @@ ROOMS = {
     "dispatch": EVENTS,
     "engine": DISPATCH,
     "early_stopping": ENGINE,
-    "time_profilers": DISPATCH,
     "ranks": ENGINE,
     "data": RANKS,
     "training": DATA,

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import SUPPORT, marked
+from processes import SUPPORT
 
 from crosstrain.ci.matrix.outcome import Outcome
 from crosstrain.ci.matrix.run_one import main, play_cell
 from crosstrain.ci.trials.course import Course, deviation, first_difference, first_distance
+from crosstrain.ci.trials.processes import marked
 from crosstrain.ci.trials.scenarios import LOSS_TOLERANCE, SCENARIOS
 
 pytestmark = pytest.mark.usefixtures("forked_programs")
@@ -203,6 +204,8 @@ def test_a_training_that_cannot_be_played_says_why(
     outcome = play("cpu", name, tmp_path, target)
     assert outcome.status == status
     assert words in outcome.reason
+    printed = "".join(path.read_text() for path in tmp_path.iterdir())
+    assert ("Traceback" in printed) == (target == "failing")
 
 
 # Comparison
@@ -215,9 +218,7 @@ def course(*losses: float) -> Course:
         row |= {"loss": loss.hex(), "scalar": True, "skipped steps": 0, "weights": "w"}
         row |= {"optimizer": "o", "loss scale": "s", "random states": "r"}
         found.take(row)
-    found.take(
-        {"end": {"model.0.weight": "x", "step": "y"}, "length": 4, "environment": {}, "metrics": {}}
-    )
+    found.take({"done": True, "length": 4, "end": {"model.0.weight": "x", "step": "y"}})
     return found
 
 

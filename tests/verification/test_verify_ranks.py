@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 from forked import ForkedPopen
-from processes import SUPPORT, marked
+from processes import SUPPORT
 
 from crosstrain.ci import VerifyError, cli, verify
+from crosstrain.ci.trials.processes import marked
 
 TARGETS = SUPPORT / "verify_targets.py"
 
