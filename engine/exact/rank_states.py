@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
@@ -108,9 +108,10 @@ def own_part(state: Mapping[str, Any], backend: Backend | None) -> dict[str, Any
     size = state["environment"]["world size"] if ranks is None else ranks["size"]
     shards = state["environment"].get(SHARDS)
     found: Sequence[Mapping[str, Any]] = (ranks or {}).get("others") or []
-    mine = found[world.rank] if world.rank < len(found) else {}
     if size != world.size:
         warn_of_own({name for one in found for name in one} - {*_PARTS}, size, world.size)
+        own, *found = _without_shares(own, found)
+    mine = found[world.rank] if world.rank < len(found) else {}
     if shards is not None and size != world.size:
         # What the training computes is the same in all processes, and so are their streams.
         _logger.info(
@@ -137,6 +138,20 @@ def own_part(state: Mapping[str, Any], backend: Backend | None) -> dict[str, Any
     # What is reported here is not to be reported once more.
     own["environment"] = {**own["environment"], "world size": world.size}
     return _of_other_size([{**own, **other} for other in found or [{}]], size, world)
+
+
+def _without_shares(
+    own: Mapping[str, Any], found: Sequence[Mapping[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """Yields states without digests of what a script makes by its rank, such as its share of files.
+
+    What all ranks had made alike before the run stays; what one process had made may be either.
+    """
+    made = [{**own, **one}.get("made", {}).get("before the run", {}) for one in found] or [{}]
+    alike = {n: one for n, one in made[0].items() if all(each.get(n) == one for each in made)}
+    for part in (own, *found):
+        kept = {"made": {**part["made"], "before the run": alike}} if "made" in part else {}
+        yield {**part, **kept}
 
 
 def _of_other_size(parts: Sequence[dict[str, Any]], size: int, world: World) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from crosstrain.engine.structure import RECORDED, parts_of
 
 from .functions import TORCHS_OWN, TRAINED, methods_in
 from .source import words_in
-from .uses_in_source import Use, attributes_used
+from .uses_in_source import AttributeUse, Use, attributes_used
 
 # Attributes of every state; how often a step was applied, the step's own state tells.
 _STATE: Final = frozenset({*vars(State()), "applied_steps", "skipped_steps"})
@@ -43,81 +43,60 @@ class Holders:
     ) -> None:
         kept = {*_STATE, *keys}
         recorded = frozenset(recorded)
-        self._holders: dict[int, Any] = {}
-        self._by_name: dict[str, list[tuple[str, Any]]] = {}
-        # Bound here: to fetch a property from its object would call it.
-        self._methods: dict[str, list[tuple[str, Any, types.MethodType]]] = {}
+        # What each has of a name, and where: attributes by their holder, and methods, bound here,
+        # since to fetch a property from its object would call it.
+        self._by_name: dict[str, list[tuple[str, Any, types.MethodType | None]]] = {}
         kinds: dict[type, dict[str, Any]] = {}
         for name, one in objects.items():
             for path, part in parts_of(one).items():
                 where = f"{name}.{path}" if path else name
-                self._holders[id(part)] = part
                 for attribute in _further(part, kept, id(part) in recorded):
-                    self._by_name.setdefault(attribute, []).append((where, part))
+                    self._by_name.setdefault(attribute, []).append((where, part, None))
                 if isinstance(part, TRAINED):
                     kind = type(part)
                     kinds[kind] = own = kinds[kind] if kind in kinds else methods_in(kind)
                     # What it computes by is looked at whether anybody names it or not.
                     for method in own.keys() - _COMPUTES:
                         bound = types.MethodType(own[method], part)
-                        self._methods.setdefault(method, []).append((where, part, bound))
+                        self._by_name.setdefault(method, []).append((where, part, bound))
 
     def are_named_in(self, function: types.FunctionType) -> bool:
         """Tells whether a function may fetch anything of them: a quick look at its code."""
-        names = words_in(function.__code__)
-        return not (names.isdisjoint(self._by_name) and names.isdisjoint(self._methods))
+        return not words_in(function.__code__).isdisjoint(self._by_name)
 
     def used_by(
         self, function: types.FunctionType, variables: Mapping[str, Any]
-    ) -> Iterator[tuple[str, str, Any, frozenset[Use]]]:
+    ) -> Iterator[tuple[str, str, Any, types.MethodType | None, frozenset[Use]]]:
         """Yields what a function may fetch: of what, its name, whose it is, what is done with it.
 
-        What its `variables` stand for is given where it is known.
+        A method of what is trained comes bound, an attribute with None. What the function's
+        `variables` stand for is given where it is known.
         """
         used = attributes_used(function.__code__)
-        for name in sorted(used.keys() & self._by_name.keys()):
-            for where, holder in self._by_name[name]:
-                found = frozenset(
-                    one.use
-                    for one in used[name]
-                    if self._may_be(holder, one.base, one.of, function, variables)
-                )
-                if found:
-                    yield where, name, holder, found
+        names = sorted(used.keys() & self._by_name.keys())
+        known = [(name, *one) for name in names for one in self._by_name[name]]
+        # What methods lead to comes last.
+        for name, where, holder, method in sorted(known, key=lambda one: one[-1] is not None):
+            found = [one.use for one in used[name] if _may_be(holder, one, function, variables)]
+            if found:
+                yield where, name, holder, method, frozenset(found)
 
-    def methods_used_by(
-        self, function: types.FunctionType, variables: Mapping[str, Any]
-    ) -> Iterator[tuple[str, Any]]:
-        """Yields the methods that a function may call of what is trained, and what to call them."""
-        used = attributes_used(function.__code__)
-        for name in sorted(used.keys() & self._methods.keys()):
-            for where, holder, bound in self._methods[name]:
-                if any(
-                    self._may_be(holder, one.base, one.of, function, variables)
-                    for one in used[name]
-                ):
-                    yield f"{where}.{name}", bound
 
-    def _may_be(
-        self,
-        holder: Any,
-        base: str | None,
-        of: str,
-        function: types.FunctionType,
-        variables: Mapping[str, Any],
-    ) -> bool:
-        """Tells whether what a function fetches an attribute of may be a holder."""
-        if isinstance(holder, State):
-            return of == "state"
-        if base is not None and base in variables:
-            return unwrap(variables[base]) is holder
-        if base is not None and base in function.__code__.co_varnames[:1]:
-            owner = _class_of(function)
-            if owner is not None:
-                # What a module or an optimizer does with itself is looked at elsewhere.
-                names = {each.__name__ for each in type(holder).__mro__}
-                return isinstance(holder, Dispatcher) and owner in names
-        return True
+def _may_be(
+    holder: Any, one: AttributeUse, function: types.FunctionType, variables: Mapping[str, Any]
+) -> bool:
+    """Tells whether what a function fetches an attribute of may be a holder."""
+    if isinstance(holder, State):
+        return one.of == "state"
+    if one.base is not None and one.base in variables:
+        return unwrap(variables[one.base]) is holder
+    if one.base is not None and one.base in function.__code__.co_varnames[:1]:
+        owner = _class_of(function)
+        if owner is not None:
+            # What a module or an optimizer does with itself is looked at elsewhere.
+            names = {each.__name__ for each in type(holder).__mro__}
+            return isinstance(holder, Dispatcher) and owner in names
+    return True
 
 
 def _class_of(function: types.FunctionType) -> str | None:

@@ -75,6 +75,8 @@ class Values(Walk):
         self.values: dict[Place, Any] = {}
         #: Objects whose state is looked at, by where they are found.
         self.objects: dict[Place, Any] = {}
+        #: Tensors of a module that no state has, where a part of it is saved.
+        self.left_out: dict[Place, list[Any]] = {}
         self._holders_of: dict[Place, Held] = {}
         #: Other engines that the run uses, such as an evaluator, by where they were found.
         self.engines: dict[str, Any] = {}
@@ -93,6 +95,10 @@ class Values(Walk):
                 if is_a(value, DataLoader, Dataset):
                     self.value(value, f"the {place}", name, DEPTH, ALL)
         self._settle()
+        for name, tensors in used.left_out.items():
+            where: Place = name, "parameters and buffers that are not saved"
+            self.signatures[where] = [(one.data_ptr(), one._version) for one in tensors]
+            self.left_out[where] = tensors
         if self._reads_metrics():
             self.signatures |= self._metrics
 

@@ -1,27 +1,34 @@
-"""Constants: tensors, arrays and models that a script makes once, and that a run only reads.
+"""Constants: tensors, rows of numbers and models that a script makes once, and a run only reads.
 
-A random projection, a frozen target network, the indices of the samples that are validated on: what
-never changes is in no checkpoint, and a script that is started again makes it again. Where that
-draws, and nothing has seeded it, the second is another one. So a state has digests of what has not
-changed since its process began, and a resumed run compares its own with them as it begins.
+A random projection, a frozen network, the indices of the samples that are validated on: what never
+changes is in no checkpoint, and a script that is started again makes it again. Where that draws,
+and nothing has seeded it, the second is another one. So a state has digests of what has not changed
+since its process began, and a resumed run compares its own with them as it begins.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
+from typing import Any, Final
 
 import numpy
 import torch
 
 from crosstrain.engine.digest import digest, sketch
 from crosstrain.engine.guards import has_memory, is_a, is_dense
-from crosstrain.engine.nests import is_module
+from crosstrain.engine.nests import SCALARS, is_module
 
 from .changed_values import Begun, Place, Values
 from .made_again import named
+from .signatures import NESTS, signature_of
 
 # Larger ones are told by some of their numbers.
-_WHOLE = 1 << 20
+_WHOLE: Final = 1 << 20
+_ITEMS: Final = 1024
+_DEPTH: Final = 4
+# Fewer numbers or words than that may be settings, or times.
+_FEW: Final = 8
 
 
 class Constants:
@@ -64,12 +71,66 @@ def _digests(now: Values) -> dict[Place, str]:
             found[place] = digest(value) if value.nbytes <= _WHOLE else sketch([value])
         elif is_a(value, numpy.ndarray) and value.size > 1 and value.dtype != object:
             found[place] = digest(now.signatures[place])
+        elif is_a(value, *NESTS) and (of_row := _digest_of_row(value)) is not None:
+            found[place] = of_row
     for place, value in now.objects.items():
         if is_module(value):
             tensors = [*value.parameters(), *value.buffers()]
             found[place] = sketch([one for one in tensors if _is_plain(one)])
+    for place, tensors in now.left_out.items():
+        found[place] = sketch([one for one in tensors if _is_plain(one)])
     return found
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
     return has_memory(tensor) and is_dense(tensor)
+
+
+def _digest_of_row(nest: Any) -> str | None:
+    """Returns a digest of a collection of numbers or words of one kind, or of rows of them.
+
+    None of anything else: what is of several types, or has parts with names, is settings.
+    """
+    inside = [*nest.values()] if isinstance(nest, dict) else [*nest]
+    kinds = {*map(type, inside)}
+    if len(kinds) != 1 or (isinstance(nest, dict) and kinds == {dict}):
+        return None
+    sample = _Sample()
+    return digest(sample.found) if sample.take(nest, _DEPTH) and sample.count >= _FEW else None
+
+
+class _Sample:
+    """Some of what a collection holds, as words that are the same in each process."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+        self.count = 0
+
+    def take(self, value: Any, depth: int) -> bool:
+        """Takes a value, or some of it; tells whether it is numbers and words alone."""
+        if is_a(value, *SCALARS, numpy.generic):
+            self.count += 1
+            # The same file may lie in another folder.
+            text = value.rpartition("/")[2] if is_a(value, str) else value
+            self.found.append(repr(signature_of(text)))
+        elif is_a(value, torch.Tensor) and _is_plain(value):
+            self.count += value.numel()
+            self.found.append(sketch([value]))
+        elif is_a(value, numpy.ndarray) and not value.dtype.hasobject:
+            self.count += value.size
+            self.found.append(digest(signature_of(value)))
+        elif is_a(value, *NESTS) and depth > 0:
+            self.found.append(str(len(value)))
+            return all(self.take(one, depth - 1) for one in _some_of(value))
+        else:
+            return False
+        return True
+
+
+def _some_of(nest: Any) -> list[Any]:
+    if isinstance(nest, dict):
+        nest = itertools.chain(nest.keys(), nest.values())
+    elif isinstance(nest, (set, frozenset)):
+        nest = sorted(nest, key=repr)
+    inside = [*nest]
+    return inside[:: -(-len(inside) // _ITEMS) or 1]

@@ -23,7 +23,7 @@ from crosstrain.engine.data.generators import GENERATORS, generator_state
 from crosstrain.engine.data.own_states import is_stateful
 from crosstrain.engine.digest import attributes_of
 from crosstrain.engine.guards import is_dense, is_others, is_users_object, own_attributes
-from crosstrain.engine.nests import SCALARS, is_module
+from crosstrain.engine.nests import SCALARS, is_module, unwrap
 
 from .functions import TORCHS_OWN, TRAINED
 from .signatures import NESTS, signature_of
@@ -169,6 +169,22 @@ class Saved:
             self._memory = {_place_of(part) for part in _parts(states)}
         return bool(tensors) and all(_place_of(one) in self._memory for one in tensors)
 
+    def left_out_of(self, module: Module, beside: Iterable[Any]) -> list[torch.Tensor]:
+        """Returns the tensors of a module's state that no state has of those saved in its place.
+
+        One that is saved in its place holds it and is none itself, such as a `ModelPart`. Where
+        nobody is, nothing is left out; nor where the states have copies, which are not known.
+        """
+        beside = list(beside)
+        held = [its for one in beside if not is_module(one) for its in _attributes_of(one)]
+        if not any(its is module for its in held):
+            return []
+        states = [saved.whole for one in beside if (saved := self._state_of(one))]
+        kept = {_place_of(part) for state in states for part in _parts(state)}
+        tensors = [one for one in _parts(module.state_dict()) if isinstance(one, torch.Tensor)]
+        left = [one for one in tensors if _place_of(one) not in kept]
+        return left if len(left) < len(tensors) else []
+
     def has(self, owner: Any, value: Any) -> bool:
         """Tells whether an object's state, or that of who holds it, has a value by any name.
 
@@ -226,6 +242,10 @@ class _Contents:
         if size not in self._read:
             self._read[size] = {_content(part) for part in self._by_size.get(size, ())}
         return content in self._read[size]
+
+
+def _attributes_of(value: Any) -> list[Any]:
+    return [unwrap(one) for one in (own_attributes(value) or {}).values()]
 
 
 def tensors_in(value: Any) -> list[Any]:

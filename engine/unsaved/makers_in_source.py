@@ -22,7 +22,17 @@ from .side_effects import (
     made_in,
     returns_nothing,
 )
-from .source import KEPT, Above, definition_of, name_of, nodes_in, root_of, syntax_tree
+from .source import (
+    KEPT,
+    Above,
+    codes_in,
+    definition_of,
+    name_of,
+    nodes_in,
+    root_of,
+    syntax_tree,
+    words_in,
+)
 from .uses_in_source import WRITES
 
 # What changes a collection and depends on what it holds, or takes something away.
@@ -98,9 +108,9 @@ def found_in(
 
 
 def _mentions_by_name(code: types.CodeType, name: str) -> bool:
-    names = {*code.co_names, *code.co_freevars, *code.co_cellvars, code.co_name, *code.co_consts}
-    inner = (one for one in code.co_consts if isinstance(one, types.CodeType))
-    return name in names or any(_mentions_by_name(one, name) for one in inner)
+    return name in words_in(code) or any(
+        name in (*one.co_freevars, *one.co_cellvars, one.co_name) for one in codes_in(code)
+    )
 
 
 def _is_cached_property(code: types.CodeType, name: str) -> bool:

@@ -26,7 +26,7 @@ from crosstrain.engine.nests import is_module
 from crosstrain.engine.state import State
 
 from .functions import layers_of, variables_of
-from .source import KEPT, syntax_tree
+from .source import KEPT, codes_in, syntax_tree
 from .used import Used
 from .uses_in_source import Use, attributes_used
 from .walk import Walk
@@ -199,10 +199,9 @@ def may_read(function: types.FunctionType, held: Held) -> bool:
 @lru_cache(maxsize=KEPT)
 def _loaded(code: types.CodeType) -> frozenset[str]:
     """Returns the attributes that a function loads, and its words, which may be names of some."""
-    found = {one.argval for one in dis.get_instructions(code) if one.opname in _LOADS}
-    found |= {one for one in code.co_consts if isinstance(one, str)}
-    inner = (one for one in code.co_consts if isinstance(one, types.CodeType))
-    return frozenset(found).union(*map(_loaded, inner))
+    does = (one for each in codes_in(code) for one in dis.get_instructions(each))
+    words = (one for each in codes_in(code) for one in each.co_consts if isinstance(one, str))
+    return frozenset((*(one.argval for one in does if one.opname in _LOADS), *words))
 
 
 def is_written_where_read(held: Held, functions: Iterable[types.FunctionType]) -> bool:

@@ -89,7 +89,7 @@ def signature_of(value: Any, depth: int = 16) -> Any:
         with contextlib.suppress(ValueError):
             return len(value), hash(marshal.dumps(many, 2))
     if isinstance(value, enum.Enum):
-        return type(value).__name__, repr((value._name_, value._value_))
+        return type(value).__name__, value._name_, signature_of(value._value_, depth - 1)
     if type(value) is int:
         # Python refuses to write a very large one in tens.
         return "int", hex(value)

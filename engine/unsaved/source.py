@@ -57,9 +57,16 @@ def _lines_of(code: types.CodeType) -> str:
 
 
 def _last_line(code: types.CodeType) -> int:
-    inner = (one for one in code.co_consts if isinstance(one, types.CodeType))
-    ends = (end for _, end, _, _ in code.co_positions() if end is not None)
-    return max((code.co_firstlineno, *ends, *map(_last_line, inner)))
+    ends = (place[1] for one in codes_in(code) for place in one.co_positions())
+    return max((code.co_firstlineno, *(end for end in ends if end is not None)))
+
+
+def codes_in(code: types.CodeType) -> Iterator[types.CodeType]:
+    """Yields a function's code, and that of the functions inside."""
+    yield code
+    for one in code.co_consts:
+        if isinstance(one, types.CodeType):
+            yield from codes_in(one)
 
 
 def definition_of(code: types.CodeType) -> ast.FunctionDef | None:
@@ -99,13 +106,11 @@ def root_of(node: ast.AST) -> ast.AST:
 @lru_cache(maxsize=KEPT)
 def names_in(code: types.CodeType) -> frozenset[str]:
     """Returns the names of globals and attributes in a function: a quick look at its code."""
-    inner = (one for one in code.co_consts if isinstance(one, types.CodeType))
-    return frozenset(code.co_names).union(*map(names_in, inner))
+    return frozenset(name for one in codes_in(code) for name in one.co_names)
 
 
 @lru_cache(maxsize=KEPT)
 def words_in(code: types.CodeType) -> frozenset[str]:
     """Returns these names, and what may be one, as in `getattr`: its strings."""
-    inner = (one for one in code.co_consts if isinstance(one, types.CodeType))
-    strings = frozenset(one for one in code.co_consts if isinstance(one, str))
-    return strings.union(code.co_names, *map(words_in, inner))
+    constants = (word for one in codes_in(code) for word in one.co_consts)
+    return names_in(code).union(word for word in constants if isinstance(word, str))

@@ -5,15 +5,17 @@ Each look begins with one of these, and all that is looked for is looked for in 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.nn import Module
 from torch.optim import Optimizer
 
 from crosstrain.engine.data.source import ResumableSource
 from crosstrain.engine.guards import is_users_object
+from crosstrain.engine.nests import unwrap
 from crosstrain.engine.structure import keeps_groups, named
 
 from .added_attributes import Holders
@@ -57,14 +59,10 @@ class Used:
 
         The step, handlers, what fetches the data, and what named objects and models hold.
         """
-        engine = self.engine
-        found: dict[str, Any] = {"the step": engine._process_function}
-        for called, function in engine._handlers.all_functions():
-            # Lambdas of one function are called alike.
-            count = 1 + sum(one.startswith(called) for one in found)
-            found[called if count == 1 else f"{called}, number {count}"] = function
-        found.update(self.of_data)
-        return {**found, **self.held, **self.of_trained, **hooks_of_all()}
+        step = ("the step", self.engine._process_function)
+        # Lambdas of one function are called alike.
+        handlers = _told_apart([step, *self.engine._handlers.all_functions()], "number")
+        return {**handlers, **self.of_data, **self.held, **self.of_trained, **hooks_of_all()}
 
     @cached_property
     def sources(self) -> dict[str, ResumableSource]:
@@ -80,21 +78,16 @@ class Used:
     @cached_property
     def of_data(self) -> dict[str, Any]:
         """What the data is fetched by."""
+        found = ((where, functions_of_data(data)) for where, data in self._data.items())
         return {
-            f"{called}{where}": function
-            for where, data in self._data.items()
-            for called, function in functions_of_data(data).items()
+            f"{called}{at}": one for at, functions in found for called, one in functions.items()
         }
 
     @cached_property
     def held(self) -> dict[str, Any]:
         """What named objects hold, such as the functions of a `LambdaLR`."""
-        found: dict[str, Any] = {}
-        for value in self.engine.named_beside:
-            for called, function in functions_held(value).items():
-                count = 1 + sum(one.startswith(called) for one in found)
-                found[called if count == 1 else f"{called}, of object {count}"] = function
-        return found
+        held = map(functions_held, self.engine.named_beside)
+        return _told_apart((pair for found in held for pair in found.items()), "of object")
 
     @cached_property
     def data(self) -> dict[str, Any]:
@@ -125,6 +118,18 @@ class Used:
     def saved(self) -> Saved:
         """What of that which named objects hold goes on with them, and what may not."""
         return Saved(self.named)
+
+    @cached_property
+    def left_out(self) -> dict[str, list[torch.Tensor]]:
+        """The tensors of what is trained that no state has, where a part of it is saved."""
+        beside = self.engine.named_beside
+        named = {id(unwrap(one)) for one in beside}
+        found = {
+            name: self.saved.left_out_of(value, beside)
+            for name, value in self.objects.items()
+            if isinstance(value, Module) and id(value) not in named
+        }
+        return {name: tensors for name, tensors in found.items() if tensors}
 
     @cached_property
     def known(self) -> frozenset[int]:
@@ -169,3 +174,12 @@ class Used:
         return frozenset(
             name for module in modules for name in (*module._parameters, *module._buffers)
         )
+
+
+def _told_apart(found: Iterable[tuple[str, Any]], by: str) -> dict[str, Any]:
+    """Returns functions by what to call them, and those that are called alike by a number, too."""
+    made: dict[str, Any] = {}
+    for called, function in found:
+        count = 1 + sum(one.startswith(called) for one in made)
+        made[called if count == 1 else f"{called}, {by} {count}"] = function
+    return made

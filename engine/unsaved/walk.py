@@ -208,11 +208,12 @@ class Walk:
                     if not holders.are_named_in(plain):
                         continue
                     variables = variables_of(plain)
-                    for where, name, holder, uses in holders.used_by(plain, variables):
+                    for where, name, holder, method, uses in holders.used_by(plain, variables):
+                        if method is not None:
+                            self.function(method, f"{where}.{name}", DEPTH)
+                            continue
                         self.note_holder(holder, name, where, name)
                         self._used(vars(holder)[name], where, name, DEPTH, uses, variables)
-                    for called, method in holders.methods_used_by(plain, variables):
-                        self.function(method, called, DEPTH)
                 begun[id(holders)] = count
             count = len(self.functions)
 

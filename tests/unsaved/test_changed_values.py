@@ -703,12 +703,22 @@ def test_an_average_that_is_only_shown_is_a_log(used: bool, tmp_path: Path) -> N
 _BEGAN = time.perf_counter()
 
 
+class _Unequal:
+    """Raises an error where it is compared, as a progress bar does."""
+
+    def __eq__(self, other: object) -> bool:
+        raise AttributeError("_comparable")
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 @pytest.mark.parametrize("used", ["readings", "sums"])
 def test_what_a_clock_has_shown_is_not_told(used: str, tmp_path: Path) -> None:
     """Readings decide no weights; a number does that is as large as theirs, or a sum of them."""
     end = last = first = total = _BEGAN
     stamps: dict[str, Any] = {}
     dates = [datetime.datetime.now(datetime.UTC), datetime.datetime(2026, 1, 1)]
+    odd = _Unequal()
 
     def readings() -> None:
         nonlocal end, last, first
@@ -721,7 +731,7 @@ def test_what_a_clock_has_shown_is_not_told(used: str, tmp_path: Path) -> None:
     def sums() -> None:
         nonlocal end, total
         end, total = end + 1e-4 / 3, total + end
-        str((end, total))
+        str((end, total, odd))
 
     handler = readings if used == "readings" else sums
     said = _said(

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import random
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import random_split
 
-from crosstrain.engine import DeterministicEngine, Events, ResumeWarning, manual_seed
+from crosstrain.engine import (
+    DeterministicEngine,
+    Events,
+    ModelPart,
+    ResumeWarning,
+    create_supervised_trainer,
+    manual_seed,
+    resume_or_start,
+)
 
 # What is made, and how it is read.
 MADE: dict[str, tuple[Callable[[], Any], Callable[[Any, torch.Tensor], Any]]] = {
@@ -19,6 +30,11 @@ MADE: dict[str, tuple[Callable[[], Any], Callable[[Any, torch.Tensor], Any]]] = 
     "a large table": (lambda: torch.randn(2**19), lambda made, x: x * made[5]),
     "an array": (lambda: numpy.random.rand(4), lambda made, x: x * float(made.sum())),
     "indices": (lambda: torch.randperm(64), lambda made, x: x[made[:2] % 2]),
+    "a split": (lambda: random_split(range(64), [16, 48])[0].indices, lambda made, x: x * made[0]),
+    "files": (
+        lambda: [f"/{random.random()}/{number}.png" for number in random.sample(range(64), 16)],
+        lambda made, x: x * int(made[0].rpartition("/")[2][:-4]),
+    ),
     "a target network": (lambda: nn.Linear(4, 4).requires_grad_(False), lambda made, x: made(x)),
 }
 
@@ -61,6 +77,54 @@ def test_what_was_made_at_random_is_told_once_where_it_is_another(kind: str) -> 
     told = start(2, kind, state)[1]
     assert told.count("its 'made' with other contents than those that the run was saved with") == 1
     assert told.count("\n") == 0
+
+
+def test_settings_and_where_a_file_lies_are_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make() -> Any:
+        start = random.random()
+        parts = {"optimizer": {"lr": start}, "name": {"run": str(start)}}
+        return [f"/{start}/{n}.png" for n in range(9)], [start, "a", *range(9)], [start], parts
+
+    monkeypatch.setitem(MADE, "settings", (make, lambda made, x: x * len(made[1]) * len(made[3])))
+    state, _ = start(1, "settings")
+    assert start(2, "settings", state)[1] == ""
+
+
+class Part(nn.Module):
+    """Trains its head, and moves averages of what is frozen where it is asked to."""
+
+    def __init__(self, averages: bool) -> None:
+        super().__init__()
+        norm = nn.BatchNorm1d(4) if averages else nn.Identity()
+        self.base = nn.Sequential(nn.Linear(4, 4), norm).requires_grad_(False)
+        self.head = nn.Linear(4, 1)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.head(self.base(x))
+
+
+@pytest.mark.parametrize("averages", [False, True])
+def test_what_a_part_of_a_model_leaves_out_is_told_where_it_is_another(
+    averages: bool, tmp_path: Path
+) -> None:
+    said: list[list[str]] = []
+    for seed, epochs in ((1, 1), (1, 2), (2, 3)):
+        manual_seed(seed)
+        model = Part(averages)
+        optimizer = torch.optim.SGD(model.head.parameters(), 0.1)
+        loss_fn = nn.functional.mse_loss
+        trainer = create_supervised_trainer(model, optimizer, loss_fn, deterministic=True)
+        to_save = {"model": ModelPart(model), "optimizer": optimizer}
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always", ResumeWarning)
+            resume_or_start(trainer, to_save, tmp_path, 2, signals=())
+            trainer.run([(torch.ones(2, 4), torch.ones(2, 1))] * 3, max_epochs=epochs)
+        said.append([str(one.message) for one in told if "not saved" in str(one.message)])
+    if averages:
+        assert ["begin without what has changed of model" in one for (one,) in said] == [True] * 3
+    else:
+        assert said[:2] == [[], []]
+        assert "has made model" in said[2][0]
 
 
 def test_what_the_run_has_changed_is_told_as_that_and_not_twice() -> None:
