@@ -87,7 +87,7 @@ class StopSignals:
             StopSignals._stopped = os.getpid(), stop
 
     def stopped_by(self) -> signal.Signals | None:
-        """Returns the signal by which a run of this process has ended, if this one listens to it."""
+        """Returns the signal by which a run of this process has ended, if it is one of these."""
         process, stop = StopSignals._stopped or (0, None)
         return stop if process == os.getpid() and stop in self._signals else None
 

@@ -1,7 +1,7 @@
 """A script with several trainers, one after the other, that never looks at an exit code.
 
-`python several_trainers_program.py FOLDER KIND STOP`: after STOP iterations, whichever trainer's, it
-is sent SIGTERM. What it ends with, if it comes to its end, is in FOLDER/end.
+`python several_trainers_program.py FOLDER KIND STOP`: after STOP iterations, of whichever trainer,
+it is sent SIGTERM. What it ends with, if it comes to its end, is in FOLDER/end.
 """
 
 from __future__ import annotations
