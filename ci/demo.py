@@ -22,7 +22,7 @@ from rich.table import Table
 
 from crosstrain.backends import add_backend_argument, get
 from crosstrain.ci.trials.course import Course, first_difference, losses_of
-from crosstrain.ci.trials.order import Order
+from crosstrain.ci.trials.order import OURS, Order
 from crosstrain.ci.trials.processes import Kill, TrainingChild, TrainingFailed
 
 from .options import UsageError, at_least, folder, require_demo
@@ -105,7 +105,7 @@ def _train_both(
     straight, killed = Course(), Course()
     options = {"epochs": args.epochs}
     order = Order(
-        args.backend, None, "digits", options, seed=2026, workers=args.workers, every=_EVERY
+        args.backend, f"{OURS}:digits", None, options, 2026, workers=args.workers, every=_EVERY
     )
     columns = (
         TextColumn("{task.description:<20}"),

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from .guards import is_a, own_attributes
+from .machine import is_own_number
 from .proof import Proof, Strictness
 from .structure import parts_of
 
@@ -86,6 +87,7 @@ def tell_changes(
     now: Settings,
     proof: Proof,
     strictness: Strictness,
+    processes: tuple[int, int],
 ) -> None:
     """Notes in a proof what a script sets otherwise than the one that a run was saved by.
 
@@ -96,6 +98,7 @@ def tell_changes(
         now: what there is as the run goes on. What the script has set in between is as it says.
         proof: takes it.
         strictness: how strictly it is meant.
+        processes: how many there were then, and are now. That is told elsewhere.
 
     Raises:
         ResumeError: if there is such, and strictness is `error`.
@@ -104,6 +107,8 @@ def tell_changes(
     taken: dict[str, list[str]] = {}
     for where, name in _changed(then, script):
         old, new = (one.get(where, {}).get(name) for one in (then, script))
+        if (old, new) == processes:
+            continue
         as_loaded = loaded.get(where, {}).get(name, new)
         is_taken = name == _CLASS or _same(as_loaded, new)
         if _same(now.get(where, {}).get(name, as_loaded), as_loaded) != is_taken:
@@ -185,7 +190,9 @@ def is_schedule(value: Any) -> bool:
 def _of_schedule(name: str, schedule: Any) -> Settings:
     own = own_attributes(schedule) or {}
     settings = {n: v for n, v in own.items() if n not in _COUNTED and not n.startswith("_")}
-    found = {name: {_CLASS: _class_of(schedule), **_numbers_of(settings)}}
+    # An object of the user's may know when it was made, and by which process.
+    numbers = {n: v for n, v in _numbers_of(settings).items() if not is_own_number(v)}
+    found = {name: {_CLASS: _class_of(schedule), **numbers}}
     for key, value in own.items():
         for index, part in enumerate(value if type(value) is list else ()):
             where = f"{name}.{key.strip('_')}[{index}]"

@@ -158,18 +158,26 @@ class RecordingEngine(Engine):
         return self._unsaved.reads_gradients(objects, within)
 
     def iteration_marks(self) -> dict[str, str]:
-        """Returns digests of what an iteration has come to: its batch, random states, weights.
+        """Returns digests of what an iteration has come to: batch, random states, weights, rates.
 
         Call it at ITERATION_COMPLETED. Of each parameter some numbers are copied to the host;
         buffers may be tables that a resumed run makes anew.
         """
         trained = self._recorded_objects().values()
         modules = [value for value in trained if isinstance(value, torch.nn.Module)]
+        # A rate that a handler has set shows in no weight before the next iteration.
+        rates = [
+            group.get("lr")
+            for value in trained
+            if isinstance(value, torch.optim.Optimizer)
+            for group in value.param_groups
+        ]
+        weights = sketch(one for module in modules for one in module.parameters())
         return {
             "conditions": digest(self._environment()),
             "batch": digest(self._cursor.last_batch()),
             "random": digest(random_states(self.backend)),
-            "weights": sketch(one for module in modules for one in module.parameters()),
+            "weights": digest([weights, rates]),
         }
 
     def _progress(self, iteration: int) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import weakref
 from collections.abc import Mapping
 from typing import Any
 
+from crosstrain.backends import World
 from crosstrain.engine.exact.laid_over import LaidOver
 from crosstrain.engine.exact.left_gradients import restore_left
 from crosstrain.engine.exact.porting import port
@@ -127,6 +128,8 @@ class ExactResumption(Resumption):
         self._put_back: list[str] = []
         # What there was as the state was loaded, of the settings of what is trained.
         self._loaded = settings_of(engine._made, engine._step, live=True)
+        world = World() if engine.backend is None else engine.backend.world
+        self._processes = state["environment"]["world size"], world.size
         # Whether the batch before was compared before these, since they may change the data.
         self._compared = False
 
@@ -283,7 +286,13 @@ class ExactResumption(Resumption):
         now = settings_of(engine._made, engine._step, live=True)
         then = unpacked(record["made with"])
         tell_changes(
-            then, unpacked(script), self._loaded, now, engine.proof, engine.checks.settings
+            then,
+            unpacked(script),
+            self._loaded,
+            now,
+            engine.proof,
+            engine.checks.settings,
+            self._processes,
         )
 
     def _compare_before_handlers(self, position: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,19 +37,35 @@ def is_spread(value: Any) -> bool:
 
 def keeps_gradients(model: torch.nn.Module) -> bool:
     """Tells whether FSDP keeps gradients of a model to itself, which it has not shared yet."""
+    return any(
+        its.unsharded_accumulated_grad is not None
+        or getattr(getattr(its, "_unsharded_param", None), "grad", None) is not None
+        for its in _sharded_by_fsdp(model)
+    )
+
+
+def lasting_tensors(model: torch.nn.Module) -> list[torch.Tensor]:
+    """Returns a model's parameters and buffers, as they are between two passes.
+
+    FSDP gives a module whole parameters for a pass, and its outermost one keeps them where no
+    gradients are computed; the parts they are put together of stay what they are.
+    """
+    shards = {
+        id(whole): its.sharded_param
+        for its in _sharded_by_fsdp(model)
+        if (whole := getattr(its, "_unsharded_param", None)) is not None
+    }
+    return [shards.get(id(one), one) for one in (*model.parameters(), *model.buffers())]
+
+
+def _sharded_by_fsdp(model: torch.nn.Module) -> Iterator[Any]:
+    """Yields what FSDP keeps of each parameter that it has sharded."""
     sharding: Any = sys.modules.get("torch.distributed.fsdp")
     kinds = () if sharding is None else (sharding.FSDPModule,)
     modules: list[Any] = [one for one in model.modules() if isinstance(one, kinds)]
     for one in modules:
         group = one._get_fsdp_state()._fsdp_param_group
-        for its in () if group is None else group.fsdp_params:
-            whole = getattr(its, "_unsharded_param", None)
-            if (
-                its.unsharded_accumulated_grad is not None
-                or getattr(whole, "grad", None) is not None
-            ):
-                return True
-    return False
+        yield from () if group is None else group.fsdp_params
 
 
 def has_spread(states: Any) -> bool:

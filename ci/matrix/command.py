@@ -136,7 +136,13 @@ def _run(args: argparse.Namespace, console: Console) -> int:
             backends=selection.backends,
             required=selection.required,
             scenarios=titles,
-            machine=_machine(),
+            machine={
+                "host": platform.node(),
+                "platform": platform.platform(),
+                "processor": _processor(),
+                "cores": str(_cores()),
+                "python": platform.python_version(),
+            },
             versions=_versions(selection, outcomes),
             devices={spec: tuple(found.devices) for spec, found in selection.found.items()},
             outcomes=tuple(outcomes),
@@ -210,16 +216,6 @@ def _outcomes(
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0))
-
-
-def _machine() -> dict[str, str]:
-    return {
-        "host": platform.node(),
-        "platform": platform.platform(),
-        "processor": _processor(),
-        "cores": str(_cores()),
-        "python": platform.python_version(),
-    }
 
 
 def _processor() -> str:

@@ -187,7 +187,8 @@ def _curves(group: list[list[_CellView]]) -> dict[str, Any]:
     first = group[0][0]
     names = [views[0].outcome.scenario for views in group]
     # The curve itself where it is drawn: it is not measured against itself.
-    base = next((one for one in curves if _is_of(one, first.reference)), first.reference)
+    base = first.reference
+    base = next((one for one in curves if base and one.label == base.label), base)
     stops = [stop for views in group for view in views for stop in _stops(view.outcome)]
     return {
         "names": names,
@@ -204,10 +205,6 @@ def _curves(group: list[list[_CellView]]) -> dict[str, Any]:
             for curve in curves
         ],
     }
-
-
-def _is_of(curve: Curve, reference: Curve | None) -> bool:
-    return reference is not None and curve.label == reference.label
 
 
 def _distance(curve: Curve, base: Curve | None) -> str:

@@ -43,7 +43,6 @@ from crosstrain.engine.spread import is_sharded
 from .digests import digest, leaf_digests
 from .order import FAILED, UNUSABLE, Order
 from .target import Target, TargetError, Training
-from .trainings import TRAININGS
 from .traits import traits_of
 
 Emit = Callable[[Mapping[str, Any]], None]
@@ -130,7 +129,8 @@ def _train(order: Order, emit: Emit) -> int:
     resumed = order.resumed_seed is not None and _goes_on(order)
     manual_seed(order.resumed_seed if resumed and order.resumed_seed is not None else order.seed)
     try:
-        training = _build(order)
+        target = Target.parse(order.target)
+        training = target.build(order.spec, order.workers, **order.options)
     except (BackendError, TargetError) as error:
         emit({"error": str(error)})
         return UNUSABLE
@@ -173,15 +173,6 @@ def _goes_on(order: Order) -> bool:
     if folder is None or not folder.is_dir():
         return False
     return any(isinstance(told.manifest, Manifest) for told in list_checkpoints(folder))
-
-
-def _build(order: Order) -> Training:
-    if order.target is not None:
-        return Target.parse(order.target).build(order.spec, order.workers)
-    # The networks are too small for several threads, and their number would change their bits.
-    torch.set_num_threads(1)
-    backend = get(order.spec).open()
-    return TRAININGS[order.training](backend, order.workers, **order.options)
 
 
 def _ending(training: Training, order: Order) -> dict[str, Any]:

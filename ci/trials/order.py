@@ -11,6 +11,8 @@ from typing import Any, Final, Self
 FAILED: Final = 1
 #: The exit code of a process whose target or backend cannot be used.
 UNUSABLE: Final = 2
+#: The module of our own trainings.
+OURS: Final = "crosstrain.ci.trials.trainings"
 
 
 @dataclass(frozen=True)
@@ -18,10 +20,9 @@ class Order:
     """What one process does: it trains, from the folder's newest checkpoint if there is one.
 
     Args:
+        target: the training: a user's, or one of ours.
         folder: where checkpoints are kept; None: the run is not saved.
-        training: which of our trainings it is; unused with a target.
-        options: what our training is made with, by name.
-        target: a user's training.
+        options: what the training is made with besides, by name.
         seed: seeds the process's generators before the training is built. A resumed run must not
             depend on it.
         resumed_seed: the same, if there is a checkpoint to go on from; None: as `seed`.
@@ -36,10 +37,9 @@ class Order:
     """
 
     spec: str
+    target: str
     folder: str | None
-    training: str = "plain"
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    target: str | None = None
     seed: int = 0
     resumed_seed: int | None = None
     workers: int = 0

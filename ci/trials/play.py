@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from .course import Course, deviation, first_difference
-from .order import Order
+from .order import OURS, Order
 from .processes import Kill, Relay
 
 # Of these each process has as many as it likes.
@@ -49,7 +49,7 @@ class Play:
         self.resumed = Course()
         self._chance = random.Random(seed)
         self._seed = seed
-        self._order = Order(spec, "", target=target)
+        self._order = Order(spec, target or OURS, None)
         self._folder = folder
         self._relay = Relay(folder)
         self._processes = processes
@@ -86,12 +86,13 @@ class Play:
             )
 
     def begin(self, training: str = "plain", **order: Any) -> None:
-        """Trains straight through, by which the lengths of the run become known.
+        """Trains straight through, a user's training or one of ours; the lengths become known.
 
         What is given differs from an `Order`'s defaults in all processes of the play.
         """
         self._relay.start_ahead(self._processes)
-        self._order = replace(self._order, training=training, **order)
+        target = self.target or f"{OURS}:{training}"
+        self._order = replace(self._order, target=target, **order)
         self._live(self.straight, self._ordered("straight"))
 
     @property

@@ -120,20 +120,23 @@ class Target:
         """Tells whether the function has an argument `workers`."""
         return _takes_workers(self.load())
 
-    def build(self, backend: str, workers: int = 0) -> Training:
-        """Calls the function and checks what it returns.
+    def build(self, backend: str, workers: int = 0, **options: Any) -> Training:
+        """Calls the function, with further arguments if need be, and checks what it returns.
 
         Raises:
             TargetError: if the function takes no `workers` and some are asked for, or what it
                 returns is not a training that can be resumed exactly on that backend.
         """
-        function, takes = self.load(), self.takes_workers()
+        function = self.load()
+        takes = _takes_workers(function)
         if workers and not takes:
             raise TargetError(
                 f"{self} has no argument `workers`, so it cannot be run with {workers} of them. "
                 f"Give it one, {_CONTRACT}, and pass it on as DataLoader(..., num_workers=workers)."
             )
-        training: object = function(backend, **({"workers": workers} if takes else {}))
+        if takes:
+            options["workers"] = workers
+        training: object = function(backend, **options)
         if not isinstance(training, Training):
             raise TargetError(
                 f"{self} returned a {type(training).__name__}. Return crosstrain.ci.Training("

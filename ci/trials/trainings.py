@@ -1,16 +1,17 @@
-"""Our own trainings, of the scenarios and the demo: small real networks on handwritten digits."""
+"""Our own trainings, of the scenarios and the demo: small real networks on handwritten digits.
+
+Each is named as a user's is, `module:function`: see `crosstrain.ci.trials.target`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from crosstrain.backends import Backend
 from crosstrain.engine import (
     DeterministicEngine,
     Events,
@@ -21,9 +22,6 @@ from crosstrain.engine import (
 
 from .digits import DigitsDataset, digits_network
 from .target import Training
-
-# Takes an opened backend and the number of the loader's workers, and options of its own.
-Builder = Callable[..., Training]
 
 _EPOCHS = 2
 # Eight batches an epoch, of which the last is smaller.
@@ -47,7 +45,9 @@ def _sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.15, momentum=0.9)
 
 
-def _trainer(backend: Backend, model: Any, optimizer: Any, **options: Any) -> DeterministicEngine:
+def _trainer(backend: str, model: Any, optimizer: Any, **options: Any) -> DeterministicEngine:
+    # The networks are too small for several threads, and their number would change their bits.
+    torch.set_num_threads(1)
     loss_fn = options.pop("loss_fn", nn.functional.cross_entropy)
     trainer = create_supervised_trainer(
         model, optimizer, loss_fn, backend=backend, deterministic=True, **options
@@ -55,7 +55,7 @@ def _trainer(backend: Backend, model: Any, optimizer: Any, **options: Any) -> De
     return cast("DeterministicEngine", trainer)
 
 
-def _plain(backend: Backend, workers: int, **options: Any) -> Training:
+def plain(backend: str, workers: int = 0, **options: Any) -> Training:
     """A network that draws no random numbers."""
     model = _perceptron()
     optimizer = _sgd(model)
@@ -63,31 +63,27 @@ def _plain(backend: Backend, workers: int, **options: Any) -> Training:
     return Training(trainer, _data(workers), _EPOCHS, {"model": model, "optimizer": optimizer})
 
 
-def _accumulating(backend: Backend, workers: int) -> Training:
+def accumulating(backend: str, workers: int = 0) -> Training:
     """Windows of 3 iterations: the third crosses the epochs, and the last one has 1."""
-    return _plain(backend, workers, gradient_accumulation_steps=3, max_norm=1.0)
+    return plain(backend, workers, gradient_accumulation_steps=3, max_norm=1.0)
 
 
-def _beyond_fp16(gradient: torch.Tensor) -> torch.Tensor:
-    return gradient * 2.0**14
-
-
-def _overflowing(backend: Backend, workers: int, at: Sequence[int]) -> Training:
+def overflowing(backend: str, workers: int = 0, at: Sequence[int] = ()) -> Training:
     """Gradients beyond the range of fp16 in some iterations, whose losses are those of others."""
     held: list[DeterministicEngine] = []
 
     def loss_fn(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
         if held[0].state.iteration in at:
             hooked: Any = found
-            hooked.register_hook(_beyond_fp16)
+            hooked.register_hook(lambda gradient: gradient * 2.0**14)
         return nn.functional.cross_entropy(found, wanted)
 
-    training = _plain(backend, workers, loss_fn=loss_fn)
+    training = plain(backend, workers, loss_fn=loss_fn)
     held.append(training.trainer)
     return training
 
 
-def _two_optimizers(backend: Backend, workers: int) -> Training:
+def two_optimizers(backend: str, workers: int = 0) -> Training:
     """Two networks in a row, one trained by SGD and one by AdamW."""
     body = nn.Sequential(nn.Flatten(), nn.LayerNorm(64), nn.Linear(64, 32), nn.ReLU())
     head = nn.Linear(32, 10)
@@ -102,7 +98,7 @@ def _two_optimizers(backend: Backend, workers: int) -> Training:
     return Training(trainer, _data(workers), _EPOCHS, to_save)
 
 
-def _random_layers(backend: Backend, workers: int, **options: Any) -> Training:
+def random_layers(backend: str, workers: int = 0, **options: Any) -> Training:
     """A convolutional network with batch norm and dropout, which draws on the device."""
     model = digits_network()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -110,14 +106,14 @@ def _random_layers(backend: Backend, workers: int, **options: Any) -> Training:
     return Training(trainer, _data(workers), _EPOCHS, {"model": model, "optimizer": optimizer})
 
 
-def _in_shards(backend: Backend, workers: int) -> Training:
+def in_shards(backend: str, workers: int = 0) -> Training:
     """The same in four logical shards, with clipping."""
-    return _random_layers(backend, workers, shards=4, max_norm=1.0)
+    return random_layers(backend, workers, shards=4, max_norm=1.0)
 
 
-def _scheduled(backend: Backend, workers: int) -> Training:
+def scheduled(backend: str, workers: int = 0) -> Training:
     """A rate that rises for 5 steps, then falls along a cosine."""
-    training = _plain(backend, workers)
+    training = plain(backend, workers)
     optimizer = training.to_save["optimizer"]
     kinds = torch.optim.lr_scheduler
     rising = kinds.LinearLR(optimizer, 0.1, total_iters=5)
@@ -128,7 +124,7 @@ def _scheduled(backend: Backend, workers: int) -> Training:
     return Training(training.trainer, training.data, _EPOCHS, to_save)
 
 
-def _digits(backend: Backend, workers: int, epochs: int) -> Training:
+def digits(backend: str, workers: int = 0, epochs: int = 5) -> Training:
     """All the digits, for a number of epochs that is asked for, and its accuracy: the demo's."""
     loader = DataLoader(DigitsDataset(True), batch_size=48, shuffle=True, num_workers=workers)
     model = digits_network()
@@ -139,13 +135,13 @@ def _digits(backend: Backend, workers: int, epochs: int) -> Training:
 
     @trainer.on(Events.COMPLETED)
     def measure() -> None:
-        trainer.state.metrics["accuracy"] = _accuracy(model, backend)
+        trainer.state.metrics["accuracy"] = _accuracy(model, trainer.backend)
 
     to_save = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     return Training(trainer, loader, epochs, to_save)
 
 
-def _accuracy(model: nn.Module, backend: Backend) -> float:
+def _accuracy(model: nn.Module, backend: Any) -> float:
     evaluator = create_supervised_evaluator(model, backend=backend)
     right = [0]
 
@@ -157,18 +153,3 @@ def _accuracy(model: nn.Module, backend: Backend) -> float:
     test = DigitsDataset(False)
     evaluator.run(DataLoader(test, batch_size=120))
     return right[0] / len(test)
-
-
-#: By name, as orders give it.
-TRAININGS: Mapping[str, Builder] = MappingProxyType(
-    {
-        "plain": _plain,
-        "accumulating": _accumulating,
-        "overflowing": _overflowing,
-        "two_optimizers": _two_optimizers,
-        "random_layers": _random_layers,
-        "in_shards": _in_shards,
-        "scheduled": _scheduled,
-        "digits": _digits,
-    }
-)

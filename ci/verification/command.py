@@ -122,12 +122,11 @@ def run(args: argparse.Namespace) -> int:
         markup=False,
         soft_wrap=True,
     )
-    many: list[int] = args.nproc_per_node
     with _progress(console) as progress:
         verdict = verify(
             args.target,
             args.backend,
-            nproc_per_node=many[0] if len(many) == 1 else many,
+            nproc_per_node=args.nproc_per_node,
             at=args.at,
             kills=args.kills,
             workers=args.workers,

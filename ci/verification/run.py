@@ -262,9 +262,9 @@ class _Verification:
         """Returns an order of a run; the number tells how many workers its loader has, in turn."""
         trace = str(self._folder / f"{name}.trace")
         workers = self._workers[number % len(self._workers)]
-        target = str(self._target)
-        more = {"resumed_seed": self._seed, "folder": None, "workers": workers, **more}
-        return Order(self._backend, target=target, trace=trace, seed=self._seed, **more)
+        target, seed = str(self._target), self._seed
+        more = {"resumed_seed": seed, "folder": None, "workers": workers, **more}
+        return Order(self._backend, target, trace=trace, seed=seed, **more)
 
     def _run(
         self, name: str, course: Course, order: Order, kill: Kill | None = None, number: int = 0

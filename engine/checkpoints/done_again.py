@@ -29,7 +29,7 @@ _FORMAT: Final = "crosstrain iterations done"
 # What an iteration is known by, and what each is to a reader.
 _MARKS: Final = {
     "batch": "its batch",
-    "weights": "the weights after it",
+    "weights": "the weights, or the learning rates, after it",
     "random": "the random states after it",
 }
 # Random states alone are no difference: who draws from a global generator may be a logger.

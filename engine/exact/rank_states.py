@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from crosstrain.backends import World
 from crosstrain.engine.digest import digest, same
 from crosstrain.engine.errors import ResumeWarning, warn_user
+from crosstrain.engine.made_with import packed, unpacked
 from crosstrain.engine.ranks.agreement import agreement_of
 from crosstrain.engine.ranks.line import Line, has_ranks
 from crosstrain.engine.ranks.of_each import RANKS, warn_of_own
@@ -28,6 +29,7 @@ _PARTS: Final = (
 )
 # What may be large, and is alike on all ranks as a rule: sent where it is not.
 _LARGE: Final = "structure"
+_NOT_THERE: Final = object()
 
 
 def gathered(values: Mapping[str, Any], engine: Engine, destination: int) -> dict[str, Any]:
@@ -96,7 +98,8 @@ def own_part(state: Mapping[str, Any], backend: Backend | None) -> dict[str, Any
 
     With as many ranks each gets what it had. With another number each of those that there were
     before gets its random states, and a further one None: it is to be seeded; an accumulation
-    window goes on with the mean of the ranks' gradients. One `ResumeWarning` says so.
+    window goes on with the mean of the ranks' gradients. One `ResumeWarning` says so. What is only
+    compared is what all ranks had alike: of the rest, each had its own for that number of them.
 
     Args:
         state: the state.
@@ -122,7 +125,8 @@ def own_part(state: Mapping[str, Any], backend: Backend | None) -> dict[str, Any
             shards,
         )
         kept = {name: value for name, value in mine.items() if name not in _PARTS}
-        return {**own, **kept, "environment": {**own["environment"], "world size": world.size}}
+        went = {**own, **_alike([{**own, **other} for other in found or [{}]], own)}
+        return {**went, **kept, "environment": {**own["environment"], "world size": world.size}}
     place = world.rank, world.size
     if ranks is not None and ranks["others"] is None and (ranks["rank"], size) != place:
         own["rng_states"] = own["epoch_rng_states"] = None
@@ -165,11 +169,14 @@ def _of_other_size(parts: Sequence[dict[str, Any]], size: int, world: World) -> 
     lost = [f"the main process's random streams of rank {r}" for r in range(world.size, size)]
     for rank in range(size, world.size):
         lost.append(f"the main process's random streams of rank {rank}, which there was none of")
+    if own := _own_buffers(parts):
+        lost.append(f"what differed between the ranks of the buffers {', '.join(own)}")
     went = (
         parts[world.rank]
         if world.rank < size
         else {**parts[0], "rng_states": None, "epoch_rng_states": None}
     )
+    went = {**went, **_alike(parts, went)}
     if _has_window(parts[0].get("step")):
         went["step"] = combined([part["step"] for part in parts])
     warn_user(
@@ -181,6 +188,60 @@ def _of_other_size(parts: Sequence[dict[str, Any]], size: int, world: World) -> 
         ResumeWarning,
     )
     return went
+
+
+def _alike(parts: Sequence[Mapping[str, Any]], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what of a state another number of ranks compares its own with, or puts back.
+
+    That is what all ranks had alike: the indices of a rank's part, a `self.rank`, a mask that
+    follows from it are others in a world of another size, and the script has made them for it.
+
+    Args:
+        parts: what each of the ranks before had.
+        own: what the rank that goes on takes from them.
+    """
+    alike: dict[str, Any] = {}
+    if all("made" in part for part in parts):
+        alike["made"] = {"by the first step": [], **_in_all([part["made"] for part in parts])}
+    if all("structure" in part for part in parts):
+        structures = [part["structure"] for part in parts]
+        made_with = _in_all([unpacked(one.get("made with", [])) for one in structures])
+        modules = {
+            name: {**module, "buffers": _in_all(_buffers(structures, name))}
+            for name, module in own["structure"]["modules"].items()
+        }
+        more = {"made with": packed(made_with), "modules": modules}
+        alike["structure"] = {**own["structure"], **more}
+    return alike
+
+
+def _buffers(structures: Sequence[Mapping[str, Any]], name: str) -> list[Mapping[str, Any]]:
+    return [one["modules"].get(name, {"buffers": {}})["buffers"] for one in structures]
+
+
+def _in_all(nests: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns what several nests of mappings have alike."""
+    found: dict[str, Any] = {}
+    for key, first in nests[0].items():
+        its = [one.get(key, _NOT_THERE) for one in nests]
+        if all(isinstance(one, Mapping) for one in its):
+            found[key] = _in_all(its)
+        elif all(same(first, one) for one in its):
+            found[key] = first
+    return found
+
+
+def _own_buffers(parts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns the names of the buffers with persistent=False that differed between the ranks."""
+    structures = [part["structure"] for part in parts if "structure" in part]
+    found = [
+        f"{name}.{buffer}"
+        for name in dict.fromkeys(name for one in structures for name in one["modules"])
+        for each in [_buffers(structures, name)]
+        for buffer in {name: None for one in each for name in one}
+        if buffer not in _in_all(each)
+    ]
+    return sorted(found)
 
 
 def _has_window(step: Any) -> bool:

@@ -24,6 +24,7 @@ from crosstrain.engine.digest import attributes_of
 from crosstrain.engine.dispatch import Dispatcher
 from crosstrain.engine.guards import is_a, module_of
 from crosstrain.engine.nests import SCALARS, is_module
+from crosstrain.engine.spread import lasting_tensors
 from crosstrain.engine.state import State
 from crosstrain.engine.structure import keeps_groups
 
@@ -136,7 +137,7 @@ class Values(Walk):
         value: Any = self.values.get(place, self.objects.get(place))
         if is_module(value):
             then = before.signatures.get(place) or ()
-            now = zip([*value.parameters(), *value.buffers()], self.signatures[place], strict=True)
+            now = zip(lasting_tensors(value), self.signatures[place], strict=True)
             return self._saved.hold([one for one, mark in now if mark not in then])
         return self._saved.hold(tensors_in(value))
 

@@ -18,6 +18,7 @@ import torch
 from crosstrain.engine.digest import digest, sketch
 from crosstrain.engine.guards import has_memory, is_a, is_dense
 from crosstrain.engine.nests import SCALARS, is_module
+from crosstrain.engine.spread import is_spread, lasting_tensors
 
 from .changed_values import Begun, Place, Values
 from .made_again import named
@@ -75,7 +76,7 @@ def _digests(now: Values) -> dict[Place, str]:
             found[place] = of_row
     for place, value in now.objects.items():
         if is_module(value):
-            tensors = [*value.parameters(), *value.buffers()]
+            tensors = lasting_tensors(value)
             found[place] = sketch([one for one in tensors if _is_plain(one)])
     for place, tensors in now.left_out.items():
         found[place] = sketch([one for one in tensors if _is_plain(one)])
@@ -83,7 +84,8 @@ def _digests(now: Values) -> dict[Place, str]:
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    return has_memory(tensor) and is_dense(tensor)
+    # Of one that is spread over processes, each compares the part that it holds.
+    return is_spread(tensor) or (has_memory(tensor) and is_dense(tensor))
 
 
 def _digest_of_row(nest: Any) -> str | None:

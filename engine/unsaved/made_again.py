@@ -28,7 +28,14 @@ from .contents_of_states import is_plain
 from .functions import is_installed, is_users_file, layers_of, methods_in
 from .made_where_missing import is_made_lazily, is_read_by_key
 from .makers_in_source import is_written_into
-from .set_anew import called_before, is_written_where_read, may_read, set_at
+from .only_shown import OnlyShown
+from .set_anew import (
+    called_before,
+    is_variable_set_first,
+    is_written_where_read,
+    may_read,
+    set_at,
+)
 from .signatures import NESTS, PLAIN, signature_of
 from .source import words_in
 from .used import Used
@@ -101,7 +108,7 @@ class MadeAgain:
         """
         left: list[str] = []
         self._anew = {}
-        is_set = _SetAnew(now, self._set, ended)
+        is_set, shown = _SetAnew(now, self._set, ended), None
         for place in now.changed(begun):
             if (name := named(place)) in told or _is_written_first(now, begun, place):
                 continue
@@ -110,6 +117,11 @@ class MadeAgain:
             if is_set.anew(place):
                 if not ended and is_set.with_epoch(place):
                     self._anew[name] = digest(now.values[place])
+                continue
+            shown = shown or _only_shown(now)
+            if is_variable_set_first(held := now.holder_of(place), now.functions) or (
+                place in now.values and shown.tells(held, now.values[place])
+            ):
                 continue
             before, found = self._kept.pop(name, {}), self._digests_of(now, place)
             if found is None or not _goes_with(before, found) or not before.keys() <= found.keys():
@@ -242,6 +254,24 @@ class _SetAnew:
         if is_written_where_read(held, self._now.functions):
             return True
         return (id(holder), name) in self._with_iterations or self.with_epoch(place)
+
+
+def _only_shown(now: Values) -> OnlyShown:
+    handlers = {
+        layer.__code__
+        for slot in now.used.engine._handlers
+        for handler, _, _ in slot.bindings()
+        for layer in layers_of(handler)
+    }
+    called = {layer.__code__ for one in now.used.functions.values() for layer in layers_of(one)}
+    filters = {
+        layer.__code__
+        for slot in now.used.engine._handlers
+        for _, _, extra in slot.bindings()
+        if extra is not None and extra[2] is not None
+        for layer in layers_of(extra[2][-1])
+    }
+    return OnlyShown(now.functions, now.kinds, handlers - filters, (called - handlers) | filters)
 
 
 def _is_written_first(now: Values, begun: Begun, place: Place) -> bool:

@@ -7,6 +7,7 @@ return, and into what is done only if it says so. It is only shown if each of th
 line that is printed or logged, or in another value of which that is true (Denning and Denning,
 Certification of programs for secure information flow, 1977). Attributes count by their names,
 whichever object they are of. What is not understood may be anything: then the answer is no.
+It is one file although it is long: each kind of expression and statement has its one place in it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ import torch
 from crosstrain.engine.guards import is_a, is_others, is_users_object, module_of
 from crosstrain.engine.nests import SCALARS
 
-from .contents_of_states import is_plain
 from .functions import is_users_file, layers_of, variables_of
 from .set_anew import Held
 from .signatures import NESTS
@@ -34,7 +34,15 @@ from .uses_in_source import QUIET, SHOWS, WRITES, is_thrown_away, written_by
 
 _SHOWS: Final = SHOWS | {
     *("add_figure", "add_histogram", "add_image", "add_scalars", "add_text", "log_metrics"),
-    *("set_description_str", "set_postfix_str", "writeheader", "writerow", "writerows"),
+    *(
+        "dump",
+        "flush",
+        "set_description_str",
+        "set_postfix_str",
+        "writeheader",
+        "writerow",
+        "writerows",
+    ),
 }
 # What gives a value that follows from its arguments and its object, and changes neither.
 _PURE: Final = QUIET | {
@@ -56,6 +64,8 @@ _PURE: Final = QUIET | {
     *("rjust", "rstrip", "size", "split", "sqrt", "std", "strftime", "strip", "tensor", "time"),
     *("time_ns", "timedelta", "total_seconds", "upper", "values", "var", "zip"),
 }
+# What changes a collection, and may look at it.
+_TAKES: Final = frozenset({"pop", "popleft", "remove", "reverse", "sort"})
 _TEXTS: Final = frozenset({"__str__", "__repr__", "__format__"})
 _PASSED_THROUGH: Final = (
     *(ast.BinOp, ast.UnaryOp, ast.Compare, ast.JoinedStr, ast.FormattedValue, ast.Tuple),
@@ -67,6 +77,8 @@ _OF_ALL: Final = ("asdict", "getattr", "vars")
 _DARK: Final = frozenset({"eval", "exec", "globals", "locals"})
 _ALONE: Final = (ast.Pass, ast.Global, ast.Nonlocal, ast.Import, ast.ImportFrom)
 _COMPREHENSIONS: Final = (ast.ListComp, ast.SetComp, ast.GeneratorExp, ast.DictComp)
+# How far into nests.
+_DEPTH: Final = 4
 _FRESH: Final = (ast.List, ast.Dict, ast.Set, *_COMPREHENSIONS)
 _MAKERS: Final = frozenset({"OrderedDict", "defaultdict", "deque", "dict", "list", "set"})
 _NOT_FOLLOWED: Final = (ast.Await, ast.Yield, ast.YieldFrom, ast.NamedExpr, ast.Lambda)
@@ -131,6 +143,8 @@ class OnlyShown:
         for code in self._functions:
             self._by_name.setdefault(code.co_name, []).append(code)
         self._known: dict[_Value, bool] = {}
+        # Functions that are called, or not, by the value that is followed now.
+        self._looked_into: set[_Code] = set()
 
     @cached_property
     def _is_dark(self) -> bool:
@@ -153,6 +167,7 @@ class OnlyShown:
 
     def _is_shown(self, start: _Value) -> bool:
         seen, left = {start}, [start]
+        self._looked_into.clear()
         try:
             if not any(self._reads(start)):
                 return False
@@ -265,10 +280,10 @@ class OnlyShown:
         name, base = name_of(call.func), getattr(call.func, "value", None)
         plain = isinstance(base, ast.Name) and self._is_own_collection(base, code)
         for own in () if plain else self._by_name.get(name, ()):
-            yield from self._body(own, frozenset())
+            yield from self._body(own)
         if name in _SHOWS | WRITES and is_thrown_away(tuple(above)):
             return True
-        if name not in _PURE:
+        if name not in _PURE | _TAKES:
             raise NotOnlyShown
         return False
 
@@ -278,19 +293,28 @@ class OnlyShown:
             raise NotOnlyShown
         users, sure = self._called(call, code)
         for own in users:
-            yield from _parameters(own, call, node)
+            first = {0, int(isinstance(call.func, ast.Attribute))}
+            if sure and self._takes_itself(own):
+                first.discard(0)
+            yield from _parameters(own, call, node, first)
         if sure:
             # What it returns follows from its parameter, or does not.
             return True
         name = name_of(call.func)
         if name in _SHOWS and is_thrown_away(tuple(above)):
             return True
-        if (target := written_by(call)) is not None:
+        if (target := _changed_by(call)) is not None:
             yield from self._targets([target], code, into=True)
             return True
         if name not in _PURE:
             raise NotOnlyShown
         return False
+
+    def _takes_itself(self, code: _Code) -> bool:
+        """Tells whether a method has its object, or its class, before its arguments."""
+        kind = self._defined_by.get(code)
+        found = None if kind is None else inspect.getattr_static(kind, code.co_name, None)
+        return is_a(found, types.FunctionType, classmethod)
 
     def _called(self, call: ast.Call, code: _Code) -> tuple[list[_Code], bool]:
         """Returns the functions that a call may be of, and whether it surely is of one of them."""
@@ -308,6 +332,8 @@ class OnlyShown:
         if not isinstance(base, ast.Name):
             return named, False
         if base.id in _locals_of(code):
+            if self._is_own_collection(base, code):
+                return [], False
             return named, self._is_self(base, code) and bool(named)
         owner = known.get(base.id)
         if not is_users_object(owner) or isinstance(owner, types.ModuleType):
@@ -389,17 +415,18 @@ class OnlyShown:
 
     # ------------------------------------------------------------ what is done if it says so
 
-    def _body(self, code: _Code, called: frozenset[_Code]) -> Iterator[_Value]:
+    def _body(self, code: _Code) -> Iterator[_Value]:
         """Yields what a function sets that is called, or is not, by a value that is followed."""
-        if code in called:
+        if code in self._looked_into:
             return
+        self._looked_into.add(code)
         body: Any = getattr(syntax_tree(code), "body", None)
         if not body or not isinstance(body[0], ast.FunctionDef):
             raise NotOnlyShown
-        yield from self._statements(body[0].body, code, called | {code})
+        yield from self._statements(body[0].body, code, called=True)
 
     def _statements(
-        self, statements: Iterable[ast.stmt], code: _Code, called: frozenset[_Code] = frozenset()
+        self, statements: Iterable[ast.stmt], code: _Code, called: bool = False
     ) -> Iterator[_Value]:
         """Yields what statements set that are done or left out by such a value."""
         for one in statements:
@@ -427,7 +454,7 @@ class OnlyShown:
         self,
         tree: ast.AST | None,
         code: _Code,
-        called: frozenset[_Code] = frozenset(),
+        called: bool = False,
         thrown_away: bool = False,
     ) -> Iterator[_Value]:
         """Yields what an expression writes to that is computed, or is not, by such a value."""
@@ -438,11 +465,11 @@ class OnlyShown:
                 continue
             users, sure = self._called(one, code)
             for own in users:
-                yield from self._body(own, called)
+                yield from self._body(own)
             shows = _SHOWS if thrown_away and one is tree else frozenset[str]()
-            if not sure and name_of(one.func) not in _PURE | WRITES | shows:
+            if not sure and name_of(one.func) not in _PURE | WRITES | _TAKES | shows:
                 raise NotOnlyShown
-            target = None if sure or name_of(one.func) in shows else written_by(one)
+            target = None if sure or name_of(one.func) in shows else _changed_by(one)
             if target is not None:
                 yield from self._targets([target], code, into=True)
 
@@ -522,38 +549,53 @@ def _is_stored(node: ast.AST, name: str) -> bool:
     return isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, ast.Store)
 
 
-def _parameters(code: _Code, call: ast.Call, node: ast.AST) -> Iterator[_Value]:
-    """Yields the parameters of a function that an argument may be; none, if it takes fewer."""
+def _changed_by(call: ast.Call) -> ast.AST | None:
+    """Returns the collection that a call changes, if it is a method of one by its name."""
+    takes = isinstance(call.func, ast.Attribute) and call.func.attr in _TAKES
+    return call.func.value if takes else written_by(call)  # type: ignore[attr-defined]
+
+
+def _parameters(
+    code: _Code, call: ast.Call, node: ast.AST, first: Iterable[int]
+) -> Iterator[_Value]:
+    """Yields the parameters of a function that an argument may be; none, if it takes fewer.
+
+    The `first` argument may be one of several: a method has its object before it.
+    """
     count = code.co_argcount
     names = code.co_varnames[: count + code.co_kwonlyargcount]
+    more = [*code.co_varnames[len(names) :]]
+    # What takes all that is left: of those without a name, and of those with one.
+    rest = more.pop(0) if code.co_flags & inspect.CO_VARARGS else None
+    by_name = more.pop(0) if code.co_flags & inspect.CO_VARKEYWORDS else None
     if isinstance(node, ast.keyword):
-        if node.arg not in names:
+        if (name := node.arg if node.arg in names else by_name) is None:
             raise NotOnlyShown
-        yield _Value("local", str(node.arg), code)
+        yield _Value("local", name, code)
         return
     before: list[ast.AST] = [*call.args]
-    variable = code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS)
-    if variable or any(isinstance(one, ast.Starred) for one in before) or node not in before:
+    if any(isinstance(one, ast.Starred) for one in before) or node not in before:
         raise NotOnlyShown
-    # A method has its object first, unless its class is asked for it.
-    for shift in {0, int(isinstance(call.func, ast.Attribute))}:
-        if (place := before.index(node) + shift) < count:
-            yield _Value("local", names[place], code)
+    for shift in first:
+        place = before.index(node) + shift
+        if (name := names[place] if place < count else rest) is not None:
+            yield _Value("local", name, code)
 
 
 # ------------------------------------------------------------------------------ of objects
 
 
-def _is_number_or_nest(value: Any) -> bool:
+def _is_number_or_nest(value: Any, depth: int = _DEPTH) -> bool:
     """Tells whether a value is a number, a word, a scalar on the host, or a nest of these."""
     if isinstance(value, torch.Tensor):
         return value.numel() == 1 and not value.requires_grad
-    return isinstance(value, SCALARS) or (isinstance(value, NESTS) and _holds_scalars(value))
-
-
-def _holds_scalars(value: Any) -> bool:
-    inside = value.values() if isinstance(value, dict) else value
-    return is_plain(value) and all(isinstance(one, SCALARS) for one in inside)
+    if isinstance(value, NESTS) and depth > 0:
+        inside = value.values() if isinstance(value, dict) else value
+        return all(
+            not isinstance(one, torch.Tensor) and _is_number_or_nest(one, depth - 1)
+            for one in list(inside)
+        )
+    return isinstance(value, SCALARS)
 
 
 def _is_users_alone(kind: Any) -> bool:

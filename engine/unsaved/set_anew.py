@@ -210,6 +210,36 @@ def is_written_where_read(held: Held, functions: Iterable[types.FunctionType]) -
     return bool(found) and all(_writes_first(one, held) for one in found)
 
 
+def is_variable_set_first(held: Held, functions: Iterable[types.FunctionType]) -> bool:
+    """Tells whether each function that reads a variable has set it before, in any case."""
+    holder, name = held
+    found = [one.__code__ for one in functions if _reads_variable(one.__code__, name)]
+    return holder is None and bool(found) and all(_sets_first(one, name) for one in found)
+
+
+@lru_cache(maxsize=KEPT)
+def _reads_variable(code: types.CodeType, name: str) -> bool:
+    """Tells whether a function, or one in it, may read a variable that is not its own."""
+    own = {*code.co_varnames, *code.co_cellvars}
+    if name not in own and name in {*code.co_names, *code.co_freevars, *code.co_consts}:
+        return True
+    inner = (one for one in code.co_consts if isinstance(one, types.CodeType))
+    return name not in own and any(_reads_variable(one, name) for one in inner)
+
+
+def _sets_first(code: types.CodeType, name: str) -> bool:
+    for statement in _surely_done(code):
+        changed = {id(one.target) for one in ast.walk(statement) if isinstance(one, ast.AugAssign)}
+        inside = [one for one in ast.walk(statement) if isinstance(one, ast.Name)]
+        loaded = (one for one in inside if id(one) in changed or isinstance(one.ctx, ast.Load))
+        if any(one.id == name for one in loaded):
+            return False
+        targets = statement.targets if isinstance(statement, ast.Assign) else ()
+        if any(isinstance(one, ast.Name) and one.id == name for one in targets):
+            return True
+    return False
+
+
 def _writes_first(function: types.FunctionType, held: Held) -> bool:
     code, (holder, name) = function.__code__, held
     loads = _loads_of(code, name)

@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 from crosstrain.engine.digest import digest
 from crosstrain.engine.guards import is_dense
 from crosstrain.engine.nests import SCALARS, is_module
+from crosstrain.engine.spread import lasting_tensors
 
 from .data_of_others import data_of, holds_data
 
@@ -131,7 +132,7 @@ def state_signature_of(value: Any, known: Container[int] = (), parted: bool = Fa
     optimizer whose groups another changes that may be `parted` from it, each step counts.
     """
     if is_module(value):
-        tensors = [*value.parameters(), *value.buffers()]
+        tensors = lasting_tensors(value)
         return [(id(one), None if id(one) in known else _version(one)) for one in tensors]
     if isinstance(value, Optimizer) and not (value.state or parted):
         # It keeps nothing of its steps, as without momentum: it is what it was set to.

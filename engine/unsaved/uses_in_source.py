@@ -18,11 +18,12 @@ from .source import KEPT, Above, name_of, nodes_in, syntax_tree
 WRITES: Final = frozenset(
     {"__setitem__", "add", "append", "appendleft", "clear", "extend", "insert", "update"}
 ) | {"write", "writerow"}
-_SHOWS: Final = frozenset(
+#: What shows what it is given.
+SHOWS: Final = frozenset(
     {"add_scalar", "debug", "dumps", "error", "info", "log", "print", "set_description"}
 ) | {"set_postfix", "warning", "write"}
-# What does nothing but give a value: what goes in, comes out.
-_QUIET: Final = (
+#: What does nothing but give a value: what goes in, comes out.
+QUIET: Final = (
     frozenset({"abs", "bool", "clone", "copy", "cpu", "deepcopy", "detach", "dict", "float", "int"})
     | {"get", "item", "len", "list", "max", "mean", "min", "numpy", "round", "set", "sorted"}
     | {"state_dict", "str", "sum", "tolist", "tuple"}
@@ -165,8 +166,8 @@ def _is_read(node: ast.AST, above: Above) -> bool:
     for index in range(len(above) - 1, -1, -1):
         parent = above[index]
         # Not what computes, and is only called alike: `math.log`.
-        shows = isinstance(parent, ast.Call) and name_of(parent.func) in _SHOWS
-        if shows and _thrown_away(above[:index]):
+        shows = isinstance(parent, ast.Call) and name_of(parent.func) in SHOWS
+        if shows and is_thrown_away(above[:index]):
             return False
         if isinstance(parent, ast.stmt):
             break
@@ -176,22 +177,22 @@ def _is_read(node: ast.AST, above: Above) -> bool:
             if not isinstance(parent.ctx, ast.Load):
                 return False
             call = above[index - 1] if index else None
-            if isinstance(call, ast.Call) and _written(call) is node:
-                return not _thrown_away(above[: index - 1])
+            if isinstance(call, ast.Call) and written_by(call) is node:
+                return not is_thrown_away(above[: index - 1])
             node = parent
         else:
             return True
     return True
 
 
-def _written(call: ast.Call) -> ast.AST | None:
+def written_by(call: ast.Call) -> ast.AST | None:
     """Returns what a call writes to, if it does nothing else."""
     function = call.func
     writes = isinstance(function, ast.Attribute) and function.attr in WRITES
     return function.value if writes else None  # type: ignore[attr-defined]
 
 
-def _thrown_away(above: Above) -> bool:
+def is_thrown_away(above: Above) -> bool:
     """Tells whether what a call returns is thrown away: by a statement, or by a handler."""
     outer = next((one for one in reversed(above) if not isinstance(one, ast.IfExp)), None)
     return isinstance(outer, (ast.Expr, ast.Lambda, ast.Tuple))
@@ -202,13 +203,13 @@ def _ends_in(node: ast.AST, above: Above) -> str | None:
     for index in range(len(above) - 1, -1, -1):
         parent = above[index]
         if isinstance(parent, ast.Call):
-            if (target := _written(parent)) is not None:
-                return ast.unparse(target) if _thrown_away(above[:index]) else None
-            if name_of(parent.func) not in _QUIET:
+            if (target := written_by(parent)) is not None:
+                return ast.unparse(target) if is_thrown_away(above[:index]) else None
+            if name_of(parent.func) not in QUIET:
                 return None
-        elif isinstance(parent, ast.IfExp) and not _thrown_away(above[: index + 1]):
+        elif isinstance(parent, ast.IfExp) and not is_thrown_away(above[: index + 1]):
             calls = [one for one in ast.walk(parent) if isinstance(one, ast.Call)]
-            if any(name_of(one.func) not in _QUIET for one in calls):
+            if any(name_of(one.func) not in QUIET for one in calls):
                 return None
         elif isinstance(parent, (ast.If, ast.IfExp)):
             if parent.test is not node:
@@ -234,8 +235,8 @@ def _targets(part: ast.AST) -> list[str]:
     if isinstance(part, ast.Expr):
         return _targets(part.value)
     calls = [one for one in ast.walk(part) if isinstance(one, ast.Call)]
-    written = _written(part) if isinstance(part, ast.Call) else None
-    if any(name_of(one.func) not in _QUIET for one in calls if one is not part):
+    written = written_by(part) if isinstance(part, ast.Call) else None
+    if any(name_of(one.func) not in QUIET for one in calls if one is not part):
         return [""]
     if written is not None:
         return [ast.unparse(written)]

@@ -110,6 +110,11 @@ class Walk:
             self.function(function, name, depth)
         self._held()
 
+    @property
+    def kinds(self) -> set[type]:
+        """The classes of the objects whose attributes were looked at."""
+        return {kind for kind, _ in self._of_classes}
+
     # ------------------------------------------------------------ what is noted on the way
 
     def note(self, value: Any, owner: str, name: str) -> None:

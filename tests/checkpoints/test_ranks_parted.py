@@ -45,6 +45,7 @@ def test_what_goes_on_exactly_is_not_told(found: Any) -> None:
         ("compressed_unnamed", "state of the communication hook.iter"),
         ("averaged", "its 'averager.step'"),
         ("post_local", "state of the communication hook.iter"),
+        ("taught_anew", "The script has made the step, its 'teacher' with other contents"),
         ("kept_back", "FSDP keeps the gradients of this accumulation window to itself"),
     ],
 )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 import random
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +46,8 @@ class Decay:
 
     def __init__(self, optimizer: torch.optim.Optimizer, total: int) -> None:
         self.optimizer, self.total, self.done = optimizer, total, 0
+        # Another one in each start, as each process has another.
+        self.port, self.since = int(os.environ["MASTER_PORT"]), time.monotonic()
 
     def state_dict(self) -> dict[str, int]:
         return {"total": self.total, "done": self.done}
@@ -85,6 +89,12 @@ CHANGES: dict[str, tuple[Any, str, bool]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _port(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Takes back what each start sets."""
+    monkeypatch.setenv("MASTER_PORT", "29500")
+
+
 def start(
     folder: Path,
     epochs: int,
@@ -94,6 +104,7 @@ def start(
 ) -> str:
     """Runs a script as it stands; returns all that it was told."""
     manual_seed(1)
+    os.environ["MASTER_PORT"] = str(29500 + epochs)
     one = {**SCRIPT, **script}
     net = Net(one["factor"], one["drop"], one["act"], starts=epochs)
     groups = [

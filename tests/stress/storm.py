@@ -17,7 +17,7 @@ from pathlib import Path
 
 from crosstrain.backends import BackendError, add_backend_argument, get
 from crosstrain.ci.trials.course import Course, first_difference
-from crosstrain.ci.trials.order import Order
+from crosstrain.ci.trials.order import OURS, Order
 from crosstrain.ci.trials.processes import TrainingChild, TrainingFailed
 
 __all__ = ["main", "storm"]
@@ -48,7 +48,7 @@ def storm(backend: str, kills: int, workers: int, folder: Path, seed: int, schem
     for name in ("straight", "stormy"):
         (folder / name).mkdir(parents=True)
     straight, stormy = Course(), Course()
-    order = Order(backend, str(folder / "straight"), "digits", options, seed=2026)
+    order = Order(backend, f"{OURS}:digits", str(folder / "straight"), options, seed=2026)
     log = folder / "stderr.txt"
     _live(straight, order, log, None, 0.0)
     order = replace(order, folder=f"{scheme}{folder}/stormy", every=_EVERY)

@@ -337,7 +337,33 @@ def kept_back(backend: Any) -> Made:
     return DeterministicEngine(step, backend), {"model": model, "optimizer": optimizer}
 
 
+def taught(backend: Any, seeded: bool = True) -> Made:
+    """A teacher of FSDP's, which nobody names: a pass without gradients leaves it whole."""
+    model: Any = Network()
+    if not seeded:
+        torch.seed()
+    teacher: Any = Network().requires_grad_(False)
+    for one in (model, teacher):
+        fully_shard(one)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step(engine: Engine, batch: Any) -> float:
+        optimizer.zero_grad()
+        loss = (model(batch[0]) - teacher(batch[0])).square().mean()
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return DeterministicEngine(step, backend), {"model": model, "optimizer": optimizer}
+
+
+def taught_anew(backend: Any) -> Made:
+    """Another one in each start."""
+    return taught(backend, seeded=False)
+
+
 EXACT = (
+    taught,
     local_sgd,
     own_statistics,
     evaluated,
@@ -399,6 +425,8 @@ def main(folder: Path, at: list[int]) -> None:
     with get("cpu") as backend:
         rank, size = backend.world.rank, backend.world.size
         found: dict[str, Any] = {make.__name__: told(backend, make, folder) for make in TOLD}
+        # It goes on from where it was the first time.
+        found["taught_anew"] = [told(backend, taught_anew, folder) for _ in range(2)][1]
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             for number, make in enumerate(EXACT):

@@ -58,19 +58,33 @@ class Count(nn.Module):
 
 
 class Average(nn.Module):
-    """As of a model with batch norm: parameters that are alike, and a buffer of this process's."""
+    """As of a model with batch norm: parameters that are alike, and buffers of this process's."""
 
     seen: torch.Tensor
+    places: torch.Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, rank: int, size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(3))
         self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("places", torch.arange(4)[rank::size], persistent=False)
 
 
-def training(rank: int) -> tuple[Engine, dict[str, Any], Callable[[], list[float]]]:
+class Part(nn.Linear):
+    """A layer that knows its rank, and how many there are."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        super().__init__(4, 2)
+        self.rank, self.size = rank, size
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x * (1 + self.rank / self.size))
+
+
+def training(rank: int, size: int = 2) -> tuple[Engine, dict[str, Any], Callable[[], list[float]]]:
     """Returns a trainer, its objects, of which some differ between ranks, and what they hold."""
-    model = nn.Linear(4, 2)
+    model = Part(rank, size)
+    shown = torch.arange(6)[rank::size]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     trainer = create_supervised_trainer(
         model, optimizer, nn.functional.cross_entropy, backend="cpu", deterministic=True
@@ -78,14 +92,14 @@ def training(rank: int) -> tuple[Engine, dict[str, Any], Callable[[], list[float
     trainer.state_dict_user_keys.append("average")
     state: Any = trainer.state
     state.average = 0.0
-    meter, count, mean = Meter(), Count(), Average()
+    meter, count, mean = Meter(), Count(), Average(rank, size)
     noise = torch.Generator().manual_seed(rank)
     drawn = [0.0]
 
     @trainer.on(Events.ITERATION_COMPLETED)
     def measure() -> None:
         loss = trainer.state.output
-        meter.value += loss
+        meter.value += loss * len(shown)
         count.seen += loss
         mean.seen += loss
         state.average += loss

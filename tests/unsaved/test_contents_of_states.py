@@ -302,3 +302,28 @@ class _Kind(enum.Enum):
 def test_a_constant_that_the_state_no_longer_equals_has_not_changed(tmp_path: Path) -> None:
     patience = _Patience()
     assert not _said(tmp_path, {"patience": patience}, patience.next, _sgd)
+
+
+class _Mean:
+    """Has its mean in its state, and not the sum that it is worked out from."""
+
+    def __init__(self) -> None:
+        self.total = self.mean = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"mean": self.mean}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.mean = state["mean"]
+
+    def next(self) -> float:
+        self.total += 0.5
+        self.mean = self.total / 7
+        return 1 + self.mean
+
+
+def test_what_ends_in_an_attribute_that_a_state_has_is_told(tmp_path: Path) -> None:
+    mean = _Mean()
+    (said,) = _said(tmp_path, {"mean": mean}, mean.next, _sgd)
+    assert "'object.total'" in said
+    assert "mean'" not in said
