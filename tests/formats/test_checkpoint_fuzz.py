@@ -1,4 +1,7 @@
-"""Whatever a file holds, loading it ends in its own state or in a documented error, soon."""
+"""Whatever a file holds, loading it ends in its own state or in a documented error, soon.
+
+The long form is `python tests/support/fuzzing_program.py`.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ def test_damaged_and_hostile_files(tmp_path: Path) -> None:
     found = json.loads(report.read_text())
     print(found["count"], found["outcomes"], f"slowest {found['slowest']:.2f} s")
     assert not found["wrong"], "\n".join(found["wrong"])
-    assert found["count"] >= 2000
+    assert found["count"] >= 1000
     assert set(found["outcomes"]) <= {
         "loaded",
         "found",

@@ -1,4 +1,4 @@
-"""`crosstrain doctor`, run as the user runs it."""
+"""`crosstrain doctor`, run as the user runs it; `stress/test_gpu_report.py` starts real ones."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+pytestmark = pytest.mark.usefixtures("forked_programs")
 
 
 @pytest.fixture(scope="module")

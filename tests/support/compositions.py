@@ -403,7 +403,8 @@ def play(
         composition: what is played.
         folder: its checkpoints.
         resumed: whether it goes on from them, with other workers and another seed.
-        kill: after which iteration it is killed; None: it runs to its end.
+        kill: after which iteration it is killed; None: it runs to its end, and, not resumed, saves
+            at its end only.
     """
     played = Played([], None, None, [], [])
     made = None
@@ -432,6 +433,7 @@ def play(
 
 def _run(made: Made, folder: Path, played: Played, resumed: bool, kill: int | None) -> None:
     trainer, saving = made.trainer, made.composition.saving
+    straight = kill is None and not resumed
     wait: Callable[[], None] = lambda: None  # noqa: E731
 
     def note(engine: Any) -> None:
@@ -447,10 +449,14 @@ def _run(made: Made, folder: Path, played: Played, resumed: bool, kill: int | No
         if resumed and (files := sorted(folder.glob("*.pt"), key=_number)):
             Checkpoint.load_objects(to_save, files[-1])
         event = Events.EPOCH_COMPLETED if saving.endswith("epoch") else Events.ITERATION_COMPLETED
+        if straight:
+            event = Events.COMPLETED
         checkpoint = Checkpoint(to_save, str(folder) + ("-again" if resumed else ""))
         trainer.add_event_handler(event, checkpoint)
     else:
         every: Any = Events.EPOCH_COMPLETED if saving == "epoch" else int(saving.split()[1])
+        if straight:
+            every = 10 * LONGEST
         run = resume_or_start(trainer, made.to_save, folder, every, signals=())
         wait = run.checkpoint.wait
     played.began = trainer.state.iteration

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 from unittest import SkipTest
 
+import forked
 from sybil import Document, Example, Region, Sybil
 from sybil.evaluators.python import PythonEvaluator
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
@@ -39,6 +40,15 @@ FENCE = RawFencedCodeBlockLexer(re.compile(r"(?P<info>[^\n]*)\n"))
 INFO = re.compile(r'(?P<language>[a-z]+)(?: title="(?P<title>[^"]+)")?')
 FILES = ("python", "toml", "yaml", "json", "ini", "sh")
 NO_CODE = ("text", "diff")
+BIN = Path(sys.executable).parent
+# One line, of words that the shell leaves as they are.
+PLAIN = re.compile(r"[\w./:,= -]+\n?")
+PROGRAMS = {
+    "crosstrain": [str(BIN / "crosstrain")],
+    "pytest": [sys.executable, "-m", "pytest"],
+    "python": [sys.executable],
+    "torchrun": [sys.executable, "-m", "torch.distributed.run"],
+}
 
 
 class Block:
@@ -64,21 +74,26 @@ class Block:
 
 
 def run_shell(source: str) -> str | None:
-    """Runs the lines with bash; tells what went wrong, if anything."""
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", source],
-        capture_output=True,
-        text=True,
-        timeout=250,
-        env=os.environ
-        | {
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "PYTHONPATH": str(ROOT / "tests" / "support"),
-        },
-    )
+    """Runs the lines with bash, and what is one plain command forked; tells what went wrong."""
+    path, support = f"{BIN}:{os.environ['PATH']}", str(ROOT / "tests" / "support")
+    env = os.environ | {"PATH": path, "PYTHONPATH": support}
+    command = forkable(source)
+    if command is None:
+        command = ["bash", "-euo", "pipefail", "-c", source]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=250, env=env)
+    else:
+        done = forked.run(command, 250, env=env)
     if done.returncode:
         return f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return None
+
+
+def forkable(source: str) -> list[str] | None:
+    """The one program of Python's that a block starts, for `forked`, if it does nothing else."""
+    words = source.split()
+    if not PLAIN.fullmatch(source) or words[0] not in PROGRAMS:
+        return None
+    return [*PROGRAMS[words[0]], *words[1:]]
 
 
 class Blocks:

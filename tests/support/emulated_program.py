@@ -140,7 +140,7 @@ def ranks(folder: Path) -> dict[str, Any]:
 
 
 def reads(spec: str, *, fused: bool = True, scheduler: bool = False, bar: int | None = None) -> Any:
-    """Counts what 100 steady steps read; with a bar, one that shows the loss each `bar` steps."""
+    """Counts what 50 steady steps read; with a bar, one that shows the loss each `bar` steps."""
     options = {"max_norm": 1.0, "gradient_accumulation_steps": 2}
     trainer, _, optimizer = trained(spec, fused=fused, **options)
     if scheduler:
@@ -152,11 +152,11 @@ def reads(spec: str, *, fused: bool = True, scheduler: bool = False, bar: int | 
         ProgressBar(file=io.StringIO()).attach(trainer, event_name=when, **shown)
     with emulated.host_reads() as counted:
         seen: list[int] = []
-        for at in (20, 120):
+        for at in (20, 70):
             trainer.add_event_handler(
                 Events.ITERATION_COMPLETED(once=at), lambda: seen.append(sum(counted.values()))
             )
-        trainer.run(rows(500), max_epochs=1)
+        trainer.run(rows(280), max_epochs=1)
     return seen[1] - seen[0]
 
 

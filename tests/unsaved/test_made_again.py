@@ -17,7 +17,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from killed_runs import Parts, resumed, rows, run
+from killed_runs import SELDOM, Parts, resumed, rows, run
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -564,7 +564,7 @@ def test_what_a_plain_variable_keeps_is_made_again(tmp_path: Path) -> None:
 
         return DeterministicEngine(step, seed=1), to_save, loader
 
-    _, straight, _ = run(tmp_path / "straight", make)
+    _, straight, _ = run(tmp_path / "straight", make, None, SELDOM)
     before, _, _ = run(tmp_path, make, 4)
     after, resumed, trainer = run(tmp_path, make)
     assert before == after == []
