@@ -202,6 +202,8 @@ class Engine(SeenByIgnite, Loop):
                 "Engine.run() was called by a handler or a step of the same run. Use another "
                 "Engine for an inner loop, such as one for evaluation."
             )
+        for function in self._before_run:
+            function()
         if self._session is None:
             self._recover()
         self._pass.length_is_given = epoch_length is not None

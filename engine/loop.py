@@ -58,12 +58,20 @@ class Loop(Requests):
         self._session: Generator[None, None, None] | None = None
         # What is to propagate out of `run`.
         self._failure: BaseException | None = None
+        self._before_run: list[Callable[[], None]] = []
         self._at_end: list[Callable[[], None]] = []
         self._after_pause: list[Callable[[], None]] = []
         #: Whether the run has come to its end, for what is called there: no pause, no exception.
         self.ended_in_order = False
         #: Asked about an error before EXCEPTION_RAISED fires: whether it is dealt with already.
         self.deals_with: Callable[[BaseException], bool] | None = None
+
+    def call_before_run(self, function: Callable[[], None]) -> None:
+        """Has a function called, without arguments, when `run` is called, before all else.
+
+        What it raises, `run` does, and nothing has changed.
+        """
+        self._before_run.append(function)
 
     def call_at_end(self, function: Callable[[], None]) -> None:
         """Has a function called, without arguments, whenever `run` is about to return or to raise.

@@ -373,11 +373,14 @@ class ExactResumption(Resumption):
         engine = self._engine
         if engine._place.open or self._before_its_run is not None:
             return
-        # What it tells of the structure was put back: what the script changes now is right.
+        # What it tells of the structure was put back: what the script changes now is right. So is
+        # what it makes anew, or has another trainer train, before the next run.
+        made = self.snapshot.get("made")
         self.snapshot = {
             **{key: item for key, item in self.snapshot.items() if key != "structure"},
             "rng_states": random_states(engine.backend),
             "step": step_state(engine._step),
             "backend": None if engine.backend is None else engine.backend.state_dict(),
+            **({} if made is None else {"made": {**made, "before the run": {}}}),
         }
         self._another_run = engine.restartable

@@ -72,7 +72,7 @@ class ResumableRun:
         asks = None if self._ranks is None else self._ranks.ask_to_stop
         self._signals = StopSignals(signals, asks)
         self._due = False
-        self._told_of_stop = False
+        self._told_of_stop = self._was_stopped = False
         self._proof_is_due = bool(latest)
         self._boundary = self._saved = trainer.state.iteration if latest else -1
         finished = bool(latest) and is_done(trainer.state)
@@ -150,6 +150,7 @@ class ResumableRun:
             (Events.TERMINATE, self._after_terminate),
         ):
             trainer.add_in_phase(saved, handler, Phase.SAVE)
+        trainer.call_before_run(self._check_stopped)
         trainer.call_at_end(self._end)
         trainer.call_after_pause(self._go_on)
         trainer.deals_with = self._deals_with
@@ -168,6 +169,33 @@ class ResumableRun:
         assert isinstance(path, Path)
         iteration, self._to_copy = self._to_copy, None
         self._remote.copy(path, iteration)
+
+    def _check_stopped(self) -> None:
+        """Ends the program where a signal has ended a run of it.
+
+        What comes after that run would go on from half of it, another trainer too, and save that.
+
+        Raises:
+            SystemExit: with the exit code of the run that was stopped.
+        """
+        stop = self._signals.stopped_by()
+        if stop is None:
+            if self._was_stopped:
+                # At a prompt: it goes on, until the next signal.
+                self._was_stopped = self._told_of_stop = False
+                self._signals.received = None
+            return
+        if self._ranks is None:
+            self._signals.received = stop
+        else:
+            self._ranks.stop_signal = stop
+        _logger.warning(
+            "%s has ended a run of this program, which is saved: no other begins, and the program "
+            "ends with exit code %d. Started again, it goes on.",
+            stop.name,
+            self.exit_code,
+        )
+        raise SystemExit(self.exit_code)
 
     def _listen(self) -> None:
         self._claim.take()
@@ -217,6 +245,9 @@ class ResumableRun:
         is_saved = iteration == self._saved and trainer.ended_in_order
         if is_saved and self._done_again is not None:
             self._done_again.run_has_ended()
+        if stop is not None and trainer.ended_in_order:
+            self._was_stopped = True
+            self._signals.run_has_ended(stop)
         if stop is not None and is_saved:
             _logger.warning("%s: saved at iteration %d; the run has ended.", stop.name, iteration)
 

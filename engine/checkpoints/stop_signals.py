@@ -9,11 +9,12 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 _logger = logging.getLogger(__name__)
 
@@ -31,7 +32,12 @@ class StopSignals:
 
     SIGHUP is left as it is where somebody has set it already, as `nohup` does. `noticed` is called
     in the signal handler with the first one that arrives, and sets flags only.
+
+    What has ended one run was sent to the process: it is for all runs that are still to come.
     """
+
+    #: The process, and the signal by which a run of it has ended; nobody else's, where one forks.
+    _stopped: ClassVar[tuple[int, signal.Signals] | None] = None
 
     def __init__(
         self,
@@ -71,6 +77,19 @@ class StopSignals:
             # None: it was set by C code, and cannot be set back from here.
             signal.signal(each, signal.SIG_DFL if previous is None else previous)
         self._previous.clear()
+
+    def run_has_ended(self, stop: signal.Signals) -> None:
+        """Notes that a run has ended by a signal, which the process may not outlive for long.
+
+        At a prompt, Ctrl-C ends what goes on, and the next is another matter.
+        """
+        if stop != signal.SIGINT or not (hasattr(sys, "ps1") or sys.flags.interactive):
+            StopSignals._stopped = os.getpid(), stop
+
+    def stopped_by(self) -> signal.Signals | None:
+        """Returns the signal by which a run of this process has ended, if it is one of these."""
+        process, stop = StopSignals._stopped or (0, None)
+        return stop if process == os.getpid() and stop in self._signals else None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         received = signal.Signals(number)

@@ -1,13 +1,16 @@
-"""A script that calls `run` several times and changes things in between resumes exactly."""
+"""A script that calls `run` several times, of one trainer or of several, resumes exactly."""
 
 from __future__ import annotations
 
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import exit_of
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -96,3 +99,38 @@ def test_what_is_done_between_runs_is_done_once(between: Between, tmp_path: Path
         with pytest.raises(_Killed):
             _program(folder, between, kill)
         assert _program(folder, between) == straight, kill
+
+
+@pytest.mark.parametrize("kind", ["fine_tune", "folds", "take_turns"])
+def test_a_signal_ends_all_runs_of_a_script(
+    kind: str, tmp_path: Path, forked_programs: None
+) -> None:
+    """Also of one that never looks at an exit code: what comes later would begin on half of it."""
+    program = "several_trainers_program.py"
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    straight.mkdir()
+    stopped.mkdir()
+    assert exit_of(program, str(straight), kind, "0") == 0
+    assert exit_of(program, str(stopped), kind, "5") == 128 + signal.SIGTERM
+    assert not (stopped / "end").exists()
+    assert exit_of(program, str(stopped), kind, "0") == 0
+    assert (stopped / "end").read_text() == (straight / "end").read_text()
+
+
+def test_ctrl_c_at_a_prompt_ends_one_run_only(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    model = nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    loss_fn = nn.functional.mse_loss
+    trainer = create_supervised_trainer(model, optimizer, loss_fn, deterministic=True)
+    trainer.add_event_handler(
+        Events.ITERATION_COMPLETED(once=2), lambda: signal.raise_signal(signal.SIGINT)
+    )
+    run = resume_or_start(trainer, {"model": model, "optimizer": optimizer}, tmp_path, 1)
+    data = [(torch.ones(2, 3), torch.ones(2, 1))] * 4
+    trainer.run(data, max_epochs=2)
+    assert (trainer.state.iteration, run.exit_code) == (2, 130)
+    trainer.run(data)
+    assert (trainer.state.epoch, run.exit_code) == (2, 0)
