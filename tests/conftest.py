@@ -85,15 +85,6 @@ def forked_programs() -> Generator[None]:
         yield
 
 
-@pytest.fixture(autouse=True)
-def _no_signal_ends_later_tests() -> Generator[None]:
-    """Forgets the signal by which a test has ended a run: it would end all later ones."""
-    yield
-    signals = sys.modules.get("crosstrain.engine.checkpoints.stop_signals")
-    if signals is not None:
-        signals.StopSignals._stopped = None
-
-
 @pytest.fixture(scope="session")
 def repo_root() -> Path:
     """The root folder of the repository."""

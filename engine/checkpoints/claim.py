@@ -27,14 +27,15 @@ class Claim:
 
     def __init__(self, place: Location, prefix: str, trainer: Engine) -> None:
         where = place.resolve() if isinstance(place, Path) else place
-        self._key = (str(where), prefix)
+        #: What tells the place from others.
+        self.key = (str(where), prefix)
         self._trainer = weakref.ref(trainer)
 
     def take(self) -> None:
         """Takes the place; once more, if it has it. CheckpointBusy if another trainer has it."""
-        trainer, other = self._trainer(), self._trainers.get(self._key)
+        trainer, other = self._trainer(), self._trainers.get(self.key)
         if other is not None and other is not trainer:
-            place, prefix = self._key
+            place, prefix = self.key
             raise CheckpointBusy(
                 f"Another trainer of this process has {place} for its checkpoints, filename_prefix="
                 f"{prefix!r}, and its run has not ended: each would go on from the other's, and "
@@ -42,9 +43,9 @@ class Claim:
                 "other run to its end before."
             )
         if trainer is not None:
-            self._trainers[self._key] = trainer
+            self._trainers[self.key] = trainer
 
     def give_back(self) -> None:
         """Lets others have the place, if this trainer has it."""
-        if self._trainers.get(self._key) is self._trainer():
-            self._trainers.pop(self._key, None)
+        if self._trainers.get(self.key) is self._trainer():
+            self._trainers.pop(self.key, None)

@@ -28,7 +28,7 @@ from .done_again import DoneAgain
 from .handler import Checkpoint, CheckpointEvents
 from .loading import Latest, PassedOver
 from .remote import RemoteCopies
-from .stop_signals import StopSignals
+from .stop_signals import StopSignals, runs_a_script
 
 _logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class ResumableRun:
         # In one process nobody has to be asked.
         self._ranks = agreement_of(trainer)
         asks = None if self._ranks is None else self._ranks.ask_to_stop
-        self._signals = StopSignals(signals, asks)
+        self._signals = StopSignals(signals, asks, claim.key)
         self._due = False
         self._told_of_stop = self._was_stopped = False
         self._proof_is_due = bool(latest)
@@ -171,7 +171,7 @@ class ResumableRun:
         self._remote.copy(path, iteration)
 
     def _check_stopped(self) -> None:
-        """Ends the program where a signal has ended a run of it.
+        """Ends a script where a signal has ended a run of it, unless it has begun that one again.
 
         What comes after that run would go on from half of it, another trainer too, and save that.
 
@@ -179,23 +179,26 @@ class ResumableRun:
             SystemExit: with the exit code of the run that was stopped.
         """
         stop = self._signals.stopped_by()
-        if stop is None:
-            if self._was_stopped:
-                # At a prompt: it goes on, until the next signal.
-                self._was_stopped = self._told_of_stop = False
-                self._signals.received = None
-            return
-        if self._ranks is None:
-            self._signals.received = stop
-        else:
-            self._ranks.stop_signal = stop
-        _logger.warning(
-            "%s has ended a run of this program, which is saved: no other begins, and the program "
-            "ends with exit code %d. Started again, it goes on.",
-            stop.name,
-            self.exit_code,
-        )
-        raise SystemExit(self.exit_code)
+        if stop is not None and runs_a_script():
+            _logger.warning(
+                "%s has ended a run of this program, which is saved: no other begins, and the "
+                "program ends with exit code %d. Started again, it goes on.",
+                stop.name,
+                128 + stop,
+            )
+            raise SystemExit(128 + stop)
+        if stop is not None:
+            self._signals.forget()
+            _logger.warning(
+                "%s has ended another run of this program, and this one begins all the same: if it "
+                "is to go on from what that was to come to, end the program there, by "
+                "sys.exit(run.exit_code).",
+                stop.name,
+            )
+        if self._was_stopped:
+            # It goes on, until the next signal.
+            self._was_stopped = self._told_of_stop = False
+            self._signals.received = None
 
     def _listen(self) -> None:
         self._claim.take()

@@ -73,8 +73,8 @@ def resume_or_start(
         resume_from: a checkpoint to restore instead of the newest one.
         signals: which signals end the run in order. The second Ctrl-C ends it at once. SIGHUP is
             left alone where the program, or `nohup`, has set it. After one has ended a run, the
-            next call of `run` in the process, of any trainer that takes it, raises `SystemExit`
-            with its exit code; at a prompt, Ctrl-C does not do that.
+            next call of `run` in a script, of any trainer that takes it, raises `SystemExit` with
+            its exit code, unless the run was started again, by this function for its folder.
         checks: how strict the resume is about what it measures of itself, see `Checks`.
         remote: a second tier: the URL of a folder in a store, to which checkpoints are copied from
             `dirname`, a folder on the disk. A run goes on from the newest good one of both.

@@ -10,11 +10,15 @@ import logging
 import os
 import signal
 import sys
+import sysconfig
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
 from types import FrameType
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, NamedTuple
+
+from crosstrain.engine.guards import is_installed
 
 _logger = logging.getLogger(__name__)
 
@@ -22,6 +26,20 @@ _logger = logging.getLogger(__name__)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # Seconds after the first signal within which another is the same one, sent twice.
 _SAME: Final = 1.0
+
+
+class _Stop(NamedTuple):
+    """By what a run has ended.
+
+    Args:
+        process: in which it was; one that is forked off has ended none.
+        signal: what was sent to that process.
+        place: where the run is saved.
+    """
+
+    process: int
+    signal: signal.Signals
+    place: Hashable
 
 
 class StopSignals:
@@ -33,19 +51,29 @@ class StopSignals:
     SIGHUP is left as it is where somebody has set it already, as `nohup` does. `noticed` is called
     in the signal handler with the first one that arrives, and sets flags only.
 
-    What has ended one run was sent to the process: it is for all runs that are still to come.
+    What has ended one run was sent to the process: it is for all runs that are still to come, until
+    the program starts that run again.
+
+    Args:
+        signals: which ones.
+        noticed: see above.
+        place: where the run is saved that they end.
     """
 
-    #: The process, and the signal by which a run of it has ended; nobody else's, where one forks.
-    _stopped: ClassVar[tuple[int, signal.Signals] | None] = None
+    #: As a signal is the process's, so is this.
+    _stopped: ClassVar[_Stop | None] = None
 
     def __init__(
         self,
         signals: Sequence[signal.Signals] = STOP_SIGNALS,
         noticed: Callable[[int], None] | None = None,
+        place: Hashable = None,
     ) -> None:
         self._signals = tuple(signals)
         self._noticed = noticed
+        self._place = place
+        if StopSignals._stopped is not None and StopSignals._stopped.place == place:
+            self.forget()
         self._previous: dict[signal.Signals, Any] = {}
         self._process = 0
         self.received: signal.Signals | None = None
@@ -84,12 +112,18 @@ class StopSignals:
         At a prompt, Ctrl-C ends what goes on, and the next is another matter.
         """
         if stop != signal.SIGINT or not (hasattr(sys, "ps1") or sys.flags.interactive):
-            StopSignals._stopped = os.getpid(), stop
+            StopSignals._stopped = _Stop(os.getpid(), stop, self._place)
+
+    def forget(self) -> None:
+        """Lets later runs begin: the program deals with what has ended one of them."""
+        StopSignals._stopped = None
 
     def stopped_by(self) -> signal.Signals | None:
         """Returns the signal by which a run of this process has ended, if it is one of these."""
-        process, stop = StopSignals._stopped or (0, None)
-        return stop if process == os.getpid() and stop in self._signals else None
+        stop = StopSignals._stopped
+        if stop is None or stop.process != os.getpid() or stop.signal not in self._signals:
+            return None
+        return stop.signal
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         received = signal.Signals(number)
@@ -112,3 +146,16 @@ class StopSignals:
             previous = self._previous.get(received, signal.SIG_DFL)
             signal.signal(received, signal.SIG_DFL if previous is None else previous)
             os.kill(os.getpid(), received)
+
+
+def runs_a_script() -> bool:
+    """Tells whether this process runs a file of the user's, and no installed program, as pytest.
+
+    A script goes on below the run that has ended. What an installed program calls next, such as
+    another test, need not have to do with it.
+    """
+    space = vars(sys.modules["__main__"])
+    file = space.get("__file__")
+    if file is None or is_installed(space):
+        return False
+    return Path(file).absolute().parent != Path(sysconfig.get_path("scripts"))

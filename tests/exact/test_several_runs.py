@@ -14,7 +14,13 @@ from processes import exit_of
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from crosstrain.engine import Events, create_supervised_trainer, manual_seed, resume_or_start
+from crosstrain.engine import (
+    DeterministicEngine,
+    Events,
+    create_supervised_trainer,
+    manual_seed,
+    resume_or_start,
+)
 from crosstrain.engine.digest import digest
 
 Between = Callable[[Any, Any, Any], None]
@@ -117,8 +123,32 @@ def test_a_signal_ends_all_runs_of_a_script(
     assert (stopped / "end").read_text() == (straight / "end").read_text()
 
 
+def test_a_script_may_start_a_stopped_run_again(tmp_path: Path, forked_programs: None) -> None:
+    for name, stop in (("straight", "0"), ("stopped", "5")):
+        (tmp_path / name).mkdir()
+        assert (
+            exit_of("several_trainers_program.py", str(tmp_path / name), "start_again", stop) == 0
+        )
+    assert (tmp_path / "stopped/end").read_text() == (tmp_path / "straight/end").read_text()
+
+
+def test_a_signal_of_one_test_is_not_of_the_next(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Below an installed program, as pytest is one, runs may have nothing to do with each other."""
+    for name in ("one", "two"):
+        trainer = DeterministicEngine(lambda engine, batch: None)
+        trainer.add_event_handler(
+            Events.ITERATION_COMPLETED(once=2), lambda: signal.raise_signal(signal.SIGTERM)
+        )
+        run = resume_or_start(trainer, {"model": nn.Linear(1, 1)}, tmp_path / name, 1)
+        trainer.run([torch.ones(1)] * 4)
+        assert (trainer.state.iteration, run.exit_code) == (2, 143)
+    assert caplog.text.count("has ended another run of this program") == 1
+
+
 def test_ctrl_c_at_a_prompt_ends_one_run_only(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
     model = nn.Linear(3, 1)
@@ -134,3 +164,4 @@ def test_ctrl_c_at_a_prompt_ends_one_run_only(
     assert (trainer.state.iteration, run.exit_code) == (2, 130)
     trainer.run(data)
     assert (trainer.state.epoch, run.exit_code) == (2, 0)
+    assert "has ended another run" not in caplog.text

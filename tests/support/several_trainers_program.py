@@ -73,6 +73,11 @@ class Script:
         trainer.run(self.loader, max_epochs=2)
         return model.state_dict()
 
+    def start_again(self) -> str:
+        """Starts each run as often as it is stopped, in the same process."""
+        found = [self._fold(0) for _ in range(2)][-1]
+        return digest([found, self._fold(1)])
+
     def take_turns(self) -> str:
         """Trains two models, an epoch each, in turns."""
         models = [nn.Linear(4, 1), nn.Linear(4, 1)]
