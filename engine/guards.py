@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Final, TypeGuard, cast
 
 import torch
@@ -16,8 +16,6 @@ _LOGGERS: Final = frozenset(
 )
 #: Objects of these packages are not looked into: what they keep is theirs.
 OTHER_PACKAGES: Final = _LOGGERS | {"crosstrain", "ignite", "numpy", "torch", "torchdata"}
-# Of the folders that packages are installed into, their paths have one.
-_INSTALLED: Final = ("site-packages", "dist-packages")
 
 
 def is_sequence(value: object) -> TypeGuard[Sequence[Any]]:
@@ -65,12 +63,6 @@ def is_others(thing: Any) -> bool:
     module = namespace.get("__name__") if isinstance(namespace, dict) else None
     root = (module or module_of(thing)).partition(".")[0]
     return root in OTHER_PACKAGES or root in sys.stdlib_module_names
-
-
-def is_installed(space: Mapping[str, Any]) -> bool:
-    """Tells whether the variables of a module are those of an installed package."""
-    place = space.get("__file__")
-    return isinstance(place, str) and any(folder in place for folder in _INSTALLED)
 
 
 def module_of(thing: object) -> str:

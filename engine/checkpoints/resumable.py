@@ -11,10 +11,13 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from crosstrain.engine.dispatch import Phase
 from crosstrain.engine.engine import Engine
 from crosstrain.engine.errors import RankFailed, ResumeWarning, warn_user
 from crosstrain.engine.events import Events
+from crosstrain.engine.nests import is_module
 from crosstrain.engine.progress import is_done
 from crosstrain.engine.proof import Proof
 from crosstrain.engine.ranks.agreement import agreement_of
@@ -28,7 +31,7 @@ from .done_again import DoneAgain
 from .handler import Checkpoint, CheckpointEvents
 from .loading import Latest, PassedOver
 from .remote import RemoteCopies
-from .stop_signals import StopSignals, runs_a_script
+from .stop_signals import StopSignals
 
 _logger = logging.getLogger(__name__)
 
@@ -171,34 +174,38 @@ class ResumableRun:
         self._remote.copy(path, iteration)
 
     def _check_stopped(self) -> None:
-        """Ends a script where a signal has ended a run of it, unless it has begun that one again.
+        """Ends the program where a signal has ended a run of it that this one goes on from.
 
-        What comes after that run would go on from half of it, another trainer too, and save that.
+        It would go on from half of it, and save that.
 
         Raises:
             SystemExit: with the exit code of the run that was stopped.
         """
-        stop = self._signals.stopped_by()
-        if stop is not None and runs_a_script():
+        stop, goes_on_from_it = self._signals.stop_before(self._parameters())
+        if stop is not None and goes_on_from_it:
             _logger.warning(
-                "%s has ended a run of this program, which is saved: no other begins, and the "
-                "program ends with exit code %d. Started again, it goes on.",
-                stop.name,
-                128 + stop,
+                "%s has ended a run of this program, which is saved, and another that goes on from "
+                "it does not begin: the program ends with exit code %d. Started again, it goes on.",
+                stop.by.name,
+                128 + stop.by,
             )
-            raise SystemExit(128 + stop)
-        if stop is not None:
-            self._signals.forget()
+            raise SystemExit(128 + stop.by)
+        if stop is not None and not stop.told:
+            stop.told = True
             _logger.warning(
                 "%s has ended another run of this program, and this one begins all the same: if it "
-                "is to go on from what that was to come to, end the program there, by "
+                "depends on what that was to come to, end the program there, by "
                 "sys.exit(run.exit_code).",
-                stop.name,
+                stop.by.name,
             )
         if self._was_stopped:
             # It goes on, until the next signal.
             self._was_stopped = self._told_of_stop = False
             self._signals.received = None
+
+    def _parameters(self) -> list[torch.nn.Parameter]:
+        models = (one for one in self.checkpoint.to_save.values() if is_module(one))
+        return [parameter for model in models for parameter in model.parameters()]
 
     def _listen(self) -> None:
         self._claim.take()
@@ -250,7 +257,7 @@ class ResumableRun:
             self._done_again.run_has_ended()
         if stop is not None and trainer.ended_in_order:
             self._was_stopped = True
-            self._signals.run_has_ended(stop)
+            self._signals.run_has_ended(stop, self._parameters())
         if stop is not None and is_saved:
             _logger.warning("%s: saved at iteration %d; the run has ended.", stop.name, iteration)
 

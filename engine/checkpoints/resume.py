@@ -72,9 +72,9 @@ def resume_or_start(
         overlap: see `DiskSaver`.
         resume_from: a checkpoint to restore instead of the newest one.
         signals: which signals end the run in order. The second Ctrl-C ends it at once. SIGHUP is
-            left alone where the program, or `nohup`, has set it. After one has ended a run, the
-            next call of `run` in a script, of any trainer that takes it, raises `SystemExit` with
-            its exit code, unless the run was started again, by this function for its folder.
+            left alone where the program, or `nohup`, has set it. After one has ended a run, `run`
+            raises `SystemExit` with its exit code where a trainer would go on from that run: the
+            same one, one that was set up before, one that trains the same parameters.
         checks: how strict the resume is about what it measures of itself, see `Checks`.
         remote: a second tier: the URL of a folder in a store, to which checkpoints are copied from
             `dirname`, a folder on the disk. A run goes on from the newest good one of both.

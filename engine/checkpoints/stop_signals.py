@@ -10,15 +10,12 @@ import logging
 import os
 import signal
 import sys
-import sysconfig
 import threading
 import time
-from collections.abc import Callable, Hashable, Sequence
-from pathlib import Path
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from types import FrameType
-from typing import Any, ClassVar, Final, NamedTuple
-
-from crosstrain.engine.guards import is_installed
+from typing import Any, ClassVar, Final
 
 _logger = logging.getLogger(__name__)
 
@@ -28,18 +25,31 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _SAME: Final = 1.0
 
 
-class _Stop(NamedTuple):
-    """By what a run has ended.
+class Stop:
+    """By what a run of this process has ended.
 
     Args:
-        process: in which it was; one that is forked off has ended none.
-        signal: what was sent to that process.
+        by: the signal.
         place: where the run is saved.
+        trained: the parameters that are what half of it has come to.
     """
 
-    process: int
-    signal: signal.Signals
-    place: Hashable
+    def __init__(self, by: signal.Signals, place: Hashable, trained: Iterable[Any]) -> None:
+        self.by, self.place = by, place
+        # One that is forked off has ended none.
+        self.process = os.getpid()
+        # Whether somebody was told that a run begins all the same.
+        self.told = False
+        self._trained = {id(one): weakref.ref(one) for one in trained}
+
+    def has_trained(self, parameters: Iterable[Any]) -> bool:
+        """Tells whether one of some parameters is of what the run has trained."""
+        for one in parameters:
+            trained = self._trained.get(id(one))
+            # Another object may have the place of one that is gone.
+            if trained is not None and trained() is one:
+                return True
+        return False
 
 
 class StopSignals:
@@ -51,7 +61,7 @@ class StopSignals:
     SIGHUP is left as it is where somebody has set it already, as `nohup` does. `noticed` is called
     in the signal handler with the first one that arrives, and sets flags only.
 
-    What has ended one run was sent to the process: it is for all runs that are still to come, until
+    What has ended one run was sent to the process: it is for what goes on from that run, too, until
     the program starts that run again.
 
     Args:
@@ -61,7 +71,7 @@ class StopSignals:
     """
 
     #: As a signal is the process's, so is this.
-    _stopped: ClassVar[_Stop | None] = None
+    _last: ClassVar[Stop | None] = None
 
     def __init__(
         self,
@@ -72,8 +82,10 @@ class StopSignals:
         self._signals = tuple(signals)
         self._noticed = noticed
         self._place = place
-        if StopSignals._stopped is not None and StopSignals._stopped.place == place:
-            self.forget()
+        if StopSignals._last is not None and StopSignals._last.place == place:
+            StopSignals._last = None
+        # What had been stopped before the run was set up, it has been set up after.
+        self._before = StopSignals._last
         self._previous: dict[signal.Signals, Any] = {}
         self._process = 0
         self.received: signal.Signals | None = None
@@ -106,24 +118,32 @@ class StopSignals:
             signal.signal(each, signal.SIG_DFL if previous is None else previous)
         self._previous.clear()
 
-    def run_has_ended(self, stop: signal.Signals) -> None:
-        """Notes that a run has ended by a signal, which the process may not outlive for long.
+    def run_has_ended(self, by: signal.Signals, trained: Iterable[Any]) -> None:
+        """Notes that the run has ended by a signal, which the process may not outlive for long.
 
         At a prompt, Ctrl-C ends what goes on, and the next is another matter.
+
+        Args:
+            by: the signal.
+            trained: the parameters that the run has trained.
         """
-        if stop != signal.SIGINT or not (hasattr(sys, "ps1") or sys.flags.interactive):
-            StopSignals._stopped = _Stop(os.getpid(), stop, self._place)
+        if by != signal.SIGINT or not (hasattr(sys, "ps1") or sys.flags.interactive):
+            StopSignals._last = Stop(by, self._place, trained)
 
-    def forget(self) -> None:
-        """Lets later runs begin: the program deals with what has ended one of them."""
-        StopSignals._stopped = None
+    def stop_before(self, trained: Iterable[Any]) -> tuple[Stop | None, bool]:
+        """Returns what has ended a run of this process, of the same trainer or of another.
 
-    def stopped_by(self) -> signal.Signals | None:
-        """Returns the signal by which a run of this process has ended, if it is one of these."""
-        stop = StopSignals._stopped
-        if stop is None or stop.process != os.getpid() or stop.signal not in self._signals:
-            return None
-        return stop.signal
+        Args:
+            trained: the parameters that this run trains.
+
+        Returns:
+            The stop, if it was by one of these signals; and whether this run would go on from that
+            one: it was set up before it was stopped, or trains what that has trained.
+        """
+        last = StopSignals._last
+        if last is None or last.process != os.getpid() or last.by not in self._signals:
+            return None, False
+        return last, last is not self._before or last.has_trained(trained)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         received = signal.Signals(number)
@@ -146,16 +166,3 @@ class StopSignals:
             previous = self._previous.get(received, signal.SIG_DFL)
             signal.signal(received, signal.SIG_DFL if previous is None else previous)
             os.kill(os.getpid(), received)
-
-
-def runs_a_script() -> bool:
-    """Tells whether this process runs a file of the user's, and no installed program, as pytest.
-
-    A script goes on below the run that has ended. What an installed program calls next, such as
-    another test, need not have to do with it.
-    """
-    space = vars(sys.modules["__main__"])
-    file = space.get("__file__")
-    if file is None or is_installed(space):
-        return False
-    return Path(file).absolute().parent != Path(sysconfig.get_path("scripts"))

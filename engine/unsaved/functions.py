@@ -27,7 +27,6 @@ from crosstrain.engine.digest import attributes_of
 from crosstrain.engine.guards import (
     OTHER_PACKAGES,
     is_a,
-    is_installed,
     is_others,
     is_users_object,
     module_of,
@@ -56,6 +55,8 @@ _FUNCTIONS: Final = (
     partial,
 )
 _LAYERS: Final = 16
+# Of which folders packages are installed into, their paths have one.
+_INSTALLED: Final = ("site-packages", "dist-packages")
 _NOTHING: Final[Mapping[str, Any]] = {}
 # Where hooks are kept, and what to call them.
 _OF_MODULES: Final = {
@@ -198,6 +199,12 @@ def functions_of_step(step: Any) -> Iterator[tuple[str, Any]]:
 
 
 # ------------------------------------------------------------------------------------ of a function
+
+
+def is_installed(space: Mapping[str, Any]) -> bool:
+    """Tells whether the variables of a module are those of an installed package."""
+    place = space.get("__file__")
+    return isinstance(place, str) and any(folder in place for folder in _INSTALLED)
 
 
 def is_users_file(value: Any) -> bool:

@@ -20,12 +20,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from crosstrain.engine.digest import digest
 from crosstrain.engine.events import Events
-from crosstrain.engine.guards import is_a, is_installed, is_others, module_of, own_attributes
+from crosstrain.engine.guards import is_a, is_others, module_of, own_attributes
 from crosstrain.engine.proof import Proof
 
 from .changed_values import Begun, Place, Values
 from .contents_of_states import is_plain
-from .functions import is_users_file, layers_of, methods_in
+from .functions import is_installed, is_users_file, layers_of, methods_in
 from .made_where_missing import is_made_lazily, is_read_by_key
 from .makers_in_source import is_written_into
 from .only_shown import OnlyShown
