@@ -104,6 +104,8 @@ class JointJob:
             if self._error is not None:
                 raise self._error
         except BaseException:
+            # The save's own error, or what interrupted the wait: a save that is over by now is told
+            # as that once, and one that goes on is waited for by whoever comes next.
             if self._done.is_set():
                 self._end(is_good=False)
                 self._finished = True
