@@ -17,12 +17,12 @@ import torch
 
 from crosstrain.engine.digest import digest, sketch
 from crosstrain.engine.guards import has_memory, is_a, is_dense
-from crosstrain.engine.nests import SCALARS, is_module
+from crosstrain.engine.nests import NESTS, SCALARS, is_module
 from crosstrain.engine.spread import is_spread, lasting_tensors
 
 from .changed_values import Begun, Place, Values
 from .made_again import named
-from .signatures import NESTS, signature_of
+from .signatures import signature_of
 
 # Larger ones are told by some of their numbers.
 _WHOLE: Final = 1 << 20
