@@ -3,6 +3,7 @@
 Each file answers one question, of functions that it is given; which these are, it does not know.
 
 - what a function is, and what its code names (`functions.py`, `tree.py`);
+- what calls do, by the names of what they call (`names.py`, the one table of it);
 - what is done with its variables, and with attributes (`uses.py`);
 - whether something is made only where it is missing (`made_where_missing.py`, by what single
   functions do with it: `makers.py`, and what statements do beside: `side_effects.py`);

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any, Final
 
@@ -94,3 +95,14 @@ def variables_of(function: types.FunctionType) -> dict[str, Any]:
     return found | {
         name: function.__globals__[name] for name in sorted(names & function.__globals__.keys())
     }
+
+
+def bound(
+    function: types.FunctionType, given: Iterable[Any], named: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns what a call gives the parameters of a function; {} if it cannot be called so."""
+    try:
+        signature = inspect.signature(function, follow_wrapped=False)
+        return signature.bind_partial(*given, **named).arguments
+    except (TypeError, ValueError):
+        return {}

@@ -17,7 +17,7 @@ import re
 import types
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any
 
 import torch
 
@@ -26,11 +26,10 @@ from crosstrain.engine.structure import RECORDED
 
 from .functions import MAKING
 from .makers import found_in, is_harmless, is_read_by_key_in
+from .names import HOOK
 from .side_effects import draws, made_in
 from .tree import KEPT, definition_of, name_of
 from .uses import uses_of_self
-
-_HOOK: Final = re.compile("^register_.*hook$")
 
 
 def is_made_lazily(
@@ -159,7 +158,7 @@ def hooks_are_made_lazily(functions: Iterable[types.FunctionType]) -> bool:
 
 @lru_cache(maxsize=KEPT)
 def _hooks_first(code: types.CodeType) -> bool:
-    if not any(_HOOK.search(name) for name in code.co_names):
+    if not any(HOOK.search(name) for name in code.co_names):
         return True
     own = definition_of(code)
     for one in [] if own is None else own.body:
@@ -186,4 +185,4 @@ def _only_registers(test: ast.If) -> bool:
 
 
 def _is_hook(call: ast.Call) -> bool:
-    return _HOOK.search(name_of(call.func)) is not None
+    return HOOK.search(name_of(call.func)) is not None

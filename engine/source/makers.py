@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Final
 
+from .names import COPIES, SIZES, TAKES, WRITES, is_in_place
 from .side_effects import (
     calls_in,
     does_nothing,
     fresh_in,
-    is_in_place,
     is_nothing,
     made_in,
     returns_nothing,
@@ -25,25 +25,16 @@ from .side_effects import (
 from .tree import (
     KEPT,
     Above,
-    codes_in,
     definition_of,
+    may_name,
     name_of,
     nodes_in,
     root_of,
     syntax_tree,
-    words_in,
 )
-from .uses import WRITES
 
-# What changes a collection and depends on what it holds, or takes something away.
-_CHANGES: Final = (
-    WRITES
-    | {"difference_update", "discard", "intersection_update", "pop", "popitem", "popleft"}
-    | {"remove", "resize", "reverse", "rotate", "sort", "symmetric_difference_update"}
-)
-_SIZES: Final = frozenset({"device", "dtype", "len", "ndim", "numel", "shape", "size"})
+_CHANGES: Final = WRITES | TAKES | {"setdefault"}
 _CONTROL: Final = (ast.If, ast.For, ast.While, ast.Try, ast.ExceptHandler, ast.IfExp)
-_COPIES: Final = frozenset({"__getitem__", "get", "getattr"})
 
 
 @dataclass
@@ -91,7 +82,7 @@ def found_in(
         kin: what else these make.
     """
     found = Found(code.co_name)
-    if not any(_mentions_by_name(code, one) for one in (name, *through)):
+    if not any(may_name(code, one) for one in (name, *through)):
         return found
     tree = syntax_tree(code)
     if tree is None:
@@ -105,12 +96,6 @@ def found_in(
         return found
     _Places(tree, name, variable, through, kin).judge(found)
     return found
-
-
-def _mentions_by_name(code: types.CodeType, name: str) -> bool:
-    return name in words_in(code) or any(
-        name in (*one.co_freevars, *one.co_cellvars, one.co_name) for one in codes_in(code)
-    )
 
 
 def _is_cached_property(code: types.CodeType, name: str) -> bool:
@@ -214,7 +199,7 @@ class _Places:
     def _is_copy(self, value: ast.AST) -> bool:
         """Tells whether a value is the thing itself, or what it holds under some key."""
         if isinstance(value, ast.Call):
-            return name_of(value.func) in _COPIES and self._mentions(value)
+            return name_of(value.func) in COPIES and self._mentions(value)
         if isinstance(value, ast.Subscript):
             value = value.value
         return self._is_mention(value)
@@ -225,7 +210,7 @@ class _Places:
             function = node.func
             if isinstance(function, ast.Attribute) and self._is_itself(function.value):
                 own = function.attr
-                return own in _CHANGES or own == "setdefault" or is_in_place(own)
+                return own in _CHANGES or is_in_place(own)
             if name_of(function) in self._through:
                 return True
             if name_of(function) not in ("setattr", "delattr"):
@@ -255,7 +240,7 @@ class _Places:
             if node.func.attr == "setdefault":
                 alone = self._is_alone([node])
                 return _Region([node], node, above, node) if alone else None
-            if node.func.attr in _CHANGES - WRITES:
+            if node.func.attr in TAKES:
                 return None
         elif isinstance(statement, ast.Assign) and self._keeps_its_own(statement.value):
             if not self._is_alone([statement]):
@@ -409,7 +394,7 @@ class _Places:
                 return {ast.Eq: 1, ast.NotEq: -1, ast.Gt: -1}.get(type(how))
             return None
         asked = {name_of(one) for one in ast.walk(ast.Tuple([left, right])) if name_of(one)}
-        return 0 if asked & _SIZES or self._is_mention(left) or self._is_mention(right) else None
+        return 0 if asked & SIZES or self._is_mention(left) or self._is_mention(right) else None
 
     def _is_asked(self, node: ast.AST) -> bool:
         if isinstance(node, ast.NamedExpr):
@@ -471,7 +456,7 @@ def is_harmless(code: types.CodeType) -> bool:
 @lru_cache(maxsize=KEPT)
 def is_read_by_key_in(code: types.CodeType, name: str, variable: bool) -> bool:
     """Tells whether a function uses a mapping for single items only: see `_is_item`."""
-    if not _mentions_by_name(code, name) or (variable and name in code.co_varnames):
+    if not may_name(code, name) or (variable and name in code.co_varnames):
         return True
     if (tree := syntax_tree(code)) is None:
         return False
@@ -482,7 +467,7 @@ def is_read_by_key_in(code: types.CodeType, name: str, variable: bool) -> bool:
 @lru_cache(maxsize=KEPT)
 def is_written_into(code: types.CodeType, name: str) -> bool:
     """Tells whether a function may set items of what an object has by a name."""
-    if not _mentions_by_name(code, name):
+    if not may_name(code, name):
         return False
     if (tree := syntax_tree(code)) is None:
         return True
@@ -490,10 +475,7 @@ def is_written_into(code: types.CodeType, name: str) -> bool:
     aliases = {name, *places._aliases}
     return any(
         isinstance(above[-1], (ast.Attribute, ast.Subscript))
-        and (
-            not isinstance(above[-1].ctx, ast.Load)
-            or getattr(above[-1], "attr", "") in {*_CHANGES, "setdefault"}
-        )
+        and (not isinstance(above[-1].ctx, ast.Load) or getattr(above[-1], "attr", "") in _CHANGES)
         for node, above in places._nodes
         if name_of(node) in aliases and above
     )

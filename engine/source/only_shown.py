@@ -21,65 +21,44 @@ from collections.abc import Collection, Generator, Iterable, Iterator
 from functools import cached_property, lru_cache
 from typing import Any, Final, NamedTuple
 
+import numpy
 import torch
 
 from crosstrain.engine.guards import is_a, is_others, is_users_object, module_of
 from crosstrain.engine.nests import NESTS, SCALARS
 
-from .functions import is_users_file, layers_of, variables_of
+from .functions import bound, is_users_file, layers_of, variables_of
+from .names import COLLECTIONS, DARK, OF_ALL, PURE, SHOWS, TAKES, WRITES
 from .set_first import Held
-from .tree import KEPT, Above, name_of, names_in, nodes_in, syntax_tree, words_in
-from .uses import QUIET, SHOWS, WRITES, is_thrown_away, written_by
+from .tree import (
+    KEPT,
+    Above,
+    definition_of,
+    may_name,
+    name_of,
+    names_in,
+    nodes_in,
+    own_variables,
+    stored_in,
+    syntax_tree,
+    targets_of,
+    words_in,
+)
+from .uses import is_thrown_away, written_by
 
-_SHOWS: Final = SHOWS | {
-    *("add_figure", "add_histogram", "add_image", "add_scalars", "add_text", "log_metrics"),
-    *(
-        "dump",
-        "flush",
-        "set_description_str",
-        "set_postfix_str",
-        "writeheader",
-        "writerow",
-        "writerows",
-    ),
-}
-# What gives a value that follows from its arguments and its object, and changes neither.
-_PURE: Final = QUIET | {
-    *(
-        "DictWriter",
-        "OrderedDict",
-        "all",
-        "any",
-        "array",
-        "as_tensor",
-        "asarray",
-        "ceil",
-        "defaultdict",
-        "deque",
-    ),
-    *("divmod", "dumps", "enumerate", "exp", "floor", "format", "isfinite", "isinstance", "isnan"),
-    *("isoformat", "items", "join", "keys", "ljust", "median", "now", "numel", "parameters"),
-    *("perf_counter", "monotonic", "process_time", "pow", "range", "repr", "replace", "reversed"),
-    *("rjust", "rstrip", "size", "split", "sqrt", "std", "strftime", "strip", "tensor", "time"),
-    *("time_ns", "timedelta", "total_seconds", "upper", "values", "var", "zip"),
-}
-# What changes a collection, and may look at it.
-_TAKES: Final = frozenset({"pop", "popleft", "remove", "reverse", "sort"})
 _TEXTS: Final = frozenset({"__str__", "__repr__", "__format__"})
+_FRESH: Final = (
+    *(ast.List, ast.Dict, ast.Set, ast.ListComp, ast.SetComp, ast.GeneratorExp, ast.DictComp),
+)
 _PASSED_THROUGH: Final = (
     *(ast.BinOp, ast.UnaryOp, ast.Compare, ast.JoinedStr, ast.FormattedValue, ast.Tuple),
-    *(ast.List, ast.Dict, ast.Set, ast.Starred, ast.Slice, ast.keyword, ast.Subscript),
-    *(ast.ListComp, ast.SetComp, ast.GeneratorExp, ast.DictComp),
+    *(ast.Starred, ast.Slice, ast.keyword, ast.Subscript, *_FRESH),
 )
-# What may read any attribute, or any variable.
-_OF_ALL: Final = ("asdict", "getattr", "vars")
-_DARK: Final = frozenset({"eval", "exec", "globals", "locals"})
+_SETS: Final = (ast.Assign, ast.AnnAssign, ast.AugAssign)
+_FOLLOWED: Final = (ast.Expr, ast.If, ast.For, *_SETS)
 _ALONE: Final = (ast.Pass, ast.Global, ast.Nonlocal, ast.Import, ast.ImportFrom)
-_COMPREHENSIONS: Final = (ast.ListComp, ast.SetComp, ast.GeneratorExp, ast.DictComp)
 # How far into nests.
-_DEPTH: Final = 4
-_FRESH: Final = (ast.List, ast.Dict, ast.Set, *_COMPREHENSIONS)
-_MAKERS: Final = frozenset({"OrderedDict", "defaultdict", "deque", "dict", "list", "set"})
+_DEPTH: Final = 8
 _NOT_FOLLOWED: Final = (ast.Await, ast.Yield, ast.YieldFrom, ast.NamedExpr, ast.Lambda)
 _FUNCTIONS: Final = (types.FunctionType, types.MethodType, staticmethod, classmethod)
 _Code = types.CodeType
@@ -204,7 +183,7 @@ class OnlyShown:
         else:
             codes = [code for code in self._functions if _may_name(code, value.name)]
         for code in codes:
-            if value.kind == "variable" and value.name in _locals_of(code):
+            if value.kind == "variable" and value.name in own_variables(code):
                 continue
             apart = self._inner(code) if value.kind != "local" else ()
             for node, above in _tree(code):
@@ -229,9 +208,8 @@ class OnlyShown:
     def _is_self(self, base: ast.AST | None, code: _Code) -> bool:
         """Tells whether it is the object of a method."""
         method = code in self._kinds and code.co_argcount > 0
-        if not method or not isinstance(base, ast.Name) or base.id != code.co_varnames[0]:
-            return False
-        return not any(_is_stored(one, base.id) for one, _ in _tree(code))
+        name = base.id if method and isinstance(base, ast.Name) else None
+        return name == code.co_varnames[0] and name not in stored_in(code) if name else False
 
     # ------------------------------------------------------------ where it goes from there
 
@@ -262,9 +240,8 @@ class OnlyShown:
             elif isinstance(parent, ast.IfExp | ast.BoolOp):
                 yield from self._expression(parent, code)
             elif isinstance(parent, ast.comprehension):
-                for one in ast.walk(parent.target):
-                    if isinstance(one, ast.Name):
-                        yield _Value("local", one.id, code)
+                for one in targets_of(parent):
+                    yield _Value("local", name_of(one), code)
                 yield from self._expression(outer[-1], code)
             elif isinstance(parent, ast.Lambda) and code.co_name == "<lambda>":
                 yield _Value("returned", code.co_name, code)
@@ -280,9 +257,9 @@ class OnlyShown:
         plain = isinstance(base, ast.Name) and self._is_own_collection(base, code)
         for own in () if plain else self._by_name.get(name, ()):
             yield from self._body(own)
-        if name in _SHOWS | WRITES and is_thrown_away(tuple(above)):
+        if name in SHOWS | WRITES and is_thrown_away(tuple(above)):
             return True
-        if name not in _PURE | _TAKES:
+        if name not in PURE | TAKES:
             raise NotOnlyShown
         return False
 
@@ -295,17 +272,18 @@ class OnlyShown:
             first = {0, int(isinstance(call.func, ast.Attribute))}
             if sure and self._takes_itself(own):
                 first.discard(0)
-            yield from _parameters(own, call, node, first)
+            for name in _parameters(self._functions[own], call, node, first):
+                yield _Value("local", name, own)
         if sure:
             # What it returns follows from its parameter, or does not.
             return True
         name = name_of(call.func)
-        if name in _SHOWS and is_thrown_away(tuple(above)):
+        if name in SHOWS and is_thrown_away(tuple(above)):
             return True
         if (target := _changed_by(call)) is not None:
             yield from self._targets([target], code, into=True)
             return True
-        if name not in _PURE:
+        if name not in PURE:
             raise NotOnlyShown
         return False
 
@@ -321,7 +299,7 @@ class OnlyShown:
         named = self._by_name.get(name, [])
         known = variables_of(function)
         if isinstance(call.func, ast.Name):
-            if name in _locals_of(code):
+            if name in own_variables(code):
                 return named, False
             # Of anything else, it is not asked what it wraps: it may answer anything.
             found = known.get(name)
@@ -330,7 +308,7 @@ class OnlyShown:
         base = getattr(call.func, "value", None)
         if not isinstance(base, ast.Name):
             return named, False
-        if base.id in _locals_of(code):
+        if base.id in own_variables(code):
             if self._is_own_collection(base, code):
                 return [], False
             return named, self._is_self(base, code) and bool(named)
@@ -344,19 +322,17 @@ class OnlyShown:
     def _statement(
         self, node: ast.AST, statement: ast.stmt, above: list[ast.AST], code: _Code
     ) -> Iterator[_Value]:
-        if isinstance(statement, ast.Assign):
-            yield from self._targets(statement.targets, code)
-        elif isinstance(statement, ast.AnnAssign | ast.AugAssign):
-            yield from self._targets([statement.target], code)
-        elif isinstance(statement, ast.Return):
+        if isinstance(statement, ast.Return):
             if sum(isinstance(one, ast.FunctionDef) for one in above) != 1:
                 raise NotOnlyShown
             yield _Value("returned", code.co_name, code)
-        elif isinstance(statement, ast.If) and statement.test is node:
+        elif isinstance(statement, ast.If | ast.For):
+            if node is not getattr(statement, "test", getattr(statement, "iter", None)):
+                raise NotOnlyShown
+            yield from self._targets(targets_of(statement), code)
             yield from self._statements([*statement.body, *statement.orelse], code)
-        elif isinstance(statement, ast.For) and statement.iter is node:
-            yield from self._targets([statement.target], code)
-            yield from self._statements([*statement.body, *statement.orelse], code)
+        elif isinstance(statement, _SETS):
+            yield from self._targets(targets_of(statement), code)
         elif not isinstance(statement, ast.Expr):
             raise NotOnlyShown
 
@@ -367,17 +343,11 @@ class OnlyShown:
     ) -> Iterator[_Value]:
         """Yields what is set, or written `into`."""
         for target in targets:
-            if isinstance(target, ast.Tuple | ast.List):
-                yield from self._targets(target.elts, code, into)
-            elif isinstance(target, ast.Starred):
-                yield from self._targets([target.value], code, into)
-            elif isinstance(target, ast.Name):
+            if isinstance(target, ast.Name):
                 if into and not self._is_own_collection(target, code):
                     raise NotOnlyShown
-                if target.id in _locals_of(code):
-                    yield _Value("local", target.id, code)
-                else:
-                    yield _Value("variable", target.id)
+                own = target.id in own_variables(code)
+                yield _Value("local", target.id, code) if own else _Value("variable", target.id)
             elif isinstance(target, ast.Attribute):
                 if (owner := self._users_kind(target.value, code)) is None:
                     raise NotOnlyShown
@@ -392,20 +362,20 @@ class OnlyShown:
 
         A variable may stand for something of another's, such as an optimizer's group.
         """
-        if target.id not in _locals_of(code):
+        if target.id not in own_variables(code):
             return isinstance(variables_of(self._functions[code]).get(target.id), NESTS)
         made = [_value_set(one, target.id) for one, _ in _tree(code)]
-        return any(made) and all(
-            isinstance(one, _FRESH) or (isinstance(one, ast.Call) and name_of(one.func) in _MAKERS)
-            for one in made
-            if one is not None
+        values = [one for one in made if one is not None]
+        return bool(values) and all(
+            name_of(one.func) in COLLECTIONS if isinstance(one, ast.Call) else type(one) in _FRESH
+            for one in values
         )
 
     def _users_kind(self, base: ast.AST, code: _Code) -> type | None:
         """Returns the class of an object of the user's that nobody else reads; None of another."""
         if not isinstance(base, ast.Name):
             return None
-        if base.id in _locals_of(code):
+        if base.id in own_variables(code):
             if not self._is_self(base, code) or not all(map(_is_users_alone, self._kinds[code])):
                 return None
             return self._defined_by[code]
@@ -419,42 +389,29 @@ class OnlyShown:
         if code in self._looked_into:
             return
         self._looked_into.add(code)
-        body: Any = getattr(syntax_tree(code), "body", None)
-        if not body or not isinstance(body[0], ast.FunctionDef):
+        if (own := definition_of(code)) is None:
             raise NotOnlyShown
-        yield from self._statements(body[0].body, code, called=True)
+        yield from self._statements(own.body, code, called=True)
 
     def _statements(
         self, statements: Iterable[ast.stmt], code: _Code, called: bool = False
     ) -> Iterator[_Value]:
         """Yields what statements set that are done or left out by such a value."""
         for one in statements:
-            if isinstance(one, ast.Expr):
-                yield from self._expression(one.value, code, called, thrown_away=True)
-            elif isinstance(one, ast.Assign):
-                yield from self._expression(one.value, code, called)
-                yield from self._targets(one.targets, code)
-            elif isinstance(one, ast.AnnAssign | ast.AugAssign):
-                yield from self._expression(one.value, code, called)
-                yield from self._targets([one.target], code)
-            elif isinstance(one, ast.If):
-                yield from self._expression(one.test, code, called)
-                yield from self._statements([*one.body, *one.orelse], code, called)
-            elif isinstance(one, ast.For):
-                yield from self._expression(one.iter, code, called)
-                yield from self._targets([one.target], code)
-                yield from self._statements([*one.body, *one.orelse], code, called)
-            elif isinstance(one, ast.Return) and called:
-                yield from self._expression(one.value, code, called)
-            elif not isinstance(one, _ALONE):
+            if isinstance(one, _ALONE):
+                continue
+            if not (isinstance(one, _FOLLOWED) or (isinstance(one, ast.Return) and called)):
                 raise NotOnlyShown
+            part: Any = next(
+                getattr(one, name) for name in ("value", "test", "iter") if hasattr(one, name)
+            )
+            yield from self._expression(part, code, thrown_away=isinstance(one, ast.Expr))
+            yield from self._targets(targets_of(one), code)
+            if isinstance(one, ast.If | ast.For):
+                yield from self._statements([*one.body, *one.orelse], code, called)
 
     def _expression(
-        self,
-        tree: ast.AST | None,
-        code: _Code,
-        called: bool = False,
-        thrown_away: bool = False,
+        self, tree: ast.AST | None, code: _Code, thrown_away: bool = False
     ) -> Iterator[_Value]:
         """Yields what an expression writes to that is computed, or is not, by such a value."""
         for one in ast.walk(tree) if tree is not None else ():
@@ -465,8 +422,8 @@ class OnlyShown:
             users, sure = self._called(one, code)
             for own in users:
                 yield from self._body(own)
-            shows = _SHOWS if thrown_away and one is tree else frozenset[str]()
-            if not sure and name_of(one.func) not in _PURE | WRITES | _TAKES | shows:
+            shows = SHOWS if thrown_away and one is tree else frozenset[str]()
+            if not sure and name_of(one.func) not in PURE | WRITES | TAKES | shows:
                 raise NotOnlyShown
             target = None if sure or name_of(one.func) in shows else _changed_by(one)
             if target is not None:
@@ -484,27 +441,16 @@ def _tree(code: _Code) -> list[tuple[ast.AST, Above]]:
     return [*nodes_in(tree)]
 
 
-@lru_cache(maxsize=KEPT)
 def _may_name(code: _Code, name: str) -> bool:
-    own = words_in(code)
-    inner = (one for one in code.co_consts if isinstance(one, types.CodeType))
-    if name in own or own & {"__dict__", "vars", "asdict", "getattr", "globals"}:
-        return True
-    return name in (*code.co_freevars, *code.co_cellvars) or any(
-        _may_name(one, name) for one in inner
-    )
+    every = {"__dict__", "vars", "asdict", "getattr", "globals"}
+    return may_name(code, name) or not every.isdisjoint(words_in(code))
 
 
 @lru_cache(maxsize=KEPT)
 def _calls_dark(code: _Code) -> bool:
     # Not by the method of that name, as `model.eval()`.
     own = (one.argval for one in dis.get_instructions(code) if one.opname == "LOAD_GLOBAL")
-    return bool(_DARK & names_in(code)) and not _DARK.isdisjoint(own)
-
-
-def _locals_of(code: _Code) -> frozenset[str]:
-    """Returns the variables of a function that nobody else sets."""
-    return frozenset((*code.co_varnames, *code.co_cellvars))
+    return bool(DARK & names_in(code)) and not DARK.isdisjoint(own)
 
 
 def _is_read(value: _Value, node: ast.AST, above: Above) -> bool:
@@ -521,7 +467,7 @@ def _is_read(value: _Value, node: ast.AST, above: Above) -> bool:
         return _is_load(node, ast.Attribute)  # A property.
     if isinstance(node, ast.Attribute) and _is_load(node, ast.Attribute):
         return node.attr == "__dict__" or (node.attr == value.name and not called)
-    if isinstance(node, ast.Call) and name_of(node.func) in _OF_ALL:
+    if isinstance(node, ast.Call) and name_of(node.func) in OF_ALL:
         name = node.args[1] if len(node.args) > 1 else None
         return not isinstance(name, ast.Constant) or name.value == value.name
     return False
@@ -533,68 +479,51 @@ def _is_load(node: ast.AST, kind: type[ast.AST]) -> bool:
 
 def _value_set(node: ast.AST, name: str) -> ast.AST | None:
     """Returns what a statement sets a variable to; itself, if it does so in another way."""
-    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", node)]
-    if isinstance(node, ast.With | ast.AsyncWith):
-        return next((node for one in ast.walk(node) if _is_stored(one, name)), None)
-    if not isinstance(node, ast.stmt):
+    if not isinstance(node, ast.stmt) or name not in map(name_of, targets_of(node)):
         return None
-    if any(isinstance(one, ast.Name) and one.id == name for one in targets):
-        return getattr(node, "value", node)
-    inside = (each for one in targets if one is not node for each in ast.walk(one))
-    return node if any(_is_stored(one, name) for one in inside) else None
-
-
-def _is_stored(node: ast.AST, name: str) -> bool:
-    return isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, ast.Store)
+    whole = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", node)]
+    return getattr(node, "value", node) if name in map(name_of, whole) else node
 
 
 def _changed_by(call: ast.Call) -> ast.AST | None:
     """Returns the collection that a call changes, if it is a method of one by its name."""
-    takes = isinstance(call.func, ast.Attribute) and call.func.attr in _TAKES
+    takes = isinstance(call.func, ast.Attribute) and call.func.attr in TAKES
     return call.func.value if takes else written_by(call)  # type: ignore[attr-defined]
 
 
 def _parameters(
-    code: _Code, call: ast.Call, node: ast.AST, first: Iterable[int]
-) -> Iterator[_Value]:
+    function: types.FunctionType, call: ast.Call, node: ast.AST, first: Iterable[int]
+) -> Iterator[str]:
     """Yields the parameters of a function that an argument may be; none, if it takes fewer.
 
     The `first` argument may be one of several: a method has its object before it.
     """
-    count = code.co_argcount
-    names = code.co_varnames[: count + code.co_kwonlyargcount]
-    more = [*code.co_varnames[len(names) :]]
-    # What takes all that is left: of those without a name, and of those with one.
-    rest = more.pop(0) if code.co_flags & inspect.CO_VARARGS else None
-    by_name = more.pop(0) if code.co_flags & inspect.CO_VARKEYWORDS else None
-    if isinstance(node, ast.keyword):
-        if (name := node.arg if node.arg in names else by_name) is None:
-            raise NotOnlyShown
-        yield _Value("local", name, code)
-        return
-    before: list[ast.AST] = [*call.args]
-    if any(isinstance(one, ast.Starred) for one in before) or node not in before:
+    if isinstance(node, ast.keyword) and node.arg is not None:
+        ways = [bound(function, (), {node.arg: node})]
+    elif node in call.args and not any(isinstance(one, ast.Starred) for one in call.args):
+        ways = [bound(function, [*(None,) * shift, *call.args], {}) for shift in first]
+    else:
         raise NotOnlyShown
-    for shift in first:
-        place = before.index(node) + shift
-        if (name := names[place] if place < count else rest) is not None:
-            yield _Value("local", name, code)
+    for name, value in (pair for one in ways for pair in one.items()):
+        inside = [*value.values()] if isinstance(value, dict) else [value]
+        if node in (value if isinstance(value, tuple) else inside):
+            yield name
 
 
 # ------------------------------------------------------------------------------ of objects
 
 
 def _is_number_or_nest(value: Any, depth: int = _DEPTH) -> bool:
-    """Tells whether a value is a number, a word, a scalar on the host, or a nest of these."""
+    """Tells whether a value is a number, a word, a scalar on the host, or a nest of these.
+
+    In a nest tensors may have any size: a log of states has them.
+    """
     if isinstance(value, torch.Tensor):
-        return value.numel() == 1 and not value.requires_grad
+        return (value.numel() == 1 or depth < _DEPTH) and not value.requires_grad
     if isinstance(value, NESTS) and depth > 0:
         inside = value.values() if isinstance(value, dict) else value
-        return all(
-            not isinstance(one, torch.Tensor) and _is_number_or_nest(one, depth - 1)
-            for one in list(inside)
-        )
-    return isinstance(value, SCALARS)
+        return all(_is_number_or_nest(one, depth - 1) for one in [*inside])
+    return isinstance(value, (*SCALARS, numpy.ndarray) if depth < _DEPTH else SCALARS)
 
 
 def _is_users_alone(kind: Any) -> bool:

@@ -23,8 +23,8 @@ from crosstrain.engine.guards import is_others, module_of, own_attributes
 from crosstrain.engine.nests import is_module
 from crosstrain.engine.state import State
 
-from .functions import layers_of, variables_of
-from .tree import KEPT, codes_in, syntax_tree
+from .functions import bound, layers_of, variables_of
+from .tree import KEPT, codes_in, stored_in, syntax_tree, targets_of
 from .uses import attributes_used
 
 #: An object's attribute: whose, and its name.
@@ -47,9 +47,8 @@ def set_by(
     if is_others(layers[-1]) and not module_of(layers[-1]).startswith("torch.utils.data."):
         return
     plain, owner = layers[-1], getattr(function, "__self__", None)
-    names = plain.__code__.co_varnames[: plain.__code__.co_argcount]
     values = given if owner is None else [owner, *given]
-    known = _known_in(plain, {**dict(zip(names, values, strict=False)), **named})
+    known = _known_in(plain, bound(plain, values, named))
     for statement in _surely_done(plain.__code__):
         yield from _set_in(statement, known, depth)
 
@@ -57,12 +56,12 @@ def set_by(
 def _known_in(plain: types.FunctionType, passed: Mapping[str, Any]) -> dict[str, Any]:
     """Returns what variables of a function stand for, but for those that it sets itself."""
     known = {**variables_of(plain), **passed}
-    return {name: known[name] for name in known.keys() - _stored_in(plain.__code__)}
+    return {name: known[name] for name in known.keys() - stored_in(plain.__code__)}
 
 
 def _set_in(statement: ast.stmt, known: Mapping[str, Any], depth: int) -> Iterator[Held]:
     """Yields the attributes that a statement sets, itself or by what it calls."""
-    for target in _targets(statement):
+    for target in _attributes_set(statement):
         if (holder := _resolved(target.value, known)) is not None:
             yield holder, target.attr
     call = getattr(statement, "value", None)
@@ -87,24 +86,10 @@ def _surely_done(code: types.CodeType) -> Iterator[ast.stmt]:
             return
 
 
-@lru_cache(maxsize=KEPT)
-def _stored_in(code: types.CodeType) -> frozenset[str]:
-    """Returns the variables that a function sets itself."""
-    inside = ast.walk(syntax_tree(code) or ast.Pass())
-    return frozenset(
-        one.id for one in inside if isinstance(one, ast.Name) and not isinstance(one.ctx, ast.Load)
-    )
-
-
-def _targets(statement: ast.stmt) -> list[ast.Attribute]:
+def _attributes_set(statement: ast.stmt) -> list[ast.Attribute]:
     """Returns the attributes that a statement sets, if it does no more."""
-    targets: list[ast.expr] = []
-    if isinstance(statement, ast.Assign):
-        targets = statement.targets
-    elif isinstance(statement, ast.AnnAssign) and statement.value is not None:
-        targets = [statement.target]
-    inside = [part for one in targets for part in getattr(one, "elts", [one])]
-    return [one for one in inside if isinstance(one, ast.Attribute)]
+    targets = targets_of(statement) if isinstance(statement, (ast.Assign, ast.AnnAssign)) else ()
+    return [one for one in targets if isinstance(one, ast.Attribute)]
 
 
 def _resolved(node: ast.AST, known: Mapping[str, Any]) -> Any:
@@ -154,7 +139,7 @@ def is_variable_set_first(held: Held, functions: Iterable[types.FunctionType]) -
     """Tells whether each function that reads a variable has set it before, in any case."""
     holder, name = held
     found = [one.__code__ for one in functions if _reads_variable(one.__code__, name)]
-    return holder is None and bool(found) and all(_sets_first(one, name) for one in found)
+    return holder is None and bool(found) and all(_sets_variable_first(one, name) for one in found)
 
 
 @lru_cache(maxsize=KEPT)
@@ -167,17 +152,21 @@ def _reads_variable(code: types.CodeType, name: str) -> bool:
     return name not in own and any(_reads_variable(one, name) for one in inner)
 
 
-def _sets_first(code: types.CodeType, name: str) -> bool:
-    for statement in _surely_done(code):
-        changed = {id(one.target) for one in ast.walk(statement) if isinstance(one, ast.AugAssign)}
-        inside = [one for one in ast.walk(statement) if isinstance(one, ast.Name)]
-        loaded = (one for one in inside if id(one) in changed or isinstance(one.ctx, ast.Load))
-        if any(one.id == name for one in loaded):
-            return False
-        targets = statement.targets if isinstance(statement, ast.Assign) else ()
-        if any(isinstance(one, ast.Name) and one.id == name for one in targets):
-            return True
-    return False
+@lru_cache(maxsize=KEPT)
+def _sets_variable_first(code: types.CodeType, name: str) -> bool:
+    inside = [*ast.walk(syntax_tree(code) or ast.Pass())]
+    changed = {id(one.target) for one in inside if isinstance(one, ast.AugAssign)}
+    loads = [
+        one
+        for one in inside
+        if isinstance(one, ast.Name) and one.id == name
+        if id(one) in changed or isinstance(one.ctx, ast.Load)
+    ]
+    return any(
+        isinstance(statement, ast.Assign)
+        and name in [one.id for one in statement.targets if isinstance(one, ast.Name)]
+        for statement in _before(loads, code)
+    )
 
 
 def _writes_first(function: types.FunctionType, held: Held) -> bool:
@@ -185,18 +174,25 @@ def _writes_first(function: types.FunctionType, held: Held) -> bool:
     loads = _loads_of(code, name)
     if loads is None:
         return False
-    known, stored = _known_in(function, {}), _stored_in(code)
-    for statement in _surely_done(code):
-        end = statement.end_lineno or 0, statement.end_col_offset or 0
-        if any((one.lineno, one.col_offset) < end for one in loads):
-            return False
+    known, stored = _known_in(function, {}), stored_in(code)
+    for statement in _before(loads, code):
         if any(one is holder and own == name for one, own in _set_in(statement, known, _DEPTH)):
             return True
         # Of whichever object: it is read of the same one, such as `self`.
-        bases = {ast.unparse(one.value) for one in _targets(statement) if one.attr == name}
+        targets = [one.value for one in _attributes_set(statement) if one.attr == name]
+        bases = {ast.unparse(one) for one in targets}
         if bases & set(code.co_varnames) - stored >= {ast.unparse(one.value) for one in loads}:
             return bool(bases)
     return False
+
+
+def _before(loads: Sequence[ast.expr], code: types.CodeType) -> Iterator[ast.stmt]:
+    """Yields the statements that are done in any case before something is loaded."""
+    for statement in _surely_done(code):
+        end = statement.end_lineno or 0, statement.end_col_offset or 0
+        if any((one.lineno, one.col_offset) < end for one in loads):
+            return
+        yield statement
 
 
 @lru_cache(maxsize=KEPT)
@@ -210,8 +206,6 @@ def _loads_of(code: types.CodeType, name: str) -> list[ast.Attribute] | None:
     return [
         one
         for one in inside
-        if isinstance(one, ast.Attribute)
-        and one.attr == name
-        and not isinstance(one.ctx, ast.Store)
-        and id(one) not in called
+        if isinstance(one, ast.Attribute) and one.attr == name
+        if not isinstance(one.ctx, ast.Store) and id(one) not in called
     ]

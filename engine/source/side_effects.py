@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 import ast
-import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
-from .tree import name_of, root_of
+from .names import DRAWS, MAKING_MODULES, OWN_DRAWS, SAYS
+from .tree import name_of, root_of, targets_of
 
-_SAYS: Final = frozenset({"debug", "info", "log", "print", "warn", "warning", "register_buffer"})
-_MAKERS: Final = frozenset({"F", "collections", "itertools", "math", "np", "numpy", "torch"})
-# What draws from a generator that all share, or sets one, or does a training's work.
-_DRAWS: Final = re.compile(
-    "bernoulli|choice|dropout|exponential|multinomial|normal|perm|poisson|rand|sample|seed|shuffle"
-    "|uniform|rng|^step$|zero_grad|backward|load_state|^next$|^apply$|^exec$|^eval$|setattr|delattr"
-)
-# Made with a state of their own, they draw from nothing else.
-_OWN_DRAWS: Final = frozenset({"default_rng", "RandomState"})
-
-
-def is_in_place(name: str) -> bool:
-    """Tells whether a method is named as those that change a tensor."""
-    return name.endswith("_") and not name.endswith("__")
+# What sets a variable to what it was not made for here.
+_OTHERS: Final = (ast.AugAssign, ast.With, ast.AsyncWith)
 
 
 def calls_in(statements: Iterable[ast.AST]) -> set[str]:
@@ -33,16 +21,8 @@ def calls_in(statements: Iterable[ast.AST]) -> set[str]:
 
 def made_in(statements: Iterable[ast.AST]) -> set[str]:
     """Returns the local variables that statements set to what they make."""
-    return {
-        target.id
-        for one in statements
-        for node in ast.walk(one)
-        if isinstance(node, (ast.Assign, ast.AnnAssign, ast.NamedExpr, ast.For, ast.comprehension))
-        for targets in [node.targets if isinstance(node, ast.Assign) else [node.target]]
-        for each in targets
-        for target in ast.walk(each)
-        if isinstance(target, ast.Name) and isinstance(target.ctx, ast.Store)
-    }
+    inside = (node for one in statements for node in ast.walk(one) if not isinstance(node, _OTHERS))
+    return {one.id for node in inside for one in targets_of(node) if isinstance(one, ast.Name)}
 
 
 def fresh_in(statements: Sequence[ast.AST]) -> set[str]:
@@ -52,13 +32,11 @@ def fresh_in(statements: Sequence[ast.AST]) -> set[str]:
     """
     found: set[str] = set()
     inside = [node for one in statements for node in ast.walk(one)]
-    for _ in range(2):
-        for node in inside:
-            if isinstance(node, (ast.Assign, ast.AnnAssign, ast.NamedExpr)):
-                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-                names = {one.id for one in targets if isinstance(one, ast.Name)}
-                if _is_fresh(node.value, found):
-                    found |= names
+    for node in inside * 2:
+        if isinstance(node, (ast.Assign, ast.AnnAssign, ast.NamedExpr)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if _is_fresh(node.value, found):
+                found |= {one.id for one in targets if isinstance(one, ast.Name)}
     return found
 
 
@@ -68,7 +46,7 @@ def _is_fresh(value: ast.AST | None, fresh: set[str]) -> bool:
         if isinstance(root, ast.Call):
             return _is_fresh(root, fresh)
         plain = isinstance(value.func, ast.Name)
-        return plain or (isinstance(root, ast.Name) and root.id in _MAKERS | fresh)
+        return plain or (isinstance(root, ast.Name) and root.id in MAKING_MODULES | fresh)
     return not isinstance(value, (ast.Name, ast.Attribute, ast.Subscript, ast.IfExp, ast.BoolOp))
 
 
@@ -116,7 +94,7 @@ def _is_quiet(
         return True
     if not isinstance(value, ast.Call):
         return False
-    if name_of(value.func) in _SAYS or name_of(value.func) in through:
+    if name_of(value.func) in SAYS or name_of(value.func) in through:
         return True
     root = root_of(value.func)
     itself = isinstance(value.func, ast.Attribute) and is_itself(value.func.value)
@@ -137,7 +115,7 @@ def returns_nothing(body: Iterable[ast.AST]) -> bool:
 def draws(call: ast.Call, made: set[str]) -> bool:
     """Tells whether a call may draw from, or set, a generator that others use."""
     name = name_of(call.func)
-    if name in _OWN_DRAWS or not _DRAWS.search(name):
+    if name in OWN_DRAWS or not DRAWS.search(name):
         return False
     if any(one.arg == "generator" for one in call.keywords):
         return False

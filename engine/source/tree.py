@@ -103,6 +103,49 @@ def root_of(node: ast.AST) -> ast.AST:
     return node
 
 
+def targets_of(node: ast.AST) -> list[ast.expr]:
+    """Returns what a statement, or a part of one, sets; of a tuple, what it sets of it."""
+    left: list[Any] = [getattr(node, "target", None)]
+    if isinstance(node, ast.Assign):
+        left = [*node.targets]
+    elif isinstance(node, ast.With | ast.AsyncWith):
+        left = [one.optional_vars for one in node.items]
+    elif isinstance(node, ast.AnnAssign) and node.value is None:
+        return []
+    found: list[ast.expr] = []
+    while left:
+        one = left.pop(0)
+        if isinstance(one, ast.Tuple | ast.List):
+            left[:0] = one.elts
+        elif isinstance(one, ast.Starred):
+            left[:0] = [one.value]
+        elif one is not None:
+            found.append(one)
+    return found
+
+
+@lru_cache(maxsize=KEPT)
+def stored_in(code: types.CodeType) -> frozenset[str]:
+    """Returns the variables that a function sets itself, by more than a call of it."""
+    inside = ast.walk(syntax_tree(code) or ast.Pass())
+    return frozenset(
+        one.id for one in inside if isinstance(one, ast.Name) and not isinstance(one.ctx, ast.Load)
+    )
+
+
+def own_variables(code: types.CodeType) -> frozenset[str]:
+    """Returns the variables of a function that nobody else sets."""
+    return frozenset((*code.co_varnames, *code.co_cellvars))
+
+
+@lru_cache(maxsize=KEPT)
+def may_name(code: types.CodeType, name: str) -> bool:
+    """Tells whether a function's source may have a name in it: a quick look at its code."""
+    return name in words_in(code) or any(
+        name in (*one.co_freevars, *one.co_cellvars, one.co_name) for one in codes_in(code)
+    )
+
+
 @lru_cache(maxsize=KEPT)
 def names_in(code: types.CodeType) -> frozenset[str]:
     """Returns the names of globals and attributes in a function: a quick look at its code."""

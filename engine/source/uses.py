@@ -12,22 +12,8 @@ from typing import Final, NamedTuple
 from crosstrain.engine.guards import is_others
 
 from .functions import layers_of
+from .names import SHOWS, WRITES
 from .tree import KEPT, Above, name_of, nodes_in, syntax_tree
-
-#: What changes a collection and does not look at it.
-WRITES: Final = frozenset(
-    {"__setitem__", "add", "append", "appendleft", "clear", "extend", "insert", "update"}
-) | {"write", "writerow"}
-#: What shows what it is given.
-SHOWS: Final = frozenset(
-    {"add_scalar", "debug", "dumps", "error", "info", "log", "print", "set_description"}
-) | {"set_postfix", "warning", "write"}
-#: What does nothing but give a value: what goes in, comes out.
-QUIET: Final = (
-    frozenset({"abs", "bool", "clone", "copy", "cpu", "deepcopy", "detach", "dict", "float", "int"})
-    | {"get", "item", "len", "list", "max", "mean", "min", "numpy", "round", "set", "sorted"}
-    | {"state_dict", "str", "sum", "tolist", "tuple"}
-)
 
 
 class Use(NamedTuple):
@@ -36,13 +22,10 @@ class Use(NamedTuple):
     Args:
         path: the attributes of it that lead to what is used; a call and its length are methods.
         read: whether that is looked at, and not only written to or shown.
-        into: the variable of a collection, or another attribute of the same object, as
-            `self.average`, that it ends in, if it is looked at for nothing else.
     """
 
     path: tuple[str, ...]
     read: bool
-    into: str | None = None
 
 
 class AttributeUse(NamedTuple):
@@ -148,17 +131,7 @@ def _use(node: ast.AST, above: Above) -> Use:
             path.append("__call__")
         elif name_of(parent.func) == "len":
             path.append("__len__")
-    if not _is_read(node, above):
-        return Use(tuple(path), False)
-    text = ast.unparse(end)
-    into = _ends_in(end, tuple(outer))
-    if into is not None and (text == into or text.startswith(f"{into}.")):
-        return Use(tuple(path), False)
-    base, _, own = (into or "").rpartition(".")
-    of_itself = path and isinstance(node, ast.Name) and base == node.id and own.isidentifier()
-    if into is None or not (into.isidentifier() or of_itself):
-        return Use(tuple(path), True)
-    return Use(tuple(path), False, into)
+    return Use(tuple(path), _is_read(node, above))
 
 
 def _is_read(node: ast.AST, above: Above) -> bool:
@@ -196,62 +169,6 @@ def is_thrown_away(above: Above) -> bool:
     """Tells whether what a call returns is thrown away: by a statement, or by a handler."""
     outer = next((one for one in reversed(above) if not isinstance(one, ast.IfExp)), None)
     return isinstance(outer, (ast.Expr, ast.Lambda, ast.Tuple))
-
-
-def _ends_in(node: ast.AST, above: Above) -> str | None:
-    """Returns the collection, or the variable, that a value ends in, if it is used for no more."""
-    for index in range(len(above) - 1, -1, -1):
-        parent = above[index]
-        if isinstance(parent, ast.Call):
-            if (target := written_by(parent)) is not None:
-                return ast.unparse(target) if is_thrown_away(above[:index]) else None
-            if name_of(parent.func) not in QUIET:
-                return None
-        elif isinstance(parent, ast.IfExp) and not is_thrown_away(above[: index + 1]):
-            calls = [one for one in ast.walk(parent) if isinstance(one, ast.Call)]
-            if any(name_of(one.func) not in QUIET for one in calls):
-                return None
-        elif isinstance(parent, (ast.If, ast.IfExp)):
-            if parent.test is not node:
-                return None
-            one, other = parent.body, parent.orelse
-            parts = [*(one if isinstance(one, list) else [one])]
-            parts += other if isinstance(other, list) else [other]
-            targets = {target for part in parts for target in _targets(part)}
-            return targets.pop() if len(targets) == 1 else None
-        elif isinstance(parent, (ast.Assign, ast.AugAssign)):
-            targets = set(_assigned(parent))
-            return targets.pop() if len(targets) == 1 else None
-        elif isinstance(parent, (ast.stmt, ast.comprehension, ast.Lambda, ast.NamedExpr)):
-            return None
-        node = parent
-    return None
-
-
-def _targets(part: ast.AST) -> list[str]:
-    """Returns what a statement, or a part of one, writes to; "" among them: more than that."""
-    if isinstance(part, (ast.Pass, ast.Constant)):
-        return []
-    if isinstance(part, ast.Expr):
-        return _targets(part.value)
-    calls = [one for one in ast.walk(part) if isinstance(one, ast.Call)]
-    written = written_by(part) if isinstance(part, ast.Call) else None
-    if any(name_of(one.func) not in QUIET for one in calls if one is not part):
-        return [""]
-    if written is not None:
-        return [ast.unparse(written)]
-    return _assigned(part) if isinstance(part, (ast.Assign, ast.AugAssign)) else [""]
-
-
-def _assigned(part: ast.Assign | ast.AugAssign) -> list[str]:
-    """Returns what a statement assigns to; "" for what has no name."""
-    targets = part.targets if isinstance(part, ast.Assign) else [part.target]
-    return [
-        ast.unparse(one.value if isinstance(one, ast.Subscript) else one)
-        if isinstance(one, (ast.Subscript, ast.Name, ast.Attribute))
-        else ""
-        for one in targets
-    ]
 
 
 # ---------------------------------------------------------------------------------- of classes

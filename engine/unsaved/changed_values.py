@@ -84,7 +84,6 @@ class Values(Walk):
         self.engines: dict[str, Any] = {}
         # Of what was found, what a named object's state has now.
         self._goes_on: set[Place] = set()
-        self._read: set[int] = set()
         # pytorch-ignite's: a state only where something reads what they come to.
         self._metrics: dict[Place, Any] = {}
         self.from_functions(used.functions)
@@ -96,7 +95,6 @@ class Values(Walk):
             for name, value in attributes_of(part).items():
                 if is_a(value, DataLoader, Dataset):
                     self.value(value, f"the {place}", name, DEPTH, ALL)
-        self._settle()
         for name, tensors in used.left_out.items():
             where: Place = name, "parameters and buffers that are not saved"
             self.signatures[where] = [(one.data_ptr(), one._version) for one in tensors]
@@ -165,7 +163,6 @@ class Values(Walk):
         """Notes what a plain value, a collection or a function is now."""
         # A counter that is named lies in an object that is: its values are its own.
         if id(value) not in self._known:
-            self._read.add(id(value))
             self.signatures[owner, name] = signature_of(value)
             self.values[owner, name] = value
             holder, _ = self._holders_of.get((owner, name), (None, name))
@@ -211,18 +208,11 @@ class Values(Walk):
     def _reads_metrics(self) -> bool:
         """Tells whether a function that was looked into reads `state.metrics`."""
         return any(
-            one.of == "state" and (one.use.read or one.use.into)
+            one.of == "state" and one.use.read
             for function in self.functions
             if self._metrics and "metrics" in words_in(function.__code__)
             for one in attributes_used(function.__code__).get("metrics", ())
         )
-
-    def _settle(self) -> None:
-        """Notes what was written into collections that are read after all."""
-        while left := [one for one in self._waiting if one[3] in self._read]:
-            self._waiting = [one for one in self._waiting if one[3] not in self._read]
-            for owner, name, value, _ in left:
-                self.value(value, owner, name, DEPTH, ALL)
 
 
 def _hands_groups_on(optimizer: Optimizer) -> bool:

@@ -28,8 +28,7 @@ _READERS: Final = frozenset(
 
 def reads_gradients(used: Used, functions: Iterable[Any]) -> bool:
     """Tells whether functions that a run calls, or what they lead to, may look at gradients."""
-    # Also what only ends in a log may look at them.
-    walk, looked_at = Walk(used, waits=False), [*functions]
+    walk, looked_at = Walk(used), [*functions]
     walk.from_functions({str(number): one for number, one in enumerate(looked_at)})
     layers = (layer for function in looked_at for layer in _layers(function))
     return any(map(_reads, (*walk.functions, *layers)))

@@ -71,8 +71,7 @@ class _Reached(Walk):
     """Comes to the functions that some call, and tells whether they compute by a model."""
 
     def __init__(self, used: Used) -> None:
-        # What ends in a log is read, too.
-        super().__init__(used, waits=False)
+        super().__init__(used)
         self.computes = False
 
     def look(self, value: Any, owner: str, name: str, depth: int, uses: frozenset[Use]) -> None:

@@ -44,8 +44,9 @@ from crosstrain.engine.source.functions import (
     methods_in,
     variables_of,
 )
+from crosstrain.engine.source.names import WRITES
 from crosstrain.engine.source.tree import names_in
-from crosstrain.engine.source.uses import ALL, WRITES, Use, uses_of, uses_of_self
+from crosstrain.engine.source.uses import ALL, Use, uses_of, uses_of_self
 from crosstrain.engine.state import State
 from crosstrain.engine.structure import RECORDED
 
@@ -84,19 +85,14 @@ class Walk:
     Args:
         used: what the run uses, and what a checkpoint has of it.
         known: what is not looked into, by `id`; None: what a checkpoint takes care of.
-        waits: whether what only ends in a collection, such as a log, waits until that is read.
     """
 
-    def __init__(self, used: Used, known: Set[int] | None = None, waits: bool = True) -> None:
+    def __init__(self, used: Used, known: Set[int] | None = None) -> None:
         self.used, self._saved = used, used.saved
         self._known = used.known if known is None else known
         self._holders = [used.holders]
-        # Nobody is told of what only a log meets.
-        self._waits, self._closed = waits, used.closed if waits else {}
         self._seen: set[Any] = set()
         self._of_classes: dict[Any, tuple[set[Use], list[types.FunctionType]]] = {}
-        # What is looked at only to be written into a collection: a state, if that is read.
-        self._waiting: list[tuple[str, str, Any, int]] = []
         #: The user's functions that were looked into.
         self.functions: list[types.FunctionType] = []
 
@@ -178,26 +174,7 @@ class Walk:
             unknown |= {Use((one,), True) for one in names_in(code)}
         for variable, value in variables.items():
             some = unknown if uses is None else uses.get(variable, unknown)
-            self._used(value, name, variable, depth - 1, some, variables)
-
-    def _used(
-        self,
-        value: Any,
-        owner: str,
-        name: str,
-        depth: int,
-        uses: frozenset[Use],
-        variables: Mapping[str, Any],
-    ) -> None:
-        """Notes a value that a function uses; later, if it only ends in one of its collections."""
-        read = frozenset(use for use in uses if use.into is None)
-        for use in uses - read:
-            other = variables.get(use.into)  # type: ignore[arg-type]
-            if self._waits and isinstance(other, COLLECTIONS):
-                self._waiting.append((owner, name, value, id(other)))
-            else:
-                read |= {use._replace(read=True, into=None)}
-        self.value(value, owner, name, depth, read)
+            self.value(value, name, variable, depth - 1, some)
 
     def _held(self) -> None:
         """Looks at what the functions that were looked into use of engines, models and the like."""
@@ -214,7 +191,7 @@ class Walk:
                             self.function(method, f"{where}.{name}", DEPTH)
                             continue
                         self.note_holder(holder, name, where, name)
-                        self._used(vars(holder)[name], where, name, DEPTH, uses, variables)
+                        self.value(vars(holder)[name], where, name, DEPTH, uses)
                 begun[id(holders)] = count
             count = len(self.functions)
 
@@ -238,7 +215,7 @@ class Walk:
         try:
             self.look(value, owner, name, depth, uses)
         except Exception as error:  # noqa: BLE001  see above
-            self._closed.setdefault((owner, name), error)
+            self.used.closed.setdefault((owner, name), error)
 
     def look(self, value: Any, owner: str, name: str, depth: int, uses: frozenset[Use]) -> None:
         """Does what `value` does, and raises what the value raises."""
@@ -329,7 +306,7 @@ class Walk:
         """Looks at those values of a class, or of a function, that are used by their names."""
         for use in uses:
             if use.path and use.path[0] in own:
-                rest = Use(use.path[1:], use.read or use.into is not None)
+                rest = Use(use.path[1:], use.read)
                 inner = f"{name}.{use.path[0]}"
                 self.value(own[use.path[0]], owner, inner, depth, frozenset({rest}))
 
@@ -387,11 +364,11 @@ class Walk:
         for function in functions:
             self._variables(function, owner, depth - 1)
         by_name: dict[str, set[Use]] = {attribute: set() for attribute in own if whole}
-        for use in _settled({*uses, *more}, whole):
+        for use in {*uses, *more}:
             if use.path[:1] == ("__class__",):
                 use = use._replace(path=use.path[1:])
             for attribute in own.keys() & set(_spellings(use.path[:1], kind)):
-                rest = Use(use.path[1:], use.read or use.into is not None)
+                rest = Use(use.path[1:], use.read)
                 by_name.setdefault(attribute, set()).add(rest)
         # In an order that is the same in each process: some are found by two names.
         for attribute, found in sorted(by_name.items()):
@@ -431,20 +408,6 @@ def _is_entered(item: Any, uses: frozenset[Use]) -> bool:
     if isinstance(item, io.IOBase):
         return any(use.path[:1] == ("seek",) for use in uses)
     return is_a(item, Mapping) and not isinstance(item, COLLECTIONS) and holds_data(item)
-
-
-def _settled(uses: set[Use], whole: bool) -> set[Use]:
-    """Returns uses of an object: what ends in an attribute of it is read if that is."""
-    left = {use for use in uses if use.into is not None and "." in use.into}
-    found = uses - left
-    while left:
-        read = {use.path[0] for use in found if use.path and (use.read or use.into is not None)}
-        more = {use for use in left if whole or str(use.into).rpartition(".")[2] in read}
-        if not more:
-            break
-        left -= more
-        found |= {use._replace(read=True, into=None) for use in more}
-    return found | {use._replace(into=None) for use in left}
 
 
 def _spellings(path: tuple[str, ...], kind: type) -> list[str]:
