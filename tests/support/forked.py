@@ -100,7 +100,7 @@ class ForkedPopen(subprocess.Popen[Any]):
         words = list(map(str, told[0]))
         at_once = words[1:2] == ["-u"]
         argv = words if words[0] == _COMMAND else words[1 + at_once :]
-        # Of what is given as text, that of a program of pytest-xdist's: it imports torch in a moment.
+        # Of what is given as text, what pytest-xdist starts its workers by.
         is_program = bool(argv) and (
             argv[0].endswith(".py")
             or argv[0] in ("-m", _COMMAND)
