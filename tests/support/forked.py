@@ -277,6 +277,8 @@ if __name__ == "__main__":
 
     for _name in PRELOADED:
         importlib.import_module(_name)
+    # Reads what is installed, which no child need do once more.
+    importlib.import_module("crosstrain.backends").names()
     importlib.import_module("torch").set_num_threads(1)
     # A collection would copy the pages of all that it looks at.
     gc.collect()
