@@ -49,6 +49,7 @@ SECTIONS = (
             "crosstrain.engine.deterministic",
             "crosstrain.engine.exact",
             "crosstrain.engine.proof",
+            "crosstrain.engine.source",
             "crosstrain.engine.unsaved",
         ),
     ),

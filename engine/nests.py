@@ -5,6 +5,7 @@ What an object has is asked of its type: metrics, mocks and proxies answer every
 
 from __future__ import annotations
 
+import collections
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
@@ -19,6 +20,8 @@ Path = tuple[Any, ...]
 #: What has no identity of its own: equal ones may be one object, whoever holds them.
 SCALARS: Final = (bool, int, float, complex, str, bytes, type(None))
 _SCALAR_TYPES: Final = frozenset(SCALARS)
+#: What holds other things, of Python's own.
+NESTS: Final = (dict, list, tuple, set, frozenset, collections.deque)
 
 
 def has(value: object, name: str) -> bool:

@@ -22,9 +22,10 @@ from crosstrain.engine.exact.left_gradients import left_gradients
 from crosstrain.engine.exact.rank_states import SHARDS, gathered
 from crosstrain.engine.exact.snapshot import FORMAT, environment, settings, step_state
 from crosstrain.engine.ranks.line import Line, has_ranks
+from crosstrain.engine.source.made_where_missing import is_made_beside
 from crosstrain.engine.training.own_step import OwnStep
 from crosstrain.engine.training.step import StepEvents, TrainingStep
-from crosstrain.engine.unsaved import Unsaved, is_made_beside
+from crosstrain.engine.unsaved import Unsaved
 
 from .digest import digest, sketch
 from .engine import Engine

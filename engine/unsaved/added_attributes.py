@@ -16,12 +16,13 @@ from typing import Any, Final
 from crosstrain.engine.dispatch import Dispatcher
 from crosstrain.engine.guards import is_others
 from crosstrain.engine.nests import unwrap
+from crosstrain.engine.source.functions import methods_in
+from crosstrain.engine.source.tree import words_in
+from crosstrain.engine.source.uses import AttributeUse, Use, attributes_used
 from crosstrain.engine.state import State
 from crosstrain.engine.structure import RECORDED, parts_of
 
-from .functions import TORCHS_OWN, TRAINED, methods_in
-from .source import words_in
-from .uses_in_source import AttributeUse, Use, attributes_used
+from .functions import TORCHS_OWN, TRAINED
 
 # Attributes of every state; how often a step was applied, the step's own state tells.
 _STATE: Final = frozenset({*vars(State()), "applied_steps", "skipped_steps"})

@@ -24,18 +24,19 @@ from crosstrain.engine.digest import attributes_of
 from crosstrain.engine.dispatch import Dispatcher
 from crosstrain.engine.guards import is_a, module_of
 from crosstrain.engine.nests import SCALARS, is_module
+from crosstrain.engine.source.functions import is_users_file
+from crosstrain.engine.source.set_first import Held
+from crosstrain.engine.source.tree import words_in
+from crosstrain.engine.source.uses import ALL, Use, attributes_used
 from crosstrain.engine.spread import lasting_tensors
 from crosstrain.engine.state import State
 from crosstrain.engine.structure import keeps_groups
 
 from .clocks import Clocks, ClocksSince
 from .contents_of_states import tensors_in
-from .functions import FETCHES, TRAINED, is_users_file
-from .set_anew import Held
+from .functions import FETCHES, TRAINED
 from .signatures import signature_of, state_signature_of
-from .source import words_in
 from .used import Used
-from .uses_in_source import ALL, Use, attributes_used
 from .walk import DEPTH, Walk
 
 _FETCHES: Final = frozenset(Use((method,), True) for method in FETCHES)

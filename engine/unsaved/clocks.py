@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Final
 
-from .signatures import NESTS
-from .source import words_in
+from crosstrain.engine.nests import NESTS
+from crosstrain.engine.source.tree import words_in
 
 _EARLIER: Final = 1.0  # A clock may be set back a little; in seconds.
 # Clocks that count from a beginning of their own, whose readings are numbers as others are.

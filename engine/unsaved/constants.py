@@ -17,19 +17,22 @@ import torch
 
 from crosstrain.engine.digest import digest, sketch
 from crosstrain.engine.guards import has_memory, is_a, is_dense
-from crosstrain.engine.nests import SCALARS, is_module
+from crosstrain.engine.nests import NESTS, SCALARS, is_module
 from crosstrain.engine.spread import is_spread, lasting_tensors
 
 from .changed_values import Begun, Place, Values
 from .made_again import named
-from .signatures import NESTS, signature_of
+from .signatures import signature_of
 
 # Larger ones are told by some of their numbers.
 _WHOLE: Final = 1 << 20
 _ITEMS: Final = 1024
 _DEPTH: Final = 4
-# Fewer numbers or words than that may be settings, or times.
+# Fewer numbers or words than that may be settings.
 _FEW: Final = 8
+# Of decimals: a number that has more is neither typed in nor read off a clock.
+_MOST: Final = 9
+_DECIMALS: Final = {torch.float64: _MOST, torch.float32: 5}
 
 
 class Constants:
@@ -67,8 +70,11 @@ class Constants:
 def _digests(now: Values) -> dict[Place, str]:
     found: dict[Place, str] = {}
     for place, value in now.values.items():
-        # One number may be a setting, or the time.
-        if is_a(value, torch.Tensor) and _is_plain(value) and value.numel() > 1:
+        # One number may be a setting, or the time, unless it has been computed or drawn.
+        if is_a(value, float):
+            if _is_computed(value):
+                found[place] = digest(signature_of(value))
+        elif is_a(value, torch.Tensor) and _is_plain(value) and _is_made(value):
             found[place] = digest(value) if value.nbytes <= _WHOLE else sketch([value])
         elif is_a(value, numpy.ndarray) and value.size > 1 and value.dtype != object:
             found[place] = digest(now.signatures[place])
@@ -81,6 +87,15 @@ def _digests(now: Values) -> dict[Place, str]:
     for place, tensors in now.left_out.items():
         found[place] = sketch([one for one in tensors if _is_plain(one)])
     return found
+
+
+def _is_made(tensor: torch.Tensor) -> bool:
+    """Tells whether a tensor is more than a setting: several numbers, or one that was drawn."""
+    if tensor.numel() != 1 or tensor.dtype not in _DECIMALS or is_spread(tensor):
+        return tensor.numel() > 1
+    number = tensor.item()
+    typed = torch.tensor(round(number, _DECIMALS[tensor.dtype]), dtype=tensor.dtype)
+    return bool(typed.item() != number)
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
@@ -98,7 +113,14 @@ def _digest_of_row(nest: Any) -> str | None:
     if len(kinds) != 1 or (isinstance(nest, dict) and kinds == {dict}):
         return None
     sample = _Sample()
-    return digest(sample.found) if sample.take(nest, _DEPTH) and sample.count >= _FEW else None
+    if not sample.take(nest, _DEPTH):
+        return None
+    few = sample.count < _FEW and not (kinds == {float} and any(map(_is_computed, inside)))
+    return None if few else digest(sample.found)
+
+
+def _is_computed(number: float) -> bool:
+    return round(number, _MOST) != number
 
 
 class _Sample:

@@ -23,12 +23,12 @@ from crosstrain.engine.data.generators import GENERATORS, generator_state
 from crosstrain.engine.data.own_states import is_stateful
 from crosstrain.engine.digest import attributes_of
 from crosstrain.engine.guards import is_dense, is_others, is_users_object, own_attributes
-from crosstrain.engine.nests import SCALARS, is_module, unwrap
+from crosstrain.engine.nests import NESTS, SCALARS, is_module, unwrap
+from crosstrain.engine.source.tree import names_in
+from crosstrain.engine.source.uses import uses_of_self
 
 from .functions import TORCHS_OWN, TRAINED
-from .signatures import NESTS, signature_of
-from .source import names_in
-from .uses_in_source import uses_of_self
+from .signatures import signature_of
 
 # By which of its methods a module says what its state is.
 _STATES: Final = ("state_dict", "get_extra_state", "_save_to_state_dict")

@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader
 from crosstrain.engine.data.generators import GLOBAL_GENERATORS, generators_in
 from crosstrain.engine.digest import attributes_of
 from crosstrain.engine.guards import is_others
+from crosstrain.engine.source.uses import ALL, Use
 
 from .functions import TORCHS_OWN, TRAINED
 from .used import Used
-from .uses_in_source import ALL, Use
 from .walk import Walk, is_source
 
 

@@ -1,4 +1,4 @@
-"""Which functions of the user's a run calls, and what each is made of.
+"""Which functions of the user's a run calls.
 
 The step and the handlers are the beginning. What a `forward` of the user's or a hook does, what
 collates samples, what a scheduler asks for its rate: a run calls all of these, and no state has
@@ -7,14 +7,13 @@ anything of what they refer to.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import itertools
 import sys
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, Final
 
 from torch.nn import Module
@@ -24,17 +23,8 @@ from torch.utils.data import DataLoader
 
 from crosstrain.engine.data.attributes import owners_of
 from crosstrain.engine.digest import attributes_of
-from crosstrain.engine.guards import (
-    OTHER_PACKAGES,
-    is_a,
-    is_others,
-    is_users_object,
-    module_of,
-    own_attributes,
-)
+from crosstrain.engine.guards import is_a, is_others, is_users_object, own_attributes
 from crosstrain.engine.nests import is_module
-
-from .source import names_in
 
 #: The methods that data is fetched by.
 FETCHES: Final = ("__getitem__", "__getitems__", "__iter__", "__call__")
@@ -45,8 +35,6 @@ _MANY: Final = 64
 TRAINED: Final = (Module, Optimizer)
 #: The attributes that torch gives each of them.
 TORCHS_OWN: Final = frozenset({*vars(Module()), "defaults", "param_groups", "state"})
-#: What makes an object, before anything is missing of it.
-MAKING: Final = frozenset({"__new__", "__init__", "__post_init__"})
 _FUNCTIONS: Final = (
     types.FunctionType,
     types.MethodType,
@@ -54,10 +42,6 @@ _FUNCTIONS: Final = (
     types.MethodDescriptorType,
     partial,
 )
-_LAYERS: Final = 16
-# Of which folders packages are installed into, their paths have one.
-_INSTALLED: Final = ("site-packages", "dist-packages")
-_NOTHING: Final[Mapping[str, Any]] = {}
 # Where hooks are kept, and what to call them.
 _OF_MODULES: Final = {
     "_forward_pre_hooks": "a forward pre-hook",
@@ -87,9 +71,6 @@ _OF_ALL: Final = {
         },
     ),
 }
-
-
-# ----------------------------------------------------------------------------------------- of a run
 
 
 def functions_of_trained(objects: Mapping[str, Any]) -> dict[str, Any]:
@@ -196,81 +177,3 @@ def functions_of_step(step: Any) -> Iterator[tuple[str, Any]]:
                 option = getattr(value, item.name)
                 if inspect.isroutine(option) or isinstance(option, partial):
                     yield item.name, option
-
-
-# ------------------------------------------------------------------------------------ of a function
-
-
-def is_installed(space: Mapping[str, Any]) -> bool:
-    """Tells whether the variables of a module are those of an installed package."""
-    place = space.get("__file__")
-    return isinstance(place, str) and any(folder in place for folder in _INSTALLED)
-
-
-def is_users_file(value: Any) -> bool:
-    """Tells whether a value is a module of Python's that the user wrote: a file, not installed."""
-    if not is_a(value, types.ModuleType):
-        return False
-    own = vars(value)
-    name = own.get("__name__")
-    # A notebook has no file.
-    place = "" if name == "__main__" else own.get("__file__")
-    if not isinstance(name, str) or not isinstance(place, str) or is_installed(own):
-        return False
-    root = name.partition(".")[0]
-    return root not in OTHER_PACKAGES and root not in sys.stdlib_module_names
-
-
-def layers_of(function: Any) -> list[types.FunctionType]:
-    """Returns what a function is in Python: itself, and the functions that it wraps."""
-    found: list[types.FunctionType] = []
-    while function is not None and len(found) < _LAYERS:
-        if isinstance(function, property):
-            found += layers_of(function.fset)
-            function = function.fget
-        elif isinstance(function, cached_property):
-            function = function.func
-        function = getattr(function, "__func__", function)
-        if isinstance(function, types.FunctionType):
-            found.append(function)
-        function = getattr(function, "__dict__", _NOTHING).get("__wrapped__")
-    return found
-
-
-def methods_in(kind: type) -> dict[str, Any]:
-    """Returns what a class of the user's own files, and those it derives from, can be asked to do.
-
-    By name; a property is what it calls.
-    """
-    return {
-        name: layers_of(one)[0]
-        for each in reversed(kind.__mro__)
-        if is_users_file(sys.modules.get(module_of(each)))
-        for name, one in vars(each).items()
-        if layers_of(one)
-    }
-
-
-def variables_of(function: types.FunctionType) -> dict[str, Any]:
-    """Returns what a function's code names: defaults, the closure's variables and globals.
-
-    Globals of an installed package are its registries and caches, and no matter of a run.
-    """
-    code, values = function.__code__, function.__defaults__ or ()
-    # A default is one object for all calls.
-    first = code.co_argcount - len(values)
-    defaults = zip(code.co_varnames[first : code.co_argcount], values, strict=True)
-    found = {**dict(defaults), **(function.__kwdefaults__ or {})}
-    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
-        # `super()` finds its class by the first; a cell may not be set yet.
-        if name != "__class__":
-            with contextlib.suppress(ValueError):
-                found[name] = cell.cell_contents
-    names = {*names_in(code)}
-    if is_installed(function.__globals__):
-        return found
-    if "globals" in names:
-        names |= {one for one in code.co_consts if isinstance(one, str)}
-    return found | {
-        name: function.__globals__[name] for name in sorted(names & function.__globals__.keys())
-    }

@@ -14,9 +14,9 @@ from functools import partial
 from typing import Any, Final
 
 from crosstrain.engine.guards import is_a, is_others
+from crosstrain.engine.source.functions import layers_of, variables_of
+from crosstrain.engine.source.tree import names_in, words_in
 
-from .functions import layers_of, variables_of
-from .source import names_in, words_in
 from .used import Used
 from .walk import Walk
 

@@ -20,10 +20,10 @@ from torch.nn import Module
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from crosstrain.engine.guards import module_of
+from crosstrain.engine.source.functions import is_users_file
+from crosstrain.engine.source.made_where_missing import hooks_are_made_lazily, is_made_lazily
 from crosstrain.engine.structure import parts_of
 
-from .functions import is_users_file
-from .made_where_missing import hooks_are_made_lazily, is_made_lazily
 from .used import Used
 
 _Marks = Counter[tuple[str, int, bool]]

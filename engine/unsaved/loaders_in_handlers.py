@@ -26,9 +26,9 @@ from crosstrain.engine.data.order import draws_at_once
 from crosstrain.engine.data.sampling import is_iterable, is_loader
 from crosstrain.engine.digest import digest
 from crosstrain.engine.progress import data_length
+from crosstrain.engine.source.uses import Use
 
 from .used import Used
-from .uses_in_source import Use
 from .walk import Walk
 
 

@@ -21,23 +21,23 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from crosstrain.engine.digest import digest
 from crosstrain.engine.events import Events
 from crosstrain.engine.guards import is_a, is_others, module_of, own_attributes
+from crosstrain.engine.nests import NESTS
 from crosstrain.engine.proof import Proof
-
-from .changed_values import Begun, Place, Values
-from .contents_of_states import is_plain
-from .functions import is_installed, is_users_file, layers_of, methods_in
-from .made_where_missing import is_made_lazily, is_read_by_key
-from .makers_in_source import is_written_into
-from .only_shown import OnlyShown
-from .set_anew import (
-    called_before,
+from crosstrain.engine.source.functions import is_installed, is_users_file, layers_of, methods_in
+from crosstrain.engine.source.made_where_missing import is_made_lazily, is_read_by_key
+from crosstrain.engine.source.makers import is_written_into
+from crosstrain.engine.source.only_shown import OnlyShown
+from crosstrain.engine.source.set_first import (
     is_variable_set_first,
     is_written_where_read,
     may_read,
-    set_at,
 )
-from .signatures import NESTS, PLAIN, signature_of
-from .source import words_in
+from crosstrain.engine.source.tree import words_in
+
+from .changed_values import Begun, Place, Values
+from .contents_of_states import is_plain
+from .set_anew import called_before, set_at
+from .signatures import PLAIN, signature_of
 from .used import Used
 
 #: After so many iterations it is known whether what was made again stays what it is.

@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 
 from crosstrain.engine.digest import digest
 from crosstrain.engine.guards import is_dense
-from crosstrain.engine.nests import SCALARS, is_module
+from crosstrain.engine.nests import NESTS, SCALARS, is_module
 from crosstrain.engine.spread import lasting_tensors
 
 from .data_of_others import data_of, holds_data
@@ -46,8 +46,7 @@ PLAIN: Final = (
     ctypes._SimpleCData,
     ctypes.Array,
 )
-#: What holds other things: plain ones, and all of them.
-NESTS: Final = (dict, list, tuple, set, frozenset, collections.deque)
+#: What holds other things.
 COLLECTIONS: Final = (
     *NESTS,
     collections.UserDict,

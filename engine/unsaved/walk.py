@@ -37,27 +37,23 @@ from crosstrain.engine.guards import (
     own_attributes,
 )
 from crosstrain.engine.nests import SCALARS, is_module, is_plain_row, unwrap
-from crosstrain.engine.state import State
-from crosstrain.engine.structure import RECORDED
-
-from .added_attributes import Holders, names_of_ours
-from .data_of_others import holds_data
-from .functions import (
-    FETCHES,
+from crosstrain.engine.source.functions import (
     MAKING,
-    TORCHS_OWN,
-    TRAINED,
-    functions_of_step,
-    functions_of_trained,
     is_users_file,
     layers_of,
     methods_in,
     variables_of,
 )
+from crosstrain.engine.source.tree import names_in
+from crosstrain.engine.source.uses import ALL, WRITES, Use, uses_of, uses_of_self
+from crosstrain.engine.state import State
+from crosstrain.engine.structure import RECORDED
+
+from .added_attributes import Holders, names_of_ours
+from .data_of_others import holds_data
+from .functions import FETCHES, TORCHS_OWN, TRAINED, functions_of_step, functions_of_trained
 from .signatures import COLLECTIONS, PLAIN, inside_of
-from .source import names_in
 from .used import Used
-from .uses_in_source import ALL, WRITES, Use, uses_of, uses_of_self
 
 #: How far a walk goes from a function that the run calls.
 DEPTH: Final = 6

@@ -24,6 +24,7 @@ DISPATCH = EVENTS | {"dispatch"}
 ENGINE = DISPATCH | {"engine"}
 RANKS = ENGINE | {"ranks"}
 DATA = RANKS | {"data"}
+SOURCE = BASE | {"source"}
 TRAINING = DATA | {"training"}
 EXACT = TRAINING | {"exact"}
 STORAGE = BASE | {"storage"}
@@ -40,8 +41,9 @@ ROOMS = {
     "data": RANKS,
     "training": DATA,
     "exact": TRAINING,
-    "unsaved": DATA,
-    "deterministic": EXACT | {"unsaved"},
+    "source": BASE,
+    "unsaved": DATA | SOURCE,
+    "deterministic": EXACT | SOURCE | {"unsaved"},
     "supervised": EXACT | {"deterministic"},
     "storage": BASE,
     "stores": STORAGE,
@@ -75,6 +77,7 @@ FOLDERS = {
         "data",
         "training",
         "exact",
+        "source",
         "unsaved",
         "storage",
         "stores",

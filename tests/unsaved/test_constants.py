@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +36,9 @@ MADE: dict[str, tuple[Callable[[], Any], Callable[[Any, torch.Tensor], Any]]] = 
         lambda: [f"/{random.random()}/{number}.png" for number in random.sample(range(64), 16)],
         lambda made, x: x * int(made[0].rpartition("/")[2][:-4]),
     ),
+    "a number": (random.random, lambda made, x: x * made),
+    "a tensor of one": (lambda: torch.rand(()), lambda made, x: x * made),
+    "a few numbers": (lambda: [random.random() for _ in range(3)], lambda made, x: x * made[1]),
     "a target network": (lambda: nn.Linear(4, 4).requires_grad_(False), lambda made, x: made(x)),
 }
 
@@ -86,8 +90,11 @@ def test_settings_and_where_a_file_lies_are_not_told(monkeypatch: pytest.MonkeyP
         return [f"/{start}/{n}.png" for n in range(9)], [start, "a", *range(9)], [start], parts
 
     monkeypatch.setitem(MADE, "settings", (make, lambda made, x: x * len(made[1]) * len(made[3])))
-    state, _ = start(1, "settings")
-    assert start(2, "settings", state)[1] == ""
+    monkeypatch.setitem(MADE, "a setting", (lambda: round(random.random(), 4), MADE["a number"][1]))
+    monkeypatch.setitem(MADE, "a time", (time.perf_counter, MADE["a number"][1]))
+    for kind in ("settings", "a setting", "a time"):
+        state, _ = start(1, kind)
+        assert start(2, kind, state)[1] == ""
 
 
 class Part(nn.Module):

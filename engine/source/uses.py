@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 from crosstrain.engine.guards import is_others
 
 from .functions import layers_of
-from .source import KEPT, Above, name_of, nodes_in, syntax_tree
+from .tree import KEPT, Above, name_of, nodes_in, syntax_tree
 
 #: What changes a collection and does not look at it.
 WRITES: Final = frozenset(

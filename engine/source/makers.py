@@ -22,7 +22,7 @@ from .side_effects import (
     made_in,
     returns_nothing,
 )
-from .source import (
+from .tree import (
     KEPT,
     Above,
     codes_in,
@@ -33,7 +33,7 @@ from .source import (
     syntax_tree,
     words_in,
 )
-from .uses_in_source import WRITES
+from .uses import WRITES
 
 # What changes a collection and depends on what it holds, or takes something away.
 _CHANGES: Final = (

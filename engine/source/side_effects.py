@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
-from .source import name_of, root_of
+from .tree import name_of, root_of
 
 _SAYS: Final = frozenset({"debug", "info", "log", "print", "warn", "warning", "register_buffer"})
 _MAKERS: Final = frozenset({"F", "collections", "itertools", "math", "np", "numpy", "torch"})

@@ -25,10 +25,10 @@ from crosstrain.engine.guards import is_others
 from crosstrain.engine.structure import RECORDED
 
 from .functions import MAKING
-from .makers_in_source import found_in, is_harmless, is_read_by_key_in
+from .makers import found_in, is_harmless, is_read_by_key_in
 from .side_effects import draws, made_in
-from .source import KEPT, definition_of, name_of
-from .uses_in_source import uses_of_self
+from .tree import KEPT, definition_of, name_of
+from .uses import uses_of_self
 
 _HOOK: Final = re.compile("^register_.*hook$")
 

@@ -24,13 +24,12 @@ from typing import Any, Final, NamedTuple
 import torch
 
 from crosstrain.engine.guards import is_a, is_others, is_users_object, module_of
-from crosstrain.engine.nests import SCALARS
+from crosstrain.engine.nests import NESTS, SCALARS
 
 from .functions import is_users_file, layers_of, variables_of
-from .set_anew import Held
-from .signatures import NESTS
-from .source import KEPT, Above, name_of, names_in, nodes_in, syntax_tree, words_in
-from .uses_in_source import QUIET, SHOWS, WRITES, is_thrown_away, written_by
+from .set_first import Held
+from .tree import KEPT, Above, name_of, names_in, nodes_in, syntax_tree, words_in
+from .uses import QUIET, SHOWS, WRITES, is_thrown_away, written_by
 
 _SHOWS: Final = SHOWS | {
     *("add_figure", "add_histogram", "add_image", "add_scalars", "add_text", "log_metrics"),
