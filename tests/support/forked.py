@@ -49,7 +49,7 @@ _STARTERS = (
 )
 _SUBREAPER = 36  # of prctl
 # Room for the environment of a program, where /proc looks for it: that of the zygote.
-_ROOM = {"CROSSTRAIN_TEST_ROOM": "-" * 2**15}
+ROOM = {"CROSSTRAIN_TEST_ROOM": "-" * 2**15}
 # A test may put `ForkedPopen` in its place.
 _Popen = subprocess.Popen
 _execute_child: Any = _Popen._execute_child  # type: ignore[attr-defined]
@@ -86,7 +86,7 @@ def _zygote(of: int) -> _Zygote:
         _Popen(
             [sys.executable, __file__, number],
             pass_fds=[other.fileno()],
-            env={**os.environ, **_ROOM},
+            env={**os.environ, **ROOM},
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )
@@ -177,7 +177,7 @@ def _serve(line: socket.socket) -> dict[str, Any]:
             os.close(descriptor)
 
 
-def _become(request: dict[str, Any]) -> None:
+def become(request: dict[str, Any]) -> None:
     """Runs a program as if the interpreter had just been started with it, and ends."""
     import torch
 
@@ -227,7 +227,7 @@ def _fork_own_children() -> None:
         # It ends with the line, and not before.
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
-        _become(_serve(other))
+        become(_serve(other))
     other.close()
     zygote = _Zygote(line)
     globals()["_zygote"] = lambda of: zygote
@@ -283,4 +283,4 @@ if __name__ == "__main__":
     # A collection would copy the pages of all that it looks at.
     gc.collect()
     gc.freeze()
-    _become(_serve(socket.socket(fileno=int(sys.argv[1]))))
+    become(_serve(socket.socket(fileno=int(sys.argv[1]))))
