@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +48,7 @@ def names() -> list[str]:
 
     `auto` is among them: it stands for the best of the others that can.
     """
-    return sorted({AUTO, *(point.name for point in entry_points(group=GROUP))})
+    return sorted({AUTO, *(point.name for point in _registered())})
 
 
 def default_spec() -> str:
@@ -152,6 +153,36 @@ def _find(spec: str) -> tuple[Any, str]:
     return kind, option
 
 
+def _registered() -> tuple[EntryPoint, ...]:
+    """Returns the entry points of all backends, read anew where a package has come or gone."""
+    return _read(tuple(map(_as_it_is, sys.path)))
+
+
+@lru_cache(maxsize=1)
+def _read(_: tuple[tuple[int, ...], ...]) -> tuple[EntryPoint, ...]:
+    # Every package that is installed is opened for it, which takes longer than a small step does.
+    return tuple(entry_points(group=GROUP))
+
+
+def _as_it_is(folder: str) -> tuple[int, ...]:
+    """Returns which folder it is, and when it last changed; () if no package is installed there."""
+    try:
+        found = os.stat(folder or ".")
+        state = found.st_dev, found.st_ino, found.st_mtime_ns
+        return state if _has_packages(folder, state) else ()
+    except OSError:
+        return ()
+
+
+@lru_cache(maxsize=64)
+def _has_packages(folder: str, _: tuple[int, ...]) -> bool:
+    # The folder of a script may hold any number of files, and another script's is another.
+    if not os.path.isdir(folder or "."):
+        return True  # an archive
+    with os.scandir(folder or ".") as files:
+        return any(one.name.endswith((".dist-info", ".egg-info", ".egg")) for one in files)
+
+
 def _entry_point(spec: str, name: str) -> EntryPoint:
     known = names()
     if name == AUTO:
@@ -165,7 +196,7 @@ def _entry_point(spec: str, name: str) -> EntryPoint:
         raise UnknownBackend(
             f"There is no backend '{name}' (of spec '{spec}').{hint} Backends: {', '.join(known)}."
         )
-    points = {point.value: point for point in entry_points(group=GROUP, name=name)}
+    points = {point.value: point for point in _registered() if point.name == name}
     if len(points) > 1:
         raise BackendError(
             f"Several installed packages register a backend '{name}': {', '.join(sorted(points))}. "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -102,6 +103,16 @@ def test_the_class_itself_refuses_an_unknown_option(spec: str) -> None:
     kind = type(backends.get(name))
     with pytest.raises(UnknownBackend, match=f"Backend '{name}' has no option 'nope'"):
         kind(option)  # type: ignore[call-arg]
+
+
+def test_a_package_that_comes_or_goes_in_the_meantime_is_noticed(
+    register: Register, tmp_path: Path
+) -> None:
+    assert "late" not in backends.names()
+    register("late", "someones_late:Late")
+    assert "late" in backends.names()
+    shutil.rmtree(tmp_path / "someones-1.0.dist-info")
+    assert "late" not in backends.names()
 
 
 def test_what_cannot_run_here_says_why_and_what_to_do(register: Register) -> None:

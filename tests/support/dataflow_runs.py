@@ -51,17 +51,18 @@ class Training:
 
 
 def run_straight(file: str, case: str, workers: int, seed: int) -> None:
-    """Trains to the end; writes a snapshot of each iteration and of each epoch's end."""
+    """Trains to the end; writes a snapshot of each iteration of the first epoch, and of its end."""
     training, kept = Training(case, seed), {}
     engine = training.engine
 
     @engine.on(Events.ITERATION_COMPLETED)
     def keep() -> None:
-        kept[f"{engine.state.iteration}"] = saved(training.objects)
+        if "epoch 1" not in kept:
+            kept[f"{engine.state.iteration}"] = saved(training.objects)
 
-    @engine.on(Events.EPOCH_COMPLETED)
+    @engine.on(Events.EPOCH_COMPLETED(once=1))
     def keep_epoch() -> None:
-        kept[f"epoch {engine.state.epoch}"] = saved(training.objects)
+        kept["epoch 1"] = saved(training.objects)
 
     training.run(workers)
     end = read(saved(training.objects))

@@ -6,6 +6,7 @@ fork milliseconds, so hundreds of real processes can be killed in one test.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -79,6 +80,12 @@ def _serve() -> None:
         importlib.import_module(name)
     import torch
 
+    if "crosstrain.backends" in sys.modules:
+        # Reads what is installed, which no child need do once more.
+        sys.modules["crosstrain.backends"].names()
+    # Of what is there now, a child's collections need copy no pages.
+    gc.collect()
+    gc.freeze()
     # Threads that the parent of a fork had are not there in the child.
     torch.set_num_threads(1)
     for line in sys.stdin:
