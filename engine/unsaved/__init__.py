@@ -24,5 +24,6 @@ have made is compared with what the run before had made. `messages.py` has what 
 
 from .looks import Unsaved
 from .made_where_missing import is_made_beside
+from .used import Used
 
-__all__ = ["Unsaved", "is_made_beside"]
+__all__ = ["Unsaved", "Used", "is_made_beside"]
