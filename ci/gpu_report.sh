@@ -84,13 +84,14 @@ else
     # What is missing goes to stderr. One level stands for all: they need the same.
     apex_missing="$(crosstrain doctor --json --require apex:O1 2>&1 >/dev/null)" && apex_missing=""
 fi
-crosstrain doctor --require "$required" || wrong "the machine lacks what the report is about; see above"
+environment="$(crosstrain doctor --json --require "$required")" ||
+    wrong "the machine lacks what the report is about; see above"
 
 label="$(printf '%s' "$label" | tr -cs 'A-Za-z0-9.\n' '-' | tr 'A-Z' 'a-z')"
 name="${name:-$(date -u +%F)-$label}"
 folder="$out/$name"
 mkdir -p "$folder"
-crosstrain doctor --json >"$folder/environment.json" || true
+printf '%s\n' "$environment" >"$folder/environment.json"
 if [ -n "$cpu" ]; then
     lscpu 2>/dev/null | grep -E '^(Model name|CPU\(s\)|Thread|Core|Socket)' >"$folder/device.txt" || true
 else
@@ -119,7 +120,8 @@ tests() {
         specs="$specs,$apex_specs"
     fi
     [ -z "$short" ] || files=(tests/backends/test_placement.py)
-    run tests "$python" -m pytest -q -p no:cacheprovider -n "$jobs" --dist=load --backends="$specs" \
+    # One at a time needs no process beside the one that asks for it.
+    run tests "$python" -m pytest -q -p no:cacheprovider -n "$((jobs > 1 ? jobs : 0))" --dist=load --backends="$specs" \
         --require-backends="$specs" "${files[@]}"
 }
 

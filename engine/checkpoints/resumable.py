@@ -260,6 +260,15 @@ class ResumableRun:
             self._signals.run_has_ended(stop, self._parameters())
         if stop is not None and is_saved:
             _logger.warning("%s: saved at iteration %d; the run has ended.", stop.name, iteration)
+        if stop is not None and trainer.ended_in_order and self._signals.is_within_another:
+            # Its handler would go on with half of this run, and that would be saved.
+            _logger.warning(
+                "%s has ended a run within a handler of another, which ends where it was saved "
+                "last: the program ends with exit code %d. Started again, both go on.",
+                stop.name,
+                128 + stop,
+            )
+            raise SystemExit(128 + stop)
 
     def _wait_for_save(self) -> None:
         try:

@@ -88,6 +88,8 @@ class StopSignals:
         self._before = StopSignals._last
         self._previous: dict[signal.Signals, Any] = {}
         self._process = 0
+        #: Whether another run listens meanwhile, in a handler of which this one is made.
+        self.is_within_another = False
         self.received: signal.Signals | None = None
         self._received_at = 0.0
 
@@ -108,6 +110,8 @@ class StopSignals:
             if each is signal.SIGHUP and signal.getsignal(each) is not signal.SIG_DFL:
                 continue
             self._previous[each] = signal.signal(each, self._handle)
+        owners = (getattr(one, "__self__", None) for one in self._previous.values())
+        self.is_within_another = any(isinstance(one, StopSignals) for one in owners)
 
     def restore(self) -> None:
         """Stops listening, and sets back what was set before."""

@@ -185,6 +185,10 @@ class Dataflow:
         shared = self._attributes.shared()
         return [name for name in shared if not same(then.get(name), now.get(name))]
 
+    def begun_afresh(self, state: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """Returns a state that enters a pass from where the data's first one begins, if any."""
+        return None
+
     def anchored(self, state: Mapping[str, Any], batches: int | None = None) -> list[Any]:
         """Returns states that may enter the data where its pass was opened."""
         return []

@@ -96,7 +96,7 @@ class OwnStates:
     def give(self, states: Mapping[str, Any], stateful: bool = True) -> None:
         """Sets what `take` returned, of the same objects; `stateful`: by load_state_dict, too."""
         for kind, owners, set_state in (
-            ("epochs", self._epochs, lambda owner, state: owner.set_epoch(state)),
+            ("epochs", self._epochs, _set_epoch),
             ("generators", self.generators, set_generator_state),
             ("states", self._stateful, lambda owner, state: owner.load_state_dict(state)),
         ):
@@ -155,7 +155,7 @@ class OwnStates:
                 set_raw_state(self.generators[name], value)
             elif kind == "epoch":
                 if self._epochs[name].epoch != value:
-                    self._epochs[name].set_epoch(value)
+                    _set_epoch(self._epochs[name], value)
             else:
                 self._set_attribute(name, value)
 
@@ -182,6 +182,14 @@ class OwnStates:
                     place = ("attribute", f"{name}.{attribute}")
                     found[place] = copied(value) if copies else value
         return found
+
+
+def _set_epoch(sampler: Any, epoch: int) -> None:
+    """Has a sampler be in the epoch that it said it was in."""
+    sampler.set_epoch(epoch)
+    if sampler.epoch != epoch:
+        # What a subclass makes of the number that it is given would be made of it twice.
+        sampler.epoch = epoch
 
 
 def differing(one: Raw, other: Raw) -> set[tuple[str, str]]:

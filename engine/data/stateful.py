@@ -1,9 +1,11 @@
 """StatefulFlow: iterable data that offers a state, and a measure of whether that tells enough.
 
 Some states tell where their pass began and not how far it is, and some leave out what comes next,
-such as a shuffle buffer; others tell all of that until they are loaded, and then a place that is
-none. So the data's state is looked at while a pass's first batches are taken, and a batch is kept
-that is known to follow one of them. Where another follows, the pass is entered where it was opened,
+such as a shuffle buffer, be it only once they have given what it was first filled with; others tell
+all of that until they are loaded, and then a place that is none. So the data's state is looked at
+while batches are taken, and one is kept of which is known what followed: of before the batch that
+is the last when a state is written, if it is small, else of a pass's beginning. Where another
+batch follows, the pass is entered where it was opened,
 by the state that it had there or that was loaded, and the batches taken since are thrown away.
 """
 
@@ -20,7 +22,7 @@ from crosstrain.engine.errors import ResumeError
 from crosstrain.engine.loader_workers import iterator_over
 
 from .apart import Apart
-from .batch_before import hold, record
+from .batch_before import Held, hold, record
 from .flows import Dataflow, skipped_to
 from .own_states import OwnStates
 from .sampling import is_loader, rebuilt
@@ -29,6 +31,8 @@ from .streams import StreamKey
 
 # With how many batches of a pass the data's state is looked at.
 _FIRST: Final = 3
+# How many values and bytes a state may have to be looked at with each batch.
+_SMALL: Final = 1 << 12
 _LOSES: Final = "has a state_dict that does not tell what comes next"
 _NOTHING: Final = object()
 _BEHIND: Final = "data with a state of its own goes on behind it"
@@ -40,7 +44,8 @@ class _Pass:
 
     Args:
         number: which pass of the run it is.
-        witness: an earlier state of the data, and the batch that came after it.
+        witness: an earlier state of the data, the batch that came after it, and how many
+            batches were taken then since it was opened, and of the pass with that one.
     """
 
     number: int
@@ -58,13 +63,19 @@ class _Pass:
     entered: bool = False
     #: Whether it was opened by no state.
     anew: bool = False
+    #: Before which batch it was opened.
+    first: int = 0
     #: How many batches were taken of it, and whether there are no more.
     taken: int = 0
     ended: bool = False
     #: The digest of the data's state as it was looked at last; empty where it tells none.
     last_told: str = ""
-    #: The state whose next batch is awaited, to be a witness.
+    #: Whether the data's state is small enough to be asked for with each batch.
+    small: bool = False
+    #: The state whose next batch is awaited, to be a witness, and after how many batches it was.
     awaited: dict[str, Any] | None = None
+    #: A later witness, and the last batch, of which a digest is made where a state is written.
+    last: tuple[dict[str, Any], Held] | None = None
 
 
 class StatefulFlow(Dataflow):
@@ -126,6 +137,7 @@ class StatefulFlow(Dataflow):
         opened = self._pass = _Pass(key.epoch, witness)
         opened.entered = batch > 0 and state is not None and not replays
         opened.anew = state is None
+        opened.first = batch - state["replay"] if state is not None and replays else batch
         self._closed_state = loaded = None
         if state is not None:
             self._entered, self._was_loaded = None, True
@@ -200,9 +212,14 @@ class StatefulFlow(Dataflow):
             if self._restarts and opened.taken == 1 and opened.opening is not None:
                 before = {k: v for k, v in opened.opening.items() if k != "data"}
                 self._draws |= digest(self._beside()) != digest(before)
+            opened.last = None
             if told:
-                batch = record(hold(item), None, ALONE)
-                opened.witness = {"state": awaited, "next": batch, "pass": opened.number}
+                held, witness = hold(item), {"state": awaited, "pass": opened.number}
+                witness |= {"taken": opened.taken - 1, "before": opened.first + opened.taken}
+                if opened.taken == 2:
+                    opened.witness = {**witness, "next": record(held, None, ALONE)}
+                else:
+                    opened.last = witness, held
             self._look(opened)
             yield item
         opened.ended = True
@@ -218,7 +235,8 @@ class StatefulFlow(Dataflow):
         if self._stays or not (opened.entered or self._entered):
             return False
         with random_state.preserved():
-            found = digest(self._told()), record(hold(item), None, ALONE)
+            # A loader counts its batches beside it.
+            found = digest(_of_datasets(self._told())), record(hold(item), None, ALONE)
         if opened.entered:
             self._entered = found
             return False
@@ -253,13 +271,18 @@ class StatefulFlow(Dataflow):
             except Exception:  # noqa: BLE001  an object of the user's may raise anything
                 self._raises = self._stays = True
                 opened.opening = {"data": None, **opened.refused}
-        if opened.taken > _FIRST or not opened.last_told:
+        first = opened.taken <= _FIRST
+        if not opened.last_told or not (first or (opened.small and not self._stays)):
             return
         now = self._now()
-        told = digest(now["data"])
-        self._stays |= told == opened.last_told
-        opened.last_told = told
         if opened.taken == 1:
+            # One that holds a buffer is large, and tells by it what comes next.
+            opened.small = not self._restarts and _is_small(now["data"])
+        if first:
+            told = digest(now["data"])
+            self._stays |= told == opened.last_told
+            opened.last_told = told
+        if opened.taken == 1 or opened.small:
             opened.awaited = now
 
     def _now(self) -> dict[str, Any]:
@@ -285,14 +308,25 @@ class StatefulFlow(Dataflow):
         state = self._with_dataset(self._told(), ended)
         if self._restarts:
             state["draws"] = self._draws
-        if self._pass.witness is not None:
-            state["witness"] = self._pass.witness
+        if (witness := self._witness()) is not None:
+            state["witness"] = witness
         replay = None if state["ended"] or not self._pass.taken else self._replay(state)
         self.unrepeatable = _BEHIND if replay is None else None
         opened = self._pass
         if replay is None and opened.opening and opened.taken and not ended:
             state["anchor"] = {**opened.opening, "replay": opened.taken}
         return state if replay is None else {**state, **replay}
+
+    def _witness(self) -> Mapping[str, Any] | None:
+        """Returns the last state of the pass of which is known what came next, and that."""
+        opened = self._pass
+        if opened.last is not None:
+            witness, held = opened.last
+            batch = record(held, None, ALONE)
+            # What the step has written into is not known any more.
+            if not batch["changed"]:
+                return {**witness, "next": batch}
+        return opened.witness
 
     def _has_ended(self) -> bool:
         """Tells whether the pass has no further batch, as far as the data knows itself."""
@@ -335,6 +369,15 @@ class StatefulFlow(Dataflow):
         own["replay"] = anchor["replay"] if batches is None else batches
         # As a pass is opened, some tell the end of the one before.
         return [own] if self._fresh is None else [own, {**own, "data": self._fresh}]
+
+    def begun_afresh(self, state: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """Returns a state that enters a pass from where the first begins, if it has one to enter.
+
+        Some data tells the end of the pass before until the first batch is taken.
+        """
+        if "replay" not in state or self._fresh is None or same(state["data"], self._fresh):
+            return None
+        return {**state, "data": self._fresh}
 
     def doubt(self, state: Mapping[str, Any], number: int) -> str | None:
         """Returns that a pipeline that draws goes on from where nothing has shown its state."""
@@ -386,21 +429,53 @@ class StatefulFlow(Dataflow):
         return found if workers is None else {**found, "workers": workers}
 
 
+def _is_small(state: Any) -> bool:
+    """Tells whether a state takes no time to speak of to be copied with each batch."""
+    things, left = [state], _SMALL
+    while things:
+        one = things.pop()
+        size = getattr(one, "nbytes", None)
+        left -= size if isinstance(size, int) else 1
+        if isinstance(one, (str, bytes)):
+            left -= len(one)
+        elif isinstance(one, (dict, list, tuple)):
+            left -= len(one)
+            if left > 0:
+                things += one.values() if isinstance(one, dict) else one
+        if left <= 0:
+            return False
+    return True
+
+
 def _only_counts(state: Any) -> bool:
     """Tells whether a state of torchdata's loader holds nothing of its iterable dataset.
 
     It goes on by throwing batches away then, as many as its workers have given. After a second
     resume it counts some of these twice, and the run would go on with other batches.
     """
-    if not isinstance(state, Mapping):
-        return False
-    snapshot = state.get("_snapshot")
-    workers: Any = {0: state}
-    if isinstance(snapshot, Mapping):
-        workers = snapshot.get("_worker_snapshots")
-    fetchers = [
-        one.get("fetcher_state") for one in workers.values() if one.get("dataset_state") is None
-    ]
-    return len(fetchers) == len(workers) and all(
-        isinstance(one, Mapping) and one.get("dataset_iter_state", 0) is None for one in fetchers
+    workers = _workers_in(state)
+    fetchers = [one.get("fetcher_state") for one in workers if one.get("dataset_state") is None]
+    return (
+        bool(workers)
+        and len(fetchers) == len(workers)
+        and all(
+            isinstance(one, Mapping) and one.get("dataset_iter_state", 0) is None
+            for one in fetchers
+        )
     )
+
+
+def _workers_in(state: Any) -> list[Mapping[str, Any]]:
+    """Returns what a state of torchdata's loader has of each worker; nothing of another state."""
+    if not isinstance(state, Mapping) or not {"_snapshot", "fetcher_state"} & state.keys():
+        return []
+    snapshot = state.get("_snapshot")
+    if isinstance(snapshot, Mapping):
+        return list(snapshot.get("_worker_snapshots", {}).values())
+    return [state]
+
+
+def _of_datasets(state: Any) -> Any:
+    """Returns what a state of torchdata's loader has of its dataset; of other data all of it."""
+    parts = ("dataset_state", "fetcher_state")
+    return [[one.get(part) for part in parts] for one in _workers_in(state)] or state

@@ -18,6 +18,7 @@ from crosstrain.engine.proof import Proof, Strictness
 from .batch_before import Held, difference, differs, hold, is_comparable, record
 from .flows import PassTooShort
 from .open_pass import OpenPass, Spot
+from .shares import ALONE
 
 _NONE: Final = object()
 _NO_PLACE: Final = (
@@ -155,7 +156,13 @@ class Verification:
     def _fetch_before(self, before: Mapping[str, Any]) -> OpenPass:
         """Opens data at the batch before, and fetches that."""
         flow, state = self._flow, self._state
-        opened = self._fetch_again(state)
+        try:
+            opened = self._fetch_again(state)
+        except PassTooShort:
+            if (fresh := flow.begun_afresh(state)) is None:
+                raise
+            self._state = state = fresh
+            opened = self._fetch_again(state)
         dataset: Mapping[str, Any] = state.get("dataset", {})
         if opened.ended or same(dataset.get("now"), dataset.get("opening")):
             return opened
@@ -236,8 +243,12 @@ class Verification:
             return
         last, _ = self._look_at(witness["state"], 0, False) or (None, None)
         what = "the batch after an earlier state of the data"
-        if last is None or differs(witness["next"], last, None):
-            firsts, flow = self._flow.anchored(self._state, 1), self._flow
+        wanted = witness["next"]
+        if last is not None and not differs(wanted, last, None):
+            wanted, last = self._one_later(witness) or (wanted, last)
+        if last is None or differs(wanted, last, None):
+            firsts = self._flow.anchored(self._state, witness.get("taken", 1))
+            flow = self._flow
             for first, anchored in zip(firsts, flow.anchored(self._state), strict=True):
                 try:
                     found, _ = self._look_at(first, 0, False) or (None, None)
@@ -245,9 +256,20 @@ class Verification:
                     continue
                 if found is not None and not differs(witness["next"], found, None):
                     # Its state tells not what comes next; that by which its pass was opened does.
-                    self._state, last = anchored, found
+                    self._state, wanted, last = anchored, witness["next"], found
                     break
-        self._compare(witness["next"], last, None, what, _NO_PLACE)
+        self._compare(wanted, last, None, what, _NO_PLACE)
+
+    def _one_later(self, witness: Mapping[str, Any]) -> tuple[dict[str, Any], Held | None] | None:
+        """Returns the next batch as a state that was a batch earlier leads to it, and as this does.
+
+        That one is shown to tell what comes next; the one after it may be the first that does not.
+        """
+        if witness.get("before") != self._spot.batch:
+            return None
+        earlier = {**witness["state"], "replay": 1, "quietly": True}
+        one, other = (self._look_at(state, 0, False) for state in (earlier, self._state))
+        return None if one is None else (record(one[0], None, ALONE), other and other[0])
 
     def _compare_samples(self, before: Any) -> None:
         """Compares a few samples of data that was exchanged before its first batch."""

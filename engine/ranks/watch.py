@@ -145,7 +145,8 @@ class Watch:
 
     def first_cause(self, error: BaseException) -> BaseException:
         """Returns what another rank's failure makes of an error of this rank; else the error."""
-        if isinstance(error, RankFailed):
+        if isinstance(error, (RankFailed, SystemExit)):
+            # Who ends the program knows why, and with which exit code.
             return error
         line, base = self._line, self._base
         self._hurry()

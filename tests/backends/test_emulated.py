@@ -43,7 +43,9 @@ def test_it_keeps_every_promise_of_the_protocol() -> None:
     file = Path(__file__).parents[1] / "conformance" / "test_conformance.py"
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts="]
     specs = "emulated,emulated:bf16,emulated:fp16"
-    command = [sys.executable, "-m", "pytest", *options, "--require-backends", specs, str(file)]
+    # What the file has of other backends, its own run has shown.
+    options += ["-k", "each_backend", "--backends", specs, "--require-backends", specs]
+    command = [sys.executable, "-m", "pytest", *options, str(file)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stdout
     assert int(re.findall(r"(\d+) passed", done.stdout)[0]) > 60
@@ -95,14 +97,14 @@ def test_a_run_moves_from_the_cpu_and_back_and_keeps_its_bits(tell: Tell) -> Non
     assert told["straight"]["weights"] == told["there"]["weights"] == told["back"]["weights"]
 
 
-def test_what_the_host_reads_in_fifty_steady_steps_is_counted(tell: Tell) -> None:
+def test_what_the_host_reads_in_thirty_steady_steps_is_counted(tell: Tell) -> None:
     """With clipping, accumulation over 2, a bar; docs/emulated.md names what reads, in 100."""
     assert tell("steady") == {
         "bar": [0, 0, 0],
         # A scheduler is stepped on the host, which has to know whether fp16 has applied a step.
-        "scheduler": [0, 0, 25],
-        "not fused": [0, 0, 25],
-        "loss shown": [50, 50, 50],
+        "scheduler": [0, 0, 15],
+        "not fused": [0, 0, 15],
+        "loss shown": [30, 30, 30],
         "loss shown at times": [1, 1, 1],
     }
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from checkpoint_objects import BATCHES, made
@@ -118,10 +118,6 @@ def test_names_in_a_file_do_nothing_to_the_terminal(
 
 
 def test_the_installed_command(folder: Path, console_script: Path) -> None:
-    done = subprocess.run(
-        [console_script, "inspect", folder / "checkpoint_2.pt"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = forked.run([console_script, "inspect", folder / "checkpoint_2.pt"])
+    assert done.returncode == 0, done.stderr
     assert "checkpoint_2.pt: good" in done.stdout

@@ -112,6 +112,40 @@ def test_it_says_saved_when_it_is(
     run.checkpoint.save_handler.close()  # type: ignore[union-attr]
 
 
+def test_a_run_in_a_handler_that_is_stopped_ends_the_one_around_it(tmp_path: Path) -> None:
+    """What the handler makes of half of a run is not saved; started again, both go on."""
+
+    def trained(stops: bool) -> list[int]:
+        outer, done = Engine(lambda engine, batch: None), list[int]()
+
+        @outer.on(Events.EPOCH_COMPLETED)
+        def run_inner() -> None:
+            inner = Engine(lambda engine, batch: done.append(engine.state.iteration))
+            model = torch.nn.Linear(1, 1)
+            within = resume_or_start(inner, {"model": model}, tmp_path / "inner", every=9)
+            if stops:
+                event = Events.ITERATION_COMPLETED(once=2)
+                inner.add_event_handler(event, lambda: signal.raise_signal(signal.SIGTERM))
+            try:
+                inner.run([None] * 4, max_epochs=1)
+            finally:
+                within.checkpoint.save_handler.close()  # type: ignore[union-attr]
+
+        run = resume_or_start(outer, {"model": torch.nn.Linear(1, 1)}, tmp_path / "outer", every=2)
+        try:
+            outer.run([None] * 3, max_epochs=1)
+        finally:
+            run.checkpoint.save_handler.close()  # type: ignore[union-attr]
+        return done
+
+    with pytest.raises(SystemExit) as ended:
+        trained(stops=True)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert [path.name for path in (tmp_path / "outer").glob("*.pt")] == ["checkpoint_2.pt"]
+    assert (tmp_path / "inner" / "checkpoint_2.pt").is_file()
+    assert trained(stops=False)
+
+
 @pytest.mark.parametrize("logs", [True, False])
 def test_a_run_says_what_it_goes_on_from(
     tmp_path: Path,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from typing import Any
 
+import forked
 import pytest
 import torch
 from broken_backends import BROKEN, ProbeRaises, ProbeSetsVariable, WithMasters
@@ -165,6 +165,6 @@ def test_command_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
 
 def test_command_line_as_a_module() -> None:
     command = [sys.executable, "-m", "crosstrain.ci.conformance", "null", "cpu:bf17"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd="/")
+    result = forked.run(command, cwd="/")
     assert result.returncode == 2
     assert "Did you mean 'cpu:bf16'?" in result.stderr

@@ -6,13 +6,13 @@ import functools
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import digits_program
+import forked
 import on_xla
 import pytest
 from digits_program import ITERATIONS, run_example
@@ -119,8 +119,6 @@ def loss(rows: list[Any]) -> float:
 def test_the_command_line_says_what_is_missing(tmp_path: Path) -> None:
     command = [sys.executable, str(digits_program.SCRIPT), "--out", str(tmp_path / "out")]
     environment = {**os.environ, "PJRT_DEVICE": "NEURON"}
-    done = subprocess.run(
-        [*command, "--backend", "xla"], env=environment, capture_output=True, text=True
-    )
+    done = forked.run([*command, "--backend", "xla"], env=environment)
     assert done.returncode == 1
     assert "torch_xla is not installed" in done.stderr or "PJRT_DEVICE is 'NEURON'" in done.stderr

@@ -23,7 +23,7 @@ WAYS = [
     ("file://", "same-name"),
 ]
 each_way = pytest.mark.parametrize(("scheme", "mode"), WAYS)
-KILLS_AT_RANDOM = 45
+KILLS_AT_RANDOM = 20
 
 
 @pytest.fixture(scope="module")

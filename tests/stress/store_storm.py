@@ -130,9 +130,8 @@ def storm(kills: int, folder: Path, seed: int, ranks: int = 0, tell: bool = Fals
     straight, stormy = folder / "straight", folder / "stormy"
     for place in (straight, stormy):
         place.mkdir(parents=True)
-    with s3_server() as address, ForkServer("store_program", "torch._dynamo", "s3fs") as alone:
+    with s3_server() as address:
         make_bucket(address, "storm")
-        _World(alone, ranks, iterations).run(str(straight / "c"), straight)
         proxy = Proxy(address)
         proxy.disturb = watch
         with (
@@ -141,6 +140,7 @@ def storm(kills: int, folder: Path, seed: int, ranks: int = 0, tell: bool = Fals
         ):
             url = "s3://storm/run"
             world = _World(server, ranks, iterations)
+            world.run(str(straight / "c"), straight)
             for number in range(kills):
                 _live(world, url, stormy, watch, draw, result)
                 if tell:

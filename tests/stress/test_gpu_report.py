@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
+import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import forked_shell
 import pytest
 from report_hardware import fails_for_apex_alone, markdown
 from report_samples import sample_run
@@ -19,10 +21,17 @@ from crosstrain.ci.matrix.report import Report
 Result = subprocess.CompletedProcess[str]
 
 
-def script(root: Path, *arguments: str | Path, **environment: str) -> Result:
+@pytest.fixture(scope="module")
+def python() -> Iterator[str]:
+    """Stands in for the interpreter: what it runs is forked."""
+    with tempfile.TemporaryDirectory() as place, forked_shell.programs(Path(place)) as stand_ins:
+        yield str(stand_ins / "python")
+
+
+def script(root: Path, python: str, *arguments: str | Path, **environment: str) -> Result:
     return subprocess.run(
         ["bash", root / "ci" / "gpu_report.sh", *map(str, arguments)],
-        env={**os.environ, "PYTHON": sys.executable, **environment},
+        env={**os.environ, "PYTHON": python, **environment},
         cwd="/",
         capture_output=True,
         text=True,
@@ -32,15 +41,17 @@ def script(root: Path, *arguments: str | Path, **environment: str) -> Result:
 
 
 @pytest.mark.slow
-def test_the_dry_run_passes_and_goes_on_in_parts(repo_root: Path, tmp_path: Path) -> None:
-    common = ("--cpu", "--short", "--out", tmp_path, "--name", "dry")
-    result = script(repo_root, *common, "--only", "tests")
+def test_the_dry_run_passes_and_goes_on_in_parts(
+    repo_root: Path, python: str, tmp_path: Path
+) -> None:
+    common = ("--cpu", "--short", "--jobs", "1", "--out", tmp_path, "--name", "dry")
+    result = script(repo_root, python, *common, "--only", "tests")
     assert result.returncode == 0, result.stdout + result.stderr
     page = tmp_path / "dry.md"
     assert "| tests | passed |" in page.read_text()
     assert "| matrix | has not run |" in page.read_text()
 
-    result = script(repo_root, *common, "--only", "matrix", "--only", "benchmarks")
+    result = script(repo_root, python, *common, "--only", "matrix", "--only", "benchmarks")
     assert result.returncode == 0, result.stdout + result.stderr
     text = page.read_text()
     for part in ("tests", "matrix", "benchmarks"):
@@ -64,14 +75,16 @@ def test_the_dry_run_passes_and_goes_on_in_parts(repo_root: Path, tmp_path: Path
         (("--apex", "/nowhere"), "/nowhere is no source tree of apex with amp"),
     ],
 )
-def test_a_wrong_argument_is_named(repo_root: Path, arguments: tuple[str, ...], words: str) -> None:
-    result = script(repo_root, *arguments)
+def test_a_wrong_argument_is_named(
+    repo_root: Path, python: str, arguments: tuple[str, ...], words: str
+) -> None:
+    result = script(repo_root, python, *arguments)
     assert result.returncode == 2
     assert words in result.stderr
 
 
 def test_a_machine_without_a_gpu_is_refused_with_the_reason(
-    repo_root: Path, tmp_path: Path
+    repo_root: Path, python: str, tmp_path: Path
 ) -> None:
     found = backends.probe("cuda")
     if found.ok:
@@ -81,7 +94,7 @@ def test_a_machine_without_a_gpu_is_refused_with_the_reason(
     tool.write_text("#!/bin/sh\necho NVIDIA H200\n")
     tool.chmod(0o755)
     path = f"{tmp_path}:{os.environ['PATH']}"
-    result = script(repo_root, "--out", tmp_path / "out", PATH=path)
+    result = script(repo_root, python, "--out", tmp_path / "out", PATH=path)
     assert result.returncode == 2
     assert "required but not available: cuda:" in result.stderr
     assert " ".join(found.reason.split()) in result.stderr

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import two_machines
 from torch import distributed
@@ -56,8 +57,7 @@ def test_machine_cut_off_and_brought_back(tmp_path: Path) -> None:
     if reasons := two_machines.missing():
         pytest.skip(" ".join(reasons))
     command = [sys.executable, two_machines.__file__, "--iterations", "100"]
-    environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    done = forked.run(command, env={**os.environ, "TMPDIR": str(tmp_path)})
     assert done.returncode == 0, done.stdout + done.stderr
     assert "rank 1 ended" in done.stdout
     assert done.stdout.endswith("Bit-identical; no rank hung.\n")

@@ -18,6 +18,7 @@ import contextlib
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -29,6 +30,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+
+from forked import ROOM
 from rank_storm import losses_of
 
 from crosstrain.ci.trials.digests import leaf_digests
@@ -42,6 +47,8 @@ _PREFIX: Final = "crosstrain-"
 _CABLE: Final = "cable"
 _ADDRESSES: Final = ("10.213.77.1", "10.213.77.2")
 _PORT: Final = 29500
+# The variable by which the processes of a start are found.
+_FOLDER: Final = "CROSSTRAIN_TEST_FOLDER"
 _TOOLS: Final = {"ip": "iproute2", "unshare": "util-linux", "setpriv": "util-linux"}
 # torchrun's ranks name themselves before each line of a traceback.
 _CAUSE: Final = re.compile(r"\[rank\d\]: [\w.]*(Error|Failed): ")
@@ -60,6 +67,77 @@ def _ip(*arguments: str) -> str:
     return done.stdout
 
 
+class _Machine:
+    """A machine that runs: `machine.py` in a namespace, which starts one torchrun at a time.
+
+    Args:
+        inside: the beginning of a command that runs there.
+        number: of the machine.
+    """
+
+    def __init__(self, inside: Sequence[str], number: int) -> None:
+        program = str(Path(__file__).with_name("machine.py"))
+        self._process = subprocess.Popen(
+            [*inside, sys.executable, program, f"machine-{number}"],
+            env={**os.environ, "OMP_NUM_THREADS": "1", **ROOM},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            # A Ctrl-C comes to this process only, which then ends them.
+            start_new_session=True,
+        )
+        self._told = b""
+        self.returncode: int | None = None
+
+    def _hear(self, seconds: float) -> list[str]:
+        """Returns the lines that have come, waiting for some, and notes an exit code."""
+        assert self._process.stdout is not None
+        if select.select([self._process.stdout], [], [], seconds)[0]:
+            some = os.read(self._process.stdout.fileno(), 4096)
+            if not some:
+                raise RuntimeError("A machine has ended by itself.")
+            self._told += some
+        *lines, self._told = self._told.split(b"\n")
+        for line in lines:
+            if line != b"done":
+                self.returncode = int(line)
+        return [line.decode() for line in lines]
+
+    def _order(self, what: object) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(what).encode() + b"\n")
+        self._process.stdin.flush()
+        deadline = time.monotonic() + _PATIENCE
+        while "done" not in self._hear(1):
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"A machine has not answered within {_PATIENCE:g} s.")
+
+    def start(self, arguments: Sequence[str], environment: dict[str, str], log: Path) -> None:
+        """Starts torchrun.
+
+        Args:
+            arguments: its arguments.
+            environment: its variables.
+            log: where its output goes.
+        """
+        self.returncode = None
+        argv = ["-m", "torch.distributed.run", *arguments]
+        self._order({"argv": argv, "env": environment, "log": str(log)})
+
+    def poll(self) -> int | None:
+        """Returns the exit code of torchrun, once it has ended."""
+        self._hear(0)
+        return self.returncode
+
+    def stop(self) -> None:
+        """Kills what was started, with all of its children."""
+        self._order(None)
+
+    def close(self) -> None:
+        """Ends the machine."""
+        self._process.kill()
+        self._process.communicate()
+
+
 class Machines:
     """Two network namespaces with a cable between them; a context manager that removes them.
 
@@ -69,7 +147,7 @@ class Machines:
 
     def __init__(self) -> None:
         self.names = [f"{_PREFIX}{os.getpid()}-{number}" for number in range(2)]
-        self._started: list[subprocess.Popen[bytes]] = []
+        self.running: list[_Machine] = []
 
     def __enter__(self) -> Machines:
         _remove_left()
@@ -93,47 +171,28 @@ class Machines:
         self.close()
 
     def close(self) -> None:
-        """Kills what was started, and removes the namespaces."""
-        self.stop()
+        """Ends the machines, and removes the namespaces."""
+        for machine in self.running:
+            machine.close()
+        self.running.clear()
         for name in self.names:
             with contextlib.suppress(OSError):
                 _ip("netns", "delete", name)
 
     def stop(self) -> None:
-        """Kills what was started, with all of its children."""
-        for process in self._started:
-            process.kill()
-        for process in self._started:
-            process.wait()
-        self._started.clear()
+        """Kills what was started on both, with all of its children."""
+        for machine in self.running:
+            machine.stop()
 
-    def start(
-        self, number: int, command: Sequence[str], environment: dict[str, str], log: Path
-    ) -> subprocess.Popen[bytes]:
-        """Starts a command on a machine, as the first process of its process ids.
-
-        Args:
-            number: of the machine, 0 or 1.
-            command: what to start.
-            environment: its variables.
-            log: where its output goes.
-        """
+    def inside(self, number: int) -> list[str]:
+        """Returns the beginning of a command that runs as the first process of a machine."""
         # A machine's processes die with their first one, that with unshare, that with this one.
-        inside = ["setpriv", "--pdeathsig", "KILL", "ip", "netns", "exec", self.names[number]]
-        inside += ["unshare", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
-        inside += ["sh", "-c", 'hostname "$0" && exec "$@"', f"machine-{number}", *command]
-        with log.open("ab") as output:
-            process = subprocess.Popen(
-                inside,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                # A Ctrl-C comes to this process only, which then ends them.
-                start_new_session=True,
-            )
-        self._started.append(process)
-        return process
+        words = ["setpriv", "--pdeathsig", "KILL", "ip", "netns", "exec", self.names[number]]
+        return [*words, "unshare", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
+
+    def boot(self) -> None:
+        """Has both machines run."""
+        self.running = [_Machine(self.inside(number), number) for number in range(2)]
 
     def cut(self) -> None:
         """Cuts the second machine off."""
@@ -174,16 +233,15 @@ def missing() -> list[str]:
         found.append(f"This build of torch {torch.__version__} has no gloo.")
     if found:
         return found
-    with tempfile.TemporaryDirectory() as place:
-        log = Path(place) / "log"
-        try:
-            with Machines() as machines:
-                code = machines.start(0, ["true"], dict(os.environ), log).wait(60)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            return [f"The system does not allow it: {error}"]
-        if code:
-            said = log.read_text(errors="replace").strip()
-            return [f"The system does not allow a process in a namespace of its own: {said}"]
+    try:
+        with Machines() as machines:
+            command = [*machines.inside(0), "true"]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return [f"The system does not allow it: {error}"]
+    if done.returncode:
+        said = done.stderr.strip()
+        return [f"The system does not allow a process in a namespace of its own: {said}"]
     return []
 
 
@@ -210,15 +268,15 @@ class _Run:
             "OMP_NUM_THREADS": "1",
             "GLOO_SOCKET_IFNAME": _CABLE,
             "CROSSTRAIN_TIMEOUT": f"{timeout:g}",
+            _FOLDER: str(folder),
         }
-        self.agents: list[subprocess.Popen[bytes]] = []
-        for number, log in enumerate(self.logs):
-            command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"]
-            command += ["--nproc-per-node", "1", "--node-rank", str(number)]
+        self.agents = machines.running
+        for number, (machine, log) in enumerate(zip(self.agents, self.logs, strict=True)):
+            command = ["--nnodes", "2", "--nproc-per-node", "1", "--node-rank", str(number)]
             command += ["--master-addr", _ADDRESSES[0], "--master-port", str(_PORT)]
             command += [str(Path(__file__).with_name("rank_training.py")), "--backend", "cpu"]
             command += ["--folder", str(folder), "--iterations", str(iterations)]
-            self.agents.append(machines.start(number, command, environment, log))
+            machine.start(command, environment, log)
 
     def finish(self) -> None:
         """Waits for the end.
@@ -243,15 +301,14 @@ class _Run:
     def ranks(self) -> list[int]:
         """Returns the process ids of the ranks that are alive, rank 0's first."""
         found: dict[int, int] = {}
-        folder = os.fsencode(self._folder)
+        ours = f"{_FOLDER}={self._folder}".encode()
         for place in Path("/proc").glob("[0-9]*"):
             try:
-                variables = (place / "environ").read_bytes().split(b"\0")
-                ours = folder in (place / "cmdline").read_bytes().split(b"\0")
+                variables = set((place / "environ").read_bytes().split(b"\0"))
             except OSError:
                 continue
             for rank in range(2):
-                if ours and b"RANK=%d" % rank in variables and is_alive(int(place.name)):
+                if {ours, b"RANK=%d" % rank} <= variables and is_alive(int(place.name)):
                     found[rank] = int(place.name)
         return [found[rank] for rank in sorted(found)]
 
@@ -325,6 +382,7 @@ def cut_and_mend(
         RuntimeError: if a training does not come to where it should.
     """
     with Machines() as machines:
+        machines.boot()
         say("two machines, undisturbed")
         _Run(machines, folder / "straight", iterations, timeout, 0).finish()
         say(f"ended at iteration {iterations}; once more")

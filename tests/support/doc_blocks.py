@@ -23,13 +23,14 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import SkipTest
 
-import forked
+import forked_shell
 from sybil import Document, Example, Region, Sybil
 from sybil.evaluators.python import PythonEvaluator
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
@@ -41,14 +42,6 @@ INFO = re.compile(r'(?P<language>[a-z]+)(?: title="(?P<title>[^"]+)")?')
 FILES = ("python", "toml", "yaml", "json", "ini", "sh")
 NO_CODE = ("text", "diff")
 BIN = Path(sys.executable).parent
-# One line, of words that the shell leaves as they are.
-PLAIN = re.compile(r"[\w./:,= -]+\n?")
-PROGRAMS = {
-    "crosstrain": [str(BIN / "crosstrain")],
-    "pytest": [sys.executable, "-m", "pytest"],
-    "python": [sys.executable],
-    "torchrun": [sys.executable, "-m", "torch.distributed.run"],
-}
 
 
 class Block:
@@ -74,26 +67,15 @@ class Block:
 
 
 def run_shell(source: str) -> str | None:
-    """Runs the lines with bash, and what is one plain command forked; tells what went wrong."""
-    path, support = f"{BIN}:{os.environ['PATH']}", str(ROOT / "tests" / "support")
-    env = os.environ | {"PATH": path, "PYTHONPATH": support}
-    command = forkable(source)
-    if command is None:
+    """Runs the lines with bash, and Python's programs forked; tells what went wrong."""
+    with tempfile.TemporaryDirectory() as place, forked_shell.programs(Path(place)) as stand_ins:
+        path, support = f"{stand_ins}:{BIN}:{os.environ['PATH']}", str(ROOT / "tests" / "support")
+        env = os.environ | {"PATH": path, "PYTHONPATH": support}
         command = ["bash", "-euo", "pipefail", "-c", source]
         done = subprocess.run(command, capture_output=True, text=True, timeout=250, env=env)
-    else:
-        done = forked.run(command, 250, env=env)
     if done.returncode:
         return f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return None
-
-
-def forkable(source: str) -> list[str] | None:
-    """The one program of Python's that a block starts, for `forked`, if it does nothing else."""
-    words = source.split()
-    if not PLAIN.fullmatch(source) or words[0] not in PROGRAMS:
-        return None
-    return [*PROGRAMS[words[0]], *words[1:]]
 
 
 class Blocks:

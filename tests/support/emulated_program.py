@@ -140,7 +140,7 @@ def ranks(folder: Path) -> dict[str, Any]:
 
 
 def reads(spec: str, *, fused: bool = True, scheduler: bool = False, bar: int | None = None) -> Any:
-    """Counts what 50 steady steps read; with a bar, one that shows the loss each `bar` steps."""
+    """Counts what 30 steady steps read; with a bar, one that shows the loss each `bar` steps."""
     options = {"max_norm": 1.0, "gradient_accumulation_steps": 2}
     trainer, _, optimizer = trained(spec, fused=fused, **options)
     if scheduler:
@@ -152,11 +152,11 @@ def reads(spec: str, *, fused: bool = True, scheduler: bool = False, bar: int | 
         ProgressBar(file=io.StringIO()).attach(trainer, event_name=when, **shown)
     with emulated.host_reads() as counted:
         seen: list[int] = []
-        for at in (20, 70):
+        for at in (20, 50):
             trainer.add_event_handler(
                 Events.ITERATION_COMPLETED(once=at), lambda: seen.append(sum(counted.values()))
             )
-        trainer.run(rows(280), max_epochs=1)
+        trainer.run(rows(200), max_epochs=1)
     return seen[1] - seen[0]
 
 
@@ -168,7 +168,7 @@ def steady(folder: Path) -> dict[str, Any]:
         "scheduler": {"scheduler": True, "bar": 0},
         "not fused": {"fused": False},
         "loss shown": {"bar": 1},
-        "loss shown at times": {"bar": 50},
+        "loss shown at times": {"bar": 30},
     }
     specs = ("emulated", "emulated:bf16", "emulated:fp16")
     return {row: [reads(spec, **options) for spec in specs] for row, options in table.items()}

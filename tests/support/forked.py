@@ -24,7 +24,9 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
+import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,7 +49,7 @@ _STARTERS = (
 )
 _SUBREAPER = 36  # of prctl
 # Room for the environment of a program, where /proc looks for it: that of the zygote.
-_ROOM = {"CROSSTRAIN_TEST_ROOM": "-" * 2**15}
+ROOM = {"CROSSTRAIN_TEST_ROOM": "-" * 2**15}
 # A test may put `ForkedPopen` in its place.
 _Popen = subprocess.Popen
 _execute_child: Any = _Popen._execute_child  # type: ignore[attr-defined]
@@ -84,7 +86,7 @@ def _zygote(of: int) -> _Zygote:
         _Popen(
             [sys.executable, __file__, number],
             pass_fds=[other.fileno()],
-            env={**os.environ, **_ROOM},
+            env={**os.environ, **ROOM},
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )
@@ -98,7 +100,12 @@ class ForkedPopen(subprocess.Popen[Any]):
         words = list(map(str, told[0]))
         at_once = words[1:2] == ["-u"]
         argv = words if words[0] == _COMMAND else words[1 + at_once :]
-        is_program = bool(argv) and (argv[0].endswith(".py") or argv[0] in ("-m", _COMMAND))
+        # Of what is given as text, what pytest-xdist starts its workers by.
+        is_program = bool(argv) and (
+            argv[0].endswith(".py")
+            or argv[0] in ("-m", _COMMAND)
+            or (argv[0] == "-c" and "sys.stdin" in argv[1])
+        )
         if words[0] not in (sys.executable, _COMMAND) or not is_program:
             _execute_child(self, *told)
             return
@@ -117,6 +124,11 @@ class ForkedPopen(subprocess.Popen[Any]):
         self.pid = _zygote(os.getpid()).fork(request, streams)
         self._child_created = True
         self._close_pipe_fds(*told[10:16])  # type: ignore[attr-defined]
+
+
+def prepare() -> None:
+    """Starts the process that forks others now, with the environment as it is."""
+    _zygote(os.getpid())
 
 
 def run(
@@ -165,7 +177,7 @@ def _serve(line: socket.socket) -> dict[str, Any]:
             os.close(descriptor)
 
 
-def _become(request: dict[str, Any]) -> None:
+def become(request: dict[str, Any]) -> None:
     """Runs a program as if the interpreter had just been started with it, and ends."""
     import torch
 
@@ -175,6 +187,7 @@ def _become(request: dict[str, Any]) -> None:
     os.environ.clear()
     os.environ.update(request["env"])
     _show_environment()
+    tempfile.tempdir = None  # that of the TMPDIR before
     sys.path[1:1] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
@@ -187,7 +200,7 @@ def _become(request: dict[str, Any]) -> None:
     # Makes anew the pool of threads that a fork loses, ahead of the first backward pass.
     torch.set_num_threads(1)
     first, *others = request["argv"]
-    if first == _COMMAND or (first == "-m" and others[0] in _STARTERS):
+    if first in (_COMMAND, "-c") or (first == "-m" and others[0] in _STARTERS):
         _fork_own_children()
     _end(_exit_code(request["argv"], request["cwd"]))
 
@@ -214,7 +227,7 @@ def _fork_own_children() -> None:
         # It ends with the line, and not before.
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
-        _become(_serve(other))
+        become(_serve(other))
     other.close()
     zygote = _Zygote(line)
     globals()["_zygote"] = lambda of: zygote
@@ -227,6 +240,11 @@ def _exit_code(argv: list[str], folder: str) -> int:
             sys.argv = argv[1:]
             sys.path[0] = folder
             runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+        elif argv[0] == "-c":
+            sys.argv = ["-c", *argv[2:]]
+            sys.path[0] = ""
+            main = sys.modules["__main__"] = types.ModuleType("__main__")
+            exec(argv[1], main.__dict__)
         else:
             sys.argv = argv
             sys.path[0] = str(Path(argv[0]).resolve().parent)
@@ -265,4 +283,4 @@ if __name__ == "__main__":
     # A collection would copy the pages of all that it looks at.
     gc.collect()
     gc.freeze()
-    _become(_serve(socket.socket(fileno=int(sys.argv[1]))))
+    become(_serve(socket.socket(fileno=int(sys.argv[1]))))

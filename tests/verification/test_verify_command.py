@@ -18,18 +18,15 @@ def test_an_exact_training_passes_every_way(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     report = tmp_path / "verdict.json"
-    options = ("--at", "5,6", "--kills", "2", "--workers", "0,1", "--seed", "4", "--json", report)
+    options = ("--at", "5", "--kills", "1", "--workers", "0,1", "--seed", "4", "--json", report)
     told = ("verify", f"{TARGETS}:exact", "--backend", "cpu:bf16", *options)
     assert cli.main([*map(str, told)]) == 0
     assert "It resumes exactly" in capsys.readouterr().out
     verdict: dict[str, Any] = json.loads(report.read_text())
     assert verdict["status"] == "exact"
     assert verdict["iterations"] == 12
-    assert [run["name"] for run in verdict["runs"]] == [
-        "stopped after 5",
-        "stopped after 6",
-        "killed 2 times",
-    ]
-    assert [run["resumed_from"] for run in verdict["runs"][:2]] == [[5], [6]]
-    assert verdict["runs"][0]["workers"] == [0, 1]
-    assert verdict["runs"][2]["killed"] >= 1
+    stopped, killed = verdict["runs"]
+    assert [stopped["name"], killed["name"]] == ["stopped after 5", "killed 1 time"]
+    assert stopped["resumed_from"] == [5]
+    assert stopped["workers"] == [0, 1]
+    assert killed["killed"] == 1
