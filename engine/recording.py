@@ -25,7 +25,7 @@ from crosstrain.engine.ranks.line import Line, has_ranks
 from crosstrain.engine.source.made_where_missing import is_made_beside
 from crosstrain.engine.training.own_step import OwnStep
 from crosstrain.engine.training.step import StepEvents, TrainingStep
-from crosstrain.engine.unsaved import Unsaved
+from crosstrain.engine.unsaved import Unsaved, Used
 
 from .digest import digest, sketch
 from .engine import Engine
@@ -139,13 +139,14 @@ class RecordingEngine(Engine):
         values["backend"] = None if self.backend is None else self.backend.state_dict()
         values["step"] = step_state(self._step)
         values["shown"] = self._shown()
+        used = self._unsaved.used(objects)
         if self.checks.unnamed != "off":
             values["shown"]["engines"] = self._unsaved.tell(
-                objects, progress["ended"], self._structure, self._cursor.flow
+                used, progress["ended"], self._structure, self._cursor.flow
             )
         # A window's are in the state of the step.
         if not (isinstance(self._step, TrainingStep) and values["step"]["gradients"]):
-            looks = partial(self._looks_at_gradients, objects)
+            looks = partial(self._looks_at_gradients, used)
             values["shown"]["gradients"] = left_gradients(objects, looks)
         values["made"] = self._unsaved.made()
         values["structure"] = self._structure.record(objects, is_made_beside)
@@ -153,10 +154,10 @@ class RecordingEngine(Engine):
         values["exact"] = exact
         return values
 
-    def _looks_at_gradients(self, objects: dict[str, Any], ever: bool) -> bool:
+    def _looks_at_gradients(self, used: Used, ever: bool) -> bool:
         """Tells whether a handler looks at gradients: between two steps, or ever."""
         within = () if ever else (Events.ITERATION_COMPLETED, *StepEvents)
-        return self._unsaved.reads_gradients(objects, within)
+        return self._unsaved.reads_gradients(used, within)
 
     def iteration_marks(self) -> dict[str, str]:
         """Returns digests of what an iteration has come to: batch, random states, weights, rates.

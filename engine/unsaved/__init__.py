@@ -22,5 +22,6 @@ have made is compared with what the run before had made. `messages.py` has what 
 """
 
 from .looks import Unsaved
+from .used import Used
 
-__all__ = ["Unsaved"]
+__all__ = ["Unsaved", "Used"]

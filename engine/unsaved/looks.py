@@ -81,7 +81,8 @@ class Unsaved:
     def _off(self) -> bool:
         return self._engine.checks.unnamed == "off"
 
-    def _used(self, objects: Mapping[str, Any]) -> Used:
+    def used(self, objects: Mapping[str, Any]) -> Used:
+        """Returns what the run uses now, for the looks that are taken at once."""
         return Used(self._engine, objects)
 
     # ------------------------------------------------------------ in the course of a run
@@ -97,7 +98,7 @@ class Unsaved:
         """Notes what there is before the handlers of EPOCH_STARTED are called."""
         if self._off:
             return
-        used = self._used(objects)
+        used = self.used(objects)
         if self._begun is None:
             now = Values(used)
             self._begun = now.begun()
@@ -109,7 +110,7 @@ class Unsaved:
         expected, self._set_by_epoch = self._set_by_epoch, {}
         if self._off:
             return
-        used = self._used(objects)
+        used = self.used(objects)
         if self._engine.has_users_handler(Events.EPOCH_STARTED):
             self._attached.batches_begin(used)
             self._made_again.batches_begin(used)
@@ -131,7 +132,7 @@ class Unsaved:
 
         At hooks and modules after the first; at what else a resumed run makes again after two.
         """
-        used, now = self._used(objects), None
+        used, now = self.used(objects), None
         if self._first_step:
             self._first_step = False
             if self._attached.has_made(used):
@@ -152,12 +153,12 @@ class Unsaved:
     # ------------------------------------------------------------ when a state is taken
 
     def tell(
-        self, objects: Mapping[str, Any], ended: bool, structure: Structure, flow: Dataflow | None
+        self, used: Used, ended: bool, structure: Structure, flow: Dataflow | None
     ) -> dict[str, Any]:
         """Tells what a state that is taken now does not hold, unless it was told before.
 
         Args:
-            objects: modules and optimizers, by name.
+            used: what the run uses now.
             ended: whether the epoch has ended.
             structure: knows which hooks have not been made again.
             flow: knows what of the dataset is too large to save, if the data was opened.
@@ -165,7 +166,6 @@ class Unsaved:
         Returns:
             What the other engines that the run uses, such as an evaluator, have found last.
         """
-        used = self._used(objects)
         sources: list[str] = []
         if not self._looked_for_sources:
             self._looked_for_sources = True
@@ -181,7 +181,7 @@ class Unsaved:
         closed = (_closed(named(at), error) for at, error in used.closed.items())
         self._tell(self._new(closed), CLOSED)
         self._tell(self._new(self._attached.changed(used, ended)), ATTACHED)
-        self._tell(structure.not_made_again(objects), NOT_MADE_AGAIN)
+        self._tell(structure.not_made_again(used.objects), NOT_MADE_AGAIN)
         lost: list[str] = []
         if flow is not None:
             flows = {"": flow, **{where: one.flow for where, one in used.sources.items()}}
@@ -215,12 +215,11 @@ class Unsaved:
             check_ignored(ignored, [*known, *self._told])
         self._checked_ignored = True
 
-    def reads_gradients(self, objects: Mapping[str, Any], within: Container[Any]) -> bool:
+    def reads_gradients(self, used: Used, within: Container[Any]) -> bool:
         """Tells whether a handler, but those of some events, or the data looks at gradients."""
         if self._off:
             return False
-        engine, used = self._engine, self._used(objects)
-        handlers = (function for _, function in engine._handlers.all_functions(within))
+        handlers = (function for _, function in self._engine._handlers.all_functions(within))
         others = {**used.of_data, **used.held}
         return reads_gradients(used, (*handlers, *others.values()))
 
@@ -248,7 +247,7 @@ class Unsaved:
             self.fetched(objects).go_on(snapshot["position"].get("loaders", {}))
         if shown := snapshot.get("shown", {}).get("engines"):
             # What an evaluator has found last is read until it runs again.
-            for name, engine in Values(self._used(objects)).engines.items():
+            for name, engine in Values(self.used(objects)).engines.items():
                 engine.state.metrics = {**shown.get(name, {}), **engine.state.metrics}
 
     def fetched(self, objects: Mapping[str, Any]) -> Fetched:
@@ -257,7 +256,7 @@ class Unsaved:
             return Fetched()
         data = own_data(self._engine.state.dataloader)
         if self._fetches is None or self._fetches[0] is not data:
-            self._fetches = data, who_fetches(self._used(objects), data)
+            self._fetches = data, who_fetches(self.used(objects), data)
         return self._fetches[1]
 
     def tell_of_workers(

@@ -35,7 +35,9 @@ def test_with_another_number_of_ranks_it_is_told_what_differed(told: Any) -> Non
     with warnings.catch_warnings(record=True, action="always", category=ResumeWarning) as caught:
         resume_or_start(trainer, to_save, told[1] / "parted", every=5, signals=())
         trainer.run(loader(), max_epochs=2)
-    first, second, third = (str(one.message) for one in caught)
+    texts = [str(one.message) for one in caught]
+    assert len(texts) == 3, "\n".join(texts)
+    first, second, third = texts
     assert "'meters[0]', 'meters[1]', 'meters[2]', 'noise' differed" in first
     assert "'average' differed" in second
     assert "what differed between the ranks of the buffers meters[2].places." in third

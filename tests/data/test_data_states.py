@@ -127,7 +127,7 @@ def _play(
 
 def _resumes(make: Callable[[], Any], attach: Attach = lambda engine, data: None) -> None:
     straight, states, _ = _play(make(), attach)
-    for iteration in (1, 2, 3, 4, 6, 7):
+    for iteration in (2, 3, 7):
         rest, _, _ = _play(make(), attach, states[iteration])
         assert rest == {at: row for at, row in straight.items() if at > iteration}
 

@@ -122,17 +122,16 @@ def _compare(once: Callable[[str, int | None], Ran], stop: int) -> None:
     assert resumed.told == []
 
 
-def _draws(count: int) -> list[tuple[str, int, int, int]]:
+def _draws() -> list[tuple[str, int, int, int]]:
     choose = random.Random(3)
-    found = [
+    return [
         (kind, choose.randrange(len(EVENTS)), choose.choice((0, 0, 2)), choose.randrange(1, 15))
         for kind in KINDS
-        for _ in range(3)
+        for _ in range(2)
     ]
-    return found[:count]
 
 
-@pytest.mark.parametrize(("kind", "event", "workers", "stop"), _draws(21))
+@pytest.mark.parametrize(("kind", "event", "workers", "stop"), _draws())
 def test_what_somebody_else_writes_reaches_the_dataset_of_a_resumed_run(
     kind: str, event: int, workers: int, stop: int, tmp_path: Path
 ) -> None:
@@ -157,13 +156,13 @@ def test_what_somebody_else_writes_reaches_the_dataset_of_a_resumed_run(
 @pytest.mark.parametrize("kind", ["shared memory", "a shared tensor"])
 def test_workers_leave_alone_what_they_share(kind: str, tmp_path: Path) -> None:
     """Each asks what the dataset keeps, while others fetch."""
-    for stop in (5, 9, 13):
+    for stop in (5, 13):
         test_what_somebody_else_writes_reaches_the_dataset_of_a_resumed_run(
             kind, 1, 2, stop, tmp_path / str(stop)
         )
 
 
-@pytest.mark.parametrize("stop", [2, 5, 6, 9, 13, 17])
+@pytest.mark.parametrize("stop", [2, 6, 9, 13])
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_a_dataset_whose_length_follows_from_what_a_handler_sets_goes_on(
     shuffle: bool, stop: int, tmp_path: Path

@@ -147,7 +147,7 @@ SEEDS += (20876, 20959, 20995, 21170, 21686, 22117, 50143)
 
 
 @pytest.mark.slow
-@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(COMPOSITIONS)
 @example(PLAIN)
 def test_a_resume_is_exact_or_says_that_it_is_not(composition: Composition) -> None:

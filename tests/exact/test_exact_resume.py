@@ -55,9 +55,11 @@ SNAPSHOTS += [f"epoch {e}" for e in range(1, harness.EPOCHS + 1)]
 
 # An iteration of each place in a window, one of the second epoch, the last, and an epoch's end.
 FEW = ["4", "5", "9", "17", str(harness.ITERATIONS), "epoch 1"]
+HALVES = [[*dict.fromkeys([*FEW, *SNAPSHOTS[half::2]])] for half in (0, 1)]
 # A process of XLA compiles for seconds before it goes on: only one of its variants has all.
 COVERED = {
-    **dict.fromkeys(harness.ON_HOST, SNAPSHOTS),
+    **{name: HALVES[number % 2] for number, name in enumerate(harness.ON_HOST)},
+    "fp32": SNAPSHOTS,
     "xla": SNAPSHOTS,
     "xla-bf16": FEW,
     "spmd-2": FEW,

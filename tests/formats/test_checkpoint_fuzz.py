@@ -22,7 +22,7 @@ def test_damaged_and_hostile_files(tmp_path: Path) -> None:
     found = json.loads(report.read_text())
     print(found["count"], found["outcomes"], f"slowest {found['slowest']:.2f} s")
     assert not found["wrong"], "\n".join(found["wrong"])
-    assert found["count"] >= 1000
+    assert found["count"] >= 600
     assert set(found["outcomes"]) <= {
         "loaded",
         "found",

@@ -1,7 +1,7 @@
 """Loads thousands of damaged and hostile files, and reports what did not end as documented.
 
 A child of a fork server: it has its memory limited, and if it dies, the test sees it. By itself,
-`python tests/support/fuzzing_program.py --seed 7`, it loads four times as many, others each time.
+`python tests/support/fuzzing_program.py --seed 7`, it loads eight times as many, others each time.
 """
 
 from __future__ import annotations
@@ -85,16 +85,16 @@ def damaged(file: bytes, other: bytes, draw: random.Random, many: int) -> Iterat
     """Yields what disks, copies and editors make of a checkpoint; each differs from it."""
     size = len(file)
     end = file.rindex(b"PK\5\6")
-    cuts = range(0, size, size // (40 * many))
+    cuts = range(0, size, size // (20 * many))
     for at in {*cuts, *range(end - 30, end + 30), size - 1, size - 2}:
         yield f"cut at {at}", file[:at]
-    for _ in range(175 * many):
+    for _ in range(90 * many):
         at, bit = draw.randrange(size), 1 << draw.randrange(8)
         yield f"bit {bit} of byte {at}", file[:at] + bytes([file[at] ^ bit]) + file[at + 1 :]
     for at in range(end, size):
-        if at < end + 22 or draw.randrange(4) < many:
+        if at < end + 22 or draw.randrange(8) < many:
             yield f"byte {at}", file[:at] + bytes([file[at] ^ 1]) + file[at + 1 :]
-    for _ in range(40 * many):
+    for _ in range(20 * many):
         at, length = draw.randrange(size), draw.randrange(1, 600)
         middle = bytes(length) if draw.random() < 0.5 else draw.randbytes(length)
         yield f"{length} bytes at {at}", file[:at] + middle + file[at + length :] + b"x"
@@ -151,7 +151,7 @@ def resigned(file: bytes, draw: random.Random, many: int) -> Iterator[Entry]:
     pickle_end = payload.index(b"PK\3\4", pickled)
     places = [(0, 200), (pickled, pickle_end), (directory, end), (end, len(payload) - 22)]
     for low, high in places:
-        for _ in range(65 * many):
+        for _ in range(35 * many):
             at, value = draw.randrange(low, high), draw.randrange(256)
             changed = payload[:at] + bytes([value]) + payload[at + 1 :]
             yield f"byte {at} is {value}, signed", signed(changed)
@@ -161,7 +161,7 @@ def unsigned(file: bytes, draw: random.Random, many: int) -> Iterator[Entry]:
     """Yields damaged files that have no manifest, as another program's."""
     payload = payload_of(file)
     yield "no manifest", payload
-    for _ in range(50 * many):
+    for _ in range(25 * many):
         at, bit = draw.randrange(len(payload)), 1 << draw.randrange(8)
         changed = payload[:at] + bytes([payload[at] ^ bit]) + payload[at + 1 :]
         yield f"bit {bit} of byte {at}, no manifest", changed
@@ -236,7 +236,7 @@ def fuzz(folder: str, seed: int, report: str, many: int = 1) -> None:
         folder: an empty one.
         seed: of what is drawn.
         report: where the report goes.
-        many: how many are drawn, 1 to 4; what is not drawn is loaded in any case.
+        many: how many are drawn, 1 to 8; what is not drawn is loaded in any case.
     """
     place = Path(folder)
     (place / "good").mkdir()
@@ -295,7 +295,7 @@ def main() -> int:
     seed = parser.parse_args().seed
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
-        fuzz(folder, seed, str(report), 4)
+        fuzz(folder, seed, str(report), 8)
         found = json.loads(report.read_text())
     print(f"seed {seed}: {found['count']} files", found["outcomes"], *found["wrong"], sep="\n")
     return int(bool(found["wrong"]))

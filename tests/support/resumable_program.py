@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import multiprocessing
 import os
 import signal
 import time
@@ -86,6 +87,8 @@ def train(folder: str, result: str, options: dict[str, Any]) -> None:
         "multiprocessing_context": options.get("context"),
         "worker_init_fn": functools.partial(note_worker, result),
     }
+    # Two loaders of two workers each: torch is imported once for all of them.
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["torch.utils.data"])
     loader = DataLoader(TensorDataset(data, target), shuffle=True, **how)
     evaluator = Engine(lambda engine, batch: None)
 

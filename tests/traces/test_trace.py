@@ -37,7 +37,7 @@ def digest(tensor: torch.Tensor) -> int:
     "dtype",
     [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8],
 )
-@pytest.mark.parametrize("count", [1, 1000, 2**20 + 3, 3 * 2**20])
+@pytest.mark.parametrize("count", [1, 1000, 2**20 + 3])
 def test_a_digest_sees_each_element_and_its_place(dtype: torch.dtype, count: int) -> None:
     tensor = torch.arange(count).remainder(101).to(dtype)
     before = digest(tensor)

@@ -152,7 +152,7 @@ SMALL: dict[str, Any] = {
 
 
 @pytest.mark.slow
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(training=TRAININGS)
 @example(training={**SMALL, "layers": ["again"]})
 @example(training={**SMALL, "layers": ["observed"]})

@@ -264,7 +264,7 @@ def _trainer(keeps: Any, place: str) -> Parts:
     return trainer, {"model": model, "optimizer": optimizer}, loader
 
 
-@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     idiom=st.sampled_from(sorted(IDIOMS)),
     kind=st.sampled_from(KINDS),
