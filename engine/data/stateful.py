@@ -3,10 +3,10 @@
 Some states tell where their pass began and not how far it is, and some leave out what comes next,
 such as a shuffle buffer, be it only once they have given what it was first filled with; others tell
 all of that until they are loaded, and then a place that is none. So the data's state is looked at
-while batches are taken, and one is kept of which is known what followed: of before the batch that
-is the last when a state is written, if it is small, else of a pass's beginning. Where another
-batch follows, the pass is entered where it was opened,
-by the state that it had there or that was loaded, and the batches taken since are thrown away.
+while batches are taken, and one is kept of which is known what followed: of shortly before a state
+is written, if it is small, else of a pass's beginning. Where another batch follows, the pass is
+entered where it was opened, by the state that it had there or that was loaded, and the batches
+taken since are thrown away.
 """
 
 from __future__ import annotations
@@ -31,8 +31,11 @@ from .streams import StreamKey
 
 # With how many batches of a pass the data's state is looked at.
 _FIRST: Final = 3
-# How many values and bytes a state may have to be looked at with each batch.
+# How many values and bytes a state may have to be looked at further on: with each of so many
+# batches, and then with each so many-th, as what that takes may be felt with each.
 _SMALL: Final = 1 << 12
+_CLOSE: Final = 32
+_EVERY: Final = 16
 _LOSES: Final = "has a state_dict that does not tell what comes next"
 _NOTHING: Final = object()
 _BEHIND: Final = "data with a state of its own goes on behind it"
@@ -70,11 +73,11 @@ class _Pass:
     ended: bool = False
     #: The digest of the data's state as it was looked at last; empty where it tells none.
     last_told: str = ""
-    #: Whether the data's state is small enough to be asked for with each batch.
+    #: Whether the data's state is small enough to be asked for further on.
     small: bool = False
     #: The state whose next batch is awaited, to be a witness, and after how many batches it was.
     awaited: dict[str, Any] | None = None
-    #: A later witness, and the last batch, of which a digest is made where a state is written.
+    #: A later witness, and its batch, of which a digest is made where a state is written.
     last: tuple[dict[str, Any], Held] | None = None
 
 
@@ -212,7 +215,6 @@ class StatefulFlow(Dataflow):
             if self._restarts and opened.taken == 1 and opened.opening is not None:
                 before = {k: v for k, v in opened.opening.items() if k != "data"}
                 self._draws |= digest(self._beside()) != digest(before)
-            opened.last = None
             if told:
                 held, witness = hold(item), {"state": awaited, "pass": opened.number}
                 witness |= {"taken": opened.taken - 1, "before": opened.first + opened.taken}
@@ -272,7 +274,8 @@ class StatefulFlow(Dataflow):
                 self._raises = self._stays = True
                 opened.opening = {"data": None, **opened.refused}
         first = opened.taken <= _FIRST
-        if not opened.last_told or not (first or (opened.small and not self._stays)):
+        due = opened.taken <= _CLOSE or opened.taken % _EVERY == 0
+        if not opened.last_told or not (first or (due and opened.small and not self._stays)):
             return
         now = self._now()
         if opened.taken == 1:
