@@ -14,7 +14,10 @@ from __future__ import annotations
 
 import dis
 import sys
+import types
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final
 
 from torch.optim import Optimizer
@@ -24,7 +27,8 @@ from crosstrain.engine.digest import attributes_of
 from crosstrain.engine.dispatch import Dispatcher
 from crosstrain.engine.guards import is_a, module_of
 from crosstrain.engine.nests import SCALARS, is_module
-from crosstrain.engine.source.functions import is_users_file
+from crosstrain.engine.source.functions import is_users_file, layers_of
+from crosstrain.engine.source.only_shown import OnlyShown
 from crosstrain.engine.source.set_first import Held
 from crosstrain.engine.source.tree import words_in
 from crosstrain.engine.source.uses import ALL, Use, attributes_used
@@ -149,6 +153,21 @@ class Values(Walk):
                 return outer
         return place
 
+    def is_only_shown(self, place: Place) -> bool:
+        """Tells whether a plain value is shown to somebody, and does nothing else."""
+        return place in self.values and self._shown.tells(self.holder_of(place), self.values[place])
+
+    @cached_property
+    def _shown(self) -> OnlyShown:
+        bindings = [one for slot in self.used.engine._handlers for one in slot.bindings()]
+        handlers = _codes_of(handler for handler, _, _ in bindings)
+        filters = _codes_of(
+            extra[2][-1] for _, _, extra in bindings if extra is not None and extra[2] is not None
+        )
+        called = _codes_of(self.used.functions.values())
+        roots = (called - handlers) | filters
+        return OnlyShown(self.functions, self.kinds, handlers - filters, roots)
+
     def holder_of(self, place: Place) -> Held:
         """Returns whose attribute something is, and which; of a variable, nobody's."""
         return self._holders_of.get(place, (None, place[1]))
@@ -213,6 +232,10 @@ class Values(Walk):
             if self._metrics and "metrics" in words_in(function.__code__)
             for one in attributes_used(function.__code__).get("metrics", ())
         )
+
+
+def _codes_of(functions: Iterable[Any]) -> set[types.CodeType]:
+    return {layer.__code__ for one in functions for layer in layers_of(one)}
 
 
 def _hands_groups_on(optimizer: Optimizer) -> bool:

@@ -55,7 +55,7 @@ class Constants:
         return [
             name
             for place, one in self._begun.items()
-            if expected.get(name := named(place), one) != one
+            if expected.get(name := named(place), one) != one and not now.is_only_shown(place)
         ]
 
     def sift(self, now: Values, begun: Begun) -> None:

@@ -26,7 +26,6 @@ from crosstrain.engine.proof import Proof
 from crosstrain.engine.source.functions import is_installed, is_users_file, layers_of, methods_in
 from crosstrain.engine.source.made_where_missing import is_made_lazily, is_read_by_key
 from crosstrain.engine.source.makers import is_written_into
-from crosstrain.engine.source.only_shown import OnlyShown
 from crosstrain.engine.source.set_first import (
     is_variable_set_first,
     is_written_where_read,
@@ -108,7 +107,7 @@ class MadeAgain:
         """
         left: list[str] = []
         self._anew = {}
-        is_set, shown = _SetAnew(now, self._set, ended), None
+        is_set = _SetAnew(now, self._set, ended)
         for place in now.changed(begun):
             if (name := named(place)) in told or _is_written_first(now, begun, place):
                 continue
@@ -118,10 +117,8 @@ class MadeAgain:
                 if not ended and is_set.with_epoch(place):
                     self._anew[name] = digest(now.values[place])
                 continue
-            shown = shown or _only_shown(now)
-            if is_variable_set_first(held := now.holder_of(place), now.functions) or (
-                place in now.values and shown.tells(held, now.values[place])
-            ):
+            held = now.holder_of(place)
+            if is_variable_set_first(held, now.functions) or now.is_only_shown(place):
                 continue
             before, found = self._kept.pop(name, {}), self._digests_of(now, place)
             if found is None or not _goes_with(before, found) or not before.keys() <= found.keys():
@@ -254,24 +251,6 @@ class _SetAnew:
         if is_written_where_read(held, self._now.functions):
             return True
         return (id(holder), name) in self._with_iterations or self.with_epoch(place)
-
-
-def _only_shown(now: Values) -> OnlyShown:
-    handlers = {
-        layer.__code__
-        for slot in now.used.engine._handlers
-        for handler, _, _ in slot.bindings()
-        for layer in layers_of(handler)
-    }
-    called = {layer.__code__ for one in now.used.functions.values() for layer in layers_of(one)}
-    filters = {
-        layer.__code__
-        for slot in now.used.engine._handlers
-        for _, _, extra in slot.bindings()
-        if extra is not None and extra[2] is not None
-        for layer in layers_of(extra[2][-1])
-    }
-    return OnlyShown(now.functions, now.kinds, handlers - filters, (called - handlers) | filters)
 
 
 def _is_written_first(now: Values, begun: Begun, place: Place) -> bool:

@@ -83,6 +83,35 @@ def test_what_was_made_at_random_is_told_once_where_it_is_another(kind: str) -> 
     assert told.count("\n") == 0
 
 
+@pytest.mark.parametrize("decides", [False, True])
+def test_a_number_that_is_only_shown_is_not_told(decides: bool, tmp_path: Path) -> None:
+    """Such as how long the data took to load."""
+
+    def run(took: float, epochs: int) -> bool:
+        model = nn.Linear(2, 1)
+        trainer = DeterministicEngine(lambda engine, batch: model(batch).sum().item())
+
+        @trainer.on(Events.EPOCH_COMPLETED)
+        def show() -> None:
+            text = f"loaded in {took} s"
+            print(text)
+
+        def end(engine: Any) -> None:
+            if took > 2:
+                engine.terminate()
+
+        if decides:
+            trainer.add_event_handler(Events.EPOCH_COMPLETED, end)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", ResumeWarning)
+            resume_or_start(trainer, {"model": model}, tmp_path, 2, signals=())
+            trainer.run([torch.ones(2, 2)] * 2, max_epochs=epochs)
+        return any("its 'took' with other contents" in str(one.message) for one in caught)
+
+    assert not run(random.Random(1).random(), 1)
+    assert run(random.Random(2).random(), 2) is decides
+
+
 def test_settings_and_where_a_file_lies_are_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def make() -> Any:
         start = random.random()
