@@ -1,9 +1,10 @@
-"""Constants: tensors, rows of numbers and models that a script makes once, and a run only reads.
+"""Constants: tensors, numbers and models that a script makes once, and a run only reads.
 
-A random projection, a frozen network, the indices of the samples that are validated on: what never
-changes is in no checkpoint, and a script that is started again makes it again. Where that draws,
-and nothing has seeded it, the second is another one. So a state has digests of what has not changed
-since its process began, and a resumed run compares its own with them as it begins.
+A random projection, a frozen network, the indices of the samples that are validated on, a number
+that was drawn and not typed in: what never changes is in no checkpoint, and a script that is
+started again makes it again. Where that draws, and nothing has seeded it, the second is another
+one. So a state has digests of what has not changed since its process began, and a resumed run
+compares its own with them as it begins.
 """
 
 from __future__ import annotations
